@@ -1,0 +1,83 @@
+"""The model and decomposition that ship: a two-layer GPT-NeoX of the standard library's source, taken apart.
+
+    >>> model = bundled.model()                      # doctest: +SKIP
+    >>> vpd = bundled.decomposition()                # doctest: +SKIP
+    >>> tokens = bundled.tokens("validation")        # doctest: +SKIP
+
+The weights lie in the layout of transformers, so that ``TransformerBridge.boot_transformers(bundled.MODEL)`` reads them too.
+They are loaded without any processing (no folded norms, no centring).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from jaxtyping import Int
+from safetensors.numpy import load_file
+from torch import Tensor
+from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+from tl_vpd.decomposition import Decomposition
+
+MODEL = Path(__file__).parent / "model"
+DECOMPOSITION = Path(__file__).parent / "decomposition"
+
+
+def model(*, device: str | torch.device = "cpu") -> HookedTransformer:
+    """The bundled HookedTransformer: 2 layers, d_model 96, 4 heads, d_mlp 384, vocabulary 768, context 128."""
+    return load_model(MODEL, device=device)
+
+
+def decomposition(*, device: str | torch.device = "cpu") -> Decomposition:
+    """The finished decomposition of the bundled model."""
+    return Decomposition.load(DECOMPOSITION, device=device)
+
+
+def tokens(part: Literal["validation", "training"], folder: Path = MODEL) -> Int[Tensor, "window pos"]:
+    """Token windows of the model's own text, each opened by BOS: 256 of validation or 2,048 of training files."""
+    return torch.from_numpy(load_file(folder / "tokens.safetensors")[part].astype(np.int64))
+
+
+def training_record(folder: Path = MODEL) -> dict[str, Any]:
+    """How the model was trained, with its validation ``curve`` of (step, cross-entropy in nats)."""
+    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
+
+
+def load_model(folder: Path, *, device: str | torch.device = "cpu") -> HookedTransformer:
+    """A GPT-NeoX folder of transformers as an unprocessed HookedTransformer."""
+    from transformer_lens.pretrained.weight_conversions import convert_neox_weights
+    from transformers import AutoTokenizer, GPTNeoXForCausalLM
+
+    source = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    own = source.config
+    cfg = HookedTransformerConfig(
+        n_layers=own.num_hidden_layers,
+        d_model=own.hidden_size,
+        n_heads=own.num_attention_heads,
+        d_head=own.hidden_size // own.num_attention_heads,
+        d_mlp=own.intermediate_size,
+        d_vocab=own.vocab_size,
+        n_ctx=own.max_position_embeddings,
+        act_fn="gelu",
+        eps=own.layer_norm_eps,
+        normalization_type="LN",
+        positional_embedding_type="rotary",
+        rotary_dim=own.hidden_size // own.num_attention_heads,
+        rotary_adjacent_pairs=False,
+        original_architecture="GPTNeoXForCausalLM",
+        default_prepend_bos=True,
+        device=str(device),
+        seed=None,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=True)
+    hooked = HookedTransformer(cfg, tokenizer=tokenizer, move_to_device=False)
+    with torch.no_grad():
+        state = {k: v.clone() for k, v in convert_neox_weights(source, cfg).items()}
+    hooked.load_and_process_state_dict(
+        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
+    return hooked.to(device)

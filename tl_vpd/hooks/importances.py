@@ -1,0 +1,123 @@
+"""Causal importances of prompts, as a result to look at and to make masks from.
+
+    >>> ci = vpd.causal_importances(model, "def f(x):")     # doctest: +SKIP
+    >>> ci["blocks.1.mlp.W_in"].shape                       # doctest: +SKIP
+    torch.Size([1, 9, 384])
+    >>> ci.top(5)                                           # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from tl_vpd.hooks.modes import Delta, Mode, check_mode, masks_of_mode
+from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.importance import lower_leaky
+from tl_vpd.masking import Masks
+from tl_vpd.sites import Packing, nearest
+
+if TYPE_CHECKING:
+    from tl_vpd.decomposition import Decomposition
+
+
+@dataclass(frozen=True)
+class CausalImportances(Mapping[str, Tensor]):
+    """Importances in [0, 1] by site, each ``[batch, pos, C]``; 0 at padding.
+
+    ``packed`` holds all sites on one axis, ``keep`` is False at padding (None: no padding).
+    """
+
+    packed: Float[Tensor, "batch pos C_total"]
+    packing: Packing
+    tokens: Int[Tensor, "batch pos"]
+    keep: Bool[Tensor, "batch pos"] | None = None
+
+    def __getitem__(self, site: str) -> Float[Tensor, "batch pos C"]:
+        if site not in self.packing.slices:
+            raise KeyError(f"{site!r} is not a decomposed site{nearest(site, self.packing.names)}.")
+        return self.packed[..., self.packing.slices[site]]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.packing.names)
+
+    def __len__(self) -> int:
+        return len(self.packing.names)
+
+    def masks(self, mode: Mode, *, threshold: float = 0.0, delta: Delta = None, seed: int | None = None) -> Masks:
+        """Masks for this prompt in one of the modes of ``tl_vpd.hooks.modes`` (``seed``: None draws on torch's state).
+
+        Raises:
+            ValueError: the mode is unknown, or is ``adversarial``, which has to run the model.
+        """
+        check_mode(mode, delta)
+        if mode == "adversarial":
+            raise ValueError("Adversarial masks are found by running the model: use attached.masked('adversarial').")
+        generator = None if seed is None else torch.Generator(self.packed.device).manual_seed(seed)
+        return masks_of_mode(mode, self.packed, self.packing, threshold=threshold, delta=delta, generator=generator)
+
+    @property
+    def l0(self) -> Float[Tensor, "batch pos"]:
+        """How many subcomponents have an importance above 0 at each token."""
+        return (self.packed > 0).sum(-1)
+
+    def to_pandas(self, *, above: float = 0.0) -> pd.DataFrame:
+        """One row for every importance above a threshold: batch, pos, token, subcomponent, ci."""
+        batch, pos, packed = (self.packed > above).nonzero(as_tuple=True)
+        names = [str(self.packing.at(i)) for i in packed.tolist()]
+        return pd.DataFrame(
+            {
+                "batch": batch.tolist(),
+                "pos": pos.tolist(),
+                "token": self.tokens[batch, pos].tolist(),
+                "subcomponent": names,
+                "ci": self.packed[batch, pos, packed].tolist(),
+            }
+        )
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The ``k`` subcomponents of the largest mean importance over real tokens, with how often they are above 0."""
+        real = self.packed.flatten(0, 1) if self.keep is None else self.packed[self.keep]
+        mean = real.mean(0)
+        best = mean.topk(min(k, mean.numel())).indices
+        return pd.DataFrame(
+            {
+                "subcomponent": [str(self.packing.at(i)) for i in best.tolist()],
+                "mean_ci": mean[best].tolist(),
+                "density": (real[:, best] > 0).float().mean(0).tolist(),
+            }
+        )
+
+
+@torch.no_grad()
+def causal_importances(
+    decomposition: Decomposition, model: nn.Module, prompts: Any, *, attention_mask: Tensor | None = None
+) -> CausalImportances:
+    """The importances of every subcomponent at every token of the prompts, on the model's device.
+
+    Args:
+        prompts: a string, strings, or tokens ``[batch, pos]``.
+        attention_mask: 0 at padding (None: found as TransformerLens finds it).
+
+    Raises:
+        ValueError: the prompts are empty, too long, or not this model's tokens.
+    """
+    with TappedModel(decomposition, model) as tapped:
+        tokens = tapped.adapter.tokens(prompts)
+        keep = tapped.adapter.padding(tokens, attention_mask)
+        _, inputs = tapped.clean(tokens, keep)
+    g = lower_leaky(decomposition.pre_sigmoid(inputs, keep))
+    return CausalImportances(zero_padding(g, keep), decomposition.packing, tokens, keep)
+
+
+def zero_padding(
+    g: Float[Tensor, "batch pos C_total"], keep: Bool[Tensor, "batch pos"] | None
+) -> Float[Tensor, "batch pos C_total"]:
+    """Importances with 0 at padding."""
+    return g if keep is None else g * keep[..., None]

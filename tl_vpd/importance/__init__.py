@@ -1,0 +1,71 @@
+"""Γ, the causal-importance function: clean site inputs in, one importance in [0, 1] a subcomponent and token out.
+
+    >>> import torch
+    >>> gamma = build(GammaConfig(d_ci=16, n_blocks=1, n_heads=2), {"a": 4}, {"a": 6})
+    >>> gamma({"a": torch.zeros(1, 3, 4)}).shape
+    torch.Size([1, 3, 6])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tl_vpd.importance.chunked import ChunkedTransformers
+from tl_vpd.importance.mlps import PerSiteMLPs, PerSubcomponentMLPs
+from tl_vpd.importance.squash import lower_leaky, upper_leaky
+from tl_vpd.importance.transformer import SharedTransformer
+
+Gamma = SharedTransformer | ChunkedTransformers | PerSubcomponentMLPs | PerSiteMLPs
+
+__all__ = ["Gamma", "GammaConfig", "build", "lower_leaky", "upper_leaky"]
+
+
+class GammaConfig(BaseModel):
+    """Which Γ, and how large."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps"] = (
+        "shared_transformer"
+    )
+    d_ci: int | None = Field(None, gt=0)
+    """Width of the transformer (None: twice ``d_model``, rounded to whole heads)."""
+    n_blocks: int = Field(2, gt=0)
+    """Depth of the transformer; a rule of thumb is half to twice the target's depth."""
+    n_heads: int = Field(4, gt=0)
+    """Attention heads of the transformer."""
+    d_mlp: int | None = Field(None, gt=0)
+    """MLP width of the transformer (None: four times ``d_ci``)."""
+    chunk: int = Field(8, gt=0)
+    """Sites a transformer reads, for ``chunked_transformers``."""
+    hidden: int = Field(16, gt=0)
+    """Hidden units, for the MLP kinds."""
+
+    def resolved(self, d_model: int) -> GammaConfig:
+        """The config with the width filled in for a model of width ``d_model``."""
+        if self.d_ci is not None:
+            return self
+        whole = 2 * self.n_heads
+        return self.model_copy(update={"d_ci": max(whole, round(2 * d_model / whole) * whole)})
+
+
+def build(config: GammaConfig, d_in: Mapping[str, int], counts: Mapping[str, int]) -> Gamma:
+    """A freshly initialised Γ.
+
+    Raises:
+        ValueError: the widths do not fit together, or the config's ``d_ci`` is not resolved.
+    """
+    if config.kind == "per_subcomponent_mlps":
+        return PerSubcomponentMLPs(counts, hidden=config.hidden)
+    if config.kind == "per_site_mlps":
+        return PerSiteMLPs(d_in, counts, hidden=config.hidden)
+    if config.d_ci is None:
+        raise ValueError("GammaConfig.d_ci is None: call resolved(d_model) first, or give a width.")
+    size = dict(d_ci=config.d_ci, n_blocks=config.n_blocks, n_heads=config.n_heads, d_mlp=config.d_mlp)
+    if config.kind == "chunked_transformers":
+        return ChunkedTransformers(d_in, counts, chunk=config.chunk, **size)
+    return SharedTransformer(d_in, counts, **size)

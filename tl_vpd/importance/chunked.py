@@ -1,0 +1,48 @@
+"""Γ for deep models: one shared transformer for each chunk of sites, none of which sees the others' inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tl_vpd.importance.transformer import SharedTransformer
+
+
+class ChunkedTransformers(nn.Module):
+    """``SharedTransformer``s over consecutive runs of ``chunk`` sites (the last may be shorter)."""
+
+    needs = "inputs"
+
+    def __init__(
+        self,
+        d_in: Mapping[str, int],
+        counts: Mapping[str, int],
+        *,
+        chunk: int,
+        d_ci: int,
+        n_blocks: int,
+        n_heads: int,
+        d_mlp: int | None = None,
+    ) -> None:
+        super().__init__()
+        names = list(d_in)
+        self.parts = nn.ModuleList(
+            SharedTransformer(
+                {n: d_in[n] for n in names[i : i + chunk]},
+                {n: counts[n] for n in names[i : i + chunk]},
+                d_ci=d_ci,
+                n_blocks=n_blocks,
+                n_heads=n_heads,
+                d_mlp=d_mlp,
+            )
+            for i in range(0, len(names), chunk)
+        )
+
+    def forward(
+        self, inputs: Mapping[str, Float[Tensor, "batch pos _"]], keep: Bool[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos C_total"]:
+        """Pre-sigmoid values of all sites, in their order."""
+        return torch.cat([part(inputs, keep) for part in self.parts], dim=-1)

@@ -1,0 +1,46 @@
+"""From pre-sigmoid values z to causal importances g in [0, 1]: two leaky hard sigmoids.
+
+*Lower-leaky* (makes masks): forward ``clamp(z, 0, 1)``. Its gradient passes on (0, 1]; above 1 it is 0; at ``z ≤ 0`` a
+hundredth passes, and only where descent would raise z, so that a subcomponent switched off can come back and nothing
+pushes it further down.
+
+*Upper-leaky* (feeds the minimality losses): ``clamp(z, 0, 1)`` up to 1 and slope 0.01 above, so that values beyond 1 are
+still drawn back.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LEAK = 0.01
+
+
+class _LowerLeaky(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor) -> Tensor:
+        ctx.save_for_backward(z)
+        return z.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (z,) = ctx.saved_tensors
+        below = LEAK * grad.clamp(max=0)
+        return torch.where(z > 0, torch.where(z <= 1, grad, torch.zeros_like(grad)), below)
+
+
+def lower_leaky(z: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """Importances for masks.
+
+    The rule at ``z ≤ 0`` looks at the sign of the summed incoming gradient: squash once and share the result between
+    losses, or gradients of separate losses will not add up.
+    """
+    return _LowerLeaky.apply(z)
+
+
+def upper_leaky(z: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+    """Importances for the minimality losses."""
+    return torch.where(z > 1, 1 + LEAK * (z - 1), z.clamp(0, 1))

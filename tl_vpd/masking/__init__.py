@@ -1,0 +1,17 @@
+"""Sources become masks: ``m = g + (1 − g) · r`` for subcomponents, the source itself for Δ; and who chooses the sources."""
+
+from tl_vpd.masking.fresh import AttackResult, fresh_pgd
+from tl_vpd.masking.masks import Masks, SiteMask, constant_masks, masks_from_sources
+from tl_vpd.masking.persistent import PersistentSources
+from tl_vpd.masking.routing import uniform_k_routing
+
+__all__ = [
+    "AttackResult",
+    "Masks",
+    "PersistentSources",
+    "SiteMask",
+    "constant_masks",
+    "fresh_pgd",
+    "masks_from_sources",
+    "uniform_k_routing",
+]

@@ -1,0 +1,86 @@
+"""Masks of all sites, and how they come from causal importances and sources.
+
+    m = g + (1 − g) · r          a subcomponent of importance 1 is never ablated, one of importance 0 is masked by r
+    m_Δ = r_Δ                    Δ's importance is 0 by definition
+
+The packed axis holds all sites' subcomponents one after the other (``tl_vpd.sites.Packing``); a packed *source* has one
+more entry a site behind them, for the Δs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_vpd.sites import Packing
+
+
+@dataclass(frozen=True)
+class SiteMask:
+    """One site's mask.
+
+    ``mask``: factor of each subcomponent (None: 1). ``delta``: factor of Δ (None: 1). ``routed``: where the masked path is
+    taken at all (None: everywhere).
+    """
+
+    mask: Float[Tensor, "*#batch C"] | None
+    delta: Float[Tensor, "*#batch"] | None
+    routed: Bool[Tensor, "*#batch"] | None = None
+
+
+class Masks(Mapping[str, SiteMask]):
+    """The masks of a forward pass by site; a site that is not named runs unmasked."""
+
+    def __init__(self, by_site: Mapping[str, SiteMask]) -> None:
+        self._by_site = dict(by_site)
+
+    def __getitem__(self, site: str) -> SiteMask:
+        return self._by_site[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_site)
+
+    def __len__(self) -> int:
+        return len(self._by_site)
+
+    def __repr__(self) -> str:
+        return f"Masks({', '.join(self)})"
+
+    def only(self, sites: list[str]) -> Masks:
+        """The masks of these sites alone; the others run unmasked."""
+        return Masks({name: self[name] for name in sites})
+
+    def routed(self, routing: Mapping[str, Bool[Tensor, "*batch"]]) -> Masks:
+        """The same masks with the masked path taken only where ``routing`` is True."""
+        return Masks({name: replace(own, routed=routing[name]) for name, own in self._by_site.items()})
+
+
+def masks_from_sources(
+    g: Float[Tensor, "batch pos C_total"],
+    sources: Float[Tensor, "#batch #pos C_and_deltas"],
+    packing: Packing,
+    routing: Mapping[str, Bool[Tensor, "batch pos"]] | None = None,
+) -> Masks:
+    """Masks ``g + (1 − g) · r`` of every site, Δ's from the last entries of the packed sources."""
+    r, r_delta = sources[..., : packing.total], sources[..., packing.total :]
+    mask = torch.lerp(r.expand_as(g), torch.ones((), dtype=g.dtype, device=g.device), g)
+    by_site = packing.unpack(mask)
+    deltas = r_delta.unbind(-1)
+    return Masks(
+        {
+            name: SiteMask(by_site[name], deltas[i], None if routing is None else routing[name])
+            for i, name in enumerate(packing.names)
+        }
+    )
+
+
+def constant_masks(
+    mask: Float[Tensor, "*batch C_total"], delta: float | Float[Tensor, "*#batch"], packing: Packing
+) -> Masks:
+    """Masks given outright, with one factor for every site's Δ."""
+    factor = torch.as_tensor(delta, dtype=mask.dtype, device=mask.device).expand(mask.shape[:-1])
+    return Masks({name: SiteMask(own, factor) for name, own in packing.unpack(mask).items()})

@@ -1,0 +1,173 @@
+"""Sites: the weight matrices that come apart, and how their subcomponents are named.
+
+A site is one weight matrix ``W [d_in, d_out]`` in the orientation ``y = x @ W + b``. It bears TransformerLens's name of the
+weight, ``blocks.1.attn.W_Q``; heads are flattened head-major, so ``d_out = n_heads * d_head`` for Q, K, V and
+``d_in = n_heads * d_head`` for O. A subcomponent is ``site:index``.
+
+    >>> Subcomponent.parse("blocks.1.attn.W_Q:316")
+    Subcomponent(site='blocks.1.attn.W_Q', index=316)
+    >>> select(["blocks.*.attn.W_Q"], ["blocks.0.attn.W_Q", "blocks.0.mlp.W_in"])
+    ['blocks.0.attn.W_Q']
+
+Where a site's input and output are in a model is not known here: ``tl_vpd.adapters`` knows.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TypeVar
+
+from jaxtyping import Shaped
+from torch import Tensor
+
+SHORT = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
+"""TransformerLens's name of a weight -> the short name in ``blocks.{i}.hook_{site}_{what}``."""
+
+_BLOCK_SITE = re.compile(r"blocks\.(\d+)\.(attn|mlp)\.(W_\w+)")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Site:
+    """One decomposable weight matrix.
+
+    ``n_heads`` and ``d_head`` give the head layout of ``d_out`` (Q, K, V) or ``d_in`` (O); both are None for MLP weights.
+    """
+
+    name: str
+    d_in: int
+    d_out: int
+    n_heads: int | None = None
+    d_head: int | None = None
+
+    @property
+    def layer(self) -> int:
+        """The index of the block the site is in."""
+        return int(_block_match(self.name).group(1))
+
+    @property
+    def short(self) -> str:
+        """``q``, ``k``, ``v``, ``o``, ``in``, ``gate`` or ``out``."""
+        return SHORT[_block_match(self.name).group(3)]
+
+    def hook_name(self, what: str) -> str:
+        """The full name of the site's HookPoint for ``what`` (``component_acts``, ``ci``, ``mask``, ``delta_mask``)."""
+        return f"blocks.{self.layer}.hook_{self.short}_{what}"
+
+    @property
+    def rank(self) -> int:
+        """The largest rank the matrix can have."""
+        return min(self.d_in, self.d_out)
+
+
+def _block_match(name: str) -> re.Match[str]:
+    match = _BLOCK_SITE.fullmatch(name)
+    if match is None or match.group(3) not in SHORT:
+        raise ValueError(f"{name!r} is not the name of a site such as 'blocks.0.attn.W_Q' or 'blocks.0.mlp.W_in'.")
+    return match
+
+
+@dataclass(frozen=True, order=True)
+class Subcomponent:
+    """A subcomponent's address."""
+
+    site: str
+    index: int
+
+    @classmethod
+    def parse(cls, text: str | Subcomponent) -> Subcomponent:
+        """Reads ``site:index``; raises ValueError on anything else."""
+        if isinstance(text, Subcomponent):
+            return text
+        site, colon, index = text.rpartition(":")
+        if not colon or not index.isdecimal():
+            raise ValueError(f"{text!r} is not a subcomponent: write 'site:index', such as 'blocks.1.attn.W_Q:316'.")
+        return cls(site, int(index))
+
+    def __str__(self) -> str:
+        return f"{self.site}:{self.index}"
+
+
+def select(patterns: str | Iterable[str] | None, names: Iterable[str]) -> list[str]:
+    """The names matched by any of the shell-style patterns, in the order of ``names`` (None: all of them).
+
+    Raises KeyError for a pattern that matches nothing, with the nearest name.
+    """
+    names = list(names)
+    if patterns is None:
+        return names
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise KeyError(f"No site matches {pattern!r}{nearest(pattern, names)}. Sites here: {', '.join(names)}.")
+    return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
+
+
+def by_pattern(values: Mapping[str, T], names: Sequence[str], *, what: str) -> dict[str, T]:
+    """Resolves ``{pattern: value}`` to ``{name: value}``.
+
+    An exact name beats a pattern; two patterns that give one name different values are ambiguous (ValueError); a pattern
+    that matches nothing, or a name that no pattern matches, raises KeyError.
+    """
+    chosen: dict[str, tuple[str, T]] = {}
+    for pattern, value in values.items():
+        for name in select(pattern, names):
+            if name in chosen:
+                other, before = chosen[name]
+                if name == other or before == value:
+                    continue
+                if name != pattern:
+                    raise ValueError(
+                        f"{what} of {name} is ambiguous: {other!r} says {before}, {pattern!r} says {value}. "
+                        "Name the site itself, or make the patterns disjoint."
+                    )
+            chosen[name] = (pattern, value)
+    missing = [name for name in names if name not in chosen]
+    if missing:
+        raise KeyError(f"No {what} is given for {', '.join(missing)}; patterns given: {', '.join(values)}.")
+    return {name: chosen[name][1] for name in names}
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"``, or nothing if no name is near."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class Packing:
+    """Where each site's subcomponents lie on one packed axis of ``C_total = sum of C`` entries.
+
+    Importances, sources and masks of all sites are kept as one tensor ``[..., C_total]``, which costs one elementwise
+    pass instead of one a site; ``unpack`` gives views.
+    """
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        self.counts = dict(counts)
+        self.names = list(self.counts)
+        self.total = sum(self.counts.values())
+        self.slices: dict[str, slice] = {}
+        start = 0
+        for name, count in self.counts.items():
+            self.slices[name] = slice(start, start + count)
+            start += count
+
+    def unpack(self, packed: Shaped[Tensor, "*batch C_total"]) -> dict[str, Shaped[Tensor, "*batch _"]]:
+        """Views of the packed tensor, by site."""
+        return dict(zip(self.names, packed.split(list(self.counts.values()), dim=-1), strict=True))
+
+    def subcomponents(self) -> Iterator[Subcomponent]:
+        """All subcomponents in packed order."""
+        for name, count in self.counts.items():
+            for index in range(count):
+                yield Subcomponent(name, index)
+
+    def at(self, position: int) -> Subcomponent:
+        """The subcomponent at a packed position."""
+        for name, where in self.slices.items():
+            if position < where.stop:
+                return Subcomponent(name, position - where.start)
+        raise IndexError(f"Packed position {position} is beyond the last of {self.total} subcomponents.")
