@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -59,6 +60,29 @@ class Masks(Mapping[str, SiteMask]):
         return Masks({name: replace(own, routed=routing[name]) for name, own in self._by_site.items()})
 
 
+class _FromSources(torch.autograd.Function):
+    """``(g + (1 − g) r, r_Δ)``: backward in one pass a tensor, and one gradient for the whole source."""
+
+    @staticmethod
+    def forward(ctx: Any, g: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(g, sources)
+        r, delta = sources.split([g.shape[-1], sources.shape[-1] - g.shape[-1]], dim=-1)
+        one = torch.ones((), dtype=g.dtype, device=g.device)
+        return torch.lerp(r, one, g), delta.expand(*g.shape[:-1], -1).clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, grad_delta: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
+        g, sources = ctx.saved_tensors
+        C = g.shape[-1]
+        grad_g = torch.addcmul(grad, grad, sources[..., :C], value=-1) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return grad_g, None
+        full = grad.new_empty(*g.shape[:-1], sources.shape[-1])
+        torch.addcmul(grad, grad, g, value=-1, out=full[..., :C])
+        full[..., C:] = grad_delta
+        return grad_g, full.sum_to_size(sources.shape)
+
+
 def masks_from_sources(
     g: Float[Tensor, "batch pos C_total"],
     sources: Float[Tensor, "#batch #pos C_and_deltas"],
@@ -66,10 +90,8 @@ def masks_from_sources(
     routing: Mapping[str, Bool[Tensor, "batch pos"]] | None = None,
 ) -> Masks:
     """Masks ``g + (1 − g) · r`` of every site, Δ's from the last entries of the packed sources."""
-    r, r_delta = sources[..., : packing.total], sources[..., packing.total :]
-    mask = torch.lerp(r.expand_as(g), torch.ones((), dtype=g.dtype, device=g.device), g)
-    by_site = packing.unpack(mask)
-    deltas = r_delta.unbind(-1)
+    mask, delta = _FromSources.apply(g, sources)
+    by_site, deltas = packing.unpack(mask), delta.unbind(-1)
     return Masks(
         {
             name: SiteMask(by_site[name], deltas[i], None if routing is None else routing[name])

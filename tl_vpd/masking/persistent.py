@@ -34,6 +34,7 @@ class PersistentSources:
         self.first = torch.zeros_like(self.values)
         self.second = torch.zeros_like(self.values)
         self.updates = 0
+        self._work = torch.empty_like(self.values)
 
     def leaf(self) -> Float[Tensor, "batch pos C_and_deltas"]:
         """The sources as a leaf that collects gradients; the values are shared, not copied."""
@@ -48,9 +49,8 @@ class PersistentSources:
         self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = (1 - beta2**self.updates) ** 0.5
         step = lr * scale / (1 - beta1**self.updates)
-        self.values = (
-            (self.second.sqrt().add_(self.eps * scale)).reciprocal_().mul_(self.first).mul_(step).add_(self.values)
-        ).clamp_(0, 1)
+        torch.sqrt(self.second, out=self._work).add_(self.eps * scale)
+        self.values.addcdiv_(self.first, self._work, value=step).clamp_(0, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Values, both moments and the counter."""

@@ -1,0 +1,98 @@
+"""Γ, squashings and masked outputs in every mask mode, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tl_vpd.divergence import kl_divergence, next_token_ce
+from tl_vpd.hooks import TappedModel
+from tl_vpd.importance import lower_leaky, upper_leaky
+from tl_vpd.masking import constant_masks, masks_from_sources
+
+from .conftest import MODULES, Reference, by_site, pack, pack_sources, read
+
+
+@pytest.mark.parametrize(("name", "squash"), [("lower", lower_leaky), ("upper", upper_leaky)])
+def test_squashings_and_their_gradients(name, squash):
+    grid = read("sigmoid_grid")
+    for sign, key in ((1.0, "grad_gpos"), (-1.0, "grad_gneg")):
+        x = grid["x"].clone().requires_grad_()
+        y = squash(x)
+        y.backward(torch.full_like(y, sign))
+        assert_close(y.detach(), grid[f"{name}/y"], rtol=0, atol=1e-7)
+        assert_close(x.grad, grid[f"{name}/{key}"], rtol=0, atol=1e-7)
+
+
+def test_clean_pass(reference: Reference):
+    with TappedModel(reference.decomposition, reference.model) as tapped:
+        logits, inputs = tapped.clean(reference.tokens)
+    assert_close(logits, reference.outputs["logits_clean"], rtol=0, atol=2e-5)
+    for name, expected in by_site(reference.outputs, "act_in").items():
+        assert_close(inputs[name], expected, rtol=0, atol=1e-5)
+        acts = inputs[name] @ reference.decomposition.V[name].detach()
+        assert_close(acts, by_site(reference.outputs, "comp_act")[name], rtol=0, atol=2e-5)
+
+
+def test_deltas(reference: Reference):
+    with TappedModel(reference.decomposition, reference.model) as tapped:
+        for name, expected in by_site(reference.outputs, "weight_delta").items():
+            delta = reference.decomposition.components.delta(name, tapped.adapter.weight(name))
+            assert_close(delta.detach().T, expected, rtol=0, atol=1e-6)
+
+
+def test_importances(reference: Reference):
+    with TappedModel(reference.decomposition, reference.model) as tapped, torch.no_grad():
+        z = reference.decomposition.pre_sigmoid(tapped.clean(reference.tokens)[1])
+    assert_close(z, pack(reference.outputs, "ci_pre"), rtol=0, atol=1e-5)
+    assert_close(lower_leaky(z), pack(reference.outputs, "ci_lower"), rtol=0, atol=1e-5)
+    assert_close(upper_leaky(z), pack(reference.outputs, "ci_upper"), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "a_ones_delta1",
+        "b_ones_delta0",
+        "c_ci_delta0",
+        "d_stoch_allrouted",
+        "e_stoch_routed",
+        "f_ppgd_allrouted",
+        "g_rounded_ci_delta0",
+        "h_zero_delta0",
+    ],
+)
+def test_masked_logits(reference: Reference, case: str, dtype: torch.dtype):
+    packing, inputs = reference.packing, reference.inputs
+    g = pack(reference.outputs, "ci_lower")
+    stochastic = torch.cat([pack(inputs, "src"), *(by_site(inputs, "src_delta")[n][..., None] for n in packing.names)], -1)
+    routing = by_site(inputs, "routing")
+    masks = {
+        "a": lambda: constant_masks(torch.ones_like(g), 1.0, packing),
+        "b": lambda: constant_masks(torch.ones_like(g), 0.0, packing),
+        "c": lambda: constant_masks(g, 0.0, packing),
+        "d": lambda: masks_from_sources(g, stochastic, packing),
+        "e": lambda: masks_from_sources(g, stochastic, packing, routing),
+        "f": lambda: masks_from_sources(g, pack_sources(inputs, "ppgd_src"), packing),
+        "g": lambda: constant_masks((g > 0).to(g.dtype), 0.0, packing),
+        "h": lambda: constant_masks(torch.zeros_like(g), 0.0, packing),
+    }[case[0]]()
+    if dtype == torch.float64:
+        reference.model.to(torch.float64)
+        reference.decomposition.to(torch.float64)
+    with TappedModel(reference.decomposition, reference.model) as tapped, torch.no_grad():
+        logits = tapped.masked(reference.tokens, masks)
+        target, _ = tapped.clean(reference.tokens)
+    assert_close(logits, reference.outputs[f"logits_{case}"].to(dtype), rtol=0, atol=5e-5)
+    kl = kl_divergence(target.float().log_softmax(-1), logits)
+    assert_close(kl, torch.tensor(reference.scalars[f"kl_{case}"]), rtol=1e-5, atol=2e-6)
+    ce = next_token_ce(logits, reference.tokens)
+    assert_close(ce, torch.tensor(reference.scalars[f"ce_{case}"]), rtol=1e-5, atol=2e-6)
+
+
+def test_l0(reference: Reference):
+    for module, site in MODULES.items():
+        l0 = (by_site(reference.outputs, "ci_lower")[site] > 0).sum(-1).float().mean()
+        assert_close(l0, torch.tensor(reference.scalars[f"l0/{module}"]), rtol=1e-6, atol=0)

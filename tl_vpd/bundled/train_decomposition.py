@@ -1,0 +1,53 @@
+"""Remakes the decomposition that ships: ``python -m tl_vpd.bundled.train_decomposition --out DIR`` (about two hours on two cores).
+
+It trains on windows of the standard library's training files, tokenised with the bundled tokenizer. ``--resume`` goes on
+with a run that was stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from tl_vpd import bundled
+from tl_vpd.bundled import corpus
+from tl_vpd.importance import GammaConfig
+from tl_vpd.training import AdversaryConfig, Coefficients, VPDConfig, decompose
+
+CONFIG = VPDConfig(
+    steps=5_000,
+    batch_size=32,
+    seed=0,
+    C={"*.W_[QK]": 64, "*.W_[VO]": 128, "*.W_in": 384, "*.W_out": 384},
+    gamma=GammaConfig(d_ci=192, n_blocks=2, n_heads=4),
+    lr=5e-4,
+    coefficients=Coefficients(delta=1e5, importance=6e-4, frequency=3e-4),
+    adversary=AdversaryConfig(lr=0.02),
+)
+CONTEXT = 64
+ROWS = 60_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=CONFIG.steps)
+    parser.add_argument("--importance", type=float, default=CONFIG.coefficients.importance)
+    parser.add_argument("--resume", action="store_true")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    training, _ = corpus.split(corpus.files())
+    stream = corpus.token_stream(corpus.load_tokenizer(bundled.MODEL), training)
+    rows = torch.from_numpy(corpus.windows(stream, CONTEXT, ROWS, seed=3).astype(np.int64))
+    strength = arguments.importance
+    coefficients = CONFIG.coefficients.model_copy(update={"importance": strength, "frequency": strength / 2})
+    config = CONFIG.model_copy(update={"steps": arguments.steps, "coefficients": coefficients})
+    decompose(bundled.model(), rows, config, out=arguments.out, resume=arguments.resume)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""What a decomposition is trained with: the algorithm (``VPDConfig``), apart from where and how it runs.
+
+Defaults are the paper's, with learning rates and run length for models and budgets far below its 400,000 steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from tl_vpd.importance import GammaConfig
+from tl_vpd.sites import Site, by_pattern
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class AdversaryConfig(_Frozen):
+    """The persistent adversary of training."""
+
+    inner_steps: int = Field(2, ge=0)
+    """Ascent updates before the main forward, whose own gradient gives one more."""
+    lr: float = Field(0.01, gt=0)
+    """Adam's rate, constant after the warm-up."""
+    warm_up: float = Field(0.025, ge=0, le=1)
+    """Share of the run over which the rate rises from 0."""
+    betas: tuple[float, float] = (0.5, 0.99)
+    eps: float = Field(1e-8, gt=0)
+    routing: Literal["all", "uniform_k"] = "all"
+    """Which sites its masks act on at a token."""
+
+
+class Coefficients(_Frozen):
+    """Weights of the losses (the paper's)."""
+
+    delta: float = Field(1e7, ge=0)
+    """Δ-L2, also called faithfulness."""
+    stochastic: float = Field(0.5, ge=0)
+    adversarial: float = Field(0.5, ge=0)
+    importance: float = Field(2e-4, ge=0)
+    """The first to tune: too high and importances sink below 1 everywhere, too low and L0 stays dense."""
+    frequency: float = Field(1e-4, ge=0)
+    """About half of ``importance``."""
+
+
+class VPDConfig(_Frozen):
+    """The algorithm's settings; unknown names are refused."""
+
+    steps: int = Field(20_000, ge=1)
+    batch_size: int = Field(32, ge=1)
+    seed: int = 0
+    sites: tuple[str, ...] | None = None
+    """Patterns of the sites to decompose (None: all)."""
+    C: int | dict[str, int] | None = None
+    """Subcomponents a site: one number, numbers by pattern, or None for the paper's proportions (``default_counts``)."""
+    gamma: GammaConfig = GammaConfig()
+    lr: float = Field(5e-4, gt=0)
+    """AdamW's rate for V and U."""
+    gamma_lr: float | None = Field(None, gt=0)
+    """AdamW's rate for Γ (None: ``lr``)."""
+    lr_final: float = Field(0.1, ge=0, le=1)
+    """Both rates fall on a cosine to this share."""
+    coefficients: Coefficients = Coefficients()
+    p_start: float = Field(2.0, gt=0)
+    p_end: float = Field(0.4, gt=0)
+    """Exponent of the minimality losses, linear over the run."""
+    stochastic_routing: Literal["all", "uniform_k"] = "uniform_k"
+    adversary: AdversaryConfig = AdversaryConfig()
+    clip: float | None = Field(0.01, gt=0)
+    """Gradient norm of V and U together (Γ is not clipped; None: no clipping)."""
+    warm_up_steps: int = Field(400, ge=0)
+    """Steps of faithfulness alone, on V and U, before the first."""
+    warm_up_lr: float = Field(1e-3, gt=0)
+    output: Literal["kl", "mse"] = "kl"
+    """Distance of outputs: KL for logits, squared error for others."""
+
+    @field_validator("sites", mode="before")
+    @classmethod
+    def _one_pattern(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _positive_counts(self) -> VPDConfig:
+        given = {"every site": self.C} if isinstance(self.C, int) else self.C or {}
+        for where, count in given.items():
+            if count < 1:
+                raise ValueError(f"C of {where} is {count}; a site needs at least one subcomponent.")
+        return self
+
+
+def counts_for(config: VPDConfig, sites: Mapping[str, Site]) -> dict[str, int]:
+    """C of every site.
+
+    Raises:
+        KeyError: a pattern matches no site, or a site is left without. ValueError: two patterns disagree.
+    """
+    if isinstance(config.C, int):
+        return dict.fromkeys(sites, config.C)
+    if config.C is None:
+        return {name: default_count(site) for name, site in sites.items()}
+    return by_pattern(config.C, list(sites), what="C")
+
+
+def default_count(site: Site) -> int:
+    """The paper's proportions: Q and K two thirds of the matrix's larger dimension, V and O four thirds, MLP in once, out 7/6."""
+    share = {"q": 2 / 3, "k": 2 / 3, "v": 4 / 3, "o": 4 / 3, "out": 7 / 6}.get(site.short, 1.0)
+    return max(1, round(share * max(site.d_in, site.d_out)))

@@ -1,0 +1,10 @@
+"""The five losses of VPD, one idea a file.
+
+    L = c_stoch · L_stoch + c_adv · L_adv + c_imp · L_imp + c_freq · L_freq + c_Δ · L_Δ
+"""
+
+from tl_vpd.training.losses.faithfulness import faithfulness
+from tl_vpd.training.losses.minimality import frequency_minimality, importance_minimality, power_sums
+from tl_vpd.training.losses.reconstruction import Reconstruction
+
+__all__ = ["Reconstruction", "faithfulness", "frequency_minimality", "importance_minimality", "power_sums"]
