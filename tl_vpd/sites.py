@@ -133,9 +133,11 @@ def by_pattern(values: Mapping[str, T], names: Sequence[str], *, what: str) -> d
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
-    """``"; did you mean 'x'?"``, or nothing if no name is near."""
-    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    """``" (did you mean 'x'?)"``, or nothing if no name is near. A name that differs in case alone is the nearest."""
+    names = list(names)
+    same = [n for n in names if n.lower() == name.lower()]
+    close = same or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 class Packing:

@@ -112,6 +112,8 @@ def load(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Decomposi
         missing = {s.name for s in sites} ^ set(counts) or {s.name for s in sites} ^ set(fingerprints)
         if missing:
             raise ValueError(f"sites, C and fingerprints disagree about {', '.join(sorted(missing))}")
+        with torch.device("meta"):
+            decomposition = Decomposition(sites, counts, gamma, fingerprints=fingerprints, record=config)
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
     if _sha256(folder / TENSORS) != checksum:
@@ -119,8 +121,6 @@ def load(folder: Path, *, device: torch.device, dtype: torch.dtype) -> Decomposi
             f"{folder / TENSORS} is not the file that {CONFIG} was written for (its checksum differs): it was cut short or "
             "changed. Copy the folder again."
         )
-    with torch.device("meta"):
-        decomposition = Decomposition(sites, counts, gamma, fingerprints=fingerprints, record=config)
     decomposition.to_empty(device=device).to(dtype)
     fill(decomposition, folder / TENSORS)
     return decomposition

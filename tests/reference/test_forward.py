@@ -11,7 +11,7 @@ from tl_vpd.hooks import TappedModel
 from tl_vpd.importance import lower_leaky, upper_leaky
 from tl_vpd.masking import constant_masks, masks_from_sources
 
-from .conftest import MODULES, Reference, by_site, pack, pack_sources, read
+from tests.reference.conftest import MODULES, Reference, by_site, pack, pack_sources, read
 
 
 @pytest.mark.parametrize(("name", "squash"), [("lower", lower_leaky), ("upper", upper_leaky)])

@@ -14,7 +14,7 @@ from tl_vpd.training import AdversaryConfig, Coefficients, Trainer, VPDConfig
 from tl_vpd.training.losses import Reconstruction, faithfulness, frequency_minimality, importance_minimality, power_sums
 from tl_vpd.training.trainer import Draws
 
-from .conftest import Reference, by_site, pack, pack_sources, read
+from tests.reference.conftest import Reference, by_site, pack, pack_sources, read
 
 
 class Losses:

@@ -100,6 +100,18 @@ class HookedTransformerAdapter:
             W = W.transpose(0, 1)  # [head, d_model, d_head] -> [d_model, head, d_head]
         return W.reshape(site.d_in, site.d_out)
 
+    @torch.no_grad()
+    def set_weight(self, name: str, W: Float[Tensor, "d_in d_out"]) -> None:
+        """Writes the site's weight into the model, in place; raises ValueError if the shape is another."""
+        site = self.sites[name]
+        if W.shape != (site.d_in, site.d_out):
+            raise ValueError(f"{name} is {site.d_in}x{site.d_out}; a {tuple(W.shape)} was given.")
+        module, attribute = self._parameter(site)
+        parameter = getattr(module, attribute)
+        if site.short in ("q", "k", "v"):
+            W = W.view(site.d_in, site.n_heads, site.d_head).transpose(0, 1)  # [d_model, head, d_head] -> [head, ...]
+        parameter.copy_(W.reshape(parameter.shape))
+
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
         """The bias added to the site's output before it is tapped (None: there is none)."""
         site = self.sites[name]
@@ -152,18 +164,18 @@ class HookedTransformerAdapter:
         return tokens.to(self.device)
 
     def call(self, arguments: tuple[Any, ...], keywords: dict[str, Any], return_type: str | None) -> Any:
-        """Runs the model on the same arguments with another ``return_type``."""
+        """Runs the model's ``forward`` on the same arguments with another ``return_type``."""
         if len(arguments) > 1:
             arguments = (arguments[0], return_type, *arguments[2:])
-            return self.model(*arguments, **{k: v for k, v in keywords.items() if k != "return_type"})
-        return self.model(*arguments, **{**keywords, "return_type": return_type})
+            return self.model.forward(*arguments, **{k: v for k, v in keywords.items() if k != "return_type"})
+        return self.model.forward(*arguments, **{**keywords, "return_type": return_type})
 
-    @staticmethod
-    def truncation(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str | None:
-        """The argument that makes this call skip blocks, if any."""
-        positional = dict(zip(_FORWARD, arguments, strict=False))
-        given = {**positional, **keywords}
-        return next((f for f in ("stop_at_layer", "start_at_layer") if given.get(f) is not None), None)
+    def truncation(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> str | None:
+        """The argument that makes this call skip blocks, if any (``generate`` starts at layer 0, from embeddings)."""
+        given = {**dict(zip(_FORWARD, arguments, strict=False)), **keywords}
+        if given.get("start_at_layer") not in (None, 0, -self.model.cfg.n_layers):
+            return "start_at_layer"
+        return "stop_at_layer" if given.get("stop_at_layer") is not None else None
 
     @staticmethod
     def kv_cache(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
@@ -171,16 +183,16 @@ class HookedTransformerAdapter:
         return {**dict(zip(_FORWARD, arguments, strict=False)), **keywords}.get("past_kv_cache")
 
     def padding(
-        self, tokens: Int[Tensor, "batch pos"], attention_mask: Tensor | None
+        self, tokens: Int[Tensor, "batch pos"] | None, attention_mask: Tensor | None
     ) -> Bool[Tensor, "batch pos"] | None:
         """True at real tokens, False at padding; None if nothing is padded.
 
-        An attention mask says it; without one, leading or trailing pad tokens count as padding as TransformerLens
+        An attention mask says it (alone, where a pass starts from embeddings and there are no tokens); without one, leading or trailing pad tokens count as padding as TransformerLens
         counts them (a tokenizer is needed for that).
         """
         if attention_mask is None:
             tokenizer = self.model.tokenizer
-            if tokenizer is None or tokenizer.pad_token_id is None or tokens.shape[1] == 0:
+            if tokens is None or tokenizer is None or tokenizer.pad_token_id is None or tokens.shape[1] == 0:
                 return None
             edge = tokens[:, 0] if tokenizer.padding_side == "left" else tokens[:, -1]
             if not bool((edge == tokenizer.pad_token_id).any()):
@@ -188,7 +200,9 @@ class HookedTransformerAdapter:
             from transformer_lens.utils import get_attention_mask
 
             attention_mask = get_attention_mask(tokenizer, tokens, bool(self.model.cfg.default_prepend_bos))
-        keep = attention_mask[:, -tokens.shape[1] :].bool().to(tokens.device)
+        if tokens is not None:
+            attention_mask = attention_mask[:, -tokens.shape[1] :]
+        keep = attention_mask.bool().to(self.device)
         return None if bool(keep.all()) else keep
 
     # -- taps ----------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from torch import Tensor
 from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tl_vpd.decomposition import Decomposition
+
+if TYPE_CHECKING:
+    from tl_vpd.evaluation import Evaluation
 
 MODEL = Path(__file__).parent / "model"
 DECOMPOSITION = Path(__file__).parent / "decomposition"
@@ -81,3 +84,10 @@ def load_model(folder: Path, *, device: str | torch.device = "cpu") -> HookedTra
         state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
     return hooked.to(device)
+
+
+def evaluation() -> Evaluation:
+    """The full evaluation of the bundled decomposition on 8,192 validation tokens, as it was measured when it was made."""
+    from tl_vpd.evaluation import Evaluation
+
+    return Evaluation(json.loads((DECOMPOSITION / "metrics.json").read_text(encoding="utf-8")))

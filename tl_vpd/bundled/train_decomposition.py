@@ -19,17 +19,19 @@ from tl_vpd.importance import GammaConfig
 from tl_vpd.training import AdversaryConfig, Coefficients, VPDConfig, decompose
 
 CONFIG = VPDConfig(
-    steps=5_000,
-    batch_size=32,
+    steps=7_000,
+    batch_size=8,
     seed=0,
-    C={"*.W_[QK]": 64, "*.W_[VO]": 128, "*.W_in": 384, "*.W_out": 384},
-    gamma=GammaConfig(d_ci=192, n_blocks=2, n_heads=4),
-    lr=5e-4,
+    C={"*.W_[QK]": 96, "*.W_[VO]": 128, "*.W_in": 416, "*.W_out": 416},
+    init="channels",
+    gamma=GammaConfig(d_ci=192, n_blocks=2, n_heads=4, output_bias=0.8),
+    lr=1e-3,
+    minimality_warm_up=0.3,
     coefficients=Coefficients(delta=1e5, importance=6e-4, frequency=3e-4),
     adversary=AdversaryConfig(lr=0.02),
 )
-CONTEXT = 64
-ROWS = 60_000
+CONTEXT = 128
+ROWS = 40_000
 
 
 def main() -> None:
@@ -37,6 +39,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=CONFIG.steps)
     parser.add_argument("--importance", type=float, default=CONFIG.coefficients.importance)
+    parser.add_argument("--lr", type=float, default=CONFIG.lr)
+    parser.add_argument("--gamma-lr", type=float, default=CONFIG.gamma_lr)
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -45,7 +49,7 @@ def main() -> None:
     rows = torch.from_numpy(corpus.windows(stream, CONTEXT, ROWS, seed=3).astype(np.int64))
     strength = arguments.importance
     coefficients = CONFIG.coefficients.model_copy(update={"importance": strength, "frequency": strength / 2})
-    config = CONFIG.model_copy(update={"steps": arguments.steps, "coefficients": coefficients})
+    config = CONFIG.model_copy(update={"steps": arguments.steps, "coefficients": coefficients, "lr": arguments.lr, "gamma_lr": arguments.gamma_lr})
     decompose(bundled.model(), rows, config, out=arguments.out, resume=arguments.resume)
 
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.hooks.registry import is_attached
 from tl_vpd.masking import Masks
 from tl_vpd.sites import Subcomponent
 
@@ -31,7 +32,7 @@ Positions = int | slice | Sequence[int] | None
 class SetTo:
     """A hook that puts a given tensor in the place of the mask."""
 
-    value: Float[Tensor, "*batch"]
+    value: Float[Tensor, "*batch"] = field(repr=False)  # TransformerLens names hooks by their repr
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
         try:
@@ -68,8 +69,6 @@ def _as_list(pos: int | Sequence[int]) -> list[int]:
 
 
 def _require_attached(decomposition: Decomposition, function: str) -> None:
-    from tl_vpd.hooks.attached import is_attached
-
     if not is_attached(decomposition):
         raise RuntimeError(
             f"{function} makes hooks for an attached model, and this decomposition is attached to none: call "

@@ -12,13 +12,11 @@ Nothing is computed for a HookPoint that nobody listens to; with no listener and
 
 from __future__ import annotations
 
-import sys
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -31,6 +29,7 @@ from tl_vpd.components import masked_output
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.divergence import kl_divergence
 from tl_vpd.fingerprint import compare
+from tl_vpd.hooks import registry
 from tl_vpd.hooks.ablations import Positions, ablation_hooks
 from tl_vpd.hooks.importances import zero_padding
 from tl_vpd.hooks.modes import NEED_IMPORTANCES, Delta, Mode, check_mode, masks_of_mode
@@ -43,15 +42,8 @@ KINDS = ("component_acts", "ci", "mask", "delta_mask")
 MaskFunction = Callable[[str, Tensor], Tensor | SiteMask]
 """Takes a site's name and its inner activations ``[batch, pos, C]``; gives their mask."""
 
-_attached: weakref.WeakKeyDictionary[nn.Module, Attached] = weakref.WeakKeyDictionary()
 
-
-def is_attached(decomposition: Decomposition) -> bool:
-    """Whether the decomposition is attached to any model now."""
-    return any(a.decomposition is decomposition for a in _attached.values())
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Plan:
     """What a masked context asks of every forward pass."""
 
@@ -91,11 +83,12 @@ class Attached:
         model: nn.Module,
         *,
         sites: str | Sequence[str] | None = None,
-        hooks: Sequence[str] = KINDS,
+        hooks: str | Sequence[str] = KINDS,
         check_weights: bool = True,
     ) -> None:
-        if model in _attached:
+        if registry.attached_to(model) is not None:
             raise ValueError("A decomposition is attached to this model already: detach it first.")
+        hooks = [hooks] if isinstance(hooks, str) else list(hooks)
         for kind in hooks:
             if kind not in KINDS:
                 raise KeyError(f"{kind!r} is no kind of hook{nearest(kind, KINDS)}. Kinds: {', '.join(KINDS)}.")
@@ -115,7 +108,7 @@ class Attached:
         except BaseException:
             self.detach()
             raise
-        _attached[model] = self
+        registry.add(self)
 
     # -- putting on and taking off ---------------------------------------------------------------------------------
 
@@ -123,7 +116,9 @@ class Attached:
         stored, here = self.decomposition.sites, self.adapter.sites
         for name, site in stored.items():
             if name not in here:
-                raise ValueError(f"This model has no {name}{nearest(name, here)}: the decomposition is of another model.")
+                raise ValueError(
+                    f"This model has no {name}{nearest(name, here)}: the decomposition is of another model."
+                )
             if (site.d_in, site.d_out) != (here[name].d_in, here[name].d_out):
                 raise ValueError(
                     f"{name} is {here[name].d_in}x{here[name].d_out} in this model and {site.d_in}x{site.d_out} in the "
@@ -148,7 +143,10 @@ class Attached:
         original = self.decomposition
         with torch.device("meta"):
             other = Decomposition(
-                list(original.sites.values()), original.counts, original.gamma_config, fingerprints=original.fingerprints
+                list(original.sites.values()),
+                original.counts,
+                original.gamma_config,
+                fingerprints=original.fingerprints,
             )
         state = {k: v.to(self.adapter.device, self.adapter.dtype) for k, v in original.state_dict().items()}
         other.load_state_dict(state, assign=True)
@@ -167,8 +165,9 @@ class Attached:
             self._handles += self.adapter.tap(name, partial(self._read, name), partial(self._write, name))
         self._handles.append(self.adapter.tap_tokens(self._see_tokens))
         self._handles.append(self.adapter.tap_attention_mask(self._see_attention_mask))
-        self._handles.append(self.model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True))
-        self._handles.append(self.model.register_forward_hook(self._after, with_kwargs=True, always_call=True))
+        self._own_forward = self.model.__dict__.get("forward")
+        self._plain_forward = self.model.forward
+        self.model.__dict__["forward"] = self._forward
         self.adapter.hook_points_changed()
 
     def detach(self) -> None:
@@ -176,6 +175,11 @@ class Attached:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        if self.model.__dict__.get("forward") == self._forward:
+            if self._own_forward is None:
+                del self.model.__dict__["forward"]
+            else:
+                self.model.__dict__["forward"] = self._own_forward
         for name, points in self._hook_points.items():
             for kind in points:
                 attribute = self.decomposition.sites[name].hook_name(kind).rsplit(".", 1)[1]
@@ -185,8 +189,7 @@ class Attached:
             self.adapter.hook_points_changed()
         self._plans.clear()
         self._reset()
-        if _attached.get(self.model) is self:
-            del _attached[self.model]
+        registry.discard(self)
 
     def __enter__(self) -> Attached:
         return self
@@ -199,10 +202,10 @@ class Attached:
     @contextmanager
     def masked(
         self,
-        mode: Mode | Masks | Mapping[str, SiteMask] | MaskFunction,
+        mode: Mode | str | Mapping[str, SiteMask] | MaskFunction,
         *,
         threshold: float = 0.0,
-        delta: Delta = None,
+        delta: Delta | str = None,
         sites: str | Sequence[str] | None = None,
         seed: int | None = None,
         steps: int = 20,
@@ -220,15 +223,18 @@ class Attached:
                 batch and positions and attack the KL to the target at every real token.
 
         Raises:
-            ValueError: unknown mode or impossible delta. KeyError: a site pattern that matches nothing.
+            ValueError: unknown mode or impossible delta. KeyError: a site pattern that matches nothing. RuntimeError:
+                the decomposition has been detached.
         """
+        if not self._handles:
+            raise RuntimeError("This decomposition has been detached, so nothing would be masked: attach it again.")
         chosen = frozenset(select(sites, self.sites))
         generator = None if seed is None else torch.Generator(self.adapter.device).manual_seed(seed)
         name: Mode | None = None
         given: Masks | MaskFunction | None = None
         if isinstance(mode, str):
             check_mode(mode, delta)
-            name = mode
+            name = cast(Mode, mode)
         elif isinstance(mode, Mapping):
             unknown = set(mode) - set(self.decomposition.sites)
             if unknown:
@@ -236,12 +242,12 @@ class Attached:
             given = mode if isinstance(mode, Masks) else Masks(mode)
         else:
             given = mode
-        plan = _Plan(name, given, chosen, threshold, delta, generator, steps, step_size)
+        plan = _Plan(name, given, chosen, threshold, cast(Delta, delta), generator, steps, step_size)
         self._plans.append(plan)
         try:
             yield self
         finally:
-            self._plans.remove(plan)
+            self._plans = [p for p in self._plans if p is not plan]
 
     @contextmanager
     def ablated(
@@ -261,7 +267,6 @@ class Attached:
         self._fired: dict[str, int] = {}
         self._tokens: Tensor | None = None
         self._attention_mask: Tensor | None = None
-        self._error_before = sys.exc_info()[1]
 
     def _listening(self, name: str, kind: str) -> HookPoint | None:
         hook_point = self._hook_points.get(name, {}).get(kind)
@@ -269,10 +274,31 @@ class Attached:
             return None
         return hook_point
 
-    def _before(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        if self._inside:
-            return
+    def _forward(self, *arguments: Any, **keywords: Any) -> Any:
+        """Stands in for the model's ``forward``: ``run_with_hooks`` and ``generate`` call that without the model's hooks."""
+        if self._inside or not self._handles:
+            return self._plain_forward(*arguments, **keywords)
         self._reset()
+        try:
+            self._before(arguments, keywords)
+            output = self._plain_forward(*arguments, **keywords)
+            self._after(arguments, keywords)
+            return output
+        finally:
+            self._reset()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, the model runs as if nothing were attached, even from a hook in the middle of a forward pass."""
+        before = dict(vars(self))
+        self._reset()
+        self._inside = True
+        try:
+            yield
+        finally:
+            vars(self).update(before)
+
+    def _before(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         self.adapter.check()
         plan = self._plans[-1] if self._plans else None
         wants_ci = any(self._listening(name, "ci") for name in self.sites)
@@ -304,11 +330,14 @@ class Attached:
             return masks_of_mode(
                 plan.mode, g, self._parts.packing, threshold=plan.threshold, delta=plan.delta, generator=plan.generator
             ).only(self._masked_sites(plan))
-        keep = self._keep()
-        target = logits.float().log_softmax(-1).clone()
+        # Under inference_mode the attack needs copies that autograd may save.
+        with torch.inference_mode(False):
+            arguments, keywords = tuple(map(_savable, arguments)), {k: _savable(v) for k, v in keywords.items()}
+            constant, keep = _savable(g.detach()), _savable(self._keep())
+            target = _savable(logits).float().log_softmax(-1)
 
         def loss(sources: Tensor) -> Tensor:
-            self._masks = masks_from_sources(g.detach(), sources, self._parts.packing).only(self._masked_sites(plan))
+            self._masks = masks_from_sources(constant, sources, self._parts.packing).only(self._masked_sites(plan))
             return kl_divergence(target, self.adapter.call(arguments, keywords, "logits"), keep)
 
         width = self._parts.packing.total + len(self._parts.packing.names)
@@ -334,7 +363,6 @@ class Attached:
             self._fired.clear()
 
     def _keep(self) -> Tensor | None:
-        assert self._tokens is not None
         return self.adapter.padding(self._tokens, self._attention_mask)
 
     def _fire_importances(self) -> Float[Tensor, "batch pos C_total"]:
@@ -347,26 +375,20 @@ class Attached:
         if not any(listeners.values()):
             return g
         by_site = self._parts.packing.unpack(g)
-        return torch.cat([point(by_site[n]) if (point := listeners[n]) else by_site[n] for n in by_site], dim=-1)
+        return torch.cat(
+            [point(by_site[n].clone()) if (point := listeners[n]) else by_site[n] for n in by_site], dim=-1
+        )
 
-    def _after(self, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any) -> None:
-        if self._inside:
-            return
-        try:
-            error = sys.exc_info()[1]
-            if error is not None and error is not self._error_before:
-                return  # the pass failed; its own error is on the way
-            if self.adapter.truncation(arguments, keywords) is None:
-                wrong = {n: self._fired.get(n, 0) for n in self.decomposition.sites if self._fired.get(n, 0) != 1}
-                if wrong:
-                    raise RuntimeError(
-                        f"In this forward pass these sites ran another number of times than once: {wrong}. Masks and hooks "
-                        "would not act; the model computes them in a way that is not supported."
-                    )
-            if self._inputs is not None:
-                self._fire_importances()
-        finally:
-            self._reset()
+    def _after(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if self.adapter.truncation(arguments, keywords) is None:
+            wrong = {n: self._fired.get(n, 0) for n in self.decomposition.sites if self._fired.get(n, 0) != 1}
+            if wrong:
+                raise RuntimeError(
+                    f"In this forward pass these sites ran another number of times than once: {wrong}. Masks and hooks "
+                    "would not act; the model computes them in a way that is not supported."
+                )
+        if self._inputs is not None:
+            self._fire_importances()
 
     def _see_tokens(self, tokens: Tensor) -> None:
         self._tokens = tokens
@@ -386,7 +408,9 @@ class Attached:
             own = None if self._masks is None else self._masks.get(name)
             return None if own is None else self._masked(name, x @ self._parts.V[name], y, own)
         plan = self._plans[-1] if self._plans and name in self._plans[-1].sites else None
-        acts_point, mask_point, delta_point = (self._listening(name, k) for k in ("component_acts", "mask", "delta_mask"))
+        acts_point, mask_point, delta_point = (
+            self._listening(name, k) for k in ("component_acts", "mask", "delta_mask")
+        )
         if plan is None and not (acts_point or mask_point or delta_point):
             return None
         acts = x @ self._parts.V[name]
@@ -406,7 +430,7 @@ class Attached:
         """What the innermost masked context wants of this site in this pass."""
         if plan.needs_importances:
             if self._masks is None:
-                raise RuntimeError("Masks need the clean pass that comes first: call model(...), not model.forward(...).")
+                raise RuntimeError("Masks need the clean pass that comes first: call model(...) or model.forward(...).")
             return self._masks[name]
         if plan.mode is not None:
             one = Packing({name: acts.shape[-1]})
@@ -447,13 +471,17 @@ def _through(
         sent = acts.clone()
         out = point(sent)
         return (None if out is sent and torch.equal(sent, acts) else out), acts
-    differentiable = torch.is_grad_enabled() and acts.requires_grad
-    sent = acts.view_as(acts) if differentiable else acts
+    sent = acts.view_as(acts) if torch.is_grad_enabled() else acts
     version = acts._version
     out = point(sent)
     if acts._version != version:  # a hook wrote into them
         return out, again()
-    return (out if differentiable or out is not acts else None), acts
+    return (out if out is not sent or out.requires_grad else None), acts
+
+
+def _savable(value: Any) -> Any:
+    """A copy of an inference tensor that autograd may save; anything else as it is."""
+    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
 
 
 def _check_mask(name: str, own: SiteMask, acts: Tensor) -> None:

@@ -1,16 +1,16 @@
 """Causal importances of prompts, as a result to look at and to make masks from.
 
-    >>> ci = vpd.causal_importances(model, "def f(x):")     # doctest: +SKIP
-    >>> ci["blocks.1.mlp.W_in"].shape                       # doctest: +SKIP
-    torch.Size([1, 9, 384])
-    >>> ci.top(5)                                           # doctest: +SKIP
+>>> ci = vpd.causal_importances(model, "def f(x):")     # doctest: +SKIP
+>>> ci["blocks.1.mlp.W_in"].shape                       # doctest: +SKIP
+torch.Size([1, 9, 384])
+>>> ci.top(5)                                           # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import torch
@@ -50,7 +50,9 @@ class CausalImportances(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.packing.names)
 
-    def masks(self, mode: Mode, *, threshold: float = 0.0, delta: Delta = None, seed: int | None = None) -> Masks:
+    def masks(
+        self, mode: Mode | str, *, threshold: float = 0.0, delta: Delta | str = None, seed: int | None = None
+    ) -> Masks:
         """Masks for this prompt in one of the modes of ``tl_vpd.hooks.modes`` (``seed``: None draws on torch's state).
 
         Raises:
@@ -60,10 +62,13 @@ class CausalImportances(Mapping[str, Tensor]):
         if mode == "adversarial":
             raise ValueError("Adversarial masks are found by running the model: use attached.masked('adversarial').")
         generator = None if seed is None else torch.Generator(self.packed.device).manual_seed(seed)
-        return masks_of_mode(mode, self.packed, self.packing, threshold=threshold, delta=delta, generator=generator)
+        chosen, of_delta = cast(Mode, mode), cast(Delta, delta)
+        return masks_of_mode(
+            chosen, self.packed, self.packing, threshold=threshold, delta=of_delta, generator=generator
+        )
 
     @property
-    def l0(self) -> Float[Tensor, "batch pos"]:
+    def l0(self) -> Int[Tensor, "batch pos"]:
         """How many subcomponents have an importance above 0 at each token."""
         return (self.packed > 0).sum(-1)
 

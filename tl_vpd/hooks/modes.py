@@ -31,7 +31,7 @@ NEED_IMPORTANCES = ("stochastic", "rounded", "ci", "adversarial")
 Delta = float | Literal["drawn"] | None
 
 
-def check_mode(mode: str, delta: Delta) -> None:
+def check_mode(mode: str, delta: Delta | str) -> None:
     """Raises ValueError for an unknown mode or an impossible ``delta``."""
     if mode not in MODES:
         raise ValueError(f"{mode!r} is no mask mode{nearest(mode, MODES)}. Modes: {', '.join(MODES)}.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -21,8 +21,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.components import masked_output
+from tl_vpd.components import Components, masked_output
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.hooks.registry import attached_to
 from tl_vpd.masking import Masks
 
 
@@ -70,15 +71,15 @@ class TappedModel:
     """Taps on a model's sites, for clean and masked passes. A context manager: leaving it takes the taps off.
 
     Args:
-        decomposition: V and U are read at every pass, so that training sees its own updates.
+        decomposition: its V and U are read at every pass, so that training sees its own updates (Components will do).
         model: the target; it must be on the decomposition's device.
     """
 
-    def __init__(self, decomposition: Decomposition, model: nn.Module) -> None:
-        self.decomposition = decomposition
+    def __init__(self, decomposition: Decomposition | Components, model: nn.Module) -> None:
+        self.parts = decomposition
         self.model = model
         self.adapter = adapt(model)
-        self.names = list(decomposition.sites)
+        self.names = list(self.parts.sites)
         self._inputs: dict[str, Tensor] | None = None
         self._masks: Masks | None = None
         self._constant_parts = False
@@ -127,7 +128,9 @@ class TappedModel:
 
     def _run(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
         self._fired.clear()
-        logits = self.model(tokens, return_type="logits", attention_mask=None if keep is None else keep.long())
+        attached = attached_to(self.model)
+        with nullcontext() if attached is None else attached.paused():
+            logits = self.model(tokens, return_type="logits", attention_mask=None if keep is None else keep.long())
         wrong = {n: self._fired[n] for n in self.names if self._fired[n] != 1}
         if wrong:
             raise RuntimeError(
@@ -146,11 +149,17 @@ class TappedModel:
         self._fired[name] += 1
         if self._masks is None or name not in self._masks:
             return None
-        V, U = self.decomposition.V[name], self.decomposition.U[name]
+        V, U = self.parts.V[name], self.parts.U[name]
         if self._constant_parts:
             V, U = V.detach(), U.detach()
         own = self._masks[name]
-        acts = self._x.pop(name) @ V
+        acts = self._x.pop(name) @ V.to(y.dtype)
         return masked_output(
-            y, acts, U, self.adapter.bias(name), mask=own.mask, delta_mask=own.delta, routed=own.routed
+            y,
+            acts,
+            U.to(y.dtype),
+            self.adapter.bias(name),
+            mask=None if own.mask is None else own.mask.to(y.dtype),
+            delta_mask=None if own.delta is None else own.delta.to(y.dtype),
+            routed=own.routed,
         )

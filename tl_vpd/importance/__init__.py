@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from tl_vpd.importance.chunked import ChunkedTransformers
@@ -44,6 +45,9 @@ class GammaConfig(BaseModel):
     """Sites a transformer reads, for ``chunked_transformers``."""
     hidden: int = Field(16, gt=0)
     """Hidden units, for the MLP kinds."""
+    output_bias: float = 0.0
+    """Added to every pre-sigmoid value at the start. Near 1, every subcomponent starts important and is trimmed from there
+    under full gradients; at 0, half start at importance 0, where only a hundredth of the gradient leads back."""
 
     def resolved(self, d_model: int) -> GammaConfig:
         """The config with the width filled in for a model of width ``d_model``."""
@@ -53,12 +57,20 @@ class GammaConfig(BaseModel):
         return self.model_copy(update={"d_ci": max(whole, round(2 * d_model / whole) * whole)})
 
 
+@torch.no_grad()
 def build(config: GammaConfig, d_in: Mapping[str, int], counts: Mapping[str, int]) -> Gamma:
     """A freshly initialised Γ.
 
     Raises:
         ValueError: the widths do not fit together, or the config's ``d_ci`` is not resolved.
     """
+    gamma = _module(config, d_in, counts)
+    for bias in gamma.output_biases():
+        bias.add_(config.output_bias)
+    return gamma
+
+
+def _module(config: GammaConfig, d_in: Mapping[str, int], counts: Mapping[str, int]) -> Gamma:
     if config.kind == "per_subcomponent_mlps":
         return PerSubcomponentMLPs(counts, hidden=config.hidden)
     if config.kind == "per_site_mlps":

@@ -46,3 +46,7 @@ class ChunkedTransformers(nn.Module):
     ) -> Float[Tensor, "batch pos C_total"]:
         """Pre-sigmoid values of all sites, in their order."""
         return torch.cat([part(inputs, keep) for part in self.parts], dim=-1)
+
+    def output_biases(self) -> list[Tensor]:
+        """The biases that are added last."""
+        return [part.unembed.bias for part in self.parts]

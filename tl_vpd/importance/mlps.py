@@ -42,6 +42,10 @@ class PerSubcomponentMLPs(nn.Module):
             values.append((h * self.w_out[where]).sum(-1) + self.b_out[where])
         return torch.cat(values, dim=-1)
 
+    def output_biases(self) -> list[Tensor]:
+        """The biases that are added last."""
+        return [self.b_out]
+
 
 class PerSiteMLPs(nn.Module):
     """One MLP of ``hidden`` GELU units for every site, reading the site's RMS-normalised input."""
@@ -62,3 +66,7 @@ class PerSiteMLPs(nn.Module):
         dtype = self.mlps[0][0].weight.dtype  # type: ignore[index]
         parts = [mlp(rms_norm(inputs[n].to(dtype))) for n, mlp in zip(self.names, self.mlps, strict=True)]
         return torch.cat(parts, dim=-1)
+
+    def output_biases(self) -> list[Tensor]:
+        """The biases that are added last."""
+        return [mlp[-1].bias for mlp in self.mlps]  # type: ignore[index]

@@ -107,3 +107,7 @@ class SharedTransformer(nn.Module):
         for block in self.blocks:
             x = block(x, attend)
         return self.unembed(x)
+
+    def output_biases(self) -> list[Tensor]:
+        """The biases that are added last."""
+        return [self.unembed.bias]

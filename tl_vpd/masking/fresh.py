@@ -59,7 +59,7 @@ def fresh_pgd(
             else:
                 assert leaf.grad is not None, "a piecewise loss must leave its gradient in sources.grad"
                 gradient = leaf.grad
-            losses.append(float(value))
+            losses.append(float(value.detach()))
             sources = (leaf.detach() + size * gradient.sign()).clamp_(0, 1)
     with torch.no_grad():
         losses.append(float(loss(sources)))

@@ -52,10 +52,12 @@ class VPDConfig(_Frozen):
     steps: int = Field(20_000, ge=1)
     batch_size: int = Field(32, ge=1)
     seed: int = 0
-    sites: tuple[str, ...] | None = None
+    sites: tuple[str, ...] | None = Field(None, min_length=1)
     """Patterns of the sites to decompose (None: all)."""
     C: int | dict[str, int] | None = None
     """Subcomponents a site: one number, numbers by pattern, or None for the paper's proportions (``default_counts``)."""
+    init: Literal["normal", "channels"] = "normal"
+    """Where V and U start: random directions, or the weight's own neurons and head channels."""
     gamma: GammaConfig = GammaConfig()
     lr: float = Field(5e-4, gt=0)
     """AdamW's rate for V and U."""
@@ -67,6 +69,9 @@ class VPDConfig(_Frozen):
     p_start: float = Field(2.0, gt=0)
     p_end: float = Field(0.4, gt=0)
     """Exponent of the minimality losses, linear over the run."""
+    minimality_warm_up: float = Field(0.0, ge=0, le=1)
+    """Share of the run over which the coefficients of importance and frequency rise from 0. With a Γ whose ``output_bias`` is
+    near 1, training then starts where nothing is ablated and reconstruction is exact, and gives up the least needed first."""
     stochastic_routing: Literal["all", "uniform_k"] = "uniform_k"
     adversary: AdversaryConfig = AdversaryConfig()
     clip: float | None = Field(0.01, gt=0)

@@ -28,6 +28,7 @@ from tqdm.auto import tqdm
 
 from tl_vpd.adapters import adapt
 from tl_vpd.adapters.hooked_transformer import HookedTransformerAdapter
+from tl_vpd.components.initialise import start_at_channels
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.fingerprint import Fingerprint
 from tl_vpd.hooks.tapped import TappedModel
@@ -60,7 +61,7 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
     adapter = adapt(model)
     names = select(config.sites, adapter.sites)
     sites = [adapter.sites[name] for name in names]
-    return Decomposition(
+    decomposition = Decomposition(
         sites,
         counts_for(config, {s.name: s for s in sites}),
         config.gamma.resolved(adapter.d_model),
@@ -72,6 +73,10 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
         },
         seed=config.seed,
     ).to(adapter.device)
+    if config.init == "channels":
+        for name in names:
+            start_at_channels(decomposition.components, name, adapter.weight(name))
+    return decomposition
 
 
 def decompose(

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tl_vpd.fingerprint import TOLERANCE, Fingerprint, compare
 from tl_vpd.storage import tensors_of, write_atomically
 from tl_vpd.training.trainer import Trainer
 
@@ -27,7 +28,8 @@ def save_state(trainer: Trainer, folder: Path, *, keep: int = 2) -> Path:
     named["generator"] = trainer.generator.get_state()
     named["step"] = torch.tensor(trainer.done)
     on_cpu = {k: t.detach().cpu().contiguous() for k, t in named.items()}
-    metadata = {"config": trainer.config.model_dump_json()}
+    fingerprints = {name: f.model_dump() for name, f in trainer.decomposition.fingerprints.items()}
+    metadata = {"config": trainer.config.model_dump_json(), "fingerprints": json.dumps(fingerprints)}
     write_atomically(path, lambda p: save_file(on_cpu, p, metadata=metadata))
     for old in _states(folder)[:-keep]:
         old.unlink()
@@ -44,11 +46,12 @@ def load_state(trainer: Trainer, path: Path) -> None:
     """Restores a state in place.
 
     Raises:
-        ValueError: the file is damaged, or the run it belongs to had another config.
+        ValueError: the file is damaged, or the run it belongs to had another config or other target weights.
     """
     try:
         with safe_open(path, framework="pt") as file:
             saved = json.loads(file.metadata()["config"])
+            fingerprints = json.loads(file.metadata().get("fingerprints", "{}"))
             stored = {k: file.get_tensor(k) for k in file.keys()}
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} is no intact training state ({error}); delete it to resume from an older one.") from error
@@ -59,6 +62,7 @@ def load_state(trainer: Trainer, path: Path) -> None:
             f"{path} was written with another config ({', '.join(f'{k}: {saved.get(k)} then, {now[k]} now' for k in changed)}). "
             "Resume with the config the run was started with, or choose another folder."
         )
+    _check_target(trainer, path, {name: Fingerprint(**f) for name, f in fingerprints.items()})
     _start_moments(trainer)
     with torch.no_grad():
         for key, target in _named_tensors(trainer).items():
@@ -69,6 +73,16 @@ def load_state(trainer: Trainer, path: Path) -> None:
     trainer.sources.load_state_dict({k.split("/")[1]: t for k, t in stored.items() if k.startswith("sources/")})
     trainer.generator.set_state(stored["generator"])
     trainer.done = int(stored["step"])
+
+
+def _check_target(trainer: Trainer, path: Path, stored: dict[str, Fingerprint]) -> None:
+    wrong = compare(stored, {name: trainer.weights[name] for name in stored if name in trainer.weights})
+    if wrong:
+        worst = max(wrong, key=lambda name: wrong[name])
+        raise ValueError(
+            f"{path} is of other weights than this model's: {len(wrong)} sites differ, {worst} by {wrong[worst]:.3g} "
+            f"(allowed {TOLERANCE}). Resume with the model the run was started with, or choose another folder."
+        )
 
 
 def _states(folder: Path) -> list[Path]:

@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.masking import PersistentSources, masks_from_sources, uniform_k_routing
@@ -65,7 +66,9 @@ class Trainer:
 
     def __init__(self, tapped: TappedModel, config: VPDConfig, shape: tuple[int, int]) -> None:
         self.tapped, self.config = tapped, config
-        self.decomposition = tapped.decomposition
+        if not isinstance(tapped.parts, Decomposition):
+            raise TypeError("A Trainer needs a tapped Decomposition: bare Components have no Γ.")
+        self.decomposition = tapped.parts
         self.weights = {name: tapped.adapter.weight(name) for name in self.decomposition.sites}
         self.matrices = list(self.decomposition.components.parameters())
         gamma_lr = config.gamma_lr or config.lr
@@ -105,6 +108,7 @@ class Trainer:
         config, c, packing = self.config, self.config.coefficients, self.decomposition.packing
         p = linear(self.done, config.steps, config.p_start, config.p_end)
         adversary_lr = config.adversary.lr * warm_up(self.done, config.steps, config.adversary.warm_up)
+        ramp = warm_up(self.done, config.steps, config.minimality_warm_up)
         logits, inputs = self.tapped.clean(tokens, keep)
         distance = Reconstruction(logits, config.output, keep)
         z = self.decomposition.pre_sigmoid(inputs, keep)
@@ -134,8 +138,8 @@ class Trainer:
         }
         total = (
             c.delta * parts["faithfulness"]
-            + c.importance * parts["importance"]
-            + c.frequency * parts["frequency"]
+            + ramp * c.importance * parts["importance"]
+            + ramp * c.frequency * parts["frequency"]
             + c.stochastic * parts["stochastic"]
             + c.adversarial * parts["adversarial"]
         )

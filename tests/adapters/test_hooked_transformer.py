@@ -1,0 +1,116 @@
+"""Where the sites of a HookedTransformer are, and what is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from tests.tiny import ARCHITECTURES, matrix_of, some_tokens, tiny_model
+from tl_vpd.adapters import Unsupported, adapt
+from tl_vpd.adapters.hooked_transformer import check_tokens
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_tapped_output_is_input_times_weight_plus_bias(name):
+    model = tiny_model(**ARCHITECTURES[name])
+    adapter = adapt(model)
+    seen: dict[str, dict[str, torch.Tensor]] = {site: {} for site in adapter.sites}
+    handles = []
+    for site, own in seen.items():
+        handles += adapter.tap(site, lambda x, own=own: own.update(x=x), lambda y, own=own: own.update(y=y))
+    model(some_tokens())
+    for handle in handles:
+        handle.remove()
+    for site, own in seen.items():
+        bias = adapter.bias(site)
+        expected = own["x"] @ matrix_of(model, site) + (0 if bias is None else bias)
+        assert_close(own["y"], expected, rtol=1e-10, atol=1e-10, msg=site)
+        assert torch.equal(adapter.weight(site), matrix_of(model, site))
+
+
+def test_sites_come_in_the_order_of_the_forward_pass_with_their_head_layout():
+    sites = adapt(tiny_model(n_heads=4, n_key_value_heads=2, gated_mlp=True)).sites
+    assert [s.rsplit(".", 1)[1] for s in sites][:7] == ["W_Q", "W_K", "W_V", "W_O", "W_gate", "W_in", "W_out"]
+    shapes = {s.short: (s.d_in, s.d_out, s.n_heads, s.d_head) for s in list(sites.values())[:7]}
+    assert shapes == {
+        "q": (8, 16, 4, 4),
+        "k": (8, 8, 2, 4),
+        "v": (8, 8, 2, 4),
+        "o": (16, 8, 4, 4),
+        "gate": (8, 12, None, None),
+        "in": (8, 12, None, None),
+        "out": (12, 8, None, None),
+    }
+
+
+def test_an_attention_only_model_has_no_mlp_sites():
+    assert not [s for s in adapt(tiny_model(attn_only=True)).sites if ".mlp." in s]
+
+
+@pytest.mark.parametrize("flag", ["use_attn_result", "use_split_qkv_input", "use_attn_in"])
+def test_flags_that_change_where_sites_are_raise_with_the_remedy(flag):
+    model = tiny_model()
+    getattr(model, f"set_{flag}")(True)
+    with pytest.raises(Unsupported, match=rf"cfg\.{flag} is on.*call model\.set_{flag}\(False\)"):
+        adapt(model)
+
+
+def test_ungrouped_attention_several_devices_and_experts_raise():
+    grouped = tiny_model(n_heads=4, n_key_value_heads=2)
+    grouped.set_ungroup_grouped_query_attention(True)
+    with pytest.raises(Unsupported, match="ungroup_grouped_query_attention"):
+        adapt(grouped)
+    for field, value, message in (
+        ("n_devices", 2, "one device"),
+        ("num_experts", 4, "dense"),
+        ("load_in_4bit", True, "quant"),
+    ):
+        model = tiny_model()
+        setattr(model.cfg, field, value)
+        with pytest.raises(Unsupported, match=message):
+            adapt(model)
+
+
+def test_a_class_nobody_knows_is_named():
+    with pytest.raises(TypeError, match="A Linear cannot be decomposed"):
+        adapt(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(2, 3), r"torch\.float32 of shape \(2, 3\); integers"),
+        (torch.zeros(2, 3, dtype=torch.bool), "integers"),
+        (torch.zeros(1, 2, 3, dtype=torch.long), r"shape \(1, 2, 3\)"),
+        (torch.zeros(0, 3, dtype=torch.long), "There are no tokens"),
+        (torch.zeros(2, 0, dtype=torch.long), "There are no tokens"),
+        (torch.zeros(1, 11, dtype=torch.long), "longer than the model's context of 10"),
+        (torch.tensor([[3, -1]]), "Tokens run from -1 to 3, outside the vocabulary 0..10"),
+        (torch.tensor([[3, 11]]), "Tokens run from 3 to 11"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        check_tokens(tokens, d_vocab=11, n_ctx=10)
+
+
+def test_prompts_of_another_type_are_refused_and_one_row_becomes_a_batch():
+    adapter = adapt(tiny_model())
+    assert adapter.tokens(torch.tensor([1, 2])).tolist() == [[1, 2]]
+    for prompts in (3, [1, 2], [], None):
+        with pytest.raises(TypeError, match="pass a string, a list of strings or a tensor"):
+            adapter.tokens(prompts)
+
+
+def test_taps_come_off():
+    model = tiny_model()
+    adapter = adapt(model)
+    handles = [h for site in adapter.sites for h in adapter.tap(site, lambda x: None, lambda y: y + 1)]
+    changed = model(some_tokens())
+    for handle in handles:
+        handle.remove()
+    assert not torch.equal(model(some_tokens()), changed)
+    assert torch.equal(model(some_tokens()), tiny_model()(some_tokens()))
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

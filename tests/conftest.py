@@ -1,0 +1,33 @@
+"""Tiny models and decompositions, and the check of every shape in the package while the tests run."""
+
+from __future__ import annotations
+
+from jaxtyping import install_import_hook
+
+install_import_hook("tl_vpd", "beartype.beartype")  # before anything imports the package
+
+import pytest
+import torch
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from tests.tiny import decomposition_of, some_tokens, tiny_model
+from tl_vpd import Decomposition
+
+
+@pytest.fixture
+def model() -> HookedTransformer:
+    """Two layers, LayerNorm, rotary positions, float64, every parameter random."""
+    return tiny_model()
+
+
+@pytest.fixture
+def vpd(model: HookedTransformer) -> Decomposition:
+    """An untrained decomposition of ``model`` in its dtype: six subcomponents a site, importances spread over [0, 1]."""
+    return decomposition_of(model).to(torch.float64)
+
+
+@pytest.fixture
+def tokens() -> Tensor:
+    """Two rows of seven tokens."""
+    return some_tokens()

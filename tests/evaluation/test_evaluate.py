@@ -1,0 +1,110 @@
+"""The record of an evaluation against an independent computation on a tiny model."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from tl_vpd import Decomposition, evaluate
+from tl_vpd.adapters import adapt
+
+from tests.tiny import decomposition_of, tiny_model
+
+KEYS = {
+    "target_ce", "unmasked_ce", "stochastic_ce", "rounded_ce", "rounded_0.1_ce", "rounded_0.5_ce", "ci_ce", "zero_ce",
+    "l0", "l0_by_site", "alive", "alive_1e-4", "built", "summed_rank", "tokens", "pgd_kl", "kl", "compute_recovered",
+}  # fmt: skip
+
+
+@pytest.fixture
+def setting() -> tuple[Decomposition, torch.nn.Module, Tensor]:
+    model = tiny_model(torch.float32)
+    vpd = decomposition_of(model, C=10)
+    tokens = torch.randint(0, model.cfg.d_vocab, (6, 8), generator=torch.Generator().manual_seed(1))
+    return vpd, model, tokens
+
+
+def edited(model, vpd: Decomposition, keep: float) -> torch.nn.Module:
+    """A copy whose weights are ``keep`` times the subcomponents, without Δ."""
+    other = copy.deepcopy(model)
+    for name in vpd.sites:
+        adapt(other).set_weight(name, keep * vpd.V[name].detach() @ vpd.U[name].detach())
+    return other
+
+
+def ce(model, tokens: Tensor) -> float:
+    log_p = model(tokens).log_softmax(-1)[:, :-1]
+    return float(-log_p.gather(-1, tokens[:, 1:, None]).mean())
+
+
+def test_record(setting):
+    vpd, model, tokens = setting
+    record = evaluate(vpd, model, tokens, budgets=(3, 6), starts=2, control_budgets=(3,), batch_size=4).record
+    assert {*KEYS, "controls", "target_params_max_change", "faithfulness"} <= set(record)
+    json.dumps(record)
+    with torch.no_grad():
+        assert record["target_ce"] == pytest.approx(ce(model, tokens), rel=1e-5)
+        assert record["unmasked_ce"] == pytest.approx(ce(edited(model, vpd, 1.0), tokens), rel=1e-4)
+        assert record["zero_ce"] == pytest.approx(ce(edited(model, vpd, 0.0), tokens), rel=1e-5)
+    importances = vpd.causal_importances(model, tokens)
+    assert record["l0"] == pytest.approx(float(importances.l0.float().mean()), rel=1e-5)
+    for name, own in importances.items():
+        assert record["l0_by_site"][name] == pytest.approx(float((own > 0).float().sum(-1).mean()), rel=1e-5)
+    mean = importances.packed.mean((0, 1))
+    assert record["alive"] == int((mean > 1e-6).sum())
+    assert record["alive_1e-4"] == int((mean > 1e-4).sum())
+    assert record["built"] == 10 * len(vpd.sites)
+    assert record["summed_rank"] == sum(min(s.d_in, s.d_out) for s in vpd.sites.values())
+    assert record["tokens"] == 48
+    assert record["target_params_max_change"] == 0
+    assert set(record["pgd_kl"]) == {"3", "6"}
+    for budget, starts in record["pgd_kl_starts"].items():
+        assert len(starts) == 2 and record["pgd_kl"][budget] == max(starts)
+    # An adversary may do whatever chance does, and looks for worse.
+    assert record["pgd_kl"]["6"] > record["kl"]["stochastic"]
+    for control in ("random", "singular"):
+        assert set(record["controls"][control]) >= KEYS
+        assert record["controls"][control]["pgd_kl"].keys() == {"3"}
+    assert record["controls"]["random"]["l0"] == pytest.approx(record["l0"], rel=1e-5)
+    # All singular directions are the weight itself.
+    assert record["controls"]["singular"]["unmasked_ce"] == pytest.approx(record["target_ce"], rel=1e-4)
+
+
+def test_attack_does_not_depend_on_the_batch_size(setting):
+    vpd, model, tokens = setting
+    whole = evaluate(vpd, model, tokens, budgets=(4,), controls=False, batch_size=6).record
+    parts = evaluate(vpd, model, tokens, budgets=(4,), controls=False, batch_size=2).record
+    assert parts["pgd_kl"]["4"] == pytest.approx(whole["pgd_kl"]["4"], rel=2e-2)
+    for key in ("target_ce", "unmasked_ce", "rounded_ce", "l0"):
+        assert parts[key] == pytest.approx(whole[key], rel=1e-5)
+
+
+def test_same_seed_same_record(setting):
+    vpd, model, tokens = setting
+    one, two = (evaluate(vpd, model, tokens, budgets=(2,), control_budgets=(2,), seed=3).record for _ in range(2))
+    assert one == two
+    other = evaluate(vpd, model, tokens, budgets=(), controls=False, seed=4).record
+    assert other["stochastic_ce"] != one["stochastic_ce"]
+
+
+def test_tables(setting):
+    vpd, model, tokens = setting
+    found = evaluate(vpd, model, tokens, budgets=(2,), controls=False, curve=[(0, 5.0), (10, 1.0)])
+    table = found.table()
+    assert table.loc["zero", "share_of_zero"] == pytest.approx(1.0)
+    assert table.loc["rounded", "above_target"] == pytest.approx(found.record["rounded_ce"] - found.record["target_ce"])
+    assert "compute_recovered" in table
+    assert list(found.pgd_table().index) == [2]
+    assert found.sites_table()["built"].sum() == found.record["built"]
+
+
+def test_empty_and_foreign_tokens_are_refused(setting):
+    vpd, model, _ = setting
+    with pytest.raises(ValueError, match="no tokens"):
+        evaluate(vpd, model, torch.empty(0, 8, dtype=torch.long))
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        evaluate(vpd, model, torch.full((1, 4), model.cfg.d_vocab))

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tl_vpd.evaluation.modes import ROWS, compute_recovered, row_masks
+from tl_vpd.sites import Packing
+
+CURVE = [(0, 8.0), (10, 6.0), (20, 4.0), (100, 2.0)]
+
+
+@pytest.mark.parametrize(
+    ("ce", "share"), [(9.0, 0.0), (8.0, 0.0), (7.0, 0.05), (6.0, 0.1), (5.0, 0.15), (3.0, 0.6), (2.0, 1.0), (1.0, 1.0)]
+)
+def test_compute_recovered_by_hand(ce: float, share: float):
+    assert compute_recovered(ce, CURVE) == pytest.approx(share)
+
+
+def test_compute_recovered_takes_the_first_time_the_curve_got_there():
+    assert compute_recovered(5.0, [(0, 8.0), (10, 5.0), (20, 6.0), (40, 4.0)]) == pytest.approx(0.25)
+
+
+def test_rows_mask_as_their_names_say():
+    packing = Packing({"blocks.0.mlp.W_in": 4})
+    g = torch.tensor([[[0.0, 0.05, 0.3, 1.0]]])
+    expected = {
+        "unmasked": [1, 1, 1, 1],
+        "rounded": [0, 1, 1, 1],
+        "rounded_0.1": [0, 0, 1, 1],
+        "rounded_0.5": [0, 0, 0, 1],
+        "ci": [0.0, 0.05, 0.3, 1.0],
+        "zero": [0, 0, 0, 0],
+    }
+    generator = torch.Generator().manual_seed(0)
+    for row, mask in expected.items():
+        own = row_masks(row, g, packing, generator)["blocks.0.mlp.W_in"]
+        torch.testing.assert_close(own.mask, torch.tensor([[mask]], dtype=torch.float32))
+        assert (own.delta == 0).all()
+    drawn = row_masks("stochastic", g.expand(50, 40, 4), packing, generator)["blocks.0.mlp.W_in"]
+    assert (drawn.mask >= g).all() and (drawn.mask[..., 3] == 1).all()
+    assert drawn.mask[..., 0].mean() == pytest.approx(0.5, abs=0.02)
+    assert drawn.delta.mean() == pytest.approx(0.5, abs=0.02)
+    assert set(ROWS) == {*expected, "stochastic"}

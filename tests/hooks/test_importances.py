@@ -1,0 +1,76 @@
+"""Causal importances of prompts as a result: mapping, tables, masks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.tiny import decomposition_of
+from tl_vpd.hooks import CausalImportances, TappedModel
+from tl_vpd.importance import lower_leaky
+from tl_vpd.sites import Packing
+
+
+@pytest.fixture
+def ci() -> CausalImportances:
+    """One row of three tokens, the first of them padding; two sites with two and one subcomponents."""
+    packed = torch.tensor([[[0.0, 0.0, 0.0], [0.5, 0.0, 1.0], [0.2, 0.0, 0.0]]])
+    keep = torch.tensor([[False, True, True]])
+    return CausalImportances(packed, Packing({"a": 2, "b": 1}), torch.tensor([[7, 8, 9]]), keep)
+
+
+def test_it_is_a_mapping_by_site(ci):
+    assert list(ci) == ["a", "b"] and len(ci) == 2
+    assert ci["a"].shape == (1, 3, 2) and ci["b"].flatten().tolist() == [0.0, 1.0, 0.0]
+    assert ci.l0.tolist() == [[0, 2, 1]]
+
+
+def test_tables_by_hand(ci):
+    table = ci.to_pandas()
+    assert table.values.tolist()[:2] == [[0, 1, 8, "a:0", 0.5], [0, 1, 8, "b:0", 1.0]]
+    assert list(table.columns) == ["batch", "pos", "token", "subcomponent", "ci"] and len(table) == 3
+    assert ci.to_pandas(above=0.5)["subcomponent"].tolist() == ["b:0"]
+    top = ci.top(2)
+    assert top["subcomponent"].tolist() == ["b:0", "a:0"]
+    assert_close(top["mean_ci"].tolist(), [0.5, 0.35])
+    assert top["density"].tolist() == [0.5, 1.0] and len(ci.top(99)) == 3
+
+
+def test_masks_follow_the_mode_and_seed(ci):
+    assert torch.equal(ci.masks("rounded", threshold=0.3)["a"].mask[0, :, 0], torch.tensor([0.0, 1.0, 0.0]))
+    one, same, other = (ci.masks("stochastic", seed=s)["a"].mask for s in (0, 0, 1))
+    assert torch.equal(one, same) and not torch.equal(one, other)
+    with pytest.raises(ValueError, match="is no mask mode"):
+        ci.masks("round")
+
+
+@pytest.mark.parametrize(
+    "kind", ["shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps"]
+)
+def test_they_are_gamma_of_the_clean_inputs_squashed(model, tokens, kind):
+    vpd = decomposition_of(model, gamma=dict(kind=kind, d_ci=8, n_blocks=1, n_heads=2, hidden=4, chunk=5)).double()
+    with TappedModel(vpd, model) as tapped:
+        _, inputs = tapped.clean(tokens)
+    if kind == "per_subcomponent_mlps":
+        inputs = {n: x @ vpd.V[n] for n, x in inputs.items()}
+    expected = lower_leaky(vpd.gamma(inputs, None)).detach()
+    ci = vpd.causal_importances(model, tokens)
+    assert_close(ci.packed, expected, rtol=1e-10, atol=1e-12)
+    assert ci.keep is None and torch.equal(ci.tokens, tokens) and not ci.packed.requires_grad
+    assert_close(vpd.causal_importances(model, tokens[0]).packed[0], ci.packed[0], rtol=1e-10, atol=1e-12)
+
+
+def test_users_hooks_do_not_change_them(model, vpd, tokens):
+    expected = vpd.causal_importances(model, tokens).packed
+    model.add_hook("blocks.0.hook_resid_post", lambda x, hook: x * 0)
+    assert torch.equal(vpd.causal_importances(model, tokens).packed, expected)
+
+
+def test_tokens_that_do_not_fit_are_refused(model, vpd):
+    with pytest.raises(ValueError, match="outside the vocabulary"):
+        vpd.causal_importances(model, torch.tensor([[11]]))
+    with pytest.raises(ValueError, match="longer than the model's context of 10"):
+        vpd.causal_importances(model, torch.zeros(1, 11, dtype=torch.long))
+    with pytest.raises(TypeError, match="pass a string"):
+        vpd.causal_importances(model, 3)

@@ -1,0 +1,95 @@
+"""Taps without HookPoints: clean and masked passes that neither see nor disturb what users left on the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.tiny import decomposition_of, draw, tiny_model
+from tl_vpd.hooks import TappedModel
+from tl_vpd.hooks.tapped import frozen, users_hooks_aside
+from tl_vpd.masking import Masks, SiteMask
+
+from .test_clean import assert_same, snapshot
+
+
+def test_entering_and_leaving_changes_nothing(model, vpd, tokens):
+    model(tokens, return_type="loss").backward()
+    model.add_hook("hook_embed", lambda x, hook: x * 2)
+    model.blocks[0].attn.W_Q.requires_grad_(False)
+    model.blocks[1].eval()
+    before = snapshot(model)
+    with TappedModel(vpd, model) as tapped:
+        tapped.clean(tokens)
+    assert_same(before, snapshot(model))
+    with pytest.raises(ZeroDivisionError), TappedModel(vpd, model):
+        raise ZeroDivisionError
+    assert_same(before, snapshot(model))
+
+
+def test_the_clean_pass_is_the_targets_without_transient_hooks_and_with_permanent_ones(model, vpd, tokens):
+    model.add_perma_hook("blocks.0.hook_resid_post", lambda x, hook: x * 0.5)
+    expected = model(tokens).detach()
+    model.add_hook("hook_embed", lambda x, hook: x * 2)
+    with TappedModel(vpd, model) as tapped:
+        logits, inputs = tapped.clean(tokens)
+    assert torch.equal(logits, expected) and not logits.requires_grad
+    assert {n: x.shape for n, x in inputs.items()} == {n: (2, 7, s.d_in) for n, s in vpd.sites.items()}
+
+
+def test_it_is_clean_inside_masked_contexts_and_from_inside_a_hook(model, vpd, tokens):
+    expected = vpd.causal_importances(model, tokens).packed
+    found = []
+    with vpd.attach(model) as attached:
+        clean = model(tokens)
+        for mode in ("zero", "rounded"):
+            with attached.masked(mode), torch.no_grad():
+                assert torch.equal(vpd.causal_importances(model, tokens).packed, expected)
+                masked = model(tokens)
+                look = (
+                    "blocks.1.hook_resid_pre",
+                    lambda x, hook: found.append(vpd.causal_importances(model, tokens).packed),
+                )
+                assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=[look]), masked)
+                assert torch.equal(found.pop(), expected)
+        assert torch.equal(model(tokens), clean)
+
+
+def test_gradients_reach_masks_and_parts_but_not_the_target(model, vpd, tokens):
+    site = "blocks.0.attn.W_O"
+    mask = draw(2, 7, 6).requires_grad_()
+    with TappedModel(vpd, model) as tapped:
+        tapped.masked(tokens, Masks({site: SiteMask(mask, None)})).sum().backward()
+        assert mask.grad is not None and vpd.V[site].grad is not None and vpd.U[site].grad is not None
+        assert all(p.grad is None for p in model.parameters())
+        expected, before = mask.grad.clone(), vpd.V[site].grad.clone()
+        mask.grad = None
+        tapped.masked(tokens, Masks({site: SiteMask(mask, None)}), constant_parts=True).sum().backward()
+        assert_close(mask.grad, expected)
+        assert torch.equal(vpd.V[site].grad, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_float32_decomposition_runs_on_a_model_of_another_precision(tokens, dtype):
+    model = tiny_model(dtype=dtype)
+    vpd = decomposition_of(model)
+    masks = Masks({n: SiteMask(torch.ones(2, 7, 6), torch.ones(2, 7)) for n in vpd.sites})
+    with TappedModel(vpd, model) as tapped:
+        logits, _ = tapped.clean(tokens)
+        masked = tapped.masked(tokens, masks)
+        assert masked.dtype == dtype and torch.equal(masked, logits)
+        masked.float().sum().backward()
+    assert all(v.grad is not None and v.grad.dtype == torch.float32 for v in vpd.V.values())
+
+
+def test_frozen_and_hooks_aside_put_everything_back_after_an_exception(model):
+    model.add_hook("hook_embed", lambda x, hook: x)
+    model.blocks[0].eval()
+    before, dictionary = snapshot(model), model.hook_embed._forward_hooks
+    with pytest.raises(ZeroDivisionError), frozen(model), users_hooks_aside(model):
+        assert not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
+        assert not model.hook_embed._forward_hooks
+        raise ZeroDivisionError
+    assert_same(before, snapshot(model))
+    assert model.hook_embed._forward_hooks is dictionary

@@ -1,0 +1,80 @@
+"""The MLP kinds of Γ, and how a config becomes a network."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch.testing import assert_close
+
+from tl_vpd.importance import GammaConfig, build
+from tl_vpd.importance.mlps import PerSiteMLPs, PerSubcomponentMLPs
+
+D_IN, COUNTS = {"a": 3, "b": 2}, {"a": 2, "b": 3}
+
+
+def gelu(x):
+    return x * 0.5 * (1 + math.erf(x / math.sqrt(2)))
+
+
+def test_a_subcomponents_mlp_reads_its_own_activation_alone():
+    torch.manual_seed(0)
+    gamma = PerSubcomponentMLPs(COUNTS, hidden=4).double().requires_grad_(False)
+    with torch.no_grad():
+        gamma.b_in.normal_()
+        gamma.b_out.normal_()
+    acts = {n: torch.randn(1, 2, c, dtype=torch.float64) for n, c in COUNTS.items()}
+    z = gamma(acts)
+    packed = torch.cat([acts["a"], acts["b"]], dim=-1)
+    for t in range(2):
+        for c in range(5):
+            a = float(packed[0, t, c])
+            hidden = [gelu(a * float(gamma.w_in[c, h]) + float(gamma.b_in[c, h])) for h in range(4)]
+            expected = sum(h * float(w) for h, w in zip(hidden, gamma.w_out[c], strict=True)) + float(gamma.b_out[c])
+            assert_close(float(z[0, t, c]), expected)
+
+
+def test_a_sites_mlp_reads_its_normalised_input():
+    torch.manual_seed(0)
+    gamma = PerSiteMLPs(D_IN, COUNTS, hidden=4).double().requires_grad_(False)
+    x = {n: torch.randn(1, 2, d, dtype=torch.float64) for n, d in D_IN.items()}
+    z = gamma(x)
+    first, _, last = gamma.mlps[1]
+    b = x["b"][0, 1]
+    b = b / math.sqrt(float(b.square().mean()) + 2**-23)
+    hidden = torch.tensor([gelu(float(h)) for h in first.weight @ b + first.bias], dtype=torch.float64)
+    assert_close(z[0, 1, 2:], last.weight @ hidden + last.bias)
+    scaled = gamma({n: 3 * t for n, t in x.items()})
+    assert_close(scaled, z, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind", ["shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps"]
+)
+def test_every_kind_puts_out_one_value_a_subcomponent(kind):
+    gamma = build(GammaConfig(kind=kind, d_ci=8, n_heads=2, n_blocks=1, chunk=1), D_IN, COUNTS)
+    widths = COUNTS if gamma.needs == "acts" else D_IN
+    torch.manual_seed(0)
+    x = {n: torch.randn(2, 3, d) for n, d in widths.items()}
+    z = gamma(x)
+    assert z.shape == (2, 3, 5)
+    moved = gamma({**x, "b": x["b"].roll(1, -1)})
+    assert not torch.equal(moved[..., 2:], z[..., 2:])
+
+
+def test_the_width_is_twice_the_models_in_whole_even_heads():
+    assert GammaConfig(n_heads=4).resolved(96).d_ci == 192
+    assert GammaConfig(n_heads=4).resolved(10).d_ci == 16  # 20 is no multiple of eight
+    assert GammaConfig(n_heads=4).resolved(1).d_ci == 8
+    assert GammaConfig(d_ci=12).resolved(96).d_ci == 12
+
+
+def test_an_unresolved_width_and_unknown_fields_are_refused():
+    with pytest.raises(ValueError, match="d_ci is None: call resolved"):
+        build(GammaConfig(), D_IN, COUNTS)
+    with pytest.raises(ValidationError, match="n_block"):
+        GammaConfig(n_block=1)
+    with pytest.raises(ValidationError, match="greater than 0"):
+        GammaConfig(hidden=0)

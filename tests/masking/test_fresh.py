@@ -1,0 +1,57 @@
+"""Fresh PGD on losses whose maximum is known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.tiny import draw
+from tl_vpd.masking import fresh_pgd
+
+SLOPE = torch.tensor([[[1.0, -2.0, 0.5, 0.0]]], dtype=torch.float64)
+
+
+def linear(sources):
+    return (sources * SLOPE).sum()
+
+
+def test_a_linear_loss_is_driven_to_its_corner_within_the_default_budget():
+    start = draw(1, 1, 4)
+    found = fresh_pgd(linear, start)
+    assert torch.equal(found.sources[..., :3], torch.tensor([[[1.0, 0.0, 1.0]]], dtype=torch.float64))
+    assert torch.equal(found.sources[..., 3], start[..., 3])  # no gradient, no step
+    assert len(found.losses) == 21 and found.loss == 1.5
+    assert found.losses[0] == float(linear(start))
+
+
+def test_steps_are_signs_times_size_and_are_clamped():
+    start = torch.tensor([[[0.5, 0.5, 0.95, 0.5]]], dtype=torch.float64)
+    found = fresh_pgd(linear, start, steps=2, step_size=0.1)
+    assert_close(found.sources, torch.tensor([[[0.7, 0.3, 1.0, 0.5]]], dtype=torch.float64))
+    assert start.tolist() == [[[0.5, 0.5, 0.95, 0.5]]]
+
+
+def test_no_steps_score_the_start():
+    found = fresh_pgd(linear, draw(1, 1, 4), steps=0)
+    assert torch.equal(found.sources, draw(1, 1, 4)) and found.losses == [float(linear(draw(1, 1, 4)))]
+
+
+def test_a_loss_that_runs_its_backward_piecewise_gives_the_same_attack():
+    def piecewise(sources):
+        total = 0.0
+        for i in range(4):
+            part = (sources[..., i] * SLOPE[..., i]).sum()
+            if torch.is_grad_enabled():
+                part.backward()
+            total = total + part.detach()
+        return total
+
+    whole, pieces = (fresh_pgd(loss, draw(1, 1, 4), steps=3) for loss in (linear, piecewise))
+    assert torch.equal(whole.sources, pieces.sources)
+    assert whole.losses == pytest.approx(pieces.losses, abs=1e-15)
+
+
+def test_it_works_where_gradients_are_off():
+    with torch.no_grad():
+        assert fresh_pgd(linear, draw(1, 1, 4)).loss == 1.5

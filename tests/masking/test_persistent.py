@@ -1,0 +1,73 @@
+"""Persistent sources: Adam's ascent against torch.optim, the clamp, saving and restoring."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tl_vpd.masking import PersistentSources
+from tl_vpd.sites import Packing
+
+PACKING = Packing({"a": 2, "b": 3})
+
+
+def sources(seed: int = 0, shape=(2, 3)) -> PersistentSources:
+    return PersistentSources(PACKING, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(n: int):
+    g = torch.Generator().manual_seed(5)
+    return [torch.randn(2, 3, 7, generator=g) for _ in range(n)]
+
+
+def test_sources_start_uniform_with_one_for_every_subcomponent_and_delta():
+    values = PersistentSources(PACKING, (100, 100), generator=torch.Generator().manual_seed(0)).values
+    assert values.shape == (100, 100, 7)
+    assert abs(float(values.mean()) - 0.5) < 0.01 and abs(float(values.var()) - 1 / 12) < 0.002
+
+
+def test_ascent_is_adams_with_a_clamp_after_every_update():
+    own = sources()
+    parameter = torch.nn.Parameter(own.values.clone())
+    adam = torch.optim.Adam([parameter], lr=0.3, betas=(0.5, 0.99), eps=1e-8, maximize=True)
+    for gradient in gradients(4):
+        own.ascend(gradient, 0.3)
+        parameter.grad = gradient.clone()
+        adam.step()
+        with torch.no_grad():
+            parameter.clamp_(0, 1)
+        assert_close(own.values, parameter.detach(), rtol=0, atol=1e-5)
+    assert own.updates == 4 and float(own.values.min()) == 0 and float(own.values.max()) == 1
+
+
+def test_a_rate_of_zero_moves_the_moments_only():
+    own = sources()
+    before = own.values.clone()
+    own.ascend(gradients(1)[0], 0.0)
+    assert torch.equal(own.values, before) and own.updates == 1
+    assert_close(own.first, gradients(1)[0] * 0.5)
+
+
+def test_a_leaf_shares_values_and_collects_a_gradient():
+    own = sources()
+    leaf = own.leaf()
+    (leaf * 2).sum().backward()
+    assert leaf.data_ptr() == own.values.data_ptr() and torch.equal(leaf.grad, torch.full_like(own.values, 2))
+    assert not own.values.requires_grad
+
+
+def test_a_restored_state_goes_on_as_the_original():
+    one, other = sources(0), sources(1)
+    first, *rest = gradients(3)
+    one.ascend(first, 0.1)
+    other.load_state_dict({k: t.clone() for k, t in one.state_dict().items()})
+    for gradient in rest:
+        one.ascend(gradient, 0.1)
+        other.ascend(gradient, 0.1)
+    assert torch.equal(one.values, other.values) and one.updates == other.updates == 3
+
+
+def test_sources_of_another_batch_are_refused():
+    with pytest.raises(ValueError, match=r"Saved sources are \(2, 3, 7\), this run's are \(4, 3, 7\)"):
+        sources(shape=(4, 3)).load_state_dict(sources().state_dict())

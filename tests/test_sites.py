@@ -1,0 +1,96 @@
+"""Names of sites and subcomponents, patterns, and the packed axis."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tl_vpd.sites import Packing, Site, Subcomponent, by_pattern, nearest, select
+
+NAMES = ["blocks.0.attn.W_Q", "blocks.0.attn.W_K", "blocks.0.mlp.W_in", "blocks.1.attn.W_Q", "blocks.10.mlp.W_out"]
+
+
+def test_a_site_knows_its_layer_short_name_rank_and_hooks():
+    site = Site("blocks.10.mlp.W_out", 12, 8)
+    assert (site.layer, site.short, site.rank) == (10, "out", 8)
+    assert site.hook_name("component_acts") == "blocks.10.hook_out_component_acts"
+    assert [Site(f"blocks.0.attn.W_{c}", 8, 8).short for c in "QKVO"] == ["q", "k", "v", "o"]
+
+
+@pytest.mark.parametrize("name", ["W_Q", "blocks.x.attn.W_Q", "blocks.0.attn.W_X", "blocks.0.attn.W_Q.", "unembed.W_U"])
+def test_what_is_no_site_name_is_refused_with_an_example(name):
+    with pytest.raises(ValueError, match=r"is not the name of a site such as 'blocks\.0\.attn\.W_Q'"):
+        Site(name, 8, 8).hook_name("ci")
+
+
+def test_subcomponents_are_read_written_and_ordered():
+    parsed = Subcomponent.parse("blocks.1.attn.W_Q:316")
+    assert (parsed.site, parsed.index, str(parsed)) == ("blocks.1.attn.W_Q", 316, "blocks.1.attn.W_Q:316")
+    assert Subcomponent.parse(parsed) is parsed
+    assert Subcomponent("a", 2) < Subcomponent("a", 10) < Subcomponent("b", 0)
+
+
+@pytest.mark.parametrize(
+    "text", ["blocks.1.attn.W_Q", "blocks.1.attn.W_Q:", "blocks.1.attn.W_Q:-1", "a:b", "", "a:1.5"]
+)
+def test_what_is_no_subcomponent_is_refused(text):
+    with pytest.raises(ValueError, match="write 'site:index'"):
+        Subcomponent.parse(text)
+
+
+def test_select_keeps_the_order_of_the_names():
+    assert select(None, NAMES) == NAMES
+    assert select("blocks.*.attn.W_Q", NAMES) == ["blocks.0.attn.W_Q", "blocks.1.attn.W_Q"]
+    assert select(["*.W_in", "*.W_[QK]"], NAMES) == NAMES[:4]
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_name():
+    with pytest.raises(
+        KeyError, match=r"No site matches 'blocks\.0\.attn\.W_q' \(did you mean 'blocks\.0\.attn\.W_Q'\?\)\."
+    ):
+        select(["*.W_in", "blocks.0.attn.W_q"], NAMES)
+
+
+def test_an_exact_name_beats_a_pattern_in_either_order():
+    expected = {n: 1 if n == NAMES[0] else 2 for n in NAMES}
+    assert by_pattern({NAMES[0]: 1, "*": 2}, NAMES, what="C") == expected
+    assert by_pattern({"*": 2, NAMES[0]: 1}, NAMES, what="C") == expected
+
+
+def test_patterns_that_disagree_are_ambiguous_and_those_that_agree_are_not():
+    with pytest.raises(ValueError, match=r"C of blocks\.0\.attn\.W_Q is ambiguous.*says 1.*says 2"):
+        by_pattern({"*.W_Q": 1, "blocks.*": 2}, NAMES, what="C")
+    assert set(by_pattern({"*.W_Q": 2, "*": 2}, NAMES, what="C").values()) == {2}
+
+
+def test_a_site_left_without_a_value_is_named():
+    with pytest.raises(KeyError, match=r"No C is given for blocks\.0\.mlp\.W_in, blocks\.10\.mlp\.W_out"):
+        by_pattern({"*.attn.*": 1}, NAMES, what="C")
+
+
+def test_nearest_says_nothing_where_nothing_is_near():
+    assert nearest("blocks.0.attn.W_Qq", NAMES) == " (did you mean 'blocks.0.attn.W_Q'?)"
+    assert nearest("zzz", NAMES) == ""
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+def test_packing_places_every_subcomponent_once(counts):
+    packing = Packing({f"s{i}": c for i, c in enumerate(counts)})
+    packed = torch.arange(packing.total)[None]
+    everyone = list(packing.subcomponents())
+    assert len(everyone) == packing.total == sum(counts)
+    for position, address in enumerate(everyone):
+        assert packing.at(position) == address
+        assert int(packing.unpack(packed)[address.site][0, address.index]) == position
+        assert int(packed[0, packing.slices[address.site]][address.index]) == position
+
+
+def test_unpacked_parts_are_views_and_a_position_beyond_the_end_is_refused():
+    packing = Packing({"a": 2, "b": 1})
+    packed = torch.zeros(3, 3)
+    packing.unpack(packed)["b"].fill_(7)
+    assert packed[:, 2].tolist() == [7, 7, 7] and packed[:, :2].sum() == 0
+    with pytest.raises(IndexError, match="beyond the last of 3"):
+        packing.at(3)

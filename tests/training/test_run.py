@@ -1,0 +1,266 @@
+"""A run from end to end: what it writes, what it leaves alone, how it is interrupted and resumed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import signal
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file as real_save
+
+from tests.tiny import tiny_model
+from tl_vpd import Decomposition, VPDConfig, decompose
+from tl_vpd.training import Trainer
+from tl_vpd.training import state as state_module
+from tl_vpd.training.state import latest_state
+
+from ..hooks.test_clean import assert_same, snapshot
+
+
+def run(target, rows, config, out=None, **more):
+    return decompose(target, rows, config, out=out, progress=False, log_every=1, **more)
+
+
+def assert_equal(one: Decomposition, other: Decomposition):
+    a, b = one.state_dict(), other.state_dict()
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def stop_before(monkeypatch, step, error=None):
+    """Sends Ctrl-C (or raises) while a step is running."""
+    plain = Trainer.step
+
+    def interrupted(self, *a, **k):
+        if self.done == step:
+            if error is not None:
+                raise error
+            signal.raise_signal(signal.SIGINT)
+        return plain(self, *a, **k)
+
+    monkeypatch.setattr(Trainer, "step", interrupted)
+
+
+def test_the_target_is_left_as_it_was(target, rows, config):
+    target(rows, return_type="loss").backward()
+    target.blocks[0].attn.W_Q.requires_grad_(False)
+    target.add_hook("blocks.0.hook_resid_post", lambda x, hook: x * 0.5)
+    target.blocks[1].eval()
+    before = snapshot(target)
+    result = run(target, rows, config)
+    assert_same(before, snapshot(target))
+    assert result.finished and result.config is config and len(result.history) == 6
+
+
+def test_training_moves_v_u_and_gamma_and_warm_up_brings_the_weights_nearer(target, rows, config):
+    start = run(target, rows, config.model_copy(update={"steps": 1, "warm_up_steps": 0}))
+    warm = run(target, rows, config.model_copy(update={"steps": 1, "warm_up_steps": 100, "warm_up_lr": 0.02}))
+    assert warm.history["faithfulness"][0] < 0.2 * start.history["faithfulness"][0]
+    done = run(target, rows, config)
+    for key, value in done.decomposition.state_dict().items():
+        assert not torch.equal(value, start.decomposition.state_dict()[key]), key
+    assert done.history["p"].tolist() == pytest.approx([2 - 1.6 * i / 6 for i in range(6)])
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(target, rows, config):
+    one, same = run(target, rows, config), run(target, rows, config)
+    assert_equal(one.decomposition, same.decomposition)
+    pd.testing.assert_frame_equal(one.history, same.history)
+    other = run(target, rows, config.model_copy(update={"seed": 1}))
+    assert not torch.equal(one.decomposition.gamma.unembed.weight, other.decomposition.gamma.unembed.weight)
+
+
+def test_hooks_left_on_the_target_do_not_change_the_result(target, rows, config):
+    expected = run(target, rows, config)
+    target.add_hook("blocks.0.hook_resid_post", lambda x, hook: x * 0)
+    assert_equal(run(target, rows, config).decomposition, expected.decomposition)
+
+
+def test_what_lies_in_the_folder(target, rows, config, tmp_path):
+    result = run(target, rows, config, tmp_path / "run", save_every=2)
+    assert_equal(Decomposition.load(tmp_path / "run" / "decomposition"), result.decomposition)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result.history.to_dict("records") and [row["step"] for row in lines] == list(range(6))
+    states = sorted(p.name for p in (tmp_path / "run" / "state").iterdir())
+    assert states == ["step-00000004.safetensors", "step-00000006.safetensors"]
+
+
+def test_ctrl_c_finishes_the_step_saves_and_resuming_completes_bit_for_bit(target, rows, config, tmp_path, monkeypatch):
+    expected = run(target, rows, config)
+    before, handler = snapshot(target), signal.getsignal(signal.SIGINT)
+    with monkeypatch.context() as patched:
+        stop_before(patched, 2)
+        stopped = run(target, rows, config, tmp_path)
+    assert not stopped.finished and stopped.history["step"].tolist() == [0, 1, 2]
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert latest_state(tmp_path / "state").name == "step-00000003.safetensors"
+    assert not (tmp_path / "decomposition").exists()
+    assert_same(before, snapshot(target))
+    resumed = run(target, rows, config, tmp_path, resume=True)
+    assert resumed.finished
+    assert_equal(resumed.decomposition, expected.decomposition)
+    pd.testing.assert_frame_equal(resumed.history, expected.history)
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 6
+
+
+def test_a_second_ctrl_c_interrupts_at_once_and_the_target_is_left_as_it_was(target, rows, config, monkeypatch):
+    before = snapshot(target)
+
+    def twice(self, *a, **k):
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "step", twice)
+    with pytest.raises(KeyboardInterrupt):
+        run(target, rows, config)
+    assert_same(before, snapshot(target))
+
+
+def test_a_killed_run_resumes_from_its_last_state_bit_for_bit(target, rows, config, tmp_path, monkeypatch):
+    expected = run(target, rows, config)
+    with monkeypatch.context() as patched, pytest.raises(SystemError):
+        stop_before(patched, 5, SystemError("killed"))
+        run(target, rows, config, tmp_path, save_every=2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "tot')  # what a killed process leaves of a line
+    resumed = run(target, rows, config, tmp_path, resume=True)
+    assert_equal(resumed.decomposition, expected.decomposition)
+    pd.testing.assert_frame_equal(resumed.history, expected.history)
+
+
+def test_resuming_a_finished_run_trains_no_more(target, rows, config, tmp_path, monkeypatch):
+    done = run(target, rows, config, tmp_path)
+    stop_before(monkeypatch, 6, AssertionError("a step too many"))
+    again = run(target, rows, config, tmp_path, resume=True)
+    assert again.finished
+    assert_equal(again.decomposition, done.decomposition)
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(target, rows, config, tmp_path, monkeypatch):
+    expected = run(target, rows, config)
+    plain = Trainer.step
+
+    def poisoned(self, *a, **k):
+        if self.done == 4:
+            with torch.no_grad():
+                self.decomposition.V["blocks.0.attn.W_Q"].fill_(float("nan"))
+        return plain(self, *a, **k)
+
+    before = snapshot(target)
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "step", poisoned)
+        with pytest.raises(FloatingPointError, match="Step 4: not finite: faithfulness"):
+            run(target, rows, config, tmp_path, save_every=2)
+    assert_same(before, snapshot(target))
+    assert latest_state(tmp_path / "state").name == "step-00000004.safetensors"
+    resumed = run(target, rows, config, tmp_path, resume=True)
+    assert_equal(resumed.decomposition, expected.decomposition)
+
+
+def test_a_full_disk_is_found_before_the_first_step_and_leaves_no_half_files(
+    target, rows, config, tmp_path, monkeypatch
+):
+    def full(tensors, path, **more):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state_module, "save_file", full)
+    stop_before(monkeypatch, 0, AssertionError("a step was taken"))
+    with pytest.raises(OSError, match="No space left"):
+        run(target, rows, config, tmp_path)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_disk_that_fills_later_leaves_the_older_state(target, rows, config, tmp_path, monkeypatch):
+    calls = []
+
+    def fills(tensors, path, **more):
+        calls.append(path)
+        if len(calls) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real_save(tensors, path, **more)
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
+        patched.setattr(state_module, "save_file", fills)
+        run(target, rows, config, tmp_path, save_every=2)
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == [
+        "step-00000000.safetensors",
+        "step-00000002.safetensors",
+    ]
+    assert run(target, rows, config, tmp_path, resume=True).finished
+
+
+def test_a_folder_that_cannot_be_written_is_an_os_error(target, rows, config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError):
+        run(target, rows, config, tmp_path / "file" / "run")
+
+
+def test_a_folder_that_holds_a_run_needs_resume_and_resume_needs_a_run(target, rows, config, tmp_path):
+    with pytest.raises(FileNotFoundError, match="no training state to resume from"):
+        run(target, rows, config, tmp_path, resume=True)
+    run(target, rows, config, tmp_path)
+    with pytest.raises(FileExistsError, match="holds a run already: pass resume=True"):
+        run(target, rows, config, tmp_path)
+
+
+def test_resuming_with_another_config_or_a_damaged_state_is_refused(target, rows, config, tmp_path):
+    run(target, rows, config, tmp_path)
+    with pytest.raises(ValueError, match=r"another config \(lr: 0\.0005 then, 0\.1 now\)"):
+        run(target, rows, config.model_copy(update={"lr": 0.1}), tmp_path, resume=True)
+    path = latest_state(tmp_path / "state")
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match="no intact training state.*delete it to resume from an older one"):
+        run(target, rows, config, tmp_path, resume=True)
+
+
+def test_resuming_on_other_weights_is_refused_with_the_size_of_the_mismatch(target, rows, config, tmp_path):
+    run(target, rows, config, tmp_path)
+    other = tiny_model(dtype=torch.float32, seed=1)
+    with pytest.raises(ValueError, match=r"of other weights.*12 sites differ.*by \d"):
+        run(other, rows, config, tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_targets_of_another_precision_are_trained_on(rows, config, dtype):
+    result = run(tiny_model(dtype=dtype), rows, config.model_copy(update={"steps": 2}))
+    assert result.finished and {p.dtype for p in result.decomposition.parameters()} == {torch.float32}
+    assert bool(torch.tensor(result.history.to_numpy(dtype=float)).isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.full((10, 6), 11), "outside the vocabulary 0..10"),
+        (torch.full((10, 6), -1), "Tokens run from -1"),
+        (torch.zeros(10, 11, dtype=torch.long), "longer than the model's context of 10"),
+        (torch.zeros(0, 6, dtype=torch.long), "There are no tokens"),
+        (torch.zeros(3, 6, dtype=torch.long), "3 rows of tokens and batch_size is 4"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused_before_anything_is_written(target, config, tmp_path, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        run(target, tokens, config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_sites_that_do_not_fit_are_refused(target, rows, config, tmp_path):
+    for change, error, message in [
+        ({"sites": ("blocks.0.attn.W_q",)}, KeyError, "did you mean 'blocks.0.attn.W_Q'"),
+        ({"C": {"*.W_Q": 3, "blocks.0.*": 4, "*": 3}}, ValueError, "is ambiguous"),
+        ({"C": {"*.W_Q": 3}}, KeyError, "No C is given for blocks.0.attn.W_K"),
+    ]:
+        with pytest.raises(error, match=message):
+            run(target, rows, config.model_copy(update=change), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    with torch.no_grad():
+        target.blocks[0].mlp.W_out[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        run(target, rows, config, tmp_path / "run")
+
+
+def test_some_sites_alone_are_decomposed(target, rows, config):
+    result = run(target, rows, VPDConfig(**{**config.model_dump(), "sites": "*.W_[QK]", "steps": 1}))
+    assert [s.rsplit(".", 1)[1] for s in result.decomposition.sites] == ["W_Q", "W_K"] * 2

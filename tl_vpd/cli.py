@@ -1,0 +1,143 @@
+"""The command line: ``tl-vpd train``, ``tl-vpd eval``, ``tl-vpd demo``.
+
+User mistakes end in one line that says what to do, and exit code 2; nothing is half done then.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Take the weights of transformers apart (VPD).")
+out = Console()
+err = Console(stderr=True)
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, OSError, FloatingPointError) as error:
+        if os.environ.get("TL_VPD_TRACEBACK"):
+            raise
+        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        err.print(text, markup=False, highlight=False)
+        raise typer.Exit(2) from error
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    @wraps(function)
+    def wrapped(*arguments: Any, **keywords: Any) -> None:
+        # TransformerLens 3 says at every model that HookedTransformer goes away in 4; users of the command cannot act on it.
+        warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
+        logging.basicConfig(level=logging.INFO, format="%(message)s")
+        with _plain_errors():
+            function(*arguments, **keywords)
+
+    return wrapped
+
+
+@app.command()
+@_command
+def train(
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, algorithm, output.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+) -> None:
+    """Train a decomposition as a recipe says."""
+    from tl_vpd.recipe import Recipe
+    from tl_vpd.training import decompose
+
+    own = Recipe.read(recipe)
+    model = own.model.load()
+    tokens = own.data.load(model)
+    output = own.output
+    run = decompose(
+        model,
+        tokens,
+        own.algorithm,
+        out=output.folder,
+        resume=resume,
+        save_every=output.save_every,
+        log_every=output.log_every,
+    )
+    if run.finished:
+        out.print(f"Finished: {output.folder / 'decomposition'}")
+    else:
+        out.print(f"Stopped and saved; go on with: tl-vpd train {recipe} --resume")
+        raise typer.Exit(130)
+
+
+@app.command("eval")
+@_command
+def evaluate_command(
+    decomposition: Annotated[str, typer.Argument(help="Folder of a decomposition, or 'bundled'.")],
+    model: Annotated[str, typer.Option(help="'bundled', or what HookedTransformer.from_pretrained takes.")] = "bundled",
+    tokens: Annotated[str, typer.Option(help="'bundled', a .npy or .safetensors file, or text files.")] = "bundled",
+    key: Annotated[str, typer.Option(help="Tensor of a .safetensors file; part of the bundled tokens.")] = "validation",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of tokens to use.")] = 64,
+    budgets: Annotated[str, typer.Option(help="Steps of the fresh adversary, with commas.")] = "20,40,80,160,320",
+    starts: Annotated[int, typer.Option(min=1, help="Random starts a budget; the worst counts.")] = 1,
+    controls: Annotated[bool, typer.Option(help="Also measure random and singular controls.")] = True,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    seed: int = 0,
+    save: Annotated[Path | None, typer.Option("--out", help="Write metrics.json here (a file).")] = None,
+) -> None:
+    """Evaluate a decomposition: mask modes, L0, alive counts, adversaries, controls."""
+    from tl_vpd import Decomposition, bundled
+    from tl_vpd.evaluation import evaluate
+    from tl_vpd.recipe import DataRecipe, ModelRecipe
+
+    try:
+        steps = [int(b) for b in budgets.split(",")]
+    except ValueError as error:
+        raise ValueError(f"--budgets {budgets!r}: give whole numbers with commas, such as 20,320.") from error
+    own = bundled.decomposition(device=device) if decomposition == "bundled" else Decomposition.load(decomposition, device=device)
+    target = ModelRecipe(name=model, device=device).load()
+    data = DataRecipe(tokens=tokens, key=key).load(target)[:rows]
+    curve = bundled.training_record()["curve"] if model == "bundled" else None
+    found = evaluate(own, target, data, budgets=steps, starts=starts, controls=controls, seed=seed, curve=curve)
+    show(found)
+    if save is not None:
+        found.save(save)
+        out.print(f"Written: {save}")
+
+
+def show(found: Any) -> None:
+    """Prints an evaluation's tables."""
+    record = found.record
+    out.print(found.table().round(4).to_string(), markup=False)
+    out.print(found.pgd_table().round(4).to_string(), markup=False)
+    out.print(found.sites_table().round(2).to_string(), markup=False)
+    out.print(
+        f"target CE {record['target_ce']:.4f}   L0 {record['l0']:.1f} a token of {record['alive']} alive, "
+        f"{record['built']} built, {record['summed_rank']} summed ranks   {record['tokens']} tokens",
+        markup=False,
+    )
+    for name, own in record.get("controls", {}).items():
+        out.print(f"control {name}: rounded CE {own['rounded_ce']:.4f}, stochastic CE {own['stochastic_ce']:.4f}", markup=False)
+
+
+@app.command()
+@_command
+def demo(
+    folder: Annotated[Path, typer.Option("--out", help="Where the page, the metrics and the decomposition go.")] = Path("demo"),
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the short decomposition.")] = 120,
+) -> None:
+    """The whole of it in a few minutes: the bundled model taken apart, checked, trained afresh, and a page to look at."""
+    from tl_vpd.demo import run_demo
+
+    run_demo(folder, steps=steps, say=lambda text: out.print(text, markup=False, highlight=False))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,66 @@
+"""Two ways to spend the same importances without knowing which pieces matter.
+
+Each takes, at every token and site, the very values that Γ gave (so that counts match at every threshold) and hands them to
+other pieces: *random* to alive subcomponents drawn at random; *singular* to the singular directions of the weight, the
+largest value to the largest ``|σ_i · u_i · x|``. A decomposition that is not far better than both has found nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_vpd.components import Components
+from tl_vpd.sites import Packing, Site
+
+
+def random_importances(
+    g: Float[Tensor, "batch pos C_total"],
+    alive: Bool[Tensor, " C_total"],
+    packing: Packing,
+    generator: torch.Generator,
+) -> Float[Tensor, "batch pos C_total"]:
+    """Every token's importances handed to alive subcomponents of the same site at random."""
+    chosen = []
+    for name, own in packing.unpack(g).items():
+        draw = torch.rand(own.shape, generator=generator, device=own.device)
+        chosen.append(hand_over(own, draw.masked_fill(~alive[packing.slices[name]], -1.0)))
+    return torch.cat(chosen, dim=-1)
+
+
+def singular_components(sites: Mapping[str, Site], weights: Mapping[str, Float[Tensor, "_ _"]]) -> Components:
+    """The singular value decomposition of every weight as components: ``V = u``, ``U = σ vᵀ``, rank many of them."""
+    parts = Components(list(sites.values()), {name: site.rank for name, site in sites.items()})
+    with torch.no_grad():
+        for name in sites:
+            u, sigma, vh = torch.linalg.svd(weights[name].float(), full_matrices=False)
+            parts.V[name].copy_(u)
+            parts.U[name].copy_(sigma[:, None] * vh)
+    return parts.to(next(iter(weights.values())))
+
+
+def singular_importances(
+    g: Float[Tensor, "batch pos C_total"],
+    packing: Packing,
+    inputs: Mapping[str, Float[Tensor, "batch pos _"]],
+    singular: Components,
+) -> Float[Tensor, "batch pos rank_total"]:
+    """Every token's importances handed to the singular directions that are strongest there."""
+    chosen = []
+    for name, own in packing.unpack(g).items():
+        strength = (inputs[name] @ singular.V[name]).abs() * singular.write_norms(name)
+        chosen.append(hand_over(own, strength))
+    return torch.cat(chosen, dim=-1)
+
+
+def hand_over(
+    values: Float[Tensor, "batch pos C"], strength: Float[Tensor, "batch pos R"]
+) -> Float[Tensor, "batch pos R"]:
+    """The largest value to the strongest of R pieces, the next to the next; what is over is dropped, what lacks is 0."""
+    n = min(values.shape[-1], strength.shape[-1])
+    largest = values.sort(dim=-1, descending=True).values[..., :n]
+    order = strength.argsort(dim=-1, descending=True)[..., :n]
+    return torch.zeros_like(strength).scatter(-1, order, largest.to(strength.dtype))

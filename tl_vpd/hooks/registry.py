@@ -1,0 +1,34 @@
+"""Which decompositions are attached to which models now. Held weakly: an attached model that is forgotten goes away."""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from tl_vpd.decomposition import Decomposition
+    from tl_vpd.hooks.attached import Attached
+
+_attached: weakref.WeakSet[Attached] = weakref.WeakSet()
+
+
+def attached_to(model: nn.Module) -> Attached | None:
+    """What is attached to this model, if anything."""
+    return next((a for a in _attached if a.model is model), None)
+
+
+def is_attached(decomposition: Decomposition) -> bool:
+    """Whether the decomposition is attached to any model now."""
+    return any(a.decomposition is decomposition for a in _attached)
+
+
+def add(attached: Attached) -> None:
+    """Notes that it is attached."""
+    _attached.add(attached)
+
+
+def discard(attached: Attached) -> None:
+    """Notes that it is attached no longer."""
+    _attached.discard(attached)

@@ -1,0 +1,153 @@
+"""Files that describe a run: which model, which tokens, which algorithm, where the output goes.
+
+    model: {name: bundled}                 # or a name that HookedTransformer.from_pretrained knows, with its options
+    data: {tokens: bundled}                # or a .npy / .safetensors of tokens [n, pos], or text files
+    algorithm: {steps: 2000, C: 128}       # tl_vpd.VPDConfig
+    output: {folder: runs/first}
+
+Algorithm, runtime and output are apart; unknown keys are refused.
+"""
+
+from __future__ import annotations
+
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from jaxtyping import Int
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+from torch import Tensor
+from transformer_lens import HookedTransformer
+
+from tl_vpd.training import VPDConfig
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelRecipe(_Frozen):
+    """Which model."""
+
+    name: str = "bundled"
+    """``bundled``, or a name or local folder for ``HookedTransformer.from_pretrained``."""
+    options: dict[str, Any] = {}
+    """Keyword arguments of ``from_pretrained`` (``fold_ln``, ``center_unembed``, ...)."""
+    device: str = "cpu"
+
+    def load(self) -> HookedTransformer:
+        """The model on its device."""
+        if self.name == "bundled":
+            from tl_vpd import bundled
+
+            return bundled.model(device=self.device)
+        return HookedTransformer.from_pretrained(self.name, device=self.device, **self.options)
+
+
+class DataRecipe(_Frozen):
+    """Which tokens."""
+
+    tokens: str = "bundled"
+    """``bundled``, a ``.npy`` or ``.safetensors`` file, or a pattern of text files."""
+    key: str = "training"
+    """Which tensor of a ``.safetensors`` file, and which part of the bundled windows."""
+    context: int | None = Field(None, ge=2)
+    """Length of the windows that text is cut into, and to which longer rows are cut (None: the model's context)."""
+
+    def load(self, model: HookedTransformer) -> Int[Tensor, "n pos"]:
+        """Rows of tokens for a model.
+
+        Raises:
+            FileNotFoundError: nothing is there. ValueError: the file does not hold rows of integers.
+        """
+        length = self.context or model.cfg.n_ctx
+        if self.tokens == "bundled":
+            from tl_vpd import bundled
+
+            if self.key not in ("training", "validation"):
+                raise ValueError(f"data.key is {self.key!r}; the bundled tokens have 'training' and 'validation'.")
+            return bundled.tokens(self.key)[:, :length]  # type: ignore[arg-type]
+        paths = [Path(p) for p in sorted(glob(self.tokens, recursive=True))]
+        if not paths:
+            raise FileNotFoundError(f"No file matches data.tokens = {self.tokens!r}.")
+        if paths[0].suffix in (".npy", ".safetensors"):
+            rows = _read_array(paths[0], self.key)
+            if rows.ndim != 2 or rows.dtype.kind not in "iu":
+                raise ValueError(f"{paths[0]} holds {rows.dtype} of shape {rows.shape}; integers [n, pos] are needed.")
+            return torch.from_numpy(rows[:, :length].astype(np.int64))
+        return text_windows(model, [p.read_text(encoding="utf-8") for p in paths], length)
+
+
+class OutputRecipe(_Frozen):
+    """Where the output goes."""
+
+    folder: Path = Path("runs/vpd")
+    save_every: int = Field(500, ge=1)
+    log_every: int = Field(10, ge=1)
+
+
+class Recipe(_Frozen):
+    """A whole run."""
+
+    model: ModelRecipe = ModelRecipe()
+    data: DataRecipe = DataRecipe()
+    algorithm: VPDConfig = VPDConfig()
+    output: OutputRecipe = OutputRecipe()
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Reads a YAML file.
+
+        Raises:
+            FileNotFoundError: there is none. ValueError: it is not a recipe; the message names each wrong key.
+        """
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: give a YAML file with model, data, algorithm and output.")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}; keys model, data, algorithm and output are needed.")
+        try:
+            return cls(**content)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+            raise ValueError(f"{path}: {wrong}") from error
+
+
+def _read_array(path: Path, key: str) -> np.ndarray:
+    if path.suffix == ".npy":
+        return np.load(path, allow_pickle=False)
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if key not in tensors:
+        raise ValueError(f"{path} has no tensor {key!r}; it has {', '.join(tensors)}. Set data.key.")
+    return tensors[key]
+
+
+def text_windows(model: HookedTransformer, texts: list[str], length: int) -> Int[Tensor, "n pos"]:
+    """Texts tokenised and cut into windows of ``length``, each opened by BOS; what is left over at each end is dropped.
+
+    Raises:
+        ValueError: the model has no tokenizer, or no text is as long as a window.
+    """
+    if model.tokenizer is None:
+        raise ValueError("This model has no tokenizer: pass tokens instead of text.")
+    rows = []
+    for text in texts:
+        ids = model.to_tokens(text, prepend_bos=False, truncate=False)[0].cpu()
+        n = len(ids) // (length - 1)
+        body = ids[: n * (length - 1)].view(n, length - 1)
+        rows.append(torch.cat([body.new_full((n, 1), model.tokenizer.bos_token_id), body], dim=1))
+    windows = torch.cat(rows) if rows else torch.empty(0, length, dtype=torch.long)
+    if not len(windows):
+        raise ValueError(f"No text is as long as one window of {length} tokens; give longer text or a smaller context.")
+    return windows

@@ -1,0 +1,14 @@
+"""Pictures for notebooks and for self-contained pages; nothing here ever needs the network.
+
+    >>> found = harvest(vpd, model, tokens)                                   # doctest: +SKIP
+    >>> viz.subcomponent(found, "blocks.1.mlp.W_in:12")                       # doctest: +SKIP
+    >>> viz.page([viz.losses(run.history), viz.subcomponent(found, "blocks.1.mlp.W_in:12")], "My run", "run.html")
+    ...                                                                       # doctest: +SKIP
+"""
+
+from tl_vpd.viz.panel import Panel, page
+from tl_vpd.viz.plots import losses
+from tl_vpd.viz.subcomponents import subcomponent
+from tl_vpd.viz.tables import table
+
+__all__ = ["Panel", "losses", "page", "subcomponent", "table"]

@@ -1,0 +1,109 @@
+"""circuitsvis without its network: its script inlined once, and windows of text drawn with ``ColoredTokens``.
+
+circuitsvis colours the background and knows no underline, no second value and no escaping (it writes tokens as HTML).
+So tokens are escaped before they are handed over, and when it has drawn a window, ``tlVpdDraw`` adds to its token
+elements the underline, the frame of the peak and a tooltip of both values. Until the script has run, and wherever
+scripts are not allowed, the window stands there as plain text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tl_vpd.analysis.harvest import Window
+from tl_vpd.viz.style import IMPORTANCE, NEGATIVE, POSITIVE
+from tl_vpd.viz.text import escape, for_script, number, spaced
+
+FAINT = 0.05
+"""Activations below this share of the scale get no underline."""
+
+_DRAW = """
+window.tlVpdDraw = function (windows) {
+  for (const [key, w] of Object.entries(windows)) {
+    // The same window may stand on a page more than once, and circuitsvis wants an id.
+    for (const place of document.querySelectorAll('[data-tlvpd="' + key + '"]:not([id])')) {
+      place.id = "tlvpd-" + key + "-" + Math.random().toString(36).slice(2);
+      const finish = function () {
+        const spans = place.querySelectorAll(".colored-tokens > span > span");
+        if (spans.length !== w.tokens.length) return;
+        observer.disconnect();
+        spans.forEach(function (span, i) {
+          if (w.underline[i]) span.style.boxShadow = "inset 0 -3px " + w.underline[i];
+          if (i === w.peak) span.classList.add("peak");
+          span.dataset.about = w.about[i];
+          span.addEventListener("mouseenter", function () {
+            const middle = place.getBoundingClientRect().left + place.clientWidth / 2;
+            span.classList.toggle("right", span.getBoundingClientRect().left > middle);
+          });
+        });
+      };
+      const observer = new MutationObserver(finish);
+      observer.observe(place, { childList: true, subtree: true });
+      CircuitsVis.render(place.id, CircuitsVis.ColoredTokens, {
+        tokens: w.tokens, values: w.values, minValue: 0, maxValue: 1, positiveColor: w.color, paddingBottom: 0
+      });
+    }
+  }
+};
+"""
+
+
+@lru_cache(maxsize=1)
+def script() -> str:
+    """The ``<script>`` element (1.3 MB) that windows need before them: circuitsvis's own file and ``tlVpdDraw``.
+
+    Raises:
+        ImportError: circuitsvis is not installed, or this version keeps its script elsewhere.
+    """
+    try:
+        import circuitsvis
+    except ImportError as error:
+        raise ImportError("Windows of text are drawn with circuitsvis: pip install circuitsvis.") from error
+    path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
+    if not path.is_file():
+        raise ImportError(f"circuitsvis {circuitsvis.__version__} has no dist/cdn/iife.js; install circuitsvis 1.43.3.")
+    code = path.read_text(encoding="utf-8").replace("</script", "<\\/script")
+    code = code.rpartition("//# sourceMappingURL=")[0] or code
+    return f"<script>{code}\n{_DRAW}</script>"
+
+
+def underline(activation: float, scale: float) -> str:
+    """The CSS colour under a token: hue by sign, strength by ``|activation| / scale``; none where that is tiny."""
+    share = min(abs(activation) / scale, 1.0) if scale > 0 else 0.0
+    if share < FAINT:
+        return ""
+    colour = POSITIVE if activation > 0 else NEGATIVE
+    return f"{colour}{round(255 * share):02x}"
+
+
+def window_data(window: Window, scale: float) -> dict[str, Any]:
+    """What ``tlVpdDraw`` is told of a window; ``scale`` is the activation of the strongest underline."""
+    g, a = window.importances.tolist(), window.activations.tolist()
+    about = [
+        f"{spaced(token)}\nimportance {number(own_g)}\nactivation {number(own_a)}"
+        for token, own_g, own_a in zip(window.tokens, g, a, strict=True)
+    ]
+    return {
+        "tokens": [escape(spaced(token)) for token in window.tokens],
+        "values": [round(value, 4) for value in g],
+        "underline": [underline(value, scale) for value in a],
+        "about": about,
+        "peak": window.peak,
+        "color": IMPORTANCE,
+    }
+
+
+def draw(windows: list[Window], scale: float) -> tuple[list[str], str]:
+    """The elements of windows, and the ``<script>`` that draws them, which has to stand after them all."""
+    places, data = [], {}
+    for window in windows:
+        own = window_data(window, scale)
+        key = hashlib.sha256(for_script(own).encode()).hexdigest()[:16]
+        data[key] = own
+        texts = [escape(spaced(token)) for token in window.tokens]
+        texts[window.peak] = f"<mark>{texts[window.peak]}</mark>"
+        places.append(f'<div class="text" data-tlvpd="{key}">{"".join(texts)}</div>')
+    return places, f"<script>tlVpdDraw({for_script(data)})</script>"

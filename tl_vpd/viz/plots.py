@@ -1,0 +1,74 @@
+"""Curves of a training run, drawn by matplotlib as inline SVG (an interactive library would add megabytes)."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pandas as pd
+
+from tl_vpd.viz.panel import Panel
+from tl_vpd.viz.text import escape
+
+_PLOTS = {
+    "reconstruction, KL to the target (nats a token)": (("stochastic", "adversarial"), True),
+    "important subcomponents a token (L0)": (("l0",), False),
+    "minimality losses, before their coefficients": (("importance", "frequency"), True),
+    "faithfulness loss": (("faithfulness",), True),
+}
+"""Title of each plot -> its columns, and whether its axis is logarithmic."""
+
+HOW = (
+    "Reconstruction says how far the model's predictions move when unimportant subcomponents are masked at random "
+    "(stochastic) or as badly as an adversary can find (adversarial); L0 how many subcomponents are important at a "
+    "token; the faithfulness loss how far the subcomponents are from summing to the weights. The minimality losses "
+    "follow a schedule in which their exponent falls, so their values at different steps are not comparable."
+)
+
+
+def losses(history: pd.DataFrame, *, title: str = "Training") -> Panel:
+    """The course of a run's losses, from ``decompose(...).history`` or the table in ``metrics.jsonl``.
+
+    Raises:
+        ValueError: the history is empty or lacks columns. ImportError: matplotlib is not installed.
+    """
+    needed = {"step", *(name for columns, _ in _PLOTS.values() for name in columns)}
+    missing = sorted(needed - set(history.columns))
+    if missing:
+        raise ValueError(f"The history lacks {', '.join(missing)}; pass run.history or pd.read_json(..., lines=True).")
+    if not len(history):
+        raise ValueError("The history holds no steps.")
+    body = f'<h3>{escape(title)}</h3><div class="plot">{_svg(history)}</div>'
+    return Panel(title=title, body=body, how_to_read=HOW)
+
+
+def _svg(history: pd.DataFrame) -> str:
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("The plot of losses is drawn by matplotlib: pip install matplotlib.") from error
+    # Text stays text, and ids depend on the content alone, so that the same history gives the same page.
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "tl_vpd",
+        "font.family": "sans-serif",
+        "font.size": 9,
+    }
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(10.4, 5.2), layout="constrained")
+        for axes, (title, (columns, logarithmic)) in zip(figure.subplots(2, 2).flat, _PLOTS.items(), strict=True):
+            for column, colour in zip(columns, ("#1f5fd0", "#e07b00"), strict=False):
+                axes.plot(history["step"], history[column], color=colour, linewidth=1.3, label=column)
+            axes.set_title(title, fontsize=9.5, loc="left")
+            positive = bool((history[list(columns)] > 0).all(axis=None))
+            axes.set_yscale("log" if logarithmic and positive else "linear")
+            axes.set_xlabel("step")
+            axes.grid(alpha=0.25, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+            if len(columns) > 1:
+                axes.legend(frameon=False, fontsize=8.5)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

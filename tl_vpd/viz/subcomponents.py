@@ -1,0 +1,107 @@
+"""One subcomponent to look at: what it weighs, where it fires, at which tokens, and what follows."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from tl_vpd.analysis.harvest import Harvest, SubcomponentHarvest
+from tl_vpd.sites import Subcomponent
+from tl_vpd.viz.circuits import draw
+from tl_vpd.viz.panel import Panel
+from tl_vpd.viz.style import NEGATIVE, POSITIVE
+from tl_vpd.viz.text import escape, number, visible
+
+HOW = (
+    "A subcomponent is one rank-one piece of a weight matrix. Its causal importance at a token says whether the "
+    "piece could be removed there without changing what the model predicts: 1 means it is needed, 0 that it is not. "
+    "Importances are an estimate, made by a network trained together with the pieces.\n\n"
+    "Each line of text is cut around the token, framed, where the importance is largest; no two lines come from one "
+    "row of the data. Background: importance. Underline: activation, the strength and sign with which the piece "
+    "writes into the model at that token; the strongest colour is the largest activation shown in the panel. Hover "
+    "over a token for both numbers. Line breaks are shown as ⏎, spaces in the tables as dots (·×8: eight of them).\n\n"
+    "Tokens in the tables: recall is the share of the piece's firings that falls on the token (or is followed by "
+    "it); PMI, in nats, is how much more often the two meet than by chance. Tokens met only once are left out. The "
+    "windows are the strongest cases, not typical ones."
+)
+
+_LEGEND = (
+    '<div class="legend"><span>importance 0<i class="ramp"></i>1</span>'
+    f'<span>activation<i class="line" style="background:{POSITIVE}"></i>positive'
+    f'<i class="line" style="background:{NEGATIVE}"></i>negative, up to {{scale}}</span>'
+    '<span><i class="peak"></i>largest importance</span></div>'
+)
+
+
+def subcomponent(
+    harvest: Harvest,
+    address: str | Subcomponent,
+    *,
+    note: str = "",
+    windows: int | None = None,
+    tokens: int = 8,
+) -> Panel:
+    """One subcomponent of a harvest as a panel.
+
+    Args:
+        address: ``site:index``.
+        note: plain text under the heading, such as a label.
+        windows: how many windows of text are shown (None: all that were harvested).
+        tokens: rows of each token table.
+
+    Raises:
+        KeyError, IndexError: there is no such subcomponent, or it was not harvested.
+        ValueError: ``windows`` or ``tokens`` is below 0. TypeError: ``harvest`` is none.
+    """
+    if not isinstance(harvest, Harvest):
+        raise TypeError(f"A Harvest is needed, as harvest(vpd, model, tokens) gives; got a {type(harvest).__name__}.")
+    if (windows is not None and windows < 0) or tokens < 0:
+        raise ValueError(f"windows={windows}, tokens={tokens}: neither can be below 0.")
+    own = harvest[address]
+    shown = list(own.windows[:windows])
+    scale = max((float(w.activations.abs().max()) for w in shown), default=0.0)
+    places, script = draw(shown, scale)
+    rows = [
+        f'<div class="window"><div class="where">row {w.row}, token {w.pos}<br>importance '
+        f"{number(float(w.importances[w.peak]))}</div>{place}</div>"
+        for w, place in zip(shown, places, strict=True)
+    ]
+    nothing = f'<p class="note">Its importance exceeds {harvest.threshold:g} at no token of this data.</p>'
+    text = _LEGEND.format(scale=number(scale)) + "".join(rows) if own.windows else nothing
+    body = (
+        f"<h3><code>{escape(str(own.subcomponent))}</code></h3>{_facts(own, harvest)}"
+        f"{f'<p>{escape(note)}</p>' if note else ''}{text}{_token_tables(own, tokens)}{script if shown else ''}"
+    )
+    return Panel(title=str(own.subcomponent), body=body, how_to_read=HOW, needs_circuitsvis=bool(shown))
+
+
+def _facts(own: SubcomponentHarvest, harvest: Harvest) -> str:
+    facts = {
+        "g > 0 at": f"{own.density:.2%} of tokens",
+        f"fires (g > {harvest.threshold:g})": f"{own.firings:,} times",
+        "mean importance": number(own.mean_importance),
+        "mean activation when firing": number(own.mean_activation),
+        "norm": number(own.norm),
+    }
+    return f'<div class="facts">{"".join(f"<span>{escape(k)} <b>{v}</b></span>" for k, v in facts.items())}</div>'
+
+
+def _token_tables(own: SubcomponentHarvest, k: int) -> str:
+    if not k or not own.windows:
+        return ""
+    tables = [
+        _token_table(f"{name}, by {'PMI' if by == 'pmi' else by}", find(k, by=by), by)
+        for name, find in (("Fires at", own.input_tokens), ("Next token", own.output_tokens))
+        for by in ("pmi", "recall")
+    ]
+    return f'<div class="columns">{"".join(tables)}</div>'
+
+
+def _token_table(heading: str, table: pd.DataFrame, by: str) -> str:
+    shown = number if by == "pmi" else "{:.0%}".format
+    rows = [
+        f'<tr><td><span class="tok">{escape(visible(token))}</span></td><td>{shown(value)}</td><td>{count:,}</td></tr>'
+        for token, value, count in zip(table["token"], table[by], table["count"], strict=True)
+    ]
+    head = f"<tr><th>token</th><th>{'PMI' if by == 'pmi' else by}</th><th>times</th></tr>"
+    inside = f"<table>{head}{''.join(rows)}</table>" if rows else '<p class="note">No token was met twice.</p>'
+    return f"<div><h4>{heading}</h4>{inside}</div>"
