@@ -82,7 +82,7 @@ def test_loading_draws_no_random_numbers(folder):
 
 def test_a_folder_that_is_no_decomposition_is_named(folder, tmp_path):
     with pytest.raises(
-        FileNotFoundError, match="nowhere does not exist.*give the folder that Decomposition.save wrote"
+        FileNotFoundError, match=r"nowhere does not exist.*give the folder that Decomposition\.save wrote"
     ):
         Decomposition.load(tmp_path / "nowhere")
     for part in (TENSORS, CONFIG):
@@ -94,7 +94,7 @@ def test_a_folder_that_is_no_decomposition_is_named(folder, tmp_path):
 def test_a_file_cut_short_or_changed_is_refused(folder):
     whole = (folder / TENSORS).read_bytes()
     (folder / TENSORS).write_bytes(whole[:-100])
-    with pytest.raises(ValueError, match="checksum differs.*cut short or changed"):
+    with pytest.raises(ValueError, match=r"checksum differs.*cut short or changed"):
         Decomposition.load(folder)
     (folder / TENSORS).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     with pytest.raises(ValueError, match="checksum differs"):

@@ -1,8 +1,8 @@
 """tl_vpd: adVersarial Parameter Decomposition for TransformerLens.
 
-    >>> run = tl_vpd.decompose(model, tokens, tl_vpd.VPDConfig(steps=20_000))     # doctest: +SKIP
-    >>> with run.decomposition.attach(model) as attached:                         # doctest: +SKIP
-    ...     logits, cache = model.run_with_cache(tokens)
+>>> run = tl_vpd.decompose(model, tokens, tl_vpd.VPDConfig(steps=20_000))     # doctest: +SKIP
+>>> with run.decomposition.attach(model) as attached:                         # doctest: +SKIP
+...     logits, cache = model.run_with_cache(tokens)
 """
 
 from tl_vpd.decomposition import Decomposition

@@ -18,8 +18,8 @@ import typer
 from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Take the weights of transformers apart (VPD).")
-out = Console()
-err = Console(stderr=True)
+out = Console(soft_wrap=True)
+err = Console(stderr=True, soft_wrap=True)
 
 
 @contextmanager
@@ -101,7 +101,11 @@ def evaluate_command(
         steps = [int(b) for b in budgets.split(",")]
     except ValueError as error:
         raise ValueError(f"--budgets {budgets!r}: give whole numbers with commas, such as 20,320.") from error
-    own = bundled.decomposition(device=device) if decomposition == "bundled" else Decomposition.load(decomposition, device=device)
+    own = (
+        bundled.decomposition(device=device)
+        if decomposition == "bundled"
+        else Decomposition.load(decomposition, device=device)
+    )
     target = ModelRecipe(name=model, device=device).load()
     data = DataRecipe(tokens=tokens, key=key).load(target)[:rows]
     curve = bundled.training_record()["curve"] if model == "bundled" else None
@@ -124,13 +128,18 @@ def show(found: Any) -> None:
         markup=False,
     )
     for name, own in record.get("controls", {}).items():
-        out.print(f"control {name}: rounded CE {own['rounded_ce']:.4f}, stochastic CE {own['stochastic_ce']:.4f}", markup=False)
+        out.print(
+            f"control {name}: rounded CE {own['rounded_ce']:.4f}, stochastic CE {own['stochastic_ce']:.4f}",
+            markup=False,
+        )
 
 
 @app.command()
 @_command
 def demo(
-    folder: Annotated[Path, typer.Option("--out", help="Where the page, the metrics and the decomposition go.")] = Path("demo"),
+    folder: Annotated[Path, typer.Option("--out", help="Where the page, the metrics and the decomposition go.")] = Path(
+        "demo"
+    ),
     steps: Annotated[int, typer.Option(min=1, help="Steps of the short decomposition.")] = 120,
 ) -> None:
     """The whole of it in a few minutes: the bundled model taken apart, checked, trained afresh, and a page to look at."""

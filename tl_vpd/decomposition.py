@@ -196,7 +196,9 @@ class Decomposition(nn.Module):
         return decomposition(device=device)
 
     @classmethod
-    def from_hub(cls, repository: str, *, revision: str | None = None, device: str | torch.device = "cpu") -> Decomposition:
+    def from_hub(
+        cls, repository: str, *, revision: str | None = None, device: str | torch.device = "cpu"
+    ) -> Decomposition:
         """Loads ``user/repo`` from the Hugging Face Hub (downloads ``config.json`` and ``decomposition.safetensors``)."""
         from huggingface_hub import snapshot_download
 

@@ -20,7 +20,7 @@ from transformer_lens import HookedTransformer
 
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
-from tl_vpd.analysis.harvest import Harvest, harvest, pick
+from tl_vpd.analysis import Harvest, harvest, pick
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import Evaluation, evaluate
 from tl_vpd.masking import constant_masks
@@ -29,6 +29,14 @@ from tl_vpd.storage import write_json
 from tl_vpd.training import Run, decompose
 
 Say = Callable[[str], None]
+INTRODUCTION = (
+    "A two-layer transformer that was trained on the source text of Python's standard library, with its twelve attention and "
+    "MLP matrices split into rank-one subcomponents. At each token only a few of them matter for what the model predicts; the "
+    "others can be removed, in any combination.\n\n"
+    "In the first table every mode keeps, removes or weakens subcomponents by their causal importance and runs the model on "
+    "what is left. Importances are computed from the whole window, following tokens included, so the cross-entropy (ce) "
+    "of a masked model can come out below the target's; the KL from the target has no such advantage."
+)
 
 
 def run_demo(folder: Path, *, steps: int, say: Say) -> None:
@@ -122,12 +130,17 @@ class AblationEffect:
     def lines(self) -> list[str]:
         """The effect as sentences."""
         return [
-            f"{self.subcomponent} removed everywhere: KL from the model {self.kl_important:.3f} nats a token where its importance "
-            f"is above 0.5 ({self.density:.1%} of tokens), {self.kl_elsewhere:.5f} where it is 0",
+            f"{self.subcomponent} removed everywhere: KL from the model {self.kl_important:.3f} nats a token where its "
+            f"importance is above 0.5 ({self.density:.1%} of tokens), {self.kl_elsewhere:.5f} where it is 0",
             f"where it changes most, after {self.context!r}:",
             "   with it:    " + self._row(self.before),
             "   without it: " + self._row(self.after),
         ]
+
+    def side_by_side(self) -> pd.DataFrame:
+        """The likeliest next tokens with and without the subcomponent."""
+        without = self.after.rename(columns={"token": "token without", "p": "p without"})
+        return pd.concat([self.before, without], axis=1).round(3)
 
     @staticmethod
     def _row(table: pd.DataFrame) -> str:
@@ -159,7 +172,7 @@ def ablation_effect(
     effect, c, kl, without = best
     g = importances[c.site][..., c.index]
     row, pos = divmod(int((kl * (g > 0.5)).argmax()), tokens.shape[1])
-    context = model.tokenizer.decode(tokens[row, max(1, pos - 12) : pos + 1])
+    context = str(model.tokenizer.decode(tokens[row, max(1, pos - 12) : pos + 1]))
     return AblationEffect(
         subcomponent=c,
         kl_important=effect,
@@ -174,7 +187,9 @@ def ablation_effect(
 def _likely(model: HookedTransformer, log_p: Float[Tensor, " vocab"], k: int = 4) -> pd.DataFrame:
     assert model.tokenizer is not None
     top = log_p.exp().topk(k)
-    return pd.DataFrame({"token": [model.tokenizer.decode([i]) for i in top.indices.tolist()], "p": top.values.tolist()})
+    return pd.DataFrame(
+        {"token": [model.tokenizer.decode([i]) for i in top.indices.tolist()], "p": top.values.tolist()}
+    )
 
 
 def _tell(found: Evaluation, say: Say) -> None:
@@ -210,10 +225,11 @@ def _page(
     panels = [
         viz.table(shipped.table().round(4).reset_index(), "The bundled decomposition on 8,192 validation tokens"),
         viz.table(shipped.pgd_table().round(3).reset_index(), "KL under a fresh adversary, by its number of steps"),
-        viz.table(effect.before.round(3), f"Next token after {effect.context!r}, with {effect.subcomponent}"),
-        viz.table(effect.after.round(3), f"The same without {effect.subcomponent}"),
+        viz.table(
+            effect.side_by_side(), f"Next token after {effect.context!r}, with and without {effect.subcomponent}"
+        ),
         *(viz.subcomponent(seen, c) for c in chosen),
         viz.losses(run.history, title="The short decomposition trained by this demo"),
         viz.table(short.table().round(4).reset_index(), "What the short decomposition reached, on 2,048 tokens"),
     ]
-    return viz.page(panels, "A small language model, taken apart", folder / "index.html")
+    return viz.page(panels, "A small language model, taken apart", folder / "index.html", introduction=INTRODUCTION)

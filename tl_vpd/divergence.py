@@ -1,6 +1,6 @@
 """How far one output is from another: KL divergence of next-token distributions, in float32.
 
-    KL(target ‖ masked) = Σ_v p_v (log p_v − log q_v)       per position, then averaged over real positions, in nats
+KL(target ‖ masked) = Σ_v p_v (log p_v − log q_v)       per position, then averaged over real positions, in nats
 """
 
 from __future__ import annotations

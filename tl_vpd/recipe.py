@@ -113,7 +113,9 @@ class Recipe(_Frozen):
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}; keys model, data, algorithm and output are needed.")
+            raise ValueError(
+                f"{path} holds a {type(content).__name__}; keys model, data, algorithm and output are needed."
+            )
         try:
             return cls(**content)
         except ValidationError as error:

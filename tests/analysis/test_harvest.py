@@ -13,7 +13,10 @@ from torch.testing import assert_close
 
 from tests.tiny import some_tokens
 from tl_vpd.analysis import harvest, pick
-from tl_vpd.analysis.harvest import _names, _Pairs, _shares, cut, peaks, pmi, recall
+from tl_vpd.analysis.harvest import _names
+from tl_vpd.analysis.pick import _shares
+from tl_vpd.analysis.records import cut, pmi, recall
+from tl_vpd.analysis.tally import Pairs, peaks
 from tl_vpd.hooks import TappedModel, causal_importances
 
 
@@ -46,7 +49,7 @@ def test_the_peak_is_the_largest_importance_and_among_equals_the_largest_activat
 
 
 def test_pairs_add_up_over_batches():
-    pairs = _Pairs(C=2, vocab=5, device=torch.device("cpu"))
+    pairs = Pairs(C=2, vocab=5, device=torch.device("cpu"))
     pairs.add(torch.tensor([4, 1, 4]), torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]]))
     pairs.add(torch.tensor([0, 4]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     counts = pairs.counts()

@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.tiny import decomposition_of, tiny_model
 from tl_vpd import Decomposition, evaluate
 from tl_vpd.adapters import adapt
-
-from tests.tiny import decomposition_of, tiny_model
 
 KEYS = {
     "target_ce", "unmasked_ce", "stochastic_ce", "rounded_ce", "rounded_0.1_ce", "rounded_0.5_ce", "ci_ce", "zero_ce",

@@ -37,7 +37,7 @@ def test_the_output_loses_amount_times_what_was_written(model, vpd, tokens, amou
 def test_ablating_everywhere_is_editing_the_weight(model, vpd, tokens):
     mask = torch.ones(6, dtype=torch.float64)
     mask[[1, 3]] = 0
-    expected = edited(model, vpd, {n: (mask, 1.0) for n in ("blocks.0.attn.W_V", OUT)})(tokens)
+    expected = edited(model, vpd, dict.fromkeys(("blocks.0.attn.W_V", OUT), (mask, 1.0)))(tokens)
     addresses = [f"{n}:{i}" for n in ("blocks.0.attn.W_V", OUT) for i in (1, 3)]
     with vpd.attach(model) as attached:
         assert_close(model.run_with_hooks(tokens, fwd_hooks=vpd.ablation_hooks(addresses)), expected)

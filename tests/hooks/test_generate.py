@@ -47,9 +47,9 @@ def test_ablations_everywhere_work_with_a_kv_cache(model, vpd, tokens):
 @pytest.mark.parametrize("mode", NEED_IMPORTANCES)
 def test_modes_that_need_importances_refuse_a_kv_cache_and_recompute_without(model, vpd, tokens, mode):
     with torch.no_grad(), vpd.attach(model) as attached:
-        with attached.masked(mode, steps=1, seed=0):
-            with pytest.raises(ValueError, match=f"The mode '{mode}' needs the whole prefix.*use_past_kv_cache=False"):
-                generate(model, tokens)
+        message = f"The mode '{mode}' needs the whole prefix.*use_past_kv_cache=False"
+        with pytest.raises(ValueError, match=message), attached.masked(mode, steps=1, seed=0):
+            generate(model, tokens)
         with attached.masked(mode, steps=1, seed=0):
             expected = greedy(model, tokens)
         with attached.masked(mode, steps=1, seed=0):

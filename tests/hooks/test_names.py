@@ -116,7 +116,7 @@ def test_generic_activation_patch_over_layers_and_positions(model, vpd, tokens):
             return logits[0, -1, 3]
 
         def setter(acts, index, clean):
-            layer, pos = index
+            pos = index[1]
             acts[:, pos] = clean[:, pos]
             return acts
 

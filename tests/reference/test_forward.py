@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.reference.conftest import MODULES, Reference, by_site, pack, pack_sources, read
 from tl_vpd.divergence import kl_divergence, next_token_ce
 from tl_vpd.hooks import TappedModel
 from tl_vpd.importance import lower_leaky, upper_leaky
 from tl_vpd.masking import constant_masks, masks_from_sources
-
-from tests.reference.conftest import MODULES, Reference, by_site, pack, pack_sources, read
 
 
 @pytest.mark.parametrize(("name", "squash"), [("lower", lower_leaky), ("upper", upper_leaky)])
@@ -67,7 +66,9 @@ def test_importances(reference: Reference):
 def test_masked_logits(reference: Reference, case: str, dtype: torch.dtype):
     packing, inputs = reference.packing, reference.inputs
     g = pack(reference.outputs, "ci_lower")
-    stochastic = torch.cat([pack(inputs, "src"), *(by_site(inputs, "src_delta")[n][..., None] for n in packing.names)], -1)
+    stochastic = torch.cat(
+        [pack(inputs, "src"), *(by_site(inputs, "src_delta")[n][..., None] for n in packing.names)], -1
+    )
     routing = by_site(inputs, "routing")
     masks = {
         "a": lambda: constant_masks(torch.ones_like(g), 1.0, packing),

@@ -7,14 +7,13 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from tests.reference.conftest import Reference, by_site, pack, pack_sources, read
 from tl_vpd.hooks import TappedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.masking import fresh_pgd, masks_from_sources
 from tl_vpd.training import AdversaryConfig, Coefficients, Trainer, VPDConfig
 from tl_vpd.training.losses import Reconstruction, faithfulness, frequency_minimality, importance_minimality, power_sums
 from tl_vpd.training.trainer import Draws
-
-from tests.reference.conftest import Reference, by_site, pack, pack_sources, read
 
 
 class Losses:
@@ -68,7 +67,8 @@ def losses(reference: Reference):
 
 
 @pytest.mark.parametrize(
-    "name", ["faith", "imp_p1.0", "imp_p0.4", "kl_d_stoch_allrouted", "kl_e_stoch_routed", "kl_f_ppgd_allrouted", "total_p1.2"]
+    "name",
+    ["faith", "imp_p1.0", "imp_p0.4", "kl_d_stoch_allrouted", "kl_e_stoch_routed", "kl_f_ppgd_allrouted", "total_p1.2"],
 )
 def test_loss_values(losses: Losses, name: str):
     assert_close(losses.of(name).detach(), torch.tensor(losses.reference.scalars[f"lossval_{name}"]), rtol=2e-5, atol=0)
@@ -186,7 +186,9 @@ def test_three_training_steps(reference: Reference):
         for i, expected in enumerate(reference.scalars["train_steps"]):
             found = trainer.step(draws[f"step{i}/tokens"])
             if i == 0:
-                assert_close(ascents[1], pack_sources(read("ppgd_after_warmup_step0"), "after_warmup"), rtol=0, atol=1e-4)
+                assert_close(
+                    ascents[1], pack_sources(read("ppgd_after_warmup_step0"), "after_warmup"), rtol=0, atol=1e-4
+                )
             minimality = found.importance + 0.5 * found.frequency
             for name, value, wanted in (
                 ("lr", found.lr, expected["main_lr"]),
@@ -201,7 +203,9 @@ def test_three_training_steps(reference: Reference):
                 assert value == pytest.approx(wanted, rel=1e-4), (i, name)
             after = read(f"after_train_step{i}")
             for key, (parameter, value) in reference.parameters(after).items():
-                assert_close(parameter.detach(), value, rtol=0, atol=2e-6, msg=lambda m, k=key, i=i: f"step {i}, {k}: {m}")
+                assert_close(
+                    parameter.detach(), value, rtol=0, atol=2e-6, msg=lambda m, k=key, i=i: f"step {i}, {k}: {m}"
+                )
             # A handful of sources sit where the gradient is rounding noise, and Adam gives noise a full-length step.
             error = (trainer.sources.values - pack_sources(after, "ppgd_src")).abs()
             assert (error > 1e-3).float().mean() < 2e-3

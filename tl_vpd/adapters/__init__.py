@@ -1,8 +1,8 @@
 """The only room that knows TransformerLens's classes: where a site's input, output and weight are in a model.
 
-    >>> adapter = adapt(model)                     # doctest: +SKIP
-    >>> adapter.sites["blocks.0.attn.W_Q"]         # doctest: +SKIP
-    Site(name='blocks.0.attn.W_Q', d_in=96, d_out=96, n_heads=4, d_head=24)
+>>> adapter = adapt(model)                     # doctest: +SKIP
+>>> adapter.sites["blocks.0.attn.W_Q"]         # doctest: +SKIP
+Site(name='blocks.0.attn.W_Q', d_in=96, d_out=96, n_heads=4, d_head=24)
 """
 
 from __future__ import annotations

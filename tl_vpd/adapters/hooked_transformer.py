@@ -16,9 +16,10 @@ All taps are torch-level hooks with bound methods or ``partial``s, put before us
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,11 +61,15 @@ class HookedTransformerAdapter:
             if getattr(cfg, flag, False):
                 raise Unsupported(f"cfg.{flag} is on, which is not supported: call model.set_{flag}(False) first.")
         if getattr(cfg, "load_in_4bit", False):
-            raise Unsupported("cfg.load_in_4bit is on: quantised weights cannot be decomposed; load the model unquantised.")
+            raise Unsupported(
+                "cfg.load_in_4bit is on: quantised weights cannot be decomposed; load the model unquantised."
+            )
         if cfg.n_devices > 1:
             raise Unsupported(f"cfg.n_devices is {cfg.n_devices}: load the model on one device.")
         if getattr(cfg, "num_experts", None):
-            raise Unsupported("This model's MLPs are mixtures of experts, which cannot be decomposed; use a dense model.")
+            raise Unsupported(
+                "This model's MLPs are mixtures of experts, which cannot be decomposed; use a dense model."
+            )
 
     def _add_sites(self, layer: int) -> None:
         cfg, prefix = self.model.cfg, f"blocks.{layer}"
@@ -109,7 +114,7 @@ class HookedTransformerAdapter:
         module, attribute = self._parameter(site)
         parameter = getattr(module, attribute)
         if site.short in ("q", "k", "v"):
-            W = W.view(site.d_in, site.n_heads, site.d_head).transpose(0, 1)  # [d_model, head, d_head] -> [head, ...]
+            W = W.unflatten(1, (-1, self.model.cfg.d_head)).transpose(0, 1)  # [d_model, head, d_head] -> [head, ...]
         parameter.copy_(W.reshape(parameter.shape))
 
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
@@ -158,7 +163,9 @@ class HookedTransformerAdapter:
         elif isinstance(prompts, Tensor):
             tokens = prompts
         else:
-            raise TypeError(f"Prompts are a {type(prompts).__name__}; pass a string, a list of strings or a tensor of tokens.")
+            raise TypeError(
+                f"Prompts are a {type(prompts).__name__}; pass a string, a list of strings or a tensor of tokens."
+            )
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         check_tokens(tokens, d_vocab=cfg.d_vocab, n_ctx=cfg.n_ctx)
         return tokens.to(self.device)
@@ -187,8 +194,8 @@ class HookedTransformerAdapter:
     ) -> Bool[Tensor, "batch pos"] | None:
         """True at real tokens, False at padding; None if nothing is padded.
 
-        An attention mask says it (alone, where a pass starts from embeddings and there are no tokens); without one, leading or trailing pad tokens count as padding as TransformerLens
-        counts them (a tokenizer is needed for that).
+        An attention mask says it (alone, where a pass starts from embeddings and there are no tokens); without one, leading
+        or trailing pad tokens count as padding as TransformerLens counts them (a tokenizer is needed for that).
         """
         if attention_mask is None:
             tokenizer = self.model.tokenizer
@@ -220,8 +227,7 @@ class HookedTransformerAdapter:
     def tap(self, name: str, read: Read, write: Write) -> list[RemovableHandle]:
         """Sends a site's input to ``read`` and its output through ``write`` in every forward pass."""
         site = self.sites[name]
-        block = self.block(name)
-        module = block.attn if ".attn." in name else block.mlp
+        module: Any = self.model.get_submodule(name.rsplit(".", 1)[0])
         match site.short:
             case "q" | "k" | "v":
                 keyword = {"q": "query_input", "k": "key_input", "v": "value_input"}[site.short]
@@ -261,7 +267,9 @@ def check_tokens(tokens: Tensor, *, d_vocab: int, n_ctx: int) -> None:
     if tokens.numel() == 0:
         raise ValueError(f"There are no tokens: the shape is {tuple(tokens.shape)}.")
     if tokens.shape[1] > n_ctx:
-        raise ValueError(f"Sequences of {tokens.shape[1]} tokens are longer than the model's context of {n_ctx}; cut them.")
+        raise ValueError(
+            f"Sequences of {tokens.shape[1]} tokens are longer than the model's context of {n_ctx}; cut them."
+        )
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= d_vocab:
         raise ValueError(
@@ -310,7 +318,7 @@ class _LastHook:
     def _move_to_end(self, module: nn.Module, arguments: Any) -> None:
         # Moving a sole hook would change nothing, and breaks torch.compile's graph.
         if len(self.hook_point._forward_hooks) > 1:
-            self.hook_point._forward_hooks.move_to_end(self.handle.id)
+            cast("OrderedDict[int, Any]", self.hook_point._forward_hooks).move_to_end(self.handle.id)
 
     def _see(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
         self.read(output.flatten(2))

@@ -11,6 +11,8 @@ They are loaded without any processing (no folded norms, no centring).
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -55,7 +57,8 @@ def load_model(folder: Path, *, device: str | torch.device = "cpu") -> HookedTra
     from transformer_lens.pretrained.weight_conversions import convert_neox_weights
     from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
-    source = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with _quiet_transformers():
+        source = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
     own = source.config
     cfg = HookedTransformerConfig(
         n_layers=own.num_hidden_layers,
@@ -83,7 +86,21 @@ def load_model(folder: Path, *, device: str | torch.device = "cpu") -> HookedTra
     hooked.load_and_process_state_dict(
         state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
-    return hooked.to(device)
+    return hooked.to(device, print_details=False)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bar for a file that is read in a moment; the user's setting is put back."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
 
 
 def evaluation() -> Evaluation:

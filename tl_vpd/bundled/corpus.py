@@ -55,7 +55,8 @@ def split(paths: list[Path], *, validation_share: float = 0.08) -> tuple[list[Pa
     A group's side follows from a hash of its first file's name alone, so that a file keeps its side when others come
     and go with the Python version.
     """
-    training, validation = [], []
+    training: list[Path] = []
+    validation: list[Path] = []
     for group in near_copies(paths):
         name = min(p.name for p in group)
         draw = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8
@@ -127,9 +128,7 @@ def token_stream(tokenizer: Tokenizer, paths: Iterable[Path]) -> UInt16[np.ndarr
     return np.concatenate([np.asarray(ids, dtype=np.uint16) for ids in pieces])
 
 
-def windows(
-    stream: UInt16[np.ndarray, " tokens"], length: int, n: int, seed: int
-) -> UInt16[np.ndarray, "n length"]:
+def windows(stream: UInt16[np.ndarray, " tokens"], length: int, n: int, seed: int) -> UInt16[np.ndarray, "n length"]:
     """``n`` random windows of the stream, each opened by BOS as TransformerLens opens a prompt."""
     rng = np.random.default_rng(seed)
     starts = rng.integers(0, len(stream) - length, size=n)

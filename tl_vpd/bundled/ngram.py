@@ -24,9 +24,7 @@ class KneserNeyTrigram:
         self.bigrams = _Level(middle, self.V)
         self.words = _Level(np.unique(middle) % self.V, self.V)
 
-    def log_probability(
-        self, context: Int[np.ndarray, "n 2"], word: Int[np.ndarray, " n"]
-    ) -> Float[np.ndarray, " n"]:
+    def log_probability(self, context: Int[np.ndarray, "n 2"], word: Int[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         """``log p(word | context)`` in nats."""
         u, v, w = context[:, 0].astype(np.int64), context[:, 1].astype(np.int64), word.astype(np.int64)
         p = self.words.probability(w, np.full(len(w), 1.0 / self.V))
@@ -46,9 +44,7 @@ class _Level:
         ones, twos = (self.counts == 1).sum(), (self.counts == 2).sum()
         self.discount = ones / (ones + 2 * twos) if twos else 0.75
 
-    def probability(
-        self, gram: Int[np.ndarray, " n"], lower: Float[np.ndarray, " n"]
-    ) -> Float[np.ndarray, " n"]:
+    def probability(self, gram: Int[np.ndarray, " n"], lower: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:
         count = _look_up(self.grams, self.counts, gram)
         history = gram // self.V
         total = _look_up(self.histories, self.totals, history)

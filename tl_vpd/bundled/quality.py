@@ -69,10 +69,9 @@ def bracket_accuracy(
             bracket = text.strip()
             if bracket in PAIRS.values():
                 stack.append(bracket)
-            elif bracket in PAIRS:
-                if stack and stack.pop() == PAIRS[bracket] and t > 0:
-                    total += 1
-                    right += columns[int(best[i, t - 1])] == bracket
+            elif bracket in PAIRS and stack and stack.pop() == PAIRS[bracket] and t > 0:
+                total += 1
+                right += columns[int(best[i, t - 1])] == bracket
     return right / total, total
 
 
@@ -86,10 +85,10 @@ def measure(folder: Path, root: Path | None = None) -> dict[str, float]:
     with torch.no_grad():
         logits = model(held_out)
         losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), held_out[:, 1:], reduction="none")
-    pieces = [[model.tokenizer.decode([t]) for t in row] for row in held_out.tolist()]
+    pieces = [[str(model.tokenizer.decode([t])) for t in row] for row in held_out.tolist()]
     for row in pieces:
         row[0] = "\n"  # BOS
-    closers = {b: model.tokenizer.convert_tokens_to_ids(b) for b in PAIRS}
+    closers = {b: int(model.tokenizer.encode(b, add_special_tokens=False)[0]) for b in PAIRS}
     padded = np.concatenate([np.zeros((len(losses), 1)), losses.numpy()], axis=1)
     first, second, names = name_costs(padded, pieces)
     accuracy, brackets = bracket_accuracy(logits, pieces, closers)

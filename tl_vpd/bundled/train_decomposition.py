@@ -1,7 +1,7 @@
-"""Remakes the decomposition that ships: ``python -m tl_vpd.bundled.train_decomposition --out DIR`` (about two hours on two cores).
+"""Remakes the decomposition that ships: ``python -m tl_vpd.bundled.train_decomposition --out DIR``.
 
-It trains on windows of the standard library's training files, tokenised with the bundled tokenizer. ``--resume`` goes on
-with a run that was stopped.
+It trains on windows of the standard library's training files, tokenised with the bundled tokenizer, for about an hour on
+two cores. ``--resume`` goes on with a run that was stopped.
 """
 
 from __future__ import annotations
@@ -38,18 +38,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=CONFIG.steps)
-    parser.add_argument("--importance", type=float, default=CONFIG.coefficients.importance)
-    parser.add_argument("--lr", type=float, default=CONFIG.lr)
-    parser.add_argument("--gamma-lr", type=float, default=CONFIG.gamma_lr)
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     training, _ = corpus.split(corpus.files())
     stream = corpus.token_stream(corpus.load_tokenizer(bundled.MODEL), training)
     rows = torch.from_numpy(corpus.windows(stream, CONTEXT, ROWS, seed=3).astype(np.int64))
-    strength = arguments.importance
-    coefficients = CONFIG.coefficients.model_copy(update={"importance": strength, "frequency": strength / 2})
-    config = CONFIG.model_copy(update={"steps": arguments.steps, "coefficients": coefficients, "lr": arguments.lr, "gamma_lr": arguments.gamma_lr})
+    config = CONFIG.model_copy(update={"steps": arguments.steps})
     decompose(bundled.model(), rows, config, out=arguments.out, resume=arguments.resume)
 
 

@@ -13,13 +13,14 @@ import logging
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from safetensors.numpy import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from tl_vpd.bundled import corpus
@@ -27,7 +28,7 @@ from tl_vpd.bundled import corpus
 log = logging.getLogger(__name__)
 
 CONTEXT = 128
-CONFIG = dict(
+CONFIG: dict[str, Any] = dict(  # noqa: C408 (keywords as GPTNeoXConfig takes them)
     hidden_size=96,
     num_hidden_layers=2,
     num_attention_heads=4,
@@ -43,9 +44,7 @@ CONFIG = dict(
 )
 
 
-def next_token_ce(
-    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]
-) -> Float[Tensor, ""]:
+def next_token_ce(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
     """Mean cross-entropy of the next token, in nats."""
     return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
@@ -69,7 +68,8 @@ def train(
     tokenizer.save_pretrained(out)
 
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**CONFIG))
-    decay, plain = [], []
+    decay: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         (decay if p.ndim == 2 and "embed" not in name else plain).append(p)
     optimizer = torch.optim.AdamW(

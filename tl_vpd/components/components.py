@@ -1,11 +1,11 @@
 """The subcomponents of every site: read directions V and write directions U.
 
-    W = Σ_c V[:, c] ⊗ U[c, :] + Δ
+W = Σ_c V[:, c] ⊗ U[c, :] + Δ
 
-    >>> from tl_vpd.sites import Site
-    >>> parts = Components([Site("blocks.0.mlp.W_in", 4, 8)], {"blocks.0.mlp.W_in": 6})
-    >>> parts.V["blocks.0.mlp.W_in"].shape, parts.U["blocks.0.mlp.W_in"].shape
-    (torch.Size([4, 6]), torch.Size([6, 8]))
+>>> from tl_vpd.sites import Site
+>>> parts = Components([Site("blocks.0.mlp.W_in", 4, 8)], {"blocks.0.mlp.W_in": 6})
+>>> parts.V["blocks.0.mlp.W_in"].shape, parts.U["blocks.0.mlp.W_in"].shape
+(torch.Size([4, 6]), torch.Size([6, 8]))
 """
 
 from __future__ import annotations

@@ -135,7 +135,9 @@ def evaluate(
             del control["mean_g"]
     after = {name: adapt(model).weight(name) for name in before}
     record["target_params_max_change"] = max(float((after[n] - W).abs().max()) for n, W in before.items())
-    record["faithfulness"] = {n: float(decomposition.components.delta(n, W).square().mean()) for n, W in weights.items()}
+    record["faithfulness"] = {
+        n: float(decomposition.components.delta(n, W).square().mean()) for n, W in weights.items()
+    }
     return Evaluation(record)
 
 

@@ -51,7 +51,7 @@ def users_hooks_aside(model: nn.Module) -> Iterator[None]:
     A clean pass must see the target, not the user's patches. Hooks on other modules (the decomposition's taps among them)
     are left alone.
     """
-    saved: list[tuple[nn.Module, OrderedDict[int, Any], OrderedDict[int, Any]]] = []
+    saved: list[tuple[nn.Module, dict[int, Any], dict[int, Any]]] = []
     for module in model.modules():
         handles = [*getattr(module, "fwd_hooks", ()), *getattr(module, "bwd_hooks", ())]
         transient = {h.hook.id for h in handles if not h.is_permanent}
@@ -149,7 +149,8 @@ class TappedModel:
         self._fired[name] += 1
         if self._masks is None or name not in self._masks:
             return None
-        V, U = self.parts.V[name], self.parts.U[name]
+        V: Tensor = self.parts.V[name]
+        U: Tensor = self.parts.U[name]
         if self._constant_parts:
             V, U = V.detach(), U.detach()
         own = self._masks[name]

@@ -1,16 +1,15 @@
 """Γ, the causal-importance function: clean site inputs in, one importance in [0, 1] a subcomponent and token out.
 
-    >>> import torch
-    >>> gamma = build(GammaConfig(d_ci=16, n_blocks=1, n_heads=2), {"a": 4}, {"a": 6})
-    >>> gamma({"a": torch.zeros(1, 3, 4)}).shape
-    torch.Size([1, 3, 6])
+>>> import torch
+>>> gamma = build(GammaConfig(d_ci=16, n_blocks=1, n_heads=2), {"a": 4}, {"a": 6})
+>>> gamma({"a": torch.zeros(1, 3, 4)}).shape
+torch.Size([1, 3, 6])
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Literal
-
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -77,7 +76,8 @@ def _module(config: GammaConfig, d_in: Mapping[str, int], counts: Mapping[str, i
         return PerSiteMLPs(d_in, counts, hidden=config.hidden)
     if config.d_ci is None:
         raise ValueError("GammaConfig.d_ci is None: call resolved(d_model) first, or give a width.")
-    size = dict(d_ci=config.d_ci, n_blocks=config.n_blocks, n_heads=config.n_heads, d_mlp=config.d_mlp)
+    d_mlp = config.d_mlp or 4 * config.d_ci
+    size = {"d_ci": config.d_ci, "n_blocks": config.n_blocks, "n_heads": config.n_heads, "d_mlp": d_mlp}
     if config.kind == "chunked_transformers":
         return ChunkedTransformers(d_in, counts, chunk=config.chunk, **size)
     return SharedTransformer(d_in, counts, **size)

@@ -49,4 +49,4 @@ class ChunkedTransformers(nn.Module):
 
     def output_biases(self) -> list[Tensor]:
         """The biases that are added last."""
-        return [part.unembed.bias for part in self.parts]
+        return [bias for part in self.parts for bias in part.output_biases()]  # type: ignore[operator, union-attr]

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -68,7 +67,10 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
         fingerprints={name: Fingerprint.of(_finite(name, adapter.weight(name))) for name in names},
         record={
             "training": config.model_dump(mode="json"),
-            "target": {"class": type(model).__name__, "name": str(getattr(getattr(model, "cfg", None), "model_name", ""))},
+            "target": {
+                "class": type(model).__name__,
+                "name": str(getattr(getattr(model, "cfg", None), "model_name", "")),
+            },
             "versions": library_versions(),
         },
         seed=config.seed,
@@ -168,7 +170,9 @@ def _train(
 
 def _finite(name: str, W: Tensor) -> Tensor:
     if not bool(W.isfinite().all()):
-        raise ValueError(f"The weight of {name} holds values that are not finite; a model with NaNs cannot be decomposed.")
+        raise ValueError(
+            f"The weight of {name} holds values that are not finite; a model with NaNs cannot be decomposed."
+        )
     return W
 
 
@@ -177,7 +181,9 @@ def _find_state(folder: Path, resume: bool) -> Path | None:
     if resume and state is None:
         raise FileNotFoundError(f"{folder} holds no training state to resume from; start without resume.")
     if state is not None and not resume:
-        raise FileExistsError(f"{folder} holds a run already: pass resume=True to go on with it, or choose another folder.")
+        raise FileExistsError(
+            f"{folder} holds a run already: pass resume=True to go on with it, or choose another folder."
+        )
     return state
 
 

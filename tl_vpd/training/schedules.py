@@ -1,6 +1,6 @@
 """What changes over a run: learning rates, the minimality exponent, the adversary's rate.
 
-    lr(t) = lr · (f + (1 − f) · ½ (1 + cos π t / (T − 1)))       t = 0 … T − 1
+lr(t) = lr · (f + (1 − f) · ½ (1 + cos π t / (T − 1)))       t = 0 … T − 1
 """
 
 from __future__ import annotations

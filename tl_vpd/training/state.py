@@ -52,9 +52,11 @@ def load_state(trainer: Trainer, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             saved = json.loads(file.metadata()["config"])
             fingerprints = json.loads(file.metadata().get("fingerprints", "{}"))
-            stored = {k: file.get_tensor(k) for k in file.keys()}
+            stored = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
     except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is no intact training state ({error}); delete it to resume from an older one.") from error
+        raise ValueError(
+            f"{path} is no intact training state ({error}); delete it to resume from an older one."
+        ) from error
     now = json.loads(trainer.config.model_dump_json())
     changed = [k for k in now if saved.get(k) != now[k]]
     if changed:
@@ -67,7 +69,9 @@ def load_state(trainer: Trainer, path: Path) -> None:
     with torch.no_grad():
         for key, target in _named_tensors(trainer).items():
             if key not in stored or stored[key].shape != target.shape:
-                raise ValueError(f"{path}: {key} is missing or has another shape than this run's {tuple(target.shape)}.")
+                raise ValueError(
+                    f"{path}: {key} is missing or has another shape than this run's {tuple(target.shape)}."
+                )
             if not key.startswith("sources/"):
                 target.copy_(stored[key])
     trainer.sources.load_state_dict({k.split("/")[1]: t for k, t in stored.items() if k.startswith("sources/")})

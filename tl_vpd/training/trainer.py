@@ -26,7 +26,6 @@ from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.losses import Reconstruction, faithfulness, frequency_minimality, importance_minimality, power_sums
 from tl_vpd.training.schedules import cosine, linear, warm_up
 
-
 Routing = dict[str, Bool[Tensor, "batch pos"]] | None
 
 

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from tl_vpd.analysis.harvest import Window
+from tl_vpd.analysis import Window
 from tl_vpd.viz.style import IMPORTANCE, NEGATIVE, POSITIVE
 from tl_vpd.viz.text import escape, for_script, number, spaced
 

@@ -1,6 +1,6 @@
 """The five losses of VPD, one idea a file.
 
-    L = c_stoch · L_stoch + c_adv · L_adv + c_imp · L_imp + c_freq · L_freq + c_Δ · L_Δ
+L = c_stoch · L_stoch + c_adv · L_adv + c_imp · L_imp + c_freq · L_freq + c_Δ · L_Δ
 """
 
 from tl_vpd.training.losses.faithfulness import faithfulness

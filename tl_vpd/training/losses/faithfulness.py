@@ -1,6 +1,6 @@
 """Faithfulness (Δ-L2): the subcomponents must sum to the weights.
 
-    L_Δ = Σ_sites ‖W − V U‖² / number of decomposed weights
+L_Δ = Σ_sites ‖W − V U‖² / number of decomposed weights
 """
 
 from __future__ import annotations

@@ -1,0 +1,138 @@
+"""Running sums over batches: statistics, best windows and token counts of many subcomponents at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_vpd.analysis.records import Harvest, TokenCounts
+from tl_vpd.decomposition import Decomposition
+
+
+def peaks(
+    g: Float[Tensor, "row pos C"], a: Float[Tensor, "row pos C"]
+) -> tuple[Float[Tensor, "row C"], Int[Tensor, "row C"]]:
+    """In every row the token of largest importance, as its score and position.
+
+    Many importances are exactly 1: among equal ones the largest ``|activation|`` wins, in a row as between rows, which
+    is why the score (float64) is ``g + 1e-6 |a| / (1 + |a|)``.
+    """
+    best = g.amax(1)
+    size, at = torch.where(g == best[:, None], a.abs(), -1).max(1)
+    size = size.double()
+    return best.double() + 1e-6 * size / (1 + size), at
+
+
+class Tally:
+    """Running sums, token counts and best windows of ``C`` subcomponents."""
+
+    def __init__(self, C: int, vocab: int, windows: int, radius: int, threshold: float, device: torch.device) -> None:
+        self.radius, self.threshold, self.n = radius, threshold, 0
+        self.g, self.a = (torch.zeros(C, dtype=torch.float64, device=device) for _ in range(2))
+        self.positive, self.firings = (torch.zeros(C, dtype=torch.int64, device=device) for _ in range(2))
+        self.inputs, self.outputs = Pairs(C, vocab, device), Pairs(C, vocab, device)
+        self.score = torch.full((C, windows), -1.0, dtype=torch.float64, device=device)
+        self.rows, self.positions = (torch.full((C, windows), -1, device=device) for _ in range(2))
+        self.seen = torch.zeros(2, C, windows, 2 * radius + 1, device=device)
+
+    def add(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        real: Bool[Tensor, "row pos"],
+        g: Float[Tensor, "row pos C"],
+        a: Float[Tensor, "row pos C"],
+        first_row: int,
+    ) -> None:
+        """Takes in one batch of rows."""
+        wide = torch.promote_types(g.dtype, torch.float32)
+        g, a = g.to(wide), a.to(wide)
+        fires = (g > self.threshold).float()  # sums of floats are far faster than of booleans, and exact up to 2^24
+        self.n += int(real.sum())
+        self.g += g.sum((0, 1)).double()
+        self.positive += (g > 0).float().sum((0, 1)).long()
+        self.firings += fires.sum((0, 1)).long()
+        self.a += (a * fires).sum((0, 1)).double()
+        followed = real[:, :-1] & real[:, 1:]
+        self.inputs.add(tokens[real], fires[real])
+        self.outputs.add(tokens[:, 1:][followed], fires[:, :-1][followed])
+        self._keep_best(g, a, first_row)
+
+    def _keep_best(self, g: Float[Tensor, "row pos C"], a: Float[Tensor, "row pos C"], first_row: int) -> None:
+        n_rows, n_pos, C = g.shape
+        windows = self.score.shape[1]
+        score, at = peaks(g, a)
+        score = torch.where(g.gather(1, at[:, None])[:, 0] > self.threshold, score, -1.0)
+        self.score, source = torch.cat([self.score, score.T], 1).topk(windows, dim=1)
+        rows = torch.arange(first_row, first_row + n_rows, device=score.device).expand(C, n_rows)
+        self.rows = torch.cat([self.rows, rows], 1).gather(1, source)
+        self.positions = torch.cat([self.positions, at.T], 1).gather(1, source)
+        # Outside the row the nearest token's value is taken; ``cut`` leaves those places out.
+        around = torch.arange(-self.radius, self.radius + 1, device=score.device)
+        pos = (self.positions[..., None] + around).clamp(0, n_pos - 1)
+        row = (self.rows - first_row).clamp(0)[..., None]
+        c = torch.arange(C, device=score.device)[:, None, None]
+        fresh = torch.stack([g[row, pos, c], a[row, pos, c]])
+        old = self.seen.gather(2, source.clamp(max=windows - 1)[None, ..., None].expand_as(self.seen))
+        self.seen = torch.where((source >= windows)[None, ..., None], fresh.to(old), old)
+
+    def result(
+        self,
+        decomposition: Decomposition,
+        chosen: Int[Tensor, " C"],
+        tokens: Int[Tensor, "n pos"],
+        real: Bool[Tensor, "n pos"],
+        names: Mapping[int, str],
+    ) -> Harvest:
+        norm = torch.cat(
+            [decomposition.V[s].norm(dim=0) * decomposition.U[s].norm(dim=-1) for s in decomposition.sites]
+        )[chosen]
+        return Harvest(
+            packing=decomposition.packing,
+            chosen=chosen,
+            mean_importance=(self.g / self.n).float(),
+            density=(self.positive / self.n).float(),
+            firings=self.firings,
+            mean_activation=(self.a / self.firings).float(),
+            norm=norm.detach(),
+            rows=torch.where(self.score > 0, self.rows, -1),
+            positions=self.positions,
+            importances=self.seen[0],
+            activations=self.seen[1],
+            inputs=self.inputs.counts(),
+            outputs=self.outputs.counts(),
+            tokens=tokens,
+            real=real,
+            names=names,
+            threshold=self.threshold,
+            radius=self.radius,
+        )
+
+
+class Pairs:
+    """Counts of (subcomponent, token) pairs, kept sparse: most subcomponents meet few of the tokens."""
+
+    def __init__(self, C: int, vocab: int, device: torch.device) -> None:
+        self.vocab, self.n = vocab, 0
+        self.occurrences = torch.zeros(vocab, dtype=torch.int64, device=device)
+        self.firings = torch.zeros(C, dtype=torch.int64, device=device)
+        self.keys, self.values = (torch.zeros(0, dtype=torch.int64, device=device) for _ in range(2))
+
+    def add(self, tokens: Int[Tensor, " m"], fires: Float[Tensor, "m C"]) -> None:
+        """Counts ``m`` positions; ``fires`` is 1 or 0."""
+        self.n += len(tokens)
+        self.occurrences += torch.bincount(tokens, minlength=self.vocab)
+        self.firings += fires.sum(0).long()
+        distinct, place = tokens.unique(return_inverse=True)
+        dense = torch.zeros(len(distinct), fires.shape[1], device=fires.device).index_add_(0, place, fires)
+        t, c = dense.nonzero(as_tuple=True)
+        keys = torch.cat([self.keys, c * self.vocab + distinct[t]])
+        values = torch.cat([self.values, dense[t, c].long()])
+        self.keys, place = keys.unique(return_inverse=True)
+        self.values = torch.zeros_like(self.keys).index_add_(0, place, values)
+
+    def counts(self) -> TokenCounts:
+        index, token = self.keys // self.vocab, self.keys % self.vocab
+        return TokenCounts(index, token, self.values, self.occurrences, self.firings, self.n)
