@@ -8,8 +8,7 @@ from torch.testing import assert_close
 
 from tl_vpd.divergence import kl_divergence
 from tl_vpd.hooks import MODES
-from tl_vpd.hooks.attached import NEED_IMPORTANCES
-from tl_vpd.hooks.modes import masks_of_mode
+from tl_vpd.hooks.modes import NEED_IMPORTANCES, masks_of_mode
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.sites import Packing
 

@@ -9,7 +9,7 @@ from transformer_lens import patching
 from transformer_lens.utils import get_act_name
 
 from tests.tiny import some_tokens
-from tl_vpd.hooks import attached as attached_module
+from tl_vpd.hooks import passes as passes_module
 
 
 def test_the_caches_short_names_and_shapes(model, vpd, tokens):
@@ -33,8 +33,8 @@ def test_component_acts_are_x_at_v(model, vpd, tokens):
 
 def test_a_names_filter_computes_what_it_names_and_no_more(model, vpd, tokens, monkeypatch):
     calls = []
-    original = attached_module.masked_output
-    monkeypatch.setattr(attached_module, "masked_output", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = passes_module.masked_output
+    monkeypatch.setattr(passes_module, "masked_output", lambda *a, **k: calls.append(1) or original(*a, **k))
     products = []
     gamma = vpd.gamma.forward
     monkeypatch.setattr(vpd.gamma, "forward", lambda *a, **k: products.append(1) or gamma(*a, **k))

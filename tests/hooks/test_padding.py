@@ -60,7 +60,7 @@ def test_an_attached_pass_and_its_modes_leave_padding_out_too(padded):
 
 
 def test_the_adversary_attacks_real_tokens_alone(padded, monkeypatch):
-    from tl_vpd.hooks import attached as module
+    from tl_vpd.hooks import passes as module
 
     model, vpd, tokens, _, _ = padded
     kept = []

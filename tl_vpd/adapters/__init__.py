@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from tl_vpd.adapters.hooked_transformer import HookedTransformerAdapter, Unsupported
+from tl_vpd.adapters.hooked_transformer import HookedTransformerAdapter
+from tl_vpd.adapters.taps import Unsupported
 
 __all__ = ["HookedTransformerAdapter", "Unsupported", "adapt"]
 

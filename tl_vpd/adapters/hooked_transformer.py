@@ -16,28 +16,28 @@ All taps are torch-level hooks with bound methods or ``partial``s, put before us
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformer_lens import HookedTransformer
-from transformer_lens.hook_points import HookPoint
 
+from tl_vpd.adapters.taps import (
+    Handle,
+    Read,
+    Unsupported,
+    Write,
+    first_argument,
+    keyword_argument,
+    qkv_input,
+    tap_output,
+    tap_result,
+)
 from tl_vpd.sites import Site
-
-Read = Callable[[Tensor], None]
-"""Takes a site's input ``[batch, pos, d_in]``."""
-Write = Callable[[Tensor], Tensor | None]
-"""Takes a site's output ``[batch, pos, d_out]`` and gives it back changed, or None for unchanged."""
-
-
-class Unsupported(ValueError):
-    """A flag or layer type that cannot be decomposed; the message names it and the remedy."""
 
 
 class HookedTransformerAdapter:
@@ -216,32 +216,32 @@ class HookedTransformerAdapter:
 
     def tap_tokens(self, see: Callable[[Tensor], None]) -> RemovableHandle:
         """Calls ``see`` with the tokens of each forward pass as they reach the embedding."""
-        return self.model.embed.register_forward_pre_hook(partial(_first_argument, see))
+        return self.model.embed.register_forward_pre_hook(partial(first_argument, see))
 
     def tap_attention_mask(self, see: Callable[[Tensor | None], None]) -> RemovableHandle:
         """Calls ``see`` with the attention mask the first block was given."""
         return self.model.blocks[0].register_forward_pre_hook(
-            partial(_keyword_argument, "attention_mask", see), with_kwargs=True
+            partial(keyword_argument, "attention_mask", see), with_kwargs=True
         )
 
-    def tap(self, name: str, read: Read, write: Write) -> list[RemovableHandle]:
+    def tap(self, name: str, read: Read, write: Write) -> list[Handle]:
         """Sends a site's input to ``read`` and its output through ``write`` in every forward pass."""
         site = self.sites[name]
         module: Any = self.model.get_submodule(name.rsplit(".", 1)[0])
         match site.short:
             case "q" | "k" | "v":
                 keyword = {"q": "query_input", "k": "key_input", "v": "value_input"}[site.short]
-                seen = module.register_forward_pre_hook(partial(_qkv_input, keyword, read), with_kwargs=True)
-                return [seen, _tap_output(getattr(module, f"hook_{site.short}"), write, heads=True)]
+                seen = module.register_forward_pre_hook(partial(qkv_input, keyword, read), with_kwargs=True)
+                return [seen, tap_output(getattr(module, f"hook_{site.short}"), write, heads=True)]
             case "o":
-                return [*_tap_last(module.hook_z, read), _tap_output(module, write)]
+                return [tap_result(module.hook_z, read), tap_output(module, write)]
             case "out":
-                return [*_tap_last(module.hook_post, read), _tap_output(module, write)]
+                return [tap_result(module.hook_post, read), tap_output(module, write)]
             case "in" if self.model.cfg.gated_mlp:
                 output = module.hook_pre_linear
             case _:
                 output = module.hook_pre
-        return [module.register_forward_pre_hook(partial(_first_argument, read)), _tap_output(output, write)]
+        return [module.register_forward_pre_hook(partial(first_argument, read)), tap_output(output, write)]
 
 
 _FORWARD = (
@@ -275,55 +275,3 @@ def check_tokens(tokens: Tensor, *, d_vocab: int, n_ctx: int) -> None:
         raise ValueError(
             f"Tokens run from {low} to {high}, outside the vocabulary 0..{d_vocab - 1}: were they made by another tokenizer?"
         )
-
-
-def _first_argument(see: Callable[[Tensor], None], module: nn.Module, arguments: tuple[Any, ...]) -> None:
-    see(arguments[0])
-
-
-def _keyword_argument(
-    keyword: str, see: Callable[[Any], None], module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-) -> None:
-    see(keywords.get(keyword))
-
-
-def _qkv_input(
-    keyword: str, read: Read, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-) -> None:
-    x = keywords[keyword]
-    if x.ndim != 3:
-        raise Unsupported(
-            f"{keyword} has a head axis ({tuple(x.shape)}): switch off use_split_qkv_input and use_attn_in on the model."
-        )
-    read(x)
-
-
-def _flattened_output(write: Write, heads: bool, module: nn.Module, arguments: Any, y: Tensor) -> Tensor | None:
-    changed = write(y.flatten(2) if heads else y)
-    return None if changed is None else changed.view_as(y)
-
-
-def _tap_output(module: nn.Module, write: Write, *, heads: bool = False) -> RemovableHandle:
-    return module.register_forward_hook(partial(_flattened_output, write, heads), prepend=True)
-
-
-class _LastHook:
-    """A forward hook that stays the last of its HookPoint, whatever users add later."""
-
-    def __init__(self, hook_point: HookPoint, read: Read) -> None:
-        self.hook_point, self.read = hook_point, read
-        self.handle = hook_point.register_forward_hook(self._see)
-        self.guard = hook_point.register_forward_pre_hook(self._move_to_end)
-
-    def _move_to_end(self, module: nn.Module, arguments: Any) -> None:
-        # Moving a sole hook would change nothing, and breaks torch.compile's graph.
-        if len(self.hook_point._forward_hooks) > 1:
-            cast("OrderedDict[int, Any]", self.hook_point._forward_hooks).move_to_end(self.handle.id)
-
-    def _see(self, module: nn.Module, arguments: Any, output: Tensor) -> None:
-        self.read(output.flatten(2))
-
-
-def _tap_last(hook_point: HookPoint, read: Read) -> list[RemovableHandle]:
-    last = _LastHook(hook_point, read)
-    return [last.handle, last.guard]
