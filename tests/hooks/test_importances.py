@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.tiny import decomposition_of
+from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd.hooks import CausalImportances, TappedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.sites import Packing
@@ -74,3 +74,24 @@ def test_tokens_that_do_not_fit_are_refused(model, vpd):
         vpd.causal_importances(model, torch.zeros(1, 11, dtype=torch.long))
     with pytest.raises(TypeError, match="pass a string"):
         vpd.causal_importances(model, 3)
+
+
+@pytest.mark.parametrize("mode", ["zero", "unmasked", "rounded"])
+def test_hook_ci_shows_importances_of_the_clean_model_in_every_mode(model, vpd, tokens, mode):
+    expected = vpd.causal_importances(model, tokens)
+    with vpd.attach(model) as attached, attached.masked(mode), torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+    for name, site in vpd.sites.items():
+        torch.testing.assert_close(cache[site.hook_name("ci")], expected[name])
+
+
+def test_importances_of_a_low_precision_model_are_computed_in_float32():
+    model = tiny_model(torch.bfloat16)
+    vpd = decomposition_of(model)
+    tokens = some_tokens()
+    with vpd.attach(model), torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+    expected = vpd.causal_importances(model, tokens)
+    for name, site in vpd.sites.items():
+        assert cache[site.hook_name("ci")].dtype == torch.float32
+        torch.testing.assert_close(cache[site.hook_name("ci")], expected[name])

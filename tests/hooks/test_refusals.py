@@ -71,7 +71,8 @@ def test_a_copy_in_another_precision_passes(vpd, tokens):
         other = tiny_model().to(dtype)
         with vpd.attach(other):
             _, cache = other.run_with_cache(tokens)
-        assert cache["q_ci", 0].dtype == dtype
+        assert cache["q_component_acts", 0].dtype == dtype
+        assert cache["q_ci", 0].dtype == torch.float64  # Γ keeps its own precision
         assert {p.dtype for p in vpd.parameters()} == {torch.float64}
 
 

@@ -264,3 +264,11 @@ def test_sites_that_do_not_fit_are_refused(target, rows, config, tmp_path):
 def test_some_sites_alone_are_decomposed(target, rows, config):
     result = run(target, rows, VPDConfig(**{**config.model_dump(), "sites": "*.W_[QK]", "steps": 1}))
     assert [s.rsplit(".", 1)[1] for s in result.decomposition.sites] == ["W_Q", "W_K"] * 2
+
+
+def test_resuming_on_other_rows_is_refused(target, rows, config, tmp_path):
+    decompose(target, rows, config.model_copy(update={"steps": 2}), out=tmp_path, progress=False)
+    with pytest.raises(ValueError, match="was trained on other tokens"):
+        decompose(
+            target, rows.flip(0), config.model_copy(update={"steps": 2}), out=tmp_path, resume=True, progress=False
+        )

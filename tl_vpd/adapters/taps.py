@@ -1,4 +1,4 @@
-"""Torch-level hooks on modules and HookPoints: bound methods and ``partial``s, which survive ``deepcopy`` as closures would not."""
+"""Torch-level hooks on modules and HookPoints: bound methods and ``partial``s, which survive ``deepcopy``; closures would not."""
 
 from __future__ import annotations
 

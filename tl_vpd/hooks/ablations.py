@@ -111,7 +111,8 @@ def ablation_hooks(
 
     Args:
         subcomponents: ``"blocks.1.attn.W_Q:316"`` or ``Subcomponent``s.
-        pos: an index, indices or slice of positions (None: all).
+        pos: an index, indices or slice of positions of each forward pass (None: all). Generation with a KV cache sees one
+            position at a time, so an index acts on every new token there.
         amount: 1 removes, 0.5 halves, 0 leaves, 2 reverses the contribution.
 
     Raises:

@@ -40,7 +40,8 @@ class Attached:
     """A decomposition on a model. A context manager; ``detach()`` or leaving it puts the model back as it was.
 
     Args:
-        decomposition: used in the model's dtype and device (a copy is made if it is elsewhere).
+        decomposition: V and U are used in the model's dtype and device (a copy is made if they are elsewhere; gradients
+            then reach the copy).
         model: a HookedTransformer.
         sites: patterns of the sites to expose and mask (None: all).
         hooks: which of ``component_acts``, ``ci``, ``mask``, ``delta_mask`` get HookPoints.
@@ -110,7 +111,7 @@ class Attached:
             )
 
     def _in_place(self) -> bool:
-        parameter = next(self.decomposition.parameters())
+        parameter = next(self.decomposition.components.parameters())
         return parameter.device == self.adapter.device and parameter.dtype == self.adapter.dtype
 
     def _copy(self) -> Decomposition:
@@ -122,7 +123,9 @@ class Attached:
                 original.gamma_config,
                 fingerprints=original.fingerprints,
             )
-        state = {k: v.to(self.adapter.device, self.adapter.dtype) for k, v in original.state_dict().items()}
+        # V and U in the model's dtype; Γ stays in its own, so that importances do not depend on the model's precision.
+        state = {k: v.to(self.adapter.device) for k, v in original.state_dict().items()}
+        state = {k: v.to(self.adapter.dtype) if k.startswith("components.") else v for k, v in state.items()}
         other.load_state_dict(state, assign=True)
         return other
 

@@ -103,19 +103,27 @@ class Passes:
                 f"{what} needs the whole prefix at every step, which a KV cache leaves out: generate with "
                 "use_past_kv_cache=False."
             )
-        if plan is not None and masked:
+        if plan is None:
+            self._inputs = {}  # this very pass is the clean one
+        elif masked:
             self._masks = self._find_masks(plan, arguments, keywords)
         else:
-            self._inputs = {}
+            self._clean(arguments, keywords)
+
+    def _clean(
+        self, arguments: tuple[Any, ...], keywords: dict[str, Any], return_type: str | None = None
+    ) -> tuple[Any, Float[Tensor, "batch pos C_total"]]:
+        """A clean pass on the same arguments: its output and, through the users' hooks, its importances."""
+        self._inputs = {}
+        with self._own_pass(), torch.no_grad():
+            output = self.adapter.call(arguments, keywords, return_type)
+        return output, self._fire_importances()
 
     def _find_masks(self, plan: Plan, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Masks:
         """The clean pass that a mode needs, and the masks made from its importances."""
         assert plan.mode is not None
         attacked = plan.mode == "adversarial"
-        self._inputs = {}
-        with self._own_pass(), torch.no_grad():
-            logits = self.adapter.call(arguments, keywords, "logits" if attacked else None)
-        g = self._fire_importances()
+        logits, g = self._clean(arguments, keywords, "logits" if attacked else None)
         if not attacked:
             return masks_of_mode(
                 plan.mode, g, self.parts.packing, threshold=plan.threshold, delta=plan.delta, generator=plan.generator

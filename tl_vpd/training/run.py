@@ -9,6 +9,7 @@ In the folder ``out``: ``metrics.jsonl`` (one line a logged step), ``state/`` (f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -32,13 +33,15 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.fingerprint import Fingerprint
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.sites import select
-from tl_vpd.storage import library_versions
+from tl_vpd.storage import library_versions, write_json
 from tl_vpd.training.config import VPDConfig, counts_for
 from tl_vpd.training.data import TokenBatches
 from tl_vpd.training.state import latest_state, load_state, save_state
 from tl_vpd.training.trainer import StepMetrics, Trainer
 
 log = logging.getLogger(__name__)
+TOKENS = "tokens.json"
+"""What a run was trained on: rows, their length, a checksum."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,8 @@ def decompose(
     decomposition = new_decomposition(model, config)
     folder = None if out is None else Path(out)
     state = None if folder is None else _find_state(folder, resume)
+    if folder is not None and state is not None:
+        _check_tokens(folder, rows)
     history: list[StepMetrics] = []
     with TappedModel(decomposition, model) as tapped, _interruptible() as interrupted:
         trainer = Trainer(tapped, config, (config.batch_size, rows.shape[1]))
@@ -126,6 +131,7 @@ def decompose(
             trainer.warm_up()
         if folder is not None:
             save_state(trainer, folder / "state")  # a folder that cannot be written fails here, not at the end
+            write_json(folder / TOKENS, _describe(rows))
             _write_history(folder, history)
         _train(trainer, batches, adapter, folder, history, interrupted, save_every, log_every, progress)
         finished = trainer.done >= config.steps
@@ -185,6 +191,21 @@ def _find_state(folder: Path, resume: bool) -> Path | None:
             f"{folder} holds a run already: pass resume=True to go on with it, or choose another folder."
         )
     return state
+
+
+def _describe(rows: Int[Tensor, "n pos"]) -> dict[str, Any]:
+    digest = hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()
+    return {"rows": len(rows), "context": rows.shape[1], "sha256": digest}
+
+
+def _check_tokens(folder: Path, rows: Int[Tensor, "n pos"]) -> None:
+    path = folder / TOKENS
+    stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if stored is not None and stored != _describe(rows):
+        raise ValueError(
+            f"{folder} was trained on other tokens ({stored['rows']} rows of {stored['context']}): resume with the very rows "
+            "the run was started with, or choose another folder."
+        )
 
 
 def _read_history(folder: Path | None, before: int) -> list[StepMetrics]:
