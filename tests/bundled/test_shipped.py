@@ -89,3 +89,13 @@ def test_exact_and_loaded_like_any_other(shipped, tmp_path):
     again = Decomposition.load(vpd.save(tmp_path / "copy"))
     for a, b in zip(vpd.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_the_same_folder_boots_as_a_bridge(shipped):
+    from transformer_lens.model_bridge import TransformerBridge
+
+    model, _ = shipped
+    bridge = TransformerBridge.boot_transformers(str(bundled.MODEL), device="cpu")
+    tokens = bundled.tokens("validation")[:2]
+    with torch.no_grad():
+        torch.testing.assert_close(bridge(tokens), model(tokens), rtol=0, atol=2e-4)

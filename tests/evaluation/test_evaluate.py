@@ -42,7 +42,9 @@ def ce(model, tokens: Tensor) -> float:
 
 def test_record(setting):
     vpd, model, tokens = setting
-    record = evaluate(vpd, model, tokens, budgets=(3, 6), starts=2, control_budgets=(3,), batch_size=4).record
+    record = evaluate(
+        vpd, model, tokens, budgets=(3, 6), starts={3: 2, 6: 2}, control_budgets=(3,), batch_size=4
+    ).record
     assert {*KEYS, "controls", "target_params_max_change", "faithfulness"} <= set(record)
     json.dumps(record)
     with torch.no_grad():

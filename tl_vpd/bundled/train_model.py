@@ -103,6 +103,7 @@ def train(
         if step % 500 == 499:
             model.save_pretrained(out)
     model.save_pretrained(out)
+    _name_rotary_for_older_transformers(out / "config.json")
     record = {
         "steps": steps,
         "batch": batch,
@@ -116,6 +117,13 @@ def train(
         "curve": curve,
     }
     (out / "training.json").write_text(json.dumps(record) + "\n")
+
+
+def _name_rotary_for_older_transformers(path: Path) -> None:
+    """Before version 5, transformers reads the rotary settings under other names, and would take its own defaults."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config |= {"rotary_pct": CONFIG["rotary_pct"], "rotary_emb_base": 10_000}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ def evaluate(
     tokens: Int[Tensor, "n pos"],
     *,
     budgets: Sequence[int] = BUDGETS,
-    starts: int = 1,
+    starts: int | Mapping[int, int] = 1,
     controls: bool = True,
     control_budgets: Sequence[int] = (20,),
     batch_size: int = 16,
@@ -94,7 +94,8 @@ def evaluate(
         tokens: rows ``[n, pos]``; padding is left out.
         budgets: steps of the fresh adversary (each with ``step_size = 2 / steps``); it attacks all rows together with
             sources shared over them, Δ's included.
-        starts: random starts of each budget; ``pgd_kl`` gives the worst, ``pgd_kl_starts`` all.
+        starts: random starts of each budget, or of some by their steps (the others get one); ``pgd_kl`` gives the worst,
+            ``pgd_kl_starts`` all.
         controls: also measure the random and singular controls. control_budgets: their adversary's.
         curve: the target's own validation curve of (step, CE), for compute recovered.
 
@@ -170,7 +171,7 @@ class _Measurement:
         return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
 
     def record(
-        self, budgets: Sequence[int], starts: int, curve: Sequence[Sequence[int | float]] | None
+        self, budgets: Sequence[int], starts: int | Mapping[int, int], curve: Sequence[Sequence[int | float]] | None
     ) -> dict[str, Any]:
         """The flat record, with the tensor ``mean_g`` beside it."""
         pairs = [
@@ -185,7 +186,8 @@ class _Measurement:
         total = sum(self.positions)
         mean_g = torch.stack([g.sum((0, 1)) for g in self.g]).sum(0) / total
         l0 = torch.stack([(g > 0).sum((0, 1)) for g in self.g]).sum(0) / total
-        attacks = {str(steps): [self._attack(steps, start) for start in range(starts)] for steps in budgets}
+        many = {steps: starts if isinstance(starts, int) else starts.get(steps, 1) for steps in budgets}
+        attacks = {str(steps): [self._attack(steps, start) for start in range(many[steps])] for steps in budgets}
         by_site = {name: mean_g[where] for name, where in self.packing.slices.items()}
         return {
             "target_ce": self._mean(self.target_ce, pairs),
