@@ -24,6 +24,7 @@ def tree(tmp_path: Path) -> Path:
     write(tmp_path, "encodings/a.py", ["codec = 'a'"] * 9)
     write(tmp_path, "encodings/b.py", ["table = {}"] * 9)
     write(tmp_path, "test/test_one.py", body)
+    write(tmp_path, "_sysconfigdata__linux.py", ["build_time_vars = {'prefix': '/usr'}"])
     write(tmp_path, "empty.py", [""])
     return tmp_path
 

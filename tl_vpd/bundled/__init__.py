@@ -43,7 +43,7 @@ def decomposition(*, device: str | torch.device = "cpu") -> Decomposition:
 
 
 def tokens(part: Literal["validation", "training"], folder: Path = MODEL) -> Int[Tensor, "window pos"]:
-    """Token windows of the model's own text, each opened by BOS: 256 of validation or 2,048 of training files."""
+    """Token windows of the model's own text, each opened by BOS: 256 of validation or 2,000 of training files."""
     return torch.from_numpy(load_file(folder / "tokens.safetensors")[part].astype(np.int64))
 
 

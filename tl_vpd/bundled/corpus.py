@@ -39,6 +39,8 @@ def files(root: Path | None = None) -> list[Path]:
     """The ``.py`` files of the standard library, sorted by path (``root``: default, this Python's)."""
     root = root or Path(sysconfig.get_path("stdlib"))
     found = (p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
+    # Generated when Python was built: settings and paths of one machine, no source text.
+    found = (p for p in found if not p.name.startswith("_sysconfigdata"))
     return sorted(p for p in found if _text(p).strip())
 
 

@@ -60,7 +60,7 @@ def train(
     streams = {"training": corpus.token_stream(raw, training), "validation": corpus.token_stream(raw, validation)}
     log.info("tokens: %s", {k: len(v) for k, v in streams.items()})
     held_out = corpus.windows(streams["validation"], CONTEXT, 256, seed=1)
-    shipped = {"validation": held_out, "training": corpus.windows(streams["training"], CONTEXT, 2048, seed=2)}
+    shipped = {"validation": held_out, "training": corpus.windows(streams["training"], CONTEXT, 2000, seed=2)}
     save_file(shipped, out / "tokens.safetensors")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token=corpus.BOS, eos_token=corpus.BOS, pad_token=corpus.BOS, model_max_length=CONTEXT
