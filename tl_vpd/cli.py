@@ -140,7 +140,7 @@ def demo(
     folder: Annotated[Path, typer.Option("--out", help="Where the page, the metrics and the decomposition go.")] = Path(
         "demo"
     ),
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the short decomposition.")] = 120,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the short decomposition.")] = 300,
 ) -> None:
     """The whole of it in a few minutes: the bundled model taken apart, checked, trained afresh, and a page to look at."""
     from tl_vpd.demo import run_demo
