@@ -10,8 +10,8 @@ W_gate        input of ``mlp``                          ``mlp.hook_pre``
 W_out         ``mlp.hook_post`` after all its hooks     output of ``mlp``
 ============  ========================================  ==========================================
 
-All taps are torch-level hooks with bound methods or ``partial``s, put before users' hooks where a site's output is changed
-(so that they see the decomposed value) and after them where a site's input is read (so that what they patched is read).
+Where a site's output is changed, the tap stands before users' hooks, so that they see the decomposed value; where its input
+is read, after them, so that what they patched is read (``taps`` says how).
 """
 
 from __future__ import annotations
