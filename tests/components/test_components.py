@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tl_vpd.components import Components
-from tl_vpd.sites import Site
+from tl_vpd.site import Site
 
 SITES = [Site("blocks.0.attn.W_Q", 100, 80), Site("blocks.0.mlp.W_in", 50, 60)]
 

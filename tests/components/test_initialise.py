@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from tl_vpd.components import Components
 from tl_vpd.components.initialise import start_at_channels
-from tl_vpd.sites import Site
+from tl_vpd.site import Site
 
 
 @pytest.mark.parametrize("name", ["blocks.0.mlp.W_in", "blocks.0.mlp.W_out", "blocks.0.attn.W_Q", "blocks.0.attn.W_O"])

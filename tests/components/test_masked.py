@@ -101,3 +101,20 @@ def test_gradients_reach_everything_and_are_those_of_finite_differences():
         return masked_output(x @ W + b, x @ V, U, b, mask=mask, delta_mask=delta)
 
     assert torch.autograd.gradcheck(output, leaves)
+
+
+def test_the_output_is_used_up_only_where_it_may_be_and_nobody_wants_gradients():
+    case = Case(3, 5, 4, 6)
+    for grad, overwrite, delta, routed, used in [
+        (False, True, None, None, True),
+        (False, False, None, None, False),
+        (True, True, None, None, False),
+        (False, True, case.delta, None, False),
+        (False, True, None, case.routed, False),
+    ]:
+        y = case.y.clone()
+        with torch.set_grad_enabled(grad):
+            out = masked_output(
+                y, case.acts, case.U, case.b, mask=case.mask, delta_mask=delta, routed=routed, overwrite=overwrite
+            )
+        assert torch.equal(y, case.y) is not used and (out.data_ptr() == y.data_ptr()) is used

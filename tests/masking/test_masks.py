@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from tests.tiny import draw
 from tl_vpd.masking import Masks, SiteMask, constant_masks, masks_from_sources
-from tl_vpd.sites import Packing
+from tl_vpd.site import Packing
 
 PACKING = Packing({"a": 2, "b": 3})
 

@@ -2,7 +2,7 @@
 
 W = Σ_c V[:, c] ⊗ U[c, :] + Δ
 
->>> from tl_vpd.sites import Site
+>>> from tl_vpd.site import Site
 >>> parts = Components([Site("blocks.0.mlp.W_in", 4, 8)], {"blocks.0.mlp.W_in": 6})
 >>> parts.V["blocks.0.mlp.W_in"].shape, parts.U["blocks.0.mlp.W_in"].shape
 (torch.Size([4, 6]), torch.Size([6, 8]))
@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_vpd.sites import Packing, Site
+from tl_vpd.site import Packing, Site
 
 
 class _BySite(Mapping[str, nn.Parameter]):

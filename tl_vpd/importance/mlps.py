@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_vpd.importance.transformer import rms_norm
-from tl_vpd.sites import Packing
+from tl_vpd.site import Packing
 
 
 class PerSubcomponentMLPs(nn.Module):

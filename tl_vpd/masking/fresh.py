@@ -22,7 +22,7 @@ from torch import Tensor
 class AttackResult:
     """What an attack found: the sources and the losses before each step and after the last."""
 
-    sources: Float[Tensor, "1 1 C_and_deltas"]
+    sources: Float[Tensor, "*ones C_and_deltas"]
     losses: list[float]
 
     @property
@@ -32,8 +32,8 @@ class AttackResult:
 
 
 def fresh_pgd(
-    loss: Callable[[Float[Tensor, "1 1 C_and_deltas"]], Float[Tensor, ""]],
-    start: Float[Tensor, "1 1 C_and_deltas"],
+    loss: Callable[[Float[Tensor, "*ones C_and_deltas"]], Float[Tensor, ""]],
+    start: Float[Tensor, "*ones C_and_deltas"],
     *,
     steps: int = 20,
     step_size: float | None = None,

@@ -3,7 +3,7 @@
     m = g + (1 − g) · r          a subcomponent of importance 1 is never ablated, one of importance 0 is masked by r
     m_Δ = r_Δ                    Δ's importance is 0 by definition
 
-The packed axis holds all sites' subcomponents one after the other (``tl_vpd.sites.Packing``); a packed *source* has one
+The packed axis holds all sites' subcomponents one after the other (``tl_vpd.site.Packing``); a packed *source* has one
 more entry a site behind them, for the Δs.
 """
 
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.sites import Packing
+from tl_vpd.site import Packing
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ class _FromSources(torch.autograd.Function):
 
 
 def masks_from_sources(
-    g: Float[Tensor, "batch pos C_total"],
-    sources: Float[Tensor, "#batch #pos C_and_deltas"],
+    g: Float[Tensor, "*batch C_total"],
+    sources: Float[Tensor, "*#batch C_and_deltas"],
     packing: Packing,
-    routing: Mapping[str, Bool[Tensor, "batch pos"]] | None = None,
+    routing: Mapping[str, Bool[Tensor, "*batch"]] | None = None,
 ) -> Masks:
     """Masks ``g + (1 − g) · r`` of every site, Δ's from the last entries of the packed sources."""
     mask, delta = _FromSources.apply(g, sources)

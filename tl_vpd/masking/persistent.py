@@ -2,7 +2,8 @@
 
 One source for every batch element, position, subcomponent and Δ, started uniform in [0, 1]. Adam *ascends* the
 reconstruction loss; after every update the sources are clamped to [0, 1]. As the batch changes from step to step the
-sources find what is wrong with the decomposition in general.
+sources find what is wrong with the decomposition in general. *Pooled*, every batch element has a few sources instead, and each
+position takes one of them at random at each step.
 
     m₁ ← β₁ m₁ + (1−β₁) ∇      m₂ ← β₂ m₂ + (1−β₂) ∇²      r ← clamp(r + lr · m̂₁ / (√m̂₂ + ε), 0, 1)
 """
@@ -10,47 +11,60 @@ sources find what is wrong with the decomposition in general.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_vpd.sites import Packing
+ALL = slice(None)
 
 
 class PersistentSources:
-    """Packed sources ``[batch, pos, C_total + n_sites]`` with their own Adam; one step counter for all updates."""
+    """Packed sources ``[rows, slots, C_total + n_sites]`` with their own Adam; a slot is a position, or one of a pool.
+
+    Args:
+        values: where they start, in [0, 1].
+    """
 
     def __init__(
         self,
-        packing: Packing,
-        shape: tuple[int, int],
+        values: Float[Tensor, "rows slots C_and_deltas"],
         *,
-        generator: torch.Generator,
         betas: tuple[float, float] = (0.5, 0.99),
         eps: float = 1e-8,
     ) -> None:
         self.betas, self.eps = betas, eps
-        width = packing.total + len(packing.names)
-        self.values = torch.rand(*shape, width, generator=generator, device=generator.device)
-        self.first = torch.zeros_like(self.values)
-        self.second = torch.zeros_like(self.values)
+        self.values = values
+        self.first = torch.zeros_like(values)
+        self.second = torch.zeros_like(values)
         self.updates = 0
-        self._work = torch.empty_like(self.values)
+        self._work = torch.empty_like(values)
 
-    def leaf(self) -> Float[Tensor, "batch pos C_and_deltas"]:
-        """The sources as a leaf that collects gradients; the values are shared, not copied."""
-        return self.values.detach().requires_grad_()
+    def leaf(self, rows: slice = ALL) -> Float[Tensor, "some slots C_and_deltas"]:
+        """Sources of some rows as a leaf that collects gradients; the values are shared, not copied."""
+        return self.values[rows].detach().requires_grad_()
 
     @torch.no_grad()
-    def ascend(self, gradient: Float[Tensor, "batch pos C_and_deltas"], lr: float) -> None:
-        """One Adam ascent step along ``gradient``, then the clamp."""
+    def ascend(
+        self,
+        gradient: Float[Tensor, "some slots C_and_deltas"],
+        lr: float,
+        rows: slice = ALL,
+        *,
+        update: int | None = None,
+    ) -> None:
+        """One Adam ascent step along ``gradient``, then the clamp.
+
+        Args:
+            rows: whose gradient it is. update: which update this is (None: the next one), where rows are updated in parts.
+        """
         beta1, beta2 = self.betas
-        self.updates += 1
-        self.first.lerp_(gradient, 1 - beta1)
-        self.second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        self.updates = self.updates + 1 if update is None else update
+        values, first, second, work = (t[rows] for t in (self.values, self.first, self.second, self._work))
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = (1 - beta2**self.updates) ** 0.5
         step = lr * scale / (1 - beta1**self.updates)
-        torch.sqrt(self.second, out=self._work).add_(self.eps * scale)
-        self.values.addcdiv_(self.first, self._work, value=step).clamp_(0, 1)
+        torch.sqrt(second, out=work).add_(self.eps * scale)
+        values.addcdiv_(first, work, value=step).clamp_(0, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Values, both moments and the counter."""
@@ -68,6 +82,15 @@ class PersistentSources:
                 f"Saved sources are {tuple(state['values'].shape)}, this run's are {tuple(self.values.shape)}: "
                 "resume with the batch size and sequence length that the run was started with."
             )
-        device = self.values.device
-        self.values, self.first, self.second = (state[k].to(device) for k in ("values", "first", "second"))
+        for own, name in ((self.values, "values"), (self.first, "first"), (self.second, "second")):
+            own.copy_(state[name])
         self.updates = int(state["updates"])
+
+
+def spread(
+    leaf: Float[Tensor, "rows slots C_and_deltas"], taken: Int[Tensor, "rows pos"] | None
+) -> Float[Tensor, "rows pos C_and_deltas"]:
+    """Sources for every position: those of the slot it has taken (None: its own)."""
+    if taken is None:
+        return leaf
+    return leaf[torch.arange(len(leaf), device=leaf.device)[:, None], taken]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_vpd.sites import Packing, Site, Subcomponent, by_pattern, nearest, select
+from tl_vpd.site import Packing, Site, Subcomponent, by_pattern, nearest, select
 
 NAMES = ["blocks.0.attn.W_Q", "blocks.0.attn.W_K", "blocks.0.mlp.W_in", "blocks.1.attn.W_Q", "blocks.10.mlp.W_out"]
 
@@ -19,10 +19,18 @@ def test_a_site_knows_its_layer_short_name_rank_and_hooks():
     assert [Site(f"blocks.0.attn.W_{c}", 8, 8).short for c in "QKVO"] == ["q", "k", "v", "o"]
 
 
-@pytest.mark.parametrize("name", ["W_Q", "blocks.x.attn.W_Q", "blocks.0.attn.W_X", "blocks.0.attn.W_Q.", "unembed.W_U"])
-def test_what_is_no_site_name_is_refused_with_an_example(name):
-    with pytest.raises(ValueError, match=r"is not the name of a site such as 'blocks\.0\.attn\.W_Q'"):
-        Site(name, 8, 8).hook_name("ci")
+@pytest.mark.parametrize(
+    ("name", "layer", "short", "hook"),
+    [
+        ("linear1", None, "linear1", "linear1.hook_ci"),
+        ("layers.3.mlp_in", 3, "mlp_in", "layers.3.mlp_in.hook_ci"),
+        ("encoder.fc", None, "fc", "encoder.fc.hook_ci"),
+        ("blocks.0.attn.W_X", 0, "W_X", "blocks.0.attn.W_X.hook_ci"),
+    ],
+)
+def test_a_site_of_ones_own_model_bears_its_path(name, layer, short, hook):
+    site = Site(name, 8, 8)
+    assert (site.layer, site.short, site.hook_name("ci")) == (layer, short, hook)
 
 
 def test_subcomponents_are_read_written_and_ordered():

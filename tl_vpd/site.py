@@ -27,7 +27,7 @@ from torch import Tensor
 SHORT = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
 """TransformerLens's name of a weight -> the short name in ``blocks.{i}.hook_{site}_{what}``."""
 
-_BLOCK_SITE = re.compile(r"blocks\.(\d+)\.(attn|mlp)\.(W_\w+)")
+_BLOCK_SITE = re.compile(r"(blocks\.\d+)\.(?:attn|mlp)\.(W_[QKVO]|W_in|W_gate|W_out)")
 T = TypeVar("T")
 
 
@@ -35,7 +35,8 @@ T = TypeVar("T")
 class Site:
     """One decomposable weight matrix.
 
-    ``n_heads`` and ``d_head`` give the head layout of ``d_out`` (Q, K, V) or ``d_in`` (O); both are None for MLP weights.
+    ``n_heads`` and ``d_head`` give the head layout of ``d_out`` (Q, K, V) or ``d_in`` (O); both are None for MLP weights and
+    for ``nn.Linear``s of people's own models, whose sites bear the module's path (``encoder.linear1``).
     """
 
     name: str
@@ -45,30 +46,33 @@ class Site:
     d_head: int | None = None
 
     @property
-    def layer(self) -> int:
-        """The index of the block the site is in."""
-        return int(_block_match(self.name).group(1))
+    def layer(self) -> int | None:
+        """The index of the block the site is in (None: its path has no index)."""
+        indices = re.findall(r"(?:^|\.)(\d+)(?=\.|$)", self.name)
+        return int(indices[0]) if indices else None
 
     @property
     def short(self) -> str:
-        """``q``, ``k``, ``v``, ``o``, ``in``, ``gate`` or ``out``."""
-        return SHORT[_block_match(self.name).group(3)]
+        """``q``, ``k``, ``v``, ``o``, ``in``, ``gate`` or ``out``; outside transformer blocks the last part of the name."""
+        block = _BLOCK_SITE.fullmatch(self.name)
+        return SHORT[block[2]] if block else self.name.rpartition(".")[2]
+
+    @property
+    def home(self) -> str:
+        """Path of the module that carries the site's HookPoints: the block, or the ``nn.Linear`` itself."""
+        block = _BLOCK_SITE.fullmatch(self.name)
+        return block[1] if block else self.name
 
     def hook_name(self, what: str) -> str:
         """The full name of the site's HookPoint for ``what`` (``component_acts``, ``ci``, ``mask``, ``delta_mask``)."""
-        return f"blocks.{self.layer}.hook_{self.short}_{what}"
+        # Not beside an nn.Linear: an nn.Sequential would run them.
+        own = "" if self.home == self.name else f"{self.short}_"
+        return f"{self.home}.hook_{own}{what}"
 
     @property
     def rank(self) -> int:
         """The largest rank the matrix can have."""
         return min(self.d_in, self.d_out)
-
-
-def _block_match(name: str) -> re.Match[str]:
-    match = _BLOCK_SITE.fullmatch(name)
-    if match is None or match.group(3) not in SHORT:
-        raise ValueError(f"{name!r} is not the name of a site such as 'blocks.0.attn.W_Q' or 'blocks.0.mlp.W_in'.")
-    return match
 
 
 @dataclass(frozen=True, order=True)

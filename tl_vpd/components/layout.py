@@ -1,0 +1,126 @@
+"""How a site's product is carried out in a pass: once, or head by head as some of TransformerLens's flags ask.
+
+=========  =============================  ============================  =============================  ======================
+kind       input x                        activations by head a_h       output y                       when
+=========  =============================  ============================  =============================  ======================
+whole      ``[*batch, d_in]``             ``[*batch, C]``               ``[*batch, d_out]``            usually
+split      ``[*batch, head, d_in]``       ``[*batch, head, C]``         ``[*batch, head, d_head]``     split inputs of Q, K, V
+result     ``[*batch, head, d_head]``     ``[*batch, head, C]``         ``[*batch, head, d_out]``      W_O's result per head
+=========  =============================  ============================  =============================  ======================
+
+Head by head the same identity holds for every head with its own rows of V (result) or columns of U (split), so a mask
+``[*batch, C]`` acts on all heads alike. The site's activations are shown without a head axis in every layout: the sum of the
+heads' (result), or their mean (split, where all are the same unless a hook made their inputs differ); what a hook adds to
+them is shared out evenly (result) or given to every head (split). ``repeats`` above 1 is grouped query attention
+computed ungrouped: every key/value head stands that many times in y.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_vpd.components.masked import masked_output
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The shape of one site's product in a pass.
+
+    ``n_heads``: the heads of V or U as stored. ``x_has_heads``, ``y_has_heads``: whether the tensors that the model passes bear
+    a head axis, which a whole product flattens away.
+    """
+
+    kind: Literal["whole", "split", "result"] = "whole"
+    n_heads: int = 1
+    repeats: int = 1
+    x_has_heads: bool = False
+    y_has_heads: bool = False
+
+    @property
+    def by_head(self) -> bool:
+        """Whether activations have a head axis."""
+        return self.kind != "whole"
+
+    def input_of_site(self, x: Float[Tensor, "*batch d_x"]) -> Float[Tensor, "*rows d_in"]:
+        """The site's one input ``[*batch, d_in]`` from what the model passes (of split inputs the mean over heads)."""
+        if self.kind == "split":
+            return x.mean(-2)
+        return x.flatten(-2) if self.x_has_heads else x
+
+    def shown(self, acts: Float[Tensor, "*batch C"]) -> Float[Tensor, "*rows C"]:
+        """The site's activations without a head axis."""
+        if self.kind == "whole":
+            return acts
+        return acts.mean(-2) if self.kind == "split" else acts.sum(-2)
+
+    def patched(
+        self, acts: Float[Tensor, "*batch C"], shown: Float[Tensor, "*rows C"], patched: Float[Tensor, "*rows C"]
+    ) -> Float[Tensor, "*batch C"]:
+        """Activations in this layout after a hook turned ``shown`` into ``patched``."""
+        if self.kind == "whole":
+            return patched
+        share = (patched - shown).unsqueeze(-2)
+        return acts + (share if self.kind == "split" else share / self.n_heads)
+
+    def aligned(self, tensor: Float[Tensor, "*batch d"], *, has_heads: bool) -> Float[Tensor, "*rows d_aligned"]:
+        """x or y with a head axis where the product is by head, and without where it is whole."""
+        if self.by_head == has_heads:
+            return tensor
+        return tensor.unflatten(-1, (self.n_heads * self.repeats, -1)) if self.by_head else tensor.flatten(-2)
+
+    def acts(self, x: Float[Tensor, "*batch d_x"], V: Float[Tensor, "d_in C"]) -> Float[Tensor, "*batch C"]:
+        """``x @ V``, by head where the layout is."""
+        if self.kind == "result":
+            return torch.einsum("...hd,hdc->...hc", x, V.unflatten(0, (self.n_heads, -1)))
+        return x @ V
+
+    def output(
+        self,
+        y: Float[Tensor, "*batch d_y"],
+        acts: Float[Tensor, "*batch C"],
+        U: Float[Tensor, "C d_out"],
+        bias: Float[Tensor, " d_out"] | None,
+        *,
+        mask: Tensor | None = None,
+        delta_mask: Tensor | None = None,
+        routed: Tensor | None = None,
+        patched_acts: Float[Tensor, "*batch C"] | None = None,
+    ) -> Float[Tensor, "*batch d_y"]:
+        """``masked_output`` in this layout; masks come without a head axis."""
+        if self.by_head:
+            mask, delta_mask = (None if m is None else m.unsqueeze(axis) for m, axis in ((mask, -2), (delta_mask, -1)))
+            routed = None if routed is None else routed.unsqueeze(-1)
+        return masked_output(
+            y,
+            acts,
+            self._write(U),
+            None if bias is None or self.kind == "result" else self._bias(bias),
+            mask=mask,
+            delta_mask=delta_mask,
+            routed=routed,
+            patched_acts=patched_acts,
+            overwrite=True,
+        )
+
+    def _repeat(self, by_head: Tensor, axis: int) -> Tensor:
+        return by_head.repeat_interleave(self.repeats, dim=axis) if self.repeats > 1 else by_head
+
+    def _write(self, U: Float[Tensor, "C d_out"]) -> Tensor:
+        if self.kind == "result" or (self.kind == "whole" and self.repeats == 1):
+            return U
+        by_head = self._repeat(U.unflatten(1, (self.n_heads, -1)), 1)  # [C, head, d_head]
+        return by_head.transpose(0, 1) if self.kind == "split" else by_head.flatten(1)
+
+    def _bias(self, bias: Float[Tensor, " d_out"]) -> Tensor:
+        if self.kind == "whole" and self.repeats == 1:
+            return bias
+        by_head = self._repeat(bias.unflatten(0, (self.n_heads, -1)), 0)
+        return by_head if self.kind == "split" else by_head.flatten()
+
+
+WHOLE = Layout()
