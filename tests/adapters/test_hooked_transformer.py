@@ -7,9 +7,9 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from tests.tiny import ARCHITECTURES, matrix_of, some_tokens, tiny_model
-from tl_vpd.adapters import Unsupported, adapt
-from tl_vpd.adapters.hooked_transformer import check_tokens
+from tests.tiny import ARCHITECTURES, decomposition_of, matrix_of, some_tokens, tiny_model
+from tl_vpd.adapters import adapt, sites
+from tl_vpd.adapters.base import check_tokens
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -25,8 +25,10 @@ def test_every_tapped_output_is_input_times_weight_plus_bias(name):
         handle.remove()
     for site, own in seen.items():
         bias = adapter.bias(site)
-        expected = own["x"] @ matrix_of(model, site) + (0 if bias is None else bias)
-        assert_close(own["y"], expected, rtol=1e-10, atol=1e-10, msg=site)
+        layout = adapter.layout(site)
+        x = layout.aligned(own["x"], has_heads=layout.x_has_heads)
+        expected = x @ matrix_of(model, site) + (0 if bias is None else bias)
+        assert_close(layout.aligned(own["y"], has_heads=layout.y_has_heads), expected, rtol=1e-10, atol=1e-10, msg=site)
         assert torch.equal(adapter.weight(site), matrix_of(model, site))
 
 
@@ -49,28 +51,14 @@ def test_an_attention_only_model_has_no_mlp_sites():
     assert not [s for s in adapt(tiny_model(attn_only=True)).sites if ".mlp." in s]
 
 
-@pytest.mark.parametrize("flag", ["use_attn_result", "use_split_qkv_input", "use_attn_in"])
-def test_flags_that_change_where_sites_are_raise_with_the_remedy(flag):
+def test_experts_are_refused_site_by_site_and_named_when_asked_for():
     model = tiny_model()
-    getattr(model, f"set_{flag}")(True)
-    with pytest.raises(Unsupported, match=rf"cfg\.{flag} is on.*call model\.set_{flag}\(False\)"):
-        adapt(model)
-
-
-def test_ungrouped_attention_several_devices_and_experts_raise():
-    grouped = tiny_model(n_heads=4, n_key_value_heads=2)
-    grouped.set_ungroup_grouped_query_attention(True)
-    with pytest.raises(Unsupported, match="ungroup_grouped_query_attention"):
-        adapt(grouped)
-    for field, value, message in (
-        ("n_devices", 2, "one device"),
-        ("num_experts", 4, "dense"),
-        ("load_in_4bit", True, "quant"),
-    ):
-        model = tiny_model()
-        setattr(model.cfg, field, value)
-        with pytest.raises(Unsupported, match=message):
-            adapt(model)
+    vpd = decomposition_of(model)
+    model.cfg.num_experts = 4
+    table = sites(model).set_index("site")
+    assert table.refused["blocks.0.mlp"] == "a mixture of experts" and table.refused["blocks.0.attn.W_O"] == ""
+    with pytest.raises(ValueError, match=r"no blocks\.0\.mlp\.W_in that can be decomposed: a mixture of experts"):
+        vpd.attach(model)
 
 
 def test_a_class_nobody_knows_is_named():

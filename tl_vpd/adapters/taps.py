@@ -8,12 +8,13 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformer_lens.hook_points import HookPoint
+
+from tl_vpd.adapters.versions import HookPoint
 
 Read = Callable[[Tensor], None]
-"""Takes a site's input ``[batch, pos, d_in]``."""
+"""Takes a site's input as the model passes it (``tl_vpd.components.Layout`` says in what shape)."""
 Write = Callable[[Tensor], Tensor | None]
-"""Takes a site's output ``[batch, pos, d_out]`` and gives it back changed, or None for unchanged."""
+"""Takes a site's output as the model passes it and gives it back changed, or None for unchanged."""
 
 
 @runtime_checkable
@@ -28,34 +29,38 @@ class Unsupported(ValueError):
     """A flag or layer type that cannot be decomposed; the message names it and the remedy."""
 
 
-def first_argument(see: Callable[[Tensor], None], module: nn.Module, arguments: tuple[Any, ...]) -> None:
+def always() -> bool:
+    """The condition of a tap that is always on."""
+    return True
+
+
+def _first_argument(see: Read, module: nn.Module, arguments: tuple[Any, ...]) -> None:
     see(arguments[0])
 
 
-def keyword_argument(
+def tap_input(module: nn.Module, read: Read) -> RemovableHandle:
+    """Sends a module's first argument to ``read``."""
+    return module.register_forward_pre_hook(partial(_first_argument, read))
+
+
+def _keyword(
     keyword: str, see: Callable[[Any], None], module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:
     see(keywords.get(keyword))
 
 
-def qkv_input(
-    keyword: str, read: Read, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
-) -> None:
-    x = keywords[keyword]
-    if x.ndim != 3:
-        raise Unsupported(
-            f"{keyword} has a head axis ({tuple(x.shape)}): switch off use_split_qkv_input and use_attn_in on the model."
-        )
-    read(x)
+def tap_keyword(module: nn.Module, keyword: str, see: Callable[[Any], None]) -> RemovableHandle:
+    """Sends a keyword argument of a module (None: not given) to ``see``."""
+    return module.register_forward_pre_hook(partial(_keyword, keyword, see), with_kwargs=True)
 
 
-def _flattened_output(write: Write, heads: bool, module: nn.Module, arguments: Any, y: Tensor) -> Tensor | None:
-    changed = write(y.flatten(2) if heads else y)
-    return None if changed is None else changed.view_as(y)
+def _output(write: Write, when: Callable[[], bool], module: nn.Module, arguments: Any, y: Tensor) -> Tensor | None:
+    return write(y) if when() else None
 
 
-def tap_output(module: nn.Module, write: Write, *, heads: bool = False) -> RemovableHandle:
-    return module.register_forward_hook(partial(_flattened_output, write, heads), prepend=True)
+def tap_output(module: nn.Module, write: Write, when: Callable[[], bool] = always) -> RemovableHandle:
+    """Sends a module's output through ``write`` before every other hook sees it, while ``when()`` holds."""
+    return module.register_forward_hook(partial(_output, write, when), prepend=True)
 
 
 class _TappedCall:
@@ -67,33 +72,46 @@ class _TappedCall:
 
     def __init__(self, hook_point: HookPoint) -> None:
         self.hook_point = hook_point
-        self.readers: list[Read] = []
+        self.readers: list[tuple[Read, Callable[[], bool]]] = []
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
         output = type(self.hook_point)._call_impl(self.hook_point, *arguments, **keywords)
-        for read in self.readers:
-            read(output.flatten(2))
+        for read, when in self.readers:
+            if when():
+                read(output)
         return output
 
 
 class _ResultTap:
     """One reader of a HookPoint's result."""
 
-    def __init__(self, hook_point: HookPoint, read: Read) -> None:
+    def __init__(self, hook_point: HookPoint, read: Read, when: Callable[[], bool]) -> None:
         self.hook_point, self.read = hook_point, read
         call = hook_point.__dict__.setdefault("_call_impl", _TappedCall(hook_point))
-        call.readers.append(read)
+        call.readers.append((read, when))
 
     def remove(self) -> None:
         """Takes the reader off; without any, the HookPoint's own call is back."""
         call = self.hook_point.__dict__.get("_call_impl")
         if call is None:
             return
-        call.readers[:] = [read for read in call.readers if read is not self.read]
+        call.readers[:] = [(read, when) for read, when in call.readers if read is not self.read]
         if not call.readers:
             del self.hook_point.__dict__["_call_impl"]
 
 
-def tap_result(hook_point: HookPoint, read: Read) -> _ResultTap:
-    """Sends what the HookPoint hands on, heads flattened, to ``read``."""
-    return _ResultTap(hook_point, read)
+def tap_result(hook_point: HookPoint, read: Read, when: Callable[[], bool] = always) -> _ResultTap:
+    """Sends what a HookPoint hands on, after all its hooks, to ``read`` while ``when()`` holds."""
+    return _ResultTap(hook_point, read, when)
+
+
+def _product(
+    read: Read, write: Write, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], y: Tensor
+) -> Tensor | None:
+    read(arguments[0] if arguments else next(iter(keywords.values())))
+    return write(y)
+
+
+def tap_product(module: nn.Module, read: Read, write: Write) -> RemovableHandle:
+    """Sends the argument of a module that is a product to ``read`` and its output through ``write``."""
+    return module.register_forward_hook(partial(_product, read, write), prepend=True, with_kwargs=True)

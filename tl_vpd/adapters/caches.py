@@ -1,0 +1,84 @@
+"""Caches of passes whose W_O or W_out was not the stored one: ``ActivationCache`` would compute with the stored weight.
+
+``stack_head_results`` takes every head's write into the residual stream from ``z @ W_O`` unless ``attn.hook_result`` was cached,
+and ``stack_neuron_results`` takes every neuron's from ``post * W_out``. Where those sites were masked, ablated or patched in the
+cached pass, the cache uses what was cached or refuses; all else is ``ActivationCache``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from torch import Tensor
+from transformer_lens import ActivationCache
+
+
+class MaskedCache(ActivationCache):
+    """The cache of a pass in which some sites put out something else than their stored weight would.
+
+    ``masked_sites``: those of them that write into the residual stream (W_O, W_out).
+    """
+
+    def __init__(self, cache_dict: Any, model: Any, has_batch_dim: bool, masked_sites: Collection[str]) -> None:
+        super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
+        self.masked_sites = frozenset(masked_sites)
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> MaskedCache:
+        """As ActivationCache's."""
+        own = super().apply_slice_to_batch_dim(batch_slice)
+        return MaskedCache(own.cache_dict, own.model, own.has_batch_dim, self.masked_sites)
+
+    def compute_head_results(self) -> None:
+        """As ActivationCache's, without computing with a stored W_O that was masked.
+
+        Raises:
+            ValueError: some W_O was masked and the results of the heads were not cached.
+        """
+        if not self._has_head_results():
+            self._refuse_of("W_O", "The results of heads", "call model.set_use_attn_result(True) before caching")
+            super().compute_head_results()
+
+    def _ensure_head_results(self) -> bool:
+        """What 4.x's ``stack_head_results`` calls."""
+        if self._has_head_results():
+            return True
+        self._refuse_of("W_O", "The results of heads", "call model.set_use_attn_result(True) before caching")
+        return super()._ensure_head_results()  # type: ignore[misc]
+
+    def _has_head_results(self) -> bool:
+        """Whether every block's results are cached, ``[batch, pos, head, d_model]``."""
+        cfg = self.model.cfg
+        results = [self.cache_dict.get(f"blocks.{layer}.attn.hook_result") for layer in range(cfg.n_layers)]
+        axes = 4 if self.has_batch_dim else 3
+        return all(isinstance(r, Tensor) and r.ndim == axes and r.shape[-2] == cfg.n_heads for r in results)
+
+    def get_neuron_results(self, layer: int, *arguments: Any, **keywords: Any) -> Any:
+        """As ActivationCache's.
+
+        Raises:
+            ValueError: the block's W_out was masked.
+        """
+        self._refuse_neurons()
+        return super().get_neuron_results(layer, *arguments, **keywords)
+
+    def stack_neuron_results(self, layer: int, *arguments: Any, **keywords: Any) -> Any:
+        """As ActivationCache's.
+
+        Raises:
+            ValueError: some W_out was masked.
+        """
+        self._refuse_neurons()
+        return super().stack_neuron_results(layer, *arguments, **keywords)
+
+    def _refuse_neurons(self) -> None:
+        remedy = "take component_acts of that site times its U, or mask the other sites alone (sites=...)"
+        self._refuse_of("W_out", "The results of neurons", remedy)
+
+    def _refuse_of(self, weight: str, what: str, remedy: str) -> None:
+        masked = sorted(name for name in self.masked_sites if name.endswith(weight))
+        if masked:
+            raise ValueError(
+                f"{what} would be computed with the stored weight, and in the cached pass {', '.join(masked)} put out something "
+                f"else (it was masked, ablated or patched): {remedy}."
+            )

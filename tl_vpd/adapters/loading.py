@@ -1,0 +1,48 @@
+"""Models by name, as the class that the installed TransformerLens has: HookedTransformer to 3.x, else TransformerBridge."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from tl_vpd.adapters.versions import HookedTransformer, transformer_bridge
+
+Kind = Literal["hooked_transformer", "bridge"]
+
+
+def default_kind() -> Kind:
+    """``hooked_transformer`` where the installed TransformerLens has it."""
+    return "bridge" if HookedTransformer is None else "hooked_transformer"
+
+
+def load_model(
+    name: str,
+    *,
+    kind: Kind | None = None,
+    device: str | torch.device = "cpu",
+    compatibility_mode: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """A model by a name or folder that TransformerLens knows.
+
+    Args:
+        kind: ``hooked_transformer`` or ``bridge`` (None: what the installed TransformerLens has).
+        compatibility_mode: of a bridge: process its weights as HookedTransformer does.
+        options: of ``HookedTransformer.from_pretrained`` or ``TransformerBridge.boot_transformers``.
+
+    Raises:
+        ImportError: the installed TransformerLens has no such class. ValueError: an option of the other class.
+    """
+    kind = kind or default_kind()
+    if kind == "bridge":
+        bridge = transformer_bridge().boot_transformers(name, device=str(device), **options)
+        if compatibility_mode:
+            bridge.enable_compatibility_mode()
+        return bridge
+    if HookedTransformer is None:
+        raise ImportError("This TransformerLens has no HookedTransformer: ask for kind='bridge', or install 3.x.")
+    if compatibility_mode:
+        raise ValueError("compatibility_mode belongs to kind='bridge'; a HookedTransformer has fold_ln and so on.")
+    return HookedTransformer.from_pretrained(name, device=str(device), **options)
