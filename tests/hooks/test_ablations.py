@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests.tiny import decomposition_of, draw, edited, tiny_model
 from tl_vpd.hooks.ablations import SetTo
 from tl_vpd.masking import Masks, SiteMask
-from tl_vpd.sites import Subcomponent
+from tl_vpd.site import Subcomponent
 
 OUT = "blocks.1.mlp.W_out"
 

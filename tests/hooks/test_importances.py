@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd.hooks import CausalImportances, TappedModel
 from tl_vpd.importance import lower_leaky
-from tl_vpd.sites import Packing
+from tl_vpd.site import Packing
 
 
 @pytest.fixture

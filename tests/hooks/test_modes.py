@@ -10,7 +10,7 @@ from tl_vpd.divergence import kl_divergence
 from tl_vpd.hooks import MODES
 from tl_vpd.hooks.modes import NEED_IMPORTANCES, masks_of_mode
 from tl_vpd.masking import Masks, SiteMask
-from tl_vpd.sites import Packing
+from tl_vpd.site import Packing
 
 IN = "blocks.1.mlp.W_in"
 
@@ -208,7 +208,7 @@ def test_a_function_gives_masks_from_activations(model, vpd, tokens):
         _, cache = model.run_with_cache(tokens)
     assert names == ["blocks.0.mlp.W_in", IN]
     assert torch.equal(cache["in_mask", 1].argmax(-1), cache["in_component_acts", 1].abs().argmax(-1))
-    assert torch.equal(cache["in_delta_mask", 1], torch.ones(2, 7, dtype=torch.float64))
+    assert torch.equal(cache["in_delta_mask", 1], torch.ones(2, 7, 1, dtype=torch.float64))
     with torch.no_grad(), vpd.attach(model) as attached:
         with attached.masked(lambda site, acts: SiteMask(torch.zeros_like(acts), torch.zeros_like(acts[..., 0]))):
             got = model(tokens)
@@ -224,7 +224,11 @@ def test_impossible_requests_say_what_is_possible(model, vpd, tokens):
                 ValueError,
                 r"'roundd' is no mask mode \(did you mean 'rounded'\?\)\. Modes: unmasked, stochastic",
             ),
-            (({"blocks.0.mlp.W_x": SiteMask(None, None)},), KeyError, "not decomposed: blocks.0.mlp.W_x"),
+            (
+                ({"blocks.0.mlp.W_x": SiteMask(None, None)},),
+                KeyError,
+                r"'blocks\.0\.mlp\.W_x', which is not decomposed \(did",
+            ),
         ]:
             with pytest.raises(error, match=message), attached.masked(*arguments):
                 pass

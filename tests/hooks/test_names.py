@@ -9,14 +9,14 @@ from transformer_lens import patching
 from transformer_lens.utils import get_act_name
 
 from tests.tiny import some_tokens
-from tl_vpd.hooks import passes as passes_module
+from tl_vpd.components import layout as layout_module
 
 
 def test_the_caches_short_names_and_shapes(model, vpd, tokens):
     with vpd.attach(model):
         _, cache = model.run_with_cache(tokens)
     assert cache["q_component_acts", 1].shape == cache["q_ci", 1].shape == cache["q_mask", 1].shape == (2, 7, 6)
-    assert cache["q_delta_mask", 1].shape == (2, 7)
+    assert cache["q_delta_mask", 1].shape == (2, 7, 1)
     assert get_act_name("out_ci", 0) == vpd.sites["blocks.0.mlp.W_out"].hook_name("ci") == "blocks.0.hook_out_ci"
     assert torch.equal(cache["q_mask", 0], torch.ones(2, 7, 6, dtype=torch.float64))
 
@@ -33,8 +33,8 @@ def test_component_acts_are_x_at_v(model, vpd, tokens):
 
 def test_a_names_filter_computes_what_it_names_and_no_more(model, vpd, tokens, monkeypatch):
     calls = []
-    original = passes_module.masked_output
-    monkeypatch.setattr(passes_module, "masked_output", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = layout_module.masked_output
+    monkeypatch.setattr(layout_module, "masked_output", lambda *a, **k: calls.append(1) or original(*a, **k))
     products = []
     gamma = vpd.gamma.forward
     monkeypatch.setattr(vpd.gamma, "forward", lambda *a, **k: products.append(1) or gamma(*a, **k))

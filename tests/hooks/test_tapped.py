@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import decomposition_of, draw, tiny_model
+from tl_vpd.adapters import adapt
 from tl_vpd.hooks import TappedModel
 from tl_vpd.hooks.tapped import frozen, users_hooks_aside
 from tl_vpd.masking import Masks, SiteMask
@@ -87,7 +88,7 @@ def test_frozen_and_hooks_aside_put_everything_back_after_an_exception(model):
     model.add_hook("hook_embed", lambda x, hook: x)
     model.blocks[0].eval()
     before, dictionary = snapshot(model), model.hook_embed._forward_hooks
-    with pytest.raises(ZeroDivisionError), frozen(model), users_hooks_aside(model):
+    with pytest.raises(ZeroDivisionError), frozen(adapt(model)), users_hooks_aside(adapt(model)):
         assert not any(p.requires_grad for p in model.parameters()) and not any(m.training for m in model.modules())
         assert not model.hook_embed._forward_hooks
         raise ZeroDivisionError

@@ -5,7 +5,7 @@ On every block of the model stand HookPoints ``blocks.{i}.hook_{site}_{what}``, 
 ``component_acts``  ``x @ V``, [batch, pos, C]; patch it and the site's output follows
 ``ci``              causal importances of this very input, [batch, pos, C]
 ``mask``            the factor of each subcomponent, [batch, pos, C]
-``delta_mask``      the factor of Δ, [batch, pos]
+``delta_mask``      the factor of Δ, [batch, pos, 1]
 
 Nothing is computed for a HookPoint that nobody listens to; with no listener and no mode the model is itself.
 """
@@ -15,23 +15,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
-from torch import nn
-from transformer_lens.hook_points import HookPoint
+from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.adapters.taps import Handle
+from tl_vpd.adapters.versions import HookPoint
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.fingerprint import compare
 from tl_vpd.hooks import registry
-from tl_vpd.hooks.ablations import Positions, ablation_hooks
+from tl_vpd.hooks.ablations import ablation_hooks, indices_by_site
 from tl_vpd.hooks.modes import Delta, Mode, check_mode
+from tl_vpd.hooks.names import CheckedNames
+from tl_vpd.hooks.parts import Parts
 from tl_vpd.hooks.passes import Passes
 from tl_vpd.hooks.plans import MaskFunction, Plan
+from tl_vpd.hooks.sparse import Positions, SparsePoint
 from tl_vpd.masking import Masks, SiteMask
-from tl_vpd.sites import Subcomponent, nearest, select
+from tl_vpd.site import Subcomponent, nearest, select
 
 KINDS = ("component_acts", "ci", "mask", "delta_mask")
 
@@ -40,9 +43,8 @@ class Attached:
     """A decomposition on a model. A context manager; ``detach()`` or leaving it puts the model back as it was.
 
     Args:
-        decomposition: V and U are used in the model's dtype and device (a copy is made if they are elsewhere; gradients
-            then reach the copy).
-        model: a HookedTransformer.
+        decomposition: V and U are used in the model's dtype and on its device; gradients reach them wherever they are.
+        model: a HookedTransformer, a TransformerBridge, or a HookedRootModule with ``nn.Linear`` layers.
         sites: patterns of the sites to expose and mask (None: all).
         hooks: which of ``component_acts``, ``ci``, ``mask``, ``delta_mask`` get HookPoints.
         check_weights: refuse a model with other weights than the decomposition was made from.
@@ -73,10 +75,11 @@ class Attached:
         self.adapter = adapt(model)
         self._check_target(check_weights)
         self.sites = select(sites, decomposition.sites)
-        self._hook_points: dict[str, dict[str, HookPoint]] = {}
+        self.hook_points: dict[str, dict[str, HookPoint]] = {}
         self._handles: list[Handle] = []
-        parts = decomposition if self._in_place() else self._copy()
-        self._passes = Passes(self.adapter, parts, self._hook_points)
+        parts = Parts(decomposition, self.adapter.device, self.adapter.dtype)
+        self._passes = Passes(self.adapter, parts, self.hook_points)
+        self._passes.check_weights = check_weights
         self._own_forward = self.model.__dict__.get("forward")
         try:
             self._put_on(hooks)
@@ -91,8 +94,12 @@ class Attached:
         stored, here = self.decomposition.sites, self.adapter.sites
         for name, site in stored.items():
             if name not in here:
+                owner = name.rpartition(".")[0]
+                reason = self.adapter.refused.get(name) or self.adapter.refused.get(owner)
                 raise ValueError(
-                    f"This model has no {name}{nearest(name, here)}: the decomposition is of another model."
+                    f"This model has no {name} that can be decomposed: {reason}."
+                    if reason
+                    else f"This model has no {name}{nearest(name, here)}: the decomposition is of another model."
                 )
             if (site.d_in, site.d_out) != (here[name].d_in, here[name].d_out):
                 raise ValueError(
@@ -106,45 +113,41 @@ class Attached:
             worst = max(wrong, key=lambda name: wrong[name])
             raise ValueError(
                 f"This model's weights are not the decomposed ones: {len(wrong)} of {len(stored)} sites differ, {worst} by "
-                f"{wrong[worst]:.3g} (allowed 0.02). Load the model with the settings the decomposition was made with "
-                "(fold_ln, center_writing_weights and so on), or pass check_weights=False to attach all the same."
+                f"{wrong[worst]:.3g} (allowed 0.02). {self._processed()}Load the model with the settings the decomposition was "
+                "made with (fold_ln, center_writing_weights, enable_compatibility_mode and so on), or pass check_weights=False "
+                "to attach all the same."
             )
 
-    def _in_place(self) -> bool:
-        parameter = next(self.decomposition.components.parameters())
-        return parameter.device == self.adapter.device and parameter.dtype == self.adapter.dtype
-
-    def _copy(self) -> Decomposition:
-        original = self.decomposition
-        with torch.device("meta"):
-            other = Decomposition(
-                list(original.sites.values()),
-                original.counts,
-                original.gamma_config,
-                fingerprints=original.fingerprints,
-            )
-        # V and U in the model's dtype; Γ stays in its own, so that importances do not depend on the model's precision.
-        state = {k: v.to(self.adapter.device) for k, v in original.state_dict().items()}
-        state = {k: v.to(self.adapter.dtype) if k.startswith("components.") else v for k, v in state.items()}
-        other.load_state_dict(state, assign=True)
-        return other
+    def _processed(self) -> str:
+        """What of the weights' processing is known to differ, as a sentence."""
+        then: dict[str, bool] = self.decomposition.record.get("target", {}).get("processing", {})
+        now = self.adapter.processing()
+        differ = [flag for flag in then if flag in now and then[flag] != now[flag]]
+        if not differ:
+            return ""
+        was, is_now = (", ".join(f"{flag}={flags[flag]}" for flag in differ) for flags in (then, now))
+        return f"They look processed differently: the decomposition was made with {was}, this model has {is_now}. "
 
     def _put_on(self, kinds: Sequence[str]) -> None:
         for name in self.sites:
-            block, site = self.adapter.block(name), self.decomposition.sites[name]
-            self._hook_points[name] = {}
+            home, site = self.adapter.home(name), self.decomposition.sites[name]
+            self.hook_points[name] = {}
             for kind in kinds:
-                hook_point = HookPoint()
-                hook_point.training = block.training
-                block.add_module(site.hook_name(kind).rsplit(".", 1)[1], hook_point)
-                self._hook_points[name][kind] = hook_point
+                attribute = site.hook_name(kind).rpartition(".")[2]
+                if hasattr(home, attribute):
+                    raise ValueError(f"The model has a {site.hook_name(kind)} already, which attaching would hide.")
+                hook_point = SparsePoint() if kind in ("component_acts", "mask") else HookPoint()
+                hook_point.training = home.training
+                home.add_module(attribute, hook_point)
+                self.hook_points[name][kind] = hook_point
         for name in self.decomposition.sites:
             passes = self._passes
             self._handles += self.adapter.tap(name, partial(passes.read, name), partial(passes.write, name))
-        self._handles.append(self.adapter.tap_tokens(self._passes.see_tokens))
-        self._handles.append(self.adapter.tap_attention_mask(self._passes.see_attention_mask))
+        self._handles += self.adapter.tap_inputs(self._passes.see_tokens, self._passes.see_attention_mask)
         # ``run_with_hooks`` and ``generate`` call ``forward`` past the module's own hooks.
         self.model.__dict__["forward"] = self._passes.forward
+        own_names = [self.decomposition.sites[n].hook_name(k) for n, points in self.hook_points.items() for k in points]
+        self._handles.append(CheckedNames(self.model, own_names, self._passes))
         self.adapter.hook_points_changed()
 
     def detach(self) -> None:
@@ -158,12 +161,12 @@ class Attached:
                 del self.model.__dict__["forward"]
             else:
                 self.model.__dict__["forward"] = self._own_forward
-        for name, points in self._hook_points.items():
+        for name, points in self.hook_points.items():
             for kind in points:
-                attribute = self.decomposition.sites[name].hook_name(kind).rsplit(".", 1)[1]
-                self.adapter.block(name)._modules.pop(attribute, None)
-        if self._hook_points:
-            self._hook_points.clear()
+                attribute = self.decomposition.sites[name].hook_name(kind).rpartition(".")[2]
+                self.adapter.home(name)._modules.pop(attribute, None)
+        if self.hook_points:
+            self.hook_points.clear()
             self.adapter.hook_points_changed()
         self._passes.plans.clear()
         registry.discard(self)
@@ -184,6 +187,7 @@ class Attached:
         threshold: float = 0.0,
         delta: Delta | str = None,
         sites: str | Sequence[str] | None = None,
+        pos: Positions = None,
         seed: int | None = None,
         steps: int = 20,
         step_size: float | None = None,
@@ -195,6 +199,7 @@ class Attached:
             threshold: for ``rounded``: importances above it stay.
             delta: factor of Δ: a number, ``"drawn"``, or None for the mode's default.
             sites: patterns of the sites to mask (None: all that are attached); the others run unmasked.
+            pos: positions of each forward pass to mask (None: all); the others run unmasked.
             seed: for what is drawn (None: torch's own state).
             steps, step_size: budget of the ``adversarial`` mode (None: ``2 / steps``), whose sources are shared over
                 batch and positions and attack the KL to the target at every real token.
@@ -203,39 +208,108 @@ class Attached:
             ValueError: unknown mode or impossible delta. KeyError: a site pattern that matches nothing. RuntimeError:
                 the decomposition has been detached.
         """
-        if not self._handles:
-            raise RuntimeError("This decomposition has been detached, so nothing would be masked: attach it again.")
-        chosen = frozenset(select(sites, self.sites))
-        generator = None if seed is None else torch.Generator(self.adapter.device).manual_seed(seed)
         name: Mode | None = None
         given: Masks | MaskFunction | None = None
         if isinstance(mode, str):
             check_mode(mode, delta)
             name = cast(Mode, mode)
         elif isinstance(mode, Mapping):
-            unknown = set(mode) - set(self.decomposition.sites)
-            if unknown:
-                raise KeyError(f"The masks name sites that are not decomposed: {', '.join(sorted(unknown))}.")
+            for site in mode:
+                if site not in self.decomposition.sites:
+                    raise KeyError(f"The masks name {site!r}, which is not decomposed{nearest(site, self.sites)}.")
             given = mode if isinstance(mode, Masks) else Masks(mode)
         else:
             given = mode
-        plan = Plan(name, given, chosen, threshold, cast(Delta, delta), generator, steps, step_size)
-        passes = self._passes
-        passes.plans.append(plan)
-        try:
+        with self._planned(
+            Plan(
+                name,
+                given,
+                self._chosen(sites),
+                threshold=threshold,
+                delta=cast(Delta, delta),
+                generator=self._generator(seed),
+                steps=steps,
+                step_size=step_size,
+                pos=pos,
+            )
+        ):
             yield self
-        finally:
-            passes.plans[:] = [p for p in passes.plans if p is not plan]
+
+    @contextmanager
+    def kept(
+        self,
+        subcomponents: str | Subcomponent | Sequence[str | Subcomponent],
+        *,
+        rest: Literal["zero", "stochastic", "adversarial"] | str = "zero",
+        delta: Delta | str = None,
+        sites: str | Sequence[str] | None = None,
+        pos: Positions = None,
+        seed: int | None = None,
+        steps: int = 20,
+        step_size: float | None = None,
+    ) -> Iterator[Attached]:
+        """Every call of the model inside keeps these subcomponents alone; the rest of every site is masked.
+
+        Args:
+            subcomponents: what stays, with mask 1.
+            rest: the masks of all others: 0, drawn from [0, 1], or found by an adversary that attacks Δ too.
+            delta: factor of Δ (None: 0, drawn or attacked, as the rest is).
+            sites: patterns of the sites that are cut down (None: all); the others run unmasked.
+            pos, seed, steps, step_size: as in ``masked``.
+
+        Raises:
+            ValueError, KeyError, IndexError: an unknown ``rest``, site or subcomponent.
+        """
+        modes: dict[str, Mode] = {"zero": "ci", "stochastic": "stochastic", "adversarial": "adversarial"}
+        if rest not in modes:
+            raise ValueError(f"rest={rest!r}{nearest(rest, modes)}: choose zero, stochastic or adversarial.")
+        check_mode(modes[rest], delta)
+        with self._planned(
+            Plan(
+                modes[rest],
+                None,
+                self._chosen(sites),
+                delta=cast(Delta, delta),
+                generator=self._generator(seed),
+                steps=steps,
+                step_size=step_size,
+                pos=pos,
+                kept=indices_by_site(self.decomposition, subcomponents),
+            )
+        ):
+            yield self
 
     @contextmanager
     def ablated(
-        self, subcomponents: Sequence[str | Subcomponent], *, pos: Positions = None, amount: float = 1.0
+        self,
+        subcomponents: str | Subcomponent | Sequence[str | Subcomponent],
+        *,
+        pos: Positions = None,
+        amount: float = 1.0,
+        values: Mapping[str, Tensor] | None = None,
     ) -> Iterator[Attached]:
         """Every call of the model inside runs without these subcomponents; see ``ablation_hooks``."""
-        hooks = ablation_hooks(self.decomposition, subcomponents, pos=pos, amount=amount)
+        hooks = ablation_hooks(self.decomposition, subcomponents, pos=pos, amount=amount, values=values)
         with self.model.hooks(fwd_hooks=hooks):  # type: ignore[operator]
             yield self
 
     def paused(self) -> AbstractContextManager[None]:
         """Inside, the model runs as if nothing were attached, even from a hook in the middle of a forward pass."""
         return self._passes.paused()
+
+    def _chosen(self, sites: str | Sequence[str] | None) -> frozenset[str]:
+        return frozenset(select(sites, self.sites))
+
+    def _generator(self, seed: int | None) -> torch.Generator | None:
+        return None if seed is None else torch.Generator(self.adapter.device).manual_seed(seed)
+
+    @contextmanager
+    def _planned(self, plan: Plan) -> Iterator[None]:
+        if not self._handles:
+            raise RuntimeError("This decomposition has been detached, so nothing would be masked: attach it again.")
+        passes = self._passes
+        passes.plans.append(plan)
+        try:
+            yield
+        finally:
+            passes.plans[:] = [p for p in passes.plans if p is not plan]

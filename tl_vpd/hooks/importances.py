@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.hooks.modes import Delta, Mode, check_mode, masks_of_mode
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.masking import Masks
-from tl_vpd.sites import Packing, nearest
+from tl_vpd.site import Packing, nearest
 
 if TYPE_CHECKING:
     from tl_vpd.decomposition import Decomposition
@@ -29,17 +29,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CausalImportances(Mapping[str, Tensor]):
-    """Importances in [0, 1] by site, each ``[batch, pos, C]``; 0 at padding.
+    """Importances in [0, 1] by site, each ``[batch, pos, C]`` (``[batch, C]`` for models without positions); 0 at padding.
 
-    ``packed`` holds all sites on one axis, ``keep`` is False at padding (None: no padding).
+    ``packed`` holds all sites on one axis, ``keep`` is False at padding (None: no padding), ``tokens`` is the model's input.
     """
 
-    packed: Float[Tensor, "batch pos C_total"]
+    packed: Float[Tensor, "batch *pos C_total"]
     packing: Packing
-    tokens: Int[Tensor, "batch pos"]
+    tokens: Shaped[Tensor, "batch ..."]
     keep: Bool[Tensor, "batch pos"] | None = None
 
-    def __getitem__(self, site: str) -> Float[Tensor, "batch pos C"]:
+    def __getitem__(self, site: str) -> Float[Tensor, "batch *pos C"]:
         if site not in self.packing.slices:
             raise KeyError(f"{site!r} is not a decomposed site{nearest(site, self.packing.names)}.")
         return self.packed[..., self.packing.slices[site]]
@@ -68,27 +68,24 @@ class CausalImportances(Mapping[str, Tensor]):
         )
 
     @property
-    def l0(self) -> Int[Tensor, "batch pos"]:
+    def l0(self) -> Int[Tensor, "batch *pos"]:
         """How many subcomponents have an importance above 0 at each token."""
         return (self.packed > 0).sum(-1)
 
     def to_pandas(self, *, above: float = 0.0) -> pd.DataFrame:
-        """One row for every importance above a threshold: batch, pos, token, subcomponent, ci."""
-        batch, pos, packed = (self.packed > above).nonzero(as_tuple=True)
-        names = [str(self.packing.at(i)) for i in packed.tolist()]
-        return pd.DataFrame(
-            {
-                "batch": batch.tolist(),
-                "pos": pos.tolist(),
-                "token": self.tokens[batch, pos].tolist(),
-                "subcomponent": names,
-                "ci": self.packed[batch, pos, packed].tolist(),
-            }
-        )
+        """One row for every importance above a threshold: batch, pos and token (of models that have them), subcomponent, ci."""
+        *where, packed = (self.packed > above).nonzero(as_tuple=True)
+        columns: dict[str, Any] = dict(zip(("batch", "pos"), (w.tolist() for w in where), strict=False))
+        if self.tokens.shape == self.packed.shape[:-1] and not self.tokens.is_floating_point() and len(where) == 2:
+            columns["token"] = self.tokens[where[0], where[1]].tolist()
+        columns["subcomponent"] = [str(self.packing.at(i)) for i in packed.tolist()]
+        index = (*where, packed)
+        columns["ci"] = self.packed[index].tolist()
+        return pd.DataFrame(columns)
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` subcomponents of the largest mean importance over real tokens, with how often they are above 0."""
-        real = self.packed.flatten(0, 1) if self.keep is None else self.packed[self.keep]
+        real = self.packed.flatten(0, -2) if self.keep is None else self.packed[self.keep]
         mean = real.mean(0)
         best = mean.topk(min(k, mean.numel())).indices
         return pd.DataFrame(
@@ -122,7 +119,7 @@ def causal_importances(
 
 
 def zero_padding(
-    g: Float[Tensor, "batch pos C_total"], keep: Bool[Tensor, "batch pos"] | None
-) -> Float[Tensor, "batch pos C_total"]:
+    g: Float[Tensor, "batch *pos C_total"], keep: Bool[Tensor, "batch pos"] | None
+) -> Float[Tensor, "batch *pos C_total"]:
     """Importances with 0 at padding."""
     return g if keep is None else g * keep[..., None]

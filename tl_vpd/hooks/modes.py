@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.masking import Masks, constant_masks, masks_from_sources
-from tl_vpd.sites import Packing, nearest
+from tl_vpd.site import Packing, nearest
 
 Mode = Literal["unmasked", "stochastic", "rounded", "ci", "adversarial", "zero"]
 MODES: tuple[Mode, ...] = ("unmasked", "stochastic", "rounded", "ci", "adversarial", "zero")
@@ -43,7 +43,7 @@ def check_mode(mode: str, delta: Delta | str) -> None:
 
 def masks_of_mode(
     mode: Mode,
-    g: Float[Tensor, "batch pos C_total"],
+    g: Float[Tensor, "*batch C_total"],
     packing: Packing,
     *,
     threshold: float = 0.0,

@@ -19,9 +19,9 @@ def attached_to(model: nn.Module) -> Attached | None:
     return next((a for a in _attached if a.model is model), None)
 
 
-def is_attached(decomposition: Decomposition) -> bool:
-    """Whether the decomposition is attached to any model now."""
-    return any(a.decomposition is decomposition for a in _attached)
+def attachments(decomposition: Decomposition) -> list[Attached]:
+    """Where the decomposition is attached now."""
+    return [a for a in _attached if a.decomposition is decomposition]
 
 
 def add(attached: Attached) -> None:

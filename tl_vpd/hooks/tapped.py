@@ -17,25 +17,28 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from tl_vpd.adapters import adapt
-from tl_vpd.components import Components, masked_output
+from tl_vpd.adapters import Adapter, adapt
+from tl_vpd.components import Components, SourcedPass
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.hooks.parts import Parts
+from tl_vpd.hooks.product import Product
 from tl_vpd.hooks.registry import attached_to
-from tl_vpd.masking import Masks
+from tl_vpd.masking import Masks, SiteMask
 
 
 @contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
+def frozen(adapter: Adapter) -> Iterator[None]:
     """The model in eval mode and without gradients for its weights; both are put back as they were."""
-    parameters = [(p, p.requires_grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
+    modes = [(m, m.training) for m in adapter.modules()]
+    parameters = [(p, p.requires_grad) for m, _ in modes for p in m.parameters(recurse=False)]
     try:
         for p, _ in parameters:
             p.requires_grad_(False)
-        model.eval()
+        for m, _ in modes:
+            m.training = False
         yield
     finally:
         for p, flag in parameters:
@@ -45,14 +48,14 @@ def frozen(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def users_hooks_aside(model: nn.Module) -> Iterator[None]:
+def users_hooks_aside(adapter: Adapter) -> Iterator[None]:
     """Sets aside every HookPoint's hooks that are not permanent, and puts back the very same dictionaries.
 
     A clean pass must see the target, not the user's patches. Hooks on other modules (the decomposition's taps among them)
     are left alone.
     """
     saved: list[tuple[nn.Module, dict[int, Any], dict[int, Any]]] = []
-    for module in model.modules():
+    for module in adapter.modules():
         handles = [*getattr(module, "fwd_hooks", ()), *getattr(module, "bwd_hooks", ())]
         transient = {h.hook.id for h in handles if not h.is_permanent}
         if transient:
@@ -76,20 +79,20 @@ class TappedModel:
     """
 
     def __init__(self, decomposition: Decomposition | Components, model: nn.Module) -> None:
-        self.parts = decomposition
         self.model = model
         self.adapter = adapt(model)
+        self.parts = Parts(decomposition, self.adapter.device, self.adapter.dtype)
         self.names = list(self.parts.sites)
         self._inputs: dict[str, Tensor] | None = None
-        self._masks: Masks | None = None
+        self._masks: Masks | SourcedPass | None = None
         self._constant_parts = False
         self._x: dict[str, Tensor] = {}
         self._fired: Counter[str] = Counter()
         self._stack = ExitStack()
 
     def __enter__(self) -> TappedModel:
-        self._stack.enter_context(frozen(self.model))
-        self._stack.enter_context(users_hooks_aside(self.model))
+        self._stack.enter_context(frozen(self.adapter))
+        self._stack.enter_context(users_hooks_aside(self.adapter))
         for name in self.names:
             for handle in self.adapter.tap(name, partial(self._read, name), partial(self._write, name)):
                 self._stack.callback(handle.remove)
@@ -99,8 +102,8 @@ class TappedModel:
         self._stack.close()
 
     def clean(
-        self, tokens: Int[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"] | None = None
-    ) -> tuple[Float[Tensor, "batch pos vocab"], dict[str, Float[Tensor, "batch pos _"]]]:
+        self, tokens: Shaped[Tensor, "batch ..."], keep: Bool[Tensor, "batch pos"] | None = None
+    ) -> tuple[Float[Tensor, "batch ..."], dict[str, Float[Tensor, "batch ..."]]]:
         """The target's logits and every site's input, without gradients."""
         self._inputs, self._masks = {}, None
         try:
@@ -112,13 +115,16 @@ class TappedModel:
 
     def masked(
         self,
-        tokens: Int[Tensor, "batch pos"],
-        masks: Masks,
+        tokens: Shaped[Tensor, "batch ..."],
+        masks: Masks | SourcedPass,
         keep: Bool[Tensor, "batch pos"] | None = None,
         *,
         constant_parts: bool = False,
-    ) -> Float[Tensor, "batch pos vocab"]:
-        """Logits under masks. With ``constant_parts``, gradients reach the masks but not V and U (an adversary's steps)."""
+    ) -> Float[Tensor, "batch ..."]:
+        """Logits under masks, or under a pass's sources.
+
+        With ``constant_parts``, gradients reach the masks but not V and U (an adversary's steps).
+        """
         self._masks, self._constant_parts = masks, constant_parts
         try:
             return self._run(tokens, keep)
@@ -130,7 +136,7 @@ class TappedModel:
         self._fired.clear()
         attached = attached_to(self.model)
         with nullcontext() if attached is None else attached.paused():
-            logits = self.model(tokens, return_type="logits", attention_mask=None if keep is None else keep.long())
+            logits = self.adapter.run(tokens, keep)
         wrong = {n: self._fired[n] for n in self.names if self._fired[n] != 1}
         if wrong:
             raise RuntimeError(
@@ -140,27 +146,36 @@ class TappedModel:
         return logits
 
     def _read(self, name: str, x: Tensor) -> None:
+        self._x[name] = x
         if self._inputs is not None:
-            self._inputs[name] = x
-        if self._masks is not None and name in self._masks:
-            self._x[name] = x
+            layout = self.adapter.layout(name)
+            self._inputs[name] = layout.input_of_site(x) if layout.by_head or layout.x_has_heads else x
 
     def _write(self, name: str, y: Tensor) -> Tensor | None:
+        x = self._x.pop(name, None)
+        if x is None:  # a second HookPoint for the same product, as some versions fire
+            return None
         self._fired[name] += 1
         if self._masks is None or name not in self._masks:
             return None
-        V: Tensor = self.parts.V[name]
-        U: Tensor = self.parts.U[name]
-        if self._constant_parts:
-            V, U = V.detach(), U.detach()
-        own = self._masks[name]
-        acts = self._x.pop(name) @ V.to(y.dtype)
-        return masked_output(
-            y,
-            acts,
-            U.to(y.dtype),
+        with self.parts.constant() if self._constant_parts else nullcontext():
+            if isinstance(self._masks, SourcedPass):
+                return self._sourced(self._masks, name, x, y)
+            product = Product(name, self.adapter, self.parts, x, y)
+            return product.masked(product.acts(), self._masks[name])
+
+    def _sourced(self, run: SourcedPass, name: str, x: Tensor, y: Tensor) -> Tensor:
+        layout = self.adapter.layout(name)
+        if layout.by_head or layout.repeats > 1 or y.dtype != run.g.dtype:
+            product = Product(name, self.adapter, self.parts, x, y)
+            routed = None if run.routing is None else run.routing[name]
+            return product.masked(product.acts(), SiteMask(*run.mask(name), routed))
+        output = run.product(
+            name,
+            layout.aligned(y, has_heads=layout.y_has_heads),
+            layout.aligned(x, has_heads=layout.x_has_heads),
+            self.parts.V[name],
+            self.parts.U[name],
             self.adapter.bias(name),
-            mask=None if own.mask is None else own.mask.to(y.dtype),
-            delta_mask=None if own.delta is None else own.delta.to(y.dtype),
-            routed=own.routed,
         )
+        return output.reshape(y.shape)

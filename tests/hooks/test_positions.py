@@ -1,0 +1,130 @@
+"""Masked positions: masked there, untouched elsewhere, and open to every other hook."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.tiny import tiny_model
+from tl_vpd.masking import Masks, SiteMask
+
+from .test_edited import by_token
+from .test_generate import generate
+from .test_hook_lists import by_size
+
+OUT = "blocks.1.mlp.W_out"
+
+
+def masks_in(cache, vpd):
+    return {
+        n: (cache[s.hook_name("mask")], cache[s.hook_name("delta_mask")].reshape(cache[s.hook_name("mask")].shape[:-1]))
+        for n, s in vpd.sites.items()
+    }
+
+
+@pytest.mark.parametrize("pos", [3, -2, [0, 5], (1,), slice(2, 4), slice(None, None, -3), []])
+def test_masked_positions_are_masked_and_the_others_run_as_they_are(model, vpd, tokens, pos):
+    where = torch.zeros(7, dtype=torch.bool)
+    where[list(range(7)[pos]) if isinstance(pos, slice) else list(pos) if isinstance(pos, tuple | list) else pos] = True
+    ci = vpd.causal_importances(model, tokens)
+    routing = {n: where.expand(2, 7) for n in vpd.sites}
+    with torch.no_grad(), vpd.attach(model) as attached:
+        clean = model(tokens)
+        for mode in ("rounded", "zero"):
+            own = ci.masks(mode)
+            with attached.masked(own.routed(routing)):
+                expected = model(tokens)
+            for given in (mode, own, lambda site, acts, own=own: own[site]):
+                with attached.masked(given, pos=pos):
+                    got = model(tokens)
+                assert_close(got, expected, rtol=1e-10, atol=1e-10)
+                first = int(where.int().argmax()) if bool(where.any()) else 7
+                assert torch.equal(got[:, :first], clean[:, :first])
+        assert torch.equal(got, clean) is not bool(where.any())
+
+
+def test_at_positions_that_are_not_masked_the_cache_shows_ones(model, vpd, tokens):
+    with torch.no_grad(), vpd.attach(model) as attached, attached.masked("zero", pos=[1, 4]):
+        _, cache = model.run_with_cache(tokens)
+    expected = torch.ones(7, dtype=torch.float64)
+    expected[[1, 4]] = 0
+    for mask, delta in masks_in(cache, vpd).values():
+        assert torch.equal(mask, expected[:, None].expand(2, 7, 6)) and torch.equal(delta, expected.expand(2, 7))
+
+
+def test_hooks_act_at_positions_that_a_mode_leaves_alone(model, vpd, tokens):
+    """A mode at some positions does not switch off what users do at the others."""
+    names = ["blocks.1.hook_mlp_out", "blocks.1.hook_out_component_acts"]
+    U = vpd.U[OUT].detach()
+
+    def add(acts, hook):
+        acts[:, 5, 2] += 0.5
+
+    for mode in ("zero", "rounded"):
+        with torch.no_grad(), vpd.attach(model) as attached, attached.masked(mode, pos=3, sites=OUT):
+            _, plain = model.run_with_cache(tokens, names_filter=names)
+            with attached.ablated(f"{OUT}:1", pos=5):
+                _, ablated = model.run_with_cache(tokens, names_filter=names)
+            with model.hooks(fwd_hooks=[(names[1], add)]):
+                _, patched = model.run_with_cache(tokens, names_filter=names)
+            with model.hooks(fwd_hooks=vpd.delta_hooks(0.0, pos=5, sites=OUT)):
+                _, without = model.run_with_cache(tokens, names_filter=names)
+        acts = plain["out_component_acts", 1]
+        change = torch.zeros(2, 7, 8, dtype=torch.float64)
+        change[:, 5] = -acts[:, 5, 1, None] * U[1]
+        assert_close(ablated["mlp_out", 1], plain["mlp_out", 1] + change, rtol=1e-10, atol=1e-11)
+        change[:, 5] = 0.5 * U[2]
+        assert_close(patched["mlp_out", 1], plain["mlp_out", 1] + change, rtol=1e-10, atol=1e-11)
+        change[:, 5] = acts[:, 5] @ U + model.blocks[1].mlp.b_out.detach() - plain["mlp_out", 1][:, 5]
+        assert_close(without["mlp_out", 1], plain["mlp_out", 1] + change, rtol=1e-10, atol=1e-11)
+
+
+def test_positions_narrow_the_routing_that_masks_bring(model, vpd, tokens):
+    masks = by_token(vpd, routed=True)
+    where = torch.zeros(7, dtype=torch.bool)
+    where[2:6] = True
+    both = Masks({n: SiteMask(m.mask, m.delta, m.routed & where) for n, m in masks.items()})
+    with torch.no_grad(), vpd.attach(model) as attached:
+        with attached.masked(both):
+            expected = model(tokens)
+        for given in (masks, lambda site, acts: masks[site]):
+            with attached.masked(given, pos=slice(2, 6)):
+                assert_close(model(tokens), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_stochastic_and_adversarial_masks_at_some_positions(model, vpd, tokens):
+    with torch.no_grad(), vpd.attach(model) as attached:
+        clean = model(tokens)
+        for mode in ("stochastic", "adversarial"):
+            with attached.masked(mode, pos=[4], seed=2, steps=2):
+                got, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_mask"))
+            assert torch.equal(got[:, :4], clean[:, :4]) and not torch.equal(got[:, 4], clean[:, 4])
+            others = [0, 1, 2, 3, 5, 6]
+            for mask, delta in masks_in(cache, vpd).values():
+                assert bool((mask[:, others] == 1).all()) and bool((delta[:, others] == 1).all())
+            assert any(bool((mask[:, 4] < 1).any()) for mask, _ in masks_in(cache, vpd).values())
+
+
+def test_a_position_of_a_kv_cached_step_is_of_that_step(model, vpd, tokens):
+    with torch.no_grad(), vpd.attach(model) as attached, attached.masked("zero", pos=-1):
+        step_by_step = generate(model, tokens)
+    grown = tokens
+    with torch.no_grad(), vpd.attach(model) as attached:
+        for end in range(7, 10):
+            with attached.masked("zero", pos=list(range(6, end))):
+                grown = torch.cat([grown, model(grown)[:, -1].argmax(-1, keepdim=True)], dim=1)
+    assert torch.equal(step_by_step, grown)
+
+
+def test_a_position_that_does_not_exist_is_said(model, vpd, tokens):
+    with torch.no_grad(), vpd.attach(model) as attached:
+        for mode in ("zero", "rounded", "adversarial", by_size):
+            with (
+                pytest.raises(IndexError, match="pos=7 is outside the 7 positions"),
+                attached.masked(mode, pos=7, steps=1),
+            ):
+                model(tokens)
+        with pytest.raises(IndexError, match=r"outside the 7 positions at blocks\.0\.hook_q_delta_mask"):
+            model.run_with_hooks(tokens, fwd_hooks=vpd.delta_hooks(0.0, pos=[1, -8]))
+        assert torch.equal(model(tokens), tiny_model()(tokens))
