@@ -22,7 +22,7 @@ from tl_vpd import Decomposition
 from tl_vpd.adapters import adapt
 from tl_vpd.fingerprint import Fingerprint
 from tl_vpd.importance import GammaConfig
-from tl_vpd.sites import Packing
+from tl_vpd.site import Packing
 
 DATA = Path(__file__).parent / "data"
 MODULES = {

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from tests.tiny import tiny_model
 from tl_vpd import VPDConfig
 from tl_vpd.adapters import adapt
-from tl_vpd.sites import Site
+from tl_vpd.site import Site
 from tl_vpd.training.config import AdversaryConfig, Coefficients, counts_for, default_count
 
 

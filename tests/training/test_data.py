@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import closing
+
+import datasets
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_vpd.training.data import TokenBatches
+from tl_vpd import bundled
+from tl_vpd.training.data import TokenBatches, batches_of
 
 
 @settings(deadline=None, max_examples=50)
@@ -42,3 +49,108 @@ def test_rows_of_a_smaller_integer_type_come_out_as_long():
 def test_fewer_rows_than_a_batch_takes_are_refused():
     with pytest.raises(ValueError, match="There are 3 rows of tokens and batch_size is 4: give more rows"):
         TokenBatches(torch.zeros(3, 2, dtype=torch.long), 4, 0)
+
+
+def test_a_memory_mapped_file_is_read_row_by_row_in_the_tensors_order(tmp_path):
+    tokens = np.arange(60, dtype=np.uint16).reshape(20, 3)
+    np.save(tmp_path / "tokens.npy", tokens)
+    mapped = batches_of(np.load(tmp_path / "tokens.npy", mmap_mode="r"), 4, seed=3)
+    plain = TokenBatches(torch.from_numpy(tokens.astype(np.int64)), 4, seed=3)
+    for step in range(12):
+        assert torch.equal(mapped.at(step), plain.at(step)) and mapped.at(step).dtype == torch.int64
+    assert mapped.describe()["rows"] == 20 and mapped.context == 3
+    other = tokens.copy()
+    other[19, 0] = 7
+    np.save(tmp_path / "other.npy", other)
+    assert batches_of(np.load(tmp_path / "other.npy", mmap_mode="r"), 4, 3).describe() != mapped.describe()
+
+
+def rows(n=10):
+    return [torch.arange(3) + 100 * i for i in range(n)]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [rows(), [r.tolist() for r in rows()], [{"tokens": r} for r in rows()], [{"input_ids": r.numpy()} for r in rows()]],
+)
+def test_rows_that_come_one_by_one_keep_their_order_over_epochs_and_after_resuming(data):
+    with closing(batches_of(data, 4, seed=0)) as batches:
+        found = [batches.at(step)[:, 0].div(100, rounding_mode="floor").tolist() for step in range(6)]
+    assert [i for batch in found for i in batch] == [i % 10 for i in range(24)]
+    with closing(batches_of(data, 4, seed=0)) as again:
+        assert again.at(4)[:, 0].div(100, rounding_mode="floor").tolist() == found[4]
+        assert again.at(5)[:, 0].div(100, rounding_mode="floor").tolist() == found[5]
+
+
+def test_rows_are_fetched_ahead_and_the_thread_ends():
+    seen = []
+
+    class Slow:
+        def __iter__(self):
+            for row in rows(100):
+                seen.append(int(row[0]))
+                yield row
+
+    before = threading.active_count()
+    batches = batches_of(Slow(), 4, seed=0)
+    batches.at(0)
+    deadline = time.monotonic() + 10
+    while len(seen) < 4 * 4 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert 4 * 4 <= len(seen) <= 1 + 4 * 7  # a few batches ahead, and no more
+    batches.close()
+    assert threading.active_count() == before
+
+
+def test_an_error_while_fetching_is_raised_at_the_step_that_needs_it():
+    class Broken:
+        def __iter__(self):
+            yield from rows(4)
+            raise OSError("the disk is gone")
+
+    with closing(batches_of(Broken(), 4, seed=0)) as batches:
+        batches.at(0)
+        with pytest.raises(OSError, match="the disk is gone"):
+            batches.at(1)
+
+
+@pytest.mark.parametrize(
+    ("data", "error", "message"),
+    [
+        ((r for r in rows()), ValueError, "only once"),
+        ([], ValueError, "no rows"),
+        ([{"text": "x"}], ValueError, "A row has text"),
+        ([torch.zeros(3)], ValueError, r"float32 of shape \(3,\)"),
+        (3, TypeError, "The data is a int"),
+        (np.zeros((2, 2, 2), dtype=np.int64), ValueError, r"rows \[n, pos\]"),
+    ],
+)
+def test_what_holds_no_rows_of_tokens_is_refused(data, error, message):
+    with pytest.raises(error, match=message):
+        batches_of(data, 1, seed=0)
+
+
+def test_a_shorter_row_is_refused():
+    with (
+        closing(batches_of([torch.arange(3), torch.arange(2)], 2, seed=0)) as batches,
+        pytest.raises(ValueError, match="fewer"),
+    ):
+        batches.at(0)
+
+
+def test_datasets_of_tokens_and_of_text_streamed_or_not():
+    tokenizer = bundled.model().tokenizer
+    tokens = datasets.Dataset.from_dict({"tokens": [r.tolist() for r in rows(8)]})
+    plain = TokenBatches(torch.stack(rows(8)), 4, seed=1)
+    assert torch.equal(batches_of(tokens, 4, seed=1).at(3), plain.at(3))
+    with closing(batches_of(tokens.to_iterable_dataset(), 4, seed=1)) as streamed:
+        assert torch.equal(streamed.at(1), torch.stack(rows(8)[4:]))
+        assert torch.equal(streamed.at(3), torch.stack(rows(8)[4:]))
+    text = datasets.Dataset.from_dict({"text": ["import os\nimport sys\n" * 30] * 3})
+    own = batches_of(text.to_iterable_dataset(), 2, seed=0, tokenizer=tokenizer, context=16)
+    with closing(own):
+        batch = own.at(0)
+    assert batch.shape == (2, 16) and int(batch.max()) < 768
+    assert tokenizer.decode(batch[0, 1:].tolist()).startswith("import os\nimport sys")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        batches_of(text, 2, seed=0)

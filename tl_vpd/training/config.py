@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tl_vpd.importance import GammaConfig
-from tl_vpd.sites import Site, by_pattern
+from tl_vpd.site import Site, by_pattern
 
 
 class _Frozen(BaseModel):
@@ -31,13 +31,16 @@ class AdversaryConfig(_Frozen):
     eps: float = Field(1e-8, gt=0)
     routing: Literal["all", "uniform_k"] = "all"
     """Which sites its masks act on at a token."""
+    pool: int | None = Field(None, ge=1)
+    """Sources a batch element, of which every position takes one at random at each step (None: one for every position): memory
+    ``batch × pool × C`` instead of ``batch × pos × C``."""
 
 
 class Coefficients(_Frozen):
     """Weights of the losses (the paper's)."""
 
     delta: float = Field(1e7, ge=0)
-    """Δ-L2, also called faithfulness."""
+    """Δ-L2, also called faithfulness (about 1e3 where ``faithfulness`` is ``relative``)."""
     stochastic: float = Field(0.5, ge=0)
     adversarial: float = Field(0.5, ge=0)
     importance: float = Field(2e-4, ge=0)
@@ -69,11 +72,25 @@ class VPDConfig(_Frozen):
     p_start: float = Field(2.0, gt=0)
     p_end: float = Field(0.4, gt=0)
     """Exponent of the minimality losses, linear over the run."""
+    minimality: Literal["power", "smooth_l0"] = "power"
+    """How much an importance counts: ``(g + ε)^p``, or the newer recipe's ``g² / (g² + γ²)``."""
+    smooth_start: float = Field(1.0, gt=0)
+    smooth_end: float = Field(0.01, gt=0)
+    """γ of ``smooth_l0``, linear over the first ``smooth_share`` of the run and then held."""
+    smooth_share: float = Field(0.9, gt=0, le=1)
+    frequency_reference: float | None = Field(None, gt=0)
+    """The count a in ``f log2(1 + a f)`` (None: the batch's real tokens, the paper's term)."""
+    frequency_half_life: float | None = Field(None, gt=0)
+    """Half-life, in steps, of a running mean at which the frequency loss is taken (None: the batch's own frequency)."""
     minimality_warm_up: float = Field(0.0, ge=0, le=1)
     """Share of the run over which the coefficients of importance and frequency rise from 0. With a Γ whose ``output_bias`` is
     near 1, training then starts where nothing is ablated and reconstruction is exact, and gives up the least needed first."""
     stochastic_routing: Literal["all", "uniform_k"] = "uniform_k"
+    merged: bool = False
+    """One masked forward a step instead of two: adversarial masks on every other row, stochastic ones on the rest."""
     adversary: AdversaryConfig = AdversaryConfig()
+    faithfulness: Literal["total", "relative"] = "total"
+    """Squared error over all decomposed weights, or each site's relative to its own norm."""
     clip: float | None = Field(0.01, gt=0)
     """Gradient norm of V and U together (Γ is not clipped; None: no clipping)."""
     warm_up_steps: int = Field(400, ge=0)

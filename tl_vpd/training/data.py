@@ -1,27 +1,67 @@
 """Token batches in an order that follows from seed and step alone, so that a resumed run sees what it would have seen.
 
-Each epoch is a fresh permutation of the rows, drawn from (seed, epoch); a batch that would reach past an epoch's end starts
-the next one.
+==============================  =======================================================================================
+data                            order
+==============================  =======================================================================================
+tensor or array ``[n, pos]``    each epoch is a fresh permutation of the rows, drawn from (seed, epoch); an array may be
+                                memory-mapped (``numpy.load(path, mmap_mode="r")``) and larger than memory: a step reads
+                                its own rows
+any other iterable of rows      as they come; resuming goes through the rows that were seen. It must start afresh each
+                                time it is iterated (a list, a dataset, an object with ``__iter__``; not a generator)
+dataset of Hugging Face         of ``tokens`` as above; of text, tokenised by TransformerLens's ``tokenize_and_concatenate``
+==============================  =======================================================================================
+
+Rows that have to be fetched are fetched by a thread of their own, ahead of the step that needs them.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+AHEAD = 4
+"""Batches that are fetched before they are asked for."""
+
+
+class Batches(Protocol):
+    """What a run trains on."""
+
+    context: int
+    """Tokens in a row."""
+
+    def at(self, step: int) -> Int[Tensor, "batch pos"]:
+        """The batch of a step; steps are asked for in order."""
+
+    def describe(self) -> dict[str, Any]:
+        """What tells these rows from others, for resuming."""
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+
 
 class TokenBatches:
-    """Batches of rows of a token tensor ``[n, pos]``.
+    """Batches of rows of a token tensor or array ``[n, pos]``; a batch that would reach past an epoch's end starts the next one.
 
     Raises:
         ValueError: there are fewer rows than a batch takes.
     """
 
-    def __init__(self, tokens: Int[Tensor, "n pos"], batch_size: int, seed: int) -> None:
+    def __init__(self, tokens: Int[Tensor, "n pos"] | np.ndarray | DatasetRows, batch_size: int, seed: int) -> None:
         if len(tokens) < batch_size:
             raise ValueError(f"There are {len(tokens)} rows of tokens and batch_size is {batch_size}: give more rows.")
         self.tokens, self.batch_size, self.seed = tokens, batch_size, seed
+        self.context = int(tokens.shape[1])
         self.per_epoch = len(tokens) // batch_size
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
@@ -35,4 +75,215 @@ class TokenBatches:
             self._order = torch.randperm(len(self.tokens), generator=generator)
             self._epoch = epoch
         rows = self._order[index * self.batch_size : (index + 1) * self.batch_size]
-        return self.tokens[rows.to(self.tokens.device)].long()
+        if isinstance(self.tokens, Tensor):
+            return self.tokens[rows.to(self.tokens.device)].long()
+        return torch.from_numpy(np.asarray(self.tokens[rows.numpy()]).astype(np.int64))
+
+    def describe(self) -> dict[str, Any]:
+        """Rows, context, and a checksum of them all (of a sample of rows, where they are memory-mapped)."""
+        rows = self.tokens.cpu().numpy() if isinstance(self.tokens, Tensor) else self.tokens
+        if not isinstance(rows, np.ndarray) or isinstance(rows, np.memmap):
+            rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).astype(int)]
+        digest = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
+        return {"rows": len(self.tokens), "context": self.context, "sha256": digest}
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+
+class StreamBatches:
+    """Batches of the rows of an iterable, fetched ahead by a thread; it starts again when it is at its end.
+
+    Raises:
+        ValueError: it has no rows, a row is shorter than the first, or it cannot be iterated twice.
+    """
+
+    def __init__(self, rows: Iterable[Any], batch_size: int) -> None:
+        if iter(rows) is rows:
+            raise ValueError(
+                "The data can be gone through only once, so a run could not resume: pass a list or a dataset."
+            )
+        self.rows, self.batch_size = rows, batch_size
+        first = next(iter(rows), None)
+        if first is None:
+            raise ValueError("The data has no rows.")
+        self._first = _row(first)
+        self.context = len(self._first)
+        self._next: int | None = None
+        self._queue: queue.Queue[Tensor | BaseException] = queue.Queue(AHEAD)
+        self._stop = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def at(self, step: int) -> Int[Tensor, "batch pos"]:
+        """The batch of a step; the first may be any, and each later one follows the one before."""
+        if self._next != step:
+            self.close()
+            self._start(step)
+        found = self._queue.get()
+        if isinstance(found, BaseException):
+            raise found
+        self._next = step + 1
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """The context and a checksum of the first row; what follows cannot be known without reading it."""
+        digest = hashlib.sha256(self._first.numpy().tobytes()).hexdigest()
+        return {"rows": "a stream", "context": self.context, "sha256": digest}
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._stop.set()
+        if self._thread is not None:
+            while self._thread.is_alive():
+                _drain(self._queue)
+                self._thread.join(timeout=0.05)
+        self._thread, self._next = None, None
+
+    def _start(self, step: int) -> None:
+        self._stop, self._queue = threading.Event(), queue.Queue(AHEAD)
+        # The thread holds what it needs and not the object, so that a forgotten run is not kept alive by it.
+        arguments = (self._batches, step, self._queue, self._stop)
+        self._thread = threading.Thread(target=_fetch, args=arguments, daemon=True)
+        self._thread.start()
+
+    def _endless(self, skip: int) -> Iterator[Tensor]:
+        """The rows, again and again, without the first ``skip``."""
+        if skip and hasattr(self.rows, "skip"):
+            found = False
+            for row in self.rows.skip(skip):
+                found = True
+                yield _row(row)
+            skip = 0 if found else skip
+        while True:
+            n = 0
+            for n, row in enumerate(self.rows, start=1):
+                if n > skip:
+                    yield _row(row)
+            if not n:
+                raise ValueError("The data has no rows.")
+            skip = max(0, skip - n)
+
+    def _batches(self, step: int) -> Iterator[Tensor]:
+        rows = self._endless(step * self.batch_size)
+        while True:
+            batch = list(islice(rows, self.batch_size))
+            if any(len(row) < self.context for row in batch):
+                raise ValueError(f"A row of the data has fewer tokens than the first ({self.context}).")
+            yield torch.stack([row[: self.context] for row in batch])
+
+
+def _fetch(
+    batches: Callable[[int], Iterator[Tensor]],
+    step: int,
+    out: queue.Queue[Tensor | BaseException],
+    stop: threading.Event,
+) -> None:
+    try:
+        for batch in batches(step):
+            while not stop.is_set():
+                try:
+                    out.put(batch, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if stop.is_set():
+                return
+    except BaseException as error:  # it is raised where the batch is asked for
+        out.put(error)
+
+
+def _drain(filled: queue.Queue[Any]) -> None:
+    try:
+        while True:
+            filled.get_nowait()
+    except queue.Empty:
+        pass
+
+
+def _row(row: Any) -> Tensor:
+    """A row as int64 tokens: a tensor, an array, a list, or a mapping with ``tokens`` or ``input_ids``."""
+    if isinstance(row, dict):
+        key = "tokens" if "tokens" in row else "input_ids"
+        if key not in row:
+            raise ValueError(f"A row has {', '.join(row)}; 'tokens' or 'input_ids' is needed.")
+        row = row[key]
+    tokens = torch.as_tensor(np.asarray(row) if not isinstance(row, Tensor) else row)
+    if tokens.ndim != 1 or tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise ValueError(f"A row is {tokens.dtype} of shape {tuple(tokens.shape)}; integers [pos] are needed.")
+    return tokens.long()
+
+
+class DatasetRows:
+    """The token rows of a Hugging Face dataset that is not streamed, read row by row from its own files."""
+
+    def __init__(self, dataset: Any, column: str) -> None:
+        self.dataset, self.column = dataset, column
+        self.shape = (len(dataset), len(dataset[0][column]))
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: np.ndarray) -> np.ndarray:
+        return np.stack([np.asarray(row) for row in self.dataset[rows.tolist()][self.column]])
+
+
+def batches_of(
+    data: Any, batch_size: int, seed: int, *, tokenizer: Any = None, context: int | None = None
+) -> TokenBatches | StreamBatches:
+    """Batches of whatever holds rows of tokens; see the table above.
+
+    Args:
+        tokenizer, context: for datasets of text.
+
+    Raises:
+        TypeError: the data is nothing to go through. ValueError: it does not hold rows of tokens, or too few.
+    """
+    if isinstance(data, Tensor | np.ndarray):
+        if data.ndim != 2:
+            raise ValueError(f"Tokens are of shape {tuple(data.shape)}; rows [n, pos] are needed.")
+        return TokenBatches(data, batch_size, seed)
+    if hasattr(data, "features") and hasattr(data, "map"):
+        column = _token_column(data)
+        if column is None:
+            if tokenizer is None or context is None:
+                raise ValueError("The dataset holds text and this model has no tokenizer: pass a dataset of tokens.")
+            data = tokenised(data, tokenizer, context)
+            column = "tokens"
+        return (
+            TokenBatches(DatasetRows(data, column), batch_size, seed)
+            if hasattr(data, "__len__")
+            else StreamBatches(data, batch_size)
+        )
+    if not isinstance(data, Iterable):
+        raise TypeError(f"The data is a {type(data).__name__}: pass tokens [n, pos], strings, rows or a dataset.")
+    return StreamBatches(data, batch_size)
+
+
+def _token_column(dataset: Any) -> str | None:
+    names = dataset.column_names or list(next(iter(dataset)))
+    return next((name for name in ("tokens", "input_ids") if name in names), None)
+
+
+def tokenised(dataset: Any, tokenizer: Any, context: int, *, column: str = "text") -> Any:
+    """A Hugging Face dataset of text as one of token rows of ``context``, by TransformerLens's ``tokenize_and_concatenate``.
+
+    A streamed dataset stays streamed.
+
+    Raises:
+        ValueError: the installed TransformerLens cannot tokenise streams.
+    """
+    try:
+        from transformer_lens.utilities import tokenize_and_concatenate
+    except ImportError:  # 2.x
+        from transformer_lens.utils import tokenize_and_concatenate
+    streaming = not hasattr(dataset, "__len__")
+    options: dict[str, Any] = {"num_proc": min(10, os.cpu_count() or 1)}
+    if streaming:
+        if "set_format" not in inspect.signature(tokenize_and_concatenate).parameters:
+            raise ValueError(
+                "This TransformerLens cannot tokenise a streamed dataset: update it to 3.x, or pass tokens."
+            )
+        options = {"set_format": False}
+    return tokenize_and_concatenate(
+        dataset, tokenizer, streaming=streaming, max_length=context, column_name=column, **options
+    )

@@ -4,38 +4,38 @@
     >>> run.decomposition.save("gpt2-vpd"); run.history.tail()                       # doctest: +SKIP
 
 In the folder ``out``: ``metrics.jsonl`` (one line a logged step), ``state/`` (for resuming), and at the end
-``decomposition/``. Ctrl-C finishes the step at hand, saves, and returns what there is.
+``decomposition/``. Ctrl-C and SIGTERM finish the step at hand, save, and return what there is. Under ``torchrun`` every process
+trains on its share of the batch (``tl_vpd.training.processes``); the first writes the files.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jaxtyping import Int
+import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tl_vpd.adapters import adapt
-from tl_vpd.adapters.hooked_transformer import HookedTransformerAdapter
+from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.components.initialise import start_at_channels
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.fingerprint import Fingerprint
 from tl_vpd.hooks.tapped import TappedModel
-from tl_vpd.sites import select
+from tl_vpd.site import select
 from tl_vpd.storage import library_versions, write_json
 from tl_vpd.training.config import VPDConfig, counts_for
-from tl_vpd.training.data import TokenBatches
+from tl_vpd.training.data import StreamBatches, TokenBatches, batches_of
+from tl_vpd.training.processes import world
 from tl_vpd.training.state import latest_state, load_state, save_state
 from tl_vpd.training.trainer import StepMetrics, Trainer
 
@@ -73,6 +73,7 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
             "target": {
                 "class": type(model).__name__,
                 "name": str(getattr(getattr(model, "cfg", None), "model_name", "")),
+                "processing": adapter.processing(),
             },
             "versions": library_versions(),
         },
@@ -86,12 +87,15 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
 
 def decompose(
     model: nn.Module,
-    tokens: Int[Tensor, "n pos"] | str | list[str],
+    tokens: Any,
     config: VPDConfig | None = None,
     *,
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    micro_batch: int | None = None,
+    context: int | None = None,
     save_every: int = 500,
+    keep_states: int = 2,
     log_every: int = 10,
     progress: bool = True,
 ) -> Run:
@@ -99,11 +103,15 @@ def decompose(
 
     Args:
         model: the target; its weights, hooks, flags and gradients are afterwards as they were.
-        tokens: rows ``[n, pos]`` of one length, or strings (padding is left out of Γ, losses and statistics).
+        tokens: rows ``[n, pos]`` of one length (a tensor, or an array, memory-mapped or not), strings (padding is left out of Γ,
+            losses and statistics), an iterable of rows, or a Hugging Face dataset (``tl_vpd.training.data``).
         config: the algorithm (None: ``VPDConfig()``).
         out: folder for metrics, state and the result (None: nothing is written).
         resume: go on from the newest state in ``out`` (there must be one).
-        save_every: steps between states. log_every: steps between metrics. progress: show a bar.
+        micro_batch: rows run at once, to save memory; the result is that of the whole batch (None: all of them).
+        context: length of the rows that a dataset of text is cut into (None: the model's context).
+        save_every: steps between states. keep_states: newest states that stay. log_every: steps between metrics.
+        progress: show a bar.
 
     Raises:
         ValueError, KeyError, TypeError: tokens, sites, C or the model do not fit; nothing has been written then.
@@ -113,48 +121,85 @@ def decompose(
     """
     config = config or VPDConfig()
     adapter = adapt(model)
-    rows = adapter.tokens(tokens)
-    batches = TokenBatches(rows, config.batch_size, config.seed)
-    decomposition = new_decomposition(model, config)
     folder = None if out is None else Path(out)
-    state = None if folder is None else _find_state(folder, resume)
-    if folder is not None and state is not None:
-        _check_tokens(folder, rows)
-    history: list[StepMetrics] = []
-    with TappedModel(decomposition, model) as tapped, _interruptible() as interrupted:
-        trainer = Trainer(tapped, config, (config.batch_size, rows.shape[1]))
-        if state is not None:
-            load_state(trainer, state)
-            history = _read_history(folder, before=trainer.done)
-            log.info("resumed at step %d", trainer.done)
-        else:
-            trainer.warm_up()
-        if folder is not None:
-            save_state(trainer, folder / "state")  # a folder that cannot be written fails here, not at the end
-            write_json(folder / TOKENS, _describe(rows))
-            _write_history(folder, history)
-        _train(trainer, batches, adapter, folder, history, interrupted, save_every, log_every, progress)
-        finished = trainer.done >= config.steps
-    if folder is not None and finished:
-        decomposition.save(folder / "decomposition")
+    with world() as processes, closing(_batches(adapter, tokens, config, context)) as batches:
+        decomposition = new_decomposition(model, config)
+        state = None if folder is None else _find_state(folder, resume)
+        if folder is not None and state is not None:
+            _check_tokens(folder, batches.describe())
+        processes.wait()  # nobody writes before all have looked
+        history: list[StepMetrics] = []
+        with TappedModel(decomposition, model) as tapped, _interruptible() as interrupted:
+            shape = (config.batch_size, batches.context)
+            trainer = Trainer(tapped, config, shape, micro_batch=micro_batch, world=processes)
+            if state is not None:
+                load_state(trainer, state)
+                history = _read_history(folder, before=trainer.done)
+                log.info("resumed at step %d", trainer.done)
+            else:
+                trainer.warm_up()
+            files = None if folder is None else _Files(folder, save_every, keep_states, log_every)
+            if files is not None:
+                files.start(trainer, batches.describe(), history)
+            _train(trainer, batches, adapter, files, history, interrupted, log_every, progress and processes.first)
+            finished = trainer.done >= config.steps
+        if folder is not None and finished and processes.first:
+            decomposition.save(folder / "decomposition")
+        processes.wait()
     return Run(decomposition, pd.DataFrame([asdict(m) for m in history]), finished, config)
+
+
+def _batches(adapter: Adapter, data: Any, config: VPDConfig, context: int | None) -> TokenBatches | StreamBatches:
+    text = isinstance(data, str) or (isinstance(data, list) and bool(data) and isinstance(data[0], str))
+    if text or isinstance(data, Tensor):
+        data = adapter.tokens(data)
+    length = context or getattr(getattr(adapter.model, "cfg", None), "n_ctx", None)
+    tokenizer = getattr(adapter.model, "tokenizer", None)
+    return batches_of(data, config.batch_size, config.seed, tokenizer=tokenizer, context=length)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What a run writes while it trains; only the first process writes."""
+
+    folder: Path
+    save_every: int
+    keep: int
+    log_every: int
+
+    def start(self, trainer: Trainer, data: dict[str, Any], history: list[StepMetrics]) -> None:
+        """A folder that cannot be written fails here, not at the end."""
+        self.save(trainer)
+        if trainer.world.first:
+            write_json(self.folder / TOKENS, data)
+            _write_history(self.folder, history)
+
+    def save(self, trainer: Trainer) -> None:
+        """Writes a state."""
+        save_state(trainer, self.folder / "state", keep=self.keep)
+
+    def log(self, trainer: Trainer, metrics: StepMetrics) -> None:
+        """Adds a line of metrics."""
+        if trainer.world.first:
+            with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(metrics)) + "\n")
 
 
 def _train(
     trainer: Trainer,
-    batches: TokenBatches,
-    adapter: HookedTransformerAdapter,
-    folder: Path | None,
+    batches: TokenBatches | StreamBatches,
+    adapter: Adapter,
+    files: _Files | None,
     history: list[StepMetrics],
     interrupted: threading.Event,
-    save_every: int,
     log_every: int,
     progress: bool,
 ) -> None:
-    steps = trainer.config.steps
+    steps, rows = trainer.config.steps, trainer.shares.rows
+    own = slice(rows[0], rows[-1] + 1)
     with tqdm(total=steps, initial=trainer.done, disable=not progress, desc="decomposing", unit="step") as bar:
-        while trainer.done < steps and not interrupted.is_set():
-            tokens = batches.at(trainer.done)
+        while trainer.done < steps and not _asked_to_stop(trainer, interrupted):
+            tokens = adapter.tokens(batches.at(trainer.done)[own])
             metrics = trainer.step(tokens, adapter.padding(tokens, None))
             bar.update()
             if metrics.step % log_every == 0 or trainer.done == steps:
@@ -162,16 +207,26 @@ def _train(
                 bar.set_postfix(
                     kl_stoch=f"{metrics.stochastic:.3f}", kl_adv=f"{metrics.adversarial:.3f}", l0=f"{metrics.l0:.1f}"
                 )
-                if folder is not None:
-                    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                        file.write(json.dumps(asdict(metrics)) + "\n")
-            if folder is not None and trainer.done % save_every == 0:
-                save_state(trainer, folder / "state")
-    if folder is not None and trainer.done % save_every:
-        save_state(trainer, folder / "state")
+                if files is not None:
+                    files.log(trainer, metrics)
+            if files is not None and trainer.done % files.save_every == 0:
+                files.save(trainer)
+    if files is not None and trainer.done % files.save_every:
+        files.save(trainer)
     if interrupted.is_set():
-        where = f" and saved; resume with resume=True and out={str(folder)!r}" if folder is not None else ""
+        where = f" and saved; resume with resume=True and out={str(files.folder)!r}" if files is not None else ""
         log.warning("Interrupted: stopped after step %d of %d%s.", trainer.done, steps, where)
+
+
+def _asked_to_stop(trainer: Trainer, interrupted: threading.Event) -> bool:
+    """Whether any process was asked to stop: all of them stop after the same step."""
+    if trainer.world.size == 1:
+        return interrupted.is_set()
+    asked = torch.tensor(float(interrupted.is_set()), device=trainer.decomposition.device)
+    stop = bool(trainer.world.add(asked) > 0)
+    if stop:
+        interrupted.set()
+    return stop
 
 
 def _finite(name: str, W: Tensor) -> Tensor:
@@ -193,15 +248,10 @@ def _find_state(folder: Path, resume: bool) -> Path | None:
     return state
 
 
-def _describe(rows: Int[Tensor, "n pos"]) -> dict[str, Any]:
-    digest = hashlib.sha256(rows.cpu().numpy().tobytes()).hexdigest()
-    return {"rows": len(rows), "context": rows.shape[1], "sha256": digest}
-
-
-def _check_tokens(folder: Path, rows: Int[Tensor, "n pos"]) -> None:
+def _check_tokens(folder: Path, now: dict[str, Any]) -> None:
     path = folder / TOKENS
     stored = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    if stored is not None and stored != _describe(rows):
+    if stored is not None and stored != now:
         raise ValueError(
             f"{folder} was trained on other tokens ({stored['rows']} rows of {stored['context']}): resume with the very rows "
             "the run was started with, or choose another folder."
@@ -231,20 +281,20 @@ def _write_history(folder: Path, history: list[StepMetrics]) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[threading.Event]:
-    """Turns the first Ctrl-C into a flag, so that a step is never cut in two; the second one interrupts at once."""
+    """Turns the first Ctrl-C or SIGTERM into a flag, so that a step is never cut in two; the second interrupts at once."""
     flag = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def ask(number: int, frame: Any) -> None:
         if flag.is_set():
             raise KeyboardInterrupt
         flag.set()
 
-    signal.signal(signal.SIGINT, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield flag
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

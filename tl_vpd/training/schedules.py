@@ -6,6 +6,9 @@ lr(t) = lr · (f + (1 − f) · ½ (1 + cos π t / (T − 1)))       t = 0 … T
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+
+from tl_vpd.training.config import VPDConfig
 
 
 def cosine(step: int, steps: int, final: float) -> float:
@@ -22,3 +25,30 @@ def linear(step: int, steps: int, start: float, end: float) -> float:
 def warm_up(step: int, steps: int, share: float) -> float:
     """Factor that rises linearly from 0 over the first ``share`` of the run, then stays 1."""
     return min(step / max(share * steps, 1e-12), 1.0) if share else 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Everything that changes over a run, at one step.
+
+    ``p``, ``smooth``: exponent or γ of the minimality losses. ``minimality``: factor of their coefficients. ``rate``: factor of
+    both learning rates. ``adversary_lr``: the adversary's rate.
+    """
+
+    p: float
+    smooth: float
+    minimality: float
+    rate: float
+    adversary_lr: float
+
+    @classmethod
+    def at(cls, step: int, config: VPDConfig) -> Schedule:
+        """The schedule of a config at a step."""
+        steps = config.steps
+        return cls(
+            p=linear(step, steps, config.p_start, config.p_end),
+            smooth=linear(step, round(config.smooth_share * steps), config.smooth_start, config.smooth_end),
+            minimality=warm_up(step, steps, config.minimality_warm_up),
+            rate=cosine(step, steps, config.lr_final),
+            adversary_lr=config.adversary.lr * warm_up(step, steps, config.adversary.warm_up),
+        )

@@ -1,7 +1,8 @@
 """The state of a run on disk, apart from its product: everything that the next step depends on.
 
 A folder ``state/`` with ``step-00001000.safetensors``: V, U, Γ, AdamW's moments, the adversary's sources and moments, the
-random generator and the step. Written to a temporary file, synced and renamed; the newest ``keep`` files stay.
+frequencies' running mean and the step (random numbers follow from seed and step). Written to a temporary file, synced and
+renamed; the newest ``keep`` files stay.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from tl_vpd.fingerprint import TOLERANCE, Fingerprint, compare
 from tl_vpd.storage import tensors_of, write_atomically
 from tl_vpd.training.trainer import Trainer
 
+SHARED = ("sources/values", "sources/first", "sources/second")
+"""What every process has its own rows of; a state holds them all, in the order of the batch."""
+
 
 def save_state(trainer: Trainer, folder: Path, *, keep: int = 2) -> Path:
     """Writes the trainer's state; raises OSError (and leaves older states alone) if it cannot be written."""
@@ -25,7 +29,11 @@ def save_state(trainer: Trainer, folder: Path, *, keep: int = 2) -> Path:
     path = folder / f"step-{trainer.done:08d}.safetensors"
     _start_moments(trainer)
     named = _named_tensors(trainer)
-    named["generator"] = trainer.generator.get_state()
+    for key in SHARED:
+        named[key] = trainer.world.gather_rows(named[key])
+    if not trainer.world.first:
+        trainer.world.wait()
+        return path
     named["step"] = torch.tensor(trainer.done)
     on_cpu = {k: t.detach().cpu().contiguous() for k, t in named.items()}
     fingerprints = {name: f.model_dump() for name, f in trainer.decomposition.fingerprints.items()}
@@ -33,6 +41,7 @@ def save_state(trainer: Trainer, folder: Path, *, keep: int = 2) -> Path:
     write_atomically(path, lambda p: save_file(on_cpu, p, metadata=metadata))
     for old in _states(folder)[:-keep]:
         old.unlink()
+    trainer.world.wait()
     return path
 
 
@@ -66,6 +75,10 @@ def load_state(trainer: Trainer, path: Path) -> None:
         )
     _check_target(trainer, path, {name: Fingerprint(**f) for name, f in fingerprints.items()})
     _start_moments(trainer)
+    for key in SHARED:
+        n = len(trainer.shares.attacked)
+        if key in stored:
+            stored[key] = stored[key][trainer.world.rank * n : (trainer.world.rank + 1) * n]
     with torch.no_grad():
         for key, target in _named_tensors(trainer).items():
             if key not in stored or stored[key].shape != target.shape:
@@ -75,7 +88,8 @@ def load_state(trainer: Trainer, path: Path) -> None:
             if not key.startswith("sources/"):
                 target.copy_(stored[key])
     trainer.sources.load_state_dict({k.split("/")[1]: t for k, t in stored.items() if k.startswith("sources/")})
-    trainer.generator.set_state(stored["generator"])
+    if trainer.frequencies is not None:
+        trainer.frequencies.updates = int(stored["frequencies/updates"])
     trainer.done = int(stored["step"])
 
 
@@ -98,6 +112,9 @@ def _named_tensors(trainer: Trainer) -> dict[str, Tensor]:
     for i, (_, moments) in enumerate(_moments(trainer)):
         named.update({f"adamw/{i}/{k}": t for k, t in moments.items()})
     named.update({f"sources/{k}": t for k, t in trainer.sources.state_dict().items()})
+    if trainer.frequencies is not None:
+        named["frequencies/mean"] = trainer.frequencies.mean
+        named["frequencies/updates"] = torch.tensor(trainer.frequencies.updates)
     return named
 
 

@@ -4,6 +4,12 @@ Order of a step, as in the paper's own code: clean forward, Γ, the adversary's 
 losses, one backward (which also gives the adversary's last gradient), clip V and U, AdamW, and then the adversary's last
 update with the gradient from before the weights moved.
 
+A batch may be run in parts (``micro_batch``) and shared by processes (``tl_vpd.training.processes``). Means over tokens are then
+weighted by the parts' real tokens, and the minimality losses, which are no sums over tokens, are differentiated once, in
+the sums ``s_c`` of the whole batch:
+
+    ∇ L_min = Σ_c (∂L_min/∂s_c) ∇ s_c,      s_c = Σ over parts and processes
+
     >>> trainer = Trainer(tapped, config, shape=(32, 64))        # doctest: +SKIP
     >>> trainer.step(tokens)                                    # doctest: +SKIP
     StepMetrics(...)
@@ -12,30 +18,46 @@ update with the gradient from before the weights moved.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_vpd.components import SourcedPass
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance import lower_leaky
-from tl_vpd.masking import PersistentSources, masks_from_sources, uniform_k_routing
+from tl_vpd.masking import PersistentSources, spread
+from tl_vpd.masking.routing import uniform_k
 from tl_vpd.training.config import VPDConfig
-from tl_vpd.training.losses import Reconstruction, faithfulness, frequency_minimality, importance_minimality, power_sums
-from tl_vpd.training.schedules import cosine, linear, warm_up
+from tl_vpd.training.losses import (
+    Reconstruction,
+    RunningFrequency,
+    faithfulness,
+    frequency_minimality,
+    importance_minimality,
+    power_sums,
+    smooth_sums,
+)
+from tl_vpd.training.parts import Part, share
+from tl_vpd.training.processes import World
+from tl_vpd.training.random import START, RowRandom
+from tl_vpd.training.schedules import Schedule
 
-Routing = dict[str, Bool[Tensor, "batch pos"]] | None
+Routing = dict[str, Bool[Tensor, "_ pos"]] | None
+LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial")
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices of one step."""
+    """The random choices of one step: for rows with stochastic masks sources and routing, for attacked rows routing and slots."""
 
-    sources: Float[Tensor, "batch pos C_and_deltas"]
+    sources: Float[Tensor, "drawn pos C_and_deltas"]
     stochastic_routing: Routing
     adversarial_routing: Routing
+    slots: Int[Tensor, "attacked pos"] | None = None
 
 
 @dataclass(frozen=True)
@@ -55,136 +77,289 @@ class StepMetrics:
     grad_norm: float
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """A part of the batch after its clean pass: the target's output, Γ's values, importances, and sums for minimality."""
+
+    part: Part
+    tokens: Tensor
+    keep: Tensor | None
+    distance: Reconstruction
+    g: Tensor
+    sums: Tensor
+    l0: Tensor
+
+
 class Trainer:
     """V, U and Γ of a decomposition under training, with both optimizers, the adversary and the random state.
 
     Args:
         tapped: an entered ``TappedModel`` of the decomposition and its target.
-        shape: (batch, pos) of every batch.
+        shape: (batch, pos) of every batch, over all processes.
+        micro_batch: rows that are run at once (None: all of a process's).
+        world: the processes that share the batch.
+
+    Raises:
+        ValueError: the batch cannot be shared out.
     """
 
-    def __init__(self, tapped: TappedModel, config: VPDConfig, shape: tuple[int, int]) -> None:
-        self.tapped, self.config = tapped, config
-        if not isinstance(tapped.parts, Decomposition):
+    def __init__(
+        self,
+        tapped: TappedModel,
+        config: VPDConfig,
+        shape: tuple[int, int],
+        *,
+        micro_batch: int | None = None,
+        world: World | None = None,
+    ) -> None:
+        self.tapped, self.config, self.world = tapped, config, world or World()
+        if not isinstance(tapped.parts.decomposition, Decomposition):
             raise TypeError("A Trainer needs a tapped Decomposition: bare Components have no Γ.")
-        self.decomposition = tapped.parts
+        self.decomposition = tapped.parts.decomposition
         self.weights = {name: tapped.adapter.weight(name) for name in self.decomposition.sites}
         self.matrices = list(self.decomposition.components.parameters())
+        gamma = list(self.decomposition.gamma.parameters())
         gamma_lr = config.gamma_lr or config.lr
         groups = [
             {"params": self.matrices, "lr": config.lr, "peak": config.lr},
-            {"params": list(self.decomposition.gamma.parameters()), "lr": gamma_lr, "peak": gamma_lr},
+            {"params": gamma, "lr": gamma_lr, "peak": gamma_lr},
         ]
+        self.parameters = [*self.matrices, *gamma]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
-        self.generator = torch.Generator(self.decomposition.device).manual_seed(config.seed)
+        self.pos = shape[1]
+        self.shares = share(self.world.rows(shape[0]), micro_batch, merged=config.merged)
+        self.random = RowRandom(config.seed, self.decomposition.device)
+        self.width = self.decomposition.packing.total + len(self.decomposition.packing.names)
+        slots = config.adversary.pool or self.pos
         self.sources = PersistentSources(
-            self.decomposition.packing,
-            shape,
-            generator=self.generator,
+            self.random.uniform("sources", START, self.shares.attacked, (slots, self.width)),
             betas=config.adversary.betas,
             eps=config.adversary.eps,
         )
+        self.frequencies: RunningFrequency | None = None
+        if config.frequency_half_life is not None:
+            total, device = self.decomposition.packing.total, self.decomposition.device
+            self.frequencies = RunningFrequency(total, config.frequency_half_life, device=device)
         self.done = 0
 
     def warm_up(self) -> float:
         """Faithfulness alone, on V and U, with an AdamW of its own; gives the last loss."""
         optimizer = torch.optim.AdamW(self.matrices, lr=self.config.warm_up_lr, weight_decay=0.0, fused=True)
-        loss = faithfulness(self.decomposition.components, self.weights)
+        loss = self._faithfulness()
         for _ in range(self.config.warm_up_steps):
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()
-            loss = faithfulness(self.decomposition.components, self.weights)
+            loss = self._faithfulness()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
     def step(self, tokens: Int[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"] | None = None) -> StepMetrics:
-        """One update of V, U, Γ and the adversary; ``keep`` is False at padding.
+        """One update of V, U, Γ and the adversary on this process's rows; ``keep`` is False at padding.
 
         Raises:
-            FloatingPointError: a loss is not finite (nothing has been updated then).
+            FloatingPointError: a loss is not finite (V, U and Γ have not been updated then).
         """
-        config, c, packing = self.config, self.config.coefficients, self.decomposition.packing
-        p = linear(self.done, config.steps, config.p_start, config.p_end)
-        adversary_lr = config.adversary.lr * warm_up(self.done, config.steps, config.adversary.warm_up)
-        ramp = warm_up(self.done, config.steps, config.minimality_warm_up)
-        logits, inputs = self.tapped.clean(tokens, keep)
-        distance = Reconstruction(logits, config.output, keep)
-        z = self.decomposition.pre_sigmoid(inputs, keep)
-        g = lower_leaky(z)
+        config, c = self.config, self.config.coefficients
+        now = Schedule.at(self.done, config)
         draws = self.draw(tokens)
+        counts = self._count(tokens, keep)
+        parts = self.shares.parts
+        alone = self._see(parts[0], tokens, keep, now) if len(parts) == 1 else None
+        sums, l0 = self._sums(tokens, keep, now) if alone is None else (alone.sums.detach().clone(), alone.l0)
+        values, slope = self._minimality(self.world.add(sums), int(counts[0]), now)
+        self.world.add(l0)
 
-        def masked(sources: Tensor, routing: Routing, constant_parts: bool = False) -> Float[Tensor, ""]:
-            importances = g.detach() if constant_parts else g
-            masks = masks_from_sources(importances, sources, packing, routing)
-            return distance(self.tapped.masked(tokens, masks, keep, constant_parts=constant_parts))
-
-        if c.adversarial:
-            for _ in range(config.adversary.inner_steps):
-                leaf = self.sources.leaf()
-                loss = masked(leaf, draws.adversarial_routing, constant_parts=True)
-                (gradient,) = torch.autograd.grad(loss, leaf)
-                self.sources.ascend(gradient, adversary_lr)
-        leaf = self.sources.leaf()
-        sums, n_tokens = power_sums(z, p, keep)
-        zero = z.new_zeros(())
-        parts = {
-            "faithfulness": faithfulness(self.decomposition.components, self.weights),
-            "importance": importance_minimality(sums, n_tokens),
-            "frequency": frequency_minimality(sums, n_tokens),
-            "stochastic": masked(draws.sources, draws.stochastic_routing) if c.stochastic else zero,
-            "adversarial": masked(leaf, draws.adversarial_routing) if c.adversarial else zero,
-        }
-        total = (
-            c.delta * parts["faithfulness"]
-            + ramp * c.importance * parts["importance"]
-            + ramp * c.frequency * parts["frequency"]
-            + c.stochastic * parts["stochastic"]
-            + c.adversarial * parts["adversarial"]
-        )
-        values = {name: float(value.detach()) for name, value in parts.items()}
-        if not bool(total.isfinite()):
-            wrong = [name for name, value in values.items() if not math.isfinite(value)]
-            raise FloatingPointError(f"Step {self.done}: not finite: {', '.join(wrong) or 'total'} ({values}).")
-        norm, rate = self._update(total)
+        self.optimizer.zero_grad(set_to_none=True)
+        faith = self._faithfulness()
+        (c.delta * faith / self.world.size).backward()
+        values["faithfulness"] = faith.detach()
+        leaf, before = self.sources.leaf(), self.sources.updates
+        reconstruction = leaf.new_zeros(2)
+        for part in parts:
+            own = alone or self._see(part, tokens, keep, now)
+            for k in range(config.adversary.inner_steps if c.adversarial else 0):
+                self._ascend(own, draws, counts, now.adversary_lr, before + k + 1)
+            g = own.g.detach().requires_grad_()
+            for losses in self._reconstruct(own, g, draws, leaf, counts):
+                # One pass's graph at a time; Γ's own comes last, from what all passes left in g.
+                torch.stack([(c.stochastic, c.adversarial)[k] * loss for k, loss in losses.items()]).sum().backward()
+                for k, loss in losses.items():
+                    reconstruction[k] += loss.detach()
+            torch.autograd.backward([own.g, own.sums], [torch.zeros_like(g) if g.grad is None else g.grad, slope])
+        values["stochastic"], values["adversarial"] = self.world.add(reconstruction)
+        norm = self._update(values, now)
         if c.adversarial and leaf.grad is not None:
-            # The total holds c · L_adv; Adam wants the gradient of L_adv itself, from before the weights moved.
-            self.sources.ascend(leaf.grad / c.adversarial, adversary_lr)
-        real = g.detach() if keep is None else g.detach()[keep]
+            # The loss holds c · L_adv; Adam wants the gradient of L_adv itself, from before the weights moved.
+            self.sources.ascend(leaf.grad / c.adversarial, now.adversary_lr)
         metrics = StepMetrics(
             step=self.done,
-            total=float(total.detach()),
-            l0=float((real > 0).sum() / n_tokens),
-            p=p,
-            lr=config.lr * rate,
+            total=float(self._total(values, now)),
+            l0=float(l0) / float(counts[0]),
+            p=now.p,
+            lr=config.lr * now.rate,
             grad_norm=norm,
-            **values,
+            **{name: float(values[name]) for name in LOSSES},
         )
         self.done += 1
         return metrics
 
     def draw(self, tokens: Int[Tensor, "batch pos"]) -> Draws:
-        """What a step draws at random: the stochastic pass's sources and both routings."""
-        shape = self.sources.values.shape
+        """What a step draws at random for this process's rows."""
+        config, shares, pool = self.config, self.shares, self.config.adversary.pool
+        slots = None
+        if pool is not None:
+            uniform = self.random.uniform("slots", self.done, shares.attacked, (self.pos,))
+            slots = (uniform * pool).long().clamp_(max=pool - 1)
         return Draws(
-            sources=torch.rand(shape, generator=self.generator, device=self.generator.device),
-            stochastic_routing=self._routing(tokens, self.config.stochastic_routing),
-            adversarial_routing=self._routing(tokens, self.config.adversary.routing),
+            sources=self.random.uniform("stochastic", self.done, shares.drawn, (self.pos, self.width)),
+            stochastic_routing=self._routing("routing", shares.drawn, config.stochastic_routing),
+            adversarial_routing=self._routing("attacked", shares.attacked, config.adversary.routing),
+            slots=slots,
         )
 
-    def _update(self, total: Float[Tensor, ""]) -> tuple[float, float]:
-        """Backward, clip, AdamW; gives the norm of V's and U's gradient before clipping and the rate's factor."""
-        self.optimizer.zero_grad(set_to_none=True)
-        total.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.matrices, self.config.clip or float("inf"))
-        rate = cosine(self.done, self.config.steps, self.config.lr_final)
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * rate
-        self.optimizer.step()
-        return float(norm), rate
+    # -- parts of a step -------------------------------------------------------------------------------------------
 
-    def _routing(self, tokens: Tensor, kind: str) -> Routing:
+    def _routing(self, what: str, rows: Sequence[int], kind: str) -> Routing:
         if kind == "all":
             return None
         names = self.decomposition.packing.names
-        return uniform_k_routing(names, (tokens.shape[0], tokens.shape[1]), generator=self.generator)
+        drawn = self.random.rows(what, self.done, rows, lambda g: uniform_k(len(names), (self.pos,), generator=g))
+        return dict(zip(names, drawn.unbind(1), strict=True))
+
+    def _count(self, tokens: Tensor, keep: Tensor | None) -> Float[Tensor, "3"]:
+        """Real tokens of the whole batch: of all rows, of the attacked, of those with stochastic masks."""
+        real = torch.full(tokens.shape[:1], float(tokens.shape[1])) if keep is None else keep.sum(1).float().cpu()
+        first = self.shares.rows[0]
+        of = [real, *(real[[r - first for r in rows]] for rows in (self.shares.attacked, self.shares.drawn))]
+        counts = torch.stack([own.sum() for own in of]).to(self.decomposition.device)
+        return self.world.add(counts)
+
+    def _see(self, part: Part, tokens: Tensor, keep: Tensor | None, now: Schedule) -> _Seen:
+        own, kept = part.of(tokens), part.of(keep)
+        assert own is not None
+        logits, inputs = self.tapped.clean(own, kept)
+        z = self.decomposition.pre_sigmoid(inputs, kept)
+        sums, _ = power_sums(z, now.p, kept) if self.config.minimality == "power" else smooth_sums(z, now.smooth, kept)
+        g = lower_leaky(z)
+        important = (g.detach() > 0) if kept is None else (g.detach() > 0) & kept[..., None]
+        return _Seen(part, own, kept, Reconstruction(logits, self.config.output, kept), g, sums, important.sum())
+
+    @torch.no_grad()
+    def _sums(self, tokens: Tensor, keep: Tensor | None, now: Schedule) -> tuple[Tensor, Tensor]:
+        """What minimality and L0 need of the whole batch, part by part, before any part's gradients."""
+        sums, l0 = torch.zeros(self.decomposition.packing.total, device=self.decomposition.device), None
+        for part in self.shares.parts:
+            own = self._see(part, tokens, keep, now)
+            sums = sums + own.sums
+            l0 = own.l0 if l0 is None else l0 + own.l0
+        assert l0 is not None
+        return sums, l0
+
+    def _minimality(self, sums: Tensor, n: int, now: Schedule) -> tuple[dict[str, Tensor], Tensor]:
+        """Both minimality losses of the whole batch, and what a change of each ``s_c`` does to the total."""
+        c, leaf = self.config.coefficients, sums.requires_grad_()
+        at = None if self.frequencies is None else self.frequencies.update(sums.detach() / n)
+        values = {
+            "importance": importance_minimality(leaf, n),
+            "frequency": frequency_minimality(leaf, n, reference=self.config.frequency_reference, at=at),
+        }
+        weighted = now.minimality * (c.importance * values["importance"] + c.frequency * values["frequency"])
+        (slope,) = torch.autograd.grad(weighted, leaf)
+        return {name: value.detach() for name, value in values.items()}, slope
+
+    def _masked(self, own: _Seen, g: Tensor, rows: slice, sources: Tensor, routing: Routing, **how: bool) -> Tensor:
+        """The masked model's output on some rows of a part."""
+        run = SourcedPass(g[rows], sources, self.decomposition.packing, routing)
+        return self.tapped.masked(own.tokens[rows], run, None if own.keep is None else own.keep[rows], **how)
+
+    def _attacked_rows(self, own: _Seen) -> slice:
+        return slice(0, own.part.attacked.stop - own.part.attacked.start)
+
+    def _ascend(self, own: _Seen, draws: Draws, counts: Tensor, lr: float, update: int) -> None:
+        """One of the adversary's own steps, on a part's attacked rows."""
+        at, rows = own.part.attacked, self._attacked_rows(own)
+        leaf = self.sources.leaf(at)
+        slots = None if draws.slots is None else draws.slots[at]
+        routing = _rows(draws.adversarial_routing, at)
+        output = self._masked(own, own.g.detach(), rows, spread(leaf, slots), routing, constant_parts=True)
+        loss = _weighted(own.distance.rows(rows), output, counts[1])
+        (gradient,) = torch.autograd.grad(loss, leaf)
+        self.sources.ascend(gradient, lr, at, update=update)
+
+    def _reconstruct(
+        self, own: _Seen, g: Tensor, draws: Draws, leaf: Tensor, counts: Tensor
+    ) -> Iterator[dict[int, Float[Tensor, ""]]]:
+        """A part's shares of the stochastic loss (0) and the adversarial loss (1), as each pass ends."""
+        c, at, rows = self.config.coefficients, own.part.attacked, self._attacked_rows(own)
+        slots = None if draws.slots is None else draws.slots[at]
+        every = slice(None)
+        if self.config.merged:
+            sources = torch.cat([spread(leaf[at], slots), draws.sources[own.part.drawn]])
+            routing = _joined(
+                _rows(draws.adversarial_routing, at), _rows(draws.stochastic_routing, own.part.drawn), rows
+            )
+            output, rest = self._masked(own, g, every, sources, routing), slice(rows.stop, None)
+            yield {
+                0: _weighted(own.distance.rows(rest), output[rest], counts[2]),
+                1: _weighted(own.distance.rows(rows), output[rows], counts[1]),
+            }
+            return
+        if c.stochastic:
+            drawn = own.part.drawn
+            output = self._masked(own, g, every, draws.sources[drawn], _rows(draws.stochastic_routing, drawn))
+            yield {0: _weighted(own.distance, output, counts[2])}
+        if c.adversarial:
+            output = self._masked(own, g, every, spread(leaf[at], slots), _rows(draws.adversarial_routing, at))
+            yield {1: _weighted(own.distance, output, counts[1])}
+
+    def _faithfulness(self) -> Float[Tensor, ""]:
+        relative = self.config.faithfulness == "relative"
+        return faithfulness(self.decomposition.components, self.weights, relative=relative)
+
+    def _total(self, values: dict[str, Tensor], now: Schedule) -> Tensor:
+        c = self.config.coefficients
+        return (
+            c.delta * values["faithfulness"]
+            + now.minimality * (c.importance * values["importance"] + c.frequency * values["frequency"])
+            + c.stochastic * values["stochastic"]
+            + c.adversarial * values["adversarial"]
+        )
+
+    def _update(self, values: dict[str, Tensor], now: Schedule) -> float:
+        """Checks the losses, clips, AdamW; gives the norm of V's and U's gradient before clipping."""
+        if not bool(self._total(values, now).isfinite()):
+            numbers = {name: float(value) for name, value in values.items()}
+            wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
+            raise FloatingPointError(f"Step {self.done}: not finite: {', '.join(wrong) or 'total'} ({numbers}).")
+        self.world.add_gradients(self.parameters)
+        norm = torch.nn.utils.clip_grad_norm_(self.matrices, self.config.clip or float("inf"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * now.rate
+        self.optimizer.step()
+        return float(norm)
+
+
+def _weighted(distance: Reconstruction, output: Tensor, total: Tensor) -> Float[Tensor, ""]:
+    """A mean over these rows' real tokens, as their share of the mean over ``total`` tokens."""
+    n = output[..., 0].numel() if distance.keep is None else distance.keep.sum()
+    return distance(output) * (n / total)
+
+
+def _rows(routing: Routing, rows: slice) -> Routing:
+    return None if routing is None else {name: own[rows] for name, own in routing.items()}
+
+
+def _joined(attacked: Routing, drawn: Routing, rows: slice) -> Routing:
+    """One routing for attacked rows followed by the others."""
+    if attacked is None and drawn is None:
+        return None
+    some = drawn if drawn is not None else attacked
+    assert some is not None
+    joined = {}
+    for name, own in some.items():
+        ones = torch.ones(rows.stop, own.shape[1], dtype=torch.bool, device=own.device)
+        first = ones if attacked is None else attacked[name]
+        last = own if drawn is not None else torch.ones_like(own)
+        joined[name] = torch.cat([first, last])
+    return joined

@@ -6,12 +6,13 @@ Always on the model's final output.
 
 from __future__ import annotations
 
+import copy
 from typing import Literal
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.divergence import kl_divergence
+from tl_vpd.divergence import kl_divergence, squared_error
 
 
 class Reconstruction:
@@ -26,9 +27,15 @@ class Reconstruction:
         self.kind, self.keep = kind, keep
         self.target = target.float().log_softmax(-1) if kind == "kl" else target.float()
 
+    def rows(self, rows: slice) -> Reconstruction:
+        """The distance for some rows of the batch."""
+        own = copy.copy(self)
+        own.target = self.target[rows]
+        own.keep = None if self.keep is None else self.keep[rows]
+        return own
+
     def __call__(self, output: Float[Tensor, "batch pos d"]) -> Float[Tensor, ""]:
         """KL in nats, or the mean squared error."""
         if self.kind == "kl":
             return kl_divergence(self.target, output, self.keep)
-        error = (output.float() - self.target).square().mean(-1)
-        return error.mean() if self.keep is None else error[self.keep].mean()
+        return squared_error(self.target, output, self.keep)

@@ -1,0 +1,149 @@
+"""Steps in parts and in several processes are the undivided step; the newer recipe's choices do what they say."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.tiny import GAMMA, some_tokens, tiny_model
+from tl_vpd import VPDConfig
+from tl_vpd.hooks import TappedModel
+from tl_vpd.masking import PersistentSources
+from tl_vpd.training import Trainer, new_decomposition
+from tl_vpd.training.config import AdversaryConfig, Coefficients
+
+SETTINGS = {
+    "paper": {},
+    "merged": {"merged": True},
+    "pooled": {"adversary": AdversaryConfig(pool=2)},
+    "smooth, running frequency": {
+        "minimality": "smooth_l0",
+        "frequency_reference": 50.0,
+        "frequency_half_life": 3.0,
+        "faithfulness": "relative",
+        "coefficients": Coefficients(delta=1e3),
+    },
+    "adversary routed": {"adversary": AdversaryConfig(routing="uniform_k"), "merged": True},
+    "stochastic alone": {"coefficients": Coefficients(adversarial=0.0)},
+}
+
+
+class Double(Trainer):
+    """A trainer whose random numbers are float64."""
+
+    def draw(self, tokens):
+        drawn = super().draw(tokens)
+        return replace(drawn, sources=drawn.sources.double())
+
+
+def run(steps=3, micro_batch=None, keep=None, **settings):
+    """A few steps in float64; gives metrics, parameters and sources."""
+    model = tiny_model()
+    config = VPDConfig(**{"steps": 10, "batch_size": 4, "C": 5, "gamma": GAMMA, "warm_up_steps": 1, **settings})
+    vpd = new_decomposition(model, config).double()
+    with TappedModel(vpd, model) as tapped:
+        trainer = Double(tapped, config, (4, 6), micro_batch=micro_batch)
+        trainer.sources = PersistentSources(trainer.sources.values.double())
+        trainer.warm_up()
+        metrics = [trainer.step(some_tokens(seed=i, shape=(4, 6)), keep) for i in range(steps)]
+    return metrics, {k: p.detach() for k, p in vpd.named_parameters()}, trainer.sources.values
+
+
+@pytest.mark.parametrize("keep", [None, "some"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_batch_in_parts_gives_the_losses_and_weights_of_the_whole(name, keep):
+    real = None
+    if keep:
+        real = torch.ones(4, 6, dtype=torch.bool)
+        real[0, :3] = real[3, :1] = False
+    whole, weights, sources = run(keep=real, **SETTINGS[name])
+    for micro_batch in (2, 3) if not SETTINGS[name].get("merged") else (2,):
+        parts, own, own_sources = run(micro_batch=micro_batch, keep=real, **SETTINGS[name])
+        for a, b in zip(parts, whole, strict=True):
+            for field in ("total", "stochastic", "adversarial", "importance", "frequency", "faithfulness", "l0"):
+                assert getattr(a, field) == pytest.approx(getattr(b, field), rel=2e-6), field
+        # The KL is computed in float32, and Adam gives an entry whose gradient is rounding noise a full-length step.
+        for k in weights:
+            apart = (own[k] - weights[k]).abs() > 1e-5
+            assert float(apart.double().mean()) < 0.03, k
+        assert float((own_sources - sources).abs().gt(1e-3).double().mean()) < 0.02
+
+
+def test_a_merged_step_attacks_even_rows_and_draws_the_others():
+    model = tiny_model(dtype=torch.float32)
+    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, merged=True, stochastic_routing="all")
+    vpd = new_decomposition(model, config)
+    tokens = some_tokens(shape=(4, 6))
+    with TappedModel(vpd, model) as tapped:
+        trainer = Trainer(tapped, config, (4, 6))
+        assert trainer.sources.values.shape == (2, 6, 5 * 12 + 12)
+        passes = []
+        masked = tapped.masked
+
+        def recorded(tokens, masks, keep=None, **how):
+            passes.append((tokens, {n: masks.mask(n)[0].detach().clone() for n in masks.packing.names}, how))
+            return masked(tokens, masks, keep, **how)
+
+        tapped.masked = recorded
+        trainer.step(tokens)
+    *inner, (both, masks, _) = passes
+    assert len(inner) == 2 and all(torch.equal(t, tokens[[0, 2]]) for t, _, _ in inner)
+    assert torch.equal(both, tokens[[0, 2, 1, 3]])
+    drawn = trainer.random.uniform("stochastic", 0, [1, 3], (6, 72))
+    g = vpd.causal_importances(tiny_model(dtype=torch.float32), tokens)
+    name = "blocks.0.attn.W_Q"
+    assert masks[name].shape == (4, 6, 5)
+    fresh = new_decomposition(tiny_model(dtype=torch.float32), config)
+    first = fresh.causal_importances(tiny_model(dtype=torch.float32), tokens)[name][[1, 3]]
+    assert_close(masks[name][2:], first + (1 - first) * drawn[..., :5], rtol=1e-5, atol=1e-5)
+    assert len(g) == 12
+
+
+def test_pooled_sources_are_shared_by_positions_and_cost_a_pool():
+    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, adversary=AdversaryConfig(pool=2))
+    model = tiny_model(dtype=torch.float32)
+    with TappedModel(new_decomposition(model, config), model) as tapped:
+        trainer = Trainer(tapped, config, (4, 6))
+        before = trainer.sources.values.clone()
+        assert before.shape == (4, 2, 72)
+        slots = trainer.draw(some_tokens(shape=(4, 6))).slots
+        assert slots.shape == (4, 6) and set(slots.flatten().tolist()) == {0, 1}
+        trainer.done = 5
+        trainer.step(some_tokens(shape=(4, 6)))
+    assert trainer.sources.updates == 3 and not torch.equal(before, trainer.sources.values)
+
+
+def test_random_numbers_of_a_row_do_not_depend_on_the_others():
+    model = tiny_model(dtype=torch.float32)
+    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA)
+    with TappedModel(new_decomposition(model, config), model) as tapped:
+        whole = Trainer(tapped, config, (4, 6))
+    a = whole.random.uniform("stochastic", 7, [0, 1, 2, 3], (6, 3))
+    assert torch.equal(a[[3, 1]], whole.random.uniform("stochastic", 7, [3, 1], (6, 3)))
+    assert len({float(x) for x in a.flatten()}) == a.numel()
+    for other in (("stochastic", 8), ("routing", 7)):
+        assert not torch.equal(a, whole.random.uniform(*other, [0, 1, 2, 3], (6, 3)))
+    large = whole.random.uniform("x", 0, range(64), (500,))
+    assert abs(float(large.mean()) - 0.5) < 0.01 and abs(float(large.var()) - 1 / 12) < 0.002
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_what_cannot_be_shared_out_is_said(merged):
+    model = tiny_model(dtype=torch.float32)
+    config = VPDConfig(steps=10, batch_size=3, C=5, gamma=GAMMA, merged=merged)
+    with TappedModel(new_decomposition(model, config), model) as tapped:
+        if merged:
+            with pytest.raises(ValueError, match="rows of both kinds"):
+                Trainer(tapped, config, (3, 6), micro_batch=1)
+        else:
+            assert len(Trainer(tapped, config, (3, 6), micro_batch=2).shares.parts) == 2
+
+
+def test_copies_of_a_trainer_draw_alike():
+    first, second = run(steps=2), run(steps=2)
+    assert first[0] == second[0] and all(torch.equal(first[1][k], second[1][k]) for k in first[1])
+    assert copy.deepcopy(first[0]) == first[0]

@@ -1,0 +1,71 @@
+"""How the rows of a batch are shared out: over processes, over micro-batches, and, in the merged recipe, over two kinds of masks.
+
+A row's number in the whole batch decides what it is, so that the same rows are attacked, and get the same random numbers, however
+the batch is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that go through the model together.
+
+    ``order``: which of this process's rows, in the order they are run. ``attacked``, ``drawn``: where they lie among its attacked
+    rows and its stochastic rows; with a pass for each kind of mask every row is both.
+    """
+
+    order: Tensor | slice
+    attacked: slice
+    drawn: slice
+
+    def of(self, tensor: Tensor | None) -> Tensor | None:
+        """These rows of a tensor with all of the process's rows."""
+        return None if tensor is None else tensor[self.order]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """All of a process's rows: ``rows`` their numbers in the whole batch, ``attacked`` and ``drawn`` those of each kind."""
+
+    rows: Sequence[int]
+    attacked: Sequence[int]
+    drawn: Sequence[int]
+    parts: tuple[Part, ...]
+
+
+def share(rows: Sequence[int], micro_batch: int | None, *, merged: bool) -> Shares:
+    """Splits a process's rows.
+
+    Args:
+        rows: their numbers in the whole batch. micro_batch: rows run at once (None: all). merged: whether even rows are attacked
+            and odd ones get stochastic masks, in one pass.
+
+    Raises:
+        ValueError: a merged part has rows of one kind only.
+    """
+    rows = list(rows)
+    attacked = [r for r in rows if not merged or r % 2 == 0]
+    drawn = [r for r in rows if not merged or r % 2 == 1]
+    parts, a, d = [], 0, 0
+    size = len(rows) if micro_batch is None else micro_batch
+    for start in range(0, len(rows), size):
+        own = rows[start : start + size]
+        n_attacked = sum(not merged or r % 2 == 0 for r in own)
+        n_drawn = sum(not merged or r % 2 == 1 for r in own)
+        if not n_attacked or not n_drawn:
+            raise ValueError(
+                f"merged=True needs rows of both kinds in every micro-batch and process; one has {len(own)}."
+            )
+        order: Tensor | slice = slice(start, start + len(own))
+        if merged:
+            order = torch.tensor([start + i for kind in (0, 1) for i, r in enumerate(own) if r % 2 == kind])
+        parts.append(Part(order, slice(a, a + n_attacked), slice(d, d + n_drawn)))
+        a, d = a + n_attacked, d + n_drawn
+    return Shares(rows, attacked, drawn, tuple(parts))

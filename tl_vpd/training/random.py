@@ -1,0 +1,49 @@
+"""What a run draws at random: for every row of a batch from (seed, step, row) alone.
+
+A draw does not depend on what was drawn before it, nor on which process or part of the batch the row is handled in: a run
+resumed, split into micro-batches or spread over processes draws the same numbers.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+START = -1
+"""The step of what is drawn before the first."""
+
+
+class RowRandom:
+    """Random tensors with one row for each row of a batch.
+
+    Args:
+        seed: of the run. device: where the numbers are drawn and stay.
+    """
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed = seed
+        self.generator = torch.Generator(device)
+
+    def rows(
+        self, what: str, step: int, rows: Sequence[int], draw: Callable[[torch.Generator], Tensor]
+    ) -> Shaped[Tensor, "rows ..."]:
+        """One result of ``draw`` a row; ``what`` tells apart the tensors of one step."""
+        drawn = []
+        for row in rows:
+            # CPU generators use 32 bits of their seed, so the four numbers are mixed into those.
+            self.generator.manual_seed(zlib.crc32(f"{self.seed}/{what}/{step}/{row}".encode()))
+            drawn.append(draw(self.generator))
+        return torch.stack(drawn)
+
+    def uniform(self, what: str, step: int, rows: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "rows ..."]:
+        """Uniform numbers in [0, 1), each row ``shape``."""
+        device = self.generator.device
+        out = torch.empty(len(rows), *shape, device=device)
+        for own, row in zip(out, rows, strict=True):
+            self.generator.manual_seed(zlib.crc32(f"{self.seed}/{what}/{step}/{row}".encode()))
+            own.uniform_(generator=self.generator)
+        return out
