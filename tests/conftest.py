@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 from jaxtyping import install_import_hook
 
-install_import_hook("tl_vpd", "beartype.beartype")  # before anything imports the package
+if int(version("beartype").split(".")[1]) >= 20:  # what TransformerLens 2.x allows does not know os.PathLike[str]
+    install_import_hook("tl_vpd", "beartype.beartype")  # before anything imports the package
 
 import pytest
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import Decomposition
+from tl_vpd.adapters.versions import HookedTransformer
 
 
 @pytest.fixture

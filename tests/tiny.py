@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tl_vpd import Decomposition, VPDConfig
+from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
 from tl_vpd.training import new_decomposition
 
 GAMMA = dict(d_ci=8, n_blocks=1, n_heads=2)
@@ -37,7 +37,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def tiny_model(
     dtype: torch.dtype = torch.float64, seed: int = 0, tokenizer: Any = None, **flags: Any
 ) -> HookedTransformer:
-    """Two layers, d_model 8, vocabulary 11, context 10; biases and norms are random too."""
+    """Two layers, d_model 8, vocabulary 11, context 10; biases and norms are random too (to TransformerLens 3.x)."""
     settings = dict(
         n_layers=2,
         d_model=8,

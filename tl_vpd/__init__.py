@@ -5,10 +5,11 @@
 ...     logits, cache = model.run_with_cache(tokens)
 """
 
+from tl_vpd.adapters import Unsupported, sites
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import Evaluation, evaluate
 from tl_vpd.hooks import Attached, CausalImportances
-from tl_vpd.sites import Site, Subcomponent
+from tl_vpd.site import Site, Subcomponent
 from tl_vpd.training import Run, VPDConfig, decompose
 
 __all__ = [
@@ -19,7 +20,9 @@ __all__ = [
     "Run",
     "Site",
     "Subcomponent",
+    "Unsupported",
     "VPDConfig",
     "decompose",
     "evaluate",
+    "sites",
 ]

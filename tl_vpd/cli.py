@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
@@ -81,7 +81,8 @@ def train(
 @_command
 def evaluate_command(
     decomposition: Annotated[str, typer.Argument(help="Folder of a decomposition, or 'bundled'.")],
-    model: Annotated[str, typer.Option(help="'bundled', or what HookedTransformer.from_pretrained takes.")] = "bundled",
+    model: Annotated[str, typer.Option(help="'bundled', or a name or folder that TransformerLens knows.")] = "bundled",
+    kind: Annotated[str | None, typer.Option(help="hooked_transformer or bridge (default: what is installed).")] = None,
     tokens: Annotated[str, typer.Option(help="'bundled', a .npy or .safetensors file, or text files.")] = "bundled",
     key: Annotated[str, typer.Option(help="Tensor of a .safetensors file; part of the bundled tokens.")] = "validation",
     rows: Annotated[int, typer.Option(min=1, help="Rows of tokens to use.")] = 64,
@@ -106,7 +107,7 @@ def evaluate_command(
         if decomposition == "bundled"
         else Decomposition.load(decomposition, device=device)
     )
-    target = ModelRecipe(name=model, device=device).load()
+    target = ModelRecipe(name=model, kind=cast(Any, kind), device=device).load()
     data = DataRecipe(tokens=tokens, key=key).load(target)[:rows]
     curve = bundled.training_record()["curve"] if model == "bundled" else None
     found = evaluate(own, target, data, budgets=steps, starts=starts, controls=controls, seed=seed, curve=curve)

@@ -11,7 +11,7 @@ Everything here is numerics and a description; what touches a model lives in ``t
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,11 +22,13 @@ from torch import Tensor, nn
 from tl_vpd.components import Components
 from tl_vpd.fingerprint import Fingerprint
 from tl_vpd.importance import GammaConfig, build
-from tl_vpd.sites import Packing, Site, Subcomponent, nearest
+from tl_vpd.site import Packing, Site, Subcomponent, nearest
 
 if TYPE_CHECKING:
-    from tl_vpd.hooks import Attached, CausalImportances
-    from tl_vpd.masking import Masks
+    import pandas as pd
+
+    from tl_vpd.hooks import Attached, CausalImportances, ComponentActs
+    from tl_vpd.masking import Masks, SiteMask
 
 
 class Decomposition(nn.Module):
@@ -112,12 +114,24 @@ class Decomposition(nn.Module):
     # -- Γ -----------------------------------------------------------------------------------------------------------
 
     def pre_sigmoid(
-        self, inputs: Mapping[str, Float[Tensor, "batch pos _"]], keep: Bool[Tensor, "batch pos"] | None = None
-    ) -> Float[Tensor, "batch pos C_total"]:
+        self, inputs: Mapping[str, Float[Tensor, "batch *pos _"]], keep: Bool[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch *pos C_total"]:
         """Γ's values before squashing, packed over sites, from the clean inputs of every site (detached here).
 
-        ``keep`` is False at padding.
+        ``keep`` is False at padding. Inputs without positions ``[batch, d_in]`` are taken as sequences of one.
+
+        Raises:
+            ValueError: some inputs have positions and others none, or their axes are others.
         """
+        ranks = {x.ndim for x in inputs.values()}
+        if len(ranks) > 1 or not ranks <= {2, 3}:
+            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
+            raise ValueError(
+                f"The sites' inputs are {shapes}: Γ reads all sites of a token together, so they must all be [batch, pos, d_in] "
+                "or all [batch, d_in]. Decompose the sites of one kind (VPDConfig(sites=...))."
+            )
+        if ranks == {2}:
+            return self.pre_sigmoid(_with_positions(inputs), keep).squeeze(1)
         clean = {name: inputs[name].detach() for name in self.sites}
         if self.gamma.needs == "acts":
             clean = {name: x @ self.V[name].detach().to(x.dtype) for name, x in clean.items()}
@@ -148,19 +162,57 @@ class Decomposition(nn.Module):
 
         return causal_importances(self, model, prompts, **arguments)
 
-    def mask_hooks(self, masks: Masks) -> list[tuple[str, Any]]:
+    def component_acts(self, model: nn.Module, prompts: Any, **arguments: Any) -> ComponentActs:
+        """The inner activations of every subcomponent at every token; see ``tl_vpd.hooks.component_acts``."""
+        from tl_vpd.hooks import component_acts
+
+        return component_acts(self, model, prompts, **arguments)
+
+    def adversarial_masks(self, model: nn.Module, prompts: Any, **arguments: Any) -> Masks:
+        """The worst masks an adversary finds for prompts; see ``tl_vpd.hooks.adversarial_masks``."""
+        from tl_vpd.hooks import adversarial_masks
+
+        return adversarial_masks(self, model, prompts, **arguments)
+
+    def mask_hooks(self, masks: Mapping[str, SiteMask] | Callable[..., Any]) -> list[tuple[str, Any]]:
         """``fwd_hooks`` that set these masks in an attached model; see ``tl_vpd.hooks.mask_hooks``."""
         from tl_vpd.hooks import mask_hooks
 
         return mask_hooks(self, masks)
 
+    def delta_hooks(
+        self, value: float, *, sites: str | Sequence[str] | None = None, pos: Any = None
+    ) -> list[tuple[str, Any]]:
+        """``fwd_hooks`` that set Δ's factor in an attached model; see ``tl_vpd.hooks.delta_hooks``."""
+        from tl_vpd.hooks import delta_hooks
+
+        return delta_hooks(self, value, sites=sites, pos=pos)
+
     def ablation_hooks(
-        self, subcomponents: Sequence[str | Subcomponent], *, pos: Any = None, amount: float = 1.0
+        self,
+        subcomponents: str | Subcomponent | Sequence[str | Subcomponent],
+        *,
+        pos: Any = None,
+        amount: float = 1.0,
+        values: Mapping[str, Tensor] | None = None,
     ) -> list[tuple[str, Any]]:
         """``fwd_hooks`` that take subcomponents out of an attached model; see ``tl_vpd.hooks.ablation_hooks``."""
         from tl_vpd.hooks import ablation_hooks
 
-        return ablation_hooks(self, subcomponents, pos=pos, amount=amount)
+        return ablation_hooks(self, subcomponents, pos=pos, amount=amount, values=values)
+
+    def ablation_table(
+        self,
+        model: nn.Module,
+        prompts: Any,
+        metric: Callable[[Tensor], Any],
+        subcomponents: Sequence[str | Subcomponent] | None = None,
+        **arguments: Any,
+    ) -> pd.DataFrame:
+        """A metric with each of many subcomponents ablated in turn; see ``tl_vpd.analysis.ablation_table``."""
+        from tl_vpd.analysis import ablation_table
+
+        return ablation_table(self, model, prompts, metric, subcomponents, **arguments)
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -206,3 +258,9 @@ class Decomposition(nn.Module):
 
         folder = snapshot_download(repository, revision=revision, allow_patterns=[CONFIG, TENSORS])
         return cls.load(folder, device=device)
+
+
+def _with_positions(inputs: Mapping[str, Float[Tensor, "batch _"]]) -> dict[str, Float[Tensor, "batch 1 _"]]:
+    """Inputs as sequences of one; tensors that were shared go on being shared."""
+    shared = {id(x): x.unsqueeze(1) for x in inputs.values()}
+    return {name: shared[id(x)] for name, x in inputs.items()}

@@ -11,12 +11,12 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
@@ -24,7 +24,7 @@ from tl_vpd.analysis import Harvest, harvest, pick
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import Evaluation, evaluate
 from tl_vpd.masking import constant_masks
-from tl_vpd.sites import Subcomponent
+from tl_vpd.site import Subcomponent
 from tl_vpd.storage import write_json
 from tl_vpd.training import Run, decompose
 
@@ -83,7 +83,7 @@ def run_demo(folder: Path, *, steps: int, say: Say) -> None:
     say(f"\n6. Look at it: {path.resolve()}")
 
 
-def exactness(vpd: Decomposition, model: HookedTransformer, tokens: Int[Tensor, "batch pos"]) -> list[str]:
+def exactness(vpd: Decomposition, model: Any, tokens: Int[Tensor, "batch pos"]) -> list[str]:
     """Two checks as sentences.
 
     Raises:
@@ -149,7 +149,7 @@ class AblationEffect:
 
 @torch.no_grad()
 def ablation_effect(
-    vpd: Decomposition, model: HookedTransformer, tokens: Int[Tensor, "batch pos"], candidates: list[Subcomponent]
+    vpd: Decomposition, model: Any, tokens: Int[Tensor, "batch pos"], candidates: list[Subcomponent]
 ) -> AblationEffect:
     """Removes each candidate in turn and reports the one with the largest effect where it is important."""
     assert model.tokenizer is not None
@@ -184,7 +184,7 @@ def ablation_effect(
     )
 
 
-def _likely(model: HookedTransformer, log_p: Float[Tensor, " vocab"], k: int = 4) -> pd.DataFrame:
+def _likely(model: Any, log_p: Float[Tensor, " vocab"], k: int = 4) -> pd.DataFrame:
     assert model.tokenizer is not None
     top = log_p.exp().topk(k)
     return pd.DataFrame(

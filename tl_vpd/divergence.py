@@ -1,6 +1,7 @@
-"""How far one output is from another: KL divergence of next-token distributions, in float32.
+"""How far one output is from another: KL divergence of next-token distributions, or the squared error, in float32.
 
 KL(target ‖ masked) = Σ_v p_v (log p_v − log q_v)       per position, then averaged over real positions, in nats
+MSE(target, masked) = mean_d (t_d − y_d)²               for models whose output is no distribution
 """
 
 from __future__ import annotations
@@ -22,6 +23,14 @@ def kl_divergence(
         return total / target_log_probs[..., 0].numel()
     per_position = F.kl_div(log_q, target_log_probs, reduction="none", log_target=True).sum(-1)
     return per_position[keep].mean()
+
+
+def squared_error(
+    target: Float[Tensor, "*batch d"], output: Float[Tensor, "*batch d"], keep: Bool[Tensor, "*batch"] | None = None
+) -> Float[Tensor, ""]:
+    """Mean squared error over entries where ``keep`` is True (None: all)."""
+    error = (output.float() - target.float()).square().mean(-1)
+    return error.mean() if keep is None else error[keep].mean()
 
 
 def next_token_ce(

@@ -1,6 +1,6 @@
 """Files that describe a run: which model, which tokens, which algorithm, where the output goes.
 
-    model: {name: bundled}                 # or a name that HookedTransformer.from_pretrained knows, with its options
+    model: {name: bundled}                 # or a name that TransformerLens knows, with kind and options
     data: {tokens: bundled}                # or a .npy / .safetensors of tokens [n, pos], or text files
     algorithm: {steps: 2000, C: 128}       # tl_vpd.VPDConfig
     output: {folder: runs/first}
@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from torch import Tensor
-from transformer_lens import HookedTransformer
 
+from tl_vpd.adapters.loading import Kind, load_model
 from tl_vpd.training import VPDConfig
 
 
@@ -35,18 +35,21 @@ class ModelRecipe(_Frozen):
     """Which model."""
 
     name: str = "bundled"
-    """``bundled``, or a name or local folder for ``HookedTransformer.from_pretrained``."""
+    """``bundled``, or a name or local folder that TransformerLens knows."""
+    kind: Kind | None = None
+    """``hooked_transformer`` or ``bridge`` (None: HookedTransformer where the installed TransformerLens has it)."""
     options: dict[str, Any] = {}
-    """Keyword arguments of ``from_pretrained`` (``fold_ln``, ``center_unembed``, ...)."""
+    """Keyword arguments of ``HookedTransformer.from_pretrained`` (``fold_ln``, ``center_unembed``, ...) or, for a bridge, of
+    ``boot_transformers``; ``compatibility_mode: true`` processes a bridge's weights."""
     device: str = "cpu"
 
-    def load(self) -> HookedTransformer:
+    def load(self) -> Any:
         """The model on its device."""
         if self.name == "bundled":
             from tl_vpd import bundled
 
-            return bundled.model(device=self.device)
-        return HookedTransformer.from_pretrained(self.name, device=self.device, **self.options)
+            return bundled.model(kind=self.kind, device=self.device)
+        return load_model(self.name, kind=self.kind, device=self.device, **self.options)
 
 
 class DataRecipe(_Frozen):
@@ -59,7 +62,7 @@ class DataRecipe(_Frozen):
     context: int | None = Field(None, ge=2)
     """Length of the windows that text is cut into, and to which longer rows are cut (None: the model's context)."""
 
-    def load(self, model: HookedTransformer) -> Int[Tensor, "n pos"]:
+    def load(self, model: Any) -> Int[Tensor, "n pos"]:
         """Rows of tokens for a model.
 
         Raises:
@@ -135,7 +138,7 @@ def _read_array(path: Path, key: str) -> np.ndarray:
     return tensors[key]
 
 
-def text_windows(model: HookedTransformer, texts: list[str], length: int) -> Int[Tensor, "n pos"]:
+def text_windows(model: Any, texts: list[str], length: int) -> Int[Tensor, "n pos"]:
     """Texts tokenised and cut into windows of ``length``, each opened by BOS; what is left over at each end is dropped.
 
     Raises:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from tl_vpd.fingerprint import Fingerprint
 from tl_vpd.importance import GammaConfig
-from tl_vpd.sites import Site
+from tl_vpd.site import Site
 
 if TYPE_CHECKING:
     from tl_vpd.decomposition import Decomposition

@@ -4,7 +4,7 @@ import torch
 from torch.testing import assert_close
 
 from tl_vpd.evaluation.controls import hand_over, random_importances, singular_components, singular_importances
-from tl_vpd.sites import Packing, Site
+from tl_vpd.site import Packing, Site
 
 IN, OUT = "blocks.0.mlp.W_in", "blocks.0.mlp.W_out"
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tl_vpd.evaluation.modes import ROWS, compute_recovered, row_masks
-from tl_vpd.sites import Packing
+from tl_vpd.site import Packing
 
 CURVE = [(0, 8.0), (10, 6.0), (20, 4.0), (100, 2.0)]
 

@@ -1,7 +1,8 @@
 """What a decomposition says about its model: where subcomponents fire, and which ones to look at."""
 
+from tl_vpd.analysis.effects import ablation_table
 from tl_vpd.analysis.harvest import harvest
 from tl_vpd.analysis.pick import pick
 from tl_vpd.analysis.records import Harvest, SubcomponentHarvest, Window
 
-__all__ = ["Harvest", "SubcomponentHarvest", "Window", "harvest", "pick"]
+__all__ = ["Harvest", "SubcomponentHarvest", "Window", "ablation_table", "harvest", "pick"]

@@ -27,7 +27,7 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.importances import zero_padding
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance import lower_leaky
-from tl_vpd.sites import Subcomponent
+from tl_vpd.site import Subcomponent
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tl_vpd.analysis.records import Harvest
-from tl_vpd.sites import Subcomponent
+from tl_vpd.site import Subcomponent
 
 
 def pick(harvest: Harvest, n: int = 12, *, min_firings: int = 10, max_density: float = 0.5) -> list[Subcomponent]:

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_vpd.sites import Packing, Subcomponent, nearest
+from tl_vpd.site import Packing, Subcomponent, nearest
 
 By = Literal["pmi", "recall"]
 

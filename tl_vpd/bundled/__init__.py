@@ -4,8 +4,8 @@
     >>> vpd = bundled.decomposition()                # doctest: +SKIP
     >>> tokens = bundled.tokens("validation")        # doctest: +SKIP
 
-The weights lie in the layout of transformers, so that ``TransformerBridge.boot_transformers(bundled.MODEL)`` reads them too.
-They are loaded without any processing (no folded norms, no centring).
+The model is a HookedTransformer where the installed TransformerLens has one, else a TransformerBridge; the decomposition fits
+both. The weights lie in the layout of transformers and are loaded without any processing (no folded norms, no centring).
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Int
 from safetensors.numpy import load_file
 from torch import Tensor
-from transformer_lens import HookedTransformer, HookedTransformerConfig
 
+from tl_vpd.adapters.loading import Kind, default_kind, load_model
+from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
 from tl_vpd.decomposition import Decomposition
 
 if TYPE_CHECKING:
@@ -32,9 +33,20 @@ MODEL = Path(__file__).parent / "model"
 DECOMPOSITION = Path(__file__).parent / "decomposition"
 
 
-def model(*, device: str | torch.device = "cpu") -> HookedTransformer:
-    """The bundled HookedTransformer: 2 layers, d_model 96, 4 heads, d_mlp 384, vocabulary 768, context 128."""
-    return load_model(MODEL, device=device)
+def model(*, kind: Kind | None = None, device: str | torch.device = "cpu", folder: Path = MODEL) -> Any:
+    """The bundled model: 2 layers, d_model 96, 4 heads, d_mlp 384, vocabulary 768, context 128.
+
+    ``kind``: ``hooked_transformer`` or ``bridge`` (None: HookedTransformer where the installed TransformerLens has it).
+
+    Raises:
+        ImportError: the installed TransformerLens has no such class.
+    """
+    if (kind or default_kind()) == "bridge":
+        with _quiet_transformers():
+            bridge: Any = load_model(str(folder), kind="bridge", device=device)
+        bridge.cfg.default_prepend_bos = True  # as the model was trained, and as the HookedTransformer reads strings
+        return bridge
+    return hooked_transformer(folder, device=device)
 
 
 def decomposition(*, device: str | torch.device = "cpu") -> Decomposition:
@@ -52,8 +64,14 @@ def training_record(folder: Path = MODEL) -> dict[str, Any]:
     return json.loads((folder / "training.json").read_text(encoding="utf-8"))
 
 
-def load_model(folder: Path, *, device: str | torch.device = "cpu") -> HookedTransformer:
-    """A GPT-NeoX folder of transformers as an unprocessed HookedTransformer."""
+def hooked_transformer(folder: Path, *, device: str | torch.device = "cpu") -> Any:
+    """A GPT-NeoX folder of transformers as an unprocessed HookedTransformer.
+
+    Raises:
+        ImportError: the installed TransformerLens has none.
+    """
+    if HookedTransformer is None:
+        raise ImportError("This TransformerLens has no HookedTransformer: use kind='bridge', or install 3.x.")
     from transformer_lens.pretrained.weight_conversions import convert_neox_weights
     from transformers import AutoTokenizer, GPTNeoXForCausalLM
 

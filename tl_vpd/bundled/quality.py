@@ -77,9 +77,10 @@ def bracket_accuracy(
 
 def measure(folder: Path, root: Path | None = None) -> dict[str, float]:
     """All three measures of the model in ``folder`` on its validation windows."""
-    from tl_vpd.bundled import load_model, tokens
+    from tl_vpd.bundled import model as load_model
+    from tl_vpd.bundled import tokens
 
-    model = load_model(folder)
+    model = load_model(folder=folder)
     held_out = tokens("validation", folder)
     assert model.tokenizer is not None
     with torch.no_grad():

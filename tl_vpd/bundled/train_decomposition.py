@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformer_lens import HookedTransformer
+from torch import nn
 
 from tl_vpd import bundled
 from tl_vpd.bundled import corpus
@@ -51,13 +51,13 @@ def main() -> None:
     stream = corpus.token_stream(corpus.load_tokenizer(arguments.model), training)
     rows = torch.from_numpy(corpus.windows(stream, CONTEXT, ROWS, seed=3).astype(np.int64))
     config = CONFIG.model_copy(update={"steps": arguments.steps})
-    model = bundled.load_model(arguments.model)
+    model = bundled.model(folder=arguments.model)
     run = decompose(model, rows, config, out=arguments.out, resume=arguments.resume)
     if run.finished:
         finish(run.decomposition, model, arguments.model, arguments.out)
 
 
-def finish(vpd: Decomposition, model: HookedTransformer, source: Path, folder: Path) -> None:
+def finish(vpd: Decomposition, model: nn.Module, source: Path, folder: Path) -> None:
     """Evaluates on 8,192 validation tokens and puts record and training log beside the decomposition."""
     found = evaluate(
         vpd,

@@ -66,6 +66,7 @@ def train(
         tokenizer_object=raw, bos_token=corpus.BOS, eos_token=corpus.BOS, pad_token=corpus.BOS, model_max_length=CONTEXT
     )
     tokenizer.save_pretrained(out)
+    _name_for_every_version(out / "tokenizer_config.json")
 
     model = GPTNeoXForCausalLM(GPTNeoXConfig(**CONFIG))
     decay: list[nn.Parameter] = []
@@ -134,6 +135,14 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     train(arguments.out, steps=arguments.steps, seed=arguments.seed)
+
+
+def _name_for_every_version(path: Path) -> None:
+    """Names the tokenizer's class as transformers 4 and 5 both know it."""
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings.pop("backend", None)
+    path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_vpd.components import Components
-from tl_vpd.sites import Packing, Site
+from tl_vpd.site import Packing, Site
 
 
 def random_importances(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tl_vpd.hooks.modes import Mode, masks_of_mode
 from tl_vpd.masking import Masks
-from tl_vpd.sites import Packing
+from tl_vpd.site import Packing
 
 ROWS: dict[str, tuple[Mode, float]] = {
     "unmasked": ("unmasked", 0.0),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from tl_vpd.analysis import Harvest, SubcomponentHarvest
-from tl_vpd.sites import Subcomponent
+from tl_vpd.site import Subcomponent
 from tl_vpd.viz.circuits import draw
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.style import NEGATIVE, POSITIVE
