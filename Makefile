@@ -1,10 +1,15 @@
-# make demo | make test: each does all of its own set-up in .venv.
+# make demo | make test | make test-matrix: each does all of its own set-up in .venv, .venv-2.18 and .venv-4.3.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+# TransformerLens's other major versions, and the tests that run with each of them.
+OTHERS := 2.18 4.3
+EVERYWHERE := tests/matrix
+OTHER_ENVIRONMENTS := $(OTHERS:%=$(VENV)-%/.installed)
 
-.PHONY: demo test check format bundled clean
+.PHONY: demo test test-main test-others test-matrix check format bundled clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
@@ -15,11 +20,29 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)-%/.installed: pyproject.toml constraints/%.txt
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-$*/bin/python -m pip install --quiet -c constraints/$*.txt torch
+	$(VENV)-$*/bin/python -m pip install --quiet -c constraints/$*.txt -e '.[dev]'
+	touch $@
+
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/tl-vpd demo --out $(DEMO)
 
-test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest
+test: test-main test-others
+
+test-main: $(VENV)/.installed
+	$(OFFLINE) $(BIN)/python -m pytest
+
+test-others: $(OTHER_ENVIRONMENTS)
+	set -e; for version in $(OTHERS); do $(OFFLINE) $(VENV)-$$version/bin/python -m pytest $(EVERYWHERE); done
+
+# Every cell of docs/compatibility.md, which it writes; fails if a cell does (about an hour on one core).
+test-matrix: $(VENV)/.installed $(OTHER_ENVIRONMENTS)
+	failed=0; for environment in $(VENV) $(OTHERS:%=$(VENV)-%); do \
+	  $(OFFLINE) $$environment/bin/python -m tests.matrix --out 'build/matrix/{version}.json' || failed=1; \
+	done; $(BIN)/python -m tests.matrix.table build/matrix/*.json --out docs/compatibility.md && exit $$failed
 
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
@@ -37,4 +60,4 @@ bundled: $(VENV)/.installed
 	$(BIN)/python -m tl_vpd.bundled.train_decomposition --model build/bundled/model --out build/bundled/run
 
 clean:
-	rm -rf $(VENV) $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OTHERS:%=$(VENV)-%) build/matrix $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis
