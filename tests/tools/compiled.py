@@ -1,0 +1,43 @@
+"""Compiles an attached model and compares it with itself: ``python -m tests.tools.compiled KIND``.
+
+A process of its own, because the shape checks that tests put on every function of the package cannot be traced.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch.testing import assert_close
+
+from tests.tools.conftest import Case, case_of
+from tl_vpd.masking import Masks
+
+TIGHT = dict(rtol=1e-9, atol=1e-10)
+
+
+def main(kind: str) -> None:
+    """Idle, masked and idle again; raises where compiled and plain differ, or masks do nothing."""
+    case = case_of(kind)
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        compare(case, backend)
+
+
+def compare(case: Case, backend: str) -> None:
+    """One backend."""
+    sites = ("blocks.0.attn.W_V", "blocks.1.mlp.W_in")
+    masks = Masks({site: case.masks[site] for site in sites})
+    with torch.no_grad(), case.vpd.attach(case.model) as attached:
+        compiled = torch.compile(case.model, backend=backend)
+        clean = case.model(case.tokens)
+        assert_close(compiled(case.tokens), clean, **TIGHT)
+        with attached.masked(masks):
+            masked = case.model(case.tokens)
+            assert_close(compiled(case.tokens), masked, **TIGHT)
+        assert_close(compiled(case.tokens), clean, **TIGHT)
+    assert not torch.allclose(masked, clean)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
