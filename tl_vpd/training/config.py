@@ -43,6 +43,8 @@ class Coefficients(_Frozen):
     """Δ-L2, also called faithfulness (about 1e3 where ``faithfulness`` is ``relative``)."""
     stochastic: float = Field(0.5, ge=0)
     adversarial: float = Field(0.5, ge=0)
+    layerwise: float = Field(0.0, ge=0)
+    """Stochastic masks on one site at a time, averaged over sites: one more pass a site and step (SPD's recipe has it at 1)."""
     importance: float = Field(2e-4, ge=0)
     """The first to tune: too high and importances sink below 1 everywhere, too low and L0 stays dense."""
     frequency: float = Field(1e-4, ge=0)

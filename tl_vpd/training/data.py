@@ -9,7 +9,10 @@ tensor or array ``[n, pos]``    each epoch is a fresh permutation of the rows, d
 any other iterable of rows      as they come; resuming goes through the rows that were seen. It must start afresh each
                                 time it is iterated (a list, a dataset, an object with ``__iter__``; not a generator)
 dataset of Hugging Face         of ``tokens`` as above; of text, tokenised by TransformerLens's ``tokenize_and_concatenate``
+an object with ``at(step)``     whatever it makes for a step (``Batches``): data without end, such as those of ``tl_vpd.toys``
 ==============================  =======================================================================================
+
+Models of people's own may take vectors: a floating-point tensor or array ``[n, pos, d]`` or ``[n, d]`` stays as it is.
 
 Rows that have to be fetched are fetched by a thread of their own, ahead of the step that needs them.
 """
@@ -23,24 +26,27 @@ import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 AHEAD = 4
 """Batches that are fetched before they are asked for."""
 
 
+@runtime_checkable
 class Batches(Protocol):
     """What a run trains on."""
 
     context: int
-    """Tokens in a row."""
+    """Tokens, or vectors, in a row."""
+    batch_size: int
+    """Rows in a batch."""
 
-    def at(self, step: int) -> Int[Tensor, "batch pos"]:
+    def at(self, step: int) -> Shaped[Tensor, "batch ..."]:
         """The batch of a step; steps are asked for in order."""
 
     def describe(self) -> dict[str, Any]:
@@ -51,22 +57,25 @@ class Batches(Protocol):
 
 
 class TokenBatches:
-    """Batches of rows of a token tensor or array ``[n, pos]``; a batch that would reach past an epoch's end starts the next one.
+    """Batches of rows of a tensor or array of tokens ``[n, pos]`` or vectors ``[n, pos, d]`` or ``[n, d]``; a batch that would
+    reach past an epoch's end starts the next one.
 
     Raises:
         ValueError: there are fewer rows than a batch takes.
     """
 
-    def __init__(self, tokens: Int[Tensor, "n pos"] | np.ndarray | DatasetRows, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, tokens: Shaped[Tensor, "n _ ..."] | np.ndarray | DatasetRows, batch_size: int, seed: int
+    ) -> None:
         if len(tokens) < batch_size:
             raise ValueError(f"There are {len(tokens)} rows of tokens and batch_size is {batch_size}: give more rows.")
         self.tokens, self.batch_size, self.seed = tokens, batch_size, seed
-        self.context = int(tokens.shape[1])
+        self.context = 1 if _holds_vectors(tokens) and len(tokens.shape) == 2 else int(tokens.shape[1])
         self.per_epoch = len(tokens) // batch_size
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
 
-    def at(self, step: int) -> Int[Tensor, "batch pos"]:
+    def at(self, step: int) -> Shaped[Tensor, "batch _ ..."]:
         """The batch of a step."""
         epoch, index = divmod(step, self.per_epoch)
         if epoch != self._epoch:
@@ -76,7 +85,10 @@ class TokenBatches:
             self._epoch = epoch
         rows = self._order[index * self.batch_size : (index + 1) * self.batch_size]
         if isinstance(self.tokens, Tensor):
-            return self.tokens[rows.to(self.tokens.device)].long()
+            found = self.tokens[rows.to(self.tokens.device)]
+            return found if found.is_floating_point() else found.long()
+        if _holds_vectors(self.tokens):
+            return torch.from_numpy(np.array(self.tokens[rows.numpy()]))
         return torch.from_numpy(np.asarray(self.tokens[rows.numpy()]).astype(np.int64))
 
     def describe(self) -> dict[str, Any]:
@@ -89,6 +101,13 @@ class TokenBatches:
 
     def close(self) -> None:
         """Nothing runs in the background."""
+
+
+def _holds_vectors(rows: Tensor | np.ndarray | DatasetRows) -> bool:
+    """Whether rows are floating-point vectors and no tokens."""
+    if isinstance(rows, Tensor):
+        return rows.is_floating_point()
+    return isinstance(rows, np.ndarray) and np.issubdtype(rows.dtype, np.floating)
 
 
 class StreamBatches:
@@ -227,9 +246,7 @@ class DatasetRows:
         return np.stack([np.asarray(row) for row in self.dataset[rows.tolist()][self.column]])
 
 
-def batches_of(
-    data: Any, batch_size: int, seed: int, *, tokenizer: Any = None, context: int | None = None
-) -> TokenBatches | StreamBatches:
+def batches_of(data: Any, batch_size: int, seed: int, *, tokenizer: Any = None, context: int | None = None) -> Batches:
     """Batches of whatever holds rows of tokens; see the table above.
 
     Args:
@@ -238,8 +255,14 @@ def batches_of(
     Raises:
         TypeError: the data is nothing to go through. ValueError: it does not hold rows of tokens, or too few.
     """
+    if isinstance(data, Batches):
+        if data.batch_size != batch_size:
+            raise ValueError(
+                f"The data gives batches of {data.batch_size} rows and batch_size is {batch_size}: set either."
+            )
+        return data
     if isinstance(data, Tensor | np.ndarray):
-        if data.ndim != 2:
+        if data.ndim != 2 and not (data.ndim == 3 and _holds_vectors(data)):
             raise ValueError(f"Tokens are of shape {tuple(data.shape)}; rows [n, pos] are needed.")
         return TokenBatches(data, batch_size, seed)
     if hasattr(data, "features") and hasattr(data, "map"):

@@ -34,7 +34,7 @@ from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.site import select
 from tl_vpd.storage import library_versions, write_json
 from tl_vpd.training.config import VPDConfig, counts_for
-from tl_vpd.training.data import StreamBatches, TokenBatches, batches_of
+from tl_vpd.training.data import Batches, batches_of
 from tl_vpd.training.processes import world
 from tl_vpd.training.state import latest_state, load_state, save_state
 from tl_vpd.training.trainer import StepMetrics, Trainer
@@ -104,7 +104,8 @@ def decompose(
     Args:
         model: the target; its weights, hooks, flags and gradients are afterwards as they were.
         tokens: rows ``[n, pos]`` of one length (a tensor, or an array, memory-mapped or not), strings (padding is left out of Γ,
-            losses and statistics), an iterable of rows, or a Hugging Face dataset (``tl_vpd.training.data``).
+            losses and statistics), an iterable of rows, a Hugging Face dataset, or an object that makes the batch of each step
+            (``tl_vpd.training.data``). A model of one's own may take vectors, ``[n, pos, d]`` or ``[n, d]``.
         config: the algorithm (None: ``VPDConfig()``).
         out: folder for metrics, state and the result (None: nothing is written).
         resume: go on from the newest state in ``out`` (there must be one).
@@ -149,7 +150,7 @@ def decompose(
     return Run(decomposition, pd.DataFrame([asdict(m) for m in history]), finished, config)
 
 
-def _batches(adapter: Adapter, data: Any, config: VPDConfig, context: int | None) -> TokenBatches | StreamBatches:
+def _batches(adapter: Adapter, data: Any, config: VPDConfig, context: int | None) -> Batches:
     text = isinstance(data, str) or (isinstance(data, list) and bool(data) and isinstance(data[0], str))
     if text or isinstance(data, Tensor):
         data = adapter.tokens(data)
@@ -187,7 +188,7 @@ class _Files:
 
 def _train(
     trainer: Trainer,
-    batches: TokenBatches | StreamBatches,
+    batches: Batches,
     adapter: Adapter,
     files: _Files | None,
     history: list[StepMetrics],

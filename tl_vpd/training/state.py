@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from tl_vpd.fingerprint import TOLERANCE, Fingerprint, compare
 from tl_vpd.storage import tensors_of, write_atomically
+from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.trainer import Trainer
 
 SHARED = ("sources/values", "sources/first", "sources/second")
@@ -59,10 +61,10 @@ def load_state(trainer: Trainer, path: Path) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            saved = json.loads(file.metadata()["config"])
+            saved = _with_defaults(json.loads(file.metadata()["config"]))
             fingerprints = json.loads(file.metadata().get("fingerprints", "{}"))
             stored = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is no intact training state ({error}); delete it to resume from an older one."
         ) from error
@@ -91,6 +93,11 @@ def load_state(trainer: Trainer, path: Path) -> None:
     if trainer.frequencies is not None:
         trainer.frequencies.updates = int(stored["frequencies/updates"])
     trainer.done = int(stored["step"])
+
+
+def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A saved config with the defaults of settings that were added after it was written."""
+    return VPDConfig(**saved).model_dump(mode="json")
 
 
 def _check_target(trainer: Trainer, path: Path, stored: dict[str, Fingerprint]) -> None:

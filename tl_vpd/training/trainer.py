@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_vpd.components import SourcedPass
@@ -31,6 +31,7 @@ from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.masking import PersistentSources, spread
 from tl_vpd.masking.routing import uniform_k
+from tl_vpd.site import Packing
 from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.losses import (
     Reconstruction,
@@ -47,17 +48,19 @@ from tl_vpd.training.random import START, RowRandom
 from tl_vpd.training.schedules import Schedule
 
 Routing = dict[str, Bool[Tensor, "_ pos"]] | None
-LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial")
+LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial", "layerwise")
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices of one step: for rows with stochastic masks sources and routing, for attacked rows routing and slots."""
+    """The random choices of one step: for rows with stochastic masks sources and routing, for attacked rows routing and slots,
+    for all rows the sources of layerwise masks."""
 
     sources: Float[Tensor, "drawn pos C_and_deltas"]
     stochastic_routing: Routing
     adversarial_routing: Routing
     slots: Int[Tensor, "attacked pos"] | None = None
+    layerwise: Float[Tensor, "rows pos C_and_deltas"] | None = None
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ class StepMetrics:
     p: float
     lr: float
     grad_norm: float
+    layerwise: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ class Trainer:
 
     Args:
         tapped: an entered ``TappedModel`` of the decomposition and its target.
-        shape: (batch, pos) of every batch, over all processes.
+        shape: (batch, pos) of every batch, over all processes; pos is 1 for inputs ``[batch, d]``.
         micro_batch: rows that are run at once (None: all of a process's).
         world: the processes that share the batch.
 
@@ -154,8 +158,10 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
 
-    def step(self, tokens: Int[Tensor, "batch pos"], keep: Bool[Tensor, "batch pos"] | None = None) -> StepMetrics:
+    def step(self, tokens: Shaped[Tensor, "batch ..."], keep: Bool[Tensor, "batch pos"] | None = None) -> StepMetrics:
         """One update of V, U, Γ and the adversary on this process's rows; ``keep`` is False at padding.
+
+        Tokens are ``[batch, pos]``; models of people's own may take vectors, ``[batch, pos, d]`` or ``[batch, d]``.
 
         Raises:
             FloatingPointError: a loss is not finite (V, U and Γ have not been updated then).
@@ -175,7 +181,7 @@ class Trainer:
         (c.delta * faith / self.world.size).backward()
         values["faithfulness"] = faith.detach()
         leaf, before = self.sources.leaf(), self.sources.updates
-        reconstruction = leaf.new_zeros(2)
+        reconstruction = leaf.new_zeros(3)
         for part in parts:
             own = alone or self._see(part, tokens, keep, now)
             for k in range(config.adversary.inner_steps if c.adversarial else 0):
@@ -183,11 +189,12 @@ class Trainer:
             g = own.g.detach().requires_grad_()
             for losses in self._reconstruct(own, g, draws, leaf, counts):
                 # One pass's graph at a time; Γ's own comes last, from what all passes left in g.
-                torch.stack([(c.stochastic, c.adversarial)[k] * loss for k, loss in losses.items()]).sum().backward()
+                weights = (c.stochastic, c.adversarial, c.layerwise)
+                torch.stack([weights[k] * loss for k, loss in losses.items()]).sum().backward()
                 for k, loss in losses.items():
                     reconstruction[k] += loss.detach()
             torch.autograd.backward([own.g, own.sums], [torch.zeros_like(g) if g.grad is None else g.grad, slope])
-        values["stochastic"], values["adversarial"] = self.world.add(reconstruction)
+        values["stochastic"], values["adversarial"], values["layerwise"] = self.world.add(reconstruction)
         norm = self._update(values, now)
         if c.adversarial and leaf.grad is not None:
             # The loss holds c · L_adv; Adam wants the gradient of L_adv itself, from before the weights moved.
@@ -204,18 +211,22 @@ class Trainer:
         self.done += 1
         return metrics
 
-    def draw(self, tokens: Int[Tensor, "batch pos"]) -> Draws:
+    def draw(self, tokens: Shaped[Tensor, "batch ..."]) -> Draws:
         """What a step draws at random for this process's rows."""
         config, shares, pool = self.config, self.shares, self.config.adversary.pool
         slots = None
         if pool is not None:
             uniform = self.random.uniform("slots", self.done, shares.attacked, (self.pos,))
             slots = (uniform * pool).long().clamp_(max=pool - 1)
+        layerwise = None
+        if config.coefficients.layerwise:
+            layerwise = self.random.uniform("layerwise", self.done, shares.rows, (self.pos, self.width))
         return Draws(
             sources=self.random.uniform("stochastic", self.done, shares.drawn, (self.pos, self.width)),
             stochastic_routing=self._routing("routing", shares.drawn, config.stochastic_routing),
             adversarial_routing=self._routing("attacked", shares.attacked, config.adversary.routing),
             slots=slots,
+            layerwise=layerwise,
         )
 
     # -- parts of a step -------------------------------------------------------------------------------------------
@@ -229,7 +240,7 @@ class Trainer:
 
     def _count(self, tokens: Tensor, keep: Tensor | None) -> Float[Tensor, "3"]:
         """Real tokens of the whole batch: of all rows, of the attacked, of those with stochastic masks."""
-        real = torch.full(tokens.shape[:1], float(tokens.shape[1])) if keep is None else keep.sum(1).float().cpu()
+        real = torch.full(tokens.shape[:1], float(self.pos)) if keep is None else keep.sum(1).float().cpu()
         first = self.shares.rows[0]
         of = [real, *(real[[r - first for r in rows]] for rows in (self.shares.attacked, self.shares.drawn))]
         counts = torch.stack([own.sum() for own in of]).to(self.decomposition.device)
@@ -270,8 +281,21 @@ class Trainer:
 
     def _masked(self, own: _Seen, g: Tensor, rows: slice, sources: Tensor, routing: Routing, **how: bool) -> Tensor:
         """The masked model's output on some rows of a part."""
+        if g.ndim == 2:  # inputs without positions
+            sources, routing = sources.squeeze(1), routing and {name: at.squeeze(1) for name, at in routing.items()}
         run = SourcedPass(g[rows], sources, self.decomposition.packing, routing)
         return self.tapped.masked(own.tokens[rows], run, None if own.keep is None else own.keep[rows], **how)
+
+    def _alone(self, own: _Seen, g: Tensor, sources: Tensor, name: str) -> Tensor:
+        """The model's output with one site masked."""
+        packing = self.decomposition.packing
+        columns = packing.slices[name]
+        delta = packing.total + packing.names.index(name)
+        here = torch.cat([sources[..., columns], sources[..., delta : delta + 1]], dim=-1)
+        run = SourcedPass(
+            g[..., columns], here.squeeze(1) if g.ndim == 2 else here, Packing({name: packing.counts[name]})
+        )
+        return self.tapped.masked(own.tokens, run, own.keep)
 
     def _attacked_rows(self, own: _Seen) -> slice:
         return slice(0, own.part.attacked.stop - own.part.attacked.start)
@@ -290,10 +314,15 @@ class Trainer:
     def _reconstruct(
         self, own: _Seen, g: Tensor, draws: Draws, leaf: Tensor, counts: Tensor
     ) -> Iterator[dict[int, Float[Tensor, ""]]]:
-        """A part's shares of the stochastic loss (0) and the adversarial loss (1), as each pass ends."""
+        """A part's shares of the stochastic loss (0), the adversarial loss (1) and the layerwise loss (2), as each pass ends."""
         c, at, rows = self.config.coefficients, own.part.attacked, self._attacked_rows(own)
         slots = None if draws.slots is None else draws.slots[at]
         every = slice(None)
+        names = self.decomposition.packing.names
+        for name in names if c.layerwise else ():
+            sources = own.part.of(draws.layerwise)
+            assert sources is not None
+            yield {2: _weighted(own.distance, self._alone(own, g, sources, name), counts[0]) / len(names)}
         if self.config.merged:
             sources = torch.cat([spread(leaf[at], slots), draws.sources[own.part.drawn]])
             routing = _joined(
@@ -324,6 +353,7 @@ class Trainer:
             + now.minimality * (c.importance * values["importance"] + c.frequency * values["frequency"])
             + c.stochastic * values["stochastic"]
             + c.adversarial * values["adversarial"]
+            + c.layerwise * values["layerwise"]
         )
 
     def _update(self, values: dict[str, Tensor], now: Schedule) -> float:

@@ -20,7 +20,7 @@ class Reconstruction:
 
     def __init__(
         self,
-        target: Float[Tensor, "batch pos d"],
+        target: Float[Tensor, "batch *pos d"],
         kind: Literal["kl", "mse"] = "kl",
         keep: Bool[Tensor, "batch pos"] | None = None,
     ) -> None:
@@ -34,7 +34,7 @@ class Reconstruction:
         own.keep = None if self.keep is None else self.keep[rows]
         return own
 
-    def __call__(self, output: Float[Tensor, "batch pos d"]) -> Float[Tensor, ""]:
+    def __call__(self, output: Float[Tensor, "batch *pos d"]) -> Float[Tensor, ""]:
         """KL in nats, or the mean squared error."""
         if self.kind == "kl":
             return kl_divergence(self.target, output, self.keep)
