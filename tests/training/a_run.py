@@ -1,41 +1,98 @@
-"""A short run as a program of its own: ``python -m tests.training.a_run FOLDER [resume] [slow]``, alone or under torchrun."""
+"""A short run as a program of its own: ``python -m tests.training.a_run FOLDER [KEY=VALUE ...]``, alone or under torchrun.
+
+Keys: ``resume``, ``slow`` (sleeps in every step), ``until`` (asks itself to stop after so many steps), ``sharding``,
+``micro_batch``, ``gamma`` (a kind of Γ), ``dtype`` (the target's), ``merged``, ``data`` (``tensor``, ``mapped`` or ``rows``).
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import signal
 import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from tests.tiny import GAMMA, some_tokens, tiny_model
 from tl_vpd import VPDConfig
 from tl_vpd.training import Trainer, decompose
 
 CONFIG = VPDConfig(steps=8, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=2, frequency_half_life=4.0)
+ROWS = (12, 6)
 
 
-def main(folder: Path, resume: bool, slow: bool) -> None:
-    """Eight steps, saved after each; ``slow`` sleeps in every step, so that it can be killed in the middle."""
+def main(folder: Path, given: dict[str, str]) -> None:
+    """Eight steps, saved after each; what each process holds at the end is in ``bytes-RANK.json``."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    if slow:
-        step = Trainer.step
+    step = Trainer.step
 
-        def sleepy(self, *arguments):
-            found = step(self, *arguments)
+    def watched(self: Trainer, *arguments: Any) -> Any:
+        found = step(self, *arguments)
+        folder.mkdir(parents=True, exist_ok=True)
+        held = folder / f"bytes-{self.world.rank}.json"
+        held.write_text(json.dumps(bytes_of(self)))
+        if "slow" in given:
             sys.stdout.write(f"{self.done}\n")
             sys.stdout.flush()
             time.sleep(0.4)
-            return found
+        if self.done == int(given.get("until", -1)):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return found
 
-        Trainer.step = sleepy
-    model = tiny_model(dtype=torch.float32)
+    Trainer.step = watched  # type: ignore[method-assign]
+    model = tiny_model(dtype=getattr(torch, given.get("dtype", "float32")))
+    config = CONFIG.model_copy(
+        update={
+            "gamma": CONFIG.gamma.model_copy(update={"kind": given.get("gamma", CONFIG.gamma.kind), "chunk": 5}),
+            "merged": "merged" in given,
+        }
+    )
     decompose(
-        model, some_tokens(shape=(12, 6)), CONFIG, out=folder, resume=resume, save_every=1, log_every=1, progress=False
+        model,
+        data(folder, given.get("data", "tensor")),
+        config,
+        out=folder,
+        resume="resume" in given,
+        save_every=1,
+        log_every=1,
+        keep_states=3,
+        progress=False,
+        micro_batch=int(given["micro_batch"]) if "micro_batch" in given else None,
+        sharding=given.get("sharding", "none"),  # type: ignore[arg-type]
     )
 
 
+def data(folder: Path, kind: str) -> Any:
+    """The same twelve rows of tokens as a tensor, from a memory-mapped file, or one by one."""
+    tokens: Tensor = some_tokens(shape=ROWS)
+    if kind == "rows":
+        return list(tokens)
+    if kind == "mapped":
+        return np.load(folder.parent / "tokens.npy", mmap_mode="r")
+    return tokens
+
+
+def bytes_of(trainer: Trainer) -> dict[str, int]:
+    """Bytes of a process's parameters between steps, and of AdamW's moments."""
+    moments = [t for own in trainer.optimizer.state.values() for t in own.values() if t.ndim]
+    return {
+        "parameters": size_of(list(trainer.decomposition.parameters())),
+        "moments": size_of(moments),
+        "whole": sum(4 * (s.d_in + s.d_out) * CONFIG.C for s in trainer.decomposition.sites.values()),
+    }
+
+
+def size_of(tensors: list[Tensor]) -> int:
+    """Bytes of tensors."""
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), "resume" in sys.argv, "slow" in sys.argv)
+    main(Path(sys.argv[1]), {key: value for key, _, value in (part.partition("=") for part in sys.argv[2:])})

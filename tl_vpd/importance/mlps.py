@@ -35,11 +35,13 @@ class PerSubcomponentMLPs(nn.Module):
         self, acts: Mapping[str, Float[Tensor, "*batch _"]], keep: Bool[Tensor, "*batch"] | None = None
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid values from inner activations (one site at a time: the hidden layer is the large tensor)."""
+        # Under sharding, every reading of a parameter gathers it.
+        w_in, b_in, w_out, b_out = self.w_in, self.b_in, self.w_out, self.b_out
         values = []
         for name, where in self.packing.slices.items():
-            a = acts[name].to(self.w_in.dtype)
-            h = F.gelu(a[..., None] * self.w_in[where] + self.b_in[where])
-            values.append((h * self.w_out[where]).sum(-1) + self.b_out[where])
+            a = acts[name].to(w_in.dtype)
+            h = F.gelu(a[..., None] * w_in[where] + b_in[where])
+            values.append((h * w_out[where]).sum(-1) + b_out[where])
         return torch.cat(values, dim=-1)
 
     def output_biases(self) -> list[Tensor]:
@@ -63,7 +65,7 @@ class PerSiteMLPs(nn.Module):
         self, inputs: Mapping[str, Float[Tensor, "*batch _"]], keep: Bool[Tensor, "*batch"] | None = None
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid values from site inputs."""
-        dtype = self.mlps[0][0].weight.dtype  # type: ignore[index]
+        dtype = self.mlps[0][0].bias.dtype  # type: ignore[index]
         parts = [mlp(rms_norm(inputs[n].to(dtype))) for n, mlp in zip(self.names, self.mlps, strict=True)]
         return torch.cat(parts, dim=-1)
 

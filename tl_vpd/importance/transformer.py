@@ -92,12 +92,13 @@ class SharedTransformer(nn.Module):
         self, inputs: Mapping[str, Float[Tensor, "batch pos _"]], keep: Bool[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos C_total"]:
         """Pre-sigmoid values; ``keep`` is False at padding, which no other position then attends to."""
-        # Q, K and V usually share one input tensor: normalise it once.
+        # Q, K and V usually share one input tensor: normalise it once. (Under sharding, to read the bias is cheaper.)
         normed: dict[int, Tensor] = {}
+        dtype = self.embed.bias.dtype
         for name in self.names:
             x = inputs[name]
             if id(x) not in normed:
-                normed[id(x)] = rms_norm(x.to(self.embed.weight.dtype))
+                normed[id(x)] = rms_norm(x.to(dtype))
         x = self.embed(torch.cat([normed[id(inputs[name])] for name in self.names], dim=-1))
         attend = None
         if keep is not None:

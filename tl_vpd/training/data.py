@@ -14,7 +14,9 @@ an object with ``at(step)``     whatever it makes for a step (``Batches``): data
 
 Models of people's own may take vectors: a floating-point tensor or array ``[n, pos, d]`` or ``[n, d]`` stays as it is.
 
-Rows that have to be fetched are fetched by a thread of their own, ahead of the step that needs them.
+Rows that have to be fetched (from a file, a dataset or an iterable) are fetched by a thread of their own, ahead of the step that
+needs them (``tl_vpd.training.prefetch``). Of a run on many processes each reads its own rows of every batch; of an iterable it
+goes through all rows and keeps its own.
 """
 
 from __future__ import annotations
@@ -22,10 +24,8 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator
+from itertools import count, islice
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -33,8 +33,11 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-AHEAD = 4
-"""Batches that are fetched before they are asked for."""
+from tl_vpd.training.prefetch import Ahead
+
+ALL = slice(None)
+SAMPLE = 256
+"""Rows that are looked at before a run, where all are too many to read."""
 
 
 @runtime_checkable
@@ -60,30 +63,45 @@ class TokenBatches:
     """Batches of rows of a tensor or array of tokens ``[n, pos]`` or vectors ``[n, pos, d]`` or ``[n, d]``; a batch that would
     reach past an epoch's end starts the next one.
 
+    Args:
+        own: which of a batch's rows are wanted here.
+
     Raises:
         ValueError: there are fewer rows than a batch takes.
     """
 
     def __init__(
-        self, tokens: Shaped[Tensor, "n _ ..."] | np.ndarray | DatasetRows, batch_size: int, seed: int
+        self,
+        tokens: Shaped[Tensor, "n _ ..."] | np.ndarray | DatasetRows,
+        batch_size: int,
+        seed: int,
+        *,
+        own: slice = ALL,
     ) -> None:
         if len(tokens) < batch_size:
             raise ValueError(f"There are {len(tokens)} rows of tokens and batch_size is {batch_size}: give more rows.")
-        self.tokens, self.batch_size, self.seed = tokens, batch_size, seed
+        self.tokens, self.batch_size, self.seed, self.own = tokens, batch_size, seed, own
         self.context = 1 if _holds_vectors(tokens) and len(tokens.shape) == 2 else int(tokens.shape[1])
         self.per_epoch = len(tokens) // batch_size
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
+        in_memory = isinstance(tokens, Tensor) or (isinstance(tokens, np.ndarray) and not isinstance(tokens, np.memmap))
+        self._ahead = None if in_memory else Ahead(lambda step: map(self._read, count(step)))
 
     def at(self, step: int) -> Shaped[Tensor, "batch _ ..."]:
         """The batch of a step."""
+        return self._read(step) if self._ahead is None else self._ahead.at(step)
+
+    def _read(self, step: int) -> Tensor:
         epoch, index = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             # A large odd multiplier keeps the streams of different seeds apart.
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             self._order = torch.randperm(len(self.tokens), generator=generator)
             self._epoch = epoch
-        rows = self._order[index * self.batch_size : (index + 1) * self.batch_size]
+        return self._rows(self._order[index * self.batch_size : (index + 1) * self.batch_size][self.own])
+
+    def _rows(self, rows: Int[Tensor, " some"]) -> Tensor:
         if isinstance(self.tokens, Tensor):
             found = self.tokens[rows.to(self.tokens.device)]
             return found if found.is_floating_point() else found.long()
@@ -91,16 +109,27 @@ class TokenBatches:
             return torch.from_numpy(np.array(self.tokens[rows.numpy()]))
         return torch.from_numpy(np.asarray(self.tokens[rows.numpy()]).astype(np.int64))
 
+    def sample(self) -> Shaped[Tensor, "some _ ..."]:
+        """Rows from all over the data: all of a tensor's, else a few."""
+        n = len(self.tokens)
+        return self._rows(torch.arange(n) if isinstance(self.tokens, Tensor) else torch.from_numpy(_spread(n)))
+
     def describe(self) -> dict[str, Any]:
         """Rows, context, and a checksum of them all (of a sample of rows, where they are memory-mapped)."""
         rows = self.tokens.cpu().numpy() if isinstance(self.tokens, Tensor) else self.tokens
         if not isinstance(rows, np.ndarray) or isinstance(rows, np.memmap):
-            rows = rows[np.linspace(0, len(rows) - 1, min(len(rows), 256)).astype(int)]
+            rows = rows[_spread(len(rows))]
         digest = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
         return {"rows": len(self.tokens), "context": self.context, "sha256": digest}
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Ends the thread, if there is one."""
+        if self._ahead is not None:
+            self._ahead.close()
+
+
+def _spread(n: int) -> np.ndarray:
+    return np.linspace(0, n - 1, min(n, SAMPLE)).astype(int)
 
 
 def _holds_vectors(rows: Tensor | np.ndarray | DatasetRows) -> bool:
@@ -117,32 +146,26 @@ class StreamBatches:
         ValueError: it has no rows, a row is shorter than the first, or it cannot be iterated twice.
     """
 
-    def __init__(self, rows: Iterable[Any], batch_size: int) -> None:
+    def __init__(self, rows: Iterable[Any], batch_size: int, *, own: slice = ALL) -> None:
         if iter(rows) is rows:
             raise ValueError(
                 "The data can be gone through only once, so a run could not resume: pass a list or a dataset."
             )
-        self.rows, self.batch_size = rows, batch_size
+        self.rows, self.batch_size, self.own = rows, batch_size, own
         first = next(iter(rows), None)
         if first is None:
             raise ValueError("The data has no rows.")
         self._first = _row(first)
         self.context = len(self._first)
-        self._next: int | None = None
-        self._queue: queue.Queue[Tensor | BaseException] = queue.Queue(AHEAD)
-        self._stop = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._ahead = Ahead(self._batches)
 
     def at(self, step: int) -> Int[Tensor, "batch pos"]:
         """The batch of a step; the first may be any, and each later one follows the one before."""
-        if self._next != step:
-            self.close()
-            self._start(step)
-        found = self._queue.get()
-        if isinstance(found, BaseException):
-            raise found
-        self._next = step + 1
-        return found
+        return self._ahead.at(step)
+
+    def sample(self) -> Int[Tensor, "1 pos"]:
+        """The first row."""
+        return self._first[None]
 
     def describe(self) -> dict[str, Any]:
         """The context and a checksum of the first row; what follows cannot be known without reading it."""
@@ -151,19 +174,7 @@ class StreamBatches:
 
     def close(self) -> None:
         """Ends the thread."""
-        self._stop.set()
-        if self._thread is not None:
-            while self._thread.is_alive():
-                _drain(self._queue)
-                self._thread.join(timeout=0.05)
-        self._thread, self._next = None, None
-
-    def _start(self, step: int) -> None:
-        self._stop, self._queue = threading.Event(), queue.Queue(AHEAD)
-        # The thread holds what it needs and not the object, so that a forgotten run is not kept alive by it.
-        arguments = (self._batches, step, self._queue, self._stop)
-        self._thread = threading.Thread(target=_fetch, args=arguments, daemon=True)
-        self._thread.start()
+        self._ahead.close()
 
     def _endless(self, skip: int) -> Iterator[Tensor]:
         """The rows, again and again, without the first ``skip``."""
@@ -188,35 +199,31 @@ class StreamBatches:
             batch = list(islice(rows, self.batch_size))
             if any(len(row) < self.context for row in batch):
                 raise ValueError(f"A row of the data has fewer tokens than the first ({self.context}).")
-            yield torch.stack([row[: self.context] for row in batch])
+            yield torch.stack([row[: self.context] for row in batch[self.own]])
 
 
-def _fetch(
-    batches: Callable[[int], Iterator[Tensor]],
-    step: int,
-    out: queue.Queue[Tensor | BaseException],
-    stop: threading.Event,
-) -> None:
-    try:
-        for batch in batches(step):
-            while not stop.is_set():
-                try:
-                    out.put(batch, timeout=0.1)
-                    break
-                except queue.Full:
-                    continue
-            if stop.is_set():
-                return
-    except BaseException as error:  # it is raised where the batch is asked for
-        out.put(error)
+class OwnRows:
+    """Some of the rows of batches that somebody else makes."""
 
+    def __init__(self, batches: Batches, own: slice) -> None:
+        self.batches, self.own = batches, own
+        self.context, self.batch_size = batches.context, batches.batch_size
 
-def _drain(filled: queue.Queue[Any]) -> None:
-    try:
-        while True:
-            filled.get_nowait()
-    except queue.Empty:
-        pass
+    def at(self, step: int) -> Shaped[Tensor, "own ..."]:
+        """The rows of a step."""
+        return self.batches.at(step)[self.own]
+
+    def sample(self) -> Shaped[Tensor, "own ..."]:
+        """Those of the first step."""
+        return self.at(0)
+
+    def describe(self) -> dict[str, Any]:
+        """As the whole batches say it."""
+        return self.batches.describe()
+
+    def close(self) -> None:
+        """Ends what runs in the background."""
+        self.batches.close()
 
 
 def _row(row: Any) -> Tensor:
@@ -246,11 +253,17 @@ class DatasetRows:
         return np.stack([np.asarray(row) for row in self.dataset[rows.tolist()][self.column]])
 
 
-def batches_of(data: Any, batch_size: int, seed: int, *, tokenizer: Any = None, context: int | None = None) -> Batches:
+OwnBatches = TokenBatches | StreamBatches | OwnRows
+"""A process's rows of the batches of a run."""
+
+
+def batches_of(
+    data: Any, batch_size: int, seed: int, *, tokenizer: Any = None, context: int | None = None, own: slice = ALL
+) -> OwnBatches:
     """Batches of whatever holds rows of tokens; see the table above.
 
     Args:
-        tokenizer, context: for datasets of text.
+        tokenizer, context: for datasets of text. own: which of each batch's rows are wanted here.
 
     Raises:
         TypeError: the data is nothing to go through. ValueError: it does not hold rows of tokens, or too few.
@@ -260,11 +273,11 @@ def batches_of(data: Any, batch_size: int, seed: int, *, tokenizer: Any = None, 
             raise ValueError(
                 f"The data gives batches of {data.batch_size} rows and batch_size is {batch_size}: set either."
             )
-        return data
+        return OwnRows(data, own)
     if isinstance(data, Tensor | np.ndarray):
         if data.ndim != 2 and not (data.ndim == 3 and _holds_vectors(data)):
             raise ValueError(f"Tokens are of shape {tuple(data.shape)}; rows [n, pos] are needed.")
-        return TokenBatches(data, batch_size, seed)
+        return TokenBatches(data, batch_size, seed, own=own)
     if hasattr(data, "features") and hasattr(data, "map"):
         column = _token_column(data)
         if column is None:
@@ -273,13 +286,13 @@ def batches_of(data: Any, batch_size: int, seed: int, *, tokenizer: Any = None, 
             data = tokenised(data, tokenizer, context)
             column = "tokens"
         return (
-            TokenBatches(DatasetRows(data, column), batch_size, seed)
+            TokenBatches(DatasetRows(data, column), batch_size, seed, own=own)
             if hasattr(data, "__len__")
-            else StreamBatches(data, batch_size)
+            else StreamBatches(data, batch_size, own=own)
         )
     if not isinstance(data, Iterable):
         raise TypeError(f"The data is a {type(data).__name__}: pass tokens [n, pos], strings, rows or a dataset.")
-    return StreamBatches(data, batch_size)
+    return StreamBatches(data, batch_size, own=own)
 
 
 def _token_column(dataset: Any) -> str | None:

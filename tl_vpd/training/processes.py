@@ -4,6 +4,8 @@ Losses keep the meaning they have for the whole batch: sums are added over proce
 (the frequency loss's logarithm, means over real tokens), and gradients are added, not averaged. Start with ``torchrun``::
 
     torchrun --nproc-per-node 2 -m tl_vpd.cli train recipe.yaml
+
+What each process keeps of V, U, Γ and their moments is ``tl_vpd.training.sharding``'s matter.
 """
 
 from __future__ import annotations
@@ -15,7 +17,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from jaxtyping import Float, Shaped
 from torch import Tensor
+
+# Renamed in PyTorch 2.13; the older names warn there.
+_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_ADD = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -48,14 +55,28 @@ class World:
         return tensor
 
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
-        """Adds gradients over processes, in one message."""
+        """Adds gradients over processes, in place: no second copy of them is made."""
         if self.size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([g.flatten() for g in gradients])
-        dist.all_reduce(flat)
-        for g, own in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            g.copy_(own.view_as(g))
+        for waiting in [dist.all_reduce(g, async_op=True) for g in gradients]:
+            waiting.wait()
+
+    def gather_runs(self, run: Shaped[Tensor, " each"]) -> Shaped[Tensor, " all"]:
+        """The equally long runs of all processes one after the other."""
+        if self.size == 1:
+            return run
+        whole = run.new_empty(self.size * len(run))
+        _GATHER(whole, run.contiguous())
+        return whole
+
+    def add_runs(self, whole: Float[Tensor, " all"]) -> Float[Tensor, " each"]:
+        """This process's run of the sum over processes; the length must be a multiple of ``size``."""
+        if self.size == 1:
+            return whole
+        run = whole.new_empty(len(whole) // self.size)
+        _ADD(run, whole.contiguous())
+        return run
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """The rows of all processes one after the other."""
@@ -72,12 +93,18 @@ class World:
 
 
 @contextmanager
-def world() -> Iterator[World]:
-    """The processes that ``torchrun`` or the caller started; a group made here is taken down again."""
+def world(device: torch.device | None = None) -> Iterator[World]:
+    """The processes that ``torchrun`` or the caller started; a group made here is taken down again.
+
+    ``device``: where the model is, which decides what carries the messages (``nccl`` between GPUs, else ``gloo``).
+    """
     if dist.is_available() and dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size())
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        on_gpu = device is not None and device.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if on_gpu else "gloo")
         try:
             yield World(dist.get_rank(), dist.get_world_size())
         finally:

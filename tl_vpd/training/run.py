@@ -34,8 +34,9 @@ from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.site import select
 from tl_vpd.storage import library_versions, write_json
 from tl_vpd.training.config import VPDConfig, counts_for
-from tl_vpd.training.data import Batches, batches_of
-from tl_vpd.training.processes import world
+from tl_vpd.training.data import OwnBatches, batches_of
+from tl_vpd.training.processes import World, world
+from tl_vpd.training.sharding import Kind, sharding_of
 from tl_vpd.training.state import latest_state, load_state, save_state
 from tl_vpd.training.trainer import StepMetrics, Trainer
 
@@ -93,6 +94,7 @@ def decompose(
     out: str | os.PathLike[str] | None = None,
     resume: bool = False,
     micro_batch: int | None = None,
+    sharding: Kind = "none",
     context: int | None = None,
     save_every: int = 500,
     keep_states: int = 2,
@@ -110,6 +112,8 @@ def decompose(
         out: folder for metrics, state and the result (None: nothing is written).
         resume: go on from the newest state in ``out`` (there must be one).
         micro_batch: rows run at once, to save memory; the result is that of the whole batch (None: all of them).
+        sharding: what each process of a run under ``torchrun`` keeps a share of instead of the whole: ``none``, the
+            ``optimizer``'s moments, or V, U, Γ, gradients and moments (``full``; ``tl_vpd.training.sharding``).
         context: length of the rows that a dataset of text is cut into (None: the model's context).
         save_every: steps between states. keep_states: newest states that stay. log_every: steps between metrics.
         progress: show a bar.
@@ -123,16 +127,20 @@ def decompose(
     config = config or VPDConfig()
     adapter = adapt(model)
     folder = None if out is None else Path(out)
-    with world() as processes, closing(_batches(adapter, tokens, config, context)) as batches:
+    with world(adapter.device) as processes, closing(_batches(adapter, tokens, config, context, processes)) as batches:
+        adapter.tokens(batches.sample())
         decomposition = new_decomposition(model, config)
         state = None if folder is None else _find_state(folder, resume)
         if folder is not None and state is not None:
             _check_tokens(folder, batches.describe())
         processes.wait()  # nobody writes before all have looked
         history: list[StepMetrics] = []
-        with TappedModel(decomposition, model) as tapped, _interruptible() as interrupted:
+        shares = sharding_of(sharding, processes)
+        shares.start(decomposition)
+        with TappedModel(decomposition, model) as tapped, shares.regathering(), _interruptible() as interrupted:
+            shares.serve(tapped.parts)
             shape = (config.batch_size, batches.context)
-            trainer = Trainer(tapped, config, shape, micro_batch=micro_batch, world=processes)
+            trainer = Trainer(tapped, config, shape, micro_batch=micro_batch, world=processes, sharding=shares)
             if state is not None:
                 load_state(trainer, state)
                 history = _read_history(folder, before=trainer.done)
@@ -144,19 +152,22 @@ def decompose(
                 files.start(trainer, batches.describe(), history)
             _train(trainer, batches, adapter, files, history, interrupted, log_every, progress and processes.first)
             finished = trainer.done >= config.steps
+        shares.end(decomposition)
         if folder is not None and finished and processes.first:
             decomposition.save(folder / "decomposition")
         processes.wait()
     return Run(decomposition, pd.DataFrame([asdict(m) for m in history]), finished, config)
 
 
-def _batches(adapter: Adapter, data: Any, config: VPDConfig, context: int | None) -> Batches:
+def _batches(adapter: Adapter, data: Any, config: VPDConfig, context: int | None, processes: World) -> OwnBatches:
     text = isinstance(data, str) or (isinstance(data, list) and bool(data) and isinstance(data[0], str))
     if text or isinstance(data, Tensor):
         data = adapter.tokens(data)
     length = context or getattr(getattr(adapter.model, "cfg", None), "n_ctx", None)
     tokenizer = getattr(adapter.model, "tokenizer", None)
-    return batches_of(data, config.batch_size, config.seed, tokenizer=tokenizer, context=length)
+    rows = processes.rows(config.batch_size)
+    own = slice(rows.start, rows.stop)
+    return batches_of(data, config.batch_size, config.seed, tokenizer=tokenizer, context=length, own=own)
 
 
 @dataclass(frozen=True)
@@ -188,7 +199,7 @@ class _Files:
 
 def _train(
     trainer: Trainer,
-    batches: Batches,
+    batches: OwnBatches,
     adapter: Adapter,
     files: _Files | None,
     history: list[StepMetrics],
@@ -196,11 +207,10 @@ def _train(
     log_every: int,
     progress: bool,
 ) -> None:
-    steps, rows = trainer.config.steps, trainer.shares.rows
-    own = slice(rows[0], rows[-1] + 1)
+    steps = trainer.config.steps
     with tqdm(total=steps, initial=trainer.done, disable=not progress, desc="decomposing", unit="step") as bar:
         while trainer.done < steps and not _asked_to_stop(trainer, interrupted):
-            tokens = adapter.tokens(batches.at(trainer.done)[own])
+            tokens = adapter.tokens(batches.at(trainer.done))
             metrics = trainer.step(tokens, adapter.padding(tokens, None))
             bar.update()
             if metrics.step % log_every == 0 or trainer.done == steps:

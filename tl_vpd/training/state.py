@@ -1,24 +1,31 @@
 """The state of a run on disk, apart from its product: everything that the next step depends on.
 
 A folder ``state/`` with ``step-00001000.safetensors``: V, U, Γ, AdamW's moments, the adversary's sources and moments, the
-frequencies' running mean and the step (random numbers follow from seed and step). Written to a temporary file, synced and
-renamed; the newest ``keep`` files stay.
+frequencies' running mean and the step (random numbers, schedules and the place in the data follow from seed and step). Written
+to a temporary file, synced and renamed; the newest ``keep`` files stay.
+
+A state holds whole tensors, whatever the sharding and the number of processes that wrote it, so that a run may go on with others.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_vpd.fingerprint import TOLERANCE, Fingerprint, compare
-from tl_vpd.storage import tensors_of, write_atomically
+from tl_vpd.storage import write_atomically
 from tl_vpd.training.config import VPDConfig
+from tl_vpd.training.sharding import parameter_names
 from tl_vpd.training.trainer import Trainer
 
 SHARED = ("sources/values", "sources/first", "sources/second")
@@ -26,25 +33,81 @@ SHARED = ("sources/values", "sources/first", "sources/second")
 
 
 def save_state(trainer: Trainer, folder: Path, *, keep: int = 2) -> Path:
-    """Writes the trainer's state; raises OSError (and leaves older states alone) if it cannot be written."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes the trainer's state; every process must call it, and the first writes.
+
+    Raises:
+        ValueError: ``keep`` is below 1.
+        OSError: it cannot be written; older states are left alone, and all processes raise.
+    """
+    if keep < 1:
+        raise ValueError(f"keep_states is {keep}: at least one state must stay.")
     path = folder / f"step-{trainer.done:08d}.safetensors"
+    whole = _gathered(trainer)
+    failure: OSError | None = None
+    if trainer.world.first:
+        try:
+            _write(trainer, path, whole, keep)
+        except OSError as error:
+            failure = error
+    if trainer.world.add(torch.tensor(float(failure is not None), device=trainer.decomposition.device)) > 0:
+        raise failure or OSError(f"The first process could not write {path}; its message says why.")
+    return path
+
+
+def _gathered(trainer: Trainer) -> dict[str, Tensor]:
+    """The whole state on the CPU, tensor by tensor; only the first process keeps it."""
     _start_moments(trainer)
-    named = _named_tensors(trainer)
-    for key in SHARED:
-        named[key] = trainer.world.gather_rows(named[key])
-    if not trainer.world.first:
-        trainer.world.wait()
-        return path
-    named["step"] = torch.tensor(trainer.done)
-    on_cpu = {k: t.detach().cpu().contiguous() for k, t in named.items()}
+    whole: dict[str, Tensor] = {}
+    for key, own in _entries(trainer).items():
+        tensor = own.tensor if own.kept is None else trainer.sharding.whole(own.kept, own.tensor)
+        if key in SHARED:
+            tensor = trainer.world.gather_rows(tensor)
+        if trainer.world.first:
+            whole[key] = tensor.detach().cpu().contiguous()
+    return whole
+
+
+def _write(trainer: Trainer, path: Path, whole: dict[str, Tensor], keep: int) -> None:
+    folder = path.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for left in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+        left.unlink()
     fingerprints = {name: f.model_dump() for name, f in trainer.decomposition.fingerprints.items()}
     metadata = {"config": trainer.config.model_dump_json(), "fingerprints": json.dumps(fingerprints)}
-    write_atomically(path, lambda p: save_file(on_cpu, p, metadata=metadata))
+    size = sum(t.numel() * t.element_size() for t in whole.values())
+    with _saying_which_disk(folder, size):
+        write_atomically(path, lambda p: save_file(whole, p, metadata=metadata))
+        _sync(folder)
     for old in _states(folder)[:-keep]:
         old.unlink()
-    trainer.world.wait()
-    return path
+
+
+@contextmanager
+def _saying_which_disk(folder: Path, size: int) -> Iterator[None]:
+    """Turns the safetensors library's own error into an OSError, and says which folder is full and what is still there."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else None
+        text = str(error)
+        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota exceeded" in text
+        if not full:
+            raise OSError(number or errno.EIO, f"No state could be written to {folder}: {text}") from error
+        there = [path.name for path in _states(folder)]
+        kept = f"{there[-1]} is intact, so make room and resume" if there else "make room and start again"
+        raise OSError(
+            errno.ENOSPC,
+            f"No space left on the disk of {folder} for a state of {size / 1e6:.1f} MB: {kept}",
+        ) from error
+
+
+def _sync(folder: Path) -> None:
+    """A rename is on the disk when its folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def latest_state(folder: Path) -> Path | None:
@@ -54,7 +117,7 @@ def latest_state(folder: Path) -> Path | None:
 
 
 def load_state(trainer: Trainer, path: Path) -> None:
-    """Restores a state in place.
+    """Restores a state in place; the number of processes and the sharding may be others than those that wrote it.
 
     Raises:
         ValueError: the file is damaged, or the run it belongs to had another config or other target weights.
@@ -63,36 +126,56 @@ def load_state(trainer: Trainer, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             saved = _with_defaults(json.loads(file.metadata()["config"]))
             fingerprints = json.loads(file.metadata().get("fingerprints", "{}"))
-            stored = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 (a safetensors file is no dict)
+            _check_config(trainer, path, saved)
+            _check_target(trainer, path, {name: Fingerprint(**f) for name, f in fingerprints.items()})
+            _start_moments(trainer)
+            _fill(trainer, path, file)
+    except _Refused as error:
+        raise ValueError(str(error)) from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is no intact training state ({error}); delete it to resume from an older one."
         ) from error
+
+
+class _Refused(ValueError):
+    """An intact state that is not this run's."""
+
+
+@torch.no_grad()
+def _fill(trainer: Trainer, path: Path, file: Any) -> None:
+    """Copies a file's tensors, one at a time, into what this process keeps of them."""
+    keys = set(file.keys())
+    for key, own in _entries(trainer).items():
+        if key not in keys:
+            raise _Refused(f"{path}: {key} is missing.")
+        stored = file.get_tensor(key)
+        if key in SHARED:
+            n = len(trainer.shares.attacked)
+            stored = stored[trainer.world.rank * n : (trainer.world.rank + 1) * n]
+        if own.kept is not None:
+            stored = trainer.sharding.own(own.kept, stored)
+        if stored.shape != own.tensor.shape:
+            raise _Refused(
+                f"{path}: {key} is {tuple(stored.shape)}, this run's is {tuple(own.tensor.shape)}: resume with the batch size, "
+                "sequence length and subcomponents that the run was started with."
+            )
+        own.tensor.copy_(stored)
+    trainer.sharding.spread(trainer.parameters)
+    trainer.sources.updates = int(file.get_tensor("sources/updates"))
+    if trainer.frequencies is not None:
+        trainer.frequencies.updates = int(file.get_tensor("frequencies/updates"))
+    trainer.done = int(file.get_tensor("step"))
+
+
+def _check_config(trainer: Trainer, path: Path, saved: dict[str, Any]) -> None:
     now = json.loads(trainer.config.model_dump_json())
     changed = [k for k in now if saved.get(k) != now[k]]
     if changed:
-        raise ValueError(
+        raise _Refused(
             f"{path} was written with another config ({', '.join(f'{k}: {saved.get(k)} then, {now[k]} now' for k in changed)}). "
             "Resume with the config the run was started with, or choose another folder."
         )
-    _check_target(trainer, path, {name: Fingerprint(**f) for name, f in fingerprints.items()})
-    _start_moments(trainer)
-    for key in SHARED:
-        n = len(trainer.shares.attacked)
-        if key in stored:
-            stored[key] = stored[key][trainer.world.rank * n : (trainer.world.rank + 1) * n]
-    with torch.no_grad():
-        for key, target in _named_tensors(trainer).items():
-            if key not in stored or stored[key].shape != target.shape:
-                raise ValueError(
-                    f"{path}: {key} is missing or has another shape than this run's {tuple(target.shape)}."
-                )
-            if not key.startswith("sources/"):
-                target.copy_(stored[key])
-    trainer.sources.load_state_dict({k.split("/")[1]: t for k, t in stored.items() if k.startswith("sources/")})
-    if trainer.frequencies is not None:
-        trainer.frequencies.updates = int(stored["frequencies/updates"])
-    trainer.done = int(stored["step"])
 
 
 def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +187,7 @@ def _check_target(trainer: Trainer, path: Path, stored: dict[str, Fingerprint]) 
     wrong = compare(stored, {name: trainer.weights[name] for name in stored if name in trainer.weights})
     if wrong:
         worst = max(wrong, key=lambda name: wrong[name])
-        raise ValueError(
+        raise _Refused(
             f"{path} is of other weights than this model's: {len(wrong)} sites differ, {worst} by {wrong[worst]:.3g} "
             f"(allowed {TOLERANCE}). Resume with the model the run was started with, or choose another folder."
         )
@@ -114,20 +197,31 @@ def _states(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"))
 
 
-def _named_tensors(trainer: Trainer) -> dict[str, Tensor]:
-    named = {f"parts/{k}": t for k, t in tensors_of(trainer.decomposition).items()}
-    for i, (_, moments) in enumerate(_moments(trainer)):
-        named.update({f"adamw/{i}/{k}": t for k, t in moments.items()})
-    named.update({f"sources/{k}": t for k, t in trainer.sources.state_dict().items()})
+class _Entry(NamedTuple):
+    """A tensor of the state, and the parameter whose shape it has as a whole (None: no parameter's)."""
+
+    tensor: Tensor
+    kept: nn.Parameter | None = None
+
+
+def _entries(trainer: Trainer) -> dict[str, _Entry]:
+    """Everything that the next step depends on, by its key in the file."""
+    own = trainer.decomposition
+    names = [f"{kind}/{site}" for kind in ("V", "U") for site in own.sites]
+    names += [f"gamma/{name}" for name in parameter_names(own.gamma)]
+    found: dict[str, _Entry] = {}
+    for i, (name, p) in enumerate(zip(names, trainer.parameters, strict=True)):
+        moments = trainer.optimizer.state[p]
+        found[f"parts/{name}"] = _Entry(p, p)
+        found[f"adamw/{i}/step"] = _Entry(moments["step"])
+        for key in ("exp_avg", "exp_avg_sq"):
+            found[f"adamw/{i}/{key}"] = _Entry(moments[key], p)
+    found.update({f"sources/{k}": _Entry(t) for k, t in trainer.sources.state_dict().items()})
     if trainer.frequencies is not None:
-        named["frequencies/mean"] = trainer.frequencies.mean
-        named["frequencies/updates"] = torch.tensor(trainer.frequencies.updates)
-    return named
-
-
-def _moments(trainer: Trainer) -> list[tuple[Tensor, dict[str, Tensor]]]:
-    parameters = [p for group in trainer.optimizer.param_groups for p in group["params"]]
-    return [(p, trainer.optimizer.state[p]) for p in parameters if p in trainer.optimizer.state]
+        found["frequencies/mean"] = _Entry(trainer.frequencies.mean)
+        found["frequencies/updates"] = _Entry(torch.tensor(trainer.frequencies.updates))
+    found["step"] = _Entry(torch.tensor(trainer.done))
+    return found
 
 
 def _start_moments(trainer: Trainer) -> None:

@@ -46,6 +46,7 @@ from tl_vpd.training.parts import Part, share
 from tl_vpd.training.processes import World
 from tl_vpd.training.random import START, RowRandom
 from tl_vpd.training.schedules import Schedule
+from tl_vpd.training.sharding import Sharding
 
 Routing = dict[str, Bool[Tensor, "_ pos"]] | None
 LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial", "layerwise")
@@ -101,7 +102,7 @@ class Trainer:
         tapped: an entered ``TappedModel`` of the decomposition and its target.
         shape: (batch, pos) of every batch, over all processes; pos is 1 for inputs ``[batch, d]``.
         micro_batch: rows that are run at once (None: all of a process's).
-        world: the processes that share the batch.
+        world: the processes that share the batch. sharding: what each of them keeps of V, U, Γ and moments (None: all).
 
     Raises:
         ValueError: the batch cannot be shared out.
@@ -115,14 +116,16 @@ class Trainer:
         *,
         micro_batch: int | None = None,
         world: World | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         self.tapped, self.config, self.world = tapped, config, world or World()
+        self.sharding = sharding or Sharding(self.world)
         if not isinstance(tapped.parts.decomposition, Decomposition):
             raise TypeError("A Trainer needs a tapped Decomposition: bare Components have no Γ.")
         self.decomposition = tapped.parts.decomposition
         self.weights = {name: tapped.adapter.weight(name) for name in self.decomposition.sites}
-        self.matrices = list(self.decomposition.components.parameters())
-        gamma = list(self.decomposition.gamma.parameters())
+        self.matrices = self.sharding.kept(self.decomposition.components)
+        gamma = self.sharding.kept(self.decomposition.gamma)
         gamma_lr = config.gamma_lr or config.lr
         groups = [
             {"params": self.matrices, "lr": config.lr, "peak": config.lr},
@@ -152,8 +155,10 @@ class Trainer:
         loss = self._faithfulness()
         for _ in range(self.config.warm_up_steps):
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            (loss / self.world.size).backward()
+            self.sharding.collect(self.matrices)
             optimizer.step()
+            self.sharding.spread(self.matrices)
             loss = self._faithfulness()
         optimizer.zero_grad(set_to_none=True)
         return float(loss.detach())
@@ -362,12 +367,13 @@ class Trainer:
             numbers = {name: float(value) for name, value in values.items()}
             wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
             raise FloatingPointError(f"Step {self.done}: not finite: {', '.join(wrong) or 'total'} ({numbers}).")
-        self.world.add_gradients(self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.matrices, self.config.clip or float("inf"))
+        self.sharding.collect(self.parameters)
+        norm = self.sharding.clip(self.matrices, self.config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * now.rate
         self.optimizer.step()
-        return float(norm)
+        self.sharding.spread(self.parameters)
+        return norm
 
 
 def _weighted(distance: Reconstruction, output: Tensor, total: Tensor) -> Float[Tensor, ""]:
