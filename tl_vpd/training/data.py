@@ -44,10 +44,13 @@ SAMPLE = 256
 class Batches(Protocol):
     """What a run trains on."""
 
-    context: int
-    """Tokens, or vectors, in a row."""
-    batch_size: int
-    """Rows in a batch."""
+    @property
+    def context(self) -> int:
+        """Tokens, or vectors, in a row."""
+
+    @property
+    def batch_size(self) -> int:
+        """Rows in a batch."""
 
     def at(self, step: int) -> Shaped[Tensor, "batch ..."]:
         """The batch of a step; steps are asked for in order."""
