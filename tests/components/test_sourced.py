@@ -20,7 +20,7 @@ SHAPES = {"a": (4, 6), "b": (6, 2), "c": (2, 4)}
 def leaves(shared: bool, bias: bool):
     """A chain of three sites with random everything, float64."""
     g = draw(2, 7, 12, seed=1)
-    sources = draw(*((1, 1) if shared else (2, 7)), 15, seed=2)
+    sources = draw(3 if shared else 14, 15, seed=2)
     tensors = {"x": draw(2, 7, 4, seed=3) - 0.5, "g": g, "sources": sources}
     for i, (name, (d_in, d_out)) in enumerate(SHAPES.items()):
         C = PACKING.counts[name]
@@ -32,6 +32,19 @@ def leaves(shared: bool, bias: bool):
         if bias:
             tensors[f"b{name}"] = draw(d_out, seed=40 + i)
     return {k: t.requires_grad_(k[0] != "b") for k, t in tensors.items()}
+
+
+TAKEN = torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 0, 1, 2, 1, 0, 0])
+"""Which of three shared sources each token takes."""
+
+
+def pass_of(t, routing=None, shared=False, some=None):
+    """A pass that leaves the gradients of g and of the sources (or the first ``some``) where the leaves have theirs."""
+    t["g"].grad, t["sources"].grad = torch.zeros_like(t["g"]), torch.zeros_like(t["sources"])
+    grad_sources = t["sources"].grad[:some]
+    return SourcedPass(
+        t["g"], t["sources"], PACKING, routing, taken=TAKEN if shared else None, grad_g=t["g"].grad, grad_sources=grad_sources
+    )
 
 
 def chain(t, site):
@@ -50,9 +63,10 @@ def test_values_and_gradients_are_those_of_masks_made_one_by_one(shared, bias, r
     monkeypatch.setattr(module, "_BLOCK", block)
     routing = {n: draw(2, 7, seed=60 + i) < 0.5 for i, n in enumerate(SHAPES)} if routed else None
     one, other = leaves(shared, bias), leaves(shared, bias)
-    run = SourcedPass(one["g"], one["sources"], PACKING, routing)
+    run = pass_of(one, routing, shared)
     value = chain(one, lambda n, y, x: run.product(n, y, x, one[f"V{n}"], one[f"U{n}"], one.get(f"b{n}")))
-    masks = masks_from_sources(other["g"], other["sources"], PACKING, routing)
+    spread = other["sources"][TAKEN] if shared else other["sources"]
+    masks = masks_from_sources(other["g"], spread.view(2, 7, 15), PACKING, routing)
 
     def plain(n, y, x):
         own = masks[n]
@@ -77,24 +91,68 @@ def test_values_and_gradients_are_those_of_masks_made_one_by_one(shared, bias, r
 
 def test_only_what_is_asked_for_gets_gradients():
     t = leaves(shared=False, bias=True)
-    for k, tensor in t.items():
-        tensor.requires_grad_(k == "sources")
+    for tensor in t.values():
+        tensor.requires_grad_(False)
+    found = torch.zeros_like(t["sources"])
+    run = SourcedPass(t["g"], t["sources"], PACKING, grad_sources=found)
+    value = chain(t, lambda n, y, x: run.product(n, y, x, t[f"V{n}"], t[f"U{n}"], t[f"b{n}"]))
+    assert torch.autograd.grad(value, run.handle, allow_unused=True) == (None,)
+    assert bool((found != 0).any()) and all(tensor.grad is None for tensor in t.values())
     run = SourcedPass(t["g"], t["sources"], PACKING)
-    chain(t, lambda n, y, x: run.product(n, y, x, t[f"V{n}"], t[f"U{n}"], t[f"b{n}"])).backward()
-    assert t["sources"].grad is not None and all(t[k].grad is None for k in t if k != "sources")
-    with torch.no_grad():
-        again = chain(t, lambda n, y, x: run.product(n, y, x, t[f"V{n}"], t[f"U{n}"], t[f"b{n}"]))
-    assert not again.requires_grad
+    assert not chain(t, lambda n, y, x: run.product(n, y, x, t[f"V{n}"], t[f"U{n}"], t[f"b{n}"])).requires_grad
+
+
+def test_importances_gradients_add_up_over_passes():
+    t = leaves(shared=False, bias=False)
+    run = pass_of(t)
+    site = lambda n, y, x: run.product(n, y, x, t[f"V{n}"], t[f"U{n}"], None)  # noqa: E731
+    chain(t, site).backward()
+    once = t["g"].grad.clone()
+    run = SourcedPass(t["g"], t["sources"], PACKING, grad_g=t["g"].grad)
+    chain(t, site).backward()
+    assert_close(t["g"].grad, 2 * once)
+
+
+@pytest.mark.parametrize("routed", [False, True])
+def test_only_the_first_sources_may_want_gradients(routed):
+    """Tokens that take later ones leave nothing, as in a pass with attacked and stochastic rows."""
+    routing = {n: draw(2, 7, seed=60 + i) < 0.5 for i, n in enumerate(SHAPES)} if routed else None
+    whole, part = leaves(shared=True, bias=False), leaves(shared=True, bias=False)
+    for t, some in ((whole, None), (part, 2)):
+        run = pass_of(t, routing, shared=True, some=some)
+        chain(t, lambda n, y, x, t=t, run=run: run.product(n, y, x, t[f"V{n}"], t[f"U{n}"], None)).backward()
+    assert_close(part["sources"].grad[:2], whole["sources"].grad[:2])
+    assert bool((part["sources"].grad[2] == 0).all()) and bool((whole["sources"].grad[2] != 0).any())
+    assert_close(part["g"].grad, whole["g"].grad)
 
 
 def test_a_pass_over_some_sites_leaves_the_others_gradients_at_zero():
     t = leaves(shared=False, bias=False)
-    run = SourcedPass(t["g"], t["sources"], PACKING)
+    run = pass_of(t)
     chain(t, lambda n, y, x: run.product(n, y, x, t["Vb"], t["Ub"], None) if n == "b" else y).backward()
     zero = torch.ones(12, dtype=torch.bool)
     zero[5:8] = False
     assert bool((t["g"].grad[..., zero] == 0).all()) and bool((t["g"].grad[..., ~zero] != 0).any())
     assert bool((t["sources"].grad[..., [12, 14]] == 0).all()) and bool((t["sources"].grad[..., 13] != 0).any())
+
+
+def test_gradients_reach_importances_and_sources_through_masks_as_tensors():
+    """Where a flag splits a product by head, masks are made as tensors; their gradients must be the same."""
+    model, tokens = tiny_model(), some_tokens()
+    vpd = decomposition_of(model).double()
+    vpd.requires_grad_(False)
+    g, sources = draw(2, 7, 72, seed=1), draw(14, 84, seed=2)
+    found = []
+    for split in (False, True):
+        model.set_use_split_qkv_input(split)
+        of_g, of_sources = torch.zeros_like(g), torch.zeros_like(sources)
+        with TappedModel(vpd, model) as tapped:
+            run = SourcedPass(g, sources, vpd.packing, grad_g=of_g, grad_sources=of_sources)
+            value = tapped.masked(tokens, run).square().sum()
+            torch.autograd.grad(value, run.handle, allow_unused=True)
+        found.append((of_g, of_sources))
+    assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)
+    assert bool((found[0][0] != 0).any()) and bool((found[0][1] != 0).any())
 
 
 @pytest.mark.parametrize("flag", [None, "use_attn_result", "use_split_qkv_input"])
@@ -104,8 +162,8 @@ def test_a_tapped_model_takes_a_sourced_pass_in_every_layout_and_precision(flag,
     if flag:
         getattr(model, f"set_{flag}")(True)
     vpd = decomposition_of(model).double()
-    g, sources = draw(2, 7, 72, seed=1).to(dtype), draw(2, 7, 84, seed=2).to(dtype)
+    g, sources = draw(2, 7, 72, seed=1).to(dtype), draw(14, 84, seed=2).to(dtype)
     with torch.no_grad(), TappedModel(vpd, model) as tapped:
         found = tapped.masked(tokens, SourcedPass(g, sources, vpd.packing))
-        expected = tapped.masked(tokens, masks_from_sources(g, sources, vpd.packing))
+        expected = tapped.masked(tokens, masks_from_sources(g, sources.view(2, 7, 84), vpd.packing))
     assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 1e-10, atol=1e-9)

@@ -12,7 +12,7 @@ from tl_vpd.hooks import TappedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.masking import fresh_pgd, masks_from_sources
 from tl_vpd.training import AdversaryConfig, Coefficients, Trainer, VPDConfig
-from tl_vpd.training.losses import Reconstruction, faithfulness, frequency_minimality, importance_minimality, power_sums
+from tl_vpd.training.losses import Penalty, Reconstruction, faithfulness, frequency_minimality, importance_minimality, penalty_sums
 from tl_vpd.training.trainer import Draws
 
 
@@ -36,7 +36,7 @@ class Losses:
         return self.distance(self.tapped.masked(self.reference.tokens, masks))
 
     def minimality(self, p: float, beta: float = 0.5) -> Tensor:
-        s, n = power_sums(self.z, p)
+        s, n = penalty_sums(self.z, Penalty("power", p))
         return importance_minimality(s, n) + beta * frequency_minimality(s, n)
 
     def of(self, name: str) -> Tensor:
@@ -158,10 +158,12 @@ class Drawn(Trainer):
     draws: dict[str, Tensor]
 
     def draw(self, tokens: Tensor) -> Draws:
+        return Draws(by_site(self.draws, f"step{self.done - 500}/routing"), None)
+
+    def draw_sources(self, what: str, rows: list[int]) -> Tensor:
         prefix = f"step{self.done - 500}"
         deltas = [by_site(self.draws, f"{prefix}/src_delta")[n][..., None] for n in self.decomposition.packing.names]
-        sources = torch.cat([pack(self.draws, f"{prefix}/src"), *deltas], -1)
-        return Draws(sources, by_site(self.draws, f"{prefix}/routing"), None)
+        return torch.cat([pack(self.draws, f"{prefix}/src"), *deltas], -1).flatten(0, 1)
 
 
 def test_three_training_steps(reference: Reference):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -35,9 +34,8 @@ SETTINGS = {
 class Double(Trainer):
     """A trainer whose random numbers are float64."""
 
-    def draw(self, tokens):
-        drawn = super().draw(tokens)
-        return replace(drawn, sources=drawn.sources.double())
+    def draw_sources(self, what, rows):
+        return super().draw_sources(what, rows).double()
 
 
 def run(steps=3, micro_batch=None, keep=None, **settings):

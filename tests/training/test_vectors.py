@@ -48,7 +48,7 @@ def test_the_layerwise_loss_is_the_mean_over_sites_of_the_error_with_that_site_m
     x = normal(3, 1, 4).float()
     with TappedModel(vpd, model) as tapped:
         trainer = Trainer(tapped, config(coefficients=ALONE), (3, 1))
-        drawn = trainer.draw(x).layerwise.squeeze(1)
+        drawn = trainer.draw_sources("layerwise", range(3))
         sources = {"fc": drawn[:, [*range(5), 10]], "head.out": drawn[:, [*range(5, 10), 11]]}
         target = model(x[:, 0])
         errors = [
@@ -72,12 +72,14 @@ def test_parts_of_a_batch_give_the_layerwise_loss_of_the_whole(merged):
     assert_close(found[0][3], found[1][3], atol=2e-3, rtol=0)
 
 
-def test_without_the_coefficient_nothing_is_drawn_for_it_and_the_step_is_what_it_was():
+def test_without_the_coefficient_nothing_is_drawn_for_it():
     model = seeded(TwoLayers).float()
     with TappedModel(new_decomposition(model, config()), model) as tapped:
         trainer = Trainer(tapped, config(), (3, 1))
-        assert trainer.draw(normal(3, 1, 4)).layerwise is None
+        drawn, draw = [], trainer.draw_sources
+        trainer.draw_sources = lambda what, rows: drawn.append(what) or draw(what, rows)
         assert trainer.step(normal(3, 1, 4).float()).layerwise == 0
+    assert drawn == ["stochastic"]
 
 
 @pytest.mark.parametrize(

@@ -4,77 +4,101 @@
 
 Masks are never stored: forward and backward each make them block by block, small enough to stay in the processor's cache, from
 importances g and sources r, which all sites keep on one packed axis. What backward needs of a site is x, a and y₀. With the
-output's gradient G, zero where a token is not routed,
+output's gradient G,
 
     ∂coefficients = G Uᵀ,   ∂a = ∂coefficients ⊙ (m − m_Δ),   ∂m = ∂coefficients ⊙ a,   ∂m_Δ = Σ G (y₀ − b) − Σ_c ∂m
     ∂g = ∂m (1 − r),        ∂r = ∂m (1 − g)
 
-The last line is one pass over the packed axis for all sites: every site writes its ∂m into one buffer, and a node of the graph
-that runs after all of them (``_Gather``) turns it into the gradients of g and r.
+Only routed tokens are computed: elsewhere the output is y₀ and gradients pass to it. ∂g and ∂r do not travel through autograd:
+each block adds to, or writes into, two packed tensors that all sites share (``grad_g``, ``grad_sources``), so that neither ∂m
+nor any other tensor of their size is ever made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tl_vpd.site import Packing
 
-_BLOCK = 1 << 17
+_BLOCK = 1 << 16
 """Elements handled at once."""
 
-
-class _Buffer:
-    """∂m of all sites, and ∂m_Δ, of one pass; made when the first site writes."""
-
-    def __init__(self, shape: torch.Size, n_sites: int, like: Tensor) -> None:
-        self.shape, self.n_sites, self.like = shape, n_sites, like
-        self.writers = 0
-        self.mask: Tensor | None = None
-        self.delta: Tensor | None = None
-
-    def made(self) -> tuple[Tensor, Tensor]:
-        """Both tensors; zero where no site writes."""
-        if self.mask is None or self.delta is None:
-            make = torch.empty if self.writers == self.n_sites else torch.zeros
-            self.mask = make(self.shape, dtype=self.like.dtype, device=self.like.device)
-            self.delta = make(*self.shape[:-1], self.n_sites, dtype=self.like.dtype, device=self.like.device)
-        return self.mask, self.delta
+Rows = slice | Tensor
 
 
-class _Gather(torch.autograd.Function):
-    """From g and sources to a scalar that every site takes, so that this node's backward comes after all of theirs."""
+class _Columns:
+    """One site's columns of a pass: importances, sources, Δ's source, and where their gradients go. Rows are tokens."""
 
-    @staticmethod
-    def forward(ctx: Any, g: Tensor, sources: Tensor, buffer: _Buffer) -> Tensor:
-        ctx.save_for_backward(g, sources)
-        ctx.buffer = buffer
-        return g.new_zeros(())
+    def __init__(self, run: SourcedPass, name: str) -> None:
+        columns, site = run.packing.slices[name], run.packing.names.index(name)
+        delta = run.packing.total + site
+        self.g, self.r, self.own_delta = run.g[:, columns], run.sources[:, columns], run.sources[:, delta : delta + 1]
+        self.taken, self.one = run.taken, run.one
+        self.grad_g = None if run.grad_g is None else run.grad_g[:, columns]
+        self.grad_r = self.grad_delta = None
+        if run.grad_sources is not None:
+            self.grad_r, self.grad_delta = run.grad_sources[:, columns], run.grad_sources[:, delta]
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        g, sources = ctx.saved_tensors
-        mask, delta = ctx.buffer.made()
-        C = g.shape[-1]
-        grad_g = torch.addcmul(mask, mask, sources[..., :C], value=-1) if ctx.needs_input_grad[0] else None
-        grad_sources = None
-        if ctx.needs_input_grad[1]:
-            full = mask.new_empty(*g.shape[:-1], sources.shape[-1])
-            torch.addcmul(mask, mask, g, value=-1, out=full[..., :C])
-            full[..., C:] = delta
-            grad_sources = full.sum_to_size(sources.shape)
-        ctx.buffer.mask = ctx.buffer.delta = None
-        return grad_g, grad_sources, None
+    @property
+    def wanted(self) -> bool:
+        """Whether anybody waits for ∂g or ∂r."""
+        return self.grad_g is not None or self.grad_r is not None
+
+    def sources(self, rows: Rows) -> Float[Tensor, "some C"]:
+        """The sources that some tokens take."""
+        return self.r[rows] if self.taken is None else self.r[self.taken[rows]]
+
+    def delta(self, rows: Rows) -> Float[Tensor, "some 1"]:
+        """Δ's masks of some tokens."""
+        return self.own_delta[rows] if self.taken is None else self.own_delta[self.taken[rows]]
+
+    def mask(self, rows: Rows, out: Tensor | None = None) -> Float[Tensor, "some C"]:
+        """``g + (1 − g) r`` of some tokens."""
+        g, r = self.g[rows], self.sources(rows)
+        return torch.lerp(r, self.one, g) if out is None else torch.lerp(r, self.one, g, out=out)
+
+    def difference(self, rows: Rows, out: Tensor | None = None) -> Float[Tensor, "some C"]:
+        """``g + (1 − g) r − m_Δ`` of some tokens."""
+        return self.mask(rows, out).sub_(self.delta(rows))
+
+    def take(self, rows: Rows, of_mask: Float[Tensor, "some C"]) -> None:
+        """Hands ∂m of some tokens on to ∂g and ∂r."""
+        if self.grad_g is not None:
+            if isinstance(rows, slice):
+                self.grad_g[rows].add_(of_mask).addcmul_(of_mask, self.sources(rows), value=-1)
+            else:
+                self.grad_g.index_add_(0, rows, torch.addcmul(of_mask, of_mask, self.sources(rows), value=-1))
+        if self.grad_r is not None:
+            if isinstance(rows, slice) and self.taken is None:
+                torch.addcmul(of_mask, of_mask, self.g[rows], value=-1, out=self.grad_r[rows])
+            else:
+                self._add(self.grad_r, rows, torch.addcmul(of_mask, of_mask, self.g[rows], value=-1))
+
+    def take_delta(self, rows: Rows, of_delta: Float[Tensor, " some"]) -> None:
+        """Hands ∂m_Δ of some tokens on."""
+        if self.grad_delta is not None:
+            self._add(self.grad_delta, rows, of_delta)
+
+    def _add(self, target: Tensor, rows: Rows, share: Tensor) -> None:
+        """Adds to the rows that tokens have taken; those past the end of ``target`` want no gradient."""
+        if self.taken is None:
+            target[rows] = share
+            return
+        taken = self.taken[rows]
+        if len(target) < len(self.r):
+            inside = taken < len(target)
+            taken, share = taken[inside], share[inside]
+        target.index_add_(0, taken, share)
 
 
 class _Product(torch.autograd.Function):
-    """One site's masked output. Rows are tokens: every tensor is ``[tokens, ...]``."""
+    """One site's masked output. Rows are tokens: every tensor is ``[tokens, ...]``; ``routed`` are the numbers of those masked."""
 
     @staticmethod
     def forward(
@@ -85,102 +109,137 @@ class _Product(torch.autograd.Function):
         V: Tensor,
         U: Tensor,
         bias: Tensor | None,
-        g: Tensor,
-        r: Tensor,
-        delta: Tensor,
         routed: Tensor | None,
-        where: tuple[_Buffer, slice, int],
+        of: _Columns,
     ) -> Tensor:
-        acts = x @ V
-        output = y * delta if bias is None else torch.lerp(bias.expand_as(y), y, delta)
+        every: Rows = slice(None) if routed is None else routed
+        own_x, own_y = (x, y) if routed is None else (x[routed], y[routed])
+        acts, delta = own_x @ V, of.delta(every)
+        output = own_y * delta if bias is None else torch.lerp(bias, own_y, delta)
         coefficients = torch.empty_like(acts)
-        for rows in _blocks(acts):
-            _difference(g[rows], r[rows], delta[rows], out=coefficients[rows]).mul_(acts[rows])
+        for block, rows in _blocks(acts, routed):
+            of.difference(rows, out=coefficients[block]).mul_(acts[block])
         output.addmm_(coefficients, U)
-        if routed is not None:
-            output = torch.where(routed, output, y)
-        ctx.save_for_backward(y, x, acts, V, U, bias, g, r, delta, routed)
-        ctx.where = where
-        return output
+        ctx.save_for_backward(y, x, acts, V, U, bias, routed)
+        ctx.of = of
+        return output if routed is None else y.index_copy(0, routed, output)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        y, x, acts, V, U, bias, g, r, delta, routed = ctx.saved_tensors
-        buffer, columns, site = ctx.where
-        needs = ctx.needs_input_grad
-        own = grad if routed is None else grad * routed
+        y, x, acts, V, U, bias, routed = ctx.saved_tensors
+        of, needs = ctx.of, ctx.needs_input_grad
+        every: Rows = slice(None) if routed is None else routed
+        own, delta = grad[every], of.delta(every)
         of_coefficients = own @ U.T
         weighted = torch.empty_like(acts) if needs[4] else None
-        if needs[0]:
-            mask, of_delta = buffer.made()
-            mask, of_delta = mask.flatten(0, -2)[:, columns], of_delta.flatten(0, -2)[:, site]
-            centred = y if bias is None else y - bias
-            torch.linalg.vecdot(own, centred, out=of_delta)
-        for rows in _blocks(acts):
-            difference = _difference(g[rows], r[rows], delta[rows])
+        of_delta = None
+        if of.grad_delta is not None:
+            of_delta = torch.linalg.vecdot(own, y[every] if bias is None else y[every] - bias)
+        for block, rows in _blocks(acts, routed):
+            difference = of.difference(rows)
             if weighted is not None:
-                torch.mul(acts[rows], difference, out=weighted[rows])
-            if needs[0]:
-                block = torch.mul(of_coefficients[rows], acts[rows], out=mask[rows])
-                of_delta[rows] -= block.sum(-1)
-            of_coefficients[rows].mul_(difference)  # from here on the gradient of the activations
-        of_y = own * delta
-        if routed is not None:
-            of_y = torch.where(routed, of_y, grad)
+                torch.mul(acts[block], difference, out=weighted[block])
+            if of.wanted:
+                of_mask = of_coefficients[block] * acts[block]
+                of.take(rows, of_mask)
+                if of_delta is not None:
+                    of_delta[block] -= of_mask.sum(-1)
+            of_coefficients[block].mul_(difference)  # from here on the gradient of the activations
+        if of_delta is not None:
+            of.take_delta(every, of_delta)
+        of_y = of_x = None
+        if needs[1]:
+            of_y = own * delta if routed is None else grad.index_copy(0, routed, own * delta)
+        if needs[2]:
+            of_x = of_coefficients @ V.T
+            if routed is not None:
+                of_x = torch.zeros_like(x).index_copy_(0, routed, of_x)
         return (
-            torch.zeros_like(delta[0, 0]) if needs[0] else None,
-            of_y if needs[1] else None,
-            of_coefficients @ V.T if needs[2] else None,
-            x.T @ of_coefficients if needs[3] else None,
+            None,
+            of_y,
+            of_x,
+            x[every].T @ of_coefficients if needs[3] else None,
             weighted.T @ own if weighted is not None else None,
-            *[None] * 6,
+            *[None] * 3,
         )
 
 
-def _blocks(tensor: Tensor) -> list[slice]:
-    rows = max(1, _BLOCK // max(1, tensor.shape[1]))
-    return [slice(start, start + rows) for start in range(0, len(tensor), rows)]
+class _Mask(torch.autograd.Function):
+    """A site's mask and Δ's as tensors, whose gradients go where ``_Product``'s go."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, of: _Columns) -> tuple[Tensor, Tensor]:
+        ctx.of = of
+        return of.mask(slice(None)), of.delta(slice(None)).squeeze(1).clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_mask: Tensor, of_delta: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        ctx.of.take(slice(None), of_mask)
+        ctx.of.take_delta(slice(None), of_delta)
+        return None, None
 
 
-def _difference(g: Tensor, r: Tensor, delta: Tensor, out: Tensor | None = None) -> Tensor:
-    """``g + (1 − g) r − m_Δ``."""
-    one = torch.ones((), dtype=g.dtype, device=g.device)
-    found = torch.lerp(r.expand_as(g), one, g) if out is None else torch.lerp(r.expand_as(g), one, g, out=out)
-    return found.sub_(delta)
+def _blocks(acts: Tensor, routed: Tensor | None) -> Iterator[tuple[slice, Rows]]:
+    """Blocks of the rows of ``acts``, and which rows of the pass they are."""
+    rows = max(1, _BLOCK // max(1, acts.shape[1]))
+    for start in range(0, len(acts), rows):
+        block = slice(start, start + rows)
+        yield block, block if routed is None else routed[block]
 
 
 class SourcedPass:
     """Importances, sources and routing of one masked pass, and every site's product in it.
 
     Args:
-        g: importances of all sites, packed. sources: in [0, 1], packed, Δ's behind (shared over tokens or one a token).
+        g: importances of all sites, packed.
+        sources: in [0, 1], packed, Δ's behind.
         routing: by site, where the masked path is taken (None: everywhere).
+        taken: which row of the sources each token takes, tokens in the order of ``g``'s rows (None: each its own).
+        grad_g: where backward adds the importances' gradient (None: it is not wanted).
+        grad_sources: where backward leaves the gradient of the sources, or of the first of them: zero at the start, and right
+            after one backward (None: it is not wanted).
+        sites: the sites that are masked (None: all).
+
+    g and sources are constants to autograd. Attribute ``handle``: a scalar on which every site's output depends, for
+    ``torch.autograd.grad`` where neither V nor U wants gradients; its own gradient is None and means nothing.
     """
 
     def __init__(
         self,
         g: Float[Tensor, "*batch C_total"],
-        sources: Float[Tensor, "*#batch C_and_deltas"],
+        sources: Float[Tensor, "rows C_and_deltas"],
         packing: Packing,
         routing: Mapping[str, Bool[Tensor, "*batch"]] | None = None,
+        *,
+        taken: Int[Tensor, " tokens"] | None = None,
+        grad_g: Float[Tensor, "*batch C_total"] | None = None,
+        grad_sources: Float[Tensor, "some C_and_deltas"] | None = None,
+        sites: Collection[str] | None = None,
     ) -> None:
-        self.g, self.sources, self.packing, self.routing = g, sources, packing, routing
-        self._buffer = _Buffer(g.shape, len(packing.names), g)
-        self._handle = _Gather.apply(g, sources, self._buffer)
-        self._rows_g = g.detach().flatten(0, -2)
-        self._rows_r = sources.detach().expand(*g.shape[:-1], -1).flatten(0, -2)
+        self.sites = packing.slices.keys() if sites is None else sites
+        self.packing, self.routing, self.taken = packing, routing, taken
+        self.batch = g.shape[:-1]
+        self.g, self.sources = g.detach().flatten(0, -2), sources.detach()
+        self.grad_g = None if grad_g is None else grad_g.flatten(0, -2)
+        self.grad_sources = grad_sources
+        self.one = g.new_ones(())
+        self.handle = torch.zeros((), dtype=g.dtype, device=g.device)
+        self.handle.requires_grad_(grad_g is not None or grad_sources is not None)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of importances and sources."""
+        return self.g.dtype
 
     def __contains__(self, name: str) -> bool:
-        return name in self.packing.slices
+        return name in self.sites
 
     def mask(self, name: str) -> tuple[Float[Tensor, "*batch C"], Float[Tensor, "*batch"]]:
         """One site's mask and Δ's as tensors of their own, for products that are not ``product``'s."""
-        columns, site = self.packing.slices[name], self.packing.names.index(name)
-        g = self.g[..., columns]
-        r = self.sources[..., columns].expand_as(g)
-        delta = self.sources[..., self.packing.total + site].expand(g.shape[:-1])
-        return torch.lerp(r, torch.ones((), dtype=g.dtype, device=g.device), g), delta
+        mask, delta = _Mask.apply(self.handle, _Columns(self, name))
+        return mask.view(*self.batch, -1), delta.view(self.batch)
 
     def product(
         self,
@@ -192,21 +251,7 @@ class SourcedPass:
         bias: Float[Tensor, " d_out"] | None,
     ) -> Float[Tensor, "*batch d_out"]:
         """The site's masked output from the output y the model computed and its input x."""
-        site = self.packing.names.index(name)
-        columns = self.packing.slices[name]
-        self._buffer.writers += 1
-        routed = None if self.routing is None else self.routing[name].reshape(-1, 1)
-        rows = _Product.apply(
-            self._handle,
-            y.flatten(0, -2),
-            x.flatten(0, -2),
-            V,
-            U,
-            bias,
-            self._rows_g[:, columns],
-            self._rows_r[:, columns],
-            self._rows_r[:, self.packing.total + site].unsqueeze(1),
-            routed,
-            (self._buffer, columns, site),
-        )
+        routed = None if self.routing is None else self.routing[name].reshape(-1).nonzero().squeeze(1)
+        own = _Columns(self, name)
+        rows = _Product.apply(self.handle, y.flatten(0, -2), x.flatten(0, -2), V, U, bias, routed, own)
         return rows.view(y.shape)

@@ -166,7 +166,7 @@ class TappedModel:
 
     def _sourced(self, run: SourcedPass, name: str, x: Tensor, y: Tensor) -> Tensor:
         layout = self.adapter.layout(name)
-        if layout.by_head or layout.repeats > 1 or y.dtype != run.g.dtype:
+        if layout.by_head or layout.repeats > 1 or y.dtype != run.dtype:
             product = Product(name, self.adapter, self.parts, x, y)
             routed = None if run.routing is None else run.routing[name]
             return product.masked(product.acts(), SiteMask(*run.mask(name), routed))

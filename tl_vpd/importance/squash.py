@@ -32,9 +32,17 @@ class _LowerLeaky(torch.autograd.Function):
         # Blocks small enough for the processor's cache: no temporary of z's size.
         out = z.new_empty(z.shape)
         for own, incoming, target in zip(*(t.reshape(-1).split(_BLOCK) for t in (z, grad, out)), strict=True):
-            inside = torch.where(own <= 1, incoming, 0.0)
-            torch.where(own > 0, inside, incoming.clamp(max=0).mul_(LEAK), out=target)
+            lower_leaky_pullback(own, incoming, out=target)
         return out
+
+
+def lower_leaky_pullback(
+    z: Float[Tensor, "*batch"], grad: Float[Tensor, "*batch"], out: Float[Tensor, "*batch"] | None = None
+) -> Float[Tensor, "*batch"]:
+    """The gradient in z from the gradient in g (``out`` may be ``grad``)."""
+    leaked = grad.clamp(max=0).mul_(LEAK)
+    inside = torch.where(z <= 1, grad, 0.0)
+    return torch.where(z > 0, inside, leaked, out=out) if out is not None else torch.where(z > 0, inside, leaked)
 
 
 def lower_leaky(z: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:

@@ -2,7 +2,7 @@
 
 from tl_vpd.masking.fresh import AttackResult, fresh_pgd
 from tl_vpd.masking.masks import Masks, SiteMask, constant_masks, masks_from_sources
-from tl_vpd.masking.persistent import PersistentSources, spread
+from tl_vpd.masking.persistent import PersistentSources, taken_rows
 from tl_vpd.masking.routing import uniform_k_routing
 
 __all__ = [
@@ -13,6 +13,6 @@ __all__ = [
     "constant_masks",
     "fresh_pgd",
     "masks_from_sources",
-    "spread",
+    "taken_rows",
     "uniform_k_routing",
 ]

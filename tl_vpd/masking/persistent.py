@@ -87,10 +87,7 @@ class PersistentSources:
         self.updates = int(state["updates"])
 
 
-def spread(
-    leaf: Float[Tensor, "rows slots C_and_deltas"], taken: Int[Tensor, "rows pos"] | None
-) -> Float[Tensor, "rows pos C_and_deltas"]:
-    """Sources for every position: those of the slot it has taken (None: its own)."""
-    if taken is None:
-        return leaf
-    return leaf[torch.arange(len(leaf), device=leaf.device)[:, None], taken]
+def taken_rows(slots: Int[Tensor, "rows pos"], n_slots: int) -> Int[Tensor, " tokens"]:
+    """Which of the sources ``[rows · slots, C_and_deltas]`` every token takes, from the slot of its batch element it has drawn."""
+    first = torch.arange(len(slots), device=slots.device).unsqueeze(1) * n_slots
+    return (first + slots).flatten()

@@ -29,6 +29,10 @@ class Part:
         """These rows of a tensor with all of the process's rows."""
         return None if tensor is None else tensor[self.order]
 
+    def numbers(self, rows: Sequence[int]) -> Sequence[int]:
+        """These rows of a sequence with all of the process's rows."""
+        return rows[self.order] if isinstance(self.order, slice) else [rows[i] for i in self.order.tolist()]
+
 
 @dataclass(frozen=True)
 class Shares:

@@ -28,19 +28,16 @@ from torch import Tensor
 from tl_vpd.components import SourcedPass
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.tapped import TappedModel
-from tl_vpd.importance import lower_leaky
-from tl_vpd.masking import PersistentSources, spread
+from tl_vpd.masking import PersistentSources, taken_rows
 from tl_vpd.masking.routing import uniform_k
-from tl_vpd.site import Packing
 from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.losses import (
+    Penalty,
     Reconstruction,
     RunningFrequency,
     faithfulness,
     frequency_minimality,
     importance_minimality,
-    power_sums,
-    smooth_sums,
 )
 from tl_vpd.training.parts import Part, share
 from tl_vpd.training.processes import World
@@ -54,14 +51,11 @@ LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial"
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices of one step: for rows with stochastic masks sources and routing, for attacked rows routing and slots,
-    for all rows the sources of layerwise masks."""
+    """The random choices of one step but for sources: routing by kind of row, and slots for attacked rows."""
 
-    sources: Float[Tensor, "drawn pos C_and_deltas"]
     stochastic_routing: Routing
     adversarial_routing: Routing
     slots: Int[Tensor, "attacked pos"] | None = None
-    layerwise: Float[Tensor, "rows pos C_and_deltas"] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,15 +78,24 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class _Seen:
-    """A part of the batch after its clean pass: the target's output, Γ's values, importances, and sums for minimality."""
+    """A part of the batch after its clean pass: the target's output, Γ's values z, importances, and sums for minimality."""
 
     part: Part
     tokens: Tensor
     keep: Tensor | None
     distance: Reconstruction
+    z: Tensor
     g: Tensor
     sums: Tensor
     l0: Tensor
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Losses of one masked pass by their place (0 stochastic, 1 adversarial, 2 layerwise), and where backward leaves its sources' gradient."""
+
+    losses: dict[int, Float[Tensor, ""]]
+    of_sources: Tensor | None
 
 
 class Trainer:
@@ -147,6 +150,7 @@ class Trainer:
         if config.frequency_half_life is not None:
             total, device = self.decomposition.packing.total, self.decomposition.device
             self.frequencies = RunningFrequency(total, config.frequency_half_life, device=device)
+        self._work: Tensor | None = None
         self.done = 0
 
     def warm_up(self) -> float:
@@ -185,25 +189,30 @@ class Trainer:
         faith = self._faithfulness()
         (c.delta * faith / self.world.size).backward()
         values["faithfulness"] = faith.detach()
-        leaf, before = self.sources.leaf(), self.sources.updates
-        reconstruction = leaf.new_zeros(3)
+        before = self.sources.updates
+        reconstruction = torch.zeros(3, device=slope.device)
+        waiting: list[tuple[Part, Tensor]] = []
         for part in parts:
             own = alone or self._see(part, tokens, keep, now)
             for k in range(config.adversary.inner_steps if c.adversarial else 0):
                 self._ascend(own, draws, counts, now.adversary_lr, before + k + 1)
-            g = own.g.detach().requires_grad_()
-            for losses in self._reconstruct(own, g, draws, leaf, counts):
-                # One pass's graph at a time; Γ's own comes last, from what all passes left in g.
+            grad_g = torch.zeros_like(own.g)
+            for taken in self._reconstruct(own, grad_g, draws, counts):
+                # One pass's graph at a time; Γ's own comes last, from what all passes left in grad_g.
                 weights = (c.stochastic, c.adversarial, c.layerwise)
-                torch.stack([weights[k] * loss for k, loss in losses.items()]).sum().backward()
-                for k, loss in losses.items():
+                torch.stack([weights[k] * loss for k, loss in taken.losses.items()]).sum().backward()
+                for k, loss in taken.losses.items():
                     reconstruction[k] += loss.detach()
-            torch.autograd.backward([own.g, own.sums], [torch.zeros_like(g) if g.grad is None else g.grad, slope])
+                if taken.of_sources is not None:
+                    waiting.append((part, taken.of_sources if len(parts) == 1 else taken.of_sources.clone()))
+            self._into_gamma(own, grad_g, slope, now)
+            own = alone = None
         values["stochastic"], values["adversarial"], values["layerwise"] = self.world.add(reconstruction)
         norm = self._update(values, now)
-        if c.adversarial and leaf.grad is not None:
+        for part, gradient in waiting:
             # The loss holds c · L_adv; Adam wants the gradient of L_adv itself, from before the weights moved.
-            self.sources.ascend(leaf.grad / c.adversarial, now.adversary_lr)
+            last = before + config.adversary.inner_steps + 1
+            self._update_sources(part, gradient.div_(c.adversarial), now.adversary_lr, last)
         metrics = StepMetrics(
             step=self.done,
             total=float(self._total(values, now)),
@@ -223,16 +232,15 @@ class Trainer:
         if pool is not None:
             uniform = self.random.uniform("slots", self.done, shares.attacked, (self.pos,))
             slots = (uniform * pool).long().clamp_(max=pool - 1)
-        layerwise = None
-        if config.coefficients.layerwise:
-            layerwise = self.random.uniform("layerwise", self.done, shares.rows, (self.pos, self.width))
         return Draws(
-            sources=self.random.uniform("stochastic", self.done, shares.drawn, (self.pos, self.width)),
             stochastic_routing=self._routing("routing", shares.drawn, config.stochastic_routing),
             adversarial_routing=self._routing("attacked", shares.attacked, config.adversary.routing),
             slots=slots,
-            layerwise=layerwise,
         )
+
+    def draw_sources(self, what: str, rows: Sequence[int]) -> Float[Tensor, "tokens C_and_deltas"]:
+        """This step's ``stochastic`` or ``layerwise`` sources of some rows; made only when their pass comes."""
+        return self.random.uniform(what, self.done, rows, (self.pos, self.width)).flatten(0, 1)
 
     # -- parts of a step -------------------------------------------------------------------------------------------
 
@@ -256,10 +264,14 @@ class Trainer:
         assert own is not None
         logits, inputs = self.tapped.clean(own, kept)
         z = self.decomposition.pre_sigmoid(inputs, kept)
-        sums, _ = power_sums(z, now.p, kept) if self.config.minimality == "power" else smooth_sums(z, now.smooth, kept)
-        g = lower_leaky(z)
-        important = (g.detach() > 0) if kept is None else (g.detach() > 0) & kept[..., None]
-        return _Seen(part, own, kept, Reconstruction(logits, self.config.output, kept), g, sums, important.sum())
+        g = z.detach().clamp(0, 1)
+        sums = self._penalty(now).sums(z.detach().flatten(0, -2), None if kept is None else kept.flatten())
+        important = g.count_nonzero(-1) if kept is None else g.count_nonzero(-1) * kept
+        return _Seen(part, own, kept, Reconstruction(logits, self.config.output, kept), z, g, sums, important.sum())
+
+    def _penalty(self, now: Schedule) -> Penalty:
+        kind = self.config.minimality
+        return Penalty(kind, now.p if kind == "power" else now.smooth)
 
     @torch.no_grad()
     def _sums(self, tokens: Tensor, keep: Tensor | None, now: Schedule) -> tuple[Tensor, Tensor]:
@@ -284,68 +296,108 @@ class Trainer:
         (slope,) = torch.autograd.grad(weighted, leaf)
         return {name: value.detach() for name, value in values.items()}, slope
 
-    def _masked(self, own: _Seen, g: Tensor, rows: slice, sources: Tensor, routing: Routing, **how: bool) -> Tensor:
-        """The masked model's output on some rows of a part."""
-        if g.ndim == 2:  # inputs without positions
-            sources, routing = sources.squeeze(1), routing and {name: at.squeeze(1) for name, at in routing.items()}
-        run = SourcedPass(g[rows], sources, self.decomposition.packing, routing)
-        return self.tapped.masked(own.tokens[rows], run, None if own.keep is None else own.keep[rows], **how)
+    def _attacked(self, own: _Seen, draws: Draws) -> tuple[Tensor, Tensor | None, Routing]:
+        """A part's attacked rows: their sources, one below the other, which of them each token takes, and their routing."""
+        at = own.part.attacked
+        values = self.sources.values[at]
+        taken = None if draws.slots is None else taken_rows(draws.slots[at], values.shape[1])
+        return values.flatten(0, 1), taken, _rows(draws.adversarial_routing, at)
 
-    def _alone(self, own: _Seen, g: Tensor, sources: Tensor, name: str) -> Tensor:
-        """The model's output with one site masked."""
-        packing = self.decomposition.packing
-        columns = packing.slices[name]
-        delta = packing.total + packing.names.index(name)
-        here = torch.cat([sources[..., columns], sources[..., delta : delta + 1]], dim=-1)
+    def _masked(
+        self,
+        own: _Seen,
+        rows: slice,
+        sources: Tensor,
+        taken: Tensor | None,
+        routing: Routing,
+        *,
+        grad_g: Tensor | None = None,
+        grad_sources: Tensor | None = None,
+        sites: Sequence[str] | None = None,
+    ) -> tuple[Tensor, SourcedPass]:
+        """The masked model's output on some rows of a part, and the pass; V and U are constant where ``grad_g`` is None."""
+        g = own.g[rows]
         run = SourcedPass(
-            g[..., columns], here.squeeze(1) if g.ndim == 2 else here, Packing({name: packing.counts[name]})
+            g,
+            sources,
+            self.decomposition.packing,
+            None if routing is None else {name: at.view(g.shape[:-1]) for name, at in routing.items()},
+            taken=taken,
+            grad_g=None if grad_g is None else grad_g[rows],
+            grad_sources=grad_sources,
+            sites=sites,
         )
-        return self.tapped.masked(own.tokens, run, own.keep)
+        keep = None if own.keep is None else own.keep[rows]
+        return self.tapped.masked(own.tokens[rows], run, keep, constant_parts=grad_g is None), run
 
     def _attacked_rows(self, own: _Seen) -> slice:
         return slice(0, own.part.attacked.stop - own.part.attacked.start)
 
+    def _of_sources(self, sources: Tensor) -> Tensor:
+        """Where a pass writes the gradient of these sources; made once."""
+        if self._work is None or self._work.shape != sources.shape:
+            self._work = torch.empty_like(sources)
+        return self._work.zero_()
+
     def _ascend(self, own: _Seen, draws: Draws, counts: Tensor, lr: float, update: int) -> None:
         """One of the adversary's own steps, on a part's attacked rows."""
-        at, rows = own.part.attacked, self._attacked_rows(own)
-        leaf = self.sources.leaf(at)
-        slots = None if draws.slots is None else draws.slots[at]
-        routing = _rows(draws.adversarial_routing, at)
-        output = self._masked(own, own.g.detach(), rows, spread(leaf, slots), routing, constant_parts=True)
+        rows = self._attacked_rows(own)
+        sources, taken, routing = self._attacked(own, draws)
+        gradient = self._of_sources(sources)
+        output, run = self._masked(own, rows, sources, taken, routing, grad_sources=gradient)
         loss = _weighted(own.distance.rows(rows), output, counts[1])
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        self.sources.ascend(gradient, lr, at, update=update)
+        torch.autograd.grad(loss, run.handle, allow_unused=True)
+        self._update_sources(own.part, gradient, lr, update)
 
-    def _reconstruct(
-        self, own: _Seen, g: Tensor, draws: Draws, leaf: Tensor, counts: Tensor
-    ) -> Iterator[dict[int, Float[Tensor, ""]]]:
-        """A part's shares of the stochastic loss (0), the adversarial loss (1) and the layerwise loss (2), as each pass ends."""
-        c, at, rows = self.config.coefficients, own.part.attacked, self._attacked_rows(own)
-        slots = None if draws.slots is None else draws.slots[at]
-        every = slice(None)
-        names = self.decomposition.packing.names
-        for name in names if c.layerwise else ():
-            sources = own.part.of(draws.layerwise)
-            assert sources is not None
-            yield {2: _weighted(own.distance, self._alone(own, g, sources, name), counts[0]) / len(names)}
+    def _update_sources(self, part: Part, gradient: Tensor, lr: float, update: int) -> None:
+        values = self.sources.values[part.attacked]
+        self.sources.ascend(gradient.view_as(values), lr, part.attacked, update=update)
+
+    def _reconstruct(self, own: _Seen, grad_g: Tensor, draws: Draws, counts: Tensor) -> Iterator[_Pass]:
+        """A part's shares of the stochastic (0), the adversarial (1) and the layerwise loss (2), pass by pass."""
+        c, rows, every = self.config.coefficients, self._attacked_rows(own), slice(None)
+        if c.layerwise:
+            drawn = self.draw_sources("layerwise", own.part.numbers(self.shares.rows))
+            for name in (names := self.decomposition.packing.names):
+                output, _ = self._masked(own, every, drawn, None, None, grad_g=grad_g, sites=[name])
+                yield _Pass({2: _weighted(own.distance, output, counts[0]) / len(names)}, None)
+        attacked, taken, routing = self._attacked(own, draws)
         if self.config.merged:
-            sources = torch.cat([spread(leaf[at], slots), draws.sources[own.part.drawn]])
-            routing = _joined(
-                _rows(draws.adversarial_routing, at), _rows(draws.stochastic_routing, own.part.drawn), rows
+            drawn, free = self._drawn(own.part), _rows(draws.stochastic_routing, own.part.drawn)
+            first = torch.arange(rows.stop * self.pos, device=drawn.device) if taken is None else taken
+            rest = len(attacked) + torch.arange(len(drawn), device=drawn.device)
+            gradient = self._of_sources(attacked) if c.adversarial else None
+            output, _ = self._masked(
+                own,
+                every,
+                torch.cat([attacked, drawn]),
+                torch.cat([first, rest]),
+                _joined(routing, free, rows),
+                grad_g=grad_g,
+                grad_sources=gradient,
             )
-            output, rest = self._masked(own, g, every, sources, routing), slice(rows.stop, None)
-            yield {
-                0: _weighted(own.distance.rows(rest), output[rest], counts[2]),
-                1: _weighted(own.distance.rows(rows), output[rows], counts[1]),
-            }
+            others = slice(rows.stop, None)
+            stochastic = _weighted(own.distance.rows(others), output[others], counts[2])
+            yield _Pass({0: stochastic, 1: _weighted(own.distance.rows(rows), output[rows], counts[1])}, gradient)
             return
         if c.stochastic:
-            drawn = own.part.drawn
-            output = self._masked(own, g, every, draws.sources[drawn], _rows(draws.stochastic_routing, drawn))
-            yield {0: _weighted(own.distance, output, counts[2])}
+            free = _rows(draws.stochastic_routing, own.part.drawn)
+            output, _ = self._masked(own, every, self._drawn(own.part), None, free, grad_g=grad_g)
+            yield _Pass({0: _weighted(own.distance, output, counts[2])}, None)
         if c.adversarial:
-            output = self._masked(own, g, every, spread(leaf[at], slots), _rows(draws.adversarial_routing, at))
-            yield {1: _weighted(own.distance, output, counts[1])}
+            gradient = self._of_sources(attacked)
+            output, _ = self._masked(own, every, attacked, taken, routing, grad_g=grad_g, grad_sources=gradient)
+            yield _Pass({1: _weighted(own.distance, output, counts[1])}, gradient)
+
+    def _drawn(self, part: Part) -> Float[Tensor, "tokens C_and_deltas"]:
+        return self.draw_sources("stochastic", self.shares.drawn[part.drawn])
+
+    def _into_gamma(self, own: _Seen, grad_g: Tensor, slope: Tensor, now: Schedule) -> None:
+        """Γ's gradients, from those of the importances and of the sums that minimality counts."""
+        keep = None if own.keep is None else own.keep.flatten()
+        rows = own.z.detach().flatten(0, -2)
+        self._penalty(now).pullback(rows, slope, keep, of_g=grad_g.flatten(0, -2))
+        own.z.backward(grad_g)
 
     def _faithfulness(self) -> Float[Tensor, ""]:
         relative = self.config.faithfulness == "relative"

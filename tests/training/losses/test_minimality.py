@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tl_vpd.importance import upper_leaky
-from tl_vpd.training.losses import RunningFrequency, faithfulness, frequency_minimality, smooth_sums
-from tl_vpd.training.losses.minimality import power_sums
+from tl_vpd.importance import lower_leaky, upper_leaky
+from tl_vpd.training.losses import Penalty, RunningFrequency, faithfulness, frequency_minimality, penalty_sums
+from tl_vpd.training.losses import minimality as module
+
+
+def smooth_sums(z, gamma, keep=None):
+    return penalty_sums(z, Penalty("smooth_l0", gamma), keep)
+
+
+def power_sums(z, p, keep=None):
+    return penalty_sums(z, Penalty("power", p), keep)
 
 
 def values(seed=0, shape=(3, 50, 4)):
@@ -84,3 +92,19 @@ def test_upper_leakys_slope_is_used_above_one():
     smooth_sums(z, 1.0)[0].sum().backward()
     g = float(upper_leaky(z.detach()))
     assert float(z.grad) == pytest.approx(0.01 * 2 * g / (g * g + 1) ** 2)
+
+
+@pytest.mark.parametrize("block", [1 << 16, 8])
+@pytest.mark.parametrize("kept", [False, True])
+@pytest.mark.parametrize("penalty", [Penalty("power", 0.7), Penalty("power", 2.0), Penalty("smooth_l0", 0.3)])
+def test_the_pullback_is_autograds_through_both_squashings(penalty, kept, block, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", block)
+    z = values(shape=(30, 5)).requires_grad_()
+    keep = torch.rand(30, generator=torch.Generator().manual_seed(1)) < 0.7 if kept else None
+    of_g, of_sums = values(1, (30, 5)), values(2, (5,))
+    g = upper_leaky(z)
+    counted = (g + 1e-12) ** penalty.parameter if penalty.kind == "power" else g**2 / (g**2 + penalty.parameter**2)
+    counted = (counted if keep is None else counted[keep]).sum(0)
+    assert_close(penalty.sums(z.detach(), keep), counted)
+    torch.autograd.backward([lower_leaky(z), counted], [of_g, of_sums])
+    assert_close(penalty.pullback(z.detach(), of_sums, keep, of_g=of_g.clone()), z.grad)

@@ -5,20 +5,20 @@ L = c_stoch · L_stoch + c_adv · L_adv + c_imp · L_imp + c_freq · L_freq + c_
 
 from tl_vpd.training.losses.faithfulness import faithfulness
 from tl_vpd.training.losses.minimality import (
+    Penalty,
     RunningFrequency,
     frequency_minimality,
     importance_minimality,
-    power_sums,
-    smooth_sums,
+    penalty_sums,
 )
 from tl_vpd.training.losses.reconstruction import Reconstruction
 
 __all__ = [
+    "Penalty",
     "Reconstruction",
     "RunningFrequency",
     "faithfulness",
     "frequency_minimality",
     "importance_minimality",
-    "power_sums",
-    "smooth_sums",
+    "penalty_sums",
 ]

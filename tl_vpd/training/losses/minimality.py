@@ -17,85 +17,115 @@ gradient ``Φ'(f̂) · ∂f``.
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.importance.squash import LEAK, upper_leaky
+from tl_vpd.importance.squash import LEAK, lower_leaky_pullback
 
 EPS = 1e-12
-_ROWS = 128
-"""Tokens handled at once: few enough that a block of importances stays in the processor's cache."""
+_BLOCK = 1 << 16
+"""Elements handled at once: few enough to stay in the processor's cache."""
 
 
-class _PowerSums(torch.autograd.Function):
-    """``Σ_n (upper_leaky(z) + ε)^p`` block by block: only z is kept, and no intermediate of its size is ever made."""
+@dataclass(frozen=True)
+class Penalty:
+    """How much an importance counts, φ: ``power`` with the exponent p, or ``smooth_l0`` with the width γ, as ``parameter``."""
 
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, p: float) -> Tensor:
-        ctx.save_for_backward(z)
-        ctx.p = p
+    kind: Literal["power", "smooth_l0"]
+    parameter: float
+
+    def value(self, g: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """φ(g); g is used up."""
+        if self.kind == "power":
+            return g.add_(EPS).pow_(self.parameter)
+        squared = g.square_()
+        return squared.div_(squared + self.parameter**2)
+
+    def slope(self, g: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """φ'(g); g is used up."""
+        if self.kind == "power":
+            return g.add_(EPS).pow_(self.parameter - 1).mul_(self.parameter)
+        return g.mul(2 * self.parameter**2).div_(g.square_().add_(self.parameter**2).square_())
+
+    @torch.no_grad()
+    def sums(
+        self, z: Float[Tensor, "tokens C_total"], keep: Bool[Tensor, " tokens"] | None = None
+    ) -> Float[Tensor, " C_total"]:
+        """``s_c`` from pre-sigmoid values; no intermediate of z's size is made."""
         total = z.new_zeros(z.shape[-1])
-        for block in z.split(_ROWS):
-            total += upper_leaky(block).add_(EPS).pow_(p).sum(0)
+        for block, kept in _blocks(z, keep):
+            total += self.value(_upper_leaky(z[block] if kept is None else z[block][kept])).sum(0)
         return total
 
+    @torch.no_grad()
+    def pullback(
+        self,
+        z: Float[Tensor, "tokens C_total"],
+        of_sums: Float[Tensor, " C_total"],
+        keep: Bool[Tensor, " tokens"] | None = None,
+        *,
+        of_g: Float[Tensor, "tokens C_total"] | None = None,
+    ) -> Float[Tensor, "tokens C_total"]:
+        """The gradient in z from that in ``s_c`` and, through the lower-leaky squashing, that in the importances g.
+
+        ``of_g`` is written over with the result.
+        """
+        out = torch.empty_like(z) if of_g is None else of_g
+        for block, kept in _blocks(z, keep):
+            own = z[block]
+            steep = self.slope(_upper_leaky(own)).mul_(of_sums).mul_(slope_of_upper_leaky(own))
+            if kept is not None:
+                steep.mul_(kept.unsqueeze(-1))
+            if of_g is None:
+                out[block] = steep
+            else:
+                lower_leaky_pullback(own, out[block], out=out[block]).add_(steep)
+        return out
+
+
+def _blocks(z: Tensor, keep: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+    rows = max(1, _BLOCK // max(1, z.shape[-1]))
+    for start in range(0, len(z), rows):
+        block = slice(start, start + rows)
+        yield block, None if keep is None else keep[block]
+
+
+class _Sums(torch.autograd.Function):
+    """``Penalty.sums``, of which only z is kept for backward."""
+
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (z,) = ctx.saved_tensors
-        out = torch.empty_like(z)
-        scaled = grad * ctx.p
-        for block, target in zip(z.split(_ROWS), out.split(_ROWS), strict=True):
-            steep = upper_leaky(block).add_(EPS).pow_(ctx.p - 1).mul_(scaled)
-            torch.mul(steep, slope_of_upper_leaky(block), out=target)
-        return out, None
-
-
-class _SmoothSums(torch.autograd.Function):
-    """``Σ_n g² / (g² + γ²)`` with ``g = upper_leaky(z)``, block by block."""
+    def forward(ctx: Any, z: Tensor, penalty: Penalty, keep: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z, keep)
+        ctx.penalty = penalty
+        return penalty.sums(z, keep)
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, gamma: float) -> Tensor:
-        ctx.save_for_backward(z)
-        ctx.gamma = gamma
-        total = z.new_zeros(z.shape[-1])
-        for block in z.split(_ROWS):
-            squared = upper_leaky(block).square_()
-            total += (squared / (squared + gamma**2)).sum(0)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (z,) = ctx.saved_tensors
-        out = torch.empty_like(z)
-        scaled = grad * (2 * ctx.gamma**2)
-        for block, target in zip(z.split(_ROWS), out.split(_ROWS), strict=True):
-            g = upper_leaky(block)
-            torch.mul(g * scaled, slope_of_upper_leaky(block), out=target).div_(g.square().add_(ctx.gamma**2).square_())
-        return out, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        z, keep = ctx.saved_tensors
+        return ctx.penalty.pullback(z, grad, keep), None, None
 
 
-def slope_of_upper_leaky(z: Tensor) -> Tensor:
+def slope_of_upper_leaky(z: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """The derivative of ``upper_leaky``: 1 on [0, 1], the leak above, 0 below."""
-    return torch.where(z > 1, LEAK, ((z >= 0) & (z <= 1)).to(z.dtype))
+    return (z >= 0).to(z.dtype).masked_fill_(z > 1, LEAK)
 
 
-def power_sums(
-    z: Float[Tensor, "batch *pos C_total"], p: float, keep: Bool[Tensor, "batch pos"] | None = None
+def _upper_leaky(z: Tensor) -> Tensor:
+    """``upper_leaky`` without gradients, in fewer operations."""
+    return z.clamp(0, 1).add_((z - 1).clamp_(min=0), alpha=LEAK)
+
+
+def penalty_sums(
+    z: Float[Tensor, "batch *pos C_total"], penalty: Penalty, keep: Bool[Tensor, "batch pos"] | None = None
 ) -> tuple[Float[Tensor, " C_total"], int]:
-    """``s_c`` with ``φ = (g + ε)^p`` from pre-sigmoid values, and the number of real tokens."""
-    real = z.flatten(0, -2) if keep is None else z[keep]
-    return _PowerSums.apply(real, p), len(real)
-
-
-def smooth_sums(
-    z: Float[Tensor, "batch *pos C_total"], gamma: float, keep: Bool[Tensor, "batch pos"] | None = None
-) -> tuple[Float[Tensor, " C_total"], int]:
-    """``s_c`` with ``φ = g² / (g² + γ²)`` from pre-sigmoid values, and the number of real tokens."""
-    real = z.flatten(0, -2) if keep is None else z[keep]
-    return _SmoothSums.apply(real, gamma), len(real)
+    """``s_c`` from pre-sigmoid values, and the number of real tokens."""
+    rows, kept = z.flatten(0, -2), None if keep is None else keep.flatten()
+    return _Sums.apply(rows, penalty, kept), len(rows) if kept is None else int(kept.sum())
 
 
 def importance_minimality(s: Float[Tensor, " C_total"], n: int) -> Float[Tensor, ""]:
