@@ -1,4 +1,5 @@
-"""A short run as a program of its own: ``python -m tests.training.a_run FOLDER [KEY=VALUE ...]``, alone or under torchrun.
+"""Short runs as a program of their own: ``python -m tests.training.a_run FOLDER [KEY=VALUE ...] [-- FOLDER ...]``, alone or
+under torchrun.
 
 Keys: ``resume``, ``slow`` (sleeps in every step), ``until`` (asks itself to stop after so many steps), ``sharding``,
 ``micro_batch``, ``gamma`` (a kind of Γ), ``dtype`` (the target's), ``merged``, ``data`` (``tensor``, ``mapped`` or ``rows``).
@@ -25,16 +26,16 @@ from tl_vpd.training import Trainer, decompose
 
 CONFIG = VPDConfig(steps=8, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=2, frequency_half_life=4.0)
 ROWS = (12, 6)
+PLAIN_STEP = Trainer.step
 
 
 def main(folder: Path, given: dict[str, str]) -> None:
     """Eight steps, saved after each; what each process holds at the end is in ``bytes-RANK.json``."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    step = Trainer.step
 
     def watched(self: Trainer, *arguments: Any) -> Any:
-        found = step(self, *arguments)
+        found = PLAIN_STEP(self, *arguments)
         folder.mkdir(parents=True, exist_ok=True)
         held = folder / f"bytes-{self.world.rank}.json"
         held.write_text(json.dumps(bytes_of(self)))
@@ -85,7 +86,6 @@ def bytes_of(trainer: Trainer) -> dict[str, int]:
     return {
         "parameters": size_of(list(trainer.decomposition.parameters())),
         "moments": size_of(moments),
-        "whole": sum(4 * (s.d_in + s.d_out) * CONFIG.C for s in trainer.decomposition.sites.values()),
     }
 
 
@@ -95,4 +95,10 @@ def size_of(tensors: list[Tensor]) -> int:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), {key: value for key, _, value in (part.partition("=") for part in sys.argv[2:])})
+    if "WORLD_SIZE" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    for run in " ".join(sys.argv[1:]).split(" -- "):
+        where, *pairs = run.split()
+        main(Path(where), {key: value for key, _, value in (pair.partition("=") for pair in pairs)})
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

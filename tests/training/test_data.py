@@ -13,7 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_vpd import bundled
+from tests.tiny import GAMMA, tiny_model
+from tl_vpd import VPDConfig, bundled, decompose
 from tl_vpd.training.data import TokenBatches, batches_of
 
 
@@ -56,8 +57,10 @@ def test_a_memory_mapped_file_is_read_row_by_row_in_the_tensors_order(tmp_path):
     np.save(tmp_path / "tokens.npy", tokens)
     mapped = batches_of(np.load(tmp_path / "tokens.npy", mmap_mode="r"), 4, seed=3)
     plain = TokenBatches(torch.from_numpy(tokens.astype(np.int64)), 4, seed=3)
-    for step in range(12):
-        assert torch.equal(mapped.at(step), plain.at(step)) and mapped.at(step).dtype == torch.int64
+    with closing(mapped):
+        for step in (*range(12), 3, 4):
+            found = mapped.at(step)
+            assert torch.equal(found, plain.at(step)) and found.dtype == torch.int64
     assert mapped.describe()["rows"] == 20 and mapped.context == 3
     other = tokens.copy()
     other[19, 0] = 7
@@ -154,3 +157,69 @@ def test_datasets_of_tokens_and_of_text_streamed_or_not():
     assert tokenizer.decode(batch[0, 1:].tolist()).startswith("import os\nimport sys")
     with pytest.raises(ValueError, match="no tokenizer"):
         batches_of(text, 2, seed=0)
+
+
+def sources(folder):
+    """The same rows in every form, by name."""
+    tokens = torch.stack(rows(10))
+    np.save(folder / "tokens.npy", tokens.numpy().astype(np.uint16))
+    text = datasets.Dataset.from_dict({"text": [f"import a{i}\n" * 40 for i in range(6)]})
+    return {
+        "tensor": tokens,
+        "memory-mapped": np.load(folder / "tokens.npy", mmap_mode="r"),
+        "list": list(tokens),
+        "dataset": datasets.Dataset.from_dict({"tokens": tokens.tolist()}),
+        "streamed": datasets.Dataset.from_dict({"tokens": tokens.tolist()}).to_iterable_dataset(),
+        "streamed text": text.to_iterable_dataset(),
+    }
+
+
+@pytest.mark.parametrize("kind", ["tensor", "memory-mapped", "list", "dataset", "streamed", "streamed text"])
+def test_processes_see_together_what_one_sees_and_after_resuming_too(tmp_path, kind):
+    data, tokenizer = sources(tmp_path)[kind], bundled.model().tokenizer
+
+    def found(own, steps):
+        with closing(batches_of(data, 4, seed=2, tokenizer=tokenizer, context=8, own=own)) as batches:
+            return [batches.at(step) for step in steps]
+
+    whole = found(slice(None), range(7))
+    assert len({tuple(batch.flatten().tolist()) for batch in whole}) > 2
+    shares = [found(slice(rank, rank + 2), range(3, 7)) for rank in (0, 2)]
+    for step, parts in zip(range(3, 7), zip(*shares, strict=True), strict=True):
+        assert torch.equal(torch.cat(parts), whole[step]), step
+
+
+@pytest.mark.parametrize("kind", ["memory-mapped", "dataset"])
+def test_files_are_read_by_a_thread_of_their_own(tmp_path, monkeypatch, kind):
+    readers = []
+    plain = TokenBatches._rows
+
+    def watched(self, chosen):
+        readers.append(threading.current_thread())
+        return plain(self, chosen)
+
+    monkeypatch.setattr(TokenBatches, "_rows", watched)
+    with closing(batches_of(sources(tmp_path)[kind], 2, seed=0)) as batches:
+        batches.at(0)
+        deadline = time.monotonic() + 10
+        while len(readers) < 4 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(readers) >= 4 and threading.main_thread() not in readers
+
+
+def test_a_process_reads_its_own_rows_of_a_file_alone(tmp_path, monkeypatch):
+    chosen = []
+    monkeypatch.setattr(
+        TokenBatches, "_rows", lambda self, rows: chosen.append(rows) or torch.zeros(len(rows), 3).long()
+    )
+    with closing(batches_of(sources(tmp_path)["memory-mapped"], 4, seed=0, own=slice(1, 2))) as batches:
+        assert batches.at(0).shape == (1, 3)
+    assert all(len(rows) == 1 for rows in chosen)
+
+
+def test_tokens_of_a_file_that_do_not_fit_the_model_are_found_before_anything_is_written(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.full((20, 6), 11))
+    config = VPDConfig(steps=1, batch_size=4, C=3, gamma=GAMMA)
+    with pytest.raises(ValueError, match=r"outside the vocabulary 0\.\.10"):
+        decompose(tiny_model(), np.load(tmp_path / "tokens.npy", mmap_mode="r"), config, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,262 @@
+"""States: everything the next step depends on, kept through kills and full disks."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save_file as real_save
+from torch import Tensor, nn
+
+from tests.tiny import GAMMA, some_tokens, tiny_model
+from tl_vpd import VPDConfig, decompose
+from tl_vpd.hooks import TappedModel
+from tl_vpd.training import StepMetrics, Trainer, new_decomposition
+from tl_vpd.training import state as state_module
+from tl_vpd.training.state import latest_state, load_state, save_state
+
+from .test_processes import ENVIRONMENT, ROOT
+
+CONFIG = VPDConfig(
+    steps=10,
+    batch_size=4,
+    C=5,
+    gamma=GAMMA,
+    warm_up_steps=2,
+    frequency_half_life=3.0,
+    minimality_warm_up=0.5,
+    adversary={"pool": 3, "routing": "uniform_k"},
+)
+ROWS = some_tokens(shape=(12, 6))
+
+
+@contextmanager
+def trainer(seed_of_init: int = 0, config: VPDConfig = CONFIG) -> Iterator[Trainer]:
+    model = tiny_model(dtype=torch.float32)
+    decomposition = new_decomposition(model, config.model_copy(update={"seed": seed_of_init}))
+    with TappedModel(decomposition, model) as tapped:
+        yield Trainer(tapped, config, (4, 6))
+
+
+def tokens(step: int) -> Tensor:
+    return ROWS[torch.randperm(12, generator=torch.Generator().manual_seed(step))[:4]]
+
+
+def steps(own: Trainer, n: int) -> list[StepMetrics]:
+    return [own.step(tokens(own.done)) for _ in range(n)]
+
+
+def contents(own: Any, where: str = "trainer", seen: set[int] | None = None) -> dict[str, Tensor | int | float]:
+    """Every tensor and number that can be reached from an object of this package or of torch.optim."""
+    seen = set() if seen is None else seen
+    if isinstance(own, Tensor | int | float):
+        return {where: own}
+    if id(own) in seen or isinstance(own, nn.Module | torch.Generator | torch.device | str):
+        return {} if not isinstance(own, nn.Module) else {f"{where}.{k}": p for k, p in own.named_parameters()}
+    seen.add(id(own))
+    if isinstance(own, dict):
+        parts = {f"{where}[{i}]": value for i, value in enumerate(own.values())}
+    elif isinstance(own, list | tuple):
+        parts = {f"{where}[{i}]": value for i, value in enumerate(own)}
+    elif type(own).__module__.split(".")[0] in ("tl_vpd", "torch") and hasattr(own, "__dict__"):
+        parts = {f"{where}.{name}": value for name, value in vars(own).items()}
+    else:
+        return {}
+    found: dict[str, Tensor | int | float] = {}
+    for name, value in parts.items():
+        found.update(contents(value, name, seen))
+    return found
+
+
+def test_a_state_restores_everything_that_changes_and_the_next_steps_are_the_same_to_the_bit(tmp_path):
+    with trainer() as one, trainer(seed_of_init=1) as other:
+        start = {k: v.clone() if isinstance(v, Tensor) else v for k, v in contents(one).items()}
+        steps(one, 3)
+        path = save_state(one, tmp_path)
+        steps(other, 5)
+        torch.manual_seed(99)  # torch's own generator is not used
+        load_state(other, path)
+        a, b = contents(one), contents(other)
+        assert a.keys() == b.keys()
+        changed = {k for k, v in a.items() if k in start and not same(v, start[k])}
+        for part in ("decomposition", "optimizer", "sources", "frequencies", "done"):
+            assert any(part in name for name in changed), part
+        # Overwritten before they are read: work space, and the learning rates, which follow from the step.
+        scratch = {name for name in a if "_work" in name or "param_groups" in name}
+        assert {k for k in a if not same(a[k], b[k])} <= scratch
+        assert steps(one, 3) == steps(other, 3)
+        assert all(same(v, contents(other)[k]) for k, v in contents(one).items() if k not in scratch)
+
+
+def same(one: Tensor | float, other: Tensor | float) -> bool:
+    return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
+
+
+def test_the_newest_states_stay(tmp_path):
+    with trainer() as own:
+        for keep in (3, 3, 3, 3, 1):
+            steps(own, 1)
+            save_state(own, tmp_path, keep=keep)
+            names = sorted(p.name for p in tmp_path.iterdir())
+            first = max(1, own.done - keep + 1)
+            assert names == [f"step-{n:08d}.safetensors" for n in range(first, own.done + 1)]
+        with pytest.raises(ValueError, match="keep_states is 0: at least one"):
+            save_state(own, tmp_path, keep=0)
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+import tests.training.test_state as t
+
+def half(tensors, path, **more):
+    t.real_save(tensors, path, **more)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+with t.trainer() as own:
+    t.steps(own, 2)
+    t.save_state(own, Path(sys.argv[1]))
+    t.steps(own, 1)
+    t.state_module.save_file = half
+    t.save_state(own, Path(sys.argv[1]))
+"""
+
+
+def test_a_kill_in_the_middle_of_saving_leaves_the_state_before_and_its_remains_go_with_the_next(tmp_path):
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)], cwd=ROOT, env=ENVIRONMENT, capture_output=True
+    )
+    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    left = [p.name for p in tmp_path.iterdir()]
+    assert len(left) == 2 and sum(name.endswith(".tmp") for name in left) == 1
+    state = latest_state(tmp_path)
+    assert state is not None and state.name == "step-00000002.safetensors"
+    with trainer() as own, trainer() as undisturbed:
+        steps(undisturbed, 2)
+        load_state(own, state)
+        assert steps(own, 1) == steps(undisturbed, 1)
+        save_state(own, tmp_path)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002.safetensors", "step-00000003.safetensors"]
+
+
+def space(tensors, path, **more):
+    path.write_bytes(b"half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def quota(tensors, path, **more):
+    path.write_bytes(b"half")
+    raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+
+def library(tensors, path, **more):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("writer", [space, quota, library])
+def test_a_full_disk_is_named_and_the_state_before_stays_valid(tmp_path, monkeypatch, writer):
+    folder = tmp_path / "run" / "state"
+    with trainer() as own:
+        monkeypatch.setattr(state_module, "save_file", writer)
+        with pytest.raises(OSError, match="make room and start again") as none_yet:
+            save_state(own, folder)
+        assert str(folder) in str(none_yet.value) and list(folder.iterdir()) == []
+        monkeypatch.undo()
+        steps(own, 1)
+        before = save_state(own, folder, keep=1)
+        held = load_file(before)
+        steps(own, 1)
+        monkeypatch.setattr(state_module, "save_file", writer)
+        with pytest.raises(OSError, match=r"No space left on the disk of .* for a state of 0\.\d MB") as found:
+            save_state(own, folder, keep=1)
+        assert str(folder) in str(found.value) and "step-00000001.safetensors is intact" in str(found.value)
+        assert list(folder.iterdir()) == [before]
+        assert all(torch.equal(t, load_file(before)[k]) for k, t in held.items())
+
+
+FILLED = """
+import sys
+from pathlib import Path
+import tests.training.test_state as t
+
+folder = Path(sys.argv[1])
+with t.trainer() as own:
+    t.steps(own, 1)
+    t.save_state(own, folder, keep=1)
+    t.steps(own, 1)
+    try:
+        t.save_state(own, folder, keep=1)
+    except OSError as error:
+        print(error)
+    print([p.name for p in folder.iterdir()])
+with t.trainer() as own:
+    t.load_state(own, t.latest_state(folder))
+    print(own.step(t.tokens(1)).total)
+"""
+
+
+def test_a_disk_that_is_really_full_leaves_the_state_before(tmp_path):
+    """On a file system in memory that one state fits on, and two do not."""
+    mount = f"mount -t tmpfs -o size=100k none {tmp_path}"
+    if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
+        pytest.skip("this system mounts nothing for its users")
+    program = f'{mount} && exec "{sys.executable}" -W ignore -c "$PROGRAM" {tmp_path}'
+    environment = {**ENVIRONMENT, "PROGRAM": FILLED}
+    ended = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    message, names, total = ended.stdout.splitlines()
+    assert f"No space left on the disk of {tmp_path}" in message and "step-00000001.safetensors is intact" in message
+    assert names == "['step-00000001.safetensors']"
+    with trainer() as own:
+        assert float(total) == steps(own, 2)[1].total
+
+
+def test_another_failure_of_the_disk_is_an_os_error_too(tmp_path, monkeypatch):
+    def broken(tensors, path, **more):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(state_module, "save_file", broken)
+    with trainer() as own, pytest.raises(OSError, match=r"No state could be written to .*Input/output error"):
+        save_state(own, tmp_path)
+
+
+def test_a_run_keeps_as_many_states_as_it_is_told(tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    decompose(model, ROWS, CONFIG, out=tmp_path, save_every=2, keep_states=4, progress=False)
+    names = sorted(p.name for p in (tmp_path / "state").iterdir())
+    assert names == [f"step-{n:08d}.safetensors" for n in (4, 6, 8, 10)]
+
+
+def test_a_state_of_another_shape_is_refused_by_name(tmp_path):
+    with trainer() as own:
+        path = save_state(own, tmp_path)
+        tensors = load_file(path)
+        tensors["sources/first"] = tensors["sources/first"][:, :2].contiguous()
+        rewrite(path, tensors)
+        with pytest.raises(ValueError, match=r"sources/first is \(4, 2, \d+\), this run's is \(4, 3, \d+\)"):
+            load_state(own, path)
+        del tensors["sources/first"]
+        rewrite(path, tensors)
+        with pytest.raises(ValueError, match="sources/first is missing"):
+            load_state(own, path)
+
+
+def rewrite(path: Path, tensors: dict[str, Tensor]) -> None:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    real_save(tensors, path, metadata=metadata)
