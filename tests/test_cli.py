@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from tl_vpd import Decomposition
 from tl_vpd.cli import app
 
+ROOT = Path(__file__).parents[1]
 ALGORITHM = "{steps: 2, batch_size: 2, C: 4, gamma: {d_ci: 8, n_blocks: 1, n_heads: 2}, warm_up_steps: 2}"
 
 
@@ -55,6 +61,10 @@ def test_train_then_eval(tmp_path: Path):
         ({"data": "{tokens: nowhere/*.txt}"}, "No file matches"),
         ({"data": "{key: test}"}, "'training' and 'validation'"),
         ({"modle": "{}"}, "modle"),
+        ({"runtime": "{micro_batches: 2}"}, "runtime.micro_batches"),
+        ({"runtime": "{sharding: most}"}, "runtime.sharding: Input should be 'none', 'optimizer' or 'full'"),
+        ({"output": "{keep_states: 0}"}, "output.keep_states"),
+        ({"data": "{contxt: 8}"}, "data.contxt"),
     ],
 )
 def test_mistakes_in_a_recipe_end_in_one_sentence(tmp_path: Path, parts: dict[str, str], message: str):
@@ -63,6 +73,50 @@ def test_mistakes_in_a_recipe_end_in_one_sentence(tmp_path: Path, parts: dict[st
     assert message in found.output
     assert "Traceback" not in found.output
     assert not (tmp_path / "run").exists()
+
+
+def test_options_of_train_reach_the_run(tmp_path: Path):
+    np.save(tmp_path / "rows.npy", np.arange(60, dtype=np.uint16).reshape(3, 20))
+    own = recipe(
+        tmp_path,
+        data=f"{{tokens: {tmp_path / 'rows.npy'}, context: 9}}",
+        output=f"{{folder: {tmp_path / 'run'}, save_every: 1}}",
+    )
+    trained = call("train", "--micro-batch", 1, "--context", 8, "--keep-states", 1, "--sharding", "full", own)
+    assert trained.exit_code == 0, trained.output
+    assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-00000002.safetensors"]
+    assert json.loads((tmp_path / "run" / "tokens.json").read_text())["context"] == 8
+    assert load_file(tmp_path / "run" / "state" / "step-00000002.safetensors")["sources/values"].shape[:2] == (2, 8)
+
+
+def test_under_torchrun_the_first_process_writes_and_speaks_alone(tmp_path: Path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+    assert call("train", recipe(one)).exit_code == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, "-m", "tl_vpd.cli", "train", str(recipe(two, runtime="{sharding: full}"))],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Finished:") == 1
+    assert done.stdout.splitlines() == [f"Finished: {two / 'run' / 'decomposition'}"]
+    a, b = (load_file(f / "run" / "decomposition" / "decomposition.safetensors") for f in (one, two))
+    assert a.keys() == b.keys()
+    assert all(float((a[k] - b[k]).abs().gt(1e-4).float().mean()) < 0.05 for k in a)
+    again = subprocess.run(
+        [*launcher, "-m", "tl_vpd.cli", "train", str(tmp_path / "two" / "recipe.yaml")],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert again.returncode != 0
+    assert again.stderr.count("holds a run already") == 1
 
 
 def test_missing_and_broken_files(tmp_path: Path):

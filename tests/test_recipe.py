@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from tests.tiny import tiny_model
 from tl_vpd import bundled
-from tl_vpd.recipe import DataRecipe, Recipe, text_windows
+from tl_vpd.recipe import DataRecipe, Recipe, own_device, text_windows
 
 
 def test_example_recipe_is_valid():
@@ -25,8 +25,8 @@ def test_tokens_from_files(tmp_path: Path):
     np.save(tmp_path / "rows.npy", rows)
     save_file({"training": rows.astype(np.uint16)}, tmp_path / "rows.safetensors")
     for name in ("rows.npy", "rows.safetensors"):
-        found = DataRecipe(tokens=str(tmp_path / name), context=6).load(model)
-        assert torch.equal(found, torch.from_numpy(rows[:, :6].astype(np.int64)))
+        found = DataRecipe(tokens=str(tmp_path / name), context=6).first(model, 3)
+        assert torch.equal(found, torch.from_numpy(rows[:3, :6].astype(np.int64)))
     with pytest.raises(ValueError, match="has no tensor 'other'"):
         DataRecipe(tokens=str(tmp_path / "rows.safetensors"), key="other").load(model)
     np.save(tmp_path / "floats.npy", np.zeros((2, 3)))
@@ -50,3 +50,33 @@ def test_text_becomes_windows_opened_by_bos(tmp_path: Path):
         text_windows(model, ["x"], 16)
     with pytest.raises(ValueError, match="no tokenizer"):
         text_windows(tiny_model(), ["x"], 8)
+
+
+def test_a_file_larger_than_memory_is_not_read(tmp_path: Path):
+    """A sparse file of 2^41 bytes: reading it in full would end the test run."""
+    path = tmp_path / "large.npy"
+    rows = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint16, shape=(2**30, 1024))
+    rows[2**29, :3] = (1, 2, 3)
+    del rows
+    assert path.stat().st_size > 2**41
+    found = DataRecipe(tokens=str(path), context=6).load(tiny_model())
+    assert isinstance(found, np.memmap)
+    assert found.shape == (2**30, 6)
+    assert found[2**29].tolist() == [1, 2, 3, 0, 0, 0]
+
+
+def test_sections_can_be_changed_and_values_that_are_not_allowed_are_named():
+    own = Recipe().changed("runtime", micro_batch=2, sharding=None)
+    assert own.runtime.micro_batch == 2
+    assert own.runtime.sharding == "none"
+    with pytest.raises(ValueError, match=r"runtime\.sharding: Input should be 'none', 'optimizer' or 'full'"):
+        own.changed("runtime", sharding="most")
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert own_device("cuda") == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert own_device("cuda") == "cuda:3"
+    assert own_device("cpu") == "cpu"
+    assert own_device("cuda:1") == "cuda:1"

@@ -1,6 +1,9 @@
-"""The command line: ``tl-vpd train``, ``tl-vpd eval``, ``tl-vpd demo``.
+"""The command line: ``tl-vpd train``, ``tl-vpd plan``, ``tl-vpd eval``, ``tl-vpd demo``.
 
-User mistakes end in one line that says what to do, and exit code 2; nothing is half done then.
+User mistakes end in one line that says what to do, and exit code 2; nothing is half done then. Under ``torchrun`` the first
+process speaks for all; the others are silent, but for errors that the system raised in them alone::
+
+    torchrun --nproc-per-node 2 -m tl_vpd.cli train recipe.yaml
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any, cast
@@ -30,9 +33,19 @@ def _plain_errors() -> Iterator[None]:
         if os.environ.get("TL_VPD_TRACEBACK"):
             raise
         text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+        rank = _rank()
+        if rank and getattr(error, "errno", None) is None:
+            raise typer.Exit(2) from error
+        if rank:
+            err.print(f"Process {rank}: ", end="")
         err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         err.print(text, markup=False, highlight=False)
         raise typer.Exit(2) from error
+
+
+def _rank() -> int:
+    """Which of the processes of ``torchrun`` this is; 0 where there is one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _command(function: Callable[..., None]) -> Callable[..., None]:
@@ -40,8 +53,13 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*arguments: Any, **keywords: Any) -> None:
         # TransformerLens 3 says at every model that HookedTransformer goes away in 4; users of the command cannot act on it.
         warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
-        logging.basicConfig(level=logging.INFO, format="%(message)s")
-        with _plain_errors():
+        logging.basicConfig(level=logging.ERROR if _rank() else logging.INFO, format="%(message)s")
+        with ExitStack() as silence:
+            if _rank():
+                nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
+                silence.enter_context(redirect_stdout(nowhere))
+                warnings.simplefilter("ignore")
+            silence.enter_context(_plain_errors())
             function(*arguments, **keywords)
 
     return wrapped
@@ -52,12 +70,18 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, algorithm, output.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows run at once, to save memory.")] = None,
+    sharding: Annotated[str | None, typer.Option(help="Under torchrun: none, optimizer or full.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in a row.")] = None,
+    keep_states: Annotated[int | None, typer.Option(min=1, help="The newest states that stay on the disk.")] = None,
 ) -> None:
-    """Train a decomposition as a recipe says."""
+    """Train a decomposition as a recipe says (options go before it)."""
     from tl_vpd.recipe import Recipe
     from tl_vpd.training import decompose
 
     own = Recipe.read(recipe)
+    own = own.changed("runtime", micro_batch=micro_batch, sharding=sharding)
+    own = own.changed("data", context=context).changed("output", keep_states=keep_states)
     model = own.model.load()
     tokens = own.data.load(model)
     output = own.output
@@ -67,7 +91,11 @@ def train(
         own.algorithm,
         out=output.folder,
         resume=resume,
+        micro_batch=own.runtime.micro_batch,
+        sharding=own.runtime.sharding,
+        context=own.data.context,
         save_every=output.save_every,
+        keep_states=output.keep_states,
         log_every=output.log_every,
     )
     if run.finished:
@@ -108,7 +136,7 @@ def evaluate_command(
         else Decomposition.load(decomposition, device=device)
     )
     target = ModelRecipe(name=model, kind=cast(Any, kind), device=device).load()
-    data = DataRecipe(tokens=tokens, key=key).load(target)[:rows]
+    data = DataRecipe(tokens=tokens, key=key).first(target, rows)
     curve = bundled.training_record()["curve"] if model == "bundled" else None
     found = evaluate(own, target, data, budgets=steps, starts=starts, controls=controls, seed=seed, curve=curve)
     show(found)

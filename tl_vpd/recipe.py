@@ -3,13 +3,15 @@
     model: {name: bundled}                 # or a name that TransformerLens knows, with kind and options
     data: {tokens: bundled}                # or a .npy / .safetensors of tokens [n, pos], or text files
     algorithm: {steps: 2000, C: 128}       # tl_vpd.VPDConfig
+    runtime: {micro_batch: 4}              # how it is carried out; the result is the same
     output: {folder: runs/first}
 
-Algorithm, runtime and output are apart; unknown keys are refused.
+Algorithm, runtime and output are apart; unknown keys are refused. Under ``torchrun`` every process reads the same recipe.
 """
 
 from __future__ import annotations
 
+import os
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from jaxtyping import Int
+from jaxtyping import Int, Integer
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.numpy import load_file
@@ -25,6 +27,7 @@ from torch import Tensor
 
 from tl_vpd.adapters.loading import Kind, load_model
 from tl_vpd.training import VPDConfig
+from tl_vpd.training.sharding import Kind as ShardingKind
 
 
 class _Frozen(BaseModel):
@@ -42,14 +45,15 @@ class ModelRecipe(_Frozen):
     """Keyword arguments of ``HookedTransformer.from_pretrained`` (``fold_ln``, ``center_unembed``, ...) or, for a bridge, of
     ``boot_transformers``; ``compatibility_mode: true`` processes a bridge's weights."""
     device: str = "cpu"
+    """Under ``torchrun``, ``cuda`` is each process's own device."""
 
     def load(self) -> Any:
         """The model on its device."""
         if self.name == "bundled":
             from tl_vpd import bundled
 
-            return bundled.model(kind=self.kind, device=self.device)
-        return load_model(self.name, kind=self.kind, device=self.device, **self.options)
+            return bundled.model(kind=self.kind, device=own_device(self.device))
+        return load_model(self.name, kind=self.kind, device=own_device(self.device), **self.options)
 
 
 class DataRecipe(_Frozen):
@@ -62,8 +66,8 @@ class DataRecipe(_Frozen):
     context: int | None = Field(None, ge=2)
     """Length of the windows that text is cut into, and to which longer rows are cut (None: the model's context)."""
 
-    def load(self, model: Any) -> Int[Tensor, "n pos"]:
-        """Rows of tokens for a model.
+    def load(self, model: Any) -> Int[Tensor, "n pos"] | Integer[np.ndarray, "n pos"]:
+        """Rows of tokens for a model; a ``.npy`` file stays on the disk and is read row by row when rows are asked for.
 
         Raises:
             FileNotFoundError: nothing is there. ValueError: the file does not hold rows of integers.
@@ -82,8 +86,24 @@ class DataRecipe(_Frozen):
             rows = _read_array(paths[0], self.key)
             if rows.ndim != 2 or rows.dtype.kind not in "iu":
                 raise ValueError(f"{paths[0]} holds {rows.dtype} of shape {rows.shape}; integers [n, pos] are needed.")
-            return torch.from_numpy(rows[:, :length].astype(np.int64))
+            return (
+                rows[:, :length] if isinstance(rows, np.memmap) else torch.from_numpy(rows[:, :length].astype(np.int64))
+            )
         return text_windows(model, [p.read_text(encoding="utf-8") for p in paths], length)
+
+    def first(self, model: Any, n: int) -> Int[Tensor, "_ pos"]:
+        """The first ``n`` rows, in memory."""
+        rows = self.load(model)[:n]
+        return rows if isinstance(rows, Tensor) else torch.from_numpy(rows.astype(np.int64))
+
+
+class RuntimeRecipe(_Frozen):
+    """How a run is carried out, which does not change what it computes."""
+
+    micro_batch: int | None = Field(None, ge=1)
+    """Rows run at once (None: all of a process's)."""
+    sharding: ShardingKind = "none"
+    """What each process of ``torchrun`` keeps a share of: ``none``, ``optimizer`` or ``full`` (``tl_vpd.training.sharding``)."""
 
 
 class OutputRecipe(_Frozen):
@@ -91,6 +111,8 @@ class OutputRecipe(_Frozen):
 
     folder: Path = Path("runs/vpd")
     save_every: int = Field(500, ge=1)
+    keep_states: int = Field(2, ge=1)
+    """The newest states that stay on the disk."""
     log_every: int = Field(10, ge=1)
 
 
@@ -100,6 +122,7 @@ class Recipe(_Frozen):
     model: ModelRecipe = ModelRecipe()
     data: DataRecipe = DataRecipe()
     algorithm: VPDConfig = VPDConfig()
+    runtime: RuntimeRecipe = RuntimeRecipe()
     output: OutputRecipe = OutputRecipe()
 
     @classmethod
@@ -110,25 +133,49 @@ class Recipe(_Frozen):
             FileNotFoundError: there is none. ValueError: it is not a recipe; the message names each wrong key.
         """
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: give a YAML file with model, data, algorithm and output.")
+            raise FileNotFoundError(
+                f"{path} does not exist: give a YAML file with model, data, algorithm, runtime and output."
+            )
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(
-                f"{path} holds a {type(content).__name__}; keys model, data, algorithm and output are needed."
+                f"{path} holds a {type(content).__name__}; keys model, data, algorithm, runtime and output are needed."
             )
         try:
             return cls(**content)
         except ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-            raise ValueError(f"{path}: {wrong}") from error
+            raise ValueError(f"{path}: {_sentence(error)}") from error
+
+    def changed(self, section: str, **given: Any) -> Recipe:
+        """The recipe with other values in a section; those that are None stay as they are.
+
+        Raises:
+            ValueError: a value is not allowed.
+        """
+        own = getattr(self, section)
+        values = {**own.model_dump(), **{name: value for name, value in given.items() if value is not None}}
+        try:
+            return self.model_copy(update={section: type(own)(**values)})
+        except ValidationError as error:
+            raise ValueError(f"{section}.{_sentence(error)}") from error
+
+
+def _sentence(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+
+
+def own_device(device: str) -> str:
+    """``cuda`` as the device of this process, where ``torchrun`` started several."""
+    rank = os.environ.get("LOCAL_RANK")
+    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
 
 
 def _read_array(path: Path, key: str) -> np.ndarray:
     if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False)
+        return np.load(path, allow_pickle=False, mmap_mode="r")
     try:
         tensors = load_file(path)
     except SafetensorError as error:
