@@ -41,8 +41,8 @@ def lower_leaky_pullback(
 ) -> Float[Tensor, "*batch"]:
     """The gradient in z from the gradient in g (``out`` may be ``grad``)."""
     leaked = grad.clamp(max=0).mul_(LEAK)
-    inside = torch.where(z <= 1, grad, 0.0)
-    return torch.where(z > 0, inside, leaked, out=out) if out is not None else torch.where(z > 0, inside, leaked)
+    out = torch.where(z > 0, grad, leaked) if out is None else torch.where(z > 0, grad, leaked, out=out)
+    return out.masked_fill_(z > 1, 0)
 
 
 def lower_leaky(z: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:

@@ -15,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 ALL = slice(None)
+_BLOCK = 1 << 17
+"""Sources updated at once: few enough to stay in the processor's cache."""
 
 
 class PersistentSources:
@@ -36,7 +38,6 @@ class PersistentSources:
         self.first = torch.zeros_like(values)
         self.second = torch.zeros_like(values)
         self.updates = 0
-        self._work = torch.empty_like(values)
 
     def leaf(self, rows: slice = ALL) -> Float[Tensor, "some slots C_and_deltas"]:
         """Sources of some rows as a leaf that collects gradients; the values are shared, not copied."""
@@ -58,13 +59,13 @@ class PersistentSources:
         """
         beta1, beta2 = self.betas
         self.updates = self.updates + 1 if update is None else update
-        values, first, second, work = (t[rows] for t in (self.values, self.first, self.second, self._work))
-        first.lerp_(gradient, 1 - beta1)
-        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         scale = (1 - beta2**self.updates) ** 0.5
         step = lr * scale / (1 - beta1**self.updates)
-        torch.sqrt(second, out=work).add_(self.eps * scale)
-        values.addcdiv_(first, work, value=step).clamp_(0, 1)
+        tensors = (t.flatten() for t in (self.values[rows], self.first[rows], self.second[rows], gradient))
+        for values, first, second, own in zip(*(t.split(_BLOCK) for t in tensors), strict=True):
+            first.lerp_(own, 1 - beta1)
+            second.mul_(beta2).addcmul_(own, own, value=1 - beta2)
+            values.addcdiv_(first, second.sqrt().add_(self.eps * scale), value=step).clamp_(0, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Values, both moments and the counter."""

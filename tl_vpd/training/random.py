@@ -39,10 +39,12 @@ class RowRandom:
             drawn.append(draw(self.generator))
         return torch.stack(drawn)
 
-    def uniform(self, what: str, step: int, rows: Sequence[int], shape: tuple[int, ...]) -> Float[Tensor, "rows ..."]:
-        """Uniform numbers in [0, 1), each row ``shape``."""
-        device = self.generator.device
-        out = torch.empty(len(rows), *shape, device=device)
+    def uniform(
+        self, what: str, step: int, rows: Sequence[int], shape: tuple[int, ...], *, out: Tensor | None = None
+    ) -> Float[Tensor, "rows ..."]:
+        """Uniform numbers in [0, 1), each row ``shape``; into ``out`` where it is given."""
+        if out is None:
+            out = torch.empty(len(rows), *shape, device=self.generator.device)
         for own, row in zip(out, rows, strict=True):
             self.generator.manual_seed(zlib.crc32(f"{self.seed}/{what}/{step}/{row}".encode()))
             own.uniform_(generator=self.generator)

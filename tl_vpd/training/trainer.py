@@ -150,7 +150,7 @@ class Trainer:
         if config.frequency_half_life is not None:
             total, device = self.decomposition.packing.total, self.decomposition.device
             self.frequencies = RunningFrequency(total, config.frequency_half_life, device=device)
-        self._work: Tensor | None = None
+        self._work: dict[str, Tensor] = {}
         self.done = 0
 
     def warm_up(self) -> float:
@@ -196,7 +196,7 @@ class Trainer:
             own = alone or self._see(part, tokens, keep, now)
             for k in range(config.adversary.inner_steps if c.adversarial else 0):
                 self._ascend(own, draws, counts, now.adversary_lr, before + k + 1)
-            grad_g = torch.zeros_like(own.g)
+            grad_g = self._workspace("grad_g", own.g.shape, own.g.dtype).zero_()
             for taken in self._reconstruct(own, grad_g, draws, counts):
                 # One pass's graph at a time; Γ's own comes last, from what all passes left in grad_g.
                 weights = (c.stochastic, c.adversarial, c.layerwise)
@@ -239,8 +239,9 @@ class Trainer:
         )
 
     def draw_sources(self, what: str, rows: Sequence[int]) -> Float[Tensor, "tokens C_and_deltas"]:
-        """This step's ``stochastic`` or ``layerwise`` sources of some rows; made only when their pass comes."""
-        return self.random.uniform(what, self.done, rows, (self.pos, self.width)).flatten(0, 1)
+        """This step's ``stochastic`` or ``layerwise`` sources of some rows, in a tensor that the next call may use again."""
+        out = self._workspace("sources", (len(rows), self.pos, self.width))
+        return self.random.uniform(what, self.done, rows, (self.pos, self.width), out=out).flatten(0, 1)
 
     # -- parts of a step -------------------------------------------------------------------------------------------
 
@@ -264,10 +265,11 @@ class Trainer:
         assert own is not None
         logits, inputs = self.tapped.clean(own, kept)
         z = self.decomposition.pre_sigmoid(inputs, kept)
-        g = z.detach().clamp(0, 1)
+        g = torch.clamp(z.detach(), 0, 1, out=self._workspace("g", z.shape, z.dtype))
         sums = self._penalty(now).sums(z.detach().flatten(0, -2), None if kept is None else kept.flatten())
-        important = g.count_nonzero(-1) if kept is None else g.count_nonzero(-1) * kept
-        return _Seen(part, own, kept, Reconstruction(logits, self.config.output, kept), z, g, sums, important.sum())
+        important = torch.linalg.vector_norm(g, ord=0, dim=-1)
+        l0 = (important if kept is None else important * kept).sum()
+        return _Seen(part, own, kept, Reconstruction(logits, self.config.output, kept), z, g, sums, l0)
 
     def _penalty(self, now: Schedule) -> Penalty:
         kind = self.config.minimality
@@ -333,17 +335,18 @@ class Trainer:
     def _attacked_rows(self, own: _Seen) -> slice:
         return slice(0, own.part.attacked.stop - own.part.attacked.start)
 
-    def _of_sources(self, sources: Tensor) -> Tensor:
-        """Where a pass writes the gradient of these sources; made once."""
-        if self._work is None or self._work.shape != sources.shape:
-            self._work = torch.empty_like(sources)
-        return self._work.zero_()
+    def _workspace(self, what: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor of undefined content that is used again and again: fresh memory costs more than the sums done in it."""
+        n, held = math.prod(shape), self._work.get(what)
+        if held is None or held.dtype != dtype or held.numel() < n:
+            held = self._work[what] = torch.empty(n, dtype=dtype, device=self.decomposition.device)
+        return held[:n].view(*shape)
 
     def _ascend(self, own: _Seen, draws: Draws, counts: Tensor, lr: float, update: int) -> None:
         """One of the adversary's own steps, on a part's attacked rows."""
         rows = self._attacked_rows(own)
         sources, taken, routing = self._attacked(own, draws)
-        gradient = self._of_sources(sources)
+        gradient = self._workspace("sources", sources.shape, sources.dtype).zero_()
         output, run = self._masked(own, rows, sources, taken, routing, grad_sources=gradient)
         loss = _weighted(own.distance.rows(rows), output, counts[1])
         torch.autograd.grad(loss, run.handle, allow_unused=True)
@@ -364,28 +367,30 @@ class Trainer:
         attacked, taken, routing = self._attacked(own, draws)
         if self.config.merged:
             drawn, free = self._drawn(own.part), _rows(draws.stochastic_routing, own.part.drawn)
-            first = torch.arange(rows.stop * self.pos, device=drawn.device) if taken is None else taken
+            first = torch.arange(len(attacked), device=drawn.device) if taken is None else taken
             rest = len(attacked) + torch.arange(len(drawn), device=drawn.device)
-            gradient = self._of_sources(attacked) if c.adversarial else None
+            both = torch.cat([attacked, drawn])
+            gradient = self._workspace("sources", attacked.shape, attacked.dtype).zero_()
             output, _ = self._masked(
                 own,
                 every,
-                torch.cat([attacked, drawn]),
+                both,
                 torch.cat([first, rest]),
                 _joined(routing, free, rows),
                 grad_g=grad_g,
-                grad_sources=gradient,
+                grad_sources=gradient if c.adversarial else None,
             )
             others = slice(rows.stop, None)
             stochastic = _weighted(own.distance.rows(others), output[others], counts[2])
-            yield _Pass({0: stochastic, 1: _weighted(own.distance.rows(rows), output[rows], counts[1])}, gradient)
+            adversarial = _weighted(own.distance.rows(rows), output[rows], counts[1])
+            yield _Pass({0: stochastic, 1: adversarial}, gradient if c.adversarial else None)
             return
         if c.stochastic:
             free = _rows(draws.stochastic_routing, own.part.drawn)
             output, _ = self._masked(own, every, self._drawn(own.part), None, free, grad_g=grad_g)
             yield _Pass({0: _weighted(own.distance, output, counts[2])}, None)
         if c.adversarial:
-            gradient = self._of_sources(attacked)
+            gradient = self._workspace("sources", attacked.shape, attacked.dtype).zero_()
             output, _ = self._masked(own, every, attacked, taken, routing, grad_g=grad_g, grad_sources=gradient)
             yield _Pass({1: _weighted(own.distance, output, counts[1])}, gradient)
 

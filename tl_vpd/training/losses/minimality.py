@@ -78,7 +78,8 @@ class Penalty:
         out = torch.empty_like(z) if of_g is None else of_g
         for block, kept in _blocks(z, keep):
             own = z[block]
-            steep = self.slope(_upper_leaky(own)).mul_(of_sums).mul_(slope_of_upper_leaky(own))
+            steep = self.slope(_upper_leaky(own)).mul_(of_sums)
+            torch.where(own > 1, steep * LEAK, steep, out=steep).masked_fill_(own < 0, 0)
             if kept is not None:
                 steep.mul_(kept.unsqueeze(-1))
             if of_g is None:
@@ -108,11 +109,6 @@ class _Sums(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         z, keep = ctx.saved_tensors
         return ctx.penalty.pullback(z, grad, keep), None, None
-
-
-def slope_of_upper_leaky(z: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-    """The derivative of ``upper_leaky``: 1 on [0, 1], the leak above, 0 below."""
-    return (z >= 0).to(z.dtype).masked_fill_(z > 1, LEAK)
 
 
 def _upper_leaky(z: Tensor) -> Tensor:
