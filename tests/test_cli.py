@@ -13,8 +13,10 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from tl_vpd import Decomposition
+from tl_vpd import Decomposition, bundled
 from tl_vpd.cli import app
+from tl_vpd.recipe import Recipe
+from tl_vpd.training.footprint import Target, footprint, transformer
 
 ROOT = Path(__file__).parents[1]
 ALGORITHM = "{steps: 2, batch_size: 2, C: 4, gamma: {d_ci: 8, n_blocks: 1, n_heads: 2}, warm_up_steps: 2}"
@@ -117,6 +119,50 @@ def test_under_torchrun_the_first_process_writes_and_speaks_alone(tmp_path: Path
     )
     assert again.returncode != 0
     assert again.stderr.count("holds a run already") == 1
+
+
+NUMBERS = ("--layers", 2, "--d-model", 8, "--heads", 2, "--d-mlp", 12, "--vocabulary", 11)
+
+
+def test_plan_prints_the_footprint_of_numbers():
+    found = call("plan", *NUMBERS, "--C", 5, "--d-ci", 8, "--batch", 4, "--context", 6, "--tflops", 0.001)
+    assert found.exit_code == 0, found.output
+    target = transformer(layers=2, d_model=8, heads=2, d_mlp=12, vocabulary=11)
+    expected = footprint(target, 5, {"d_ci": 8}, batch=4, context=6)
+    rows = [line.split() for line in found.output.splitlines()]
+    assert ["step", str(round(expected.step_flops / 1e9, 3))] in rows
+    assert f"components: {expected.counts['components']:,}, gamma: {expected.counts['gamma']:,}" in found.output
+    assert f"{expected.step_flops / 1e9:.3g} s a step" in found.output
+    half = call("plan", *NUMBERS, "--context", 6, "--batch", 4, "--processes", 2, "--sharding", "full")
+    assert half.exit_code == 0, half.output
+
+
+def test_plan_takes_a_recipe_and_loads_its_model(tmp_path: Path):
+    own = recipe(tmp_path, runtime="{micro_batch: 1}")
+    found = call("plan", own)
+    assert found.exit_code == 0, found.output
+    model = bundled.model()
+    config = Recipe.read(own).algorithm
+    expected = footprint(Target.of(model), config=config, batch=2, context=16, micro_batch=1)
+    assert f"gamma: {expected.counts['gamma']:,}" in found.output
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "Give a recipe, or the model's numbers too: --layers, --d-model"),
+        (NUMBERS[:8], "numbers too: --vocabulary"),
+        (NUMBERS, "Give --context"),
+        ((*NUMBERS, "--context", 6, "--sharding", "most"), "runtime.sharding"),
+        ((*NUMBERS, "--context", 6, "--batch", 5, "--processes", 2), "batch 5 cannot be shared by 2 processes"),
+        (("recipe.yaml", "--layers", 2), "does not exist"),
+    ],
+)
+def test_plan_says_what_is_missing(arguments: tuple[object, ...], message: str):
+    found = call("plan", *arguments)  # type: ignore[arg-type]
+    assert found.exit_code == 2
+    assert message in found.output
 
 
 def test_missing_and_broken_files(tmp_path: Path):

@@ -105,6 +105,85 @@ def train(
         raise typer.Exit(130)
 
 
+@app.command()
+@_command
+def plan(
+    recipe: Annotated[Path | None, typer.Argument(help="YAML file; without one, give the model's numbers.")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Blocks of the model.")] = None,
+    d_model: Annotated[int | None, typer.Option(min=1, help="Width of the residual stream.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Query heads of a block.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="Key and value heads (default: as many).")] = None,
+    d_mlp: Annotated[int | None, typer.Option(min=1, help="MLP width.")] = None,
+    gated: Annotated[bool, typer.Option("--gated", help="The MLP has a gate.")] = False,
+    vocabulary: Annotated[int | None, typer.Option(min=1, help="Tokens of the vocabulary.")] = None,
+    itemsize: Annotated[int, typer.Option(min=1, help="Bytes of a number in the model (bfloat16: 2).")] = 4,
+    c: Annotated[int | None, typer.Option("--C", min=1, help="Subcomponents a site (default: the recipe's).")] = None,
+    d_ci: Annotated[int | None, typer.Option(min=1, help="Width of Γ.")] = None,
+    n_blocks: Annotated[int | None, typer.Option(min=1, help="Depth of Γ.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a batch.")] = None,
+    context: Annotated[int | None, typer.Option(min=2, help="Tokens in a row.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows run at once.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes that share the batch.")] = 1,
+    sharding: Annotated[str | None, typer.Option(help="none, optimizer or full.")] = None,
+    tflops: Annotated[float | None, typer.Option(min=0, help="What a device does a second: adds the time.")] = None,
+) -> None:
+    """Memory and matrix products of a run, for one of its processes, before anything is trained."""
+    from tl_vpd.recipe import Recipe
+    from tl_vpd.training.footprint import Target, footprint, transformer
+
+    own = Recipe() if recipe is None else Recipe.read(recipe)
+    own = own.changed("runtime", micro_batch=micro_batch, sharding=sharding)
+    numbers = {"layers": layers, "d_model": d_model, "heads": heads, "d_mlp": d_mlp, "vocabulary": vocabulary}
+    given = {name: value for name, value in numbers.items() if value is not None}
+    if recipe is not None and given:
+        raise ValueError(f"{recipe} says which model: leave out {_options(given)}.")
+    if recipe is None and len(given) < len(numbers):
+        missing = {name: None for name in numbers if name not in given}
+        raise ValueError(f"Give a recipe, or the model's numbers too: {_options(missing)}.")
+    if recipe is None:
+        target = transformer(**given, kv_heads=kv_heads, gated=gated, itemsize=itemsize)
+        length = 0
+    else:
+        model = own.model.load()
+        target, length = Target.of(model), model.cfg.n_ctx
+    context = context or own.data.context or length
+    if not context:
+        raise ValueError("Give --context: the tokens in a row.")
+    gamma = own.algorithm.gamma.model_copy(
+        update={k: v for k, v in {"d_ci": d_ci, "n_blocks": n_blocks}.items() if v is not None}
+    )
+    found = footprint(
+        target,
+        c,
+        gamma,
+        batch=batch or own.algorithm.batch_size,
+        context=context,
+        micro_batch=own.runtime.micro_batch,
+        processes=processes,
+        sharding=own.runtime.sharding,
+        config=own.algorithm,
+    )
+    for line in plan_lines(found, own.algorithm.steps, tflops):
+        out.print(line, markup=False, highlight=False)
+
+
+def plan_lines(found: Any, steps: int, tflops: float | None) -> list[str]:
+    """A footprint as a table and its counts, and the time at a rate."""
+    table = found.table().round(3).astype(object)
+    lines = [table.where(table.notna(), "").to_string(index=False)]
+    lines.append(", ".join(f"{what}: {n:,}" for what, n in found.counts.items()))
+    if tflops:
+        seconds = found.step_flops / (tflops * 1e12)
+        lines.append(
+            f"at {tflops:g} TFLOP a second: {seconds:.3g} s a step, {seconds * steps / 3600:.3g} h for {steps:,}"
+        )
+    return lines
+
+
+def _options(names: Any) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
+
+
 @app.command("eval")
 @_command
 def evaluate_command(
