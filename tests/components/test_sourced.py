@@ -166,4 +166,4 @@ def test_a_tapped_model_takes_a_sourced_pass_in_every_layout_and_precision(flag,
     with torch.no_grad(), TappedModel(vpd, model) as tapped:
         found = tapped.masked(tokens, SourcedPass(g, sources, vpd.packing))
         expected = tapped.masked(tokens, masks_from_sources(g, sources.view(2, 7, 84), vpd.packing))
-    assert_close(found, expected, rtol=1e-6 if dtype == torch.float32 else 1e-10, atol=1e-9)
+    assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=1e-6 if dtype == torch.float32 else 1e-10)

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.tiny import GAMMA, some_tokens, tiny_model
+from tests.tiny import GAMMA, decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd import VPDConfig
+from tl_vpd.adapters import Unsupported
+from tl_vpd.components import SourcedPass
 from tl_vpd.hooks import TappedModel
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training import Trainer, new_decomposition
@@ -145,3 +147,68 @@ def test_copies_of_a_trainer_draw_alike():
     first, second = run(steps=2), run(steps=2)
     assert first[0] == second[0] and all(torch.equal(first[1][k], second[1][k]) for k in first[1])
     assert copy.deepcopy(first[0]) == first[0]
+
+
+def some_steps(steps=3, dtype=torch.float32, **how):
+    """Metrics and V of a few steps of a float32 run."""
+    model = tiny_model(dtype=dtype)
+    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=200, merged=how.pop("merged", False))
+    vpd = new_decomposition(model, config)
+    with TappedModel(vpd, model) as tapped:
+        trainer = Trainer(tapped, config, (4, 6), **how)
+        trainer.warm_up()
+        metrics = [trainer.step(some_tokens(seed=i, shape=(4, 6))) for i in range(steps)]
+    assert "forward" not in model.blocks[0].__dict__
+    return metrics, vpd, trainer
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_activations_computed_again_change_nothing(merged):
+    plain, vpd, _ = some_steps(merged=merged)
+    again, other, _ = some_steps(merged=merged, checkpoint=True)
+    assert plain == again
+    assert all(torch.equal(a, b) for a, b in zip(vpd.parameters(), other.parameters(), strict=True))
+
+
+def test_activations_computed_again_take_less_memory_until_backward():
+    kept = {}
+    for checkpoint in (False, True):
+        model, saved = tiny_model(dtype=torch.float32), []
+        vpd = decomposition_of(model)
+        g, sources = draw(4, 6, 72, seed=1).float(), draw(24, 84, seed=2).float()
+        with TappedModel(vpd, model) as tapped:
+            run = SourcedPass(g, sources, vpd.packing, grad_g=torch.zeros_like(g))
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t)
+            with hooks:
+                tapped.masked(some_tokens(shape=(4, 6)), run, checkpoint=checkpoint)
+        kept[checkpoint] = sum(saved)
+    assert kept[True] < kept[False] / 4
+
+
+def test_a_model_that_is_no_stack_of_layers_cannot_compute_its_activations_again():
+    from tests.adapters.own import TwoLayers
+
+    model = TwoLayers().float()
+    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, output="mse")
+    with (
+        TappedModel(new_decomposition(model, config), model) as tapped,
+        pytest.raises(Unsupported, match="checkpoint=False"),
+    ):
+        Trainer(tapped, config, (4, 1), checkpoint=True)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_bfloat16_products_stay_near_float32_and_everything_kept_is_float32(merged):
+    plain, vpd, _ = some_steps(merged=merged)
+    lower, other, trainer = some_steps(merged=merged, precision="bfloat16")
+    for a, b in zip(plain, lower, strict=True):
+        assert a.stochastic != b.stochastic
+        for name in ("stochastic", "adversarial", "importance", "l0"):
+            assert getattr(b, name) == pytest.approx(getattr(a, name), rel=0.1, abs=5e-3), name
+    state = [v for s in trainer.optimizer.state.values() for v in s.values()]
+    assert {t.dtype for t in (*other.parameters(), trainer.sources.values, *state)} == {torch.float32}
+    grads = [
+        (a.detach() - b.detach()).norm() / a.detach().norm()
+        for a, b in zip(vpd.parameters(), other.parameters(), strict=True)
+    ]
+    assert max(float(g) for g in grads) < 0.05

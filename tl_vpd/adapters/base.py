@@ -105,6 +105,19 @@ class Adapter(ABC):
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
         """The bias added to the site's output before it is tapped (None: there is none)."""
 
+    def blocks(self) -> list[nn.Module]:
+        """The layers that run one after the other, whose activations may be computed again instead of kept.
+
+        Raises:
+            Unsupported: the model is not a stack of layers.
+        """
+        blocks = getattr(self.model, "blocks", None)
+        if not isinstance(blocks, nn.ModuleList):
+            raise Unsupported(
+                f"This {type(self.model).__name__} has no .blocks whose activations could be computed again: use checkpoint=False."
+            )
+        return list(blocks)
+
     def layout(self, name: str) -> Layout:
         """How the site's product is carried out under the model's present flags."""
         return WHOLE

@@ -48,7 +48,7 @@ def masked_output(
     own = y
     if delta_mask is not None:
         factor = delta_mask.unsqueeze(-1)
-        own = y * factor if bias is None else torch.lerp(bias.expand_as(y), y, factor)
+        own = y * factor if bias is None else torch.lerp(bias.to(y).expand_as(y), y, factor.to(y))
     in_place = not torch.is_grad_enabled() and (own is not y or (overwrite and routed is None))
     output = _plus_product(own, _coefficients(acts, mask, delta_mask, patched_acts), U, in_place=in_place)
     return output if routed is None else torch.where(routed.unsqueeze(-1), output, y)

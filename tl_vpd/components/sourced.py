@@ -9,6 +9,7 @@ output's gradient G,
     ∂coefficients = G Uᵀ,   ∂a = ∂coefficients ⊙ (m − m_Δ),   ∂m = ∂coefficients ⊙ a,   ∂m_Δ = Σ G (y₀ − b) − Σ_c ∂m
     ∂g = ∂m (1 − r),        ∂r = ∂m (1 − g)
 
+Products are carried out in the precision of y₀ (under autocast lower than that of V, U, g and r, to which every gradient returns).
 Only routed tokens are computed: elsewhere the output is y₀ and gradients pass to it. ∂g and ∂r do not travel through autograd:
 each block adds to, or writes into, two packed tensors that all sites share (``grad_g``, ``grad_sources``), so that neither ∂m
 nor any other tensor of their size is ever made.
@@ -58,14 +59,13 @@ class _Columns:
         """Δ's masks of some tokens."""
         return self.own_delta[rows] if self.taken is None else self.own_delta[self.taken[rows]]
 
-    def mask(self, rows: Rows, out: Tensor | None = None) -> Float[Tensor, "some C"]:
+    def mask(self, rows: Rows) -> Float[Tensor, "some C"]:
         """``g + (1 − g) r`` of some tokens."""
-        g, r = self.g[rows], self.sources(rows)
-        return torch.lerp(r, self.one, g) if out is None else torch.lerp(r, self.one, g, out=out)
+        return torch.lerp(self.sources(rows), self.one, self.g[rows])
 
-    def difference(self, rows: Rows, out: Tensor | None = None) -> Float[Tensor, "some C"]:
+    def difference(self, rows: Rows) -> Float[Tensor, "some C"]:
         """``g + (1 − g) r − m_Δ`` of some tokens."""
-        return self.mask(rows, out).sub_(self.delta(rows))
+        return self.mask(rows).sub_(self.delta(rows))
 
     def take(self, rows: Rows, of_mask: Float[Tensor, "some C"]) -> None:
         """Hands ∂m of some tokens on to ∂g and ∂r."""
@@ -98,7 +98,7 @@ class _Columns:
 
 
 class _Product(torch.autograd.Function):
-    """One site's masked output. Rows are tokens: every tensor is ``[tokens, ...]``; ``routed`` are the numbers of those masked."""
+    """One site's masked output. Every tensor is ``[tokens, ...]``; ``routed`` are the numbers of the masked ones."""
 
     @staticmethod
     def forward(
@@ -113,12 +113,15 @@ class _Product(torch.autograd.Function):
         of: _Columns,
     ) -> Tensor:
         every: Rows = slice(None) if routed is None else routed
+        kind, ctx.kinds = y.dtype, (x.dtype, V.dtype, U.dtype)
+        x, V, U = x.to(kind), V.to(kind), U.to(kind)
+        bias = None if bias is None else bias.to(kind)
         own_x, own_y = (x, y) if routed is None else (x[routed], y[routed])
-        acts, delta = own_x @ V, of.delta(every)
+        acts, delta = own_x @ V, of.delta(every).to(kind)
         output = own_y * delta if bias is None else torch.lerp(bias, own_y, delta)
         coefficients = torch.empty_like(acts)
         for block, rows in _blocks(acts, routed):
-            of.difference(rows, out=coefficients[block]).mul_(acts[block])
+            torch.mul(of.difference(rows), acts[block], out=coefficients[block])
         output.addmm_(coefficients, U)
         ctx.save_for_backward(y, x, acts, V, U, bias, routed)
         ctx.of = of
@@ -129,19 +132,21 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         y, x, acts, V, U, bias, routed = ctx.saved_tensors
         of, needs = ctx.of, ctx.needs_input_grad
+        of_x_kind, of_V_kind, of_U_kind = ctx.kinds
         every: Rows = slice(None) if routed is None else routed
-        own, delta = grad[every], of.delta(every)
+        own, delta, full = grad[every], of.delta(every), of.g.dtype
         of_coefficients = own @ U.T
         weighted = torch.empty_like(acts) if needs[4] else None
         of_delta = None
         if of.grad_delta is not None:
-            of_delta = torch.linalg.vecdot(own, y[every] if bias is None else y[every] - bias)
+            centred = y[every] if bias is None else y[every] - bias
+            of_delta = torch.linalg.vecdot(own.to(full), centred.to(full))
         for block, rows in _blocks(acts, routed):
             difference = of.difference(rows)
             if weighted is not None:
                 torch.mul(acts[block], difference, out=weighted[block])
             if of.wanted:
-                of_mask = of_coefficients[block] * acts[block]
+                of_mask = of_coefficients[block].to(full) * acts[block]
                 of.take(rows, of_mask)
                 if of_delta is not None:
                     of_delta[block] -= of_mask.sum(-1)
@@ -150,17 +155,17 @@ class _Product(torch.autograd.Function):
             of.take_delta(every, of_delta)
         of_y = of_x = None
         if needs[1]:
-            of_y = own * delta if routed is None else grad.index_copy(0, routed, own * delta)
+            of_y = own * delta.to(own.dtype)
+            of_y = of_y if routed is None else grad.index_copy(0, routed, of_y)
         if needs[2]:
             of_x = of_coefficients @ V.T
-            if routed is not None:
-                of_x = torch.zeros_like(x).index_copy_(0, routed, of_x)
+            of_x = (of_x if routed is None else torch.zeros_like(x).index_copy_(0, routed, of_x)).to(of_x_kind)
         return (
             None,
             of_y,
             of_x,
-            x[every].T @ of_coefficients if needs[3] else None,
-            weighted.T @ own if weighted is not None else None,
+            (x[every].T @ of_coefficients).to(of_V_kind) if needs[3] else None,
+            (weighted.T @ own).to(of_U_kind) if weighted is not None else None,
             *[None] * 3,
         )
 
@@ -227,11 +232,6 @@ class SourcedPass:
         self.one = g.new_ones(())
         self.handle = torch.zeros((), dtype=g.dtype, device=g.device)
         self.handle.requires_grad_(grad_g is not None or grad_sources is not None)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Precision of importances and sources."""
-        return self.g.dtype
 
     def __contains__(self, name: str) -> bool:
         return name in self.sites

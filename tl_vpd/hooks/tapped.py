@@ -11,12 +11,13 @@ the target's weights collect no gradients.
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
@@ -120,22 +121,65 @@ class TappedModel:
         keep: Bool[Tensor, "batch pos"] | None = None,
         *,
         constant_parts: bool = False,
+        checkpoint: bool = False,
     ) -> Float[Tensor, "batch ..."]:
         """Logits under masks, or under a pass's sources.
 
-        With ``constant_parts``, gradients reach the masks but not V and U (an adversary's steps).
+        With ``constant_parts``, gradients reach the masks but not V and U (an adversary's steps). With ``checkpoint``, a
+        layer's activations are not kept for backward but computed again in it.
         """
+        with self._under(masks, constant_parts), self._recomputing() if checkpoint else nullcontext():
+            return self._run(tokens, keep)
+
+    @contextmanager
+    def _under(self, masks: Masks | SourcedPass, constant_parts: bool) -> Iterator[None]:
         self._masks, self._constant_parts = masks, constant_parts
         try:
-            return self._run(tokens, keep)
+            yield
         finally:
             self._masks = None
             self._x.clear()
 
+    @contextmanager
+    def _recomputing(self) -> Iterator[None]:
+        """Layers that keep only their inputs; computed again, they see the masks of the pass they belong to."""
+        masks, constant_parts = self._masks, self._constant_parts
+        assert masks is not None
+
+        @contextmanager
+        def again() -> Iterator[None]:
+            with self._paused(), self._under(masks, constant_parts):
+                yield
+
+        def kept_small(block: nn.Module) -> Callable[..., Any]:
+            return partial(
+                torch.utils.checkpoint.checkpoint,
+                block.forward,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=lambda: (nullcontext(), again()),
+            )
+
+        blocks = self.adapter.blocks()
+        own = [block.__dict__.get("forward") for block in blocks]
+        for block in blocks:
+            block.forward = kept_small(block)  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for block, before in zip(blocks, own, strict=True):
+                if before is None:
+                    del block.forward
+                else:
+                    block.forward = before  # type: ignore[method-assign]
+
+    def _paused(self) -> AbstractContextManager[Any]:
+        attached = attached_to(self.model)
+        return nullcontext() if attached is None else attached.paused()
+
     def _run(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
         self._fired.clear()
-        attached = attached_to(self.model)
-        with nullcontext() if attached is None else attached.paused():
+        with self._paused():
             logits = self.adapter.run(tokens, keep)
         wrong = {n: self._fired[n] for n in self.names if self._fired[n] != 1}
         if wrong:
@@ -166,7 +210,7 @@ class TappedModel:
 
     def _sourced(self, run: SourcedPass, name: str, x: Tensor, y: Tensor) -> Tensor:
         layout = self.adapter.layout(name)
-        if layout.by_head or layout.repeats > 1 or y.dtype != run.dtype:
+        if layout.by_head or layout.repeats > 1:
             product = Product(name, self.adapter, self.parts, x, y)
             routed = None if run.routing is None else run.routing[name]
             return product.masked(product.acts(), SiteMask(*run.mask(name), routed))

@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -46,6 +47,7 @@ from tl_vpd.training.schedules import Schedule
 from tl_vpd.training.sharding import Sharding
 
 Routing = dict[str, Bool[Tensor, "_ pos"]] | None
+Precision = Literal["float32", "bfloat16"]
 LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial", "layerwise")
 
 
@@ -92,7 +94,7 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Pass:
-    """Losses of one masked pass by their place (0 stochastic, 1 adversarial, 2 layerwise), and where backward leaves its sources' gradient."""
+    """Losses of one masked pass by place (0 stochastic, 1 adversarial, 2 layerwise); where its sources' gradient will be."""
 
     losses: dict[int, Float[Tensor, ""]]
     of_sources: Tensor | None
@@ -106,9 +108,12 @@ class Trainer:
         shape: (batch, pos) of every batch, over all processes; pos is 1 for inputs ``[batch, d]``.
         micro_batch: rows that are run at once (None: all of a process's).
         world: the processes that share the batch. sharding: what each of them keeps of V, U, Γ and moments (None: all).
+        precision: of matrix products in the target, in masked passes and in Γ (``bfloat16``: by autocast). V, U, Γ and their
+            moments, importances, sources and losses stay float32.
+        checkpoint: whether a layer's activations are computed again in backward instead of kept.
 
     Raises:
-        ValueError: the batch cannot be shared out.
+        ValueError: the batch cannot be shared out. Unsupported: ``checkpoint`` with a model that is no stack of layers.
     """
 
     def __init__(
@@ -120,8 +125,13 @@ class Trainer:
         micro_batch: int | None = None,
         world: World | None = None,
         sharding: Sharding | None = None,
+        precision: Precision = "float32",
+        checkpoint: bool = False,
     ) -> None:
         self.tapped, self.config, self.world = tapped, config, world or World()
+        self.precision, self.checkpoint = precision, checkpoint
+        if checkpoint:
+            tapped.adapter.blocks()
         self.sharding = sharding or Sharding(self.world)
         if not isinstance(tapped.parts.decomposition, Decomposition):
             raise TypeError("A Trainer needs a tapped Decomposition: bare Components have no Γ.")
@@ -263,8 +273,10 @@ class Trainer:
     def _see(self, part: Part, tokens: Tensor, keep: Tensor | None, now: Schedule) -> _Seen:
         own, kept = part.of(tokens), part.of(keep)
         assert own is not None
-        logits, inputs = self.tapped.clean(own, kept)
-        z = self.decomposition.pre_sigmoid(inputs, kept)
+        with self._autocast():
+            logits, inputs = self.tapped.clean(own, kept)
+            z = self.decomposition.pre_sigmoid(inputs, kept)
+        z = z.float() if z.dtype == torch.bfloat16 else z
         g = torch.clamp(z.detach(), 0, 1, out=self._workspace("g", z.shape, z.dtype))
         sums = self._penalty(now).sums(z.detach().flatten(0, -2), None if kept is None else kept.flatten())
         important = torch.linalg.vector_norm(g, ord=0, dim=-1)
@@ -330,7 +342,15 @@ class Trainer:
             sites=sites,
         )
         keep = None if own.keep is None else own.keep[rows]
-        return self.tapped.masked(own.tokens[rows], run, keep, constant_parts=grad_g is None), run
+        constant = grad_g is None
+        with self._autocast():
+            return self.tapped.masked(
+                own.tokens[rows], run, keep, constant_parts=constant, checkpoint=self.checkpoint
+            ), run
+
+    def _autocast(self) -> torch.autocast:
+        lower = self.precision == "bfloat16"
+        return torch.autocast(self.decomposition.device.type, dtype=torch.bfloat16, enabled=lower)
 
     def _attacked_rows(self, own: _Seen) -> slice:
         return slice(0, own.part.attacked.stop - own.part.attacked.start)
