@@ -1,0 +1,55 @@
+"""Three methods, one interface."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tl_vpd import VPDConfig
+from tl_vpd.baselines import METHODS, APDConfig, spd_config
+from tl_vpd.evaluation.ground_truth import ground_truth
+from tl_vpd.toys import TMS
+from tl_vpd.training import Coefficients
+
+TOY = TMS(3, 2)
+SHORT = dict(steps=3, batch_size=2, C=4, seed=1)
+CONFIGS = {
+    "vpd": VPDConfig(**SHORT, gamma=dict(kind="per_subcomponent_mlps", hidden=4), output="mse", warm_up_steps=2),
+    "spd": spd_config(**SHORT),
+    "apd": APDConfig(**SHORT),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_pieces_importances_and_masked_outputs(name):
+    model = TOY.build(0)
+    assert type(CONFIGS[name]) is METHODS[name].config and METHODS[name].name == name
+    found = METHODS[name].run(model, TOY.batches(2, seed=1), CONFIGS[name])
+    x = TOY.batches(5, seed=2).at(0)
+    assert found.pieces("embed").shape == (4, 3, 2) and found.pieces("unembed").shape == (4, 2, 3)
+    g = found.importances(x)
+    assert list(g) == ["embed", "unembed"] and all(own.shape == (5, 64, 4) for own in g.values())
+    assert all(bool(((own >= 0) & (own <= 1)).all()) for own in g.values())
+    ones = {site: torch.ones_like(own) for site, own in g.items()}
+    hidden = x @ found.pieces("embed").sum(0)
+    expected = (hidden @ found.pieces("unembed").sum(0) + model.unembed.bias).relu()
+    torch.testing.assert_close(found.output(x, ones), expected, atol=1e-5, rtol=1e-4)
+    measured = ground_truth(found, model, TOY.truth(model), x)
+    assert measured.sites["site"].tolist() == ["embed", "unembed"]
+
+
+def test_spd_has_no_adversary_and_masks_all_sites_and_each_alone():
+    config = spd_config(C=5)
+    c = config.coefficients
+    assert (c.adversarial, c.frequency, c.stochastic, c.layerwise) == (0, 0, 1, 1)
+    assert config.stochastic_routing == "all" and config.gamma.kind == "per_subcomponent_mlps"
+    with pytest.raises(ValueError, match="SPD has no adversary"):
+        METHODS["spd"].run(TOY.build(0), TOY.batches(2), spd_config(**SHORT, coefficients=Coefficients()))
+
+
+def test_a_run_of_vpd_goes_on_where_it_was_interrupted(tmp_path):
+    whole = METHODS["vpd"].run(TOY.build(0), TOY.batches(2), CONFIGS["vpd"])
+    first = METHODS["vpd"].run(TOY.build(0), TOY.batches(2), CONFIGS["vpd"], out=tmp_path)
+    second = METHODS["vpd"].run(TOY.build(0), TOY.batches(2), CONFIGS["vpd"], out=tmp_path)
+    assert torch.equal(whole.pieces("embed"), first.pieces("embed"))
+    assert torch.equal(second.pieces("embed"), first.pieces("embed"))

@@ -1,0 +1,97 @@
+"""VPD and what it is compared with, behind one interface: a model, its data and a config in; pieces with importances out.
+
+======  ===================================================================================================================
+name    method
+======  ===================================================================================================================
+vpd     adVersarial Parameter Decomposition: ``tl_vpd.decompose``
+spd     Stochastic Parameter Decomposition (arXiv 2506.20790), as a configuration of the same trainer: stochastic masks on all
+        sites and layerwise, a small MLP a subcomponent for Γ, no adversary (``spd_config``)
+apd     Attribution-based Parameter Decomposition (arXiv 2501.14926): ``tl_vpd.baselines.apd``, for models of vectors
+======  ===================================================================================================================
+
+    >>> found = METHODS["spd"].run(model, data, spd_config(steps=40_000, C=20))          # doctest: +SKIP
+    >>> found.pieces("embed"), found.importances(inputs)                                # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tl_vpd.baselines.apd import APDConfig, apd
+from tl_vpd.baselines.found import RankOne
+from tl_vpd.evaluation.ground_truth import Found
+from tl_vpd.importance import GammaConfig
+from tl_vpd.training import Coefficients, VPDConfig, decompose
+from tl_vpd.training.data import Batches
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to take a model's weights apart.
+
+    ``config``: what it is set with. ``run``: ``(model, data, config, out=None, progress=False)``; with a folder ``out``, VPD and
+    SPD go on where an earlier run was interrupted.
+    """
+
+    name: str
+    config: type[VPDConfig] | type[APDConfig]
+    run: Callable[..., Found]
+
+
+def spd_config(**settings: Any) -> VPDConfig:
+    """SPD's recipe for toys as a VPDConfig, with ``settings`` in the place of its own.
+
+    Differences from the paper: what the subcomponents leave over is masked too, and masks are never negative.
+    """
+    base: dict[str, Any] = {
+        "steps": 40_000,
+        "gamma": GammaConfig(kind="per_subcomponent_mlps", hidden=16),
+        "coefficients": Coefficients(
+            delta=1.0, stochastic=1.0, layerwise=1.0, adversarial=0.0, importance=3e-3, frequency=0.0
+        ),
+        "p_start": 1.0,
+        "p_end": 1.0,
+        "lr": 1e-3,
+        "lr_final": 0.0,
+        "stochastic_routing": "all",
+        "clip": None,
+        "warm_up_steps": 0,
+        "output": "mse",
+    }
+    return VPDConfig(**{**base, **settings})
+
+
+def _vpd(
+    model: nn.Module, data: Batches, config: VPDConfig, *, out: Path | None = None, progress: bool = False
+) -> Found:
+    resume = out is not None and any(out.glob("state/step-*"))
+    run = decompose(model, data, config, out=out, resume=resume, save_every=1_000, keep_states=1, progress=progress)
+    if not run.finished:
+        raise KeyboardInterrupt
+    return RankOne(run.decomposition, model)
+
+
+def _spd(
+    model: nn.Module, data: Batches, config: VPDConfig, *, out: Path | None = None, progress: bool = False
+) -> Found:
+    if config.coefficients.adversarial:
+        raise ValueError("SPD has no adversary: set coefficients.adversarial to 0, or ask for vpd.")
+    return _vpd(model, data, config, out=out, progress=progress)
+
+
+def _apd(
+    model: nn.Module, data: Batches, config: APDConfig, *, out: Path | None = None, progress: bool = False
+) -> Found:
+    return apd(model, data, config, progress=progress)
+
+
+METHODS = {
+    "vpd": Method("vpd", VPDConfig, _vpd),
+    "spd": Method("spd", VPDConfig, _spd),
+    "apd": Method("apd", APDConfig, _apd),
+}

@@ -1,0 +1,118 @@
+"""Compressed computation: a residual MLP that computes more features than it has neurons, in one layer or across several.
+
+    h = x W_E,   h ← h + ReLU(h W_in,l) W_out,l   for each layer l,   ŷ = h W_Eᵀ        trained towards y = x + ReLU(x)
+
+``W_E`` is fixed, random, with rows of length 1. Sites: ``layers.{l}.W_in``, ``layers.{l}.W_out``. Truth: in W_in one subcomponent
+a feature (in every layer, where a feature's computation is spread over layers); all W_out together one piece of the rank
+of all neurons. Source: APD (arXiv 2501.14926, section 3.2) and SPD (arXiv 2506.20790, sections 3.2 and 3.3).
+
+>>> model = Compressed(n_features=10, d_resid=40, neurons=5).build()
+>>> model(torch.zeros(3, 10)).shape
+torch.Size([3, 10])
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_vpd.adapters.versions import HookedRootModule, HookPoint
+from tl_vpd.evaluation.truth import SiteTruth, Truth
+from tl_vpd.toys.features import SparseFeatures
+from tl_vpd.toys.tms import PROBE_VALUE
+from tl_vpd.toys.toy import TargetTraining, Toy
+from tl_vpd.training.data import Batches
+
+TRAINING = TargetTraining(steps=1_000, rows=32, lr=3e-3, schedule="cosine")
+
+
+class ResidualMLP(nn.Module):
+    """``ReLU(h W_in) W_out``, without biases."""
+
+    def __init__(self, d_resid: int, neurons: int) -> None:
+        super().__init__()
+        self.W_in = nn.Linear(d_resid, neurons, bias=False)
+        self.W_out = nn.Linear(neurons, d_resid, bias=False)
+        self.hook_pre, self.hook_post = HookPoint(), HookPoint()
+
+    def forward(self, h: Float[Tensor, "*batch d_resid"]) -> Float[Tensor, "*batch d_resid"]:
+        """What the layer adds to the residual stream."""
+        return self.W_out(self.hook_post(self.hook_pre(self.W_in(h)).relu()))
+
+
+class CompressedModel(HookedRootModule):
+    """Embedding, residual MLPs, unembedding by the embedding's transpose."""
+
+    W_E: Tensor
+
+    def __init__(self, n_features: int, d_resid: int, neurons: int, n_layers: int) -> None:
+        super().__init__()
+        self.register_buffer("W_E", torch.zeros(n_features, d_resid))
+        self.layers = nn.ModuleList(ResidualMLP(d_resid, neurons) for _ in range(n_layers))
+        self.hook_embed, self.hook_resid_final = HookPoint(), HookPoint()
+        self.setup()
+
+    def forward(self, x: Float[Tensor, "*batch features"]) -> Float[Tensor, "*batch features"]:
+        """Towards ``x + ReLU(x)``."""
+        h = self.hook_embed(x @ self.W_E)
+        for layer in self.layers:
+            h = h + layer(h)
+        return self.hook_resid_final(h) @ self.W_E.T
+
+
+@dataclass(frozen=True)
+class Compressed(Toy):
+    """The toy; ``neurons`` are those of each of ``n_layers`` layers."""
+
+    n_features: int = 100
+    d_resid: int = 1000
+    neurons: int = 50
+    n_layers: int = 1
+    probability: float = 0.01
+    vectors: int = 64
+    """Vectors in a row of data."""
+    training: TargetTraining = TRAINING
+    output: ClassVar[Literal["kl", "mse"]] = "mse"
+
+    def build(self, seed: int = 0) -> CompressedModel:
+        """W_E normal with its rows scaled to length 1; the rest normal with Xavier's deviation."""
+        model = CompressedModel(self.n_features, self.d_resid, self.neurons, self.n_layers)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            embedding = torch.randn(self.n_features, self.d_resid, generator=generator)
+            model.W_E.copy_(embedding / embedding.norm(dim=-1, keepdim=True))
+            for weight in model.parameters():
+                nn.init.xavier_normal_(weight, generator=generator)
+        return model
+
+    def batches(self, rows: int, seed: int = 0) -> Batches:
+        """Sparse features, uniform in [-1, 1] where they are on."""
+        return SparseFeatures(self.n_features, self.probability, rows, self.vectors, low=-1.0, seed=seed)
+
+    def loss(self, model: CompressedModel, batch: Float[Tensor, "batch pos features"]) -> Float[Tensor, ""]:
+        """Squared error."""
+        return (model(batch) - batch - batch.relu()).square().mean()
+
+    def quality(self, model: CompressedModel) -> dict[str, float]:
+        """The error, and that of a model whose layers do nothing."""
+        x = self.batches(64, seed=-1).at(0)
+        with torch.no_grad():
+            h = x @ model.W_E @ model.W_E.T
+            return {
+                "error": float(self.loss(model, x)),
+                "error_without_layers": float((h - x - x.relu()).square().mean()),
+            }
+
+    def truth(self, model: CompressedModel) -> Truth:
+        """One subcomponent a feature in every W_in; every W_out whole."""
+        one_each = torch.eye(self.n_features, dtype=torch.bool)
+        whole = torch.ones(self.n_features, self.neurons, dtype=torch.bool)
+        sites = {}
+        for layer in range(self.n_layers):
+            sites[f"layers.{layer}.W_in"] = SiteTruth(self.n_features, one_each, "in", model.W_E)
+            sites[f"layers.{layer}.W_out"] = SiteTruth(self.neurons, whole)
+        return Truth(probe=PROBE_VALUE * torch.eye(self.n_features)[:, None], sites=sites)

@@ -1,0 +1,48 @@
+"""Sparse feature vectors without end: every feature is off, or uniform in a range with a small probability.
+
+    x_j = b_j · u_j,      b_j ~ Bernoulli(p),      u_j ~ U(low, high)
+
+The batch of a step follows from seed and step alone. Rows hold several vectors, drawn independently.
+
+>>> SparseFeatures(n_features=5, probability=0.05, batch_size=4, context=8).at(0).shape
+torch.Size([4, 8, 5])
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SparseFeatures:
+    """Batches ``[batch_size, context, n_features]`` for ``tl_vpd.decompose`` and for training a target."""
+
+    n_features: int
+    probability: float
+    batch_size: int
+    """Rows in a batch."""
+    context: int
+    """Vectors in a row."""
+    low: float = 0.0
+    high: float = 1.0
+    seed: int = 0
+
+    def at(self, step: int) -> Float[Tensor, "batch pos features"]:
+        """The batch of a step."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"features/{self.seed}/{step}".encode()))
+        shape = (self.batch_size, self.context, self.n_features)
+        values = torch.rand(shape, generator=generator).mul_(self.high - self.low).add_(self.low)
+        return values.mul_(torch.rand(shape, generator=generator) < self.probability)
+
+    def describe(self) -> dict[str, Any]:
+        """What tells these data from others."""
+        return {"rows": "sparse features", **asdict(self)}
+
+    def close(self) -> None:
+        """Nothing runs in the background."""

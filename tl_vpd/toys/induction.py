@@ -1,0 +1,133 @@
+"""Induction: an attention-only transformer of two layers that continues repeated random sequences.
+
+A row is a beginning-of-sequence token and a block of distinct random tokens, repeated until the row is full. The block's length
+differs from row to row, so that what to copy can only be found by looking for the earlier occurrence: a previous-token
+head in layer 0 tells every token what came before it, an induction head in layer 1 attends to the token after the earlier
+occurrence of the present one. Source of the mechanism: Olsson et al., *In-context Learning and Induction Heads* (2022).
+
+>>> Repeated(d_vocab=33, context=13, shortest=3, longest=5, batch_size=2).at(0).shape
+torch.Size([2, 13])
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_vpd.evaluation.truth import Truth
+from tl_vpd.toys.toy import TargetTraining, Toy
+from tl_vpd.toys.transformers import accuracy_at, cross_entropy_at, small_transformer
+from tl_vpd.training.data import Batches
+
+BOS = 0
+TRAINING = TargetTraining(steps=3_000, rows=64, lr=2e-3, schedule="cosine")
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """Batches ``[batch_size, context]`` of repeated blocks of ``shortest`` to ``longest`` distinct tokens."""
+
+    d_vocab: int
+    context: int
+    shortest: int
+    longest: int
+    batch_size: int
+    seed: int = 0
+
+    def at(self, step: int) -> Int[Tensor, "batch pos"]:
+        """The batch of a step."""
+        generator = torch.Generator().manual_seed(zlib.crc32(f"repeated/{self.seed}/{step}".encode()))
+        order = torch.rand(self.batch_size, self.d_vocab - 1, generator=generator).argsort(-1) + 1
+        length = torch.randint(self.shortest, self.longest + 1, (self.batch_size, 1), generator=generator)
+        rows = order.gather(1, torch.arange(self.context - 1)[None] % length)
+        return torch.cat([torch.full((self.batch_size, 1), BOS), rows], dim=1)
+
+    def describe(self) -> dict[str, Any]:
+        """What tells these data from others."""
+        return {"rows": "repeated blocks", **asdict(self)}
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+
+def repeated(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
+    """Where a token stands for the second time or later, so that the next one can be known."""
+    earlier = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril(-1)
+    return ((tokens[:, :, None] == tokens[:, None, :]) & earlier).any(-1)
+
+
+@dataclass(frozen=True)
+class Induction(Toy):
+    """The toy; with ``n_heads`` 1 each layer has the one head it needs."""
+
+    d_vocab: int = 33
+    """Tokens, the beginning-of-sequence token among them."""
+    context: int = 33
+    shortest: int = 6
+    longest: int = 16
+    d_model: int = 64
+    n_heads: int = 1
+    training: TargetTraining = TRAINING
+    output: ClassVar[Literal["kl", "mse"]] = "kl"
+
+    def build(self, seed: int = 0) -> Any:
+        """Two layers of attention, positions added to queries and keys only, no norms."""
+        return small_transformer(
+            seed,
+            n_layers=2,
+            d_model=self.d_model,
+            n_heads=self.n_heads,
+            d_head=self.d_model // self.n_heads,
+            d_vocab=self.d_vocab,
+            n_ctx=self.context,
+            attn_only=True,
+            normalization_type=None,
+            positional_embedding_type="shortformer",
+        )
+
+    def batches(self, rows: int, seed: int = 0) -> Batches:
+        """Repeated random blocks."""
+        return Repeated(self.d_vocab, self.context, self.shortest, self.longest, rows, seed)
+
+    def loss(self, model: Any, batch: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
+        """Cross-entropy where the next token can be known."""
+        return cross_entropy_at(model(batch), batch, repeated(batch))
+
+    def quality(self, model: Any) -> dict[str, float]:
+        """Accuracy where the next token can be known, and the two heads' scores (the best head of each layer)."""
+        tokens = self.batches(64, seed=-1).at(0)
+        where = repeated(tokens)
+        with torch.no_grad():
+            logits, cache = model.run_with_cache(tokens)
+        return {
+            "accuracy": accuracy_at(logits, tokens, where),
+            "previous_token_score": float(previous_token_scores(cache["pattern", 0]).max()),
+            "induction_score": float(induction_scores(cache["pattern", 1], tokens).max()),
+        }
+
+    def truth(self, model: Any) -> Truth:
+        """Where the induction head has something to copy, and where it does not."""
+        tokens = self.batches(64, seed=-2).at(0)
+        where = repeated(tokens)
+        return Truth(probe=tokens, latents={"repeated": where, "seen_first": ~where & (tokens != BOS)})
+
+
+def previous_token_scores(pattern: Float[Tensor, "batch head pos pos"]) -> Float[Tensor, " head"]:
+    """The mean attention a head pays to the token before."""
+    return pattern.diagonal(-1, dim1=-2, dim2=-1).mean((0, -1))
+
+
+def induction_scores(
+    pattern: Float[Tensor, "batch head pos pos"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, " head"]:
+    """The mean attention a head pays, from repeated tokens, to the tokens that came after earlier occurrences."""
+    same = (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
+    after = torch.zeros_like(same)
+    after[:, :, 1:] = same[:, :, :-1]
+    paid = (pattern * after[:, None]).sum(-1).transpose(1, 2)
+    return paid[repeated(tokens)].mean(0)

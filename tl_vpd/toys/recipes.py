@@ -1,0 +1,122 @@
+"""The toys by name, and what each method is set with on each of them.
+
+Targets as in SPD (arXiv 2506.20790). SPD's settings are that paper's; batches are smaller, for CPUs. VPD's add the persistent
+adversary and the frequency loss; APD's are for the toys of superposition.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tl_vpd.baselines import METHODS, APDConfig, spd_config
+from tl_vpd.importance import GammaConfig
+from tl_vpd.toys.compressed import Compressed
+from tl_vpd.toys.grammar import Grammar
+from tl_vpd.toys.induction import Induction
+from tl_vpd.toys.tms import TMS
+from tl_vpd.toys.toy import TargetTraining, Toy
+from tl_vpd.training import AdversaryConfig, Coefficients, VPDConfig
+
+LARGE = TargetTraining(steps=10_000, rows=128, lr=5e-3)
+DEEP = TargetTraining(steps=10_000, rows=32, lr=3e-3, schedule="cosine")
+
+TOYS: dict[str, Toy] = {
+    "tms_5_2": TMS(5, 2),
+    "tms_5_2_id": TMS(5, 2, identity=True),
+    "tms_40_10": TMS(40, 10, training=LARGE),
+    "tms_40_10_id": TMS(40, 10, identity=True, training=LARGE),
+    "compressed": Compressed(),
+    "compressed_2": Compressed(neurons=25, n_layers=2),
+    "compressed_3": Compressed(n_features=102, neurons=17, n_layers=3, training=DEEP),
+    "induction": Induction(),
+    "grammar": Grammar(),
+}
+
+_SPD: dict[str, dict[str, Any]] = {
+    "tms_5_2": {"C": 20, "importance": 3e-3},
+    "tms_5_2_id": {"C": 20, "importance": 3e-3},
+    "tms_40_10": {"C": 200, "importance": 1e-4, "p": 2.0},
+    "tms_40_10_id": {"C": 200, "importance": 1e-4, "p": 2.0},
+    "compressed": {"C": 100, "importance": 1e-5, "p": 2.0, "steps": 30_000, "lr": 2e-3, "lr_final": 1.0},
+    "compressed_2": {"C": 400, "importance": 1e-5, "p": 2.0, "steps": 50_000, "lr_final": 1.0},
+    "compressed_3": {"C": 500, "importance": 5e-6, "p": 2.0, "steps": 200_000, "hidden": 128, "lr_final": 1.0},
+}
+"""By toy: SPD's C, importance coefficient and exponent, and where they differ, steps, rate and hidden units."""
+
+_VPD: dict[str, dict[str, Any]] = {
+    "tms_5_2": {"steps": 10_000, "importance": 1e-3, "p": 1.0},
+    "tms_5_2_id": {"steps": 10_000, "importance": 1e-3, "p": 1.0},
+}
+"""By toy: where VPD's settings differ from SPD's."""
+
+_APD: dict[str, dict[str, Any]] = {
+    "tms_5_2": {},
+    "tms_5_2_id": {},
+    "tms_40_10": {"C": 200, "top_k": 2.0},
+    "tms_40_10_id": {"C": 200, "top_k": 2.0},
+}
+
+
+def recipe(toy: str, method: str, *, seed: int = 0, steps: int | None = None) -> VPDConfig | APDConfig:
+    """What a method is set with on a toy; ``steps`` in the place of the recipe's own (schedules are stretched to it).
+
+    Raises:
+        KeyError: there is no such toy or method. ValueError: the method has no recipe for the toy.
+    """
+    if toy not in TOYS:
+        raise KeyError(f"There is no toy {toy!r}: choose from {', '.join(TOYS)}.")
+    if method not in METHODS:
+        raise KeyError(f"There is no method {method!r}: choose from {', '.join(METHODS)}.")
+    own: Any = {"vpd": _vpd, "spd": _spd, "apd": _apd}[method](toy)
+    return own.model_copy(update={"seed": seed, **({} if steps is None else {"steps": steps})})
+
+
+def _spd(toy: str) -> VPDConfig:
+    if toy not in _SPD:
+        raise ValueError(f"SPD has no recipe for {toy}: choose from {', '.join(_SPD)}, or the method vpd.")
+    return _sparse(_SPD[toy], frequency=0.0, adversarial=0.0)
+
+
+def _apd(toy: str) -> APDConfig:
+    if toy not in _APD:
+        raise ValueError(f"APD has no recipe for {toy}: choose from {', '.join(_APD)}, or another method.")
+    return APDConfig(**_APD[toy])
+
+
+def _vpd(toy: str) -> VPDConfig:
+    if toy in _SPD:
+        settings = {**_SPD[toy], **_VPD.get(toy, {})}
+        return _sparse(settings, frequency=0.5 * settings["importance"], adversarial=1.0)
+    return VPDConfig(
+        steps=8_000,
+        batch_size=32,
+        C=64,
+        gamma=GammaConfig(d_ci=64, n_blocks=2, n_heads=4, output_bias=1.0),
+        init="channels",
+        lr=1e-3,
+        coefficients=Coefficients(delta=1e5, importance=2e-3, frequency=1e-3),
+        minimality_warm_up=0.3,
+        warm_up_steps=0,
+    )
+
+
+def _sparse(settings: dict[str, Any], *, frequency: float, adversarial: float) -> VPDConfig:
+    """A recipe for a toy of sparse features."""
+    taken = dict(settings)
+    hidden, p, importance = taken.pop("hidden", 16), taken.pop("p", 1.0), taken.pop("importance")
+    return spd_config(
+        **taken,
+        batch_size=16,
+        gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=hidden),
+        p_start=p,
+        p_end=p,
+        coefficients=Coefficients(
+            delta=1.0,
+            stochastic=1.0,
+            layerwise=1.0,
+            adversarial=adversarial,
+            importance=importance,
+            frequency=frequency,
+        ),
+        adversary=AdversaryConfig(inner_steps=0),
+    )

@@ -1,0 +1,86 @@
+"""What every toy is: a config that can build a model, make its data, train it, and say what is true of it.
+
+    >>> toy = TOYS["tms_5_2"]                         # doctest: +SKIP
+    >>> model = train(toy, seed=0)                    # doctest: +SKIP
+    >>> toy.truth(model).sites["embed"].count         # doctest: +SKIP
+    5
+
+A toy is a frozen dataclass: its fields are the config. The model is a ``HookedRootModule`` or a ``HookedTransformer``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float, Shaped
+from torch import Tensor
+from tqdm.auto import trange
+
+from tl_vpd.evaluation.truth import Truth
+from tl_vpd.training.data import Batches
+from tl_vpd.training.schedules import cosine
+
+
+@dataclass(frozen=True)
+class TargetTraining:
+    """How a toy's model is trained: AdamW with a rate that is constant, or falls to 0 on a cosine."""
+
+    steps: int
+    rows: int
+    """Rows in a batch."""
+    lr: float
+    schedule: Literal["constant", "cosine"] = "constant"
+    weight_decay: float = 0.01
+
+
+class Toy(ABC):
+    """A model with known truth. Subclasses are frozen dataclasses."""
+
+    output: ClassVar[Literal["kl", "mse"]]
+    """How its outputs are compared."""
+    training: TargetTraining
+
+    @abstractmethod
+    def build(self, seed: int = 0) -> Any:
+        """An untrained model."""
+
+    @abstractmethod
+    def batches(self, rows: int, seed: int = 0) -> Batches:
+        """Its data, without end."""
+
+    @abstractmethod
+    def loss(self, model: Any, batch: Shaped[Tensor, "batch pos ..."]) -> Float[Tensor, ""]:
+        """What the model is trained to lower."""
+
+    @abstractmethod
+    def truth(self, model: Any) -> Truth:
+        """What a decomposition of the trained model must find."""
+
+    @abstractmethod
+    def quality(self, model: Any) -> dict[str, float]:
+        """How well the model does what it was trained for."""
+
+    def finish(self, model: Any) -> None:
+        """Called when training is over."""
+        model.eval()
+
+
+def train(toy: Toy, seed: int = 0, *, steps: int | None = None, progress: bool = False) -> Any:
+    """Builds and trains a toy's model (``steps`` None: as many as its config says); same seed, same weights."""
+    model, plan = toy.build(seed), toy.training
+    steps = plan.steps if steps is None else steps
+    batches = toy.batches(plan.rows, seed=seed + 1_000_003)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+    for step in trange(steps, disable=not progress, desc="training the target", unit="step"):
+        for group in optimizer.param_groups:
+            group["lr"] = plan.lr * (cosine(step, steps, 0.0) if plan.schedule == "cosine" else 1.0)
+        optimizer.zero_grad(set_to_none=True)
+        toy.loss(model, batches.at(step)).backward()
+        optimizer.step()
+    with torch.no_grad():
+        toy.finish(model)
+    return model

@@ -1,0 +1,42 @@
+"""What the toys that are transformers share: building a small HookedTransformer from a seed, and the loss at chosen tokens."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
+
+
+def small_transformer(seed: int, **settings: Any) -> Any:
+    """A HookedTransformer on the CPU with weights drawn from a seed; settings are ``HookedTransformerConfig``'s.
+
+    Raises:
+        ImportError: the installed TransformerLens has no HookedTransformer.
+    """
+    if HookedTransformer is None:
+        raise ImportError("This TransformerLens has no HookedTransformer: install 3.x to build this toy.")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore", DeprecationWarning)  # 3.x says that 4 has no HookedTransformer
+        return HookedTransformer(HookedTransformerConfig(seed=seed, device="cpu", **settings))
+
+
+def cross_entropy_at(
+    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
+) -> Float[Tensor, ""]:
+    """Mean cross-entropy of the next token at the positions where ``where`` is True (nats); the last position has no next one."""
+    chosen = where[:, :-1]
+    return F.cross_entropy(logits[:, :-1][chosen], tokens[:, 1:][chosen])
+
+
+def accuracy_at(
+    logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
+) -> float:
+    """How often the likeliest next token is the right one, at these positions."""
+    chosen = where[:, :-1]
+    return float((logits[:, :-1][chosen].argmax(-1) == tokens[:, 1:][chosen]).float().mean())
