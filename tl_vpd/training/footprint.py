@@ -31,7 +31,7 @@ from torch import nn
 from tl_vpd.adapters import adapt
 from tl_vpd.importance import GammaConfig
 from tl_vpd.importance import build as build_gamma
-from tl_vpd.site import Site, by_pattern
+from tl_vpd.site import Site, by_pattern, select
 from tl_vpd.training.config import VPDConfig, default_count
 from tl_vpd.training.sharding import Kind
 
@@ -164,7 +164,7 @@ def footprint(
     config = config or VPDConfig()
     if batch % processes:
         raise ValueError(f"batch {batch} cannot be shared by {processes} processes: make it a multiple.")
-    names = [s.name for s in target.sites] if config.sites is None else _selected(config, target)
+    names = select(config.sites, [s.name for s in target.sites])
     own = C if C is not None else config.C
     sites = {s.name: s for s in target.sites if s.name in names}
     if own is None:
@@ -186,12 +186,6 @@ def footprint(
     )
     split = 1 if sharding == "none" else processes
     return Footprint(_bytes(shape, split, sharding), _flops(shape), _counts(shape))
-
-
-def _selected(config: VPDConfig, target: Target) -> list[str]:
-    from tl_vpd.site import select
-
-    return select(config.sites, [s.name for s in target.sites])
 
 
 @dataclass(frozen=True)
@@ -230,15 +224,16 @@ def _counts(shape: _Shape) -> dict[str, int]:
     attacked = math.ceil(shape.rows / 2) if shape.config.merged else shape.rows
     return {
         "components": sum((s.d_in + s.d_out) * shape.C[name] for name, s in shape.sites.items()),
-        "gamma": _gamma_parameters(shape),
+        "gamma": sum(_gamma_parameters(shape)),
         "sources": attacked * slots * shape.width,
     }
 
 
-def _gamma_parameters(shape: _Shape) -> int:
+def _gamma_parameters(shape: _Shape) -> list[int]:
+    """Numbers in each of Γ's tensors."""
     with torch.device("meta"):
         gamma = build_gamma(shape.gamma, {name: s.d_in for name, s in shape.sites.items()}, shape.C)
-    return sum(p.numel() for p in gamma.parameters())
+    return [p.numel() for p in gamma.parameters()]
 
 
 # -- bytes -----------------------------------------------------------------------------------------------------------
@@ -249,10 +244,10 @@ def _bytes(shape: _Shape, split: int, sharding: Kind) -> dict[str, int]:
     P = counts["components"] + counts["gamma"]
     share = math.ceil(P / split)
     full = sharding == "full"
-    largest = max(max(s.d_in, s.d_out) * shape.C[name] for name, s in shape.sites.items())
+    largest = max(*(max(s.d_in, s.d_out) * shape.C[name] for name, s in shape.sites.items()), *_gamma_parameters(shape))
     found = {
         "target": shape.target.parameters * shape.target.itemsize,
-        "parameters": FLOAT * (share + 3 * largest if full and split > 1 else P),
+        "parameters": FLOAT * (share + 2 * largest if full and split > 1 else P),
         "gradients": FLOAT * (share + largest if full and split > 1 else P),
         "moments": 2 * FLOAT * share,
         "sources": 5 * FLOAT * counts["sources"],
