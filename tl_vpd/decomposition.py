@@ -81,12 +81,12 @@ class Decomposition(nn.Module):
         return self.packing.counts
 
     @property
-    def V(self) -> Mapping[str, nn.Parameter]:
+    def V(self) -> Mapping[str, Tensor]:
         """Read directions ``[d_in, C]`` by site."""
         return self.components.V
 
     @property
-    def U(self) -> Mapping[str, nn.Parameter]:
+    def U(self) -> Mapping[str, Tensor]:
         """Write directions ``[C, d_out]`` by site."""
         return self.components.U
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from tests.tiny import some_tokens
 from tl_vpd import Decomposition
+from tl_vpd.components import Components
+from tl_vpd.hooks.parts import Parts
+from tl_vpd.site import Site
 from tl_vpd.training.processes import World
 from tl_vpd.training.sharding import FullSharding, OptimizerSharding, Sharding, Split, parameter_names, sharding_of
 
@@ -106,6 +110,27 @@ def test_what_backward_needs_is_gathered_again_and_not_kept():
     assert gathers_of_backward(inside=False) == 0
     assert gathers_of_backward(inside=True) == 2  # both weights; a bias is not needed
     assert parameter_names(own) == parameter_names(module()) == [n for n, _ in module().named_parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("constant", [False, True])
+def test_no_pass_keeps_v_or_u_in_any_dtype(dtype, constant):
+    components = Components([Site("blocks.0.mlp.W_in", 8, 12)], {"blocks.0.mlp.W_in": 5})
+    sharding = FullSharding(Copying())
+    sharding.start(components)
+    parts = Parts(components, torch.device("cpu"), dtype)
+    sharding.serve(parts)
+    x = torch.ones(2, 8, dtype=dtype, requires_grad=True)
+    with sharding.regathering(), parts.constant() if constant else nullcontext():
+        before = Copying.gathered
+        served = parts.V["blocks.0.mlp.W_in"]
+        acts = x @ served
+    del served
+    assert Copying.gathered - before == 1
+    acts.sum().backward()
+    assert Copying.gathered - before == 2
+    assert components._V.parametrizations["blocks/0/mlp/W_in"].original.grad is None or not constant
+    assert sharding._gathered == {}
 
 
 def test_a_kind_that_does_not_exist_is_refused_and_one_process_shares_nothing():

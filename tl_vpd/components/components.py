@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from tl_vpd.site import Packing, Site
 
 
-class _BySite(Mapping[str, nn.Parameter]):
+class _BySite(Mapping[str, Tensor]):
     """A module's parameters by site name (module attributes cannot hold dots)."""
 
     def __init__(self, parameters: nn.ParameterDict) -> None:
         self._parameters = parameters
 
-    def __getitem__(self, site: str) -> nn.Parameter:
+    def __getitem__(self, site: str) -> Tensor:
         return self._parameters[site.replace(".", "/")]
 
     def __iter__(self) -> Iterator[str]:
@@ -61,12 +61,12 @@ class Components(nn.Module):
             self._U[key] = nn.Parameter(torch.randn(C, site.d_out, generator=generator) / C**0.5)
 
     @property
-    def V(self) -> Mapping[str, nn.Parameter]:
-        """Read directions ``[d_in, C]`` by site."""
+    def V(self) -> Mapping[str, Tensor]:
+        """Read directions ``[d_in, C]`` by site: parameters, or tensors made of them where they are split among processes."""
         return _BySite(self._V)
 
     @property
-    def U(self) -> Mapping[str, nn.Parameter]:
+    def U(self) -> Mapping[str, Tensor]:
         """Write directions ``[C, d_out]`` by site."""
         return _BySite(self._U)
 

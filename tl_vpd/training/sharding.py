@@ -216,8 +216,13 @@ class FullSharding(_Shared):
         key = tensor.untyped_storage().data_ptr()
         if key:
             self._gathered[key] = again
-            weakref.finalize(tensor, self._gathered.pop, key, None)
+            weakref.finalize(tensor, self._forget, key, again)
         return tensor
+
+    def _forget(self, key: int, again: _Again) -> None:
+        # A view of the same memory may have been remembered since.
+        if self._gathered.get(key) is again:
+            del self._gathered[key]
 
     def known(self, tensor: Tensor) -> _Again | None:
         """How to make a tensor again, or one that it is a view of."""
@@ -317,7 +322,7 @@ class _Served(_Cast):
         again = self.sharding.known(whole)
         own = whole.detach() if self.constant else whole
         cast = own.to(device=self.device, dtype=self.dtype)
-        if again is not None and cast is not own:
+        if again is not None and cast is not whole:
             self.sharding.remember(cast, _Again(again.share, again.split, self.dtype))
         return cast
 
