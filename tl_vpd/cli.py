@@ -75,7 +75,7 @@ def train(
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in a row.")] = None,
     keep_states: Annotated[int | None, typer.Option(min=1, help="The newest states that stay on the disk.")] = None,
 ) -> None:
-    """Train a decomposition as a recipe says (options go before it)."""
+    """Train a decomposition as a recipe says; options overrule it."""
     from tl_vpd.recipe import Recipe
     from tl_vpd.training import decompose
 
