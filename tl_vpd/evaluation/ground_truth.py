@@ -35,6 +35,9 @@ from tl_vpd.masking import fresh_pgd
 TOLERANCE = 0.1
 """An importance further than this from the truth's 0 or 1 counts as an error, as in SPD."""
 
+DIRECTIONS = ("mmcs", "ml2r", "mmcs_all", "ml2r_all")
+SITE_COLUMNS = ["site", "true", "alive", *DIRECTIONS, "pattern_errors", "pattern_entries", "together"]
+
 
 @runtime_checkable
 class Found(Protocol):
@@ -102,7 +105,7 @@ def ground_truth(
         row |= {"together": _together({name: g[name][..., alive[name]] for name in dense}) if site in dense else np.nan}
         rows.append(row)
     return GroundTruth(
-        pd.DataFrame(rows),
+        pd.DataFrame(rows, columns=SITE_COLUMNS),
         _latents(probed, truth.latents, seed),
         _reconstruction(found, model, inputs, g, output, seed),
     )
@@ -158,11 +161,11 @@ def _directions(
     alive: Bool[Tensor, " n"],
 ) -> dict[str, float]:
     if known.axis is None or known.basis is None:
-        return dict.fromkeys(("mmcs", "ml2r", "mmcs_all", "ml2r_all"), np.nan)
+        return dict.fromkeys(DIRECTIONS, np.nan)
     cosines, ratios = mmcs_and_ml2r(pieces[alive], W, known.basis, known.axis)
     cosines_all, ratios_all = mmcs_and_ml2r(pieces, W, known.basis, known.axis)
-    named = {"mmcs": cosines, "ml2r": ratios, "mmcs_all": cosines_all, "ml2r_all": ratios_all}
-    return {name: float(values.mean()) for name, values in named.items()}
+    means = (float(values.mean()) for values in (cosines, ratios, cosines_all, ratios_all))
+    return dict(zip(DIRECTIONS, means, strict=True))
 
 
 def _together(dense: Mapping[str, Float[Tensor, "rows pos _"]]) -> float:

@@ -188,13 +188,13 @@ class Grammar(Toy):
         data = Sentences(self.context, 128, seed=-1)
         tokens, latents = data.at(0), data.latents(0)
         with torch.no_grad():
-            logits = model(tokens)
+            logits, cross_entropy = model(tokens), self.loss(model, tokens)
         found = {name: accuracy_at(logits, tokens, where) for name, where in latents.items() if name != "it_is"}
         # Every adjective will do after "it is": what counts is that it is one.
         where = latents["it_is"][:, :-1]
         adjectives = torch.tensor([word in ADJECTIVES for word in VOCABULARY])
         found["it_is"] = float(adjectives[logits[:, :-1][where].argmax(-1)].float().mean())
-        return {"cross_entropy": float(self.loss(model, tokens)), **found}
+        return {"cross_entropy": float(cross_entropy), **found}
 
     def truth(self, model: Any) -> Truth:
         """Where each latent is needed."""

@@ -106,7 +106,7 @@ class Induction(Toy):
             logits, cache = model.run_with_cache(tokens)
         return {
             "accuracy": accuracy_at(logits, tokens, where),
-            "previous_token_score": float(previous_token_scores(cache["pattern", 0]).max()),
+            "previous_token_score": float(previous_token_scores(cache["pattern", 0], tokens).max()),
             "induction_score": float(induction_scores(cache["pattern", 1], tokens).max()),
         }
 
@@ -117,9 +117,12 @@ class Induction(Toy):
         return Truth(probe=tokens, latents={"repeated": where, "seen_first": ~where & (tokens != BOS)})
 
 
-def previous_token_scores(pattern: Float[Tensor, "batch head pos pos"]) -> Float[Tensor, " head"]:
-    """The mean attention a head pays to the token before."""
-    return pattern.diagonal(-1, dim1=-2, dim2=-1).mean((0, -1))
+def previous_token_scores(
+    pattern: Float[Tensor, "batch head pos pos"], tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, " head"]:
+    """The mean attention a head pays, from tokens seen first, to the token before (later copies are not read by anyone)."""
+    paid = pattern.diagonal(-1, dim1=-2, dim2=-1).transpose(1, 2)
+    return paid[~repeated(tokens)[:, 1:]].mean(0)
 
 
 def induction_scores(

@@ -44,8 +44,7 @@ def target_of(name: str, seed: int, work: Path, *, steps: int | None = None, pro
     if path.is_file():
         model = toy.build(seed)
         model.load_state_dict(load_file(path))
-        toy.finish(model)
-        return model
+        return model.eval()
     model = train(toy, seed, steps=steps, progress=progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
@@ -94,14 +93,9 @@ def _flat(found: GroundTruth) -> dict[str, Any]:
     by_site = {
         column: {site: round(float(value), 5) for site, value in sites[column].dropna().items()}
         for column in sites.columns
-        if len(sites)
     }
-    flat: dict[str, Any] = {
-        name: round(float(sites[name].mean()), 5)
-        for name in ("mmcs", "ml2r")
-        if len(sites) and sites[name].notna().any()
-    }
-    flat |= {name: {k: int(v) for k, v in by_site[name].items()} for name in ("alive", "true") if name in by_site}
+    flat: dict[str, Any] = {name: round(float(sites[name].mean()), 5) for name in ("mmcs", "ml2r") if by_site[name]}
+    flat |= {name: {site: int(n) for site, n in by_site[name].items()} for name in ("alive", "true")}
     flat["by_site"] = {name: values for name, values in by_site.items() if name not in ("alive", "true") and values}
     flat["latents"] = {
         row["latent"]: {"subcomponent": row["subcomponent"], **_rounded({k: row[k] for k in ("overlap", "chance")})}

@@ -1,0 +1,63 @@
+"""Induction: the data, the two heads' scores, and a model that learns it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tl_vpd.toys import Induction, TargetTraining, train
+from tl_vpd.toys.induction import BOS, Repeated, induction_scores, previous_token_scores, repeated
+
+EASY = Induction(
+    d_vocab=9, context=17, shortest=4, longest=6, d_model=32, training=TargetTraining(350, 64, 5e-3, "cosine")
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(2, 5), st.integers(0, 3), st.integers(0, 50))
+def test_rows_repeat_a_block_of_distinct_tokens(shortest, more, step):
+    data = Repeated(d_vocab=12, context=17, shortest=shortest, longest=shortest + more, batch_size=4, seed=2)
+    tokens = data.at(step)
+    assert torch.equal(tokens, data.at(step)) and tokens.shape == (4, 17) and bool((tokens[:, 0] == BOS).all())
+    for row, known in zip(tokens.tolist(), repeated(tokens).tolist(), strict=True):
+        body = row[1:]
+        period = len(set(body))
+        assert shortest <= period <= shortest + more and BOS not in body
+        assert body == [body[i % period] for i in range(16)]
+        assert known == [False] * (1 + period) + [True] * (16 - period)
+
+
+def test_scores_of_heads_by_hand():
+    tokens = torch.tensor([[0, 5, 7, 5, 7]])
+    previous = torch.zeros(1, 1, 5, 5)
+    previous[0, 0, 1, 0], previous[0, 0, 2, 1], previous[0, 0, 3, 3] = 1.0, 0.5, 1.0
+    assert previous_token_scores(previous, tokens).tolist() == [0.75]
+    induction = torch.zeros(1, 2, 5, 5)
+    induction[0, 0, 3, 2], induction[0, 0, 4, 3] = (
+        1.0,
+        0.5,
+    )  # after the earlier 5 stands 7, after the earlier 7 stands 5
+    induction[0, 1, 3, 1], induction[0, 1, 4, 2] = 1.0, 1.0  # the earlier occurrences themselves
+    assert induction_scores(induction, tokens).tolist() == [0.75, 0.0]
+
+
+def test_a_small_model_learns_it_with_a_previous_token_head_and_an_induction_head():
+    model = train(EASY, 0)
+    quality = EASY.quality(model)
+    assert quality["accuracy"] > 0.8 and quality["induction_score"] > 0.5 and quality["previous_token_score"] > 0.4
+    fresh = EASY.quality(EASY.build(0))
+    assert fresh["accuracy"] < 0.35 and fresh["induction_score"] < 0.4 and fresh["previous_token_score"] < 0.3
+    truth = EASY.truth(model)
+    where = truth.latents
+    assert torch.equal(where["repeated"] | where["seen_first"], truth.probe != BOS)
+    assert not bool((where["repeated"] & where["seen_first"]).any())
+    assert set(EASY.build(0).state_dict()) == set(model.state_dict()) and not truth.sites
+
+
+def test_models_of_two_seeds_differ_and_of_one_do_not():
+    a, b, c = EASY.build(0), EASY.build(0), EASY.build(1)
+    assert torch.equal(a.W_Q, b.W_Q) and not torch.equal(a.W_Q, c.W_Q)
+    with pytest.raises(AttributeError):
+        EASY.d_model = 3

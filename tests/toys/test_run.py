@@ -1,0 +1,111 @@
+"""The runner: what it writes, what it skips, what it refuses; and the recipes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tl_vpd.baselines import METHODS
+from tl_vpd.importance import GammaConfig
+from tl_vpd.toys import TOYS, recipe
+from tl_vpd.toys import run as runner
+from tl_vpd.training import VPDConfig
+
+
+@pytest.fixture
+def command(tmp_path):
+    def go(*arguments: str) -> dict:
+        fixed = [
+            "--out",
+            str(tmp_path / "found.json"),
+            "--work",
+            str(tmp_path / "work"),
+            "--quiet",
+            "--target-steps",
+            "40",
+        ]
+        runner.main([*arguments, *fixed])
+        path = tmp_path / "found.json"
+        return json.loads(path.read_text()) if path.is_file() else {}
+
+    return go
+
+
+def test_entries_are_written_seed_by_seed_and_not_made_twice(command, monkeypatch):
+    found = command("--toy", "tms_5_2_id", "--method", "vpd", "--seeds", "0", "--steps", "5")
+    made = []
+    measure = runner.measure
+    monkeypatch.setattr(runner, "measure", lambda *a, **k: made.append(a) or measure(*a, **k))
+    more = command("--toy", "tms_5_2_id", "--method", "vpd", "apd", "--seeds", "0", "1", "--steps", "5")
+    assert made == [("tms_5_2_id", "vpd", 1), ("tms_5_2_id", "apd", 0), ("tms_5_2_id", "apd", 1)]
+    own = more["tms_5_2_id"]["vpd"]
+    assert own["seed"] == [0, 1] and own["true"] == {"embed": 5, "identity": 2, "unembed": 5}
+    assert [len(own[name]) for name in ("mmcs", "ml2r", "seconds")] == [2, 2, 2]
+    assert all(len(counts) == 2 for counts in own["alive"].values())
+    assert own["mmcs"][0] == found["tms_5_2_id"]["vpd"]["mmcs"][0] and own["settings"]["steps"] == 5
+    assert {"torch", "numpy"} <= set(own["versions"]) and own["target"]["seed"] == [0, 0]
+    assert set(own["by_site"]["together"]) == {"identity"} and set(own["by_site"]["mmcs"]) == {"embed", "unembed"}
+    assert set(own["reconstruction"]) >= {"unmasked", "stochastic", "adversarial"}
+    table = runner.table(more)
+    assert len(table) == 4 and table["alive identity"].str.fullmatch(r"\d+/2").all()
+
+
+def test_entries_of_other_settings_are_refused(command):
+    command("--toy", "tms_5_2", "--steps", "3")
+    with pytest.raises(ValueError, match="holds tms_5_2 by vpd with other settings: choose another file"):
+        command("--toy", "tms_5_2", "--steps", "4")
+
+
+def test_a_target_is_trained_once_and_read_from_then_on(command, tmp_path, capsys):
+    command("--toy", "tms_5_2", "--only-target")
+    (path,) = (tmp_path / "work").glob("*.safetensors")
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    command("--toy", "tms_5_2", "--only-target")
+    assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second and first.startswith("tms_5_2: error ")
+
+
+@pytest.mark.parametrize("toy", ["induction", "grammar"])
+def test_language_toys_are_measured_by_their_latents(command, toy, monkeypatch):
+    def small(name: str, method: str, **given: int) -> VPDConfig:
+        own = recipe(name, method, **given)
+        return own.model_copy(update={"C": 4, "batch_size": 2, "gamma": GammaConfig(d_ci=8, n_blocks=1, n_heads=2)})
+
+    monkeypatch.setattr(runner, "recipe", small)
+    own = command("--toy", toy, "--steps", "2")[toy]["vpd"]
+    assert set(own["latents"]) == set(TOYS[toy].truth(TOYS[toy].build()).latents)
+    for found in own["latents"].values():
+        assert 0 <= found["overlap"][0] <= 1 and ":" in found["subcomponent"][0]
+    assert own["true"] == {} and "mmcs" not in own and own["reconstruction"]["zero"][0] > 0
+
+
+def test_every_toy_has_a_recipe_of_vpd_and_its_steps_and_seed_can_be_set():
+    for name in TOYS:
+        own = recipe(name, "vpd", seed=7, steps=11)
+        assert isinstance(own, VPDConfig) and (own.seed, own.steps) == (7, 11) and own.coefficients.adversarial > 0
+        assert own.output == TOYS[name].output
+        assert recipe(name, "vpd").model_copy(update={"seed": 7, "steps": 11}) == own
+    assert recipe("tms_5_2", "spd").coefficients.adversarial == 0 and recipe("compressed", "spd").p_end == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("tms_6", "vpd"), "no toy 'tms_6'"),
+        (("tms_5_2", "sae"), "no method 'sae'"),
+        (("grammar", "spd"), "SPD has no recipe for grammar"),
+        (("compressed", "apd"), "APD has no recipe for compressed"),
+    ],
+)
+def test_what_there_is_not_is_said(arguments, message):
+    with pytest.raises((KeyError, ValueError), match=message):
+        recipe(*arguments)
+
+
+def test_help_estimates_the_time(capsys):
+    with pytest.raises(SystemExit):
+        runner.main(["--help"])
+    said = capsys.readouterr().out
+    assert "minutes on one core" in said and all(name in said for name in (*TOYS, *METHODS))
