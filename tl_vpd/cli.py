@@ -78,8 +78,10 @@ def train(
     """Train a decomposition as a recipe says; options overrule it."""
     from tl_vpd.recipe import Recipe
     from tl_vpd.training import decompose
+    from tl_vpd.training.memory import keep_freed_memory
 
     own = Recipe.read(recipe)
+    keep_freed_memory()
     own = own.changed("runtime", micro_batch=micro_batch, sharding=sharding)
     own = own.changed("data", context=context).changed("output", keep_states=keep_states)
     model = own.model.load()
@@ -93,6 +95,9 @@ def train(
         resume=resume,
         micro_batch=own.runtime.micro_batch,
         sharding=own.runtime.sharding,
+        precision=own.runtime.precision,
+        checkpoint=own.runtime.checkpoint,
+        compile=own.runtime.compile,
         context=own.data.context,
         save_every=output.save_every,
         keep_states=output.keep_states,

@@ -14,7 +14,6 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
 _BLOCK = 1 << 17
 """Logits handled at once: few enough to stay in the processor's cache."""
 

@@ -28,6 +28,7 @@ from torch import Tensor
 from tl_vpd.adapters.loading import Kind, load_model
 from tl_vpd.training import VPDConfig
 from tl_vpd.training.sharding import Kind as ShardingKind
+from tl_vpd.training.trainer import Precision
 
 
 class _Frozen(BaseModel):
@@ -104,6 +105,12 @@ class RuntimeRecipe(_Frozen):
     """Rows run at once (None: all of a process's)."""
     sharding: ShardingKind = "none"
     """What each process of ``torchrun`` keeps a share of: ``none``, ``optimizer`` or ``full`` (``tl_vpd.training.sharding``)."""
+    precision: Precision = "float32"
+    """Of matrix products: ``float32``, or ``bfloat16`` by autocast (which does change what is computed, to its rounding)."""
+    checkpoint: bool = False
+    """Compute a layer's activations again in backward instead of keeping them."""
+    compile: bool = False
+    """Run Γ's blocks through ``torch.compile``."""
 
 
 class OutputRecipe(_Frozen):

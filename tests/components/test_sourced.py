@@ -43,7 +43,13 @@ def pass_of(t, routing=None, shared=False, some=None):
     t["g"].grad, t["sources"].grad = torch.zeros_like(t["g"]), torch.zeros_like(t["sources"])
     grad_sources = t["sources"].grad[:some]
     return SourcedPass(
-        t["g"], t["sources"], PACKING, routing, taken=TAKEN if shared else None, grad_g=t["g"].grad, grad_sources=grad_sources
+        t["g"],
+        t["sources"],
+        PACKING,
+        routing,
+        taken=TAKEN if shared else None,
+        grad_g=t["g"].grad,
+        grad_sources=grad_sources,
     )
 
 
@@ -166,4 +172,6 @@ def test_a_tapped_model_takes_a_sourced_pass_in_every_layout_and_precision(flag,
     with torch.no_grad(), TappedModel(vpd, model) as tapped:
         found = tapped.masked(tokens, SourcedPass(g, sources, vpd.packing))
         expected = tapped.masked(tokens, masks_from_sources(g, sources.view(2, 7, 84), vpd.packing))
-    assert_close(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=1e-6 if dtype == torch.float32 else 1e-10)
+    assert_close(
+        found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-10, atol=1e-6 if dtype == torch.float32 else 1e-10
+    )

@@ -12,7 +12,14 @@ from tl_vpd.hooks import TappedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.masking import fresh_pgd, masks_from_sources
 from tl_vpd.training import AdversaryConfig, Coefficients, Trainer, VPDConfig
-from tl_vpd.training.losses import Penalty, Reconstruction, faithfulness, frequency_minimality, importance_minimality, penalty_sums
+from tl_vpd.training.losses import (
+    Penalty,
+    Reconstruction,
+    faithfulness,
+    frequency_minimality,
+    importance_minimality,
+    penalty_sums,
+)
 from tl_vpd.training.trainer import Draws
 
 

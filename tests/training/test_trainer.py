@@ -178,7 +178,9 @@ def test_activations_computed_again_take_less_memory_until_backward():
         g, sources = draw(4, 6, 72, seed=1).float(), draw(24, 84, seed=2).float()
         with TappedModel(vpd, model) as tapped:
             run = SourcedPass(g, sources, vpd.packing, grad_g=torch.zeros_like(g))
-            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t)
+            hooks = torch.autograd.graph.saved_tensors_hooks(
+                lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
+            )
             with hooks:
                 tapped.masked(some_tokens(shape=(4, 6)), run, checkpoint=checkpoint)
         kept[checkpoint] = sum(saved)

@@ -114,7 +114,7 @@ class Adapter(ABC):
         blocks = getattr(self.model, "blocks", None)
         if not isinstance(blocks, nn.ModuleList):
             raise Unsupported(
-                f"This {type(self.model).__name__} has no .blocks whose activations could be computed again: use checkpoint=False."
+                f"This {type(self.model).__name__} has no .blocks to compute activations of again: use checkpoint=False."
             )
         return list(blocks)
 

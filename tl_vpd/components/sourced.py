@@ -9,7 +9,7 @@ output's gradient G,
     ∂coefficients = G Uᵀ,   ∂a = ∂coefficients ⊙ (m − m_Δ),   ∂m = ∂coefficients ⊙ a,   ∂m_Δ = Σ G (y₀ − b) − Σ_c ∂m
     ∂g = ∂m (1 − r),        ∂r = ∂m (1 − g)
 
-Products are carried out in the precision of y₀ (under autocast lower than that of V, U, g and r, to which every gradient returns).
+Products are carried out in the precision of y₀ (under autocast lower than that of V, U, g and r, where gradients return).
 Only routed tokens are computed: elsewhere the output is y₀ and gradients pass to it. ∂g and ∂r do not travel through autograd:
 each block adds to, or writes into, two packed tensors that all sites share (``grad_g``, ``grad_sources``), so that neither ∂m
 nor any other tensor of their size is ever made.
@@ -146,7 +146,7 @@ class _Product(torch.autograd.Function):
             if weighted is not None:
                 torch.mul(acts[block], difference, out=weighted[block])
             if of.wanted:
-                of_mask = of_coefficients[block].to(full) * acts[block]
+                of_mask = of_coefficients[block].to(full) * acts[block].to(full)
                 of.take(rows, of_mask)
                 if of_delta is not None:
                     of_delta[block] -= of_mask.sum(-1)

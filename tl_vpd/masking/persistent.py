@@ -89,6 +89,6 @@ class PersistentSources:
 
 
 def taken_rows(slots: Int[Tensor, "rows pos"], n_slots: int) -> Int[Tensor, " tokens"]:
-    """Which of the sources ``[rows · slots, C_and_deltas]`` every token takes, from the slot of its batch element it has drawn."""
+    """Which of the sources ``[rows · slots, C_and_deltas]`` every token takes, from its batch element's slot that it drew."""
     first = torch.arange(len(slots), device=slots.device).unsqueeze(1) * n_slots
     return (first + slots).flatten()

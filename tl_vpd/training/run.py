@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from tl_vpd.components.initialise import start_at_channels
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.fingerprint import Fingerprint
 from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.importance.transformer import Block
 from tl_vpd.site import select
 from tl_vpd.storage import library_versions, write_json
 from tl_vpd.training.config import VPDConfig, counts_for
@@ -38,7 +39,7 @@ from tl_vpd.training.data import OwnBatches, batches_of
 from tl_vpd.training.processes import World, world
 from tl_vpd.training.sharding import Kind, sharding_of
 from tl_vpd.training.state import latest_state, load_state, save_state
-from tl_vpd.training.trainer import StepMetrics, Trainer
+from tl_vpd.training.trainer import Precision, StepMetrics, Trainer
 
 log = logging.getLogger(__name__)
 TOKENS = "tokens.json"
@@ -86,6 +87,19 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
     return decomposition
 
 
+@contextmanager
+def compiled(decomposition: Decomposition) -> Iterator[None]:
+    """Inside, the blocks of Γ's transformers run through ``torch.compile``."""
+    blocks = [module for module in decomposition.gamma.modules() if isinstance(module, Block)]
+    try:
+        for block in blocks:
+            block.compile()
+        yield
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+
+
 def decompose(
     model: nn.Module,
     tokens: Any,
@@ -95,6 +109,9 @@ def decompose(
     resume: bool = False,
     micro_batch: int | None = None,
     sharding: Kind = "none",
+    precision: Precision = "float32",
+    checkpoint: bool = False,
+    compile: bool = False,
     context: int | None = None,
     save_every: int = 500,
     keep_states: int = 2,
@@ -114,6 +131,9 @@ def decompose(
         micro_batch: rows run at once, to save memory; the result is that of the whole batch (None: all of them).
         sharding: what each process of a run under ``torchrun`` keeps a share of instead of the whole: ``none``, the
             ``optimizer``'s moments, or V, U, Γ, gradients and moments (``full``; ``tl_vpd.training.sharding``).
+        precision: of matrix products: ``float32``, or ``bfloat16`` by autocast. What is learned stays float32.
+        checkpoint: compute a layer's activations again in backward, to save memory; the result is the same.
+        compile: run Γ's blocks through ``torch.compile`` (it needs a C++ compiler, or Triton on a GPU).
         context: length of the rows that a dataset of text is cut into (None: the model's context).
         save_every: steps between states. keep_states: newest states that stay. log_every: steps between metrics.
         progress: show a bar.
@@ -137,10 +157,24 @@ def decompose(
         history: list[StepMetrics] = []
         shares = sharding_of(sharding, processes)
         shares.start(decomposition)
-        with TappedModel(decomposition, model) as tapped, shares.regathering(), _interruptible() as interrupted:
+        with (
+            TappedModel(decomposition, model) as tapped,
+            shares.regathering(),
+            compiled(decomposition) if compile else nullcontext(),
+            _interruptible() as interrupted,
+        ):
             shares.serve(tapped.parts)
             shape = (config.batch_size, batches.context)
-            trainer = Trainer(tapped, config, shape, micro_batch=micro_batch, world=processes, sharding=shares)
+            trainer = Trainer(
+                tapped,
+                config,
+                shape,
+                micro_batch=micro_batch,
+                world=processes,
+                sharding=shares,
+                precision=precision,
+                checkpoint=checkpoint,
+            )
             if state is not None:
                 load_state(trainer, state)
                 history = _read_history(folder, before=trainer.done)

@@ -36,7 +36,7 @@ from tl_vpd.training.losses import (
     Penalty,
     Reconstruction,
     RunningFrequency,
-    faithfulness,
+    faithfulness_terms,
     frequency_minimality,
     importance_minimality,
 )
@@ -166,16 +166,14 @@ class Trainer:
     def warm_up(self) -> float:
         """Faithfulness alone, on V and U, with an AdamW of its own; gives the last loss."""
         optimizer = torch.optim.AdamW(self.matrices, lr=self.config.warm_up_lr, weight_decay=0.0, fused=True)
-        loss = self._faithfulness()
         for _ in range(self.config.warm_up_steps):
             optimizer.zero_grad(set_to_none=True)
-            (loss / self.world.size).backward()
+            self._faithfulness(1 / self.world.size)
             self.sharding.collect(self.matrices)
             optimizer.step()
             self.sharding.spread(self.matrices)
-            loss = self._faithfulness()
         optimizer.zero_grad(set_to_none=True)
-        return float(loss.detach())
+        return float(self._faithfulness(0.0))
 
     def step(self, tokens: Shaped[Tensor, "batch ..."], keep: Bool[Tensor, "batch pos"] | None = None) -> StepMetrics:
         """One update of V, U, Γ and the adversary on this process's rows; ``keep`` is False at padding.
@@ -196,9 +194,7 @@ class Trainer:
         self.world.add(l0)
 
         self.optimizer.zero_grad(set_to_none=True)
-        faith = self._faithfulness()
-        (c.delta * faith / self.world.size).backward()
-        values["faithfulness"] = faith.detach()
+        values["faithfulness"] = self._faithfulness(c.delta / self.world.size)
         before = self.sources.updates
         reconstruction = torch.zeros(3, device=slope.device)
         waiting: list[tuple[Part, Tensor]] = []
@@ -216,7 +212,8 @@ class Trainer:
                 if taken.of_sources is not None:
                     waiting.append((part, taken.of_sources if len(parts) == 1 else taken.of_sources.clone()))
             self._into_gamma(own, grad_g, slope, now)
-            own = alone = None
+            del own
+            alone = None
         values["stochastic"], values["adversarial"], values["layerwise"] = self.world.add(reconstruction)
         norm = self._update(values, now)
         for part, gradient in waiting:
@@ -424,9 +421,15 @@ class Trainer:
         self._penalty(now).pullback(rows, slope, keep, of_g=grad_g.flatten(0, -2))
         own.z.backward(grad_g)
 
-    def _faithfulness(self) -> Float[Tensor, ""]:
-        relative = self.config.faithfulness == "relative"
-        return faithfulness(self.decomposition.components, self.weights, relative=relative)
+    def _faithfulness(self, coefficient: float) -> Float[Tensor, ""]:
+        """The loss; its gradients, times the coefficient, go to V and U. One site at a time, so that one Δ is held at once."""
+        relative, value = self.config.faithfulness == "relative", torch.zeros((), device=self.decomposition.device)
+        with torch.set_grad_enabled(coefficient != 0):
+            for term in faithfulness_terms(self.decomposition.components, self.weights, relative=relative):
+                if coefficient:
+                    (coefficient * term).backward()
+                value += term.detach()
+        return value
 
     def _total(self, values: dict[str, Tensor], now: Schedule) -> Tensor:
         c = self.config.coefficients

@@ -3,7 +3,7 @@
 L = c_stoch · L_stoch + c_adv · L_adv + c_imp · L_imp + c_freq · L_freq + c_Δ · L_Δ
 """
 
-from tl_vpd.training.losses.faithfulness import faithfulness
+from tl_vpd.training.losses.faithfulness import faithfulness, faithfulness_terms
 from tl_vpd.training.losses.minimality import (
     Penalty,
     RunningFrequency,
@@ -18,6 +18,7 @@ __all__ = [
     "Reconstruction",
     "RunningFrequency",
     "faithfulness",
+    "faithfulness_terms",
     "frequency_minimality",
     "importance_minimality",
     "penalty_sums",

@@ -1,0 +1,21 @@
+"""Freed memory that stays with the process.
+
+A step frees and asks again for tensors of the same sizes. glibc's allocator gives large ones back to the system each time, and
+the system hands them out again page by page, filled with zeros. ``keep_freed_memory`` tells the allocator to keep them. It acts
+on the whole process, so the command line calls it and the library does not.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # mallopt(3)
+
+
+def keep_freed_memory() -> bool:
+    """Lets glibc's allocator keep what is freed; says whether there is such an allocator."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return False
+    return all([mallopt(_MMAP_THRESHOLD, 32 << 20), mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_TOP_PAD, 64 << 20)])
