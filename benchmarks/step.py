@@ -1,24 +1,29 @@
 """Seconds and memory of a training step, beside a plain implementation of the same step in the same run.
 
-    python -m benchmarks.step                        # writes benchmarks/results/step.json
+    python -m benchmarks.step                        # writes benchmarks/results/step.json (about ten minutes on two cores)
 
-For each size: ``ours_s`` and ``plain_s`` (medians of rounds in turn), ``ratio`` (plain over ours, median over rounds),
-``executed_gflop`` (matrix products that ours executes), ``floor_s`` (the mathematics' matrix products at this machine's rate
-of large products in the same run) and ``floor_share`` (floor over ours), ``peak_mb`` and ``plain_peak_mb`` (above what imports
-take, in a process of their own).
+Ours and the plain one take turns, each in a process of its own (ours keeps freed memory, as ``tl-vpd train`` does). For each
+size: ``ours_s`` and ``plain_s`` (medians of rounds), ``ratio`` (plain over ours, median over rounds), ``executed_gflop`` (matrix
+products that ours executes, as torch counts them, which leaves out ``addmm_``), ``floor_s`` (the mathematics' matrix products at
+this machine's rate of large float32 products in the same run), ``floor_share`` (floor over ours), ``peak_mb`` and
+``plain_peak_mb`` (above what imports take, in a process of their own). The same for the merged recipe, for bfloat16 products
+and for both, each under its name; ``checkpoint`` has the peak with activations computed again. Size L needs a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +31,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.plain import Gamma, PlainTrainer, Target
-from benchmarks.timing import machine, ratio, seconds_in_turn
+from benchmarks.timing import machine, seconds_in_turn
 
 RESULT = Path(__file__).parent / "results" / "step.json"
 
@@ -46,23 +51,30 @@ class Size:
     needed: float
     layers: int = 2
     heads: int = 4
+    blocks: int = 2
 
 
 SIZES = {
     "S": Size(64, 256, 256, 16, 32, (64, 64, 128, 128, 256, 256), 128, 512, 7.8),
     "M": Size(256, 1024, 1024, 8, 128, (256, 256, 512, 512, 1024, 1024), 256, 1024, 207.0),
+    "L": Size(768, 3072, 50304, 32, 512, (512, 512, 1024, 1024, 3072, 3584), 2048, 8192, float("nan"), 4, 12, 8),
 }
-RECIPES: dict[str, dict[str, Any]] = {
-    "paper": {},
-    "merged": {
-        "merged": True,
-        "minimality": "smooth_l0",
-        "frequency_reference": 1024.0,
-        "faithfulness": "relative",
-        "adversary": {"pool": 4},
-        "coefficients": {"delta": 1e3},
-    },
+MERGED: dict[str, Any] = {
+    "merged": True,
+    "minimality": "smooth_l0",
+    "frequency_reference": 1024.0,
+    "faithfulness": "relative",
+    "adversary": {"pool": 4},
+    "coefficients": {"delta": 1e3},
 }
+VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "paper": ({}, {}),
+    "merged": (MERGED, {}),
+    "bfloat16": ({}, {"precision": "bfloat16"}),
+    "merged_bfloat16": (MERGED, {"precision": "bfloat16"}),
+    "checkpoint": ({}, {"checkpoint": True}),
+}
+"""Settings of ``VPDConfig`` and of ``Trainer``."""
 
 
 def plain_step(size: Size) -> Callable[[], object]:
@@ -76,7 +88,7 @@ def plain_step(size: Size) -> Callable[[], object]:
     return lambda: trainer.step(tokens)
 
 
-def own_step(size: Size, recipe: str = "paper") -> Callable[[], object]:
+def own_step(size: Size, variant: str = "paper") -> Callable[[], object]:
     """A step of ``tl_vpd``'s trainer on a HookedTransformer of the same shape."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -84,6 +96,7 @@ def own_step(size: Size, recipe: str = "paper") -> Callable[[], object]:
     from tl_vpd.hooks import TappedModel
     from tl_vpd.training import Trainer, new_decomposition
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = HookedTransformer(
         HookedTransformerConfig(
             n_layers=size.layers,
@@ -98,20 +111,22 @@ def own_step(size: Size, recipe: str = "paper") -> Callable[[], object]:
             positional_embedding_type="rotary",
             rotary_dim=size.d_model // size.heads,
             seed=0,
+            device=device,
         )
     )
+    recipe, how = VARIANTS[variant]
     names = ("*W_Q", "*W_K", "*W_V", "*W_O", "*W_in", "*W_out")
     config = VPDConfig(
         steps=1000,
         batch_size=size.batch,
         C=dict(zip(names, size.C, strict=True)),
-        gamma={"d_ci": size.d_gamma, "n_blocks": 2, "n_heads": 4},
-        **RECIPES[recipe],
+        gamma={"d_ci": size.d_gamma, "d_mlp": size.d_gamma_mlp, "n_blocks": size.blocks, "n_heads": 4},
+        **recipe,
     )
-    tapped = TappedModel(new_decomposition(model, config), model)
+    tapped = TappedModel(new_decomposition(model, config), model, fused_attention=True)
     tapped.__enter__()  # for as long as the benchmark runs
-    trainer = Trainer(tapped, config, (size.batch, size.context))
-    tokens = some_tokens(size)
+    trainer = Trainer(tapped, config, (size.batch, size.context), **how)
+    tokens = some_tokens(size).to(device)
     return lambda: trainer.step(tokens)
 
 
@@ -127,23 +142,82 @@ def gemm_rate(rounds: int = 5) -> float:
     return 5 * 2 * 1024 * 1024 * 4096 / statistics.median(seconds)
 
 
-def measure(size: Size, rounds: int, recipe: str = "paper") -> dict[str, float]:
-    """Seconds, ratio and share of the floor."""
-    ours, plain = own_step(size, recipe), plain_step(size)
-    rate = gemm_rate()
-    seconds = seconds_in_turn({"ours": ours, "plain": plain}, rounds=rounds)
-    with FlopCounterMode(display=False) as counter:
-        ours()
-    own = statistics.median(seconds["ours"])
-    return {
-        "ours_s": round(own, 4),
-        "plain_s": round(statistics.median(seconds["plain"]), 4),
-        "ratio": round(ratio(seconds, "plain", "ours"), 3),
-        "executed_gflop": round(counter.get_total_flops() / 1e9, 1),
-        "floor_s": round(size.needed * 1e9 / rate, 4),
-        "floor_share": round(size.needed * 1e9 / rate / own, 3),
-        "gemm_gflops": round(rate / 1e9, 1),
-    }
+class Worker:
+    """A process that carries out steps when told to."""
+
+    def __init__(self, size: str, which: str) -> None:
+        self.pipe, other = multiprocessing.Pipe()
+        context = multiprocessing.get_context("spawn")
+        self.process = context.Process(target=work, args=(size, which, other), daemon=True)
+        self.process.start()
+
+    def ask(self, what: str) -> float:
+        """Seconds of a ``step``, or the matrix products (``flop``) of one."""
+        self.pipe.send(what)
+        return float(self.pipe.recv())
+
+    def stop(self) -> None:
+        """Ends the process."""
+        self.pipe.send("stop")
+        self.process.join()
+
+
+def work(size: str, which: str, pipe: Connection) -> None:
+    """What a worker's process runs."""
+    warnings.simplefilter("ignore")
+    step = step_of(size, which)
+    while (what := pipe.recv()) != "stop":
+        if what == "flop":
+            with FlopCounterMode(display=False) as counter:
+                step()
+            pipe.send(counter.get_total_flops())
+            continue
+        start = time.perf_counter()
+        step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - start)
+
+
+def step_of(size: str, which: str) -> Callable[[], object]:
+    """The plain step, or a variant of ours."""
+    if which == "plain":
+        return plain_step(SIZES[size])
+    from tl_vpd.training.memory import keep_freed_memory
+
+    keep_freed_memory()
+    return own_step(SIZES[size], which)
+
+
+def measure(name: str, rounds: int, variants: list[str]) -> dict[str, dict[str, float]]:
+    """Seconds, ratio and share of the floor of some variants of ours; each has a turn in every round."""
+    plain = SIZES[name].needed == SIZES[name].needed  # the plain one runs on a CPU
+    workers = {which: Worker(name, which) for which in (*variants, *(["plain"] if plain else []))}
+    seconds: dict[str, list[float]] = {which: [] for which in workers}
+    rates = [gemm_rate()]
+    for i in range(rounds + 2):
+        for which in workers if i % 2 else reversed(workers):
+            taken = workers[which].ask("step")
+            if i >= 2:
+                seconds[which].append(taken)
+    rates.append(gemm_rate())
+    rate, found = statistics.mean(rates), {}
+    for which in variants:
+        own = statistics.median(seconds[which])
+        found[which] = {"ours_s": round(own, 4), "executed_gflop": round(workers[which].ask("flop") / 1e9, 1)}
+        if plain:
+            floor = SIZES[name].needed * 1e9 / rate
+            ratios = [a / b for a, b in zip(seconds["plain"], seconds[which], strict=True)]
+            found[which] |= {
+                "plain_s": round(statistics.median(seconds["plain"]), 4),
+                "ratio": round(statistics.median(ratios), 3),
+                "floor_s": round(floor, 4),
+                "floor_share": round(floor / own, 3),
+                "gemm_gflops": round(rate / 1e9, 1),
+            }
+    for worker in workers.values():
+        worker.stop()
+    return found
 
 
 def peak(size: str, which: str) -> float:
@@ -184,13 +258,16 @@ def main() -> None:
         print_peak(*arguments.peak)
         return
     record: dict[str, Any] = {}
+    timed = [which for which in VARIANTS if which != "checkpoint"]
     for name in arguments.sizes.split(","):
-        rounds = arguments.rounds * (3 if name == "S" else 1)
-        record[name] = measure(SIZES[name], rounds)
-        record[name]["peak_mb"] = peak(name, "paper")
-        record[name]["plain_peak_mb"] = peak(name, "plain")
-        record[f"{name}_merged"] = measure(SIZES[name], rounds, "merged")
-        record[f"{name}_merged"]["peak_mb"] = peak(name, "merged")
+        found = measure(name, arguments.rounds * (3 if name == "S" else 1), timed)
+        if name != "L":
+            for which in VARIANTS:
+                found.setdefault(which, {})["peak_mb"] = peak(name, which)
+            found["paper"]["plain_peak_mb"] = peak(name, "plain")
+        record[name] = found.pop("paper")
+        for which, own in found.items():
+            record.setdefault(which, {})[name] = own
     record["settings"] = {
         "command": "python -m benchmarks.step",
         "rounds": arguments.rounds,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -117,6 +118,10 @@ class Adapter(ABC):
                 f"This {type(self.model).__name__} has no .blocks to compute activations of again: use checkpoint=False."
             )
         return list(blocks)
+
+    def fused_attention(self) -> AbstractContextManager[None]:
+        """Inside, attention whose scores and pattern nobody hooks may be computed in one call; for runs without padding."""
+        return nullcontext()
 
     def layout(self, name: str) -> Layout:
         """How the site's product is carried out under the model's present flags."""

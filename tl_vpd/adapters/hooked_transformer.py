@@ -19,6 +19,7 @@ switched while a decomposition is attached.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_vpd.adapters.base import Adapter, Arguments, Keywords, centred
+from tl_vpd.adapters.fused import fused_attention
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_input, tap_keyword, tap_output, tap_result
 from tl_vpd.components import WHOLE, Layout
 from tl_vpd.site import Site
@@ -44,6 +46,10 @@ class HookedTransformerAdapter(Adapter):
             )
         if cfg.n_devices > 1:
             raise Unsupported(f"cfg.n_devices is {cfg.n_devices}: load the model on one device.")
+
+    def fused_attention(self) -> AbstractContextManager[None]:
+        """Inside, attention whose scores and pattern nobody hooks is computed in one call; for runs without padding."""
+        return fused_attention(block.attn for block in self.model.blocks)
 
     def find_sites(self) -> None:
         """W_Q, W_K, W_V, W_O and the MLP's weights of every block; mixtures of experts are refused."""

@@ -123,7 +123,8 @@ class _Product(torch.autograd.Function):
         for block, rows in _blocks(acts, routed):
             torch.mul(of.difference(rows), acts[block], out=coefficients[block])
         output.addmm_(coefficients, U)
-        ctx.save_for_backward(y, x, acts, V, U, bias, routed)
+        # y is only asked for Δ's mask.
+        ctx.save_for_backward(y if of.grad_delta is not None else None, x, acts, V, U, bias, routed)
         ctx.of = of
         return output if routed is None else y.index_copy(0, routed, output)
 

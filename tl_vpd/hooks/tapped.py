@@ -77,10 +77,14 @@ class TappedModel:
     Args:
         decomposition: its V and U are read at every pass, so that training sees its own updates (Components will do).
         model: the target; it must be on the decomposition's device.
+        fused_attention: whether attention that nobody hooks may be computed in one call (the same to rounding, not to the bit).
     """
 
-    def __init__(self, decomposition: Decomposition | Components, model: nn.Module) -> None:
+    def __init__(
+        self, decomposition: Decomposition | Components, model: nn.Module, *, fused_attention: bool = False
+    ) -> None:
         self.model = model
+        self.fused_attention = fused_attention
         self.adapter = adapt(model)
         self.parts = Parts(decomposition, self.adapter.device, self.adapter.dtype)
         self.names = list(self.parts.sites)
@@ -128,7 +132,7 @@ class TappedModel:
         With ``constant_parts``, gradients reach the masks but not V and U (an adversary's steps). With ``checkpoint``, a
         layer's activations are not kept for backward but computed again in it.
         """
-        with self._under(masks, constant_parts), self._recomputing() if checkpoint else nullcontext():
+        with self._under(masks, constant_parts), self._recomputing(keep) if checkpoint else nullcontext():
             return self._run(tokens, keep)
 
     @contextmanager
@@ -141,14 +145,14 @@ class TappedModel:
             self._x.clear()
 
     @contextmanager
-    def _recomputing(self) -> Iterator[None]:
+    def _recomputing(self, keep: Tensor | None) -> Iterator[None]:
         """Layers that keep only their inputs; computed again, they see the masks of the pass they belong to."""
         masks, constant_parts = self._masks, self._constant_parts
         assert masks is not None
 
         @contextmanager
         def again() -> Iterator[None]:
-            with self._paused(), self._under(masks, constant_parts):
+            with self._paused(), self._fused(keep), self._under(masks, constant_parts):
                 yield
 
         def kept_small(block: nn.Module) -> Callable[..., Any]:
@@ -173,13 +177,16 @@ class TappedModel:
                 else:
                     block.forward = before  # type: ignore[method-assign]
 
+    def _fused(self, keep: Tensor | None) -> AbstractContextManager[None]:
+        return self.adapter.fused_attention() if self.fused_attention and keep is None else nullcontext()
+
     def _paused(self) -> AbstractContextManager[Any]:
         attached = attached_to(self.model)
         return nullcontext() if attached is None else attached.paused()
 
     def _run(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
         self._fired.clear()
-        with self._paused():
+        with self._paused(), self._fused(keep):
             logits = self.adapter.run(tokens, keep)
         wrong = {n: self._fired[n] for n in self.names if self._fired[n] != 1}
         if wrong:

@@ -158,7 +158,7 @@ def decompose(
         shares = sharding_of(sharding, processes)
         shares.start(decomposition)
         with (
-            TappedModel(decomposition, model) as tapped,
+            TappedModel(decomposition, model, fused_attention=True) as tapped,
             shares.regathering(),
             compiled(decomposition) if compile else nullcontext(),
             _interruptible() as interrupted,

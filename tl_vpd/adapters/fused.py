@@ -1,0 +1,70 @@
+"""A HookedTransformer's attention in one call, where nobody can tell.
+
+TransformerLens forms scores and pattern as tensors, so that they can be hooked. Where neither is hooked and the layer does no more
+than ``softmax(Q Kᵀ / scale + causal mask) V``, PyTorch's ``scaled_dot_product_attention`` gives the same z to rounding, in fewer
+operations and without a tensor of ``[batch, head, pos, pos]``. For the time of a context the layer's own methods are replaced:
+scores and pattern become a single number, and z is computed from the queries and keys put by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+METHODS = ("calculate_attention_scores", "apply_causal_mask", "calculate_z_scores")
+
+
+def can_be_fused(attn: Any) -> bool:
+    """Whether an attention layer is plain softmax attention over all positions, with no hook on scores or pattern."""
+    cfg = attn.cfg
+    plain = (
+        cfg.positional_embedding_type not in ("alibi", "relative_positional_bias")
+        and not getattr(cfg, "attn_scores_soft_cap", 0.0) > 0
+        and not getattr(cfg, "use_attention_sinks", False)
+        and getattr(attn, "attn_type", "global") == "global"
+        and all(hasattr(attn, name) and name not in attn.__dict__ for name in METHODS)
+    )
+    points = (attn.hook_attn_scores, attn.hook_pattern)
+    return plain and not any(point._forward_hooks or point._backward_hooks for point in points)
+
+
+@contextmanager
+def fused_attention(layers: Iterable[Any]) -> Iterator[None]:
+    """Inside, those layers that can be are computed in one call. The model must run without padding or a KV cache."""
+    fused = [attn for attn in layers if can_be_fused(attn)]
+    for attn in fused:
+        _replace(attn)
+    try:
+        yield
+    finally:
+        for attn in fused:
+            for name in METHODS:
+                del attn.__dict__[name]
+
+
+def _replace(attn: Any) -> None:
+    put_by: list[tuple[Tensor, Tensor]] = []
+    causal = (getattr(attn, "_attention_dir_override", None) or attn.cfg.attention_dir) == "causal"
+
+    def scores(q: Float[Tensor, "batch pos head d_head"], k: Float[Tensor, "batch pos kv_head d_head"]) -> Tensor:
+        put_by.append((q, k))
+        return q.new_zeros(1, 1, 1, 1)
+
+    def mask(attn_scores: Tensor, *rest: Any, **more: Any) -> Tensor:
+        return attn_scores
+
+    def z(v: Float[Tensor, "batch pos kv_head d_head"], pattern: Tensor) -> Float[Tensor, "batch pos head d_head"]:
+        q, k = put_by.pop()
+        heads = (
+            t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) if t.shape[2] < q.shape[2] else t for t in (q, k, v)
+        )
+        own = (t.transpose(1, 2).to(v.dtype) for t in heads)
+        found = F.scaled_dot_product_attention(*own, is_causal=causal, scale=1 / float(attn.attn_scale))
+        return attn.hook_z(found.transpose(1, 2))
+
+    attn.__dict__.update(zip(METHODS, (scores, mask, z), strict=True))
