@@ -1,6 +1,6 @@
 """A HookedTransformer's attention in one call, where nobody can tell.
 
-TransformerLens forms scores and pattern as tensors, so that they can be hooked. Where neither is hooked and the layer does no more
+TransformerLens forms scores and pattern as tensors, so that they can be hooked. Where neither is hooked and the layer is no more
 than ``softmax(Q Kᵀ / scale + causal mask) V``, PyTorch's ``scaled_dot_product_attention`` gives the same z to rounding, in fewer
 operations and without a tensor of ``[batch, head, pos, pos]``. For the time of a context the layer's own methods are replaced:
 scores and pattern become a single number, and z is computed from the queries and keys put by.
@@ -60,11 +60,12 @@ def _replace(attn: Any) -> None:
 
     def z(v: Float[Tensor, "batch pos kv_head d_head"], pattern: Tensor) -> Float[Tensor, "batch pos head d_head"]:
         q, k = put_by.pop()
-        heads = (
-            t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) if t.shape[2] < q.shape[2] else t for t in (q, k, v)
-        )
-        own = (t.transpose(1, 2).to(v.dtype) for t in heads)
-        found = F.scaled_dot_product_attention(*own, is_causal=causal, scale=1 / float(attn.attn_scale))
+        q, k, v = (_all_heads(t, q.shape[2]).transpose(1, 2).to(v.dtype) for t in (q, k, v))
+        found = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1 / float(attn.attn_scale))
         return attn.hook_z(found.transpose(1, 2))
 
     attn.__dict__.update(zip(METHODS, (scores, mask, z), strict=True))
+
+
+def _all_heads(t: Tensor, heads: int) -> Tensor:
+    return t if t.shape[2] == heads else t.repeat_interleave(heads // t.shape[2], dim=2)
