@@ -15,7 +15,7 @@ A bracket that closes and a mouth that smiles are the same token, for different 
 behind a beginning-of-sequence token, cut at the context.
 
 >>> Sentences(context=8, batch_size=1).words(0)[0][:3]
-['<bos>', 'Jane', 'found']
+['<bos>', 'we', 'laughed']
 """
 
 from __future__ import annotations

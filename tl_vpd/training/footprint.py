@@ -3,14 +3,14 @@
     >>> gpt2 = transformer(layers=12, d_model=768, heads=12, d_mlp=3072, vocabulary=50257, others=768 * 1024)
     >>> found = footprint(gpt2, gamma={"d_ci": 1536, "n_blocks": 6, "n_heads": 16}, batch=64, context=512, micro_batch=4)
     >>> round(found.bytes["moments"] / 2**30, 1), round(found.total / 2**30)
-    (6.3, 97)
+    (6.3, 81)
 
 With ``N`` tokens run at once, ``C`` subcomponents in all and ``P`` numbers in V, U and Γ, a process holds
 
-    parameters 4 P,   gradients 4 P,   moments 8 P,   sources 20 · rows · slots · C (themselves, Adam's and two to work in)
+    parameters 4 P,   gradients 4 P,   moments 8 P,   sources 12 · rows · slots · C (themselves and Adam's moments; 16 in parts)
 
 and, for as long as a pass lasts, importances ``12 N C``, the pass's drawn sources ``4 N C``, what a masked pass keeps for its
-backward (x, y₀ and the inner activations of every site, and the model's own), Γ's own, and a few tensors of logits.
+backward (x, y₀ and the inner activations of every site, and the model's own but for attention patterns), Γ's own, and a few tensors of logits.
 ``sharding`` divides gradients after backward, moments and parameters among processes (``tl_vpd.training.sharding``).
 
 Products are counted exactly; bytes of activations follow what the passes keep and come out up to a tenth below what is measured
@@ -250,12 +250,12 @@ def _bytes(shape: _Shape, split: int, sharding: Kind) -> dict[str, int]:
         "parameters": FLOAT * (share + 2 * largest if full and split > 1 else P),
         "gradients": FLOAT * (share + largest if full and split > 1 else P),
         "moments": 2 * FLOAT * share,
-        "sources": 5 * FLOAT * counts["sources"],
+        "sources": (3 if shape.at_once == shape.rows else 4) * FLOAT * counts["sources"],
         "importances": 3 * FLOAT * _tokens(shape) * shape.total,
         "gamma's activations": _gamma_activations(shape),
         "logits": _logits(shape),
     }
-    faithfulness = 2 * FLOAT * sum(s.d_in * s.d_out for s in shape.sites.values())
+    faithfulness = 2 * FLOAT * max(s.d_in * s.d_out for s in shape.sites.values())
     found["masked pass"] = max(_pass(shape), faithfulness)
     return found
 
@@ -278,9 +278,8 @@ def _pass(shape: _Shape) -> int:
     mlp = sum(s.d_out for s in t.sites if s.short in ("in", "gate"))
     # A block: the residual stream twice, two norms (their input centred, and scaled), q, k, v, z and their rotated selves.
     own = t.itemsize * N * (t.layers * 12 * t.d_model + 2 * mlp)
-    scores = t.itemsize * t.layers * 3 * shape.at_once * t.heads * shape.context**2
     transient = 2 * t.itemsize * N * max(shape.C.values())
-    return acts + outputs + own + scores + transient + FLOAT * N * shape.width
+    return acts + outputs + own + transient + FLOAT * N * shape.width
 
 
 def _gamma_activations(shape: _Shape) -> int:
