@@ -133,6 +133,14 @@ def test_data_without_end_give_the_batch_of_each_step_and_a_run_resumes_on_them(
         decompose(model, Endless(), config(batch_size=4))
 
 
+def test_a_scaled_start_is_the_start_times_the_scale():
+    model = seeded(TwoLayers).float()
+    whole, small = (new_decomposition(model, config(init_scale=scale)) for scale in (1.0, 0.25))
+    for site in whole.sites:
+        assert torch.equal(small.V[site], 0.25 * whole.V[site]) and torch.equal(small.U[site], 0.25 * whole.U[site])
+    assert torch.equal(small.gamma.w_in, whole.gamma.w_in)
+
+
 def test_a_state_written_before_a_setting_existed_can_be_resumed(tmp_path, monkeypatch):
     model, own = seeded(TwoLayers).float(), config()
     dumped = VPDConfig.model_dump_json

@@ -84,6 +84,10 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
     if config.init == "channels":
         for name in names:
             start_at_channels(decomposition.components, name, adapter.weight(name))
+    if config.init_scale != 1:
+        with torch.no_grad():
+            for part in decomposition.components.parameters():
+                part.mul_(config.init_scale)
     return decomposition
 
 
