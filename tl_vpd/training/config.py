@@ -64,8 +64,8 @@ class VPDConfig(_Frozen):
     init: Literal["normal", "channels"] = "normal"
     """Where V and U start: random directions, or the weight's own neurons and head channels."""
     init_scale: float = Field(1.0, gt=0)
-    """Factor of V and U at the start. Well below 1 (and without a warm-up), those directions grow that the outputs need first, and
-    subcomponents share features less."""
+    """Factor of V and U at the start. Well below 1 (and without a warm-up), those directions grow that the outputs need first,
+    and subcomponents share features less."""
     gamma: GammaConfig = GammaConfig()
     lr: float = Field(5e-4, gt=0)
     """AdamW's rate for V and U."""
