@@ -10,8 +10,8 @@ With ``N`` tokens run at once, ``C`` subcomponents in all and ``P`` numbers in V
     parameters 4 P,   gradients 4 P,   moments 8 P,   sources 12 · rows · slots · C (themselves and Adam's moments; 16 in parts)
 
 and, for as long as a pass lasts, importances ``12 N C``, the pass's drawn sources ``4 N C``, what a masked pass keeps for its
-backward (x, y₀ and the inner activations of every site, and the model's own but for attention patterns), Γ's own, and a few tensors of logits.
-``sharding`` divides gradients after backward, moments and parameters among processes (``tl_vpd.training.sharding``).
+backward (x, y₀ and the inner activations of every site, and the model's own but for attention patterns), Γ's own, and a few
+tensors of logits. ``sharding`` divides gradients after backward, moments and parameters among processes.
 
 Products are counted exactly; bytes of activations follow what the passes keep and come out up to a tenth below what is measured
 (``docs/scaling.md``). Left out: what libraries take, allocators' waste, the CUDA context, messages' buffers, elementwise time.
