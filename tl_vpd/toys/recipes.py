@@ -44,10 +44,25 @@ _SPD: dict[str, dict[str, Any]] = {
 """By toy: SPD's C, importance coefficient and exponent, and where they differ, steps, rate and hidden units."""
 
 _VPD: dict[str, dict[str, Any]] = {
-    "tms_5_2": {"steps": 10_000, "importance": 1e-3, "p": 1.0},
-    "tms_5_2_id": {"steps": 10_000, "importance": 1e-3, "p": 1.0},
+    "tms_5_2": {"steps": 15_000, "importance": 1e-3, "frequency": 2e-3},
+    "tms_5_2_id": {"steps": 15_000, "importance": 1e-3, "frequency": 2e-3},
+    "tms_40_10": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0},
+    "tms_40_10_id": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0},
+    "compressed": {"lr": 2e-3},
+    "compressed_2": {"lr": 2e-3, "steps": 30_000, "C": {"*.W_in": 200, "*.W_out": 100}},
+    "compressed_3": {"lr": 2e-3, "steps": 30_000, "C": {"*.W_in": 200, "*.W_out": 100}, "hidden": 16},
 }
-"""By toy: where VPD's settings differ from SPD's."""
+"""By toy: where VPD's settings differ from SPD's. W_out of compressed computation is on at most inputs, which the frequency loss
+would forbid, so there is none."""
+_GROWN: dict[str, Any] = {
+    "batch_size": 8,
+    "lr": 3e-3,
+    "lr_final": 0.0,
+    "init_scale": 0.3,
+    "frequency_reference": 32.0,
+}
+"""What VPD has on every toy of sparse features. With the reference count near one over the frequency of a feature, a subcomponent
+that serves two features costs half as much again as two that serve one each."""
 
 _APD: dict[str, dict[str, Any]] = {
     "tms_5_2": {},
@@ -74,7 +89,7 @@ def recipe(toy: str, method: str, *, seed: int = 0, steps: int | None = None) ->
 def _spd(toy: str) -> VPDConfig:
     if toy not in _SPD:
         raise ValueError(f"SPD has no recipe for {toy}: choose from {', '.join(_SPD)}, or the method vpd.")
-    return _sparse(_SPD[toy], frequency=0.0, adversarial=0.0)
+    return _sparse(_SPD[toy], adversarial=0.0)
 
 
 def _apd(toy: str) -> APDConfig:
@@ -85,8 +100,7 @@ def _apd(toy: str) -> APDConfig:
 
 def _vpd(toy: str) -> VPDConfig:
     if toy in _SPD:
-        settings = {**_SPD[toy], **_VPD.get(toy, {})}
-        return _sparse(settings, frequency=0.5 * settings["importance"], adversarial=1.0)
+        return _sparse({**_SPD[toy], **_GROWN, **_VPD.get(toy, {})}, adversarial=1.0)
     return VPDConfig(
         steps=8_000,
         batch_size=32,
@@ -100,13 +114,13 @@ def _vpd(toy: str) -> VPDConfig:
     )
 
 
-def _sparse(settings: dict[str, Any], *, frequency: float, adversarial: float) -> VPDConfig:
+def _sparse(settings: dict[str, Any], *, adversarial: float) -> VPDConfig:
     """A recipe for a toy of sparse features."""
-    taken = dict(settings)
-    hidden, p, importance = taken.pop("hidden", 16), taken.pop("p", 1.0), taken.pop("importance")
+    taken = {"batch_size": 16, **settings}
+    hidden, p = taken.pop("hidden", 16), taken.pop("p", 1.0)
+    importance, frequency = taken.pop("importance"), taken.pop("frequency", 0.0)
     return spd_config(
         **taken,
-        batch_size=16,
         gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=hidden),
         p_start=p,
         p_end=p,
