@@ -194,6 +194,8 @@ def measure(name: str, rounds: int, variants: list[str]) -> dict[str, dict[str, 
     plain = SIZES[name].needed == SIZES[name].needed  # the plain one runs on a CPU
     workers = {which: Worker(name, which) for which in (*variants, *(["plain"] if plain else []))}
     seconds: dict[str, list[float]] = {which: [] for which in workers}
+    for worker in workers.values():  # all have started before anything is timed
+        worker.ask("step")
     rates = [gemm_rate()]
     for i in range(rounds + 2):
         for which in workers if i % 2 else reversed(workers):
@@ -201,7 +203,7 @@ def measure(name: str, rounds: int, variants: list[str]) -> dict[str, dict[str, 
             if i >= 2:
                 seconds[which].append(taken)
     rates.append(gemm_rate())
-    rate, found = statistics.mean(rates), {}
+    rate, found = max(rates), {}
     for which in variants:
         own = statistics.median(seconds[which])
         found[which] = {"ours_s": round(own, 4), "executed_gflop": round(workers[which].ask("flop") / 1e9, 1)}
