@@ -13,7 +13,7 @@ and, for as long as a pass lasts, importances ``12 N C``, the pass's drawn sourc
 backward (x, y₀ and the inner activations of every site, and the model's own but for attention patterns), Γ's own, and a few
 tensors of logits. ``sharding`` divides gradients after backward, moments and parameters among processes.
 
-Products are counted exactly; bytes of activations follow what the passes keep and come out up to a tenth below what is measured
+Products are counted exactly; bytes of activations follow what the passes keep, and sums come out a tenth below what is measured
 (``docs/scaling.md``). Left out: what libraries take, allocators' waste, the CUDA context, messages' buffers, elementwise time.
 """
 
