@@ -108,4 +108,15 @@ def test_help_estimates_the_time(capsys):
     with pytest.raises(SystemExit):
         runner.main(["--help"])
     said = capsys.readouterr().out
-    assert "minutes on one core" in said and all(name in said for name in (*TOYS, *METHODS))
+    header, *rows = said[said.index("minutes on one core") :].splitlines()
+    assert header.split()[-len(METHODS) :] == list(METHODS)
+    estimates = {cells[0]: cells[1:] for row in rows if (cells := row.split()) and cells[0] in TOYS}
+    assert set(estimates) == set(TOYS)
+    for name, (target, *minutes) in estimates.items():
+        assert float(target) > 0 and len(minutes) == len(METHODS)
+        for method, estimate in zip(METHODS, minutes, strict=True):
+            if estimate == "-":
+                with pytest.raises(ValueError, match="has no recipe"):
+                    recipe(name, method)
+            else:
+                recipe(name, method)

@@ -32,7 +32,17 @@ WORK = Path("build/toys")
 ROWS = 128
 """Rows of data, never trained on, that counts and reconstruction are measured on."""
 ESTIMATES = """
-minutes on one core   target   vpd     spd     apd
+minutes on one core   target     vpd     spd     apd
+  tms_5_2                0.2       3       9       3
+  tms_5_2_id             0.2       3      12       3
+  tms_40_10              1        13      45       ?
+  tms_40_10_id           1        12      85       ?
+  compressed             0.6      36      57       -
+  compressed_2           0.8      86     490       -
+  compressed_3          10       130   36000       -
+  induction              0.8      17       -       -
+  grammar                1        37       -       -
+(one seed; from a few steps of each, times the recipe's; ? not timed, - no recipe)
 """
 out = Console(soft_wrap=True)
 
