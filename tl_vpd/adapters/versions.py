@@ -22,9 +22,9 @@ except ImportError:  # 2.x
     from transformer_lens.hook_points import HookedRootModule  # type: ignore[no-redef]
 
 try:
-    from transformer_lens.utilities import get_act_name, get_attention_mask
+    from transformer_lens.utilities import get_act_name, get_attention_mask, tokenize_and_concatenate
 except ImportError:  # 2.x
-    from transformer_lens.utils import get_act_name, get_attention_mask
+    from transformer_lens.utils import get_act_name, get_attention_mask, tokenize_and_concatenate
 
 __all__ = [
     "HookPoint",
@@ -35,6 +35,7 @@ __all__ = [
     "get_attention_mask",
     "is_bridge",
     "is_hooked_transformer",
+    "tokenize_and_concatenate",
     "transformer_bridge",
     "transformer_lens_version",
 ]

@@ -72,7 +72,5 @@ def component_acts(
         ValueError: the prompts are empty, too long, or not this model's tokens.
     """
     with TappedModel(decomposition, model) as tapped:
-        tokens = tapped.adapter.tokens(prompts)
-        keep = tapped.adapter.padding(tokens, attention_mask)
-        _, inputs = tapped.clean(tokens, keep)
+        _, keep, inputs = tapped.clean_prompts(prompts, attention_mask)
         return ComponentActs({name: x @ tapped.parts.V[name] for name, x in inputs.items()}, keep)

@@ -111,9 +111,7 @@ def causal_importances(
         ValueError: the prompts are empty, too long, or not this model's tokens.
     """
     with TappedModel(decomposition, model) as tapped:
-        tokens = tapped.adapter.tokens(prompts)
-        keep = tapped.adapter.padding(tokens, attention_mask)
-        _, inputs = tapped.clean(tokens, keep)
+        tokens, keep, inputs = tapped.clean_prompts(prompts, attention_mask)
     g = lower_leaky(decomposition.pre_sigmoid(inputs, keep))
     return CausalImportances(zero_padding(g, keep), decomposition.packing, tokens, keep)
 

@@ -118,6 +118,18 @@ class TappedModel:
         finally:
             self._inputs = None
 
+    def clean_prompts(
+        self, prompts: Any, attention_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, dict[str, Float[Tensor, "batch ..."]]]:
+        """Prompts as tokens, where they are real (None: everywhere), and every site's input on them.
+
+        Raises:
+            ValueError: the prompts are empty, too long, or not this model's tokens.
+        """
+        tokens = self.adapter.tokens(prompts)
+        keep = self.adapter.padding(tokens, attention_mask)
+        return tokens, keep, self.clean(tokens, keep)[1]
+
     def masked(
         self,
         tokens: Shaped[Tensor, "batch ..."],

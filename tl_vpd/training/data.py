@@ -33,6 +33,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
+from tl_vpd.adapters.versions import tokenize_and_concatenate
 from tl_vpd.training.prefetch import Ahead
 
 ALL = slice(None)
@@ -311,10 +312,6 @@ def tokenised(dataset: Any, tokenizer: Any, context: int, *, column: str = "text
     Raises:
         ValueError: the installed TransformerLens cannot tokenise streams.
     """
-    try:
-        from transformer_lens.utilities import tokenize_and_concatenate
-    except ImportError:  # 2.x
-        from transformer_lens.utils import tokenize_and_concatenate
     streaming = not hasattr(dataset, "__len__")
     options: dict[str, Any] = {"num_proc": min(10, os.cpu_count() or 1)}
     if streaming:

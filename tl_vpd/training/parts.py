@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
+
+Routing = dict[str, Bool[Tensor, "_ pos"]] | None
+"""By site, at which tokens of each row the masked path is taken (None: everywhere)."""
 
 
 @dataclass(frozen=True)
@@ -73,3 +77,23 @@ def share(rows: Sequence[int], micro_batch: int | None, *, merged: bool) -> Shar
         parts.append(Part(order, slice(a, a + n_attacked), slice(d, d + n_drawn)))
         a, d = a + n_attacked, d + n_drawn
     return Shares(rows, attacked, drawn, tuple(parts))
+
+
+def routed_rows(routing: Routing, rows: slice) -> Routing:
+    """The routing of some rows."""
+    return None if routing is None else {name: own[rows] for name, own in routing.items()}
+
+
+def joined_routing(attacked: Routing, drawn: Routing, rows: slice) -> Routing:
+    """One routing for attacked rows followed by the others."""
+    if attacked is None and drawn is None:
+        return None
+    some = drawn if drawn is not None else attacked
+    assert some is not None
+    joined = {}
+    for name, own in some.items():
+        ones = torch.ones(rows.stop, own.shape[1], dtype=torch.bool, device=own.device)
+        first = ones if attacked is None else attacked[name]
+        last = own if drawn is not None else torch.ones_like(own)
+        joined[name] = torch.cat([first, last])
+    return joined

@@ -40,13 +40,12 @@ from tl_vpd.training.losses import (
     frequency_minimality,
     importance_minimality,
 )
-from tl_vpd.training.parts import Part, share
+from tl_vpd.training.parts import Part, Routing, joined_routing, routed_rows, share
 from tl_vpd.training.processes import World
 from tl_vpd.training.random import START, RowRandom
 from tl_vpd.training.schedules import Schedule
 from tl_vpd.training.sharding import Sharding
 
-Routing = dict[str, Bool[Tensor, "_ pos"]] | None
 Precision = Literal["float32", "bfloat16"]
 LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial", "layerwise")
 
@@ -312,7 +311,7 @@ class Trainer:
         at = own.part.attacked
         values = self.sources.values[at]
         taken = None if draws.slots is None else taken_rows(draws.slots[at], values.shape[1])
-        return values.flatten(0, 1), taken, _rows(draws.adversarial_routing, at)
+        return values.flatten(0, 1), taken, routed_rows(draws.adversarial_routing, at)
 
     def _masked(
         self,
@@ -383,7 +382,7 @@ class Trainer:
                 yield _Pass({2: _weighted(own.distance, output, counts[0]) / len(names)}, None)
         attacked, taken, routing = self._attacked(own, draws)
         if self.config.merged:
-            drawn, free = self._drawn(own.part), _rows(draws.stochastic_routing, own.part.drawn)
+            drawn, free = self._drawn(own.part), routed_rows(draws.stochastic_routing, own.part.drawn)
             first = torch.arange(len(attacked), device=drawn.device) if taken is None else taken
             rest = len(attacked) + torch.arange(len(drawn), device=drawn.device)
             both = torch.cat([attacked, drawn])
@@ -393,7 +392,7 @@ class Trainer:
                 every,
                 both,
                 torch.cat([first, rest]),
-                _joined(routing, free, rows),
+                joined_routing(routing, free, rows),
                 grad_g=grad_g,
                 grad_sources=gradient if c.adversarial else None,
             )
@@ -403,7 +402,7 @@ class Trainer:
             yield _Pass({0: stochastic, 1: adversarial}, gradient if c.adversarial else None)
             return
         if c.stochastic:
-            free = _rows(draws.stochastic_routing, own.part.drawn)
+            free = routed_rows(draws.stochastic_routing, own.part.drawn)
             output, _ = self._masked(own, every, self._drawn(own.part), None, free, grad_g=grad_g)
             yield _Pass({0: _weighted(own.distance, output, counts[2])}, None)
         if c.adversarial:
@@ -460,22 +459,3 @@ def _weighted(distance: Reconstruction, output: Tensor, total: Tensor) -> Float[
     """A mean over these rows' real tokens, as their share of the mean over ``total`` tokens."""
     n = output[..., 0].numel() if distance.keep is None else distance.keep.sum()
     return distance(output) * (n / total)
-
-
-def _rows(routing: Routing, rows: slice) -> Routing:
-    return None if routing is None else {name: own[rows] for name, own in routing.items()}
-
-
-def _joined(attacked: Routing, drawn: Routing, rows: slice) -> Routing:
-    """One routing for attacked rows followed by the others."""
-    if attacked is None and drawn is None:
-        return None
-    some = drawn if drawn is not None else attacked
-    assert some is not None
-    joined = {}
-    for name, own in some.items():
-        ones = torch.ones(rows.stop, own.shape[1], dtype=torch.bool, device=own.device)
-        first = ones if attacked is None else attacked[name]
-        last = own if drawn is not None else torch.ones_like(own)
-        joined[name] = torch.cat([first, last])
-    return joined
