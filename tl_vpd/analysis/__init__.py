@@ -2,7 +2,8 @@
 
 from tl_vpd.analysis.effects import ablation_table
 from tl_vpd.analysis.harvest import harvest
+from tl_vpd.analysis.nodes import Node
 from tl_vpd.analysis.pick import pick
 from tl_vpd.analysis.records import Harvest, SubcomponentHarvest, Window
 
-__all__ = ["Harvest", "SubcomponentHarvest", "Window", "ablation_table", "harvest", "pick"]
+__all__ = ["Harvest", "Node", "SubcomponentHarvest", "Window", "ablation_table", "harvest", "pick"]

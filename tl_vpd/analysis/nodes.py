@@ -1,0 +1,61 @@
+"""Nodes of circuits: a subcomponent, or anything else a hook of TransformerLens sees, at a position or at all of them.
+
+A node is written ``name[:index][@position]``: the name is a site's, or a hook's.
+
+    >>> Node.parse("blocks.1.attn.W_Q:316@5")
+    Node(name='blocks.1.attn.W_Q', index=316, pos=5)
+    >>> str(Node("blocks.0.attn.hook_z", 3))        # head 3 at every position
+    'blocks.0.attn.hook_z:3'
+    >>> Node.parse("blocks.0.hook_mlp_out@4").index is None
+    True
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from tl_vpd.site import Subcomponent
+
+_NODE = re.compile(r"(?P<name>[^:@]+)(?::(?P<index>\d+))?(?:@(?P<pos>\d+))?")
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node's address.
+
+    Attributes:
+        name: a site (``blocks.1.attn.W_Q``), or a hook (``blocks.0.attn.hook_z``, ``blocks.0.hook_mlp_out``).
+        index: the subcomponent, head or neuron (None: all of what the hook sees).
+        pos: the position in the prompt (None: every position).
+    """
+
+    name: str
+    index: int | None = None
+    pos: int | None = None
+
+    @classmethod
+    def parse(cls, text: str | Node | Subcomponent) -> Node:
+        """Reads ``name[:index][@position]``; raises ValueError on anything else."""
+        if isinstance(text, Node):
+            return text
+        if isinstance(text, Subcomponent):
+            return cls(text.site, text.index)
+        found = _NODE.fullmatch(text)
+        if found is None:
+            raise ValueError(
+                f"{text!r} is not a node: write 'name[:index][@position]', such as 'blocks.1.attn.W_Q:316@5'."
+            )
+        index, pos = found["index"], found["pos"]
+        return cls(found["name"], None if index is None else int(index), None if pos is None else int(pos))
+
+    @property
+    def subcomponent(self) -> Subcomponent:
+        """The node without its position; raises ValueError where there is no index."""
+        if self.index is None:
+            raise ValueError(f"{self} names no single subcomponent: write '{self.name}:index'.")
+        return Subcomponent(self.name, self.index)
+
+    def __str__(self) -> str:
+        index = "" if self.index is None else f":{self.index}"
+        return f"{self.name}{index}" + ("" if self.pos is None else f"@{self.pos}")
