@@ -9,7 +9,7 @@ import torch
 from pydantic import ValidationError
 from torch.testing import assert_close
 
-from tl_vpd.importance import GammaConfig, build
+from tl_vpd.importance import GammaConfig, build, mlps
 from tl_vpd.importance.mlps import PerSiteMLPs, PerSubcomponentMLPs
 
 D_IN, COUNTS = {"a": 3, "b": 2}, {"a": 2, "b": 3}
@@ -34,6 +34,24 @@ def test_a_subcomponents_mlp_reads_its_own_activation_alone():
             hidden = [gelu(a * float(gamma.w_in[c, h]) + float(gamma.b_in[c, h])) for h in range(4)]
             expected = sum(h * float(w) for h, w in zip(hidden, gamma.w_out[c], strict=True)) + float(gamma.b_out[c])
             assert_close(float(z[0, t, c]), expected)
+
+
+@pytest.mark.parametrize("block", [1, 10**6])
+def test_the_gradients_of_small_mlps_are_those_of_the_equation(block, monkeypatch):
+    monkeypatch.setattr(mlps, "_BLOCK", block)
+    torch.manual_seed(0)
+    gamma = PerSubcomponentMLPs(COUNTS, hidden=4).double()
+    with torch.no_grad():
+        gamma.b_in.normal_()
+    acts = {n: torch.randn(2, 3, c, dtype=torch.float64, requires_grad=True) for n, c in COUNTS.items()}
+    weight = torch.randn(2, 3, 5, dtype=torch.float64)
+    wanted = [*acts.values(), *gamma.parameters()]
+    got = torch.autograd.grad((gamma(acts) * weight).sum(), wanted)
+    a = torch.cat(list(acts.values()), dim=-1)[..., None]
+    h = torch.nn.functional.gelu(a * gamma.w_in + gamma.b_in)
+    plain = (h * gamma.w_out).sum(-1) + gamma.b_out
+    for own, expected in zip(got, torch.autograd.grad((plain * weight).sum(), wanted), strict=True):
+        assert_close(own, expected)
 
 
 def test_a_sites_mlp_reads_its_normalised_input():

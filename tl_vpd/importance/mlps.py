@@ -2,19 +2,71 @@
 
 Per subcomponent, on its own inner activation: ``z_c = w₂_c · GELU(w₁_c · a_c + b₁_c) + b₂_c``. Per site, on the site's
 RMS-normalised input: ``z = W₂ GELU(W₁ x + b₁) + b₂``. Neither sees other positions or other sites.
+
+The hidden layer of all subcomponents' MLPs, ``[C, tokens, hidden]``, is larger than everything else in a toy's training. It is
+never stored: forward and backward each make it for a few subcomponents at a time, small enough to stay in the processor's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from tl_vpd.importance.transformer import rms_norm
 from tl_vpd.site import Packing
+
+
+_BLOCK = 1 << 17
+"""Elements of the hidden layer made at once."""
+
+
+class _SmallMLPs(torch.autograd.Function):
+    """``z_c = w₂_c · GELU(w₁_c a_c + b₁_c) + b₂_c`` for each c of ``a [C, tokens]``."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
+        ctx.save_for_backward(a, w_in, b_in, w_out)
+        z = torch.empty_like(a)
+        for own in _blocks(a, w_in):
+            h = F.gelu(_hidden(a[own], w_in[own], b_in[own]))
+            torch.baddbmm(b_out[own, None, None], h, w_out[own, :, None], out=z[own, :, None])
+        return z
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        a, w_in, b_in, w_out = ctx.saved_tensors
+        of_a = torch.empty_like(a) if ctx.needs_input_grad[0] else None
+        of_w_in, of_b_in, of_w_out = (torch.empty_like(w) for w in (w_in, b_in, w_out))
+        for own in _blocks(a, w_in):
+            h = _hidden(a[own], w_in[own], b_in[own])
+            torch.bmm(grad[own, None], F.gelu(h), out=of_w_out[own, None])
+            slope = torch.ops.aten.gelu_backward(torch.ones_like(h), h)
+            # Both sums over tokens in one product: the gradients of b₁ and w₁, but for w₂.
+            sums = torch.stack([grad[own], grad[own] * a[own]], dim=1) @ slope
+            torch.mul(sums[:, 0], w_out[own], out=of_b_in[own])
+            torch.mul(sums[:, 1], w_out[own], out=of_w_in[own])
+            if of_a is not None:
+                torch.mul((slope @ (w_in[own] * w_out[own])[..., None]).squeeze(-1), grad[own], out=of_a[own])
+        return of_a, of_w_in, of_b_in, of_w_out, grad.sum(-1)
+
+
+def _hidden(
+    a: Float[Tensor, "C tokens"], w_in: Float[Tensor, "C hidden"], b_in: Float[Tensor, "C hidden"]
+) -> Float[Tensor, "C tokens hidden"]:
+    return torch.addcmul(b_in[:, None], a[..., None], w_in[:, None])
+
+
+def _blocks(a: Float[Tensor, "C tokens"], w_in: Float[Tensor, "C hidden"]) -> Iterator[slice]:
+    """A few subcomponents at a time."""
+    n = max(1, _BLOCK // max(1, a.shape[1] * w_in.shape[1]))
+    return (slice(start, start + n) for start in range(0, len(a), n))
 
 
 class PerSubcomponentMLPs(nn.Module):
@@ -34,15 +86,12 @@ class PerSubcomponentMLPs(nn.Module):
     def forward(
         self, acts: Mapping[str, Float[Tensor, "*batch _"]], keep: Bool[Tensor, "*batch"] | None = None
     ) -> Float[Tensor, "*batch C_total"]:
-        """Pre-sigmoid values from inner activations (one site at a time: the hidden layer is the large tensor)."""
-        # Under sharding, every reading of a parameter gathers it.
-        w_in, b_in, w_out, b_out = self.w_in, self.b_in, self.w_out, self.b_out
-        values = []
-        for name, where in self.packing.slices.items():
-            a = acts[name].to(w_in.dtype)
-            h = F.gelu(a[..., None] * w_in[where] + b_in[where])
-            values.append((h * w_out[where]).sum(-1) + b_out[where])
-        return torch.cat(values, dim=-1)
+        """Pre-sigmoid values from inner activations."""
+        packed = torch.cat([acts[name].to(self.w_in.dtype) for name in self.packing.slices], dim=-1)
+        rows = packed.flatten(0, -2)
+        with torch.autocast(rows.device.type, enabled=False):
+            z = _SmallMLPs.apply(rows.T.contiguous(), self.w_in, self.b_in, self.w_out, self.b_out)
+        return z.T.reshape(packed.shape)
 
     def output_biases(self) -> list[Tensor]:
         """The biases that are added last."""
