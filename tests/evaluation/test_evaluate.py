@@ -43,7 +43,7 @@ def ce(model, tokens: Tensor) -> float:
 def test_record(setting):
     vpd, model, tokens = setting
     record = evaluate(
-        vpd, model, tokens, budgets=(3, 6), starts={3: 2, 6: 2}, control_budgets=(3,), batch_size=4
+        vpd, model, tokens, budgets=(3, 6), starts={3: 2, 6: 2}, control_budgets=(3,), batch_size=4, measures=()
     ).record
     assert {*KEYS, "controls", "target_params_max_change", "faithfulness"} <= set(record)
     json.dumps(record)
@@ -77,8 +77,8 @@ def test_record(setting):
 
 def test_attack_does_not_depend_on_the_batch_size(setting):
     vpd, model, tokens = setting
-    whole = evaluate(vpd, model, tokens, budgets=(4,), controls=False, batch_size=6).record
-    parts = evaluate(vpd, model, tokens, budgets=(4,), controls=False, batch_size=2).record
+    whole = evaluate(vpd, model, tokens, budgets=(4,), controls=False, batch_size=6, measures=()).record
+    parts = evaluate(vpd, model, tokens, budgets=(4,), controls=False, batch_size=2, measures=()).record
     assert parts["pgd_kl"]["4"] == pytest.approx(whole["pgd_kl"]["4"], rel=2e-2)
     for key in ("target_ce", "unmasked_ce", "rounded_ce", "l0"):
         assert parts[key] == pytest.approx(whole[key], rel=1e-5)
@@ -86,15 +86,18 @@ def test_attack_does_not_depend_on_the_batch_size(setting):
 
 def test_same_seed_same_record(setting):
     vpd, model, tokens = setting
-    one, two = (evaluate(vpd, model, tokens, budgets=(2,), control_budgets=(2,), seed=3).record for _ in range(2))
+    one, two = (
+        evaluate(vpd, model, tokens, budgets=(2,), control_budgets=(2,), adversary_budgets=(1,), seed=3).record
+        for _ in range(2)
+    )
     assert one == two
-    other = evaluate(vpd, model, tokens, budgets=(), controls=False, seed=4).record
+    other = evaluate(vpd, model, tokens, budgets=(), controls=False, seed=4, measures=()).record
     assert other["stochastic_ce"] != one["stochastic_ce"]
 
 
 def test_tables(setting):
     vpd, model, tokens = setting
-    found = evaluate(vpd, model, tokens, budgets=(2,), controls=False, curve=[(0, 5.0), (10, 1.0)])
+    found = evaluate(vpd, model, tokens, budgets=(2,), controls=False, measures=(), curve=[(0, 5.0), (10, 1.0)])
     table = found.table()
     assert table.loc["zero", "share_of_zero"] == pytest.approx(1.0)
     assert table.loc["rounded", "above_target"] == pytest.approx(found.record["rounded_ce"] - found.record["target_ce"])

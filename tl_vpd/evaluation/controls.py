@@ -1,8 +1,10 @@
-"""Two ways to spend the same importances without knowing which pieces matter.
+"""Three ways to spend the same importances without knowing which pieces matter.
 
-Each takes, at every token and site, the very values that Γ gave (so that counts match at every threshold) and hands them to
+Two take, at every token and site, the very values that Γ gave (so that counts match at every threshold) and hand them to
 other pieces: *random* to alive subcomponents drawn at random; *singular* to the singular directions of the weight, the
-largest value to the largest ``|σ_i · u_i · x|``. A decomposition that is not far better than both has found nothing.
+largest value to the largest ``|σ_i · u_i · x|``. *Shuffled* leaves pieces and values together and hands them to other tokens
+of the batch: how often each piece is important stays, where it is does not. A decomposition that is not far better than these
+has found nothing (but singular directions *are* the truth where features are orthogonal).
 """
 
 from __future__ import annotations
@@ -29,6 +31,17 @@ def random_importances(
         draw = torch.rand(own.shape, generator=generator, device=own.device)
         chosen.append(hand_over(own, draw.masked_fill(~alive[packing.slices[name]], -1.0)))
     return torch.cat(chosen, dim=-1)
+
+
+def shuffled_importances(
+    g: Float[Tensor, "*batch C_total"], keep: Bool[Tensor, "*batch"] | None, generator: torch.Generator
+) -> Float[Tensor, "*batch C_total"]:
+    """Every real token's importances handed to another real token of the batch, all of its sites together."""
+    real = torch.ones(g.shape[:-1], dtype=torch.bool, device=g.device) if keep is None else keep
+    own = g[real]
+    shuffled = g.clone()
+    shuffled[real] = own[torch.randperm(len(own), generator=generator, device=g.device)]
+    return shuffled
 
 
 def singular_components(sites: Mapping[str, Site], weights: Mapping[str, Float[Tensor, "_ _"]]) -> Components:

@@ -1,84 +1,68 @@
-"""``evaluate``: mask modes, L0, alive counts, adversaries and controls of a decomposition on validation tokens.
+"""``evaluate``: everything this package can ask of a decomposition, on validation tokens, in one report.
 
     >>> report = evaluate(vpd, model, tokens)               # doctest: +SKIP
+    >>> report.warnings                                     # doctest: +SKIP
     >>> report.table()                                      # doctest: +SKIP
-    >>> report.save("metrics.json")                         # doctest: +SKIP
+    >>> report.save("metrics.json"); report.save_html("report.html")             # doctest: +SKIP
 
 What it cannot say: that a subcomponent *is* a mechanism. It says how well the output survives these maskings on these tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Int
+from jaxtyping import Shaped
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.divergence import kl_divergence, next_token_ce
-from tl_vpd.evaluation.controls import random_importances, singular_components, singular_importances
-from tl_vpd.evaluation.modes import ROWS, compute_recovered, row_masks
+from tl_vpd.evaluation.adversaries import EXPLANATIONS, STANDARD, Adversary, adversaries
+from tl_vpd.evaluation.aggregation import aggregation
+from tl_vpd.evaluation.cancelling import cancelling_pairs
+from tl_vpd.evaluation.consistency import consistency
+from tl_vpd.evaluation.controls import (
+    random_importances,
+    shuffled_importances,
+    singular_components,
+    singular_importances,
+)
+from tl_vpd.evaluation.foresight import foresight
+from tl_vpd.evaluation.hidden import hidden_errors
+from tl_vpd.evaluation.record import record_of
+from tl_vpd.evaluation.report import Evaluation
+from tl_vpd.evaluation.resolution import resolution
+from tl_vpd.evaluation.sample import ALIVE, Importances, Sample, learned
+from tl_vpd.evaluation.slices import scrambled, slices
+from tl_vpd.evaluation.splitting import alive_of, sizes
+from tl_vpd.evaluation.transfer import transfer
 from tl_vpd.hooks.tapped import TappedModel
-from tl_vpd.importance import lower_leaky
-from tl_vpd.masking import fresh_pgd, masks_from_sources
-from tl_vpd.storage import write_json
+from tl_vpd.site import nearest
+from tl_vpd.storage import library_versions
 
 BUDGETS = (20, 40, 80, 160, 320)
-ALIVE = 1e-6
-"""Mean importance above which a subcomponent counts as alive."""
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The flat record of an evaluation; ``controls`` holds records of the same form."""
-
-    record: dict[str, Any]
-
-    def table(self) -> pd.DataFrame:
-        """One row a mask mode: CE, CE above the target, its share of (zero − target), KL, compute recovered."""
-        own = self.record
-        span = own["zero_ce"] - own["target_ce"]
-        rows = []
-        for name in ROWS:
-            ce = own[f"{name}_ce"]
-            above = ce - own["target_ce"]
-            row = {"mode": name, "ce": ce, "above_target": above, "share_of_zero": above / span, "kl": own["kl"][name]}
-            if own["compute_recovered"]:
-                row["compute_recovered"] = own["compute_recovered"][name]
-            rows.append(row)
-        return pd.DataFrame(rows).set_index("mode")
-
-    def pgd_table(self) -> pd.DataFrame:
-        """KL under the fresh adversary by number of steps (steps × size = 2)."""
-        curve = self.record["pgd_kl"]
-        return pd.DataFrame({"steps": [int(k) for k in curve], "kl": list(curve.values())}).set_index("steps")
-
-    def sites_table(self) -> pd.DataFrame:
-        """L0 a token, alive and built subcomponents by site."""
-        own = self.record
-        return pd.DataFrame({"l0": own["l0_by_site"], "alive": own["alive_by_site"], "built": own["built_by_site"]})
-
-    def save(self, path: str | Path) -> None:
-        """Writes the record as JSON."""
-        write_json(Path(path), self.record)
-
-
-Importances = Callable[[int, Mapping[str, Tensor], Tensor | None], Tensor]
-"""(batch index, clean site inputs, padding) -> packed importances."""
+MEASURES = (
+    "adversaries",
+    "aggregation",
+    "transfer",
+    "hidden",
+    "resolution",
+    "cancelling",
+    "off_distribution",
+    "foresight",
+)
+"""What is measured beside the mode table, the counts and the standard adversary."""
 
 
 @torch.no_grad()
 def evaluate(
     decomposition: Decomposition,
     model: nn.Module,
-    tokens: Int[Tensor, "n pos"],
+    tokens: Shaped[Tensor, "n ..."],
     *,
     budgets: Sequence[int] = BUDGETS,
     starts: int | Mapping[int, int] = 1,
@@ -87,152 +71,220 @@ def evaluate(
     batch_size: int = 16,
     seed: int = 0,
     curve: Sequence[Sequence[int | float]] | None = None,
+    measures: Sequence[str] = MEASURES,
+    adversary_budgets: Sequence[int] = (20, 80),
+    attack_rows: int | None = None,
+    off_distribution: Mapping[str, Any] | None = None,
+    others: Mapping[str, Decomposition] | None = None,
 ) -> Evaluation:
     """Measures a decomposition on rows of tokens.
 
     Args:
-        tokens: rows ``[n, pos]``; padding is left out.
-        budgets: steps of the fresh adversary (each with ``step_size = 2 / steps``); it attacks all rows together with
-            sources shared over them, Δ's included.
-        starts: random starts of each budget, or of some by their steps (the others get one); ``pgd_kl`` gives the worst,
-            ``pgd_kl_starts`` all.
-        controls: also measure the random and singular controls. control_budgets: their adversary's.
+        tokens: rows ``[n, pos]``; padding is left out. A model of one's own may take other tensors: then distances are squared
+            errors and there are no cross-entropies.
+        budgets: steps of the standard adversary (each with ``step_size = 2 / steps``); it attacks all rows together with
+            sources shared over them, Δ's included (none: no attack of any kind).
+        starts: random starts of the standard adversary at each budget, or at some by their steps (the others get one);
+            ``pgd_kl`` gives the worst, ``pgd_kl_starts`` all.
+        controls: also measure the random, singular and shuffled controls. control_budgets: their adversary's.
         curve: the target's own validation curve of (step, CE), for compute recovered.
+        measures: which of ``MEASURES``; each costs passes, most of all ``adversaries`` (four more kinds at each of
+            ``adversary_budgets``).
+        attack_rows: attack the first rows alone, which costs less (None: all).
+        off_distribution: other text and slices by name, as rows of tokens or prompts, set beside ``tokens`` and (where these
+            are whole numbers) beside the same tokens ``scrambled`` within rows.
+        others: decompositions of the same model from other seeds or with other C, by name.
 
     Raises:
-        ValueError: the tokens or the decomposition do not fit the model.
+        ValueError: the tokens, the decomposition or a slice do not fit the model. KeyError: an unknown measure.
     """
+    for name in measures:
+        if name not in MEASURES:
+            raise KeyError(f"{name!r} is no measure{nearest(name, MEASURES)}. Measures: {', '.join(MEASURES)}.")
     tokens = adapt(model).tokens(tokens)
+    weights = {name: adapt(model).weight(name) for name in decomposition.sites}
+    before = {name: W.clone() for name, W in weights.items()}
+    tables: dict[str, list[pd.DataFrame]] = {}
 
-    def learned(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
-        g = lower_leaky(decomposition.pre_sigmoid(inputs, keep))
-        return g if keep is None else g * keep[..., None]
-
-    def measured(parts: Decomposition | Components, importances: Importances, steps: Sequence[int]) -> dict[str, Any]:
+    def measured(pieces: str, parts: Decomposition | Components, importances: Importances) -> dict[str, Any]:
+        own = pieces == "learned"
         with TappedModel(parts, model) as tapped:
-            return _Measurement(parts, tapped, importances, tokens, batch_size, seed).record(steps, starts, curve)
+            sample = Sample(parts, tapped, importances, tokens, batch_size, seed)
+            record, attacks = record_of(
+                sample,
+                budgets=budgets if own else control_budgets,
+                starts=starts if own else 1,
+                attack_rows=attack_rows,
+                curve=curve,
+            )
+            steps = adversary_budgets if own and budgets and "adversaries" in measures else ()
+            for name, table in _tables(sample, measures, attacks, steps, attack_rows, single_sites=own).items():
+                tables.setdefault(name, []).append(_named(pieces, table))
+            record["mean_g"] = sample.mean_importances()
+            return record
 
-    with TappedModel(decomposition, model) as tapped:
-        weights = {name: tapped.adapter.weight(name) for name in decomposition.sites}
-        before = {name: W.clone() for name, W in weights.items()}
-    record = measured(decomposition, learned, budgets)
+    record = measured("learned", decomposition, learned(decomposition))
     mean_g = record.pop("mean_g")
     if controls:
-        packing, alive = decomposition.packing, mean_g > ALIVE
-        singular = singular_components(decomposition.sites, weights)
-
-        def at_random(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
-            generator = torch.Generator(tokens.device).manual_seed(seed * 1_000_003 + index)
-            return random_importances(learned(index, inputs, keep), alive, packing, generator)
-
-        def by_strength(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
-            return singular_importances(learned(index, inputs, keep), packing, inputs, singular)
-
-        record["controls"] = {
-            "random": measured(decomposition, at_random, control_budgets),
-            "singular": measured(singular, by_strength, control_budgets),
-        }
-        for control in record["controls"].values():
-            del control["mean_g"]
-    after = {name: adapt(model).weight(name) for name in before}
-    record["target_params_max_change"] = max(float((after[n] - W).abs().max()) for n, W in before.items())
-    record["faithfulness"] = {
-        n: float(decomposition.components.delta(n, W).square().mean()) for n, W in weights.items()
+        record["controls"] = {}
+        for name, (parts, importances) in _controls(decomposition, weights, mean_g > ALIVE, seed).items():
+            record["controls"][name] = measured(name, parts, importances)
+            del record["controls"][name]["mean_g"]
+    record["target_params_max_change"] = max(float((adapt(model).weight(n) - W).abs().max()) for n, W in before.items())
+    deltas = {name: decomposition.components.delta(name, W) for name, W in weights.items()}
+    record["faithfulness"] = {name: float(delta.square().mean()) for name, delta in deltas.items()}
+    record["delta_share"] = {
+        name: float(delta.square().sum() / weights[name].square().sum().clamp_min(1e-30))
+        for name, delta in deltas.items()
     }
+    joined = {name: pd.concat(own, ignore_index=True) for name, own in tables.items()}
+    whole, left_out = _whole_tables(
+        decomposition,
+        model,
+        tokens,
+        measures,
+        off_distribution or {},
+        others or {},
+        min(budgets, default=0),
+        attack_rows,
+        batch_size,
+        seed,
+    )
+    record["tables"] = {name: _plain(table) for name, table in {**joined, **whole}.items()}
+    record["left_out"] = left_out
+    record["settings"] = {"seed": seed, "attack_rows": attack_rows, "explanations": EXPLANATIONS}
+    record["versions"] = library_versions()
     return Evaluation(record)
 
 
-class _Measurement:
-    """The measures of one set of components with one way to get importances."""
-
-    def __init__(
-        self,
-        parts: Decomposition | Components,
-        tapped: TappedModel,
-        importances: Importances,
-        tokens: Int[Tensor, "n pos"],
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self.parts, self.tapped, self.packing, self.seed = parts, tapped, parts.packing, seed
-        self.tokens = list(tokens.split(batch_size))
-        self.keep = [tapped.adapter.padding(t, None) for t in self.tokens]
-        self.positions = [int(t.numel() if k is None else k.sum()) for t, k in zip(self.tokens, self.keep, strict=True)]
-        self.target: list[Tensor] = []
-        self.g: list[Tensor] = []
-        self.target_ce: list[float] = []
-        for i, (t, k) in enumerate(zip(self.tokens, self.keep, strict=True)):
-            logits, inputs = tapped.clean(t, k)
-            self.target.append(logits.float().log_softmax(-1))
-            self.g.append(importances(i, inputs, k))
-            self.target_ce.append(float(next_token_ce(logits, t, k)))
-
-    def _mean(self, values: Sequence[float], weights: Sequence[int]) -> float:
-        return sum(v * w for v, w in zip(values, weights, strict=True)) / sum(weights)
-
-    def record(
-        self, budgets: Sequence[int], starts: int | Mapping[int, int], curve: Sequence[Sequence[int | float]] | None
-    ) -> dict[str, Any]:
-        """The flat record, with the tensor ``mean_g`` beside it."""
-        pairs = [
-            t[:, 1:].numel() if k is None else int((k[:, 1:] & k[:, :-1]).sum())
-            for t, k in zip(self.tokens, self.keep, strict=True)
+def _tables(
+    sample: Sample,
+    measures: Sequence[str],
+    attacks: list[dict[str, Any]],
+    steps: Sequence[int],
+    attack_rows: int | None,
+    *,
+    single_sites: bool,
+) -> dict[str, pd.DataFrame]:
+    """The tables of one sample; attacks that are done already head the table of adversaries."""
+    found: dict[str, pd.DataFrame] = {}
+    own = [pd.DataFrame(attacks)] if attacks else []
+    if steps:
+        positions = sample.g[0].ndim > 2
+        kinds: list[Adversary] = [
+            kind for name, kind in STANDARD.items() if name != "shared" and (positions or name != "position")
         ]
-        ce, kl = {}, {}
-        for number, row in enumerate(ROWS):
-            found = [self._row(row, i, number) for i in range(len(self.tokens))]
-            ce[row] = self._mean([c for c, _ in found], pairs)
-            kl[row] = self._mean([d for _, d in found], self.positions)
-        total = sum(self.positions)
-        mean_g = torch.stack([g.sum((0, 1)) for g in self.g]).sum(0) / total
-        l0 = torch.stack([(g > 0).sum((0, 1)) for g in self.g]).sum(0) / total
-        many = {steps: starts if isinstance(starts, int) else starts.get(steps, 1) for steps in budgets}
-        attacks = {str(steps): [self._attack(steps, start) for start in range(many[steps])] for steps in budgets}
-        by_site = {name: mean_g[where] for name, where in self.packing.slices.items()}
-        return {
-            "target_ce": self._mean(self.target_ce, pairs),
-            **{f"{row}_ce": value for row, value in ce.items()},
-            "l0": float(l0.sum()),
-            "l0_by_site": {name: float(l0[where].sum()) for name, where in self.packing.slices.items()},
-            "alive": int((mean_g > ALIVE).sum()),
-            "alive_1e-4": int((mean_g > 1e-4).sum()),
-            "alive_by_site": {name: int((own > ALIVE).sum()) for name, own in by_site.items()},
-            "built": self.packing.total,
-            "built_by_site": dict(self.packing.counts),
-            "summed_rank": sum(site.rank for site in self.parts.sites.values()),
-            "tokens": total,
-            "kl": kl,
-            "compute_recovered": {} if curve is None else {row: compute_recovered(c, curve) for row, c in ce.items()},
-            "pgd_kl": {steps: max(found) for steps, found in attacks.items()},
-            "pgd_kl_starts": attacks,
-            "mean_g": mean_g,
-        }
+        own.append(adversaries(sample, kinds, budgets=steps, rows=attack_rows))
+    if own:
+        found["adversaries"] = pd.concat(own, ignore_index=True)
+    rows = sum(len(t) for t in sample.tokens)
+    if "aggregation" in measures and rows >= 2:
+        found["aggregation"] = aggregation(sample, sizes=[n for n in (2, 4) if n <= rows]).reset_index()
+    if "transfer" in measures:
+        found["transfer"] = transfer(sample, single_sites=single_sites).reset_index()
+    if "hidden" in measures:
+        found["hidden"] = hidden_errors(sample).reset_index()
+    if "resolution" in measures:
+        found["resolution"] = resolution(sample).reset_index()
+    return found
 
-    def _row(self, row: str, i: int, number: int) -> tuple[float, float]:
-        """(CE, KL) of one batch in one row of the table."""
-        generator = torch.Generator(self.g[i].device).manual_seed(self.seed * 1_000_003 + 1000 * number + i)
-        masks = row_masks(row, self.g[i], self.packing, generator)
-        logits = self.tapped.masked(self.tokens[i], masks, self.keep[i])
-        ce = next_token_ce(logits, self.tokens[i], self.keep[i])
-        return float(ce), float(kl_divergence(self.target[i], logits, self.keep[i]))
 
-    def _attack(self, steps: int, start: int) -> float:
-        """KL under the fresh adversary, whose sources are shared over all rows."""
-        generator = torch.Generator(self.g[0].device).manual_seed(self.seed * 1_000_003 + 500_000 + start)
-        width = self.packing.total + len(self.packing.names)
-        first = torch.rand(1, 1, width, generator=generator, device=self.g[0].device).to(self.g[0].dtype)
-        shares = [n / sum(self.positions) for n in self.positions]
+def _controls(
+    decomposition: Decomposition, weights: Mapping[str, Tensor], alive: Tensor, seed: int
+) -> dict[str, tuple[Decomposition | Components, Importances]]:
+    """The controls by name: which pieces, and how they get their importances."""
+    packing, own = decomposition.packing, learned(decomposition)
+    singular = singular_components(decomposition.sites, weights)
 
-        def loss(sources: Tensor) -> Tensor:
-            """Batch by batch, each with its own backward pass, so that memory does not grow with the rows."""
-            value = torch.zeros(())
-            for i, share in enumerate(shares):
-                masks = masks_from_sources(self.g[i], sources, self.packing)
-                logits = self.tapped.masked(self.tokens[i], masks, self.keep[i], constant_parts=True)
-                part = share * kl_divergence(self.target[i], logits, self.keep[i])
-                if part.requires_grad:
-                    part.backward()
-                value += part.detach().to(value.device)
-            return value
+    def at_random(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
+        generator = torch.Generator(alive.device).manual_seed(seed * 1_000_003 + index)
+        return random_importances(own(index, inputs, keep), alive, packing, generator)
 
-        return fresh_pgd(loss, first, steps=steps).loss
+    def by_strength(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
+        return singular_importances(own(index, inputs, keep), packing, inputs, singular)
+
+    def at_other_tokens(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
+        generator = torch.Generator(alive.device).manual_seed(seed * 1_000_003 + 900_000 + index)
+        return shuffled_importances(own(index, inputs, keep), keep, generator)
+
+    return {
+        "random": (decomposition, at_random),
+        "singular": (singular, by_strength),
+        "shuffled": (decomposition, at_other_tokens),
+    }
+
+
+def _whole_tables(
+    decomposition: Decomposition,
+    model: nn.Module,
+    tokens: Tensor,
+    measures: Sequence[str],
+    off_distribution: Mapping[str, Any],
+    others: Mapping[str, Decomposition],
+    steps: int,
+    attack_rows: int | None,
+    batch_size: int,
+    seed: int,
+) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
+    """Tables of the decomposition as a whole, and why others were left out."""
+    found: dict[str, pd.DataFrame] = {}
+    left_out: dict[str, str] = {}
+    words = adapt(model).return_types
+    if len(tokens) < 2:
+        left_out["aggregation"] = "there is one row, and a pair needs two"
+    if "cancelling" in measures:
+        found["cancelling"] = cancelling_pairs(decomposition)
+    if "off_distribution" in measures:
+        named: dict[str, Any] = {"these rows": tokens}
+        if words:
+            named["scrambled"] = scrambled(model, tokens, seed=seed)
+        if len({**named, **off_distribution}) > 1:
+            found["slices"] = slices(
+                decomposition,
+                model,
+                {**named, **off_distribution},
+                steps=steps,
+                attack_rows=attack_rows,
+                batch_size=batch_size,
+                seed=seed,
+            ).reset_index()
+        else:
+            left_out["off_distribution"] = "no other data was given"
+    if "foresight" in measures:
+        if not words:
+            left_out["foresight"] = "the model puts out no next-token predictions"
+        elif adapt(model).padding(tokens, None) is not None:
+            left_out["foresight"] = "some rows are padded"
+        elif tokens.shape[1] < 3:
+            left_out["foresight"] = "the rows are shorter than three tokens"
+        else:
+            last = tokens.shape[1] - 2
+            positions = sorted({max(1, last * n // 4) for n in (1, 2, 3, 4)})
+            found["foresight"] = foresight(
+                decomposition, model, tokens[:batch_size], positions=positions, seed=seed
+            ).reset_index()
+    if others:
+        found["sizes"] = sizes(
+            dict[str | float, Decomposition]({"this": decomposition}) | dict(others),
+            model,
+            tokens,
+            batch_size=batch_size,
+        ).reset_index()
+        alive = {name: alive_of(own, model, tokens) for name, own in {"": decomposition, **others}.items()}
+        rows = [
+            _named(name, consistency(decomposition, own, alive=(alive[""], alive[name]), seed=seed).reset_index())
+            for name, own in others.items()
+        ]
+        found["consistency"] = pd.concat(rows, ignore_index=True).rename(columns={"pieces": "other"})
+    return found, left_out
+
+
+def _named(pieces: str, table: pd.DataFrame) -> pd.DataFrame:
+    table = table.copy()
+    table.insert(0, "pieces", pieces)
+    return table
+
+
+def _plain(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table as JSON: a dict a row, None for what is missing."""
+    return table.astype(object).where(table.notna(), None).to_dict("records")  # type: ignore[return-value]

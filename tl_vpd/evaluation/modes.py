@@ -2,21 +2,23 @@
 
 For each mode the cross-entropy of the next token, the KL from the target, and *compute recovered*: the share of the target's
 training at which its own validation curve first reached the masked model's cross-entropy. Δ is 0 and every site is masked,
-except that the stochastic mode draws Δ as well.
+except that the stochastic mode draws Δ as well. *Partial* keeps the important subcomponents (g > 0) and each of the others
+with probability one half, Δ at 0: what may be left out altogether must also be free to be left out in part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from tl_vpd.hooks.modes import Mode, masks_of_mode
-from tl_vpd.masking import Masks
+from tl_vpd.masking import Masks, constant_masks
 from tl_vpd.site import Packing
 
-ROWS: dict[str, tuple[Mode, float]] = {
+ROWS: dict[str, tuple[Mode | Literal["partial"], float]] = {
     "unmasked": ("unmasked", 0.0),
     "stochastic": ("stochastic", 0.0),
     "rounded": ("rounded", 0.0),
@@ -24,13 +26,17 @@ ROWS: dict[str, tuple[Mode, float]] = {
     "rounded_0.5": ("rounded", 0.5),
     "ci": ("ci", 0.0),
     "zero": ("zero", 0.0),
+    "partial": ("partial", 0.0),
 }
-"""Row of the table -> (mode, threshold)."""
+"""Row of the table -> (mode, threshold). What a row draws depends on its place: new ones go to the end."""
 
 
 def row_masks(row: str, g: Tensor, packing: Packing, generator: torch.Generator) -> Masks:
     """The masks of a row of the table from importances ``[batch, pos, C_total]``."""
     mode, threshold = ROWS[row]
+    if mode == "partial":
+        kept = torch.rand(g.shape, generator=generator, device=generator.device) < 0.5
+        return constant_masks(((g > threshold) | kept.to(g.device)).to(g.dtype), 0.0, packing)
     return masks_of_mode(mode, g, packing, threshold=threshold, generator=generator)
 
 

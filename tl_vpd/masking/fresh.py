@@ -5,12 +5,15 @@ setting that is bad everywhere looks for systematic faults and cannot fit noise.
 
     r ← clamp(r + step · sign(∇_r loss), 0, 1)        from a random start; scored after the last step
 
-Report the budget with the number; a rule of thumb is ``steps · step_size = 2``.
+Report the budget with the number; a rule of thumb is ``steps · step_size = 2``. Momentum (Dong et al. 2018, arXiv 1710.06081)
+steps along a running sum of normalised gradients, and several starts guard against one that gets stuck:
+
+    v ← μ v + ∇_r loss / mean|∇_r loss|,      r ← clamp(r + step · sign(v), 0, 1)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +40,7 @@ def fresh_pgd(
     *,
     steps: int = 20,
     step_size: float | None = None,
+    momentum: float = 0.0,
 ) -> AttackResult:
     """Sign-gradient ascent on ``loss(sources)`` from ``start``.
 
@@ -46,7 +50,14 @@ def fresh_pgd(
         start: sources in [0, 1].
         steps: number of updates.
         step_size: length of each (None: ``2 / steps``).
+        momentum: how much of the running sum of gradients is kept, μ in [0, 1).
+
+    Raises:
+        ValueError: the momentum is not in [0, 1).
     """
+    if not 0 <= momentum < 1:
+        raise ValueError(f"The momentum is {momentum}; give a number from 0 (none) to below 1.")
+    velocity: Tensor | None = None
     size = 2.0 / steps if step_size is None and steps else step_size or 0.0
     sources = start.detach().clone()
     losses: list[float] = []
@@ -60,7 +71,30 @@ def fresh_pgd(
                 assert leaf.grad is not None, "a piecewise loss must leave its gradient in sources.grad"
                 gradient = leaf.grad
             losses.append(float(value.detach()))
+            if momentum:
+                unit = gradient / gradient.abs().mean().clamp_min(torch.finfo(gradient.dtype).tiny)
+                velocity = unit if velocity is None else momentum * velocity + unit
+                gradient = velocity
             sources = (leaf.detach() + size * gradient.sign()).clamp_(0, 1)
     with torch.no_grad():
         losses.append(float(loss(sources)))
     return AttackResult(sources, losses)
+
+
+def restarted_pgd(
+    loss: Callable[[Float[Tensor, "*ones C_and_deltas"]], Float[Tensor, ""]],
+    starts: Iterable[Float[Tensor, "*ones C_and_deltas"]],
+    *,
+    steps: int = 20,
+    step_size: float | None = None,
+    momentum: float = 0.0,
+) -> list[AttackResult]:
+    """``fresh_pgd`` from every start, the worst (of the largest loss) first.
+
+    Raises:
+        ValueError: there is no start, or the momentum is not in [0, 1).
+    """
+    found = [fresh_pgd(loss, start, steps=steps, step_size=step_size, momentum=momentum) for start in starts]
+    if not found:
+        raise ValueError("There is no start: give one or more sources in [0, 1].")
+    return sorted(found, key=lambda result: result.loss, reverse=True)

@@ -1,0 +1,77 @@
+"""Means over rows of tokens with their confidence intervals.
+
+Tokens of one row depend on each other, rows hardly do: so the row is what is resampled (percentile bootstrap; Efron 1979). A
+row counts by its number of real tokens, as in the mean over tokens that is reported:
+
+    mean = Σ_r n_r x_r / Σ_r n_r,        x_r the row's own mean over its n_r tokens
+
+Below about twenty rows such intervals come out too narrow; one row has none (NaN).
+
+>>> found = PerRow(np.array([1.0, 3.0]), np.array([1.0, 3.0]))
+>>> found.mean
+2.5
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+CONFIDENCE = 0.95
+RESAMPLES = 1000
+METHOD = f"{CONFIDENCE:.0%} percentile bootstrap over rows, {RESAMPLES} resamples"
+
+
+@dataclass(frozen=True)
+class PerRow:
+    """A measure of every row, and how many tokens it is the mean of."""
+
+    values: Float[np.ndarray, " row"]
+    tokens: Float[np.ndarray, " row"]
+
+    @classmethod
+    def joined(cls, parts: Sequence[PerRow]) -> PerRow:
+        """The rows of several one after the other."""
+        return cls(np.concatenate([p.values for p in parts]), np.concatenate([p.tokens for p in parts]))
+
+    @property
+    def mean(self) -> float:
+        """The mean over all tokens (NaN where there are none)."""
+        total = float(self.tokens.sum())
+        return float(self.values @ self.tokens) / total if total else float("nan")
+
+    def interval(self, *, seed: int = 0, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        """The bootstrap interval of the mean; the same seed resamples the same rows, whatever is measured."""
+        return interval(self.values, self.tokens, seed=seed, confidence=confidence)
+
+    def minus(self, other: PerRow) -> PerRow:
+        """The paired difference, row by row."""
+        return PerRow(self.values - other.values, self.tokens)
+
+    def columns(self, name: str = "kl", *, seed: int = 0) -> dict[str, float]:
+        """``{name, name_low, name_high}`` for a row of a table."""
+        low, high = self.interval(seed=seed)
+        return {name: self.mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def interval(
+    values: Float[np.ndarray, " row"],
+    weights: Float[np.ndarray, " row"],
+    *,
+    seed: int = 0,
+    confidence: float = CONFIDENCE,
+    resamples: int = RESAMPLES,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a weighted mean (NaN, NaN for one row)."""
+    n = len(values)
+    if n < 2:
+        return float("nan"), float("nan")
+    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
+    kept = drawn * weights
+    total = kept.sum(1)
+    means = (kept @ values)[total > 0] / total[total > 0]
+    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
