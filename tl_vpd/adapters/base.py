@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write
+from tl_vpd.adapters.held import See
+from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_argument
 from tl_vpd.adapters.versions import get_attention_mask
 from tl_vpd.components import WHOLE, Layout
 from tl_vpd.site import Site
@@ -133,6 +134,44 @@ class Adapter(ABC):
         if W.shape != (site.d_in, site.d_out):
             raise ValueError(f"{name} is {site.d_in}x{site.d_out}; a {tuple(W.shape)} was given.")
 
+    def lengths_forgotten(self) -> AbstractContextManager[None]:
+        """Inside, passes of other lengths leave nothing behind that would show in later scores."""
+        return nullcontext()
+
+    def scores_hook(self, layer: int) -> str:
+        """The hook that sees a layer's attention scores: scaled, masked, before the softmax; they must be bilinear in q and k.
+
+        Raises:
+            Unsupported: the model has no attention, or this layer's scores are no sum of products of queries and keys.
+        """
+        raise Unsupported(
+            f"A {type(self.model).__name__} has no attention that this package knows: pass a transformer."
+        )
+
+    # -- what gradients pass -----------------------------------------------------------------------------------------
+
+    @property
+    def causal(self) -> bool:
+        """Whether no position sees a later one."""
+        return getattr(self.model.cfg, "attention_dir", "causal") == "causal"
+
+    def unembed_bias(self) -> Float[Tensor, " vocab"] | None:
+        """What is added to the logits at the end (None: nothing)."""
+        bias = getattr(self.model.unembed, "b_U", None)
+        return bias.detach() if isinstance(bias, Tensor) else None
+
+    def tap_residual(self, change: Write) -> list[Handle]:
+        """Sends the residual stream that enters the first block, the embeddings, through ``change``."""
+        return [tap_argument(self.blocks()[0], change)]
+
+    def held_fixed(self, *, norms: bool, patterns: bool, see: See) -> list[Handle]:
+        """Keeps gradients from passing norms' scales and attention patterns; ``see`` gets every norm's output and bias.
+
+        Raises:
+            Unsupported: this class of model does not show them.
+        """
+        raise Unsupported(f"The norms and patterns of a {type(self.model).__name__} cannot be held fixed.")
+
     # -- HookPoints --------------------------------------------------------------------------------------------------
 
     def home(self, name: str) -> nn.Module:
@@ -195,6 +234,25 @@ class Adapter(ABC):
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         check_tokens(tokens, d_vocab=cfg.d_vocab, n_ctx=cfg.n_ctx)
         return tokens.to(self.device)
+
+    def token(self, text: str) -> int:
+        """The number of the token that a text is.
+
+        Raises:
+            ValueError: the model has no tokenizer, or the text is several tokens.
+        """
+        if getattr(self.model, "tokenizer", None) is None:
+            raise ValueError(f"This model has no tokenizer to read {text!r} with: give tokens as numbers.")
+        found = self.model.to_tokens(text, prepend_bos=False)[0].tolist()
+        if len(found) != 1:
+            raise ValueError(f"{text!r} is {len(found)} tokens to this model; one is needed: mind the leading space.")
+        return int(found[0])
+
+    def words(self, tokens: Int[Tensor, " pos"]) -> list[str]:
+        """Tokens as text (as their numbers, where there is no tokenizer)."""
+        if getattr(self.model, "tokenizer", None) is None:
+            return [str(token) for token in tokens.tolist()]
+        return [self.model.tokenizer.decode([token]) for token in tokens.tolist()]
 
     def padding(
         self, tokens: Int[Tensor, "batch pos"] | None, attention_mask: Tensor | None

@@ -24,7 +24,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_vpd.adapters.base import Adapter, Arguments, Keywords, centred
+from tl_vpd.adapters.held import See, at_fixed_scale, constant, norm_modules, pattern_points
 from tl_vpd.adapters.linears import oriented, overwrite, why_not
+from tl_vpd.adapters.scores import bilinear_scores
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_output, tap_product, tap_result
 from tl_vpd.adapters.versions import transformer_lens_version
 from tl_vpd.components import WHOLE, Layout
@@ -169,6 +171,27 @@ class BridgeAdapter(Adapter):
         if short == "o":
             return Layout("result", site.n_heads, y_has_heads=True) if _flag(attn, "use_attn_result") else WHOLE
         return Layout("split", site.n_heads, x_has_heads=True) if _splits(attn) else WHOLE
+
+    def scores_hook(self, layer: int) -> str:
+        """``blocks.{layer}.attn.hook_attn_scores``; raises Unsupported where scores are not bilinear in queries and keys."""
+        attn = self.model.blocks[layer].attn
+        own = getattr(attn, "original_component", None)
+        normed = any(getattr(own, n, None) is not None for n in ("q_norm", "q_layernorm"))
+        return bilinear_scores(
+            layer,
+            qk_norm=normed,
+            softcap=getattr(own, "attn_logit_softcapping", None),
+            clip=getattr(getattr(own, "config", None), "clip_qkv", None),
+        )
+
+    def held_fixed(self, *, norms: bool, patterns: bool, see: See) -> list[Handle]:
+        """Keeps gradients from passing norms' scales and attention patterns; ``see`` gets every norm's output and bias."""
+        handles: list[Handle] = []
+        for module in norm_modules(self.modules()) if norms else []:
+            handles.append(module.register_forward_hook(partial(_norm_held, see), prepend=True, with_kwargs=True))
+        for point in pattern_points(self.modules()) if patterns else []:
+            handles.append(point.register_forward_hook(constant))
+        return handles
 
     # -- calls ---------------------------------------------------------------------------------------------------
 
@@ -320,3 +343,16 @@ def _splits(attn: nn.Module) -> bool:
 def _functional(mlp: nn.Module) -> bool:
     """Whether a gated MLP computes with its processed weights, past its modules."""
     return bool(getattr(mlp, "_use_processed_weights", False))
+
+
+def _norm_held(see: See, module: Any, arguments: Arguments, keywords: Keywords, output: Tensor) -> Tensor:
+    """A NormalizationBridge's output at a fixed scale."""
+    x = arguments[0] if arguments else next(iter(keywords.values()))
+    bare = "Pre" in type(module).__name__
+    weight = None if bare else module.weight
+    if weight is not None and getattr(module.config, "rmsnorm_uses_offset", False):
+        weight = 1 + weight
+    bias = None if bare or module.uses_rms_norm else getattr(module.original_component, "bias", None)
+    held = at_fixed_scale(x, output, weight, bias, centred=not module.uses_rms_norm)
+    see(held, bias)
+    return held

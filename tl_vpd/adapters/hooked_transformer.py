@@ -18,8 +18,8 @@ switched while a decomposition is attached.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -29,6 +29,8 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters.base import Adapter, Arguments, Keywords, centred
 from tl_vpd.adapters.fused import fused_attention
+from tl_vpd.adapters.held import See, constant, norm_modules, pattern_points
+from tl_vpd.adapters.scores import bilinear_scores
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_input, tap_keyword, tap_output, tap_result
 from tl_vpd.components import WHOLE, Layout
 from tl_vpd.site import Site
@@ -50,6 +52,16 @@ class HookedTransformerAdapter(Adapter):
     def fused_attention(self) -> AbstractContextManager[None]:
         """Inside, attention whose scores and pattern nobody hooks is computed in one call; for runs without padding."""
         return fused_attention(block.attn for block in self.model.blocks)
+
+    def held_fixed(self, *, norms: bool, patterns: bool, see: See) -> list[Handle]:
+        """Keeps gradients from passing norms' scales and attention patterns; ``see`` gets every norm's output and bias."""
+        handles: list[Handle] = []
+        for module in norm_modules(self.modules()) if norms else []:
+            handles.append(module.hook_scale.register_forward_hook(constant))  # type: ignore[union-attr, operator]
+            handles.append(module.register_forward_hook(partial(_seen_norm, see)))
+        for point in pattern_points(self.modules()) if patterns else []:
+            handles.append(point.register_forward_hook(constant))
+        return handles
 
     def find_sites(self) -> None:
         """W_Q, W_K, W_V, W_O and the MLP's weights of every block; mixtures of experts are refused."""
@@ -131,6 +143,28 @@ class HookedTransformerAdapter(Adapter):
         repeats = cfg.n_heads // site.n_heads if cfg.ungroup_grouped_query_attention else 1
         return Layout("split" if split else "whole", site.n_heads, repeats, x_has_heads=split, y_has_heads=True)
 
+    @contextmanager
+    def lengths_forgotten(self) -> Iterator[None]:
+        """Puts back the ALiBi biases that layers keep of the longest pass so far, whose length shifts scores by a constant."""
+        kept = [(block.attn, block.attn.__dict__.get("alibi")) for block in self.model.blocks]
+        try:
+            yield
+        finally:
+            for attn, alibi in kept:
+                if "alibi" in attn.__dict__:
+                    attn.alibi = alibi
+
+    def scores_hook(self, layer: int) -> str:
+        """``blocks.{layer}.attn.hook_attn_scores``; raises Unsupported where scores are not bilinear in queries and keys."""
+        cfg = self.model.cfg
+        normed = getattr(self.model.blocks[layer].attn, "q_norm", None) is not None
+        return bilinear_scores(
+            layer,
+            qk_norm=normed,
+            softcap=getattr(cfg, "attn_scores_soft_cap", 0.0),
+            clip=getattr(cfg, "clip_qkv", None),
+        )
+
     # -- calls ---------------------------------------------------------------------------------------------------
 
     def truncation(self, arguments: Arguments, keywords: Keywords) -> str | None:
@@ -182,3 +216,7 @@ class HookedTransformerAdapter(Adapter):
 
     def _attn_result(self, on: bool) -> bool:
         return bool(self.model.cfg.use_attn_result) is on
+
+
+def _seen_norm(see: See, module: nn.Module, arguments: Any, output: Tensor) -> None:
+    see(output, getattr(module, "b", None))

@@ -43,6 +43,23 @@ def tap_input(module: nn.Module, read: Read) -> RemovableHandle:
     return module.register_forward_pre_hook(partial(_first_argument, read))
 
 
+def _changed_argument(
+    change: Write, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    given = arguments[0] if arguments else next(iter(keywords.values()))
+    changed = change(given)
+    if changed is None:
+        return None
+    if arguments:
+        return (changed, *arguments[1:]), keywords
+    return arguments, {**keywords, next(iter(keywords)): changed}
+
+
+def tap_argument(module: nn.Module, change: Write) -> RemovableHandle:
+    """Sends a module's first argument through ``change``, after every other hook."""
+    return module.register_forward_pre_hook(partial(_changed_argument, change), with_kwargs=True)
+
+
 def _keyword(
     keyword: str, see: Callable[[Any], None], module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> None:

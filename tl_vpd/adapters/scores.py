@@ -1,0 +1,34 @@
+"""Which attention layers have scores that come apart into products of a query's and a key's pieces.
+
+    score(t, t') = q(t)ᵀ R_{t−t'} k(t') / scale + what does not depend on q and k
+
+holds with rotary, learned and no positions, grouped queries, ALiBi, relative biases and windows. It does not where queries and
+keys are normalised or clipped on the way, or the scores pressed under a cap: then no sum over pairs equals the score.
+"""
+
+from __future__ import annotations
+
+from tl_vpd.adapters.taps import Unsupported
+
+
+def bilinear_scores(layer: int, *, qk_norm: bool, softcap: float | None, clip: float | None) -> str:
+    """The name of the hook that sees a layer's scores.
+
+    Raises:
+        Unsupported: queries and keys are normalised or clipped, or scores are capped.
+    """
+    why = [
+        text
+        for text, on in (
+            ("its queries and keys are normalised (qk-norm)", qk_norm),
+            (f"its scores are capped at {softcap} (softcap)", bool(softcap and softcap > 0)),
+            (f"its queries and keys are clipped at {clip} (clip_qkv)", clip is not None),
+        )
+        if on
+    ]
+    if why:
+        raise Unsupported(
+            f"Attention of block {layer} does not come apart into pairs of subcomponents: {' and '.join(why)}. Norms, OV "
+            "overlap, attention by offset and ablations work all the same."
+        )
+    return f"blocks.{layer}.attn.hook_attn_scores"

@@ -1,0 +1,7 @@
+"""Attribution graphs: how subcomponents of one prompt, or of many, pass information on to each other and to the logits."""
+
+from tl_vpd.analysis.graph.attribution import attribution_graph
+from tl_vpd.analysis.graph.result import AttributionGraph
+from tl_vpd.analysis.graph.targets import LogitTarget
+
+__all__ = ["AttributionGraph", "LogitTarget", "attribution_graph"]

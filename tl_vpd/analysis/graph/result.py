@@ -1,0 +1,272 @@
+"""An attribution graph: nodes, edges, and what can be asked of them.
+
+Nodes are numbered from 0 in the order embeddings, subcomponents by site and position, logits; every edge leads from a lower
+number to a higher one. A node's label is ``embed@3``, ``blocks.1.attn.W_Q:316@5`` or ``logits:7@9``.
+
+    >>> graph.top_edges(5)                                    # doctest: +SKIP
+    >>> graph.paths("logits:7@9", k=3)                        # doctest: +SKIP
+    >>> graph.pruned(nodes=50).save("closing_bracket")        # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor
+
+from tl_vpd.analysis.graph.paths import Path as NodePath
+from tl_vpd.analysis.graph.paths import influence, strongest_paths
+from tl_vpd.analysis.graph.targets import LogitTarget
+from tl_vpd.analysis.nodes import Node
+from tl_vpd.site import nearest
+
+if TYPE_CHECKING:
+    import networkx
+
+EMBEDDINGS, LOGITS = "embed", "logits"
+
+
+@dataclass(frozen=True)
+class AttributionGraph:
+    """A prompt's graph.
+
+    Attributes:
+        tokens, words: the prompt.
+        names: ``embed``, the sites in the order of the forward pass, ``logits``. logits: what the logit nodes stand for.
+        kind: each node's place in ``names``. index: its subcomponent (an embedding's and a logit's: the token).
+        pos: its position.
+        activation: inner activation a (a logit's: its value; an embedding's: 1). importance: g (others': 1).
+        source, target, weight: the edges.
+        settings: how the graph was made.
+        deltas, biases: where norms and Δs were held fixed, what these add to each node's value beside its edges; else None.
+    """
+
+    tokens: Int[Tensor, " pos"]
+    words: tuple[str, ...]
+    names: tuple[str, ...]
+    logits: tuple[LogitTarget, ...]
+    kind: Int[Tensor, " nodes"]
+    index: Int[Tensor, " nodes"]
+    pos: Int[Tensor, " nodes"]
+    activation: Float[Tensor, " nodes"]
+    importance: Float[Tensor, " nodes"]
+    source: Int[Tensor, " edges"]
+    target: Int[Tensor, " edges"]
+    weight: Float[Tensor, " edges"]
+    settings: dict[str, Any] = field(default_factory=dict)
+    deltas: Float[Tensor, " nodes"] | None = None
+    biases: Float[Tensor, " nodes"] | None = None
+
+    def __len__(self) -> int:
+        return len(self.kind)
+
+    def __repr__(self) -> str:
+        return (
+            f"AttributionGraph({len(self)} nodes, {len(self.weight)} edges, {len(self.words)} tokens; "
+            f"{', '.join(t.text for t in self.logits)})"
+        )
+
+    # -- nodes -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def labels(self) -> tuple[str, ...]:
+        """Every node's label."""
+        found, of_logits = [], iter(self.logits)
+        for kind, index, pos in zip(self.kind.tolist(), self.index.tolist(), self.pos.tolist(), strict=True):
+            name = self.names[kind]
+            if name == LOGITS:
+                found.append(next(of_logits).label)
+            else:
+                found.append(f"{name}@{pos}" if name == EMBEDDINGS else f"{name}:{index}@{pos}")
+        return tuple(found)
+
+    @cached_property
+    def _numbers(self) -> dict[str, int]:
+        return {label: number for number, label in enumerate(self.labels)}
+
+    def number(self, node: str | Node | int) -> int:
+        """A node's number from its label; raises KeyError with the nearest label, IndexError for a number beyond the last."""
+        if isinstance(node, int):
+            if not 0 <= node < len(self):
+                raise IndexError(f"Node {node} does not exist: the graph has {len(self)} nodes.")
+            return node
+        label = str(node)
+        if label not in self._numbers:
+            raise KeyError(f"{label!r} is no node of this graph{nearest(label, self.labels)}.")
+        return self._numbers[label]
+
+    @cached_property
+    def is_subcomponent(self) -> Shaped[Tensor, " nodes"]:
+        """Whether a node is a subcomponent."""
+        return (self.kind > 0) & (self.kind < len(self.names) - 1)
+
+    def subcomponents(self) -> list[Node]:
+        """The nodes that are subcomponents, for ablations, pruning and audits."""
+        where = self.is_subcomponent.nonzero().flatten().tolist()
+        return [Node(self.names[self.kind[i]], int(self.index[i]), int(self.pos[i])) for i in where]
+
+    @cached_property
+    def influence(self) -> Float[Tensor, " nodes"]:
+        """The share of all that reaches the logits that passes through a node, by size of edges (each target's sum to 1)."""
+        return influence(self.source, self.target, self.weight, self.start())
+
+    def start(self) -> Float[Tensor, " nodes"]:
+        """The logits' own weights: their probabilities, made to sum to 1 (a difference counts as its first token)."""
+        weights = torch.zeros_like(self.activation)
+        p = torch.tensor([max(t.probability, 1e-9) for t in self.logits]).to(weights)
+        weights[self.kind == len(self.names) - 1] = p / p.sum()
+        return weights
+
+    def nodes(self) -> pd.DataFrame:
+        """A row a node: ``node, name, index, pos, token, activation, importance, influence``."""
+        words = [self.words[p] for p in self.pos.tolist()]
+        texts = iter(self.logits)
+        last = len(self.names) - 1
+        words = [next(texts).text if k == last else w for k, w in zip(self.kind.tolist(), words, strict=True)]
+        return pd.DataFrame(
+            {
+                "node": self.labels,
+                "name": [self.names[k] for k in self.kind.tolist()],
+                "index": self.index.tolist(),
+                "pos": self.pos.tolist(),
+                "token": words,
+                "activation": self.activation.tolist(),
+                "importance": self.importance.tolist(),
+                "influence": self.influence.tolist(),
+            }
+        )
+
+    # -- edges -------------------------------------------------------------------------------------------------------
+
+    def _edges(self, which: Tensor) -> pd.DataFrame:
+        source, target = self.source[which].tolist(), self.target[which].tolist()
+        return pd.DataFrame(
+            {
+                "source": [self.labels[i] for i in source],
+                "target": [self.labels[i] for i in target],
+                "weight": self.weight[which].tolist(),
+            }
+        )
+
+    def edges(self) -> pd.DataFrame:
+        """All edges: ``source, target, weight``, by target and source."""
+        return self._edges(torch.arange(len(self.weight), device=self.weight.device))
+
+    to_pandas = edges
+
+    def top_edges(
+        self, k: int = 20, *, source: str | Node | int | None = None, target: str | Node | int | None = None
+    ) -> pd.DataFrame:
+        """The k edges of largest size, of all or of those from or into a node."""
+        kept = torch.ones_like(self.source, dtype=torch.bool)
+        if source is not None:
+            kept &= self.source == self.number(source)
+        if target is not None:
+            kept &= self.target == self.number(target)
+        which = kept.nonzero().flatten()
+        return self._edges(which[self.weight[which].abs().argsort(descending=True, stable=True)[:k]])
+
+    top = top_edges
+
+    def paths(self, target: str | Node | int | None = None, k: int = 10) -> list[NodePath]:
+        """The k strongest paths that end at a node (None: the likeliest logit) and start where nothing leads further back.
+
+        A path's strength is the product over its edges of ``|weight|`` as a share of all that enters the edge's target.
+        """
+        end = int(self.start().argmax()) if target is None else self.number(target)
+        found = strongest_paths(self.source, self.target, self.weight, end, k)
+        return [replace(path, nodes=tuple(self.labels[i] for i in path.numbers)) for path in found]
+
+    def sums(self) -> pd.DataFrame:
+        """Where norms and Δs were held fixed: every node's value beside what its edges, Δs and biases add up to.
+
+        ``rest`` is what no term is linear in: 0 for logits and Q, K, V, gate and in (and O with patterns fixed).
+
+        Raises:
+            ValueError: the graph was not made with ``held=("norms", "deltas")``, or without edges (``importances`` on).
+        """
+        if self.deltas is None or self.biases is None or self.settings.get("importances", True):
+            raise ValueError('Only with held=("norms", "deltas") and importances=False do edges add up to values.')
+        own = torch.zeros_like(self.activation).index_add(0, self.target.long(), self.weight)
+        rest = self.activation - own - self.deltas - self.biases
+        columns = {"value": self.activation, "edges": own, "deltas": self.deltas, "biases": self.biases, "rest": rest}
+        return pd.DataFrame({"node": self.labels, **{n: c.tolist() for n, c in columns.items()}}).iloc[
+            len(self.words) :
+        ]
+
+    # -- smaller graphs ----------------------------------------------------------------------------------------------
+
+    def subgraph(self, nodes: Iterable[str | Node | int]) -> AttributionGraph:
+        """These nodes and the edges among them; embeddings and logits stay."""
+        kept = ~self.is_subcomponent
+        numbers = [self.number(node) for node in nodes]
+        kept[torch.tensor(numbers, dtype=torch.long, device=kept.device)] = True
+        return self._of(kept)
+
+    def pruned(self, *, nodes: int | None = None, min_weight: float = 0.0) -> AttributionGraph:
+        """The subcomponents of largest influence on the logits (None: all) and their edges of more than a size."""
+        kept = torch.ones_like(self.is_subcomponent)
+        if nodes is not None:
+            ranked = torch.where(self.is_subcomponent, self.influence, torch.inf).argsort(descending=True, stable=True)
+            kept[ranked[nodes + int((~self.is_subcomponent).sum()) :]] = False
+        return self._of(kept, min_weight)
+
+    def _of(self, kept: Tensor, min_weight: float = 0.0) -> AttributionGraph:
+        numbers = kept.cumsum(0) - 1
+        source, target = self.source.long(), self.target.long()
+        edges = kept[source] & kept[target] & (self.weight.abs() > min_weight)
+        of_nodes = ("kind", "index", "pos", "activation", "importance", "deltas", "biases")
+        values: dict[str, Any] = {name: getattr(self, name) for name in of_nodes}
+        flags = kept[self.kind == len(self.names) - 1].tolist()
+        kept_values: dict[str, Any] = {name: None if own is None else own[kept] for name, own in values.items()}
+        return replace(
+            self,
+            **kept_values,
+            logits=tuple(t for t, keep in zip(self.logits, flags, strict=True) if keep),
+            source=numbers[source[edges]].int(),
+            target=numbers[target[edges]].int(),
+            weight=self.weight[edges],
+        )
+
+    # -- elsewhere ---------------------------------------------------------------------------------------------------
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """A ``networkx.DiGraph`` on the labels, with the columns of ``nodes()`` and each edge's ``weight``.
+
+        Raises:
+            ImportError: networkx is not installed.
+        """
+        try:
+            import networkx
+        except ImportError as error:
+            raise ImportError("networkx is not installed: pip install 'tl_vpd[viz]'.") from error
+        graph = networkx.DiGraph()
+        table = self.nodes().set_index("node")
+        graph.add_nodes_from(table.to_dict("index").items())
+        labels = self.labels
+        graph.add_weighted_edges_from(
+            (labels[s], labels[t], w)
+            for s, t, w in zip(self.source.tolist(), self.target.tolist(), self.weight.tolist(), strict=True)
+        )
+        return graph
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes ``graph.safetensors`` and ``graph.json`` into a folder."""
+        from tl_vpd.analysis.graph.files import save
+
+        return save(self, Path(folder))
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> AttributionGraph:
+        """Reads what ``save`` wrote; raises FileNotFoundError or ValueError that say what is missing or damaged."""
+        from tl_vpd.analysis.graph.files import load
+
+        return load(Path(folder), device)
