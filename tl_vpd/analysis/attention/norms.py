@@ -1,0 +1,96 @@
+"""How strongly each subcomponent of an attention layer acts in each head.
+
+    ‖V_c‖ ‖U^h_c‖   (Q, K, V: the head is in the write direction)          ‖V^h_c‖ ‖U_c‖   (O: in the read direction)
+
+>>> norms = head_norms(vpd, 1)                                                                            # doctest: +SKIP
+>>> norms["blocks.1.attn.W_Q"].shape                                                                      # doctest: +SKIP
+torch.Size([96, 4])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_vpd.site import Site, Subcomponent, nearest
+
+if TYPE_CHECKING:
+    from tl_vpd.decomposition import Decomposition
+
+
+def spread_over_heads(norms: Float[Tensor, "*batch head"]) -> Float[Tensor, "*batch"]:
+    """Over how many heads norms are spread: ``(Σ_h n²)² / Σ_h n⁴``, between 1 (one head) and the number of heads (all alike)."""
+    squares = norms.square()
+    return squares.sum(-1).square() / squares.square().sum(-1).clamp(min=torch.finfo(norms.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class HeadNorms(Mapping[str, Tensor]):
+    """Norms by site, ``[C, head]``; W_K and W_V have as many heads as the model has key/value heads."""
+
+    layer: int
+    by_site: dict[str, Float[Tensor, "C head"]]
+
+    def __getitem__(self, site: str) -> Float[Tensor, "C head"]:
+        if site not in self.by_site:
+            raise KeyError(f"{site!r} is not among these{nearest(site, self.by_site)}: {', '.join(self.by_site)}.")
+        return self.by_site[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_site)
+
+    def __len__(self) -> int:
+        return len(self.by_site)
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a subcomponent: subcomponent, site, norm (over all heads), heads (how many it is spread over), head_0, …"""
+        tables = []
+        for site, norms in self.by_site.items():
+            names = [str(Subcomponent(site, i)) for i in range(len(norms))]
+            own = pd.DataFrame({"subcomponent": names, "site": site, "norm": norms.norm(dim=-1).tolist()})
+            own["heads"] = spread_over_heads(norms).tolist()
+            for head in range(norms.shape[1]):
+                own[f"head_{head}"] = norms[:, head].tolist()
+            tables.append(own)
+        return pd.concat(tables, ignore_index=True)
+
+    def top(self, k: int = 10, *, head: int | None = None) -> pd.DataFrame:
+        """The ``k`` subcomponents of the largest norm, over all heads or in one."""
+        column = "norm" if head is None else f"head_{head}"
+        return self.to_pandas().nlargest(k, column).reset_index(drop=True)
+
+
+def norms_by_head(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], site: Site) -> Float[Tensor, "C head"]:
+    """``‖V_c‖ ‖U_c‖`` with the side that has heads cut into them.
+
+    Raises:
+        ValueError: the site has no heads.
+    """
+    if site.n_heads is None:
+        raise ValueError(f"{site.name} has no heads.")
+    if site.short == "o":
+        return V.unflatten(0, (site.n_heads, -1)).norm(dim=1).T * U.norm(dim=1)[:, None]
+    return U.unflatten(1, (site.n_heads, -1)).norm(dim=-1) * V.norm(dim=0)[:, None]
+
+
+@torch.no_grad()
+def head_norms(decomposition: Decomposition, layer: int) -> HeadNorms:
+    """Norms by head of every subcomponent of a block's Q, K, V and O, as far as they are decomposed.
+
+    Raises:
+        KeyError: nothing of the block's attention is decomposed.
+    """
+    own = [
+        s for s in decomposition.sites.values() if s.layer == layer and s.short in ("q", "k", "v", "o") and s.n_heads
+    ]
+    if not own:
+        raise KeyError(
+            f"Nothing of block {layer}'s attention is decomposed. Sites here: {', '.join(decomposition.sites)}."
+        )
+    return HeadNorms(layer, {s.name: norms_by_head(decomposition.V[s.name], decomposition.U[s.name], s) for s in own})

@@ -1,0 +1,123 @@
+"""Attention by offset: how much a head pays, on average, to the token τ places back; before and after an ablation.
+
+    paid(h, τ) = E_t[ pattern_h(t, t − τ) ]          over real tokens t that have a real token τ places before them
+
+>>> found = attention_by_offset(vpd, model, tokens, 0, ablate=["blocks.0.attn.W_Q:77"])                   # doctest: +SKIP
+>>> found.to_pandas().query("offset == 1")                                                                # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tl_vpd.adapters import Unsupported, adapt
+from tl_vpd.analysis.attention.layer import Pairs
+from tl_vpd.analysis.attention.without import pair_ablation_hooks
+from tl_vpd.hooks.ablations import FwdHooks
+from tl_vpd.hooks.registry import attached_to
+from tl_vpd.site import Subcomponent
+
+if TYPE_CHECKING:
+    from tl_vpd.decomposition import Decomposition
+
+
+def mean_by_offset(
+    pattern: Float[Tensor, "batch head query key"], max_offset: int, keep: Bool[Tensor, "batch query"] | None = None
+) -> Float[Tensor, "head offset"]:
+    """The mean attention paid at each offset ``query − key`` 0 … ``max_offset``; NaN where no real tokens are so far apart."""
+    n = pattern.shape[-1]
+    found = []
+    for offset in range(min(max_offset, n - 1) + 1):
+        paid = pattern.diagonal(-offset, dim1=-2, dim2=-1)  # [batch, head, query]
+        both = torch.ones_like(paid[:, 0], dtype=torch.bool)
+        if keep is not None:
+            both = keep[:, offset:] & keep[:, : n - offset]
+        found.append((paid * both[:, None]).sum((0, 2)) / both.sum())
+    return torch.stack(found, dim=-1)
+
+
+@dataclass(frozen=True)
+class AttentionByOffset:
+    """Mean attention by head and offset: of the model itself, and (where something was ablated) without it."""
+
+    layer: int
+    ablated: tuple[str, ...]
+    before: Float[Tensor, "head offset"]
+    after: Float[Tensor, "head offset"] | None
+
+    def to_pandas(self) -> pd.DataFrame:
+        """One row a head and offset: head, offset, before, and after and change if something was ablated."""
+        heads, offsets = self.before.shape
+        table = pd.DataFrame(
+            {
+                "head": [h for h in range(heads) for _ in range(offsets)],
+                "offset": list(range(offsets)) * heads,
+                "before": self.before.flatten().tolist(),
+            }
+        )
+        if self.after is not None:
+            table["after"] = self.after.flatten().tolist()
+            table["change"] = table["after"] - table["before"]
+        return table
+
+    def top(self, k: int = 10) -> pd.DataFrame:
+        """The ``k`` rows of the largest change, or of the most attention if nothing was ablated."""
+        table = self.to_pandas()
+        column = "before" if self.after is None else "change"
+        return table.loc[table[column].abs().nlargest(k).index].reset_index(drop=True)
+
+
+@torch.no_grad()
+def attention_by_offset(
+    decomposition: Decomposition,
+    model: nn.Module,
+    prompts: Any,
+    layer: int,
+    *,
+    ablate: Sequence[str | Subcomponent] = (),
+    pairs: Pairs = (),
+    max_offset: int = 16,
+    attention_mask: Tensor | None = None,
+) -> AttentionByOffset:
+    """Mean attention of a layer's heads by offset, and again with subcomponents or pairs of them left out.
+
+    Args:
+        ablate: subcomponents taken out of the model. pairs: of W_Q and W_K, left out of the scores.
+
+    Raises:
+        KeyError, IndexError, ValueError: a block, subcomponent, pair or prompt does not exist; another decomposition is attached.
+    """
+    adapter = adapt(model)
+    attached = attached_to(model)
+    if attached is not None and attached.decomposition is not decomposition:
+        raise ValueError("Another decomposition is attached to this model: detach it first.")
+    tokens = adapter.tokens(prompts)
+    keep = adapter.padding(tokens, attention_mask)
+
+    def run(hooks: FwdHooks) -> Tensor:
+        name = f"blocks.{layer}.attn.hook_pattern"
+        found: list[Tensor] = []
+        with model.hooks(fwd_hooks=[*hooks, (name, lambda pattern, hook: found.append(pattern.detach()))]):  # type: ignore[operator]
+            adapter.run(tokens, keep)
+        if not found:
+            raise Unsupported(f"Block {layer} ran without passing its pattern through {name}.")
+        return mean_by_offset(found[-1], max_offset, keep)
+
+    before = run([])
+    if not ablate and not pairs:
+        return AttentionByOffset(layer, (), before, None)
+    names = tuple(str(decomposition.subcomponent(c)) for c in ablate) + tuple(f"{q} · {k}" for q, k in pairs)
+    with decomposition.attach(model) if attached is None else nullcontext():
+        hooks = decomposition.ablation_hooks(list(ablate)) if ablate else []
+        if pairs:
+            hooks = hooks + pair_ablation_hooks(decomposition, model, pairs, length=tokens.shape[1])
+        after = run(hooks)
+    return AttentionByOffset(layer, names, before, after)
