@@ -97,6 +97,7 @@ def train(
         sharding=own.runtime.sharding,
         precision=own.runtime.precision,
         checkpoint=own.runtime.checkpoint,
+        joined=own.runtime.joined,
         compile=own.runtime.compile,
         context=own.data.context,
         save_every=output.save_every,
@@ -198,53 +199,97 @@ def evaluate_command(
     tokens: Annotated[str, typer.Option(help="'bundled', a .npy or .safetensors file, or text files.")] = "bundled",
     key: Annotated[str, typer.Option(help="Tensor of a .safetensors file; part of the bundled tokens.")] = "validation",
     rows: Annotated[int, typer.Option(min=1, help="Rows of tokens to use.")] = 64,
-    budgets: Annotated[str, typer.Option(help="Steps of the fresh adversary, with commas.")] = "20,40,80,160,320",
-    starts: Annotated[int, typer.Option(min=1, help="Random starts a budget; the worst counts.")] = 1,
-    controls: Annotated[bool, typer.Option(help="Also measure random and singular controls.")] = True,
+    budgets: Annotated[str, typer.Option(help="Steps of the fresh adversaries, with commas; '' for none.")] = "20,60",
+    starts: Annotated[int, typer.Option(min=1, help="Random starts of the standard adversary; the worst counts.")] = 1,
+    attack_rows: Annotated[int, typer.Option(min=0, help="Rows that are attacked; 0 for all.")] = 8,
+    controls: Annotated[bool, typer.Option(help="Also measure random, singular and shuffled controls.")] = True,
+    measures: Annotated[str, typer.Option(help="What beside mode table and counts: all, none, or names.")] = "all",
+    slices: Annotated[list[str] | None, typer.Option("--slice", help="Other text: NAME=FILES, as --tokens.")] = None,
+    others: Annotated[list[str] | None, typer.Option("--other", help="Another seed or C: NAME=FOLDER.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows run at once.")] = 16,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
     seed: int = 0,
     save: Annotated[Path | None, typer.Option("--out", help="Write metrics.json here (a file).")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the report as one page here (a file).")] = None,
 ) -> None:
-    """Evaluate a decomposition: mask modes, L0, alive counts, adversaries, controls."""
+    """Evaluate a decomposition: what is wrong with it, mask modes, adversaries, aggregation, transfer, controls."""
     from tl_vpd import Decomposition, bundled
-    from tl_vpd.evaluation import evaluate
+    from tl_vpd.evaluation import MEASURES, evaluate
     from tl_vpd.recipe import DataRecipe, ModelRecipe
 
     try:
-        steps = [int(b) for b in budgets.split(",")]
+        steps = [int(b) for b in budgets.split(",") if b.strip()]
     except ValueError as error:
         raise ValueError(f"--budgets {budgets!r}: give whole numbers with commas, such as 20,320.") from error
-    own = (
-        bundled.decomposition(device=device)
-        if decomposition == "bundled"
-        else Decomposition.load(decomposition, device=device)
-    )
+    chosen = {"all": MEASURES, "none": ()}.get(measures) or [m for m in measures.split(",") if m not in ("", "none")]
+    for path in (save, html):
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{path} cannot be written: {path.parent} is no folder.")
+
+    def loaded(name: str) -> Decomposition:
+        return bundled.decomposition(device=device) if name == "bundled" else Decomposition.load(name, device=device)
+
+    own = loaded(decomposition)
     target = ModelRecipe(name=model, kind=cast(Any, kind), device=device).load()
     data = DataRecipe(tokens=tokens, key=key).first(target, rows)
-    curve = bundled.training_record()["curve"] if model == "bundled" else None
-    found = evaluate(own, target, data, budgets=steps, starts=starts, controls=controls, seed=seed, curve=curve)
+    found = evaluate(
+        own,
+        target,
+        data,
+        budgets=steps,
+        starts=starts,
+        controls=controls,
+        control_budgets=steps[:1],
+        adversary_budgets=steps,
+        attack_rows=attack_rows or None,
+        batch_size=batch_size,
+        seed=seed,
+        curve=bundled.training_record()["curve"] if model == "bundled" else None,
+        measures=chosen,
+        off_distribution={n: DataRecipe(tokens=p, key=key).first(target, rows) for n, p in _pairs("--slice", slices)},
+        others={name: loaded(folder) for name, folder in _pairs("--other", others)},
+    )
     show(found)
     if save is not None:
         found.save(save)
         out.print(f"Written: {save}")
+    if html is not None:
+        found.save_html(html, title=f"Evaluation of {decomposition}")
+        out.print(f"Written: {html}")
+
+
+def _pairs(option: str, given: list[str] | None) -> list[tuple[str, str]]:
+    """``NAME=VALUE`` options as pairs; raises ValueError for one without a name."""
+    pairs = [text.partition("=") for text in given or []]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise ValueError(
+                f"{option} {name + equals + value!r}: give a name and a path, such as {option} prose=text.txt."
+            )
+    return [(name, value) for name, _, value in pairs]
 
 
 def show(found: Any) -> None:
-    """Prints an evaluation's tables."""
+    """Prints an evaluation's verdict and tables."""
     record = found.record
-    out.print(found.table().round(4).to_string(), markup=False)
-    out.print(found.pgd_table().round(4).to_string(), markup=False)
-    out.print(found.sites_table().round(2).to_string(), markup=False)
-    out.print(
-        f"target CE {record['target_ce']:.4f}   L0 {record['l0']:.1f} a token of {record['alive']} alive, "
-        f"{record['built']} built, {record['summed_rank']} summed ranks   {record['tokens']} tokens",
-        markup=False,
+
+    def say(text: str) -> None:
+        out.print(text, markup=False, highlight=False)
+
+    for warning in found.warnings or ["No known fault was found."]:
+        say(f"! {warning}" if found.warnings else warning)
+    say("\n" + found.table().round(4).to_string())
+    for name in record["tables"]:
+        if record["tables"][name]:
+            say(f"\n{name}\n" + found.to_pandas(name).round(4).to_string(index=False))
+    say("\n" + found.sites_table().round(3).to_string())
+    target = f"target CE {record['target_ce']:.4f}   " if "target_ce" in record else ""
+    say(
+        f"{target}L0 {record['l0']:.1f} a token of {record['alive']} alive, "
+        f"{record['built']} built, {record['summed_rank']} summed ranks   {record['tokens']} tokens"
     )
-    for name, own in record.get("controls", {}).items():
-        out.print(
-            f"control {name}: rounded CE {own['rounded_ce']:.4f}, stochastic CE {own['stochastic_ce']:.4f}",
-            markup=False,
-        )
+    for what, why in record["left_out"].items():
+        say(f"{what} left out: {why}")
 
 
 @app.command()

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from tl_vpd.adapters.loading import Kind, load_model
 from tl_vpd.training import VPDConfig
+from tl_vpd.training.passes import Precision
 from tl_vpd.training.sharding import Kind as ShardingKind
-from tl_vpd.training.trainer import Precision
 
 
 class _Frozen(BaseModel):
@@ -109,6 +109,8 @@ class RuntimeRecipe(_Frozen):
     """Of matrix products: ``float32``, or ``bfloat16`` by autocast (which does change what is computed, to its rounding)."""
     checkpoint: bool = False
     """Compute a layer's activations again in backward instead of keeping them."""
+    joined: bool = False
+    """Run the stochastic and the adversarial masks in one pass of twice the rows."""
     compile: bool = False
     """Run Γ's blocks through ``torch.compile``."""
 

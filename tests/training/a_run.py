@@ -2,7 +2,8 @@
 under torchrun.
 
 Keys: ``resume``, ``slow`` (sleeps in every step), ``until`` (asks itself to stop after so many steps), ``sharding``,
-``micro_batch``, ``gamma`` (a kind of Γ), ``dtype`` (the target's), ``merged``, ``data`` (``tensor``, ``mapped`` or ``rows``).
+``micro_batch``, ``gamma`` (a kind of Γ), ``dtype`` (the target's), ``precision``, ``merged``, ``joined``, ``data`` (``tensor``,
+``mapped`` or ``rows``).
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def main(folder: Path, given: dict[str, str]) -> None:
         progress=False,
         micro_batch=int(given["micro_batch"]) if "micro_batch" in given else None,
         sharding=given.get("sharding", "none"),  # type: ignore[arg-type]
+        precision=given.get("precision", "float32"),  # type: ignore[arg-type]
+        joined="joined" in given,
     )
 
 

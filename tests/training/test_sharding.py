@@ -141,6 +141,7 @@ def test_a_kind_that_does_not_exist_is_refused_and_one_process_shares_nothing():
         inspect.unwrap(sharding_of)("most", World())  # past the type checker of the tests
 
 
+LOW = ("precision=bfloat16", "joined")
 HARD = ("micro_batch=1", "gamma=chunked_transformers", "dtype=bfloat16")
 
 
@@ -149,10 +150,11 @@ def runs(tmp_path_factory) -> Path:
     """Folders of runs by name: alone, and by two processes with each sharding."""
     root = tmp_path_factory.mktemp("sharding")
     np.save(root / "tokens.npy", some_tokens(shape=ROWS).numpy().astype(np.uint16))
-    finish(start(root / "alone", "--", root / "hard-alone", *HARD))
+    finish(start(root / "alone", "--", root / "hard-alone", *HARD, "--", root / "low-alone", *LOW))
     two = [root / "optimizer", "sharding=optimizer", "data=mapped", "--", root / "full", "sharding=full"]
     two += ["--", root / "resumed", "sharding=full", "until=4", "--", root / "resumed", "sharding=full", "resume"]
     two += ["--", root / "moved", "sharding=full", "until=4", "--", root / "hard-full", "sharding=full", *HARD]
+    two += ["--", root / "low-full", "sharding=full", *LOW]
     finish(start(*two, processes=2))
     finish(start(root / "moved", "resume"))
     return root
@@ -184,6 +186,10 @@ def test_two_processes_with_shares_take_the_steps_of_one(runs, kind):
 def test_shares_work_with_micro_batches_other_gammas_and_targets_in_bfloat16(runs):
     # bfloat16 rounds logits to three digits, in whatever order rows are added.
     assert_alike(runs / "hard-alone", runs / "hard-full", rel=2e-2, atol=2e-3)
+
+
+def test_shares_work_with_products_in_bfloat16_and_joined_passes(runs):
+    assert_alike(runs / "low-alone", runs / "low-full", rel=2e-2, atol=2e-3)
 
 
 @pytest.mark.parametrize(("kind", "halved"), [("optimizer", ["moments"]), ("full", ["moments", "parameters"])])

@@ -42,11 +42,11 @@ ROWS = some_tokens(shape=(12, 6))
 
 
 @contextmanager
-def trainer(seed_of_init: int = 0, config: VPDConfig = CONFIG) -> Iterator[Trainer]:
+def trainer(seed_of_init: int = 0, config: VPDConfig = CONFIG, **how: Any) -> Iterator[Trainer]:
     model = tiny_model(dtype=torch.float32)
     decomposition = new_decomposition(model, config.model_copy(update={"seed": seed_of_init}))
     with TappedModel(decomposition, model) as tapped:
-        yield Trainer(tapped, config, (4, 6))
+        yield Trainer(tapped, config, (4, 6), **how)
 
 
 def tokens(step: int) -> Tensor:
@@ -101,6 +101,15 @@ def test_a_state_restores_everything_that_changes_and_the_next_steps_are_the_sam
 
 def same(one: Tensor | float, other: Tensor | float) -> bool:
     return torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
+
+
+def test_a_state_is_not_taken_on_in_another_precision(tmp_path):
+    with trainer() as one, trainer(precision="bfloat16") as other:
+        steps(one, 1)
+        path = save_state(one, tmp_path)
+        with pytest.raises(ValueError, match="in float32, this run's are in bfloat16: pass precision='float32'"):
+            load_state(other, path)
+        assert other.done == 0
 
 
 def test_the_newest_states_stay(tmp_path):

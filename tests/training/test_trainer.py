@@ -40,13 +40,13 @@ class Double(Trainer):
         return super().draw_sources(what, rows).double()
 
 
-def run(steps=3, micro_batch=None, keep=None, **settings):
+def run(steps=3, micro_batch=None, keep=None, joined=False, **settings):
     """A few steps in float64; gives metrics, parameters and sources."""
     model = tiny_model()
     config = VPDConfig(**{"steps": 10, "batch_size": 4, "C": 5, "gamma": GAMMA, "warm_up_steps": 1, **settings})
     vpd = new_decomposition(model, config).double()
     with TappedModel(vpd, model) as tapped:
-        trainer = Double(tapped, config, (4, 6), micro_batch=micro_batch)
+        trainer = Double(tapped, config, (4, 6), micro_batch=micro_batch, joined=joined)
         trainer.sources = PersistentSources(trainer.sources.values.double())
         trainer.warm_up()
         metrics = [trainer.step(some_tokens(seed=i, shape=(4, 6)), keep) for i in range(steps)]
@@ -61,8 +61,11 @@ def test_a_batch_in_parts_gives_the_losses_and_weights_of_the_whole(name, keep):
         real = torch.ones(4, 6, dtype=torch.bool)
         real[0, :3] = real[3, :1] = False
     whole, weights, sources = run(keep=real, **SETTINGS[name])
-    for micro_batch in (2, 3) if not SETTINGS[name].get("merged") else (2,):
-        parts, own, own_sources = run(micro_batch=micro_batch, keep=real, **SETTINGS[name])
+    others = [{"micro_batch": 2}]
+    if not SETTINGS[name].get("merged"):
+        others += [{"micro_batch": 3}, {"joined": True}, {"joined": True, "micro_batch": 3}]
+    for how in others:
+        parts, own, own_sources = run(keep=real, **how, **SETTINGS[name])
         for a, b in zip(parts, whole, strict=True):
             for field in ("total", "stochastic", "adversarial", "importance", "frequency", "faithfulness", "l0"):
                 assert getattr(a, field) == pytest.approx(getattr(b, field), rel=2e-6), field
@@ -160,6 +163,21 @@ def some_steps(steps=3, dtype=torch.float32, **how):
         metrics = [trainer.step(some_tokens(seed=i, shape=(4, 6))) for i in range(steps)]
     assert "forward" not in model.blocks[0].__dict__
     return metrics, vpd, trainer
+
+
+def test_joined_passes_run_the_model_once_for_both_kinds_of_rows(monkeypatch):
+    rows, masked = [], TappedModel.masked
+
+    def recorded(self, tokens, *arguments, **how):
+        rows.append(len(tokens))
+        return masked(self, tokens, *arguments, **how)
+
+    monkeypatch.setattr(TappedModel, "masked", recorded)
+    some_steps(steps=1, joined=True)
+    assert rows == [4, 4, 8]
+    rows.clear()
+    some_steps(steps=1)
+    assert rows == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("merged", [False, True])

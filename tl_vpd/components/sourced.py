@@ -76,7 +76,8 @@ class _Columns:
                 self.grad_g.index_add_(0, rows, torch.addcmul(of_mask, of_mask, self.sources(rows), value=-1))
         if self.grad_r is not None:
             if isinstance(rows, slice) and self.taken is None:
-                torch.addcmul(of_mask, of_mask, self.g[rows], value=-1, out=self.grad_r[rows])
+                own, share = _inside(rows, of_mask, len(self.grad_r))
+                torch.addcmul(share, share, self.g[own], value=-1, out=self.grad_r[own])
             else:
                 self._add(self.grad_r, rows, torch.addcmul(of_mask, of_mask, self.g[rows], value=-1))
 
@@ -87,14 +88,23 @@ class _Columns:
 
     def _add(self, target: Tensor, rows: Rows, share: Tensor) -> None:
         """Adds to the rows that tokens have taken; those past the end of ``target`` want no gradient."""
-        if self.taken is None:
-            target[rows] = share
-            return
-        taken = self.taken[rows]
+        taken = rows if self.taken is None else self.taken[rows]
         if len(target) < len(self.r):
-            inside = taken < len(target)
-            taken, share = taken[inside], share[inside]
-        target.index_add_(0, taken, share)
+            taken, share = _inside(taken, share, len(target))
+        if self.taken is not None and isinstance(taken, Tensor):
+            target.index_add_(0, taken, share)
+        else:
+            target[taken] = share
+
+
+def _inside(rows: Rows, share: Tensor, n: int) -> tuple[Rows, Tensor]:
+    """Those rows that are among the first n, and their share."""
+    if isinstance(rows, Tensor):
+        inside = rows < n
+        return rows[inside], share[inside]
+    start = rows.start or 0
+    stop = max(start, n if rows.stop is None else min(rows.stop, n))
+    return slice(start, stop), share[: stop - start]
 
 
 class _Product(torch.autograd.Function):

@@ -73,7 +73,11 @@ def _write(trainer: Trainer, path: Path, whole: dict[str, Tensor], keep: int) ->
     for left in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
         left.unlink()
     fingerprints = {name: f.model_dump() for name, f in trainer.decomposition.fingerprints.items()}
-    metadata = {"config": trainer.config.model_dump_json(), "fingerprints": json.dumps(fingerprints)}
+    metadata = {
+        "config": trainer.config.model_dump_json(),
+        "fingerprints": json.dumps(fingerprints),
+        "precision": trainer.passes.precision,
+    }
     size = sum(t.numel() * t.element_size() for t in whole.values())
     with _saying_which_disk(folder, size):
         write_atomically(path, lambda p: save_file(whole, p, metadata=metadata))
@@ -120,13 +124,14 @@ def load_state(trainer: Trainer, path: Path) -> None:
     """Restores a state in place; the number of processes and the sharding may be others than those that wrote it.
 
     Raises:
-        ValueError: the file is damaged, or the run it belongs to had another config or other target weights.
+        ValueError: the file is damaged, or the run it belongs to had another config, precision or other target weights.
     """
     try:
         with safe_open(path, framework="pt") as file:
             saved = _with_defaults(json.loads(file.metadata()["config"]))
             fingerprints = json.loads(file.metadata().get("fingerprints", "{}"))
             _check_config(trainer, path, saved)
+            _check_precision(trainer, path, file.metadata().get("precision", "float32"))
             _check_target(trainer, path, {name: Fingerprint(**f) for name, f in fingerprints.items()})
             _start_moments(trainer)
             _fill(trainer, path, file)
@@ -175,6 +180,14 @@ def _check_config(trainer: Trainer, path: Path, saved: dict[str, Any]) -> None:
         raise _Refused(
             f"{path} was written with another config ({', '.join(f'{k}: {saved.get(k)} then, {now[k]} now' for k in changed)}). "
             "Resume with the config the run was started with, or choose another folder."
+        )
+
+
+def _check_precision(trainer: Trainer, path: Path, saved: str) -> None:
+    now = trainer.passes.precision
+    if saved != now:
+        raise _Refused(
+            f"{path} was written with products in {saved}, this run's are in {now}: pass precision={saved!r}."
         )
 
 

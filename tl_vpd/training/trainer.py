@@ -20,14 +20,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from tl_vpd.components import SourcedPass
-from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.masking import PersistentSources, taken_rows
 from tl_vpd.masking.routing import uniform_k
@@ -41,12 +38,12 @@ from tl_vpd.training.losses import (
     importance_minimality,
 )
 from tl_vpd.training.parts import Part, Routing, joined_routing, routed_rows, share
+from tl_vpd.training.passes import Passes, Precision, Seen, weighted
 from tl_vpd.training.processes import World
 from tl_vpd.training.random import START, RowRandom
 from tl_vpd.training.schedules import Schedule
 from tl_vpd.training.sharding import Sharding
 
-Precision = Literal["float32", "bfloat16"]
 LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial", "layerwise")
 
 
@@ -78,20 +75,6 @@ class StepMetrics:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """A part of the batch after its clean pass: the target's output, Γ's values z, importances, and sums for minimality."""
-
-    part: Part
-    tokens: Tensor
-    keep: Tensor | None
-    distance: Reconstruction
-    z: Tensor
-    g: Tensor
-    sums: Tensor
-    l0: Tensor
-
-
-@dataclass(frozen=True)
 class _Pass:
     """Losses of one masked pass by place (0 stochastic, 1 adversarial, 2 layerwise); where its sources' gradient will be."""
 
@@ -110,6 +93,7 @@ class Trainer:
         precision: of matrix products in the target, in masked passes and in Γ (``bfloat16``: by autocast). V, U, Γ and their
             moments, importances, sources and losses stay float32.
         checkpoint: whether a layer's activations are computed again in backward instead of kept.
+        joined: whether the stochastic and the adversarial pass are one of twice the rows (always so in the merged recipe).
 
     Raises:
         ValueError: the batch cannot be shared out. Unsupported: ``checkpoint`` with a model that is no stack of layers.
@@ -126,15 +110,12 @@ class Trainer:
         sharding: Sharding | None = None,
         precision: Precision = "float32",
         checkpoint: bool = False,
+        joined: bool = False,
     ) -> None:
-        self.tapped, self.config, self.world = tapped, config, world or World()
-        self.precision, self.checkpoint = precision, checkpoint
-        if checkpoint:
-            tapped.adapter.blocks()
+        self.tapped, self.config, self.world, self.joined = tapped, config, world or World(), joined
+        self.passes = Passes(tapped, config.output, precision, checkpoint)
+        self.decomposition = self.passes.decomposition
         self.sharding = sharding or Sharding(self.world)
-        if not isinstance(tapped.parts.decomposition, Decomposition):
-            raise TypeError("A Trainer needs a tapped Decomposition: bare Components have no Γ.")
-        self.decomposition = tapped.parts.decomposition
         self.weights = {name: tapped.adapter.weight(name) for name in self.decomposition.sites}
         self.matrices = self.sharding.kept(self.decomposition.components)
         gamma = self.sharding.kept(self.decomposition.gamma)
@@ -159,7 +140,6 @@ class Trainer:
         if config.frequency_half_life is not None:
             total, device = self.decomposition.packing.total, self.decomposition.device
             self.frequencies = RunningFrequency(total, config.frequency_half_life, device=device)
-        self._work: dict[str, Tensor] = {}
         self.done = 0
 
     def warm_up(self) -> float:
@@ -187,7 +167,7 @@ class Trainer:
         draws = self.draw(tokens)
         counts = self._count(tokens, keep)
         parts = self.shares.parts
-        alone = self._see(parts[0], tokens, keep, now) if len(parts) == 1 else None
+        alone = self.passes.clean(parts[0], tokens, keep, self._penalty(now)) if len(parts) == 1 else None
         sums, l0 = self._sums(tokens, keep, now) if alone is None else (alone.sums.detach().clone(), alone.l0)
         values, slope = self._minimality(self.world.add(sums), int(counts[0]), now)
         self.world.add(l0)
@@ -198,10 +178,10 @@ class Trainer:
         reconstruction = torch.zeros(3, device=slope.device)
         waiting: list[tuple[Part, Tensor]] = []
         for part in parts:
-            own = alone or self._see(part, tokens, keep, now)
+            own = alone or self.passes.clean(part, tokens, keep, self._penalty(now))
             for k in range(config.adversary.inner_steps if c.adversarial else 0):
                 self._ascend(own, draws, counts, now.adversary_lr, before + k + 1)
-            grad_g = self._workspace("grad_g", own.g.shape, own.g.dtype).zero_()
+            grad_g = self.passes.workspace("grad_g", own.g.shape, own.g.dtype).zero_()
             for taken in self._reconstruct(own, grad_g, draws, counts):
                 # One pass's graph at a time; Γ's own comes last, from what all passes left in grad_g.
                 weights = (c.stochastic, c.adversarial, c.layerwise)
@@ -246,7 +226,7 @@ class Trainer:
 
     def draw_sources(self, what: str, rows: Sequence[int]) -> Float[Tensor, "tokens C_and_deltas"]:
         """This step's ``stochastic`` or ``layerwise`` sources of some rows, in a tensor that the next call may use again."""
-        out = self._workspace("sources", (len(rows), self.pos, self.width))
+        out = self.passes.workspace("sources", (len(rows), self.pos, self.width))
         return self.random.uniform(what, self.done, rows, (self.pos, self.width), out=out).flatten(0, 1)
 
     # -- parts of a step -------------------------------------------------------------------------------------------
@@ -266,19 +246,6 @@ class Trainer:
         counts = torch.stack([own.sum() for own in of]).to(self.decomposition.device)
         return self.world.add(counts)
 
-    def _see(self, part: Part, tokens: Tensor, keep: Tensor | None, now: Schedule) -> _Seen:
-        own, kept = part.of(tokens), part.of(keep)
-        assert own is not None
-        with self._autocast():
-            logits, inputs = self.tapped.clean(own, kept)
-            z = self.decomposition.pre_sigmoid(inputs, kept)
-        z = z.float() if z.dtype == torch.bfloat16 else z
-        g = torch.clamp(z.detach(), 0, 1, out=self._workspace("g", z.shape, z.dtype))
-        sums = self._penalty(now).sums(z.detach().flatten(0, -2), None if kept is None else kept.flatten())
-        important = torch.linalg.vector_norm(g, ord=0, dim=-1)
-        l0 = (important if kept is None else important * kept).sum()
-        return _Seen(part, own, kept, Reconstruction(logits, self.config.output, kept), z, g, sums, l0)
-
     def _penalty(self, now: Schedule) -> Penalty:
         kind = self.config.minimality
         return Penalty(kind, now.p if kind == "power" else now.smooth)
@@ -288,7 +255,7 @@ class Trainer:
         """What minimality and L0 need of the whole batch, part by part, before any part's gradients."""
         sums, l0 = torch.zeros(self.decomposition.packing.total, device=self.decomposition.device), None
         for part in self.shares.parts:
-            own = self._see(part, tokens, keep, now)
+            own = self.passes.clean(part, tokens, keep, self._penalty(now))
             sums = sums + own.sums
             l0 = own.l0 if l0 is None else l0 + own.l0
         assert l0 is not None
@@ -306,65 +273,20 @@ class Trainer:
         (slope,) = torch.autograd.grad(weighted, leaf)
         return {name: value.detach() for name, value in values.items()}, slope
 
-    def _attacked(self, own: _Seen, draws: Draws) -> tuple[Tensor, Tensor | None, Routing]:
+    def _attacked(self, own: Seen, draws: Draws) -> tuple[Tensor, Tensor | None, Routing]:
         """A part's attacked rows: their sources, one below the other, which of them each token takes, and their routing."""
         at = own.part.attacked
         values = self.sources.values[at]
         taken = None if draws.slots is None else taken_rows(draws.slots[at], values.shape[1])
         return values.flatten(0, 1), taken, routed_rows(draws.adversarial_routing, at)
 
-    def _masked(
-        self,
-        own: _Seen,
-        rows: slice,
-        sources: Tensor,
-        taken: Tensor | None,
-        routing: Routing,
-        *,
-        grad_g: Tensor | None = None,
-        grad_sources: Tensor | None = None,
-        sites: Sequence[str] | None = None,
-    ) -> tuple[Tensor, SourcedPass]:
-        """The masked model's output on some rows of a part, and the pass; V and U are constant where ``grad_g`` is None."""
-        g = own.g[rows]
-        run = SourcedPass(
-            g,
-            sources,
-            self.decomposition.packing,
-            None if routing is None else {name: at.view(g.shape[:-1]) for name, at in routing.items()},
-            taken=taken,
-            grad_g=None if grad_g is None else grad_g[rows],
-            grad_sources=grad_sources,
-            sites=sites,
-        )
-        keep = None if own.keep is None else own.keep[rows]
-        constant = grad_g is None
-        with self._autocast():
-            return self.tapped.masked(
-                own.tokens[rows], run, keep, constant_parts=constant, checkpoint=self.checkpoint
-            ), run
-
-    def _autocast(self) -> torch.autocast:
-        lower = self.precision == "bfloat16"
-        return torch.autocast(self.decomposition.device.type, dtype=torch.bfloat16, enabled=lower)
-
-    def _attacked_rows(self, own: _Seen) -> slice:
-        return slice(0, own.part.attacked.stop - own.part.attacked.start)
-
-    def _workspace(self, what: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
-        """A tensor of undefined content that is used again and again: fresh memory costs more than the sums done in it."""
-        n, held = math.prod(shape), self._work.get(what)
-        if held is None or held.dtype != dtype or held.numel() < n:
-            held = self._work[what] = torch.empty(n, dtype=dtype, device=self.decomposition.device)
-        return held[:n].view(*shape)
-
-    def _ascend(self, own: _Seen, draws: Draws, counts: Tensor, lr: float, update: int) -> None:
+    def _ascend(self, own: Seen, draws: Draws, counts: Tensor, lr: float, update: int) -> None:
         """One of the adversary's own steps, on a part's attacked rows."""
-        rows = self._attacked_rows(own)
+        rows = own.attacked
         sources, taken, routing = self._attacked(own, draws)
-        gradient = self._workspace("sources", sources.shape, sources.dtype).zero_()
-        output, run = self._masked(own, rows, sources, taken, routing, grad_sources=gradient)
-        loss = _weighted(own.distance.rows(rows), output, counts[1])
+        gradient = self.passes.workspace("sources", sources.shape, sources.dtype).zero_()
+        output, run = self.passes.masked(own, rows, sources, taken, routing, grad_sources=gradient)
+        loss = weighted(own.distance.rows(rows), output, counts[1])
         torch.autograd.grad(loss, run.handle, allow_unused=True)
         self._update_sources(own.part, gradient, lr, update)
 
@@ -372,48 +294,62 @@ class Trainer:
         values = self.sources.values[part.attacked]
         self.sources.ascend(gradient.view_as(values), lr, part.attacked, update=update)
 
-    def _reconstruct(self, own: _Seen, grad_g: Tensor, draws: Draws, counts: Tensor) -> Iterator[_Pass]:
+    def _reconstruct(self, own: Seen, grad_g: Tensor, draws: Draws, counts: Tensor) -> Iterator[_Pass]:
         """A part's shares of the stochastic (0), the adversarial (1) and the layerwise loss (2), pass by pass."""
-        c, rows, every = self.config.coefficients, self._attacked_rows(own), slice(None)
+        c, rows, every = self.config.coefficients, own.attacked, slice(None)
         if c.layerwise:
             drawn = self.draw_sources("layerwise", own.part.numbers(self.shares.rows))
             for name in (names := self.decomposition.packing.names):
-                output, _ = self._masked(own, every, drawn, None, None, grad_g=grad_g, sites=[name])
-                yield _Pass({2: _weighted(own.distance, output, counts[0]) / len(names)}, None)
-        attacked, taken, routing = self._attacked(own, draws)
+                output, _ = self.passes.masked(own, every, drawn, None, None, grad_g=grad_g, sites=[name])
+                yield _Pass({2: weighted(own.distance, output, counts[0]) / len(names)}, None)
         if self.config.merged:
-            drawn, free = self._drawn(own.part), routed_rows(draws.stochastic_routing, own.part.drawn)
-            first = torch.arange(len(attacked), device=drawn.device) if taken is None else taken
-            rest = len(attacked) + torch.arange(len(drawn), device=drawn.device)
-            both = torch.cat([attacked, drawn])
-            gradient = self._workspace("sources", attacked.shape, attacked.dtype).zero_()
-            output, _ = self._masked(
-                own,
-                every,
-                both,
-                torch.cat([first, rest]),
-                joined_routing(routing, free, rows),
-                grad_g=grad_g,
-                grad_sources=gradient if c.adversarial else None,
-            )
             others = slice(rows.stop, None)
-            stochastic = _weighted(own.distance.rows(others), output[others], counts[2])
-            adversarial = _weighted(own.distance.rows(rows), output[rows], counts[1])
-            yield _Pass({0: stochastic, 1: adversarial}, gradient if c.adversarial else None)
+            yield self._both(own, own.distance.rows(others), grad_g, draws, counts)
+            return
+        if self.joined and c.stochastic and c.adversarial:
+            twice = self.passes.twice(own)
+            of_both = self.passes.workspace("grad_g twice", twice.g.shape, grad_g.dtype).zero_()
+            yield self._both(twice, own.distance, of_both, draws, counts)
+            for half in of_both.chunk(2):
+                grad_g += half
             return
         if c.stochastic:
             free = routed_rows(draws.stochastic_routing, own.part.drawn)
-            output, _ = self._masked(own, every, self._drawn(own.part), None, free, grad_g=grad_g)
-            yield _Pass({0: _weighted(own.distance, output, counts[2])}, None)
+            output, _ = self.passes.masked(own, every, self._drawn(own.part), None, free, grad_g=grad_g)
+            yield _Pass({0: weighted(own.distance, output, counts[2])}, None)
         if c.adversarial:
-            gradient = self._workspace("sources", attacked.shape, attacked.dtype).zero_()
-            output, _ = self._masked(own, every, attacked, taken, routing, grad_g=grad_g, grad_sources=gradient)
-            yield _Pass({1: _weighted(own.distance, output, counts[1])}, gradient)
+            attacked, taken, routing = self._attacked(own, draws)
+            gradient = self.passes.workspace("sources", attacked.shape, attacked.dtype).zero_()
+            output, _ = self.passes.masked(own, every, attacked, taken, routing, grad_g=grad_g, grad_sources=gradient)
+            yield _Pass({1: weighted(own.distance, output, counts[1])}, gradient)
+
+    def _both(self, own: Seen, of_drawn: Reconstruction, grad_g: Tensor, draws: Draws, counts: Tensor) -> _Pass:
+        """One pass of attacked rows followed by rows with drawn sources, whose distance is ``of_drawn``."""
+        rows = own.attacked
+        attacked, taken, routing = self._attacked(own, draws)
+        drawn, free = self._drawn(own.part), routed_rows(draws.stochastic_routing, own.part.drawn)
+        if taken is not None:
+            taken = torch.cat([taken, len(attacked) + torch.arange(len(drawn), device=drawn.device)])
+        sources = torch.cat([attacked, drawn])
+        gradient = None
+        if self.config.coefficients.adversarial:
+            gradient = self.passes.workspace("sources", attacked.shape, attacked.dtype).zero_()
+        output, _ = self.passes.masked(
+            own,
+            slice(None),
+            sources,
+            taken,
+            joined_routing(routing, free, rows),
+            grad_g=grad_g,
+            grad_sources=gradient,
+        )
+        adversarial = weighted(own.distance.rows(rows), output[rows], counts[1])
+        return _Pass({0: weighted(of_drawn, output[rows.stop :], counts[2]), 1: adversarial}, gradient)
 
     def _drawn(self, part: Part) -> Float[Tensor, "tokens C_and_deltas"]:
         return self.draw_sources("stochastic", self.shares.drawn[part.drawn])
 
-    def _into_gamma(self, own: _Seen, grad_g: Tensor, slope: Tensor, now: Schedule) -> None:
+    def _into_gamma(self, own: Seen, grad_g: Tensor, slope: Tensor, now: Schedule) -> None:
         """Γ's gradients, from those of the importances and of the sums that minimality counts."""
         keep = None if own.keep is None else own.keep.flatten()
         rows = own.z.detach().flatten(0, -2)
@@ -453,9 +389,3 @@ class Trainer:
         self.optimizer.step()
         self.sharding.spread(self.parameters)
         return norm
-
-
-def _weighted(distance: Reconstruction, output: Tensor, total: Tensor) -> Float[Tensor, ""]:
-    """A mean over these rows' real tokens, as their share of the mean over ``total`` tokens."""
-    n = output[..., 0].numel() if distance.keep is None else distance.keep.sum()
-    return distance(output) * (n / total)

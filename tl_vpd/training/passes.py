@@ -1,0 +1,138 @@
+"""The passes of a training step through the model: the clean one with Γ, and masked ones.
+
+    >>> seen = passes.clean(part, tokens, keep, penalty)                              # doctest: +SKIP
+    >>> output = passes.masked(seen, slice(None), sources, None, None, grad_g=grad)   # doctest: +SKIP
+
+What they do not know: losses, what is drawn, and what comes after what (``tl_vpd.training.trainer``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from tl_vpd.components import SourcedPass
+from tl_vpd.decomposition import Decomposition
+from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.training.losses import Penalty, Reconstruction
+from tl_vpd.training.parts import Part, Routing
+
+Precision = Literal["float32", "bfloat16"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A part of the batch after its clean pass.
+
+    ``distance``: from the target's output. ``z``: Γ's values; ``g``: importances (a constant). ``sums``: of the penalty over
+    tokens, and ``l0``: of importances above 0.
+    """
+
+    part: Part
+    tokens: Tensor
+    keep: Bool[Tensor, "batch pos"] | None
+    distance: Reconstruction
+    z: Tensor
+    g: Tensor
+    sums: Tensor
+    l0: Tensor
+
+    @property
+    def attacked(self) -> slice:
+        """The rows the adversary attacks: the first ones."""
+        return slice(0, self.part.attacked.stop - self.part.attacked.start)
+
+
+class Passes:
+    """Runs a tapped decomposition.
+
+    Args:
+        precision: of matrix products. checkpoint: whether a layer's activations are computed again in backward.
+    """
+
+    def __init__(self, tapped: TappedModel, kind: Literal["kl", "mse"], precision: Precision, checkpoint: bool) -> None:
+        decomposition = tapped.parts.decomposition
+        if not isinstance(decomposition, Decomposition):
+            raise TypeError("A Trainer needs a tapped Decomposition: bare Components have no Γ.")
+        if checkpoint:
+            tapped.adapter.blocks()
+        self.tapped, self.decomposition, self.kind = tapped, decomposition, kind
+        self.precision, self.checkpoint = precision, checkpoint
+        self._work: dict[str, Tensor] = {}
+
+    def workspace(self, what: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A tensor of undefined content that is used again and again: fresh memory costs more than the sums done in it."""
+        n, held = math.prod(shape), self._work.get(what)
+        if held is None or held.dtype != dtype or held.numel() < n:
+            held = self._work[what] = torch.empty(n, dtype=dtype, device=self.decomposition.device)
+        return held[:n].view(*shape)
+
+    def clean(self, part: Part, tokens: Tensor, keep: Bool[Tensor, "batch pos"] | None, penalty: Penalty) -> Seen:
+        """The target's output and Γ's values on a part of the batch."""
+        own, kept = part.of(tokens), part.of(keep)
+        assert own is not None
+        with self._autocast():
+            logits, inputs = self.tapped.clean(own, kept)
+            z = self.decomposition.pre_sigmoid(inputs, kept)
+        z = z.float() if z.dtype == torch.bfloat16 else z
+        g = torch.clamp(z.detach(), 0, 1, out=self.workspace("g", z.shape, z.dtype))
+        sums = penalty.sums(z.detach().flatten(0, -2), None if kept is None else kept.flatten())
+        important = torch.linalg.vector_norm(g, ord=0, dim=-1)
+        l0 = (important if kept is None else important * kept).sum()
+        return Seen(part, own, kept, Reconstruction(logits, self.kind, kept), z, g, sums, l0)
+
+    def twice(self, seen: Seen) -> Seen:
+        """A part's rows, and the same rows again below them, to be run at once."""
+        g = torch.cat(
+            [seen.g, seen.g], out=self.workspace("g twice", (2 * len(seen.g), *seen.g.shape[1:]), seen.g.dtype)
+        )
+        keep = None if seen.keep is None else torch.cat([seen.keep, seen.keep])
+        return replace(seen, tokens=torch.cat([seen.tokens, seen.tokens]), keep=keep, g=g)
+
+    def masked(
+        self,
+        seen: Seen,
+        rows: slice,
+        sources: Float[Tensor, "rows C_and_deltas"],
+        taken: Int[Tensor, " tokens"] | None,
+        routing: Routing,
+        *,
+        grad_g: Float[Tensor, "batch *pos C_total"] | None = None,
+        grad_sources: Float[Tensor, "some C_and_deltas"] | None = None,
+        sites: Sequence[str] | None = None,
+    ) -> tuple[Float[Tensor, "batch *pos d"], SourcedPass]:
+        """The masked model's output on some rows of a part, and the pass; V and U are constant where ``grad_g`` is None."""
+        g = seen.g[rows]
+        run = SourcedPass(
+            g,
+            sources,
+            self.decomposition.packing,
+            None if routing is None else {name: at.view(g.shape[:-1]) for name, at in routing.items()},
+            taken=taken,
+            grad_g=None if grad_g is None else grad_g[rows],
+            grad_sources=grad_sources,
+            sites=sites,
+        )
+        keep = None if seen.keep is None else seen.keep[rows]
+        constant = grad_g is None
+        with self._autocast():
+            output = self.tapped.masked(
+                seen.tokens[rows], run, keep, constant_parts=constant, checkpoint=self.checkpoint
+            )
+        return output, run
+
+    def _autocast(self) -> torch.autocast:
+        lower = self.precision == "bfloat16"
+        return torch.autocast(self.decomposition.device.type, dtype=torch.bfloat16, enabled=lower)
+
+
+def weighted(distance: Reconstruction, output: Tensor, total: Tensor) -> Float[Tensor, ""]:
+    """A mean over these rows' real tokens, as their share of the mean over ``total`` tokens."""
+    n = output[..., 0].numel() if distance.keep is None else distance.keep.sum()
+    return distance(output) * (n / total)
