@@ -1,9 +1,23 @@
 """What a decomposition says about its model: where subcomponents fire, and which ones to look at."""
 
+from tl_vpd.analysis.audit import CircuitAudit, audit_circuit
+from tl_vpd.analysis.audit_repair import Repair, repair_circuit
 from tl_vpd.analysis.effects import ablation_table
 from tl_vpd.analysis.harvest import harvest
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.analysis.pick import pick
 from tl_vpd.analysis.records import Harvest, SubcomponentHarvest, Window
 
-__all__ = ["Harvest", "Node", "SubcomponentHarvest", "Window", "ablation_table", "harvest", "pick"]
+__all__ = [
+    "CircuitAudit",
+    "Harvest",
+    "Node",
+    "Repair",
+    "SubcomponentHarvest",
+    "Window",
+    "ablation_table",
+    "audit_circuit",
+    "harvest",
+    "pick",
+    "repair_circuit",
+]

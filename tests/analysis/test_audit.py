@@ -1,0 +1,345 @@
+"""Audits: against models ablated by hand, an adversary that can be worked out, and what each circuit is compared with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.matrix.models import has_bridge
+from tests.tiny import decomposition_of, some_tokens, tiny_model
+from tl_vpd import bundled
+from tl_vpd.adapters import adapt
+from tl_vpd.analysis.audit import audit_circuit
+from tl_vpd.analysis.audit_ablate import AblatedModel, between
+from tl_vpd.analysis.audit_places import Place, universe_of
+from tl_vpd.analysis.audit_repair import repair_circuit
+from tl_vpd.analysis.audit_runs import random_circuit
+from tl_vpd.analysis.nodes import Node
+
+Z0, Z1, M0, M1 = "blocks.0.attn.hook_z", "blocks.1.attn.hook_z", "blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"
+QUICK = dict(controls=0, draws=2, budgets=(4,), restarts=2)
+
+
+def metric(logits):
+    return (logits[:, -1, 3] - logits[:, -1, 5]).mean()
+
+
+def by_hand(model, tokens, kept, value=0.0):
+    """The metric with every head and MLP but ``kept`` at a value, by TransformerLens's own hooks."""
+
+    def heads(z, hook):
+        z = z.clone()
+        for h in range(z.shape[2]):
+            if f"{hook.name}:{h}" not in kept:
+                z[:, :, h] = value[hook.name][:, :, h] if isinstance(value, dict) else value
+        return z
+
+    def whole(out, hook):
+        return out if hook.name in kept else (value[hook.name] if isinstance(value, dict) else torch.zeros_like(out))
+
+    hooks = [(Z0, heads), (Z1, heads), (M0, whole), (M1, whole)]
+    with torch.no_grad():
+        return float(metric(model.run_with_hooks(tokens, fwd_hooks=hooks)))
+
+
+def clean_cache(model, tokens):
+    with torch.no_grad():
+        _, cache = model.run_with_cache(tokens)
+    return {name: cache[name] for name in (Z0, Z1, M0, M1)}
+
+
+def test_plain_ablations_are_those_by_hand(model, tokens):
+    circuit = [f"{Z0}:1", f"{Z1}:0", M1]
+    found = audit_circuit(model, tokens, circuit, metric, ablations=["zero", "mean", "resample"], **QUICK)
+    cache = clean_cache(model, tokens)
+    means = {name: own.mean((0, 1), keepdim=True).expand_as(own) for name, own in cache.items()}
+    other = {name: own.flip(0) for name, own in cache.items()}  # of two prompts the other
+    everything = [f"{z}:{h}" for z in (Z0, Z1) for h in (0, 1)] + [M0, M1]
+    rest = [name for name in everything if name not in circuit]
+    for row, value in zip(found.rows.itertuples(), (0.0, means, other), strict=True):
+        assert row.circuit == pytest.approx(by_hand(model, tokens, circuit, value), abs=1e-9)
+        assert row.nothing == pytest.approx(by_hand(model, tokens, [], value), abs=1e-9)
+        assert row.complement == pytest.approx(by_hand(model, tokens, rest, value), abs=1e-9)
+        assert row.recovered == pytest.approx((row.circuit - row.nothing) / (found.whole - row.nothing))
+    assert found.whole == pytest.approx(float(metric(model(tokens)).detach()), abs=1e-12)
+    whole = audit_circuit(model, tokens, everything, metric, **QUICK)
+    assert whole.rows["circuit"].tolist() == pytest.approx([whole.whole] * 5, abs=1e-12)
+    assert found.to_pandas().iloc[0]["ablation"] == "none" and len(found.to_pandas()) == 4
+    assert found.value("mean") == found.rows["circuit"][1]
+
+
+def test_the_adversary_is_at_least_as_bad_as_every_corner_when_the_metric_is_linear():
+    """With one layer of heads and no norm the logits are linear in the sources, so the worst is a corner: try them all."""
+    model, tokens = (
+        tiny_model(n_layers=1, n_heads=4, d_head=2, attn_only=True, normalization_type=None, rotary_dim=2),
+        some_tokens(),
+    )
+    found = audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["stochastic", "adversarial"], **QUICK)
+    corners = [
+        by_hand_one_layer(model, tokens, ["0", *(h for h, bit in zip("123", f"{i:03b}", strict=True) if bit == "1")])
+        for i in range(8)
+    ]
+    assert found.value("adversarial") == pytest.approx(min(corners), abs=1e-9)
+    assert min(corners) < found.value("stochastic") < max(corners)
+    lower = audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["adversarial"], lower_is_better=True, **QUICK)
+    assert lower.value("adversarial") == pytest.approx(max(corners), abs=1e-9)
+
+
+def by_hand_one_layer(model, tokens, kept):
+    def heads(z, hook):
+        z = z.clone()
+        for h in range(z.shape[2]):
+            z[:, :, h] *= float(str(h) in kept)
+        return z
+
+    with torch.no_grad():
+        return float(metric(model.run_with_hooks(tokens, fwd_hooks=[(Z0, heads)])))
+
+
+def test_more_freedom_is_never_better_for_the_circuit(model, tokens):
+    circuit = [f"{Z0}:1", M1]
+    audit = audit_circuit(model, tokens, circuit, metric, **{**QUICK, "budgets": (2, 20), "restarts": 3})
+    zero = audit.value("zero")
+    assert audit.value("adversarial", steps=2) <= zero and audit.value("adversarial", steps=20) <= zero
+    wide = audit_circuit(
+        model,
+        tokens,
+        circuit,
+        metric,
+        ablations=["adversarial"],
+        per_position=True,
+        budgets=(20,),
+        restarts=1,
+        controls=0,
+    )
+    assert wide.worst[20].shape == (7, 6) and audit.worst[20].shape == (1, 6)
+    assert wide.value("adversarial") <= zero
+    assert list(audit.top(2)["piece"]) == [audit.universe.labels()[i] for i in audit.worst[20][0].topk(2).indices]
+    again = audit_circuit(model, tokens, circuit, metric, **{**QUICK, "budgets": (2, 20), "restarts": 3})
+    assert again.rows.equals(audit.rows)
+
+
+def test_what_the_worst_sources_give_is_what_is_reported(model, tokens):
+    circuit = [f"{Z0}:1", M1]
+    audit = audit_circuit(model, tokens, circuit, metric, reference="mean", ablations=["adversarial"], **QUICK)
+    universe = audit.universe
+    with AblatedModel(model, universe, tokens, None) as run:
+        values = run.references("mean", tokens, None, torch.Generator())
+        kept = universe.kept(audit.nodes, 7)
+        m = torch.where(kept, 1.0, audit.worst[4])
+        with torch.no_grad():
+            assert float(metric(run.run(m[None], values))) == pytest.approx(audit.value("adversarial"), abs=1e-9)
+        with torch.no_grad():
+            assert_close(run.run(torch.ones_like(m)[None], values), run.clean(), rtol=0, atol=0)
+
+
+def test_nodes_at_positions_keep_those_positions_alone(model, tokens):
+    circuit = [f"{Z0}:1@2", f"{Z1}:0", f"{M0}@6"]
+    found = audit_circuit(model, tokens, circuit, metric, ablations=["zero"], **QUICK)
+
+    def heads(z, hook):
+        out = torch.zeros_like(z)
+        if hook.name == Z0:
+            out[:, 2, 1] = z[:, 2, 1]
+        else:
+            out[:, :, 0] = z[:, :, 0]
+        return out
+
+    def mlp(own, hook):
+        out = torch.zeros_like(own)
+        if hook.name == M0:
+            out[:, 6] = own[:, 6]
+        return out
+
+    with torch.no_grad():
+        logits = model.run_with_hooks(tokens, fwd_hooks=[(Z0, heads), (Z1, heads), (M0, mlp), (M1, mlp)])
+    assert found.value("zero") == pytest.approx(float(metric(logits)), abs=1e-9)
+
+
+def test_residual_positions_and_neurons(model, tokens):
+    found = audit_circuit(
+        model, tokens, ["blocks.1.hook_resid_pre@6", "blocks.0.hook_resid_pre"], metric, ablations=["zero"], **QUICK
+    )
+
+    def only_last(resid, hook):
+        out = torch.zeros_like(resid)
+        out[:, 6] = resid[:, 6]
+        return out
+
+    with torch.no_grad():
+        logits = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_pre", only_last)])
+    assert found.value("zero") == pytest.approx(float(metric(logits)), abs=1e-9)
+    neurons = audit_circuit(model, tokens, ["blocks.0.mlp.hook_post:3", f"{Z1}:0"], metric, ablations=["zero"], **QUICK)
+    assert [(p.name, p.count) for p in neurons.universe.places] == [
+        (Z0, 2), ("blocks.0.mlp.hook_post", 12), (Z1, 2), (M1, 1)
+    ]  # fmt: skip
+
+
+def test_subcomponents_are_audited_as_masks_would(model, vpd, tokens):
+    """Zero ablation is keeping these alone (Δ off); sources of 1 for all else give the model back."""
+    circuit = ["blocks.0.attn.W_Q:1", "blocks.1.mlp.W_out:4", "blocks.1.attn.W_V:0", "blocks.0.mlp.W_in:2"]
+    found = audit_circuit(model, tokens, circuit, metric, vpd, **QUICK)
+    with torch.no_grad(), vpd.attach(model) as attached, attached.kept(circuit):
+        assert found.value("zero") == pytest.approx(float(metric(model(tokens))), abs=1e-9)
+    acts = vpd.component_acts(model, tokens)
+    rest = [str(c) for c in vpd.packing.subcomponents() if str(c) not in circuit]
+    with torch.no_grad(), vpd.attach(model):
+        hooks = vpd.ablation_hooks(rest, values=acts.mean()) + vpd.delta_hooks(0.0)
+        assert found.value("mean") == pytest.approx(
+            float(metric(model.run_with_hooks(tokens, fwd_hooks=hooks))), abs=1e-9
+        )
+    assert found.value("adversarial") <= found.value("zero")
+    assert found.universe.total == vpd.packing.total + len(vpd.sites)
+    at = [f"{name}@6" for name in circuit]
+    placed = audit_circuit(model, tokens, at, metric, vpd, ablations=["zero", "adversarial"], **QUICK)
+    assert placed.worst[4].shape == (1, found.universe.total)
+    assert not hasattr(model.blocks[0], "hook_q_component_acts") and not any(
+        p._forward_hooks for p in model.hook_dict.values()
+    )
+
+
+def test_controls_are_circuits_of_the_same_kinds():
+    model = tiny_model(n_heads=4, d_head=2, rotary_dim=2)
+    nodes = [Node.parse(n) for n in (f"{Z0}:1", f"{Z1}:0", f"{Z1}:3", M1)]
+    universe = universe_of(adapt(model), nodes, None, None)
+    kept = universe.kept(nodes, 7)
+    heads = [i for i, name in enumerate(universe.labels()) if "hook_z" in name]
+    mlps = [i for i, name in enumerate(universe.labels()) if "mlp" in name]
+    generator = torch.Generator().manual_seed(0)
+    drawn = [random_circuit(universe, kept, generator) for _ in range(20)]
+    assert all(int(d[:, heads].sum()) == 3 and int(d[:, mlps].sum()) == 1 for d in drawn)
+    assert len({tuple(d.flatten().tolist()) for d in drawn}) > 5
+    found = audit_circuit(model, some_tokens(), nodes, metric, ablations=["zero"], controls=3)
+    assert found.rows["random_best"][0] >= found.rows["random_mean"][0]
+
+
+def test_a_repair_adds_until_the_adversary_no_longer_breaks_it():
+    model, tokens = tiny_model(n_heads=4, d_head=2, rotary_dim=2), some_tokens()
+    whole = float(metric(model(tokens)).detach())
+    sign = whole > float(by_hand(model, tokens, []))
+    fixed = repair_circuit(
+        model, tokens, [f"{Z0}:0"], metric, target=0.95, steps=6, max_added=12, lower_is_better=not sign
+    )
+    assert fixed.holds and fixed.rows["recovered"].iloc[-1] >= 0.95
+    assert (fixed.rows["recovered"].iloc[:-1] < 0.95).all()
+    assert len(fixed.nodes) == 1 + len(fixed.added) == len(fixed.rows) and len(set(fixed.nodes)) == len(fixed.nodes)
+    fresh = audit_circuit(
+        model, tokens, fixed.nodes, metric, ablations=["adversarial"], budgets=(20,), controls=0, seed=7,
+        lower_is_better=not sign,
+    )  # fmt: skip
+    assert fresh.rows["recovered"][0] > 0.8
+    stopped = repair_circuit(
+        model, tokens, [f"{Z0}:0"], metric, target=1.0, steps=2, max_added=1, lower_is_better=not sign
+    )
+    assert len(stopped.rows) == 2 and not stopped.holds and len(stopped.top(5)) == 1
+
+
+@pytest.mark.parametrize(
+    ("nodes", "error", "says"),
+    [
+        ([], ValueError, "no nodes"),
+        ([f"{Z0}:9"], IndexError, "parts 0 to 1"),
+        ([f"{M0}:1"], IndexError, "no parts"),
+        ([f"{Z0}:0@9"], IndexError, "7 positions"),
+        (["blocks.0.attn.hook_q:1"], KeyError, "cannot be audited"),
+        (["blocks.7.attn.hook_z:1"], KeyError, "blocks 0 to 1"),
+        ([M0, "blocks.0.mlp.hook_post:1"], ValueError, "is a part of"),
+        ([f"{Z0}:1", "blocks.0.hook_attn_out"], ValueError, "is a part of"),
+        ([f"{Z0}:1", "blocks.0.hook_resid_pre@1"], ValueError, "audited alone"),
+        ([f"{Z0}:1", "blocks.0.attn.W_Q:1"], ValueError, "mixes subcomponents"),
+    ],
+)
+def test_what_cannot_be_is_refused(model, vpd, tokens, nodes, error, says):
+    with pytest.raises(error, match=says):
+        audit_circuit(model, tokens, nodes, metric, vpd, **QUICK)
+
+
+def test_wrong_arguments_and_metrics_are_refused(model, tokens):
+    for arguments, says in [
+        (dict(ablations=["none"]), "is no ablation"),
+        (dict(reference="median"), "choose zero, mean or resample"),
+        (dict(budgets=()), "at least 1"),
+    ]:
+        with pytest.raises(ValueError, match=says):
+            audit_circuit(model, tokens, [f"{Z0}:0"], metric, **arguments)
+    with pytest.raises(ValueError, match="one number is needed"):
+        audit_circuit(model, tokens, [f"{Z0}:0"], lambda logits: logits[:, -1, 3], **QUICK)
+    with pytest.raises(ValueError, match="can be differentiated"):
+        audit_circuit(model, tokens, [f"{Z0}:0"], lambda logits: float(metric(logits).detach()), **QUICK)
+    with pytest.raises(ValueError, match="resampling needs another"):
+        audit_circuit(model, tokens[:1], [f"{Z0}:0"], metric, ablations=["resample"], **QUICK)
+    with pytest.raises(KeyError, match="Nothing audited matches"):
+        audit_circuit(model, tokens, [f"{Z0}:0"], metric, among="blocks.9.*", **QUICK)
+    part = audit_circuit(model, tokens, [f"{Z0}:0"], metric, among=["blocks.0.attn.*"], **QUICK)
+    assert part.universe.labels() == [f"{Z0}:0", f"{Z0}:1"]
+    assert not any(p._forward_hooks for p in model.hook_dict.values())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+def test_between_keeps_what_is_kept_to_the_bit():
+    own = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    place = Place("z", "z", "head", 4)
+    m = torch.tensor([1.0, 0.0, 0.25, 1.0])[None, None]
+    out = between(own, torch.full((1, 1, 4, 5), 2.0), m, place)
+    assert torch.equal(out[:, :, [0, 3]], own[:, :, [0, 3]]) and bool((out[:, :, 1] == 2).all())
+    assert_close(out[:, :, 2], 2 + 0.25 * (own[:, :, 2] - 2))
+    flat = between(own.flatten(2), torch.full((1, 1, 20), 2.0), m, place)
+    assert torch.equal(flat, out.flatten(2))
+
+
+def test_a_bridge_gives_the_hooked_transformers_audit():
+    if not has_bridge():
+        pytest.skip("no TransformerBridge in this version")
+    vpd, tokens = bundled.decomposition(), bundled.tokens("validation")[:2, :10]
+    models = [bundled.model(kind=kind) for kind in ("hooked_transformer", "bridge")]
+    heads = [f"{Z0}:1", f"{Z1}:0", M1]
+    cases = [
+        (heads, None),
+        ([*heads[:2], "blocks.0.mlp.hook_post:3"], None),
+        (["blocks.1.hook_resid_pre@9"], None),
+        (["blocks.0.attn.W_Q:77", "blocks.0.attn.W_K:48"], vpd),
+    ]
+
+    def logit(logits):
+        return logits[:, -1].log_softmax(-1)[:, 20].mean()
+
+    for nodes, own in cases:
+        a, b = (
+            audit_circuit(m, tokens, nodes, logit, own, controls=1, draws=1, budgets=(2,), restarts=1) for m in models
+        )
+        assert a.whole == pytest.approx(b.whole, abs=1e-4)
+        assert a.rows["circuit"].tolist() == pytest.approx(b.rows["circuit"].tolist(), abs=2e-2)
+
+
+def test_padding_is_left_out_of_means(model, tokens):
+    mask = torch.ones_like(tokens)
+    mask[0, :3] = 0
+    found = audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["mean"], attention_mask=mask, controls=0)
+    seen = {}
+    hooks = [(n, lambda x, hook: seen.update({hook.name: x.detach()})) for n in (Z0, Z1, M0, M1)]
+    with torch.no_grad(), model.hooks(fwd_hooks=hooks):
+        model(tokens, attention_mask=mask)
+    means = {n: own[mask.bool()].mean(0).expand_as(own) for n, own in seen.items()}
+
+    def put(own, hook):
+        if hook.name != Z0:
+            return means[hook.name]
+        out = means[Z0].clone()
+        out[:, :, 0] = own[:, :, 0]
+        return out
+
+    with torch.no_grad(), model.hooks(fwd_hooks=[(n, put) for n in (Z0, Z1, M0, M1)]):
+        assert found.value("mean") == pytest.approx(float(metric(model(tokens, attention_mask=mask))), abs=1e-9)
+
+
+def test_the_decomposition_may_be_attached_already(model, vpd, tokens):
+    circuit = ["blocks.0.attn.W_Q:1"]
+    alone = audit_circuit(model, tokens, circuit, metric, vpd, ablations=["zero"], controls=0)
+    with vpd.attach(model):
+        there = audit_circuit(model, tokens, circuit, metric, vpd, ablations=["zero"], controls=0)
+        heads = audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["zero"], controls=0)
+    assert there.rows.equals(alone.rows)
+    assert heads.rows.equals(audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["zero"], controls=0).rows)
+    with decomposition_of(model).double().attach(model), pytest.raises(ValueError, match="Another decomposition"):
+        audit_circuit(model, tokens, circuit, metric, vpd, ablations=["zero"], controls=0)
