@@ -35,7 +35,7 @@ from tl_vpd.evaluation.foresight import foresight
 from tl_vpd.evaluation.hidden import hidden_errors
 from tl_vpd.evaluation.record import record_of
 from tl_vpd.evaluation.report import Evaluation
-from tl_vpd.evaluation.resolution import resolution
+from tl_vpd.evaluation.resolution import THRESHOLDS, resolution
 from tl_vpd.evaluation.sample import ALIVE, Importances, Sample, learned
 from tl_vpd.evaluation.slices import scrambled, slices
 from tl_vpd.evaluation.splitting import alive_of, sizes
@@ -56,6 +56,8 @@ MEASURES = (
     "foresight",
 )
 """What is measured beside the mode table, the counts and the standard adversary."""
+CONTROL_THRESHOLDS = (0.0, 0.1, 0.5, 0.9)
+"""Where the controls' curves of resolution are taken."""
 
 
 @torch.no_grad()
@@ -118,7 +120,7 @@ def evaluate(
                 curve=curve,
             )
             steps = adversary_budgets if own and budgets and "adversaries" in measures else ()
-            for name, table in _tables(sample, measures, attacks, steps, attack_rows, single_sites=own).items():
+            for name, table in _tables(sample, measures, attacks, steps, attack_rows, detail=own).items():
                 tables.setdefault(name, []).append(_named(pieces, table))
             record["mean_g"] = sample.mean_importances()
             return record
@@ -164,9 +166,9 @@ def _tables(
     steps: Sequence[int],
     attack_rows: int | None,
     *,
-    single_sites: bool,
+    detail: bool,
 ) -> dict[str, pd.DataFrame]:
-    """The tables of one sample; attacks that are done already head the table of adversaries."""
+    """The tables of one sample, of controls with less detail; attacks that are done already head the table of adversaries."""
     found: dict[str, pd.DataFrame] = {}
     own = [pd.DataFrame(attacks)] if attacks else []
     if steps:
@@ -181,11 +183,12 @@ def _tables(
     if "aggregation" in measures and rows >= 2:
         found["aggregation"] = aggregation(sample, sizes=[n for n in (2, 4) if n <= rows]).reset_index()
     if "transfer" in measures:
-        found["transfer"] = transfer(sample, single_sites=single_sites).reset_index()
+        found["transfer"] = transfer(sample, single_sites=detail).reset_index()
     if "hidden" in measures:
         found["hidden"] = hidden_errors(sample).reset_index()
     if "resolution" in measures:
-        found["resolution"] = resolution(sample).reset_index()
+        thresholds = THRESHOLDS if detail else CONTROL_THRESHOLDS
+        found["resolution"] = resolution(sample, thresholds=thresholds).reset_index()
     return found
 
 

@@ -4,19 +4,19 @@ Distances are judged on the model's own scale, the distance z when everything is
 limit is a convention, chosen so that faults built by hand are caught and decompositions that work are not; the figures stand
 beside it. That nothing is found does not make a decomposition right.
 
-===================  ==========================================  =====================================================
-check                is measured                                 fault
-===================  ==========================================  =====================================================
-collapsed            tokens at which some importance is ≥ 0.99   below half of the tokens
-dense                L0 / alive                                  above one half
-delta                KL with all masks 1 and Δ 0                 above 5% of z
-cancelling           KL with each unimportant one kept by half   above 3 × the rounded one (or 2% of z, if that is more)
-adversary            KL under the smallest budget of attack      above 5 × the stochastic one (or 2% of z)
-aggregation          KL under the union of two inputs' sets      above 3 × the one alone (or 2% of z)
-off-distribution     worst share of z on another slice           above 4 × the share on these rows (or 2%)
-lookup               importance on subcomponents of one row      above one half, of eight or more rows
-controls             rounded KL against random and shuffled      above half of the better
-===================  ==========================================  =====================================================
+================  ===============================================  =================================================
+check             is measured                                      fault
+================  ===============================================  =================================================
+collapsed         tokens at which some importance is ≥ 0.99        below half of the tokens
+dense             L0 / alive                                       above one half
+delta             KL with all masks 1 and Δ 0                      above 5% of z
+cancelling        KL with a random half of the unimportant kept    above 3 × the rounded one, or 6% of z if more
+adversary         KL under the smallest budget of attack           above 5 × the stochastic one, or 10% of z if more
+aggregation       KL under the union of two inputs' sets           above 3 × the one alone, or 6% of z if more
+off-distribution  worst share of z on another slice                above 4 × the share on these rows, or 8% if more
+lookup            importance on subcomponents of a single row      above one half, of eight or more rows
+controls          rounded KL of random or shuffled importances     below 2 × the learned one, or 2% of z if more
+================  ===============================================  =================================================
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS_FOR_LOOKUP = 8
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what was measured, above (or, for ``collapsed``, below) which limit it is a fault, and a sentence."""
+    """One check: what was measured, above (``collapsed`` and ``controls``: below) which limit it is a fault, a sentence."""
 
     check: str
     value: float
@@ -202,20 +202,16 @@ def lookup(record: Record) -> Check | None:
 
 
 def controls(record: Record) -> Check | None:
-    """Which subcomponents are kept, or at which tokens, does not matter."""
+    """Which subcomponents are kept, or at which tokens, does not matter much."""
     found = {n: c["kl"]["rounded"] for n, c in record.get("controls", {}).items() if n in ("random", "shuffled")}
     if not found:
         return None
     name = min(found, key=lambda n: found[n])
-    own = record["kl"]["rounded"]
+    own, limit = record["kl"]["rounded"], max(2 * record["kl"]["rounded"], _floor(record))
     what = f"{own:.3g} {_unit(record)} under rounded masks, {found[name]:.3g} with {name} importances"
-    return _above(
-        "controls",
-        own,
-        0.5 * found[name],
-        f"It is hardly better than chance: {what}.",
-        f"It is better than chance: {what}.",
-    )
+    fault = not found[name] >= limit
+    sentence = f"It is hardly better than chance: {what}." if fault else f"It is better than chance: {what}."
+    return Check("controls", found[name], limit, fault, sentence)
 
 
 _CHECKS: tuple[Callable[[Record], Check | None], ...] = (

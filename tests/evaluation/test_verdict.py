@@ -1,0 +1,128 @@
+"""Every known way to be wrong is caught by its own check, and the right decomposition of the same model passes it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+
+from tests.evaluation import handmade
+from tests.evaluation.handmade import IN, KNOWN, VOCABULARY, one_token_rows, rows
+from tl_vpd import Decomposition, evaluate
+from tl_vpd.evaluation import Evaluation, checks, warnings_of
+
+MEASURES = ("aggregation", "cancelling", "off_distribution")
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return handmade.known_model()
+
+
+def report(
+    vpd: Decomposition, model: Any, tokens: torch.Tensor | None = None, *, budgets: tuple[int, ...] = ()
+) -> Evaluation:
+    return evaluate(
+        vpd,
+        model,
+        rows() if tokens is None else tokens,
+        budgets=budgets,
+        control_budgets=(),
+        measures=MEASURES,
+        off_distribution={"unknown tokens": one_token_rows(KNOWN, VOCABULARY)},
+    )
+
+
+@pytest.fixture(scope="module")
+def right(model: Any) -> Evaluation:
+    return report(handmade.right(model), model, budgets=(20,))
+
+
+def faults(found: Evaluation) -> set[str]:
+    return {check.check for check in checks(found) if check.fault}
+
+
+def test_the_right_decomposition_passes_every_check(right: Evaluation):
+    names = [check.check for check in checks(right)]
+    assert names == [
+        "collapsed", "dense", "delta", "cancelling", "adversary", "aggregation", "off-distribution", "lookup", "controls"
+    ]  # fmt: skip
+    assert warnings_of(right) == [] == right.warnings
+    own = right.record
+    assert own["kl"]["zero"] > 0.5
+    # It is exact under every masking: nothing that may be ablated matters.
+    for mode in ("unmasked", "stochastic", "rounded", "partial"):
+        assert own["kl"][mode] < 1e-5
+    assert own["pgd_kl"]["20"] < 1e-5
+    assert 0.05 < own["l0"] / own["alive"] < 0.5
+
+
+def test_cancelling_pairs(model: Any, right: Evaluation):
+    found = report(handmade.with_opposed(model, pairs=1, size=2.0), model)
+    assert found.record["kl"]["rounded"] < 1e-5  # together they may go
+    assert "cancelling" in faults(found) and "cancelling" not in faults(right)
+    sentence = next(c.sentence for c in checks(found) if c.check == "cancelling")
+    assert f"{IN}:16 and {IN}:17 cancel" in sentence
+    assert "left out together but not in part" in sentence
+
+
+def test_lookup_table(model: Any):
+    tokens = one_token_rows(0, KNOWN)
+    found = report(handmade.lookup_table(model), model, tokens)
+    assert found.record["kl"]["rounded"] < 1e-5  # on what it was made for it is perfect
+    assert {"aggregation", "off-distribution", "lookup"} <= faults(found)
+    beside = report(handmade.right(model), model, tokens)
+    assert not {"aggregation", "off-distribution", "lookup"} & faults(beside)
+    sentences = " ".join(found.warnings)
+    assert "lookup table: 100% of all importance" in sentences
+    assert "'unknown tokens'" in sentences
+    assert "Explanations do not add up" in sentences
+
+
+def test_delta_does_the_work(model: Any, right: Evaluation):
+    found = report(handmade.delta_does_it(model), model)
+    assert "delta" in faults(found) and "delta" not in faults(right)
+    assert "Δ holds 81.0% of the square of" in next(c.sentence for c in checks(found) if c.check == "delta")
+
+
+def test_importances_that_are_all_zero(model: Any):
+    found = report(handmade.with_importances(model, torch.zeros_like), model)
+    assert "collapsed" in faults(found)
+    assert found.warnings[0] == "Importances have collapsed: all of them are 0 on these tokens."
+
+
+def test_importances_below_one_everywhere(model: Any, right: Evaluation):
+    found = report(handmade.with_importances(model, lambda on: 0.6 * on), model)
+    assert "collapsed" in faults(found) and "collapsed" not in faults(right)
+    assert "(the largest is 0.60)" in found.warnings[0]
+
+
+def test_a_dense_one(model: Any, right: Evaluation):
+    found = report(handmade.with_importances(model, torch.ones_like), model)
+    assert {"dense", "controls"} <= faults(found) and "dense" not in faults(right)
+    assert found.record["kl"]["rounded"] < 1e-5
+    # Everything is on at every token, so importances in any other hands do as well.
+    assert "hardly better than chance" in next(c.sentence for c in checks(found) if c.check == "controls")
+
+
+def test_what_no_adversary_has_seen(model: Any, right: Evaluation):
+    # Many small opposed pieces: chance cancels them, an adversary lines them up.
+    found = report(handmade.with_opposed(model, pairs=1500, size=0.0015), model, budgets=(20,))
+    own = found.record
+    z = own["kl"]["zero"]
+    assert max(own["kl"][mode] for mode in ("rounded", "stochastic", "partial", "ci")) < 0.1 * z
+    assert own["pgd_kl"]["20"] > 0.5 * z
+    assert "adversary" in faults(found) and "adversary" not in faults(right)
+    assert "cancelling" not in faults(found)
+    assert any(s.startswith("It survives chance but not an adversary") for s in found.warnings)
+
+
+def test_a_verdict_needs_no_more_than_the_json(right: Evaluation, model: Any):
+    dense = report(handmade.with_importances(model, torch.ones_like), model)
+    for found in (right, dense):
+        assert warnings_of(json.loads(json.dumps(found.record))) == found.warnings
+    # What was not measured is not judged.
+    few = {k: v for k, v in right.record.items() if k not in ("tables", "importances", "controls")}
+    assert [c.check for c in checks(few)] == ["dense", "delta", "cancelling", "adversary"]
