@@ -35,7 +35,7 @@ class _SmallMLPs(torch.autograd.Function):
         z = torch.empty_like(a)
         for own in _blocks(a, w_in):
             h = F.gelu(_hidden(a[own], w_in[own], b_in[own]))
-            torch.baddbmm(b_out[own, None, None], h, w_out[own, :, None], out=z[own, :, None])
+            z[own] = torch.baddbmm(b_out[own, None, None], h, w_out[own, :, None]).squeeze(-1)
         return z
 
     @staticmethod
@@ -46,7 +46,7 @@ class _SmallMLPs(torch.autograd.Function):
         of_w_in, of_b_in, of_w_out = (torch.empty_like(w) for w in (w_in, b_in, w_out))
         for own in _blocks(a, w_in):
             h = _hidden(a[own], w_in[own], b_in[own])
-            torch.bmm(grad[own, None], F.gelu(h), out=of_w_out[own, None])
+            of_w_out[own] = torch.bmm(grad[own, None], F.gelu(h)).squeeze(1)
             slope = torch.ops.aten.gelu_backward(torch.ones_like(h), h)
             # Both sums over tokens in one product: the gradients of b₁ and w₁, but for w₂.
             sums = torch.stack([grad[own], grad[own] * a[own]], dim=1) @ slope

@@ -288,7 +288,7 @@ def _gamma_activations(shape: _Shape) -> int:
     read = sum(s.d_in for s in shape.sites.values() if s.short not in ("k", "v", "gate"))
     inputs = N * read * shape.target.itemsize
     if g.kind == "per_subcomponent_mlps":
-        return inputs + FLOAT * N * shape.total * (1 + 3 * g.hidden)
+        return inputs + FLOAT * N * shape.total * 4
     if g.kind == "per_site_mlps":
         return inputs + FLOAT * N * (read + 2 * g.hidden * len(d_in))
     chunks = math.ceil(len(d_in) / g.chunk) if g.kind == "chunked_transformers" else 1
@@ -371,7 +371,8 @@ def _gamma(shape: _Shape) -> tuple[int, int]:
     """A token's products in Γ: forward and backward; the inputs' own gradient is never wanted."""
     g, sites = shape.gamma, list(shape.sites.values())
     if g.kind == "per_subcomponent_mlps":
-        return sum(2 * s.d_in * shape.C[s.name] for s in sites), 0
+        acts = sum(2 * s.d_in * shape.C[s.name] for s in sites)
+        return acts + 2 * g.hidden * shape.total, 6 * g.hidden * shape.total
     if g.kind == "per_site_mlps":
         first = sum(2 * s.d_in * g.hidden for s in sites)
         last = 2 * g.hidden * shape.total
