@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import draw
-from tl_vpd.masking import fresh_pgd
+from tl_vpd.masking import fresh_pgd, restarted_pgd
 
 SLOPE = torch.tensor([[[1.0, -2.0, 0.5, 0.0]]], dtype=torch.float64)
 
@@ -55,3 +55,42 @@ def test_a_loss_that_runs_its_backward_piecewise_gives_the_same_attack():
 def test_it_works_where_gradients_are_off():
     with torch.no_grad():
         assert fresh_pgd(linear, draw(1, 1, 4)).loss == 1.5
+
+
+def test_momentum_by_hand():
+    # The gradient turns from +1 to −1 at 0.55; unit gradients summed with μ = 0.9 go on upwards for a step, plain ones do not.
+    def peak(sources):
+        return -(sources - 0.55).abs().sum()
+
+    start = torch.tensor([[[0.5]]], dtype=torch.float64)
+    plain = fresh_pgd(peak, start, steps=3, step_size=0.1)
+    assert_close(plain.sources, torch.tensor([[[0.6]]], dtype=torch.float64))  # 0.6, 0.5, 0.6
+    pushed = fresh_pgd(peak, start, steps=3, step_size=0.1, momentum=0.9)
+    # v: 1, 0.9 − 1 < 0, −0.09 − (…): 0.6, 0.5, then v = 0.9·(−0.1) + 1 > 0: 0.6
+    assert_close(pushed.sources, torch.tensor([[[0.6]]], dtype=torch.float64))
+    two = torch.tensor([[[0.30, 0.5]]], dtype=torch.float64)
+    # Two coordinates: the first goes up twice (v = 1, 1.9) and once more after its gradient has turned (v = 0.71).
+    climbed = fresh_pgd(lambda s: -(s[..., 0] - 0.45).abs().sum(), two, steps=3, step_size=0.1, momentum=0.9)
+    assert_close(climbed.sources[0, 0, 0], torch.tensor(0.6, dtype=torch.float64))
+    assert_close(
+        fresh_pgd(lambda s: -(s[..., 0] - 0.45).abs().sum(), two, steps=3, step_size=0.1).sources[0, 0, 0],
+        torch.tensor(0.4, dtype=torch.float64),
+    )
+
+
+def test_no_momentum_is_the_plain_attack_to_the_bit():
+    plain, zero = (fresh_pgd(linear, draw(1, 1, 4), steps=3, **more) for more in ({}, {"momentum": 0.0}))
+    assert torch.equal(plain.sources, zero.sources) and plain.losses == zero.losses
+    with pytest.raises(ValueError, match="momentum is 1"):
+        fresh_pgd(linear, draw(1, 1, 4), momentum=1.0)
+
+
+def test_the_worst_start_comes_first():
+    def two_hills(sources):
+        return torch.where(sources > 0.5, 2 * (sources - 0.5), 0.5 - sources).sum()
+
+    starts = [torch.full((1, 1, 1), value, dtype=torch.float64) for value in (0.3, 0.7, 0.1)]
+    found = restarted_pgd(two_hills, starts, steps=10)
+    assert [r.loss for r in found] == pytest.approx([1.0, 0.5, 0.5])
+    with pytest.raises(ValueError, match="no start"):
+        restarted_pgd(two_hills, [])

@@ -45,7 +45,7 @@ class Adversary:
         ValueError: there are no starts, or fewer than one explanation.
     """
 
-    scope: Scope = "shared"
+    scope: Scope | str = "shared"
     steps: int = 20
     step_size: float | None = None
     momentum: float = 0.0
