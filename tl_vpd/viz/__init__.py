@@ -6,9 +6,22 @@
 ...                                                                       # doctest: +SKIP
 """
 
+from tl_vpd.viz.attention import attention_by_offset, head_norms, pair_attention, static_strengths
+from tl_vpd.viz.attention_tokens import importances
 from tl_vpd.viz.panel import Panel, page
 from tl_vpd.viz.plots import losses
 from tl_vpd.viz.subcomponents import subcomponent
 from tl_vpd.viz.tables import table
 
-__all__ = ["Panel", "losses", "page", "subcomponent", "table"]
+__all__ = [
+    "Panel",
+    "attention_by_offset",
+    "head_norms",
+    "importances",
+    "losses",
+    "page",
+    "pair_attention",
+    "static_strengths",
+    "subcomponent",
+    "table",
+]

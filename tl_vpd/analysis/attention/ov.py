@@ -38,7 +38,7 @@ def random_overlap(d_model: int, d_head: int) -> float:
     return d_head / (d_model + d_head + 1)
 
 
-def frobenius_cosine(a: Float[Tensor, "*batch r c"], b: Float[Tensor, "*batch r c"]) -> Float[Tensor, "*batch"]:
+def frobenius_cosine(a: Float[Tensor, "*#batch r c"], b: Float[Tensor, "*#batch r c"]) -> Float[Tensor, "*batch"]:
     """``⟨A, B⟩ / (‖A‖ ‖B‖)``."""
     return (a * b).sum((-2, -1)) / (a.norm(dim=(-2, -1)) * b.norm(dim=(-2, -1)))
 

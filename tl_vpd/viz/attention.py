@@ -1,0 +1,197 @@
+"""Attention taken apart, to look at: pairs' patterns beside the model's, strengths by offset, norms by head, attention by offset.
+
+>>> viz.pair_attention(score_terms(vpd, model, tokens, 0, pairs), words)                                  # doctest: +SKIP
+>>> viz.static_strengths(static_strengths(vpd, model, 0, tokens, queries=[77]))                           # doctest: +SKIP
+>>> viz.head_norms(head_norms(vpd, 0)).save("norms.html")                                                 # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_vpd.analysis.attention import AttentionByOffset, HeadNorms, ScoreTerms, StaticStrengths, pattern_of
+from tl_vpd.site import Subcomponent
+from tl_vpd.viz.attention_plots import lines
+from tl_vpd.viz.panel import Panel
+from tl_vpd.viz.text import escape, for_script, number, visible
+
+LONGEST = 128
+"""Most tokens of a drawn pattern: beyond, its widget grows past what a browser draws smoothly."""
+
+HOW_PAIRS = (
+    "Each small square is a head's attention pattern: rows are the tokens that look, columns those looked at. Hover "
+    "over one to see it large, click to keep it.\n\n"
+    "“model” is the pattern the model computes; “without” the softmax of its scores with the chosen pairs of "
+    "subcomponents left out; “pairs alone” the softmax of the chosen pairs' summands and nothing else (what all other "
+    "pairs, Δ and the biases add is left out), so it shows where the pairs by themselves would look."
+)
+HOW_STATIC = (
+    "Each line is a head: what the pair of subcomponents would add to its scores when the query stands as many tokens "
+    "after the key as the horizontal axis says, both firing with the sign they usually have. Computed from the "
+    "weights alone; standardised: in standard deviations of this head's strengths over all pairs and offsets. A peak "
+    "at 1 favours the previous token."
+)
+HOW_NORMS = (
+    "Each row is a subcomponent, each column a head: the norm of its piece in that head (Q, K, V: of what it writes "
+    "there; O: of what it reads there), times the norm of its other side. “Heads” is over how many heads it is "
+    "spread: 1 for one alone, the number of heads for all alike. Rows are the largest of each matrix."
+)
+HOW_OFFSETS = (
+    "The mean share of its attention that a head pays to the token so many places back; dashed: with the named "
+    "subcomponents or pairs left out."
+)
+
+_DRAW_HEADS = """
+(function () {
+  for (const place of document.querySelectorAll('[data-tlvpd-heads="KEY"]:not([id])')) {
+    place.textContent = "";
+    place.id = "tlvpd-heads-KEY-" + Math.random().toString(36).slice(2);
+    CircuitsVis.render(place.id, CircuitsVis.AttentionHeads, PROPS);
+  }
+})();
+"""
+
+
+def pair_attention(
+    terms: ScoreTerms, tokens: Sequence[str] | None = None, *, row: int = 0, heads: Sequence[int] | None = None
+) -> Panel:
+    """The attention of chosen pairs beside the model's own pattern, drawn by circuitsvis.
+
+    Args:
+        terms: with the pairs in them. tokens: of the row, as text (None: their numbers). row: of the batch.
+        heads: to show (None: all).
+
+    Raises:
+        ValueError: the terms hold no pairs, the prompt is too long to draw, or there are as many words as there are not tokens.
+        IndexError: there is no such row or head.
+    """
+    if not terms.pairs:
+        raise ValueError("The terms hold no pairs: give score_terms the pairs to look at.")
+    if not 0 <= row < len(terms.tokens):
+        raise IndexError(f"There is no row {row}: the terms are of {len(terms.tokens)} prompts.")
+    numbers = terms.tokens[row].tolist()
+    words = [str(n) for n in numbers] if tokens is None else list(tokens)
+    if len(words) != len(numbers) or len(words) > LONGEST:
+        raise ValueError(f"{len(words)} words for {len(numbers)} tokens: give one a token, and at most {LONGEST}.")
+    n_heads = terms.scores.shape[1]
+    chosen = list(range(n_heads)) if heads is None else list(heads)
+    if any(not 0 <= h < n_heads for h in chosen):
+        raise IndexError(f"Heads {chosen} were asked for; the layer has heads 0 to {n_heads - 1}.")
+    kinds = {"model": terms.scores, "without": terms.without(), "pairs alone": terms.only()}
+    shown = {kind: pattern_of(scores[row].float()).cpu() for kind, scores in kinds.items()}
+    names = [f"head {h}: {kind}" for h in chosen for kind in shown]
+    patterns = [_rounded(shown[kind][h]) for h in chosen for kind in shown]
+    pairs = "; ".join(f"{q} · {k}" for q, k in terms.pairs)
+    props = {"tokens": [visible(w) for w in words], "attention": patterns, "attentionHeadNames": names}
+    data = for_script(props)
+    key = hashlib.sha256(data.encode()).hexdigest()[:16]
+    title = f"Attention of block {terms.layer}, pair by pair"
+    fallback = "Patterns are drawn when scripts may run."
+    body = (
+        f'<h3>{escape(title)}</h3><p class="note"><code>{escape(pairs)}</code></p>'
+        f'<div class="wide"><div data-tlvpd-heads="{key}">{fallback}</div></div>'
+        f"<script>{_DRAW_HEADS.replace('KEY', key).replace('PROPS', data)}</script>"
+    )
+    return Panel(title=title, body=body, how_to_read=HOW_PAIRS, needs_circuitsvis=True)
+
+
+def _rounded(pattern: Float[Tensor, "query key"]) -> list[list[float]]:
+    return [[round(p, 3) for p in row] for row in pattern.tolist()]
+
+
+def static_strengths(
+    strengths: StaticStrengths,
+    pairs: Sequence[tuple[str | Subcomponent, str | Subcomponent]] | None = None,
+    *,
+    top: int = 6,
+    max_offset: int | None = None,
+) -> Panel:
+    """Static interaction strengths by offset, one plot a pair, one line a head.
+
+    Args:
+        pairs: to draw (None: the ``top`` of the largest standardised strength). max_offset: the last one drawn (None: all).
+
+    Raises:
+        KeyError: a pair is not among the strengths. ImportError: matplotlib is not installed.
+    """
+    queries, keys = ([str(c) for c in side] for side in (strengths.queries, strengths.keys))
+    values = strengths.standardised.detach().cpu()
+    if pairs is None:
+        peak = values.abs().amax((-2, -1))
+        best = peak.flatten().topk(min(top, peak.numel())).indices
+        at = [divmod(i, len(keys)) for i in best.tolist()]
+    else:
+        for q, k in pairs:
+            if str(q) not in queries or str(k) not in keys:
+                raise KeyError(f"({q}, {k}) is not among the {len(queries)} x {len(keys)} pairs of these strengths.")
+        at = [(queries.index(str(q)), keys.index(str(k))) for q, k in pairs]
+    offsets = strengths.offsets.cpu()
+    shown = offsets <= (int(offsets[-1]) if max_offset is None else max_offset)
+    plots = [
+        (f"{queries[i]}  ·  {keys[j]}", {f"head {h}": values[i, j, h][shown] for h in range(values.shape[2])})
+        for i, j in at
+    ]
+    title = f"Static strengths of block {strengths.layer} by offset"
+    svg = lines(plots, offsets[shown], "offset: tokens from key to query", "standardised strength")
+    return Panel(title=title, body=f'<h3>{escape(title)}</h3><div class="plot">{svg}</div>', how_to_read=HOW_STATIC)
+
+
+def attention_by_offset(found: AttentionByOffset) -> Panel:
+    """Mean attention by offset, one plot a head; dashed where something was left out.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    plots = []
+    for head, before in enumerate(found.before.detach().cpu()):
+        own: dict[str, Tensor] = {"model": before}
+        if found.after is not None:
+            own["left out"] = found.after[head].detach().cpu()
+        plots.append((f"head {head}", own))
+    title = f"Attention of block {found.layer} by offset"
+    note = f'<p class="note">Left out: <code>{escape("; ".join(found.ablated))}</code></p>' if found.ablated else ""
+    offsets = torch.arange(found.before.shape[1])
+    svg = lines(plots, offsets, "offset: tokens back", "mean attention", dashed=("left out",), share_y=True)
+    return Panel(
+        title=title, body=f'<h3>{escape(title)}</h3>{note}<div class="plot">{svg}</div>', how_to_read=HOW_OFFSETS
+    )
+
+
+def head_norms(norms: HeadNorms, *, top: int = 12, title: str = "") -> Panel:
+    """Norms by head of each matrix's largest subcomponents, as a coloured table.
+
+    Raises:
+        ValueError: ``top`` is below 1.
+    """
+    if top < 1:
+        raise ValueError(f"top={top}: at least one row has to be shown.")
+    table = norms.to_pandas()
+    blocks = []
+    for site, own in table.groupby("site", sort=False):
+        rows = own.nlargest(top, "norm")
+        columns = [c for c in rows.columns if c.startswith("head_") and rows[c].notna().all()]
+        largest = float(rows[columns].to_numpy().max())
+        head = "".join(f"<th>{c.replace('_', ' ')}</th>" for c in columns)
+        lines_ = [_norm_row(row, columns, largest) for row in rows.to_dict("records")]
+        blocks.append(
+            f"<div><h4>{escape(str(site))}</h4><table><tr><th></th>{head}<th>norm</th><th>heads</th></tr>{''.join(lines_)}</table></div>"
+        )
+    title = title or f"Block {norms.layer}: subcomponents' norms by head"
+    body = f'<h3>{escape(title)}</h3><div class="columns" style="border:0;margin:0;padding:0;grid-template-columns:repeat(auto-fit,minmax(420px,1fr))">{"".join(blocks)}</div>'
+    return Panel(title=title, body=body, how_to_read=HOW_NORMS)
+
+
+def _norm_row(row: dict[Any, Any], columns: list[str], largest: float) -> str:
+    cells = "".join(
+        f'<td style="background:rgba(31,95,208,{row[c] / largest if largest else 0:.2f});'
+        f'color:{"#fff" if row[c] > 0.55 * largest else "#1d2430"}">{number(row[c])}</td>'
+        for c in columns
+    )
+    name = ":" + str(row["subcomponent"]).rpartition(":")[2]
+    return f"<tr><td>{name}</td>{cells}<td>{number(row['norm'])}</td><td>{row['heads']:.1f}</td></tr>"

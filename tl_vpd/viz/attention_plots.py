@@ -1,0 +1,71 @@
+"""Small line plots in a grid, drawn by matplotlib as inline SVG."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+COLOURS = ("#1f5fd0", "#e07b00", "#168a5b", "#c2185b", "#7b4bc4", "#5c6775", "#0f8b9d", "#9a6b00")
+
+
+def lines(
+    plots: Sequence[tuple[str, Mapping[str, Tensor]]],
+    x: Int[Tensor, " x"],
+    x_label: str,
+    y_label: str,
+    *,
+    dashed: Sequence[str] = (),
+    share_y: bool = False,
+) -> str:
+    """An ``<svg>`` of plots (title, line by name) over the same x, two a row.
+
+    Raises:
+        ValueError: there is nothing to draw. ImportError: matplotlib is not installed.
+    """
+    if not plots:
+        raise ValueError("There is nothing to draw.")
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Strengths and attention by offset are drawn by matplotlib: pip install matplotlib."
+        ) from error
+    # Text stays text, and ids depend on the content alone, so that the same numbers give the same page.
+    settings: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": "tl_vpd",
+        "font.family": "sans-serif",
+        "font.size": 9,
+    }
+    columns = min(2, len(plots))
+    rows = -(-len(plots) // columns)
+    with matplotlib.rc_context(settings):
+        figure = Figure(figsize=(5.2 * columns, 2.3 * rows + 0.2), layout="constrained")
+        every = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat
+        for axes, (title, own) in zip(every, plots, strict=False):
+            for colour, (name, y) in zip(COLOURS * len(own), own.items(), strict=False):
+                style = "--" if name in dashed else "-"
+                axes.plot(
+                    x.tolist(), y.tolist(), style, color=colour, linewidth=1.3, marker=".", markersize=3, label=name
+                )
+            axes.axhline(0, color="#c9ced6", linewidth=0.7, zorder=0)
+            axes.set_title(title, fontsize=9, loc="left")
+            axes.grid(alpha=0.25, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+        shown = list(figure.axes)
+        for axes in shown[len(plots) :]:
+            axes.set_visible(False)
+        for axes in shown[-columns:] if len(plots) == len(shown) else shown[len(plots) - columns : len(plots)]:
+            axes.set_xlabel(x_label)
+        for axes in shown[::columns]:
+            axes.set_ylabel(y_label)
+        shown[0].legend(frameon=False, fontsize=8, ncols=2)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    text = out.getvalue()
+    return text[text.index("<svg") :]

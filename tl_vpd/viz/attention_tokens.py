@@ -1,0 +1,82 @@
+"""A prompt's tokens coloured by the importances of chosen subcomponents, with their activations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tl_vpd.adapters import adapt
+from tl_vpd.analysis import Window
+from tl_vpd.site import Subcomponent
+from tl_vpd.viz.circuits import draw
+from tl_vpd.viz.panel import Panel
+from tl_vpd.viz.style import NEGATIVE, POSITIVE
+from tl_vpd.viz.text import escape, number
+
+if TYPE_CHECKING:
+    from tl_vpd.decomposition import Decomposition
+
+HOW = (
+    "Each block is the same prompt for one subcomponent. Background: its causal importance at the token, white 0, "
+    "full 1. Underline: its activation (times the norm of what it writes); hue is the sign, the strongest colour the "
+    "largest in the block. Framed: the largest importance. Hover over a token for both numbers. Line breaks are shown "
+    "as ⏎."
+)
+
+
+@torch.no_grad()
+def importances(
+    decomposition: Decomposition,
+    model: nn.Module,
+    prompt: Any,
+    subcomponents: Sequence[str | Subcomponent] | None = None,
+    *,
+    k: int = 6,
+) -> Panel:
+    """One prompt's tokens, coloured by importance and underlined by activation, once for every subcomponent.
+
+    Args:
+        prompt: a string, or the tokens of one prompt.
+        subcomponents: to show (None: the ``k`` of the largest mean importance that are not above 0.5 at half the tokens or more).
+
+    Raises:
+        ValueError: there is more than one prompt, or nothing to show. KeyError, IndexError: a subcomponent does not exist.
+    """
+    g = decomposition.causal_importances(model, prompt)
+    if len(g.tokens) != 1:
+        raise ValueError(f"{len(g.tokens)} prompts were given; one is shown at a time.")
+    if subcomponents is None:
+        often = (g.packed[0] > 0.5).float().mean(0) >= 0.5
+        mean = g.packed[0].mean(0).masked_fill(often, 0)
+        best = mean.topk(min(k, len(mean)))
+        chosen = [g.packing.at(i) for i, m in zip(best.indices.tolist(), best.values.tolist(), strict=True) if m > 0]
+    else:
+        chosen = [decomposition.subcomponent(c) for c in subcomponents]
+    if not chosen:
+        raise ValueError("There is nothing to show: no subcomponent was named, or none is important anywhere.")
+    acts = decomposition.component_acts(model, g.tokens)
+    words = adapt(model).words(g.tokens[0])
+    blocks, script = [], ""
+    for c in chosen:
+        norm = decomposition.U[c.site][c.index].detach().norm().to(acts[c.site])
+        a = (acts[c.site][0, :, c.index] * norm).float().cpu()
+        own = g[c.site][0, :, c.index].float().cpu()
+        peak = int(own.argmax())
+        window = Window(0, peak, 0, tuple(g.tokens[0].tolist()), tuple(words), own, a)
+        scale = float(a.abs().max())
+        (place,), drawn = draw([window], scale)
+        script += drawn
+        blocks.append(
+            f'<div class="window"><div class="where" style="overflow-wrap:anywhere"><code>{escape(str(c))}</code><br>importance '
+            f"up to {number(float(own[peak]))}<br>activation up to {number(scale)}</div>{place}</div>"
+        )
+    legend = (
+        '<div class="legend"><span>importance 0<i class="ramp"></i>1</span>'
+        f'<span>activation<i class="line" style="background:{POSITIVE}"></i>positive'
+        f'<i class="line" style="background:{NEGATIVE}"></i>negative</span></div>'
+    )
+    title = "Tokens by importance"
+    return Panel(title, f"<h3>{title}</h3>{legend}{''.join(blocks)}{script}", HOW, needs_circuitsvis=True)
