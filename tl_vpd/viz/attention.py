@@ -178,12 +178,13 @@ def head_norms(norms: HeadNorms, *, top: int = 12, title: str = "") -> Panel:
         columns = [c for c in rows.columns if c.startswith("head_") and rows[c].notna().all()]
         largest = float(rows[columns].to_numpy().max())
         head = "".join(f"<th>{c.replace('_', ' ')}</th>" for c in columns)
-        lines_ = [_norm_row(row, columns, largest) for row in rows.to_dict("records")]
+        html = [_norm_row(row, columns, largest) for row in rows.to_dict("records")]
         blocks.append(
-            f"<div><h4>{escape(str(site))}</h4><table><tr><th></th>{head}<th>norm</th><th>heads</th></tr>{''.join(lines_)}</table></div>"
+            f"<div><h4>{escape(str(site))}</h4><table><tr><th></th>{head}<th>norm</th><th>heads</th></tr>{''.join(html)}</table></div>"
         )
     title = title or f"Block {norms.layer}: subcomponents' norms by head"
-    body = f'<h3>{escape(title)}</h3><div class="columns" style="border:0;margin:0;padding:0;grid-template-columns:repeat(auto-fit,minmax(420px,1fr))">{"".join(blocks)}</div>'
+    style = "border:0;margin:0;padding:0;grid-template-columns:repeat(auto-fit,minmax(420px,1fr))"
+    body = f'<h3>{escape(title)}</h3><div class="columns" style="{style}">{"".join(blocks)}</div>'
     return Panel(title=title, body=body, how_to_read=HOW_NORMS)
 
 
