@@ -73,6 +73,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bfloat16": ({}, {"precision": "bfloat16"}),
     "merged_bfloat16": (MERGED, {"precision": "bfloat16"}),
     "checkpoint": ({}, {"checkpoint": True}),
+    "joined": ({}, {"joined": True}),
 }
 """Settings of ``VPDConfig`` and of ``Trainer``."""
 
@@ -88,7 +89,10 @@ def plain_step(size: Size) -> Callable[[], object]:
     return lambda: trainer.step(tokens)
 
 
-def own_step(size: Size, variant: str = "paper") -> Callable[[], object]:
+SITES = ("*W_Q", "*W_K", "*W_V", "*W_O", "*W_in", "*W_out")
+
+
+def own_step(size: Size, variant: str = "paper", sites: tuple[str, ...] = SITES) -> Callable[[], object]:
     """A step of ``tl_vpd``'s trainer on a HookedTransformer of the same shape."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -115,11 +119,11 @@ def own_step(size: Size, variant: str = "paper") -> Callable[[], object]:
         )
     )
     recipe, how = VARIANTS[variant]
-    names = ("*W_Q", "*W_K", "*W_V", "*W_O", "*W_in", "*W_out")
     config = VPDConfig(
         steps=1000,
         batch_size=size.batch,
-        C=dict(zip(names, size.C, strict=True)),
+        sites=sites,
+        C={name: C for name, C in zip(SITES, size.C, strict=True) if name in sites},
         gamma={"d_ci": size.d_gamma, "d_mlp": size.d_gamma_mlp, "n_blocks": size.blocks, "n_heads": 4},
         **recipe,
     )
@@ -234,14 +238,14 @@ def print_peak(size: str, which: str) -> None:
     """The measurement of ``peak``, in that process."""
     from tl_vpd.training import Trainer  # noqa: F401 (imports are not part of it)
 
-    before = _high_water()
+    before = high_water()
     step = plain_step(SIZES[size]) if which == "plain" else own_step(SIZES[size], which)
     for _ in range(3):
         step()
-    print((_high_water() - before) / 1024)
+    print((high_water() - before) / 1024)
 
 
-def _high_water() -> int:
+def high_water() -> int:
     """The largest resident memory of this process so far, in kB (``ru_maxrss`` would count the parent's)."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
