@@ -3,21 +3,31 @@
 from tl_vpd.analysis.audit import CircuitAudit, audit_circuit
 from tl_vpd.analysis.audit_repair import Repair, repair_circuit
 from tl_vpd.analysis.effects import ablation_table
+from tl_vpd.analysis.graph import AttributionGraph, attribution_graph
 from tl_vpd.analysis.harvest import harvest
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.analysis.pick import pick
+from tl_vpd.analysis.pruning import PruneConfig, PrunedCircuit, PruneSweep, ablate_nodes, prune, prune_sweep
 from tl_vpd.analysis.records import Harvest, SubcomponentHarvest, Window
 
 __all__ = [
+    "AttributionGraph",
     "CircuitAudit",
     "Harvest",
     "Node",
+    "PruneConfig",
+    "PruneSweep",
+    "PrunedCircuit",
     "Repair",
     "SubcomponentHarvest",
     "Window",
+    "ablate_nodes",
     "ablation_table",
+    "attribution_graph",
     "audit_circuit",
     "harvest",
     "pick",
+    "prune",
+    "prune_sweep",
     "repair_circuit",
 ]

@@ -31,8 +31,9 @@ class PrunedCircuit:
         importances: g of every subcomponent at every position; a node is where it is above 0. packing: their order.
         alive: how many nodes the prompt had before. coefficient: λ. settings: the rest of how it was pruned.
         probabilities: of the behaviour: ``target`` (the model), ``importances`` (as masks, Δ off), ``stochastic`` (mean of 64
-            draws), and the worst of 8 starts under ``adversarial`` (the adversary of pruning), ``adversarial_fresh`` (20 steps of
-            0.1 on everything important that is left out and on Δs) and ``adversarial_everything`` (20 steps on all there is).
+            draws), and the mean over 8 starts under ``adversarial`` (the adversary of pruning), ``adversarial_fresh`` (20 steps
+            of 0.1 on all that is important and left out, and on Δs; also the worst of the 8) and ``adversarial_everything`` (20
+            steps on all there is, important or not).
     """
 
     tokens: Int[Tensor, " pos"]
@@ -117,13 +118,14 @@ def probabilities(
         )
         for reach, n, size in attacks
     ]
-    worst = [float(score(some, *sources).min()) for sources in found]
+    own, fresh, everything = (score(some, *sources) for sources in found)
     return {
         "importances": float(plain),
         "stochastic": float(stochastic.mean()),
-        "adversarial": worst[0],
-        "adversarial_fresh": worst[1],
-        "adversarial_everything": worst[2],
+        "adversarial": float(own.mean()),
+        "adversarial_fresh": float(fresh.mean()),
+        "adversarial_fresh_worst": float(fresh.min()),
+        "adversarial_everything": float(everything.mean()),
     }
 
 

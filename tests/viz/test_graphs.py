@@ -1,0 +1,57 @@
+"""The interactive graph: self-contained, escaped, and holding what it says it shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+
+import pytest
+
+pytest.importorskip("plotly")
+
+from tests.analysis.test_graph_result import by_hand
+from tests.viz.test_panel import addresses
+from tl_vpd.analysis import harvest
+from tl_vpd.analysis.graph import LogitTarget, attribution_graph
+from tl_vpd.viz.graphs import graph as picture
+
+
+def data_of(html):
+    return json.loads(re.search(r"tlVpdGraph\(\"tlvpd-graph-\w+\", (\{.*?\})\)</script>", html, re.S)[1])
+
+
+def test_nodes_edges_and_hover_texts():
+    own = by_hand()
+    data = data_of(picture(own).body)
+    assert data["labels"] == list(own.labels)
+    assert [e[2] for e in data["edges"]] == [-3, 2, -2, 1.5, 1, 1, -1, 0.5]
+    assert data["y"][5] == 3 and data["x"][5] == 1 and data["y"][0] == 0
+    about = data["about"][2]
+    assert "−3 ← embed@1" in about and "−2 → blocks.0.mlp.W_in:9@1" in about and "importance 0.25" in about
+    assert data["size"][5] == max(data["size"]) and data["color"][3] != data["color"][2]
+
+
+def test_text_from_tokens_is_escaped_and_the_page_needs_no_network(tmp_path):
+    own = by_hand()
+    evil = LogitTarget(3, 1, None, "</script><img src=x>", 0.5)
+    panel = picture(dataclasses.replace(own, logits=(evil,)))
+    path = panel.save(tmp_path / "graph.html")
+    text = path.read_text(encoding="utf-8")
+    assert "</script><img" not in text and not addresses(text.partition("<script>")[0])
+    assert panel.html == picture(dataclasses.replace(own, logits=(evil,))).html
+
+
+def test_a_models_graph_with_tokens_of_its_subcomponents(model, vpd, tokens):
+    graph = attribution_graph(vpd, model, tokens[:1], 3)
+    found = harvest(vpd, model, tokens, windows=1)
+    panel = picture(graph, nodes=12, edges=30, harvest=found, title="Mine")
+    data = data_of(panel.body)
+    assert len(data["edges"]) == 30 and sum("blocks" in label for label in data["labels"]) == 12
+    assert any("fires at" in about for about in data["about"]) and "12 of" in panel.body
+    assert sorted((abs(e[2]) for e in data["edges"]), reverse=True) == [abs(e[2]) for e in data["edges"]]
+
+
+def test_mistakes_are_said():
+    with pytest.raises(ValueError, match="nodes=0"):
+        picture(by_hand(), nodes=0)

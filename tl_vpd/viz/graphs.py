@@ -1,0 +1,240 @@
+"""An attribution graph to walk through: positions across, sites upwards, drawn by plotly inlined into the page.
+
+The page holds plotly's own script (4.8 MB) and the graph as data; ``_DRAW`` draws it, filters edges by weight, and traces what
+leads to and from a node that is clicked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from typing import Any
+
+from tl_vpd.analysis.graph import AttributionGraph
+from tl_vpd.analysis.records import Harvest
+from tl_vpd.viz.panel import Panel
+from tl_vpd.viz.style import IMPORTANCE, NEGATIVE, POSITIVE
+from tl_vpd.viz.text import escape, for_script, number, spaced, visible
+
+HOW = (
+    "Every circle is a subcomponent at a position (or an embedding, below, or a logit, above); its size grows with its influence "
+    "on the logits, its colour with its importance. Every line is a direct effect: blue raises what it leads to, red lowers it; "
+    "the strongest are widest. Hover over a circle for its label, tokens and strongest edges; click it to see only what leads to "
+    "it and what it leads to, and click beside the circles to see all again. The slider leaves out weak edges.\n\n"
+    "Edges are gradients times activations times importances with all other subcomponents held fixed: an approximation to first "
+    "order, not an ablation. Nodes and edges left out of the picture are counted in its heading."
+)
+
+_DRAW = """
+window.tlVpdGraph = function (id, g) {
+  const place = document.getElementById(id), slider = document.getElementById(id + "-weight");
+  const said = document.getElementById(id + "-said");
+  let chosen = null;
+  function reach(from, start, end) {
+    const seen = new Set([from]), waiting = [from];
+    while (waiting.length) {
+      const n = waiting.pop();
+      for (const e of shown()) if (g.edges[e][start] === n && !seen.has(g.edges[e][end])) {
+        seen.add(g.edges[e][end]); waiting.push(g.edges[e][end]);
+      }
+    }
+    return seen;
+  }
+  function shown() { return [...Array(Math.round(slider.value)).keys()]; }
+  function draw() {
+    let kept = shown(), nodes = null;
+    if (chosen !== null) {
+      const up = reach(chosen, 1, 0), down = reach(chosen, 0, 1);
+      nodes = new Set([...up, ...down]);
+      kept = kept.filter(e => (up.has(g.edges[e][0]) && up.has(g.edges[e][1])) ||
+                              (down.has(g.edges[e][0]) && down.has(g.edges[e][1])));
+    }
+    const traces = [], most = g.edges.length ? Math.abs(g.edges[0][2]) : 1;
+    const classes = [[0, .05, .6, .3], [.05, .25, 1.2, .5], [.25, 2, 2.4, .8]];
+    for (const sign of [1, -1]) for (const [low, high, width, opacity] of classes) {
+      const x = [], y = [];
+      for (const e of kept) {
+        const [s, t, w] = g.edges[e], share = Math.abs(w) / most;
+        if (Math.sign(w) === sign && share >= low && share < high) {
+          x.push(g.x[s], g.x[t], null); y.push(g.y[s], g.y[t], null);
+        }
+      }
+      traces.push({ x: x, y: y, mode: "lines", hoverinfo: "skip", showlegend: false, opacity: opacity,
+                    line: { width: width, color: sign > 0 ? g.positive : g.negative } });
+    }
+    traces.push({ x: g.x, y: g.y, mode: "markers", type: "scatter", text: g.about, hoverinfo: "text", showlegend: false,
+      marker: { size: g.size, color: g.color, line: { width: g.x.map((_, i) => i === chosen ? 3 : 1), color: "#1d2430" },
+                opacity: g.x.map((_, i) => nodes === null || nodes.has(i) ? 1 : .12) } });
+    Plotly.react(place, traces, g.layout, { displaylogo: false, responsive: true, scrollZoom: true,
+      modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"] });
+    const least = kept.length ? Math.abs(g.edges[kept[kept.length - 1]][2]) : 0;
+    said.textContent = kept.length + " edges" + (kept.length ? ", the weakest " + least.toPrecision(2) : "") +
+      (chosen === null ? "" : "; traced from " + g.labels[chosen]);
+  }
+  draw();
+  slider.addEventListener("input", draw);
+  let onNode = false;
+  place.on("plotly_click", function (event) {
+    const point = event.points.find(p => p.data.mode === "markers");
+    if (point) { onNode = true; chosen = point.pointIndex === chosen ? null : point.pointIndex; draw(); }
+  });
+  place.addEventListener("click", function () {
+    if (!onNode && chosen !== null) { chosen = null; draw(); }
+    onNode = false;
+  });
+};
+"""
+
+
+@lru_cache(maxsize=1)
+def _library() -> str:
+    """plotly's script, hidden from module loaders of notebooks, which would take it for themselves.
+
+    Raises:
+        ImportError: plotly is not installed.
+    """
+    try:
+        from plotly.offline import get_plotlyjs
+    except ImportError as error:
+        raise ImportError("Graphs are drawn with plotly: pip install 'tl_vpd[viz]'.") from error
+    code = get_plotlyjs().replace("</script", "<\\/script")
+    hidden = f"(function(define,module,exports){{{code}\n}}).call(window);"
+    return f"<script>if(!window.Plotly){{{hidden}window.Plotly=window.Plotly||window.moduleName}}{_DRAW}</script>"
+
+
+def graph(
+    attribution: AttributionGraph,
+    *,
+    nodes: int = 150,
+    edges: int = 1500,
+    harvest: Harvest | None = None,
+    title: str = "",
+) -> Panel:
+    """An attribution graph as a panel to walk through.
+
+    Args:
+        nodes: subcomponents that are shown, those of largest influence on the logits.
+        edges: edges that are shown at most, the largest.
+        harvest: says at which tokens a subcomponent fires, where given.
+
+    Raises:
+        ValueError: ``nodes`` or ``edges`` is below 1. ImportError: plotly is not installed.
+    """
+    if nodes < 1 or edges < 1:
+        raise ValueError(f"nodes={nodes}, edges={edges}: at least one of each has to be shown.")
+    own = attribution.pruned(nodes=nodes)
+    title = title or "Attribution graph of " + ", ".join(visible(t.text) for t in attribution.logits)
+    data = _data(own, edges, harvest)
+    found, all_edges = len(data["edges"]), len(attribution.weight)
+    script = for_script(data)
+    id_ = f"tlvpd-graph-{hashlib.sha256(script.encode()).hexdigest()[:16]}"
+    heading = (
+        f"{int(own.is_subcomponent.sum())} of {int(attribution.is_subcomponent.sum()):,} subcomponent nodes and "
+        f"{found:,} of {all_edges:,} edges are shown"
+    )
+    body = (
+        f'<h3>{escape(title)}</h3><p class="note">{heading}</p>'
+        f'<p class="note"><label>edges <input type="range" id="{id_}-weight" min="1" max="{max(found, 1)}" '
+        f'value="{min(found, 400)}" style="width:260px;vertical-align:middle"></label> <span id="{id_}-said"></span></p>'
+        f'<div id="{id_}" style="width:100%;height:{data["layout"]["height"]}px"></div>'
+        f"{_library()}<script>tlVpdGraph({for_script(id_)}, {script})</script>"
+    )
+    return Panel(title=title, body=body, how_to_read=HOW)
+
+
+def _data(own: AttributionGraph, most: int, harvest: Harvest | None) -> dict[str, Any]:
+    """What ``_DRAW`` is told: places, looks and hover texts of nodes, and edges from the largest."""
+    x, y = _places(own)
+    order = own.weight.abs().argsort(descending=True, stable=True)[:most].tolist()
+    ends = zip(own.source[order].tolist(), own.target[order].tolist(), own.weight[order].tolist(), strict=True)
+    influence = own.influence
+    size = (7 + 17 * (influence / influence.max().clamp_min(1e-12)).sqrt()).tolist()
+    fixed = ~own.is_subcomponent
+    shades = [
+        "#dfe3ea" if f else _shade(g) for f, g in zip(fixed.tolist(), own.importance.clamp(0, 1).tolist(), strict=True)
+    ]
+    return {
+        "x": x,
+        "y": y,
+        "labels": list(own.labels),
+        "edges": [[s, t, float(f"{w:.4g}")] for s, t, w in ends],
+        "size": [round(s, 1) for s in size],
+        "color": shades,
+        "about": _about(own, harvest),
+        "positive": POSITIVE,
+        "negative": NEGATIVE,
+        "layout": _layout(own),
+    }
+
+
+def _shade(g: float) -> str:
+    """White at importance 0, ``IMPORTANCE`` at 1."""
+    full = [int(part) for part in IMPORTANCE[4:-1].split(",")]
+    return f"rgb({', '.join(str(round(255 + (part - 255) * g)) for part in full)})"
+
+
+def _places(own: AttributionGraph) -> tuple[list[float], list[float]]:
+    """Nodes of one site and position side by side around the position, some rows if there are many."""
+    cells: dict[tuple[int, int], list[int]] = {}
+    for i, cell in enumerate(zip(own.kind.tolist(), own.pos.tolist(), strict=True)):
+        cells.setdefault(cell, []).append(i)
+    x, y = [0.0] * len(own), [0.0] * len(own)
+    for (kind, pos), members in cells.items():
+        wide = min(len(members), 6)
+        rows = -(-len(members) // wide)
+        for j, i in enumerate(members):
+            row, column = divmod(j, wide)
+            x[i] = round(pos + (column - (wide - 1) / 2) * 0.13, 3)
+            y[i] = round(kind + (row - (rows - 1) / 2) * min(0.2, 0.8 / rows), 3)
+    return x, y
+
+
+def _layout(own: AttributionGraph) -> dict[str, Any]:
+    names = [name.replace("blocks.", "").replace(".attn.", " ").replace(".mlp.", " ") for name in own.names]
+    words = [f"{escape(spaced(word))}<br>{i}" for i, word in enumerate(own.words)]
+    return {
+        "height": 120 + 46 * len(names),
+        "margin": {"l": 80, "r": 10, "t": 10, "b": 60},
+        "hovermode": "closest",
+        "hoverlabel": {"align": "left", "bgcolor": "#fff", "font": {"size": 12}},
+        "plot_bgcolor": "#fff",
+        "dragmode": "pan",
+        "xaxis": {"tickvals": list(range(len(words))), "ticktext": words, "zeroline": False, "gridcolor": "#eef0f4"},
+        "yaxis": {"tickvals": list(range(len(names))), "ticktext": names, "zeroline": False, "gridcolor": "#eef0f4"},
+    }
+
+
+def _about(own: AttributionGraph, harvest: Harvest | None) -> list[str]:
+    """Each node's hover text."""
+    strongest: list[tuple[list[str], list[str]]] = [([], []) for _ in range(len(own))]
+    labels = own.labels
+    order = own.weight.abs().argsort(descending=True, stable=True).tolist()
+    sources, targets, weights = own.source.tolist(), own.target.tolist(), own.weight.tolist()
+    for e in order:
+        into, out_of = strongest[targets[e]][0], strongest[sources[e]][1]
+        if len(into) < 5:
+            into.append(f"{number(weights[e])} ← {labels[sources[e]]}")
+        if len(out_of) < 5:
+            out_of.append(f"{number(weights[e])} → {labels[targets[e]]}")
+    rows: list[dict[str, Any]] = own.nodes().to_dict("records")  # type: ignore[assignment]
+    found = []
+    for i, row in enumerate(rows):
+        lines = [f"<b>{row['node']}</b>", f"token {escape(visible(row['token']))}"]
+        if bool(own.is_subcomponent[i]):
+            lines.append(f"activation {number(row['activation'])}, importance {number(row['importance'])}")
+            if harvest is not None:
+                lines += _tokens(harvest, f"{row['name']}:{row['index']}")
+        lines.append(f"influence {number(row['influence'])}")
+        lines += [*strongest[i][0], *strongest[i][1]]
+        found.append("<br>".join(lines))
+    return found
+
+
+def _tokens(harvest: Harvest, address: str) -> list[str]:
+    """At which tokens a subcomponent fires, and which follow."""
+    own = harvest[address]
+    lines = []
+    for what, table in (("fires at", own.input_tokens(k=5)), ("followed by", own.output_tokens(k=5))):
+        if len(table):
+            lines.append(f"{what} " + " ".join(escape(visible(token)) for token in table["token"]))
+    return lines
