@@ -229,6 +229,10 @@ def test_a_repair_adds_until_the_adversary_no_longer_breaks_it():
         lower_is_better=not sign,
     )  # fmt: skip
     assert fresh.rows["recovered"][0] > 0.8
+    wide = repair_circuit(
+        model, tokens, [f"{Z0}:0"], metric, steps=2, max_added=1, per_position=True, lower_is_better=not sign
+    )  # fmt: skip
+    assert all(node.pos is None for node in wide.nodes)
     stopped = repair_circuit(
         model, tokens, [f"{Z0}:0"], metric, target=1.0, steps=2, max_added=1, lower_is_better=not sign
     )

@@ -162,8 +162,9 @@ def first_order_gains(
     audit: Auditor, kept: Bool[Tensor, "pos total"], sources: Float[Tensor, "#pos total"], against: Reference
 ) -> Float[Tensor, "pos total"]:
     """``(1 − r) ∂metric/∂m`` of every piece: what keeping it whole would add to the metric (upwards: better)."""
-    m = factors(kept, sources)[0].expand(kept.shape[0], -1).clone().requires_grad_()
+    m = factors(kept, sources)[0].clone().requires_grad_()
     with torch.enable_grad():
         value = audit.metric(audit.ablated.run(m[None], audit.values[against]))
         (gradient,) = torch.autograd.grad(value.squeeze(), m)
-    return (audit.sign * gradient * (1 - m)).detach()
+    gains = (audit.sign * gradient * (1 - m)).detach()
+    return gains if len(gains) == len(kept) else gains.sum(0, keepdim=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from tl_vpd.viz import style
@@ -25,7 +25,7 @@ class Panel:
     """
 
     title: str
-    body: str
+    body: str = field(repr=False)
     how_to_read: str = ""
     needs_circuitsvis: bool = False
 
