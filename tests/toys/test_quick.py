@@ -1,0 +1,40 @@
+"""Small toys taken apart for a few hundred steps: what the long runs finish is on its way, and was not there at the start."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+from tl_vpd.baselines import METHODS
+from tl_vpd.evaluation.ground_truth import GroundTruth, ground_truth
+from tl_vpd.importance import GammaConfig
+from tl_vpd.toys import TMS, TargetTraining, Toy, recipe, train
+
+QUICK = dict(C=6, batch_size=8, lr=1e-2, init_scale=0.3, gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=8))
+SMALL = {identity: TMS(3, 2, identity=identity, training=TargetTraining(600, 4, 1e-2)) for identity in (False, True)}
+target = functools.cache(train)
+
+
+def taken_apart(toy: TMS, method: str, steps: int) -> GroundTruth:
+    name = "tms_5_2_id" if toy.identity else "tms_5_2"
+    config = recipe(name, method, steps=steps).model_copy(update=QUICK)
+    coefficients = config.coefficients.model_copy(update={"importance": 3e-3})
+    config = config.model_copy(update={"coefficients": coefficients})
+    return measured(toy, METHODS[method].run(target(toy), toy.batches(8, seed=0), config))
+
+
+def measured(toy: Toy, found) -> GroundTruth:
+    model = target(toy)
+    return ground_truth(found, model, toy.truth(model), toy.batches(32, seed=9).at(0), output=toy.output)
+
+
+@pytest.mark.parametrize(("method", "identity"), [("vpd", False), ("vpd", True), ("spd", False)])
+def test_lengths_and_outputs_come_closer_to_the_truth(method, identity):
+    start, end = (taken_apart(SMALL[identity], method, steps) for steps in (5, 600))
+    assert end.reconstruction["adversarial"] < 0.5 * end.reconstruction["zero"]
+    assert end.reconstruction["adversarial"] < 0.7 * start.reconstruction["adversarial"]
+    before, after = (own.sites.set_index("site") for own in (start, end))
+    for site in ("embed", "unembed"):
+        assert after.loc[site, "ml2r"] > 1.5 * before.loc[site, "ml2r"]
+        assert after.loc[site, "mmcs"] > 0.93
