@@ -46,7 +46,7 @@ def test_train_then_eval(tmp_path: Path):
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert set(record["pgd_kl"]) == {"1", "2"}
     assert record["tokens"] == 128
-    assert set(record["controls"]) == {"random", "singular"}
+    assert set(record["controls"]) == {"random", "singular", "shuffled"}
     again = call("train", own)
     assert again.exit_code == 2
     assert "holds a run already" in again.output

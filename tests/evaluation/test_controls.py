@@ -3,7 +3,13 @@ from __future__ import annotations
 import torch
 from torch.testing import assert_close
 
-from tl_vpd.evaluation.controls import hand_over, random_importances, singular_components, singular_importances
+from tl_vpd.evaluation.controls import (
+    hand_over,
+    random_importances,
+    shuffled_importances,
+    singular_components,
+    singular_importances,
+)
 from tl_vpd.site import Packing, Site
 
 IN, OUT = "blocks.0.mlp.W_in", "blocks.0.mlp.W_out"
@@ -42,3 +48,13 @@ def test_singular_directions_sum_to_the_weight_and_the_strongest_is_kept():
     g = torch.tensor([[[0.0, 0.0, 0.0, 0.7]]])
     found = singular_importances(g, Packing({IN: 4}), {IN: x}, parts)
     assert_close(found, torch.tensor([[[0.0, 0.7, 0.0]]]))
+
+
+def test_shuffled_importances_stay_whole_and_leave_padding():
+    g = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
+    keep = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    g = g * keep[..., None]
+    found = shuffled_importances(g, keep, torch.Generator().manual_seed(1))
+    assert (found[~keep] == 0).all()
+    assert sorted(found[keep].tolist()) == sorted(g[keep].tolist())  # rows of values, each still together
+    assert not torch.equal(found, g)

@@ -40,4 +40,8 @@ def test_rows_mask_as_their_names_say():
     assert (drawn.mask >= g).all() and (drawn.mask[..., 3] == 1).all()
     assert drawn.mask[..., 0].mean() == pytest.approx(0.5, abs=0.02)
     assert drawn.delta.mean() == pytest.approx(0.5, abs=0.02)
-    assert set(ROWS) == {*expected, "stochastic"}
+    partial = row_masks("partial", g.expand(50, 40, 4), packing, generator)["blocks.0.mlp.W_in"]
+    assert set(partial.mask.unique().tolist()) == {0.0, 1.0} and (partial.delta == 0).all()
+    assert (partial.mask[(g > 0).expand(50, 40, 4)] == 1).all()
+    assert partial.mask[(g <= 0).expand(50, 40, 4)].mean() == pytest.approx(0.5, abs=0.03)
+    assert set(ROWS) == {*expected, "stochastic", "partial"}

@@ -73,10 +73,10 @@ def train_sizes(
     tokens: Any,
     config: VPDConfig,
     *,
-    factors: Sequence[float] = FACTORS,
+    factors: Sequence[int | float] = FACTORS,
     out: Path | str | None = None,
     **options: Any,
-) -> dict[str | float, Decomposition]:
+) -> dict[int | float, Decomposition]:
     """Decompositions with ``factor`` times the config's subcomponents at each site (at least one), all else alike.
 
     Args:
@@ -90,7 +90,7 @@ def train_sizes(
     sites = adapt(model).sites
     chosen = {name: sites[name] for name in select(config.sites, list(sites))}
     counts = counts_for(config, chosen)
-    found: dict[str | float, Decomposition] = {}
+    found: dict[int | float, Decomposition] = {}
     for factor in factors:
         scaled = config.model_copy(update={"C": {name: max(1, round(factor * n)) for name, n in counts.items()}})
         folder = None if out is None else Path(out) / f"C-{factor:g}"

@@ -162,37 +162,40 @@ def _curves(own: Mapping[str, Any]) -> str:
         "font.family": "sans-serif",
         "font.size": 9,
     }
+    drawn = [draw for draw, shown in ((_draw_attacks, len(attacks)), (_draw_resolution, len(resolution))) if shown]
     with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(10.4, 3.6), layout="constrained")
-        left, right = figure.subplots(1, 2)
-        if len(attacks):
-            learned = attacks[attacks["pieces"] == "learned"]
-            for name, group in learned.groupby("adversary", sort=False):
-                left.plot(group["steps"], group["kl"], marker="o", markersize=4, linewidth=1.3, label=str(name))
-            for name, group in attacks[attacks["pieces"] != "learned"].groupby("pieces", sort=False):
-                left.plot(
-                    group["steps"], group["kl"], "x", color=COLOURS.get(str(name)), label=f"shared, {name} pieces"
-                )
-        left.axhline(own["kl"]["zero"], color="#6b7484", linestyle=":", linewidth=1, label="everything ablated")
-        _axes(left, "distance under attack, by steps", "steps (steps × size = 2)")
-        for name, group in resolution.groupby("pieces", sort=False) if len(resolution) else []:
-            colour = COLOURS.get(str(name))
-            right.plot(group["l0"], group["kl"], marker=".", linewidth=1.3, color=colour, label=str(name))
-            right.fill_between(
-                group["l0"], _floats(group["kl_low"]), _floats(group["kl_high"]), color=colour, alpha=0.15
-            )
-        _axes(right, "distance against L0, threshold by threshold", "subcomponents kept a token")
+        figure = Figure(figsize=(5.2 * len(drawn), 3.6), layout="constrained")
+        for draw, axes in zip(drawn, figure.subplots(1, len(drawn), squeeze=False)[0], strict=True):
+            draw(axes, attacks if draw is _draw_attacks else resolution, own["kl"]["zero"])
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     text = out.getvalue()
     return text[text.index("<svg") :]
 
 
+def _draw_attacks(axes: Any, attacks: pd.DataFrame, zero: float) -> None:
+    for name, group in attacks[attacks["pieces"] == "learned"].groupby("adversary", sort=False):
+        axes.plot(group["steps"], group["kl"], marker="o", markersize=4, linewidth=1.3, label=str(name))
+    for name, group in attacks[attacks["pieces"] != "learned"].groupby("pieces", sort=False):
+        axes.plot(group["steps"], group["kl"], "x", color=COLOURS.get(str(name)), label=f"shared, {name} pieces")
+    axes.axhline(zero, color="#6b7484", linestyle=":", linewidth=1, label="everything ablated")
+    _finish(axes, "distance under attack, by steps", "steps (steps × size = 2)")
+
+
+def _draw_resolution(axes: Any, resolution: pd.DataFrame, zero: float) -> None:
+    for name, group in resolution.groupby("pieces", sort=False):
+        colour = COLOURS.get(str(name))
+        axes.plot(group["l0"], group["kl"], marker=".", linewidth=1.3, color=colour, label=str(name))
+        axes.fill_between(group["l0"], _floats(group["kl_low"]), _floats(group["kl_high"]), color=colour, alpha=0.15)
+    axes.axhline(zero, color="#6b7484", linestyle=":", linewidth=1, label="everything ablated")
+    _finish(axes, "distance against L0, threshold by threshold", "subcomponents kept a token")
+
+
 def _floats(values: pd.Series) -> pd.Series:
     return values.astype(float)
 
 
-def _axes(axes: Any, title: str, label: str) -> None:
+def _finish(axes: Any, title: str, label: str) -> None:
     axes.set_title(title, fontsize=9.5, loc="left")
     axes.set_xlabel(label)
     axes.set_yscale("log")

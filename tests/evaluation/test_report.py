@@ -1,0 +1,138 @@
+"""The whole report: tables beside their controls, JSON, the page, models without logits, both classes of model."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny import decomposition_of, some_tokens, tiny_model
+from tl_vpd import Evaluation, VPDConfig, bundled, evaluate
+from tl_vpd.evaluation import MEASURES
+from tl_vpd.toys.recipes import TOYS
+from tl_vpd.training import new_decomposition
+
+TABLES = {
+    "adversaries", "aggregation", "transfer", "hidden", "resolution", "cancelling", "slices", "foresight", "sizes",
+    "consistency",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def found() -> Evaluation:
+    model = tiny_model(torch.float32)
+    return evaluate(
+        decomposition_of(model),
+        model,
+        some_tokens(shape=(6, 8)),
+        budgets=(2,),
+        control_budgets=(1,),
+        adversary_budgets=(1,),
+        attack_rows=4,
+        batch_size=4,
+        off_distribution={"other": some_tokens(seed=5, shape=(4, 6))},
+        others={"seed 1": decomposition_of(model, seed=1)},
+    )
+
+
+def test_every_table_stands_beside_its_controls(found: Evaluation):
+    assert set(found.record["tables"]) == TABLES and found.record["left_out"] == {}
+    for name in ("adversaries", "aggregation", "transfer", "hidden", "resolution"):
+        assert set(found.to_pandas(name)["pieces"]) == {"learned", "random", "singular", "shuffled"}, name
+    assert {"random", "shuffled"} <= set(found.to_pandas("slices").columns)
+    assert {"random pieces", "singular pieces", "shuffled pieces", "low", "high"} <= set(found.table().columns)
+    assert list(found.to_pandas("slices")["slice"]) == ["these rows", "scrambled", "other"]
+    own = found.record
+    low, high = own["intervals"]["kl"]["rounded"]
+    assert low <= own["kl"]["rounded"] <= high
+    # The table and the record are two views of one measurement.
+    resolution = found.to_pandas("resolution").query("pieces == 'learned'").set_index("threshold")
+    assert resolution.loc[0.0, "kl"] == pytest.approx(own["kl"]["rounded"])
+    assert resolution.loc[0.5, "kl"] == pytest.approx(own["kl"]["rounded_0.5"])
+    assert resolution.loc[0.0, "l0"] == pytest.approx(own["l0"])
+    transfer = found.to_pandas("transfer").query("pieces == 'learned'").set_index("replaced")
+    assert transfer.loc["error-propagating", "kl"] == pytest.approx(own["kl"]["rounded"])
+    attacks = found.to_pandas("adversaries").query("pieces == 'learned' and adversary == 'shared'")
+    assert list(attacks["kl"]) == [own["pgd_kl"]["2"]] and own["pgd_tokens"] == 32
+
+
+def test_it_goes_through_json(found: Evaluation, tmp_path: Path):
+    found.save(tmp_path / "metrics.json")
+    again = Evaluation(json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail))
+    assert again.warnings == found.warnings
+    assert again.table().equals(found.table())
+    assert again.to_pandas("transfer").equals(found.to_pandas("transfer"))
+
+
+def test_the_page_stands_alone(found: Evaluation, tmp_path: Path):
+    path = found.save_html(tmp_path / "report.html", title="Of a <tiny> model")
+    text = path.read_text(encoding="utf-8")
+    assert "Of a &lt;tiny&gt; model" in text
+    for sentence in found.warnings:
+        assert sentence.split(":")[0] in text
+    assert "<svg" in text and "Aggregation" in text
+    assert not re.search(r"(?:src|href)=[\"']https?:", text)
+    assert path.read_bytes() == found.save_html(tmp_path / "again.html", title="Of a <tiny> model").read_bytes()
+
+
+def test_what_was_not_asked_for_is_not_measured_and_says_so():
+    model = tiny_model(torch.float32)
+    vpd, tokens = decomposition_of(model), some_tokens(shape=(1, 2))
+    few = evaluate(vpd, model, tokens, budgets=(), controls=False, measures=())
+    assert few.record["tables"] == {} and few.record["pgd_kl"] == {}
+    with pytest.raises(KeyError, match="no table 'transfer'"):
+        few.to_pandas("transfer")
+    rest = evaluate(vpd, model, tokens, budgets=(), controls=False, measures=("foresight", "aggregation"))
+    with pytest.raises(KeyError, match="'foresight' was left out: the rows are shorter"):
+        rest.to_pandas("foresight")
+    assert "a pair needs two" in rest.record["left_out"]["aggregation"]
+    with pytest.raises(KeyError, match="did you mean 'transfer'"):
+        evaluate(vpd, model, tokens, measures=("transfr",))
+
+
+def test_a_toy_is_judged_by_squared_errors(tmp_path: Path):
+    toy = TOYS["tms_5_2"]
+    model = toy.build(0)
+    vpd = new_decomposition(model, VPDConfig(C=6, output="mse", gamma={"kind": "per_subcomponent_mlps", "hidden": 4}))
+    x = toy.batches(32, seed=0).at(0)
+    found = evaluate(vpd, model, x, budgets=(2,), adversary_budgets=(1,), control_budgets=(1,), batch_size=16)
+    own = found.record
+    assert own["output"] == "mse" and "target_ce" not in own and own["compute_recovered"] == {}
+    with torch.no_grad(), vpd.attach(model) as attached, attached.masked("zero"):
+        zero = (model(x) - toy.build(0)(x)).square().mean()
+    assert own["kl"]["zero"] == pytest.approx(float(zero), rel=1e-4)
+    assert "mse" in found.table().columns and "ce" not in found.table().columns
+    assert own["left_out"] == {
+        "off_distribution": "no other data was given",
+        "foresight": "the model puts out no next-token predictions",
+    }
+    found.save_html(tmp_path / "toy.html")
+    assert all(isinstance(s, str) for s in found.warnings)
+
+
+def test_padding_is_left_out_on_either_class_of_model():
+    vpd = bundled.decomposition()
+    texts = ["def f(x):\n    return x + 1\n", "import os\n"]
+    records = []
+    for kind in ("hooked_transformer", "bridge"):
+        try:
+            model = bundled.model(kind=kind)  # type: ignore[arg-type]
+        except ImportError:
+            pytest.skip(f"this TransformerLens has no {kind}")
+        tokens = model.to_tokens(texts)
+        found = evaluate(
+            vpd, model, tokens, budgets=(1,), adversary_budgets=(1,), controls=False, measures=MEASURES
+        ).record
+        alone = [vpd.causal_importances(model, t).packed for t in texts]
+        assert found["tokens"] == sum(g.shape[1] for g in alone)
+        l0 = sum(float((g > 0).sum()) for g in alone) / found["tokens"]
+        assert found["l0"] == pytest.approx(l0, rel=1e-3)
+        assert "padded" in found["left_out"]["foresight"]
+        records.append(found)
+    one, two = records
+    assert one["kl"]["rounded"] == pytest.approx(two["kl"]["rounded"], rel=1e-3)
+    for a, b in zip(one["tables"]["hidden"], two["tables"]["hidden"], strict=True):
+        assert a["error"] == pytest.approx(b["error"], rel=1e-2), a["what"]

@@ -1,0 +1,84 @@
+"""Named sets of rows side by side, decompositions of several sizes, and the runs that train them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.evaluation import handmade
+from tests.evaluation.handmade import KNOWN, VOCABULARY, one_token_rows
+from tests.tiny import GAMMA, decomposition_of, some_tokens, tiny_model
+from tl_vpd import VPDConfig
+from tl_vpd.evaluation import aggregation, alive_of, sampled, scrambled, sizes, slices, train_sizes
+from tl_vpd.hooks.modes import masks_of_mode
+
+
+def test_a_slice_is_what_the_sample_alone_would_be():
+    model = tiny_model(torch.float32)
+    vpd = decomposition_of(model)
+    rows = {"one": some_tokens(seed=0, shape=(4, 7)), "other": some_tokens(seed=1, shape=(3, 5))}
+    table = slices(vpd, model, rows, steps=2, attack_rows=2)
+    assert list(table.index) == ["one", "other"] and list(table["tokens"]) == [28, 15]
+    for name, tokens in rows.items():
+        with sampled(vpd, model, tokens) as sample:
+            rounded = sample.distances(lambda i: masks_of_mode("rounded", sample.g[i], sample.packing))
+            union = aggregation(sample, sizes=(2,))
+        assert table.loc[name, "rounded"] == pytest.approx(rounded.mean, rel=1e-6)
+        assert table.loc[name, "kl_union"] == pytest.approx(union.loc[2, "kl_union"], rel=1e-6)
+    assert (table["share_of_zero"] == table["rounded"] / table["zero"]).all()
+    assert (table["pgd_kl"] > 0).all()
+
+
+def test_a_lookup_table_does_not_hold_on_unknown_tokens():
+    model = handmade.known_model()
+    rows = {"known": one_token_rows(0, KNOWN), "unknown": one_token_rows(KNOWN, VOCABULARY)}
+    right, table = (slices(vpd, model, rows, steps=0) for vpd in (handmade.right(model), handmade.lookup_table(model)))
+    assert (right["rounded"] < 1e-5).all() and table.loc["known", "rounded"] < 1e-5
+    assert table.loc["unknown", "share_of_zero"] > 0.3
+    assert "pgd_kl" not in table
+
+
+def test_scrambled_rows_hold_the_same_tokens_and_keep_the_first():
+    model = tiny_model(torch.float32)
+    tokens = some_tokens(shape=(6, 9))
+    found = scrambled(model, tokens, seed=1)
+    assert torch.equal(found[:, 0], tokens[:, 0])
+    assert torch.equal(found.sort(1).values, tokens.sort(1).values)
+    assert not torch.equal(found, tokens)
+    assert torch.equal(found, scrambled(model, tokens, seed=1))
+
+
+def test_a_slice_that_does_not_fit_is_named():
+    model = tiny_model(torch.float32)
+    with pytest.raises(ValueError, match="Slice 'long': Sequences of 11 tokens"):
+        slices(decomposition_of(model), model, {"long": torch.zeros(1, 11, dtype=torch.long)})
+    with pytest.raises(ValueError, match="no slices"):
+        slices(decomposition_of(model), model, {})
+
+
+def test_sizes_count_the_living():
+    model = handmade.known_model()
+    right, table = handmade.right(model), handmade.lookup_table(model)
+    tokens = one_token_rows(0, KNOWN)
+    found = sizes({"right": right, "again": right, "table": table}, model, tokens)
+    alive = sum(int(own.sum()) for own in alive_of(right, model, tokens).values())
+    assert list(found["alive"]) == [alive, alive, 2 * KNOWN]
+    assert found.loc["again", "alive_growth"] == 1.0
+    assert found.loc["right", "rounded_kl"] < 1e-5
+
+
+def test_train_sizes_scales_C_goes_on_and_refuses_other_settings(tmp_path: Path):
+    model, tokens = tiny_model(torch.float32), some_tokens(shape=(4, 6))
+    config = VPDConfig(steps=1, batch_size=2, C=4, gamma=GAMMA, warm_up_steps=0, sites=("blocks.0.mlp.*",))
+    found = train_sizes(model, tokens, config, factors=(0.1, 0.5, 2), out=tmp_path, progress=False)
+    assert [set(own.counts.values()) for own in found.values()] == [{1}, {2}, {8}]
+    again = train_sizes(model, tokens, config, factors=(0.5,), out=tmp_path, progress=False)
+    for name in again[0.5].sites:
+        assert torch.equal(again[0.5].V[name], found[0.5].V[name])
+    other = config.model_copy(update={"steps": 2})
+    with pytest.raises(ValueError, match="other settings"):
+        train_sizes(model, tokens, other, factors=(0.5,), out=tmp_path, progress=False)
+    table = sizes(found, model, tokens)
+    assert list(table["built"]) == [2, 4, 16]
