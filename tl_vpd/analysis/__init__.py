@@ -3,7 +3,7 @@
 from tl_vpd.analysis.audit import CircuitAudit, audit_circuit
 from tl_vpd.analysis.audit_repair import Repair, repair_circuit
 from tl_vpd.analysis.effects import ablation_table
-from tl_vpd.analysis.graph import AttributionGraph, attribution_graph
+from tl_vpd.analysis.graph import AttributionGraph, DatasetGraph, attribution_graph, dataset_graph
 from tl_vpd.analysis.harvest import harvest
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.analysis.pick import pick
@@ -13,6 +13,7 @@ from tl_vpd.analysis.records import Harvest, SubcomponentHarvest, Window
 __all__ = [
     "AttributionGraph",
     "CircuitAudit",
+    "DatasetGraph",
     "Harvest",
     "Node",
     "PruneConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "ablation_table",
     "attribution_graph",
     "audit_circuit",
+    "dataset_graph",
     "harvest",
     "pick",
     "prune",

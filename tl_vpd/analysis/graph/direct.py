@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -133,10 +133,16 @@ class DirectModel(TappedModel):
             raise
         return self
 
-    def direct(self, tokens: Int[Tensor, "batch pos"], *, until: Collection[str] | None = None) -> DirectPass:
+    def direct(
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        *,
+        until: Collection[str] | None = None,
+        keep: Bool[Tensor, "batch pos"] | None = None,
+    ) -> DirectPass:
         """Runs tokens; ``until``: the sites whose inputs are all that is wanted (None: on to the logits)."""
         with self._collecting(until) as run, torch.inference_mode(False), torch.enable_grad(), suppress(_Through):
-            run.logits = self._run(tokens, None)
+            run.logits = self._run(tokens, keep)
         return run
 
     @contextmanager
