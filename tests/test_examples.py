@@ -15,9 +15,9 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def runnable() -> list[str]:
     """The notebooks whose model class the installed TransformerLens has."""
-    names = ["ablation_experiments.ipynb"]
+    names = ["ablation_experiments.ipynb", "attention_without_heads.ipynb"]
     if HookedTransformer is not None:
-        names.append("three_lines_hooked_transformer.ipynb")
+        names += ["three_lines_hooked_transformer.ipynb", "auditing_a_circuit.ipynb"]
     try:
         transformer_bridge()
     except ImportError:
@@ -51,6 +51,8 @@ def test_a_notebook_is_checked_in_with_its_results_and_small(path):
 def test_every_notebook_is_run_somewhere():
     assert {p.name for p in EXAMPLES.glob("*.ipynb")} == {
         "ablation_experiments.ipynb",
+        "attention_without_heads.ipynb",
+        "auditing_a_circuit.ipynb",
         "three_lines_bridge.ipynb",
         "three_lines_hooked_transformer.ipynb",
     }
