@@ -1,0 +1,67 @@
+"""Pictures of what was found of a toy."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tl_vpd.evaluation.truth import SiteTruth, Truth
+from tl_vpd.toys import TMS
+from tl_vpd.viz.ground_truth import effects, ground_truth
+
+
+class Columns:
+    """The truth itself as pieces, in another order, with a dead one between."""
+
+    def __init__(self, model, order):
+        W = {"embed": model.embed.weight.detach().T, "unembed": model.unembed.weight.detach().T}
+        self.by_site = {}
+        for name, weight in W.items():
+            axis = 0 if name == "embed" else 1
+            n = weight.shape[axis]
+            eye = torch.eye(n)
+            own = [eye[j][:, None] * weight if axis == 0 else weight * eye[j] for j in order]
+            self.by_site[name] = torch.stack([*own, torch.zeros_like(weight)])
+
+    def pieces(self, site):
+        return self.by_site[site]
+
+    def importances(self, inputs):
+        rows, pos = inputs.shape[:2]
+        alive = torch.tensor([1.0] * (len(self.by_site["embed"]) - 1) + [0.0])
+        return {site: alive.expand(rows, pos, -1) for site in self.by_site}
+
+    def output(self, inputs, masks):
+        raise AssertionError("A picture needs no output.")
+
+
+@pytest.mark.parametrize(("features", "hidden"), [(4, 2), (5, 3)])
+def test_every_piece_lies_on_its_feature(features, hidden):
+    toy = TMS(features, hidden)
+    model = toy.build(0)
+    truth = toy.truth(model)
+    order = list(torch.randperm(features, generator=torch.Generator().manual_seed(1)))
+    found = Columns(model, order)
+    for name, known in truth.sites.items():
+        weight = {"embed": model.embed, "unembed": model.unembed}[name].weight.detach().T
+        true, own = effects(found.pieces(name)[:-1], weight, known)
+        for piece, j in enumerate(order):
+            assert_close(own[piece, j], true[j])
+    figure = ground_truth(found, model, truth, toy.batches(2, seed=0).at(0))
+    panels = [axes for axes in figure.axes if axes.get_title()]
+    assert [axes.get_title() for axes in panels] == [f"{n}: {features} alive of {features} true" for n in truth.sites]
+    if hidden == 2:
+        arrows = [note.xy for note in panels[0].texts if not note.get_text()]
+        for line, end in zip(panels[0].lines, arrows, strict=True):
+            assert line.get_xydata()[1] == pytest.approx(end)
+    else:
+        drawn = torch.as_tensor(panels[0].images[0].get_array())
+        assert_close(drawn.diagonal(), torch.ones(features, dtype=drawn.dtype))
+
+
+def test_a_truth_without_features_has_nothing_to_show():
+    model = TMS(3, 2).build(0)
+    dense = Truth(torch.zeros(1, 1, 3), {"embed": SiteTruth(2, torch.ones(1, 2, dtype=torch.bool))})
+    with pytest.raises(ValueError, match="None of embed has one subcomponent a feature"):
+        ground_truth(Columns(model, [0, 1, 2]), model, dense, torch.zeros(1, 1, 3))

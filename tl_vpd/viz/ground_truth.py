@@ -1,0 +1,89 @@
+"""What was found of a toy beside what is true: cosines of pieces with features, and in two dimensions the vectors themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor, nn
+
+from tl_vpd.adapters import adapt
+from tl_vpd.evaluation.assignment import assign
+from tl_vpd.evaluation.evaluate import ALIVE
+from tl_vpd.evaluation.ground_truth import Found
+from tl_vpd.evaluation.truth import SiteTruth, Truth
+
+
+@torch.no_grad()
+def ground_truth(found: Found, model: nn.Module, truth: Truth, inputs: Shaped[Tensor, "rows pos ..."]) -> Any:
+    """A matplotlib figure with a panel a site that has one subcomponent a feature.
+
+    In two dimensions: what the weight does with each feature (grey) and what each alive piece does with the feature that it is
+    matched to (coloured arrows). In more: the cosine of every feature with every alive piece, matched ones on the diagonal; a
+    piece that serves two features shows twice in its column, a feature that was split twice in its row.
+
+    Args:
+        inputs: a sample of the model's data, which says what is alive.
+
+    Raises:
+        ValueError: no site of the truth has one subcomponent a feature. ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures of ground truth are drawn by matplotlib: pip install matplotlib.") from error
+    sites = {name: known for name, known in truth.sites.items() if known.axis is not None}
+    if not sites:
+        raise ValueError(f"None of {', '.join(truth.sites) or 'no sites'} has one subcomponent a feature to show.")
+    g = found.importances(inputs)
+    figure = Figure(figsize=(4.2 * len(sites), 4.0), layout="constrained", dpi=110)
+    for axes, (name, known) in zip(figure.subplots(1, len(sites), squeeze=False).flat, sites.items(), strict=True):
+        true, own = effects(found.pieces(name)[g[name].mean((0, 1)) > ALIVE], adapt(model).weight(name), known)
+        cosines = F.normalize(true, dim=-1, eps=1e-30)[:, None] * F.normalize(own.transpose(0, 1), dim=-1, eps=1e-30)
+        _arrows(axes, true, own, cosines.sum(-1)) if true.shape[-1] == 2 else _cosines(axes, cosines.sum(-1))
+        axes.set_title(f"{name}: {own.shape[0]} alive of {known.count} true", fontsize=10)
+    return figure
+
+
+def effects(
+    pieces: Float[Tensor, "n d_in d_out"], W: Float[Tensor, "d_in d_out"], known: SiteTruth
+) -> tuple[Float[Tensor, "feature d"], Float[Tensor, "n feature d"]]:
+    """What the weight, and each piece, does with each feature."""
+    assert known.basis is not None
+    if known.axis == "in":
+        return known.basis @ W, torch.einsum("f i, n i o -> n f o", known.basis, pieces)
+    return known.basis @ W.T, torch.einsum("f o, n i o -> n f i", known.basis, pieces)
+
+
+def _matched(cosines: Float[Tensor, "feature n"]) -> list[int]:
+    """The piece of each feature under the matching with the largest sum of cosines (padded where pieces lack)."""
+    n = max(cosines.shape)
+    square = F.pad(cosines, (0, n - cosines.shape[1], 0, n - cosines.shape[0]), value=-2.0)
+    return [int(c) for c in assign(-square.double().numpy())]
+
+
+def _arrows(
+    axes: Any,
+    true: Float[Tensor, "feature 2"],
+    own: Float[Tensor, "n feature 2"],
+    cosines: Float[Tensor, "feature n"],
+) -> None:
+    for j, c in enumerate(_matched(cosines)[: len(true)]):
+        x, y = true[j].tolist()
+        axes.plot([0, x], [0, y], color="#b8b8b8", linewidth=6, solid_capstyle="butt")
+        if c < len(own):
+            style = {"arrowstyle": "-|>", "color": f"C{j}", "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
+            axes.annotate("", tuple(own[c, j].tolist()), (0, 0), arrowprops=style)
+        axes.annotate(f"feature {j}", (1.22 * x, 1.22 * y), ha="center", va="center", fontsize=8)
+    reach = 1.45 * float(true.norm(dim=-1).max())
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+
+
+def _cosines(axes: Any, cosines: Float[Tensor, "feature n"]) -> None:
+    matched = [c for c in _matched(cosines)[: len(cosines)] if c < cosines.shape[1]]
+    order = matched + [c for c in range(cosines.shape[1]) if c not in matched]
+    shown = axes.imshow(cosines[:, order].numpy(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
+    axes.set(xlabel="alive piece", ylabel="feature")
+    axes.figure.colorbar(shown, ax=axes, label="cosine")
