@@ -165,6 +165,29 @@ def some_steps(steps=3, dtype=torch.float32, **how):
     return metrics, vpd, trainer
 
 
+def test_a_forward_slope_makes_masks_negative_and_moves_values_below_zero_both_ways(monkeypatch):
+    model = tiny_model(dtype=torch.float32)
+    config = VPDConfig(steps=10, batch_size=4, C=5, gamma={**GAMMA, "output_bias": -0.5}, forward_slope=0.1)
+    vpd = new_decomposition(model, config)
+    with TappedModel(vpd, model) as tapped:
+        trainer = Trainer(tapped, config, (4, 6))
+        seen, clean = [], trainer.passes.clean
+        monkeypatch.setattr(trainer.passes, "clean", lambda *a: seen.append(clean(*a)) or seen[-1])
+        monkeypatch.setattr(
+            trainer, "_into_gamma", lambda own, grad, slope, now: seen.extend([grad.clone(), slope, now])
+        )
+        metrics = trainer.step(some_tokens(shape=(4, 6)))
+    own, of_g, slope, now = seen
+    z = own.z.detach()
+    assert bool((z < 0).any()) and bool((z > 0).any())
+    assert_close(own.g, torch.where(z < 0, 0.1 * z, z.clamp(0, 1)))
+    assert metrics.l0 == pytest.approx(float((z > 0).sum()) / 24)
+    below = z < -1e-3
+    assert bool((of_g[below] > 0).any()) and bool((of_g[below] < 0).any())
+    moved = trainer._penalty(now).pullback(z.flatten(0, 1), slope, of_g=of_g.clone().flatten(0, 1), forward_slope=0.1)
+    assert_close(moved.view_as(of_g)[below], 0.1 * of_g[below])
+
+
 def test_joined_passes_run_the_model_once_for_both_kinds_of_rows(monkeypatch):
     rows, masked = [], TappedModel.masked
 

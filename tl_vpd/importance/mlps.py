@@ -21,7 +21,6 @@ from torch.autograd.function import once_differentiable
 from tl_vpd.importance.transformer import rms_norm
 from tl_vpd.site import Packing
 
-
 _BLOCK = 1 << 17
 """Elements of the hidden layer made at once."""
 

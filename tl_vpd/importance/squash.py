@@ -37,10 +37,17 @@ class _LowerLeaky(torch.autograd.Function):
 
 
 def lower_leaky_pullback(
-    z: Float[Tensor, "*batch"], grad: Float[Tensor, "*batch"], out: Float[Tensor, "*batch"] | None = None
+    z: Float[Tensor, "*batch"],
+    grad: Float[Tensor, "*batch"],
+    out: Float[Tensor, "*batch"] | None = None,
+    *,
+    forward_slope: float = 0.0,
 ) -> Float[Tensor, "*batch"]:
-    """The gradient in z from the gradient in g (``out`` may be ``grad``)."""
-    leaked = grad.clamp(max=0).mul_(LEAK)
+    """The gradient in z from the gradient in g (``out`` may be ``grad``).
+
+    With a ``forward_slope``, g went on below 0 with that slope, as in SPD, and the gradient passes there whatever its sign.
+    """
+    leaked = grad * forward_slope if forward_slope else grad.clamp(max=0).mul_(LEAK)
     out = torch.where(z > 0, grad, leaked) if out is None else torch.where(z > 0, grad, leaked, out=out)
     return out.masked_fill_(z > 1, 0)
 

@@ -87,6 +87,8 @@ class VPDConfig(_Frozen):
     """The count a in ``f log2(1 + a f)`` (None: the batch's real tokens, the paper's term)."""
     frequency_half_life: float | None = Field(None, gt=0)
     """Half-life, in steps, of a running mean at which the frequency loss is taken (None: the batch's own frequency)."""
+    forward_slope: float = Field(0.0, ge=0, le=1)
+    """Slope, below 0, of the squashing that makes masks: 0, or SPD's 0.01, which lets masks be negative. To compare with SPD."""
     minimality_warm_up: float = Field(0.0, ge=0, le=1)
     """Share of the run over which the coefficients of importance and frequency rise from 0. With a Γ whose ``output_bias`` is
     near 1, training then starts where nothing is ablated and reconstruction is exact, and gives up the least needed first."""

@@ -53,16 +53,26 @@ class Passes:
     """Runs a tapped decomposition.
 
     Args:
+        kind: of distance between outputs. forward_slope: of importances below 0.
         precision: of matrix products. checkpoint: whether a layer's activations are computed again in backward.
     """
 
-    def __init__(self, tapped: TappedModel, kind: Literal["kl", "mse"], precision: Precision, checkpoint: bool) -> None:
+    def __init__(
+        self,
+        tapped: TappedModel,
+        kind: Literal["kl", "mse"] = "kl",
+        forward_slope: float = 0.0,
+        *,
+        precision: Precision = "float32",
+        checkpoint: bool = False,
+    ) -> None:
         decomposition = tapped.parts.decomposition
         if not isinstance(decomposition, Decomposition):
             raise TypeError("A Trainer needs a tapped Decomposition: bare Components have no Γ.")
         if checkpoint:
             tapped.adapter.blocks()
-        self.tapped, self.decomposition, self.kind = tapped, decomposition, kind
+        self.tapped, self.decomposition = tapped, decomposition
+        self.kind, self.forward_slope = kind, forward_slope
         self.precision, self.checkpoint = precision, checkpoint
         self._work: dict[str, Tensor] = {}
 
@@ -82,8 +92,10 @@ class Passes:
             z = self.decomposition.pre_sigmoid(inputs, kept)
         z = z.float() if z.dtype == torch.bfloat16 else z
         g = torch.clamp(z.detach(), 0, 1, out=self.workspace("g", z.shape, z.dtype))
+        if self.forward_slope:
+            g.add_(z.detach().clamp(max=0), alpha=self.forward_slope)
         sums = penalty.sums(z.detach().flatten(0, -2), None if kept is None else kept.flatten())
-        important = torch.linalg.vector_norm(g, ord=0, dim=-1)
+        important = torch.linalg.vector_norm(g.clamp(min=0) if self.forward_slope else g, ord=0, dim=-1)
         l0 = (important if kept is None else important * kept).sum()
         return Seen(part, own, kept, Reconstruction(logits, self.kind, kept), z, g, sums, l0)
 

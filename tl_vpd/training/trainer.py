@@ -113,7 +113,7 @@ class Trainer:
         joined: bool = False,
     ) -> None:
         self.tapped, self.config, self.world, self.joined = tapped, config, world or World(), joined
-        self.passes = Passes(tapped, config.output, precision, checkpoint)
+        self.passes = Passes(tapped, config.output, config.forward_slope, precision=precision, checkpoint=checkpoint)
         self.decomposition = self.passes.decomposition
         self.sharding = sharding or Sharding(self.world)
         self.weights = {name: tapped.adapter.weight(name) for name in self.decomposition.sites}
@@ -353,7 +353,8 @@ class Trainer:
         """Γ's gradients, from those of the importances and of the sums that minimality counts."""
         keep = None if own.keep is None else own.keep.flatten()
         rows = own.z.detach().flatten(0, -2)
-        self._penalty(now).pullback(rows, slope, keep, of_g=grad_g.flatten(0, -2))
+        below = self.config.forward_slope
+        self._penalty(now).pullback(rows, slope, keep, of_g=grad_g.flatten(0, -2), forward_slope=below)
         own.z.backward(grad_g)
 
     def _faithfulness(self, coefficient: float) -> Float[Tensor, ""]:

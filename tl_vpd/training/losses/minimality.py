@@ -70,10 +70,11 @@ class Penalty:
         keep: Bool[Tensor, " tokens"] | None = None,
         *,
         of_g: Float[Tensor, "tokens C_total"] | None = None,
+        forward_slope: float = 0.0,
     ) -> Float[Tensor, "tokens C_total"]:
         """The gradient in z from that in ``s_c`` and, through the lower-leaky squashing, that in the importances g.
 
-        ``of_g`` is written over with the result.
+        ``of_g`` is written over with the result. ``forward_slope``: of the lower-leaky squashing below 0.
         """
         out = torch.empty_like(z) if of_g is None else of_g
         for block, kept in _blocks(z, keep):
@@ -85,7 +86,7 @@ class Penalty:
             if of_g is None:
                 out[block] = steep
             else:
-                lower_leaky_pullback(own, out[block], out=out[block]).add_(steep)
+                lower_leaky_pullback(own, out[block], out=out[block], forward_slope=forward_slope).add_(steep)
         return out
 
 
