@@ -28,7 +28,7 @@ from tl_vpd.analysis.pruning.circuit import probabilities
 from tl_vpd.analysis.pruning.masked import MaskedModel
 
 RESULT = Path(__file__).parent / "results" / "pruning.json"
-ADVERSARIAL = PruneConfig(steps=600, lr=0.04)
+ADVERSARIAL = PruneConfig(steps=1000, lr=0.04)
 IMPORTANCES_ONLY = PruneConfig(variant="importances_only", steps=400, lr=0.04)
 
 
@@ -44,7 +44,7 @@ class Case:
 
 CASES = {
     "bracket": Case("foo(x)[0", "]", 0.008, 1.0),
-    "repeated_name": Case("code):\n        self.code =", " code", 0.004, 1.0),
+    "repeated_name": Case("code):\n        self.code =", " code", 0.008, 1.0),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -14,10 +15,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def runnable() -> list[str]:
-    """The notebooks whose model class the installed TransformerLens has."""
+    """The notebooks whose model class the installed TransformerLens has, and whose extra is installed."""
     names = ["ablation_experiments.ipynb", "attention_without_heads.ipynb"]
     if HookedTransformer is not None:
         names += ["three_lines_hooked_transformer.ipynb", "auditing_a_circuit.ipynb"]
+    if find_spec("plotly") is not None:
+        names.append("closing_a_bracket.ipynb")
     try:
         transformer_bridge()
     except ImportError:
@@ -53,6 +56,7 @@ def test_every_notebook_is_run_somewhere():
         "ablation_experiments.ipynb",
         "attention_without_heads.ipynb",
         "auditing_a_circuit.ipynb",
+        "closing_a_bracket.ipynb",
         "three_lines_bridge.ipynb",
         "three_lines_hooked_transformer.ipynb",
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 
-import networkx
 import pytest
 import torch
 from hypothesis import given, settings
@@ -120,6 +119,7 @@ def test_smaller_graphs_keep_their_edges():
 
 
 def test_networkx_has_the_same_graph():
+    networkx = pytest.importorskip("networkx")
     graph = by_hand()
     found = graph.to_networkx()
     assert networkx.is_directed_acyclic_graph(found) and found.number_of_edges() == len(EDGES)

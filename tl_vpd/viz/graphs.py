@@ -66,7 +66,7 @@ window.tlVpdGraph = function (id, g) {
       marker: { size: g.size, color: g.color, line: { width: g.x.map((_, i) => i === chosen ? 3 : 1), color: "#1d2430" },
                 opacity: g.x.map((_, i) => nodes === null || nodes.has(i) ? 1 : .12) } });
     Plotly.react(place, traces, g.layout, { displaylogo: false, responsive: true, scrollZoom: true,
-      modeBarButtonsToRemove: ["select2d", "lasso2d", "toImage"] });
+      modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]] });
     const least = kept.length ? Math.abs(g.edges[kept[kept.length - 1]][2]) : 0;
     said.textContent = kept.length + " edges" + (kept.length ? ", the weakest " + least.toPrecision(2) : "") +
       (chosen === null ? "" : "; traced from " + g.labels[chosen]);
