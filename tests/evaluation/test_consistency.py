@@ -51,9 +51,10 @@ def test_only_the_living_are_compared():
             two.U[name][0].copy_(one.U[name][2])
     first, third = ({n: torch.arange(6) == k for n in one.sites} for k in (0, 2))
     assert consistency(one, two, alive=(third, first)).loc["mean", "rank_one"] == pytest.approx(1.0)
-    nobody = {n: torch.zeros(6, dtype=torch.bool) for n in one.sites}
-    with pytest.raises(ValueError, match="is alive"):
-        consistency(one, two, alive=(third, nobody))
+    dead = first | {"blocks.0.attn.W_Q": torch.zeros(6, dtype=torch.bool)}
+    table = consistency(one, two, alive=(third, dead))
+    assert table["V"].isna().sum() == 1 and table.loc["blocks.0.attn.W_Q", "C_other"] == 0
+    assert table.loc["mean", "rank_one"] == pytest.approx(1.0)
 
 
 def test_other_sites_are_refused():

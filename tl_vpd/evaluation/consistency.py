@@ -54,11 +54,13 @@ def consistency(
 ) -> pd.DataFrame:
     """A row a site, and their mean: mean max cosine of V, U and rank-one, each beside its random baseline.
 
+    A site of which nothing lives in one of the two has no cosines (NaN), and is left out of the mean.
+
     Args:
         alive: which subcomponents of each to compare, by site (None: all; ``alive_of`` finds them).
 
     Raises:
-        ValueError: the two do not decompose the same sites, or a site has no living subcomponent in one of them.
+        ValueError: the two do not decompose the same sites.
     """
     if {s: (x.d_in, x.d_out) for s, x in one.sites.items()} != {s: (x.d_in, x.d_out) for s, x in two.sites.items()}:
         lacking = sorted(set(one.sites) ^ set(two.sites))
@@ -72,8 +74,6 @@ def consistency(
             if alive is not None:
                 kept = alive[side][name].cpu()
                 V, U = V[:, kept], U[kept]
-            if V.shape[1] == 0:
-                raise ValueError(f"No subcomponent of {name} is alive in one of the two: leave alive out, or the site.")
             parts.append((V, U))
         (V, U), (other_V, other_U) = parts
         found = _both_ways(V, U, other_V, other_U)
@@ -92,6 +92,8 @@ def consistency(
 
 
 def _both_ways(V: Tensor, U: Tensor, other_V: Tensor, other_U: Tensor) -> dict[str, float]:
+    if not (V.shape[1] and other_V.shape[1]):
+        return dict.fromkeys(MEASURES, float("nan"))
     there, back = max_cosines(V, U, other_V, other_U), max_cosines(other_V, other_U, V, U)
     return {name: float(there[name].mean() + back[name].mean()) / 2 for name in MEASURES}
 

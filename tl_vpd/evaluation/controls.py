@@ -16,6 +16,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_vpd.components import Components
+from tl_vpd.decomposition import Decomposition
+from tl_vpd.evaluation.sample import Importances, learned
 from tl_vpd.site import Packing, Site
 
 
@@ -77,3 +79,31 @@ def hand_over(
     largest = values.sort(dim=-1, descending=True).values[..., :n]
     order = strength.argsort(dim=-1, descending=True)[..., :n]
     return torch.zeros_like(strength).scatter(-1, order, largest.to(strength.dtype))
+
+
+def controls_of(
+    decomposition: Decomposition,
+    weights: Mapping[str, Float[Tensor, "_ _"]],
+    alive: Bool[Tensor, " C_total"],
+    seed: int,
+) -> dict[str, tuple[Decomposition | Components, Importances]]:
+    """The controls by name: which pieces, and how they get their importances."""
+    packing, own = decomposition.packing, learned(decomposition)
+    singular = singular_components(decomposition.sites, weights)
+
+    def at_random(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
+        generator = torch.Generator(alive.device).manual_seed(seed * 1_000_003 + index)
+        return random_importances(own(index, inputs, keep), alive, packing, generator)
+
+    def by_strength(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
+        return singular_importances(own(index, inputs, keep), packing, inputs, singular)
+
+    def at_other_tokens(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
+        generator = torch.Generator(alive.device).manual_seed(seed * 1_000_003 + 900_000 + index)
+        return shuffled_importances(own(index, inputs, keep), keep, generator)
+
+    return {
+        "random": (decomposition, at_random),
+        "singular": (singular, by_strength),
+        "shuffled": (decomposition, at_other_tokens),
+    }

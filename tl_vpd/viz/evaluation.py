@@ -81,7 +81,9 @@ def panels(report: Evaluation) -> list[Panel]:
     tables = own.get("tables", {})
     for name, (caption, note) in TABLES.items():
         if tables.get(name):
-            found.append(table(_shown(pd.DataFrame(tables[name])), caption, note=note))
+            rows = pd.DataFrame(tables[name])
+            shown = _beside(rows) if name == "hidden" else _shown(rows)
+            found.append(table(shown, caption, note=note))
     if own["pgd_kl"]:
         starts = pd.DataFrame(
             {"steps": list(own["pgd_kl"]), "kl": list(own["pgd_kl"].values())}
@@ -128,6 +130,12 @@ def _counts(own: Mapping[str, Any]) -> str:
 def _attacked(own: Mapping[str, Any]) -> str:
     tokens = own.get("pgd_tokens", own["tokens"])
     return f"Sources shared over {tokens:,} tokens, Δ's included; steps × size = 2; the worst start counts."
+
+
+def _beside(df: pd.DataFrame) -> pd.DataFrame:
+    """One row a place inside the model, the kinds of pieces side by side."""
+    wide = df.pivot_table(index=["what", "kind"], columns="pieces", values="error", sort=False, dropna=False)
+    return wide.dropna(how="all").reset_index().rename_axis(columns=None)
 
 
 def _shown(df: pd.DataFrame) -> pd.DataFrame:
@@ -199,8 +207,9 @@ def _finish(axes: Any, title: str, label: str) -> None:
     axes.set_title(title, fontsize=9.5, loc="left")
     axes.set_xlabel(label)
     axes.set_yscale("log")
+    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=7.5, framealpha=0.8, edgecolor="none")
