@@ -154,15 +154,18 @@ def audit_circuit(
         kept, whole, sign = audit.kept, audit.whole, audit.sign
         random = [random_circuit(audit.universe, kept, audit.generator) for _ in range(controls)]
         rows, worst = [], {}
+        compared: dict[Reference, tuple[float, float]] = {}
         for ablation in ablations:
             against = cast(Reference, ablation) if ablation in REFERENCES else default
-            nothing, complement = audit.plain(torch.zeros_like(kept), against), audit.plain(~kept, against)
+            if against not in compared:
+                compared[against] = audit.plain(torch.zeros_like(kept), against), audit.plain(~kept, against)
+            nothing, complement = compared[against]
             for steps in budgets if ablation == "adversarial" else (None,):
                 found, sources = audit.under(ablation, kept, against, steps)
                 if sources is not None and steps is not None:
                     worst[steps] = sources
-                compared = random if steps in (None, budgets[0]) else []
-                alike = [audit.under(ablation, own, against, steps)[0] for own in compared]
+                alongside = random if steps in (None, budgets[0]) else []
+                alike = [audit.under(ablation, own, against, steps)[0] for own in alongside]
                 rows.append(
                     {
                         "ablation": ablation,

@@ -138,7 +138,7 @@ def _addable(audit: Auditor) -> Bool[Tensor, " total"]:
 def _best(
     audit: Auditor,
     kept: Bool[Tensor, "pos total"],
-    sources: Float[Tensor, "#pos total"],
+    sources: Float[Tensor, "rows total"],
     against: Reference,
     candidates: int,
 ) -> tuple[Node, Bool[Tensor, "pos total"]]:
@@ -159,7 +159,7 @@ def _best(
 
 
 def first_order_gains(
-    audit: Auditor, kept: Bool[Tensor, "pos total"], sources: Float[Tensor, "#pos total"], against: Reference
+    audit: Auditor, kept: Bool[Tensor, "pos total"], sources: Float[Tensor, "rows total"], against: Reference
 ) -> Float[Tensor, "pos total"]:
     """``(1 − r) ∂metric/∂m`` of every piece: what keeping it whole would add to the metric (upwards: better)."""
     m = factors(kept, sources)[0].clone().requires_grad_()
