@@ -28,8 +28,8 @@ from tl_vpd.analysis.pruning.circuit import probabilities
 from tl_vpd.analysis.pruning.masked import MaskedModel
 
 RESULT = Path(__file__).parent / "results" / "pruning.json"
-ADVERSARIAL = PruneConfig(steps=1000, lr=0.04)
-IMPORTANCES_ONLY = PruneConfig(variant="importances_only", steps=400, lr=0.04)
+ADVERSARIAL = PruneConfig(steps=2000, lr=0.04)
+IMPORTANCES_ONLY = PruneConfig(variant="importances_only", steps=2000, lr=0.02)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.hooks.test_clean import assert_same, snapshot
+from tests.matrix.models import build, has_bridge
 from tests.tiny import decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.analysis.pruning import PruneConfig, ablate_nodes, prune, prune_sweep
@@ -15,6 +16,7 @@ from tl_vpd.analysis.pruning.attack import draw as draw_sources
 from tl_vpd.analysis.pruning.behaviours import behaviour_of
 from tl_vpd.analysis.pruning.masked import MaskedModel
 from tl_vpd.analysis.pruning.prune import _Pruning
+from tl_vpd.analysis.pruning.recorded import Recorded, running
 from tl_vpd.hooks import TappedModel
 from tl_vpd.masking import Masks, SiteMask
 
@@ -109,7 +111,9 @@ def test_an_attack_raises_the_loss_within_its_reach(model, vpd, tokens, reach):
         alive, behaviour = z > 0.3, behaviour_of(masked.adapter, logits[0], 4, -1)
         g = (0.4 * z.clamp(0, 1)).expand(3, -1, -1)
         start = draw_sources(g, len(vpd.sites), torch.Generator().manual_seed(0))
-        sources = attack(masked, prompt, g, behaviour, start, steps=20, step_size=0.1, reach=reach, alive=alive)
+        sources = attack(
+            running(masked, prompt, behaviour), g, start, steps=20, step_size=0.1, reach=reach, alive=alive
+        )
         losses = [
             behaviour.losses(masked.logits(prompt, g + (1 - g) * r, delta, 6)[0]) for r, delta in (start, sources)
         ]
@@ -120,10 +124,53 @@ def test_an_attack_raises_the_loss_within_its_reach(model, vpd, tokens, reach):
     assert bool((sources[0] != start[0])[:, ~alive].any()) == (reach == "everything")
 
 
+@pytest.mark.parametrize("kind", ["HookedTransformer", "bridge", "native"])
+def test_a_recording_gives_what_the_model_gives(kind):
+    if kind == "HookedTransformer":
+        model = tiny_model(normalization_type="RMS", gated_mlp=True, act_fn="silu", n_heads=4, n_key_value_heads=2)
+    elif has_bridge():
+        model = build("GPT-2", kind)
+    else:
+        pytest.skip("this TransformerLens has no bridge")
+    vpd, tokens = decomposition_of(model).to(torch.float64), some_tokens(shape=(1, 5))
+    with MaskedModel(vpd, model) as masked:
+        behaviour = behaviour_of(masked.adapter, masked.clean(tokens)[0][0], 4, -1)
+        by_model, recorded = running(masked, tokens, behaviour), Recorded(masked, tokens, behaviour)
+        for rows, seed in ((2, 0), (2, 1), (3, 2)):
+            own = draw(rows, 5, vpd.packing.total, seed=seed), draw(rows, 5, len(vpd.sites), seed=seed + 9)
+            for found, expected in zip(recorded(*own), by_model(*own), strict=True):
+                assert_close(found, expected, rtol=1e-6, atol=1e-9)
+                assert float(expected.abs().max()) > 1e-4
+        assert len(recorded.made) == 2 and recorded.made[2] is not recorded.model
+
+
+def test_what_cannot_be_recorded_is_run_with_a_warning(model, vpd, tokens):
+    with MaskedModel(vpd, model) as masked:
+        behaviour = behaviour_of(masked.adapter, masked.clean(tokens[:1])[0][0], 4, -1)
+        recorded = Recorded(masked, tokens[:1], behaviour)
+        honest, calls = recorded.model, []
+
+        def moody(mask, delta):
+            calls.append(1)
+            return tuple((2.0 if len(calls) == 1 else 1.0) * own for own in honest(mask, delta))
+
+        recorded.model = moody
+        own = draw(1, 7, vpd.packing.total), draw(1, 7, len(vpd.sites))
+        with pytest.warns(RuntimeWarning, match="cannot be recorded .on other masks the recording is off by"):
+            found = recorded(*own)
+        assert_close(found[0], honest(*own)[0])
+
+
+def test_pruning_from_recordings_is_the_same(model, vpd, tokens):
+    config = PruneConfig(steps=4, lr=0.05, adversary_steps=2)
+    a, b = (prune(vpd, model, tokens[:1], 4, config=config, recorded=own) for own in (True, False))
+    assert_close(a.importances, b.importances, rtol=1e-5, atol=1e-6)
+
+
 def test_pruning_keeps_the_behaviour_with_fewer_nodes(model, vpd, tokens):
     prompt = tokens[:1]
     before = snapshot(model)
-    config = PruneConfig(steps=60, lr=0.05)
+    config = PruneConfig(steps=20, lr=0.15, adversary_steps=2)
     sweep = prune_sweep(vpd, model, prompt, 4, [0.001, 0.5, 20.0], config=config)
     table = sweep.table()
     assert table.nodes.is_monotonic_decreasing and table.nodes[2] < table.nodes[0] <= table.alive[0]

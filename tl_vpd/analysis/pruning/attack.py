@@ -19,8 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.analysis.pruning.behaviours import Behaviour
-from tl_vpd.analysis.pruning.masked import MaskedModel
+from tl_vpd.analysis.pruning.recorded import Gradients
 
 REACHES = ("alive", "alive_and_deltas", "everything")
 Sources = tuple[Float[Tensor, "rows pos C_total"], Float[Tensor, "rows pos sites"]]
@@ -35,10 +34,8 @@ def draw(like: Float[Tensor, "rows pos C_total"], sites: int, generator: torch.G
 
 
 def attack(
-    masked: MaskedModel,
-    tokens: Tensor,
+    gradients: Gradients,
     g: Float[Tensor, "rows pos C_total"],
-    behaviour: Behaviour,
     start: Sources,
     *,
     steps: int,
@@ -46,13 +43,12 @@ def attack(
     reach: str,
     alive: Bool[Tensor, "pos C_total"],
 ) -> Sources:
-    """Sign-gradient ascent on every row's loss from ``start``."""
+    """Sign-gradient ascent from ``start`` on every row's loss, whose ``gradients`` are given."""
     r, delta = (own.clone() for own in start)
     free = 1 - g if reach == "everything" else (1 - g) * alive
     for _ in range(steps):
-        logits, run = masked.logits(tokens, g + (1 - g) * r, delta, behaviour.pos, gradients=True)
-        of_mask, of_delta = masked.gradients(behaviour.losses, logits, run, (g.shape[0], g.shape[1]))
-        r = r.add_(of_mask.mul_(free).sign_(), alpha=step_size).clamp_(0, 1)
+        of_mask, of_delta = gradients(torch.lerp(r, torch.ones_like(r), g), delta)
+        r = r.add_(of_mask.mul(free).sign_(), alpha=step_size).clamp_(0, 1)
         if reach != "alive":
-            delta = delta.add_(of_delta.sign_(), alpha=step_size).clamp_(0, 1)
+            delta = delta.add_(of_delta.sign(), alpha=step_size).clamp_(0, 1)
     return r, delta

@@ -16,6 +16,7 @@ from tl_vpd.analysis.pruning.attack import attack, draw
 from tl_vpd.analysis.pruning.behaviours import Behaviour, behaviour_of
 from tl_vpd.analysis.pruning.config import PruneConfig
 from tl_vpd.analysis.pruning.masked import MaskedModel
+from tl_vpd.analysis.pruning.recorded import running
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Packing, Subcomponent
 
@@ -97,6 +98,7 @@ def probabilities(
         return behaviour.probability(logits)
 
     one, many, some = g[None], g.expand(DRAWS, -1, -1), g.expand(FRESH_STARTS, -1, -1)
+    gradients = running(masked, tokens, behaviour)
     plain = score(one, torch.zeros_like(one), one.new_zeros(1, len(g), sites))
     stochastic = score(many, *draw(many, sites, generator))
     attacks: list[tuple[str, int, float]] = [
@@ -105,17 +107,7 @@ def probabilities(
         ("everything", FRESH_STEPS, 2 / FRESH_STEPS),
     ]
     found = [
-        attack(
-            masked,
-            tokens,
-            some,
-            behaviour,
-            draw(some, sites, generator),
-            steps=n,
-            step_size=size,
-            reach=reach,
-            alive=alive,
-        )
+        attack(gradients, some, draw(some, sites, generator), steps=n, step_size=size, reach=reach, alive=alive)
         for reach, n, size in attacks
     ]
     own, fresh, everything = (score(some, *sources) for sources in found)

@@ -30,6 +30,7 @@ from tl_vpd.analysis.pruning.behaviours import Behaviour, behaviour_of
 from tl_vpd.analysis.pruning.circuit import PrunedCircuit, probabilities
 from tl_vpd.analysis.pruning.config import PruneConfig
 from tl_vpd.analysis.pruning.masked import MaskedModel
+from tl_vpd.analysis.pruning.recorded import Gradients, Recorded, running
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.training.losses.minimality import Penalty
 from tl_vpd.training.schedules import cosine, warm_up
@@ -60,6 +61,7 @@ def prune(
     pos: int = -1,
     coefficient: float = 0.05,
     config: PruneConfig | None = None,
+    recorded: bool | None = None,
     progress: bool = False,
 ) -> PrunedCircuit:
     """The circuit of one prompt's behaviour.
@@ -68,13 +70,23 @@ def prune(
         prompt: a string or tokens ``[pos]`` or ``[1, pos]``.
         behaviour: a token, a pair of tokens, or None for the whole distribution (``behaviours`` has the table), at ``pos``.
         coefficient: λ.
+        recorded: whether passes are recorded once and then run without Python, several times faster (``recorded`` says how; None:
+            from 100 steps on). progress: show a bar.
 
     Raises:
         ValueError: there are several prompts or padding, nothing is alive, or attention runs head by head.
         IndexError, TypeError: as in ``behaviour_of``.
     """
     found = prune_sweep(
-        decomposition, model, prompt, behaviour, [coefficient], pos=pos, config=config, progress=progress
+        decomposition,
+        model,
+        prompt,
+        behaviour,
+        [coefficient],
+        pos=pos,
+        config=config,
+        recorded=recorded,
+        progress=progress,
     )
     return found.circuits[0]
 
@@ -88,6 +100,7 @@ def prune_sweep(
     *,
     pos: int = -1,
     config: PruneConfig | None = None,
+    recorded: bool | None = None,
     progress: bool = False,
 ) -> PruneSweep:
     """``prune`` at several λ, all in the same passes."""
@@ -106,7 +119,7 @@ def prune_sweep(
             raise ValueError("No subcomponent is important at any token of this prompt: there is nothing to prune.")
         chosen = behaviour_of(masked.adapter, logits[0], behaviour, pos)
         strengths = torch.tensor([float(c) for c in coefficients], dtype=z.dtype, device=z.device)
-        found = _Pruning(masked, tokens, z, chosen, strengths, config).run(progress)
+        found = _Pruning(masked, tokens, z, chosen, strengths, config, _worth(config, recorded)).run(progress)
         target = float(chosen.probability(logits[:, chosen.pos]))
         circuits = []
         for g, coefficient in zip(found, coefficients, strict=True):
@@ -128,6 +141,10 @@ def prune_sweep(
     return PruneSweep(tuple(circuits))
 
 
+def _worth(config: PruneConfig, recorded: bool | None) -> bool:
+    return config.steps >= 100 if recorded is None else recorded
+
+
 class _Pruning:
     """Trains the importances of several circuits, one for each λ, in the rows of one batch."""
 
@@ -139,8 +156,11 @@ class _Pruning:
         behaviour: Behaviour,
         strengths: Float[Tensor, " circuits"],
         config: PruneConfig,
+        recorded: bool = False,
     ) -> None:
-        self.masked, self.tokens, self.behaviour, self.config = masked, tokens, behaviour, config
+        self.config, self.sites = config, len(masked.names)
+        made = Recorded if recorded else running
+        self.gradients: Gradients = made(masked, tokens, behaviour)
         self.alive: Bool[Tensor, "pos C_total"] = z > 0
         self.z = z[self.alive].expand(len(strengths), -1).clone().requires_grad_()
         # λ / T a node: minimality is a mean over positions.
@@ -180,27 +200,22 @@ class _Pruning:
 
     def _of_behaviour(self, g: Float[Tensor, "circuits pos C_total"]) -> Float[Tensor, "circuits pos C_total"]:
         """The gradient of the behaviour's losses in g."""
-        sites = len(self.masked.names)
         if self.config.variant == "importances_only":
-            zero = g.new_zeros(*g.shape[:2], sites)
-            logits, run = self.masked.logits(self.tokens, g, zero, self.behaviour.pos, gradients=True)
-            return self.masked.gradients(self.behaviour.losses, logits, run, (g.shape[0], g.shape[1]))[0]
-        drawn = draw(g, sites, self.generator)
+            zero = g.new_zeros(*g.shape[:2], self.sites)
+            return self.gradients(g, zero)[0]
+        drawn = draw(g, self.sites, self.generator)
         attacked = self._adversary(g)
         both = torch.cat([g, g])
         r, delta = (torch.cat(pair) for pair in zip(drawn, attacked, strict=True))
-        logits, run = self.masked.logits(self.tokens, both + (1 - both) * r, delta, self.behaviour.pos, gradients=True)
-        of_mask, _ = self.masked.gradients(self.behaviour.losses, logits, run, (len(both), both.shape[1]))
+        of_mask, _ = self.gradients(torch.lerp(r, torch.ones_like(r), both), delta)
         stochastic, adversarial = (of_mask * (1 - r)).chunk(2)
         return (stochastic + adversarial) / 2
 
     def _adversary(self, g: Float[Tensor, "circuits pos C_total"]) -> Sources:
         return attack(
-            self.masked,
-            self.tokens,
+            self.gradients,
             g,
-            self.behaviour,
-            draw(g, len(self.masked.names), self.generator),
+            draw(g, self.sites, self.generator),
             steps=self.config.adversary_steps,
             step_size=self.config.adversary_step_size,
             reach=self.config.reach,
