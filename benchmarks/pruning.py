@@ -43,7 +43,7 @@ class Case:
 
 
 CASES = {
-    "bracket": Case("foo(x)[0", "]", 0.008, 1.0),
+    "bracket": Case("foo(x)[0", "]", 0.003, 1.0),
     "repeated_name": Case("code):\n        self.code =", " code", 0.008, 1.0),
 }
 
