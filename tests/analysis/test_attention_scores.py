@@ -71,6 +71,8 @@ def test_the_kernel_is_the_rotation_over_the_scale(flags):
     assert kernel.scale == pytest.approx(2.0, abs=1e-9)
     with pytest.raises(IndexError, match="was not measured"):
         kernel.at(10)
+    with pytest.raises(ValueError, match="1 to 10 tokens"):
+        measured_kernel(adapt(tiny_model(**flags)), 1, 11)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -239,6 +241,13 @@ def test_hooks_refuse_what_they_cannot_do(model, vpd, tokens):
         hooks = pair_ablation_hooks(vpd, model, [(f"{Q}:1", f"{K}:3")], length=4)
         with pytest.raises(ValueError, match="give pair_ablation_hooks a larger length"):
             model.run_with_hooks(tokens, fwd_hooks=hooks)
+        *_, (_, subtract) = hooks
+        for _, read in hooks[:4]:
+            read(torch.ones(1, 1, 6), None)
+        with pytest.raises(ValueError, match="cannot be left out with a KV cache"):
+            subtract(torch.zeros(1, 2, 1, 4), None)
+        with pytest.raises(RuntimeError, match="before the activations of their pairs"):
+            subtract(torch.zeros(1, 2, 1, 1), None)
         model.set_use_split_qkv_input(True)
         with pytest.raises(Unsupported, match="use_split_qkv_input"):
             pair_ablation_hooks(vpd, model, [(f"{Q}:1", f"{K}:3")])

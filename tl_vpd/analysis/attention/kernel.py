@@ -89,12 +89,16 @@ def measured_kernel(adapter: Adapter, layer: int, length: int) -> ScoreKernel:
 
     Raises:
         Unsupported: scores are not bilinear (by name where the adapter knows why), or depend on more than the offset.
+        KeyError: the block has no such attention. ValueError: the length is none that the model can run.
     """
     site = adapter.sites.get(f"blocks.{layer}.attn.W_Q")
     if site is None or site.d_head is None or f"blocks.{layer}.attn.W_K" not in adapter.sites:
         raise KeyError(f"Block {layer} has no W_Q and W_K that can be decomposed.")
+    n_ctx = int(adapter.model.cfg.n_ctx)
+    if not 1 <= length <= n_ctx:
+        raise ValueError(f"length={length}: offsets are measured for 1 to {n_ctx} tokens, the model's context.")
     d, heads = site.d_head, site.n_heads or 1
-    n = min(int(adapter.model.cfg.n_ctx), length + d)
+    n = min(n_ctx, length + d)
     zero = torch.zeros(1, n, heads, d, dtype=adapter.dtype, device=adapter.device)
     constant = scores_of(adapter, layer, zero, zero[:, :, :1])  # [1, head, n, n]
     seen = unmasked(constant)[0].all(0)
