@@ -346,6 +346,8 @@ def test_the_decomposition_may_be_attached_already(model, vpd, tokens):
         there = audit_circuit(model, tokens, circuit, metric, vpd, ablations=["zero"], controls=0)
         heads = audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["zero"], controls=0)
     assert there.rows.equals(alone.rows)
+    with vpd.attach(model) as attached, attached.masked("rounded"), pytest.raises(ValueError, match="runs masked here"):
+        audit_circuit(model, tokens, circuit, metric, vpd, ablations=["zero"], controls=0)
     assert heads.rows.equals(audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["zero"], controls=0).rows)
     with decomposition_of(model).double().attach(model), pytest.raises(ValueError, match="Another decomposition"):
         audit_circuit(model, tokens, circuit, metric, vpd, ablations=["zero"], controls=0)

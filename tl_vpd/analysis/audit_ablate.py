@@ -91,6 +91,8 @@ class AblatedModel:
             self._stack.enter_context(self.decomposition.attach(self.model, hooks=("component_acts", "delta_mask")))
         elif attached.decomposition is not self.decomposition:
             raise ValueError("Another decomposition is attached to this model: detach it first.")
+        elif attached._passes.plans:
+            raise ValueError("The model runs masked here: audit it outside of masked() and kept().")
         # After attaching: what is put aside comes back as the dictionaries it was in.
         self._stack.enter_context(frozen(self.adapter))
         self._stack.enter_context(users_hooks_aside(self.adapter))
