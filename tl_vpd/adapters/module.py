@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters.base import Adapter
 from tl_vpd.adapters.linears import oriented, overwrite, why_not
-from tl_vpd.adapters.taps import Handle, Read, Write, tap_product
+from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_product
 from tl_vpd.site import Site
 
 
@@ -92,6 +92,12 @@ class ModuleAdapter(Adapter):
 
     def padding(self, tokens: Tensor | None, attention_mask: Tensor | None) -> None:
         """Nothing is padded."""
+
+    def tap_residual(self, change: Write) -> list[Handle]:
+        """Raises Unsupported: such a model's embeddings are not known."""
+        raise Unsupported(
+            f"A {type(self.model).__name__} has no embeddings that are known: graphs are of transformers."
+        )
 
     def tap_inputs(
         self, see_tokens: Callable[[Tensor | None], None], see_attention_mask: Callable[[Tensor | None], None]

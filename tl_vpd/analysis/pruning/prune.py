@@ -108,6 +108,8 @@ def prune_sweep(
     if not coefficients:
         raise ValueError("A sweep needs at least one coefficient.")
     with MaskedModel(decomposition, model) as masked:
+        if not masked.adapter.return_types:
+            raise ValueError(f"A {type(model).__name__} puts out no logits of tokens: pruning is for language models.")
         tokens = masked.adapter.tokens(prompt)
         if tokens.ndim != 2 or len(tokens) != 1 or masked.adapter.padding(tokens, None) is not None:
             raise ValueError(
