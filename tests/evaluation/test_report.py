@@ -89,6 +89,8 @@ def test_what_was_not_asked_for_is_not_measured_and_says_so():
     with pytest.raises(KeyError, match="'foresight' was left out: the rows are shorter"):
         rest.to_pandas("foresight")
     assert "a pair needs two" in rest.record["left_out"]["aggregation"]
+    with pytest.raises(ValueError, match="The name scrambled is the report's own"):
+        evaluate(vpd, model, tokens, budgets=(), controls=False, off_distribution={"scrambled": tokens})
     with pytest.raises(KeyError, match="did you mean 'transfer'"):
         evaluate(vpd, model, tokens, measures=("transfr",))
 
@@ -136,3 +138,29 @@ def test_padding_is_left_out_on_either_class_of_model():
     assert one["kl"]["rounded"] == pytest.approx(two["kl"]["rounded"], rel=1e-3)
     for a, b in zip(one["tables"]["hidden"], two["tables"]["hidden"], strict=True):
         assert a["error"] == pytest.approx(b["error"], rel=1e-2), a["what"]
+
+
+@pytest.mark.parametrize("kind", ["hooked_transformer", "bridge"])
+def test_the_model_is_left_as_it_was(kind: str):
+    try:
+        model = bundled.model(kind=kind)  # type: ignore[arg-type]
+    except ImportError:
+        pytest.skip(f"this TransformerLens has no {kind}")
+    model.train()
+    tokens = bundled.tokens("validation")[:2, :12]
+    fired: list[str] = []
+    name = "blocks.0.attn.hook_pattern"
+    model(tokens)  # a bridge puts up hooks of its own in its first pass
+    model.add_hook(name, lambda value, hook: fired.append(name))
+    hooks = {n: (dict(m._forward_hooks), dict(m._forward_pre_hooks)) for n, m in model.named_modules()}
+    flags = {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()}
+    evaluate(bundled.decomposition(), model, tokens, budgets=(1,), adversary_budgets=(1,), control_budgets=(1,))
+    assert fired == []  # users' hooks are set aside: the target itself is measured
+    assert hooks == {n: (dict(m._forward_hooks), dict(m._forward_pre_hooks)) for n, m in model.named_modules()}
+    assert flags == {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()}
+    assert model.training
+    model(tokens)
+    assert fired == [name]
+    model.reset_hooks()
+    model(tokens)
+    assert fired == [name]

@@ -15,7 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_vpd.adapters import adapt
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.hooks.tapped import users_hooks_aside
 
 
 @torch.no_grad()
@@ -43,7 +45,7 @@ def foresight(
     if beyond:
         raise IndexError(f"Positions {beyond} have no next token in rows of {tokens.shape[1]} tokens.")
     rows = []
-    with decomposition.attach(model) as attached:
+    with users_hooks_aside(adapt(model)), decomposition.attach(model) as attached:
         clean = model(tokens).log_softmax(-1)
         with attached.masked(mode, threshold=threshold, seed=seed):
             whole = model(tokens).log_softmax(-1)

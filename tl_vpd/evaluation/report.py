@@ -2,7 +2,7 @@
 
 >>> from tl_vpd import bundled
 >>> report = bundled.evaluation()
->>> report.table().loc["zero", "share_of_zero"]
+>>> float(report.table().loc["zero", "share_of_zero"])
 1.0
 """
 

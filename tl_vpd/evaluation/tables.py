@@ -82,10 +82,19 @@ def tables_of_decomposition(
     off_distribution: Mapping[str, Any],
     others: Mapping[str, Decomposition],
 ) -> tuple[dict[str, pd.DataFrame], dict[str, str]]:
-    """The tables of the decomposition as a whole, and by measure why one was left out."""
+    """The tables of the decomposition as a whole, and by measure why one was left out.
+
+    Raises:
+        ValueError: a slice or another decomposition has a name of the report's own.
+    """
     found: dict[str, pd.DataFrame] = {}
     left_out: dict[str, str] = {}
     words = adapt(model).return_types
+    taken = {"these rows", "scrambled"} & set(off_distribution) | {"this"} & set(others)
+    if taken:
+        raise ValueError(
+            f"The name {', '.join(sorted(taken))} is the report's own: give the slice or decomposition another."
+        )
     if "aggregation" in scope.measures and len(tokens) < 2:
         left_out["aggregation"] = "there is one row, and a pair needs two"
     if "cancelling" in scope.measures:
