@@ -114,7 +114,8 @@ def test_smaller_graphs_keep_their_edges():
     assert sub.edges().values.tolist() == [r for r in graph.edges().values.tolist() if "W_in:4" not in r[0] + r[1]]
     assert graph.pruned(nodes=1).labels[2:3] == ("blocks.0.mlp.W_out:0@1",)
     assert (
-        graph.pruned(min_weight=1.2).weight.tolist() == [-3.0, 2.0, -2.0, 1.5] and len(graph.pruned(min_weight=9.0)) == 6
+        graph.pruned(min_weight=1.2).weight.tolist() == [-3.0, 2.0, -2.0, 1.5]
+        and len(graph.pruned(min_weight=9.0)) == 6
     )
 
 

@@ -163,7 +163,9 @@ def test_what_cannot_be_recorded_is_run_with_a_warning(model, vpd, tokens):
 
 def test_pruning_from_recordings_is_the_same(model, vpd, tokens):
     config = PruneConfig(steps=4, lr=0.05, adversary_steps=2)
-    a, b = (prune(vpd, model, tokens[:1], 4, config=config, recorded=own) for own in (True, False))
+    a = prune(vpd, model, tokens[:1], 4, config=config, recorded=True)
+    with torch.inference_mode():
+        b = prune(vpd, model, tokens[:1].clone(), 4, config=config, recorded=False)
     assert_close(a.importances, b.importances, rtol=1e-5, atol=1e-6)
 
 

@@ -16,7 +16,7 @@ sum: edges, Δs' outputs and biases add up to the target's value (with ``"patter
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -24,10 +24,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from tl_vpd.analysis.graph.direct import DirectModel, DirectPass, shared_inputs
+from tl_vpd.analysis.graph.candidates import Candidates
+from tl_vpd.analysis.graph.direct import DirectModel, DirectPass
 from tl_vpd.analysis.graph.result import EMBEDDINGS, LOGITS, AttributionGraph
 from tl_vpd.analysis.graph.rows import Block, Group, groups
-from tl_vpd.analysis.graph.targets import LogitTarget, logit_targets
+from tl_vpd.analysis.graph.targets import logit_targets
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.importance import lower_leaky
 
@@ -71,7 +72,7 @@ def attribution_graph(
         logits, inputs = direct.clean(tokens)
         g = lower_leaky(direct.parts.pre_sigmoid(inputs, None))[0].detach()
         chosen = logit_targets(direct.adapter, logits[0], targets, pos)
-        nodes = _Nodes(direct, tokens, inputs, g.to(logits), chosen, logits[0], threshold if importances else None)
+        nodes = Candidates(direct, tokens, inputs, g.to(logits), chosen, logits[0], threshold if importances else None)
         found = _Edges(direct, nodes, tokens, min_weight, importances)
         plan = groups(nodes.blocks(inputs), direct.names, tokens.shape[1], tokens_at_once, causal=direct.adapter.causal)
         rows = sum(len(block.seeds) for group in plan for block in group.blocks)
@@ -94,62 +95,11 @@ def one_prompt(direct: DirectModel, prompt: Any) -> Int[Tensor, "1 pos"]:
     return tokens
 
 
-class _Nodes:
-    """The nodes of a graph in order: embeddings, subcomponents by site and position, logits."""
-
-    def __init__(
-        self,
-        direct: DirectModel,
-        tokens: Int[Tensor, "1 pos"],
-        inputs: dict[str, Tensor],
-        g: Float[Tensor, "pos C_total"],
-        chosen: Sequence[LogitTarget],
-        logits: Float[Tensor, "pos vocab"],
-        threshold: float | None,
-    ) -> None:
-        self.direct, self.chosen, self.n_embeddings = direct, list(chosen), tokens.shape[1]
-        packing = direct.parts.packing
-        self.pos: dict[str, Tensor] = {}
-        self.index: dict[str, Tensor] = {}
-        self.first: dict[str, int] = {}
-        activations, own_g = [], []
-        total = self.n_embeddings
-        for name in direct.names:
-            of_site = g[:, packing.slices[name]]
-            taken = torch.ones_like(of_site, dtype=torch.bool) if threshold is None else of_site > threshold
-            self.pos[name], self.index[name] = taken.nonzero(as_tuple=True)
-            acts = inputs[name][0] @ direct.parts.V[name].detach()
-            activations.append(acts[taken])
-            own_g.append(of_site[taken])
-            self.first[name] = total
-            total += len(self.pos[name])
-        self.n_subcomponents = total - self.n_embeddings
-        values = [logits[t.pos] @ t.direction(logits) for t in self.chosen]
-        ones = logits.new_ones(self.n_embeddings)
-        self.activation = torch.cat([ones, *activations, torch.stack(values).to(ones)])
-        self.importance = torch.cat([ones, *own_g, ones.new_ones(len(values))])
-
-    def blocks(self, inputs: dict[str, Tensor]) -> list[Block]:
-        """All targets that are subcomponents, by input and position."""
-        found = []
-        for family in shared_inputs(self.direct.names, inputs):
-            for pos in range(self.n_embeddings):
-                nodes, reads = [], []
-                for name in family:
-                    here = (self.pos[name] == pos).nonzero().flatten()
-                    nodes.append(here + self.first[name])
-                    reads.append(self.direct.parts.V[name].detach().T[self.index[name][here]])
-                ids = torch.cat(nodes)
-                if len(ids):
-                    found.append(Block.of(family[0], pos, ids, torch.cat(reads)))
-        return found
-
-
 class _Edges:
     """Takes the gradients of groups of targets and keeps what they give."""
 
     def __init__(
-        self, direct: DirectModel, nodes: _Nodes, tokens: Int[Tensor, "1 pos"], min_weight: float, importances: bool
+        self, direct: DirectModel, nodes: Candidates, tokens: Int[Tensor, "1 pos"], min_weight: float, importances: bool
     ) -> None:
         self.direct, self.nodes, self.tokens, self.min_weight = direct, nodes, tokens, min_weight
         self.importances = importances
