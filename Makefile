@@ -9,7 +9,7 @@ OTHERS := 2.18 4.3
 EVERYWHERE := tests/matrix
 OTHER_ENVIRONMENTS := $(OTHERS:%=$(VENV)-%/.installed)
 
-.PHONY: demo test test-main test-others test-matrix check format bundled bench bench-hooks bench-step bench-growth clean
+.PHONY: demo test test-main test-others test-matrix check format bundled bench bench-hooks bench-step bench-growth bench-graph bench-pruning clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
@@ -60,9 +60,9 @@ bundled: $(VENV)/.installed
 	$(BIN)/python -m tl_vpd.bundled.train_decomposition --model build/bundled/model --out build/bundled/run
 
 # Each writes benchmarks/results/*.json; wanted on a machine that does nothing else.
-bench: bench-hooks bench-step bench-growth
+bench: bench-hooks bench-step bench-growth bench-graph bench-pruning
 
-bench-hooks bench-step bench-growth: bench-%: $(VENV)/.installed
+bench-hooks bench-step bench-growth bench-graph bench-pruning: bench-%: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$*
 
 clean:
