@@ -59,7 +59,7 @@ def run_demo(folder: Path, *, steps: int, say: Say) -> None:
     say("\n3. How good is it? (2,048 validation tokens; Δ off and every site masked, but drawn in the stochastic mode)")
     curve = bundled.training_record()["curve"]
     sample = held_out[: 2048 // held_out.shape[1]]
-    found = evaluate(vpd, model, sample, budgets=(), control_budgets=(20,), curve=curve)
+    found = evaluate(vpd, model, sample, budgets=(), control_budgets=(20,), curve=curve, measures=())
     _tell(found, say)
 
     say(f"\n4. A short decomposition from scratch ({steps} steps; the bundled one took far more)")
@@ -68,7 +68,7 @@ def run_demo(folder: Path, *, steps: int, say: Say) -> None:
     config = CONFIG.model_copy(update={"steps": steps})
     run = decompose(model, bundled.tokens("training"), config)
     run.decomposition.save(folder / "short")
-    short = evaluate(run.decomposition, model, sample, budgets=(20,), controls=False, curve=curve)
+    short = evaluate(run.decomposition, model, sample, budgets=(20,), controls=False, curve=curve, measures=())
     _tell(short, say)
 
     say("\n5. Ablating one subcomponent out of the model")

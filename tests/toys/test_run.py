@@ -57,6 +57,16 @@ def test_entries_of_other_settings_are_refused(command):
         command("--toy", "tms_5_2", "--steps", "4")
 
 
+def test_settings_added_since_do_not_make_an_entry_another(command, tmp_path):
+    found = command("--toy", "tms_5_2", "--steps", "3")
+    del found["tms_5_2"]["vpd"]["settings"]["init_scale"]
+    own = recipe("tms_5_2", "vpd", steps=3).model_copy(update={"init_scale": 1.0})
+    (tmp_path / "found.json").write_text(json.dumps(found))
+    assert runner.done(tmp_path / "found.json", "tms_5_2", "vpd", 0, own.model_dump(mode="json", exclude={"seed"}))
+    with pytest.raises(ValueError, match="with other settings"):  # the recipe's own is no default
+        command("--toy", "tms_5_2", "--steps", "3")
+
+
 def test_a_target_is_trained_once_and_read_from_then_on(command, tmp_path, capsys):
     command("--toy", "tms_5_2", "--only-target")
     (path,) = (tmp_path / "work").glob("*.safetensors")

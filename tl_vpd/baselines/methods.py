@@ -46,7 +46,8 @@ class Method:
 def spd_config(**settings: Any) -> VPDConfig:
     """SPD's recipe for toys as a VPDConfig, with ``settings`` in the place of its own.
 
-    Differences from the paper: what the subcomponents leave over is masked too, and masks are never negative.
+    Differences from the paper: what the subcomponents leave over is masked too, and masks are not negative
+    (``forward_slope=0.01`` makes them so).
     """
     base: dict[str, Any] = {
         "steps": 40_000,

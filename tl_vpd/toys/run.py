@@ -151,7 +151,8 @@ def done(path: Path, name: str, method: str, seed: int, settings: dict[str, Any]
     own = read(path).get(name, {}).get(method)
     if own is None:
         return False
-    if own["settings"] != settings:
+    # Settings that were added since have their defaults there.
+    if METHODS[method].config(**own["settings"]).model_dump(mode="json", exclude={"seed"}) != settings:
         raise ValueError(f"{path} holds {name} by {method} with other settings: choose another file with --out.")
     return seed in own["seed"]
 
