@@ -76,7 +76,9 @@ def one(recipe: str, importance: float, minutes: float, folder: Path) -> dict[st
     run = decompose(model, rows, config, progress=False, log_every=100)
     taken = time.perf_counter() - start
     run.decomposition.save(folder)
-    found = evaluate(run.decomposition, model, bundled.tokens("validation")[:16], budgets=(20,), controls=False, measures=()).record
+    found = evaluate(
+        run.decomposition, model, bundled.tokens("validation")[:16], budgets=(20,), controls=False, measures=()
+    ).record
     kl = {mode: found["kl"][mode] for mode in ("unmasked", "stochastic", "rounded")}
     return {
         "recipe": recipe,
