@@ -203,7 +203,6 @@ def test_weights_that_are_no_sites_are_part_of_the_model(model, tokens):
     assert_close(dense(graph)[5:, graph.number(node)], expected, rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.skipif(transformer_lens_version() < (3,), reason="what a hook is made of has other names")
 def test_the_model_is_left_as_it_was(model, vpd, tokens):
     model.add_hook("hook_embed", lambda x, hook: x * 2)
     before = snapshot(model)

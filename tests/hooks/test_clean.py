@@ -23,7 +23,8 @@ def snapshot(model):
         "hooks": {k: tuple(map(tuple, (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks, m._forward_hooks_with_kwargs,
                                        m._forward_pre_hooks_with_kwargs, m._forward_hooks_always_called)))
                   for k, m in model.named_modules()},
-        "users": {k: [h.user_hook for h in (*p.fwd_hooks, *p.bwd_hooks)] for k, p in model.hook_dict.items()},
+        "users": {k: [getattr(h, "user_hook", h.hook.id) for h in (*p.fwd_hooks, *p.bwd_hooks)]
+                  for k, p in model.hook_dict.items()},
         "training": {k: m.training for k, m in model.named_modules()},
         "requires_grad": {k: p.requires_grad for k, p in model.named_parameters()},
         "grads": {k: None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()},

@@ -71,6 +71,11 @@ class Adapter(ABC):
         """Width of the residual stream (of the widest input, where there is none)."""
 
     @property
+    def n_ctx(self) -> int:
+        """The longest prompt the model takes, in tokens."""
+        return int(self.model.cfg.n_ctx)
+
+    @property
     def device(self) -> torch.device:
         """Where the model's weights are."""
         return next(self.model.parameters()).device

@@ -46,3 +46,14 @@ def load_model(
     if compatibility_mode:
         raise ValueError("compatibility_mode belongs to kind='bridge'; a HookedTransformer has fold_ln and so on.")
     return HookedTransformer.from_pretrained(name, device=str(device), **options)
+
+
+def converted_neox_weights(source: Any, cfg: Any) -> dict[str, torch.Tensor]:
+    """A GPT-NeoX of transformers as the state of a HookedTransformer of the same shape.
+
+    Raises:
+        ImportError: the installed TransformerLens has no HookedTransformer.
+    """
+    from transformer_lens.pretrained.weight_conversions import convert_neox_weights
+
+    return convert_neox_weights(source, cfg)

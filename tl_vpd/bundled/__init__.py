@@ -22,7 +22,7 @@ from jaxtyping import Int
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from tl_vpd.adapters.loading import Kind, default_kind, load_model
+from tl_vpd.adapters.loading import Kind, converted_neox_weights, default_kind, load_model
 from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
 from tl_vpd.decomposition import Decomposition
 
@@ -72,7 +72,6 @@ def hooked_transformer(folder: Path, *, device: str | torch.device = "cpu") -> A
     """
     if HookedTransformer is None:
         raise ImportError("This TransformerLens has no HookedTransformer: use kind='bridge', or install 3.x.")
-    from transformer_lens.pretrained.weight_conversions import convert_neox_weights
     from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
     with _quiet_transformers():
@@ -100,7 +99,7 @@ def hooked_transformer(folder: Path, *, device: str | torch.device = "cpu") -> A
     tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=True)
     hooked = HookedTransformer(cfg, tokenizer=tokenizer, move_to_device=False)
     with torch.no_grad():
-        state = {k: v.clone() for k, v in convert_neox_weights(source, cfg).items()}
+        state = {k: v.clone() for k, v in converted_neox_weights(source, cfg).items()}
     hooked.load_and_process_state_dict(
         state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
+
+from tl_vpd.viz.svg import svg
 
 COLOURS = ("#1f5fd0", "#e07b00", "#168a5b", "#c2185b", "#7b4bc4", "#5c6775", "#0f8b9d", "#9a6b00")
 
@@ -29,24 +30,10 @@ def lines(
     """
     if not plots:
         raise ValueError("There is nothing to draw.")
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Strengths and attention by offset are drawn by matplotlib: pip install matplotlib."
-        ) from error
-    # Text stays text, and ids depend on the content alone, so that the same numbers give the same page.
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "tl_vpd",
-        "font.family": "sans-serif",
-        "font.size": 9,
-    }
     columns = min(2, len(plots))
     rows = -(-len(plots) // columns)
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.2 * columns, 2.3 * rows + 0.2), layout="constrained")
+
+    def draw(figure: Any) -> None:
         every = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat
         for axes, (title, own) in zip(every, plots, strict=False):
             for colour, (name, y) in zip(COLOURS * len(own), own.items(), strict=False):
@@ -66,10 +53,8 @@ def lines(
         for axes in shown[::columns]:
             axes.set_ylabel(y_label)
         shown[0].legend(frameon=False, fontsize=8, ncols=2)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    return _short(text[text.index("<svg") :])
+
+    return _short(svg((5.2 * columns, 2.3 * rows + 0.2), draw))
 
 
 def _short(svg: str) -> str:

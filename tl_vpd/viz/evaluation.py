@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from tl_vpd.viz.panel import Panel, page
+from tl_vpd.viz.svg import svg
 from tl_vpd.viz.tables import table
 from tl_vpd.viz.text import escape
 
@@ -159,26 +159,13 @@ def _curves(own: Mapping[str, Any]) -> str:
     resolution = pd.DataFrame(tables.get("resolution", []))
     if not len(attacks) and not len(resolution):
         return ""
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The curves are drawn by matplotlib: pip install matplotlib.") from error
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "tl_vpd",
-        "font.family": "sans-serif",
-        "font.size": 9,
-    }
     drawn = [draw for draw, shown in ((_draw_attacks, len(attacks)), (_draw_resolution, len(resolution))) if shown]
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(5.2 * len(drawn), 3.6), layout="constrained")
+
+    def draw_all(figure: Any) -> None:
         for draw, axes in zip(drawn, figure.subplots(1, len(drawn), squeeze=False)[0], strict=True):
             draw(axes, attacks if draw is _draw_attacks else resolution, own["kl"]["zero"])
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+
+    return svg((5.2 * len(drawn), 3.6), draw_all)
 
 
 def _draw_attacks(axes: Any, attacks: pd.DataFrame, zero: float) -> None:

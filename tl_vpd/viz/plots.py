@@ -1,13 +1,13 @@
-"""Curves of a training run, drawn by matplotlib as inline SVG (an interactive library would add megabytes)."""
+"""Curves of a training run."""
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import pandas as pd
 
 from tl_vpd.viz.panel import Panel
+from tl_vpd.viz.svg import svg
 from tl_vpd.viz.text import escape
 
 _PLOTS = {
@@ -38,37 +38,19 @@ def losses(history: pd.DataFrame, *, title: str = "Training") -> Panel:
         raise ValueError(f"The history lacks {', '.join(missing)}; pass run.history or pd.read_json(..., lines=True).")
     if not len(history):
         raise ValueError("The history holds no steps.")
-    body = f'<h3>{escape(title)}</h3><div class="plot">{_svg(history)}</div>'
+    body = f'<h3>{escape(title)}</h3><div class="plot">{svg((10.4, 5.2), lambda figure: _draw(figure, history))}</div>'
     return Panel(title=title, body=body, how_to_read=HOW)
 
 
-def _svg(history: pd.DataFrame) -> str:
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("The plot of losses is drawn by matplotlib: pip install matplotlib.") from error
-    # Text stays text, and ids depend on the content alone, so that the same history gives the same page.
-    settings: dict[Any, Any] = {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "tl_vpd",
-        "font.family": "sans-serif",
-        "font.size": 9,
-    }
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(10.4, 5.2), layout="constrained")
-        for axes, (title, (columns, logarithmic)) in zip(figure.subplots(2, 2).flat, _PLOTS.items(), strict=True):
-            for column, colour in zip(columns, ("#1f5fd0", "#e07b00"), strict=False):
-                axes.plot(history["step"], history[column], color=colour, linewidth=1.3, label=column)
-            axes.set_title(title, fontsize=9.5, loc="left")
-            positive = bool((history[list(columns)] > 0).all(axis=None))
-            axes.set_yscale("log" if logarithmic and positive else "linear")
-            axes.set_xlabel("step")
-            axes.grid(alpha=0.25, linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-            if len(columns) > 1:
-                axes.legend(frameon=False, fontsize=8.5)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    text = out.getvalue()
-    return text[text.index("<svg") :]
+def _draw(figure: Any, history: pd.DataFrame) -> None:
+    for axes, (title, (columns, logarithmic)) in zip(figure.subplots(2, 2).flat, _PLOTS.items(), strict=True):
+        for column, colour in zip(columns, ("#1f5fd0", "#e07b00"), strict=False):
+            axes.plot(history["step"], history[column], color=colour, linewidth=1.3, label=column)
+        axes.set_title(title, fontsize=9.5, loc="left")
+        positive = bool((history[list(columns)] > 0).all(axis=None))
+        axes.set_yscale("log" if logarithmic and positive else "linear")
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        if len(columns) > 1:
+            axes.legend(frameon=False, fontsize=8.5)

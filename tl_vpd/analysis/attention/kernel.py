@@ -94,7 +94,7 @@ def measured_kernel(adapter: Adapter, layer: int, length: int) -> ScoreKernel:
     site = adapter.sites.get(f"blocks.{layer}.attn.W_Q")
     if site is None or site.d_head is None or f"blocks.{layer}.attn.W_K" not in adapter.sites:
         raise KeyError(f"Block {layer} has no W_Q and W_K that can be decomposed.")
-    n_ctx = int(adapter.model.cfg.n_ctx)
+    n_ctx = adapter.n_ctx
     if not 1 <= length <= n_ctx:
         raise ValueError(f"length={length}: offsets are measured for 1 to {n_ctx} tokens, the model's context.")
     d, heads = site.d_head, site.n_heads or 1

@@ -98,7 +98,7 @@ def pair_ablation_hooks(
         Unsupported: a layer's scores are not bilinear in queries and keys, or the flags give every head its own input.
         ValueError, IndexError: a pair is none, or does not exist.
     """
-    n_ctx = int(adapt(model).model.cfg.n_ctx)
+    n_ctx = adapt(model).n_ctx
     by_layer: dict[int | None, list[tuple[str | Subcomponent, str | Subcomponent]]] = defaultdict(list)
     for pair in pairs:
         named = [member for member in pair if member != BIAS]
