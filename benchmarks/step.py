@@ -74,6 +74,10 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "merged_bfloat16": (MERGED, {"precision": "bfloat16"}),
     "checkpoint": ({}, {"checkpoint": True}),
     "joined": ({}, {"joined": True}),
+    "compiled": ({}, {"compile": True}),
+    "compiled_bfloat16": ({}, {"compile": True, "precision": "bfloat16"}),
+    "compiled_merged": (MERGED, {"compile": True}),
+    "compiled_merged_bfloat16": (MERGED, {"compile": True, "precision": "bfloat16"}),
 }
 """Settings of ``VPDConfig`` and of ``Trainer``."""
 

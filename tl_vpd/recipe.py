@@ -112,7 +112,7 @@ class RuntimeRecipe(_Frozen):
     joined: bool = False
     """Run the stochastic and the adversarial masks in one pass of twice the rows."""
     compile: bool = False
-    """Run Γ's blocks through ``torch.compile``."""
+    """Run the step's passes as compiled graphs (``tl_vpd.training.compiled``)."""
 
 
 class OutputRecipe(_Frozen):

@@ -5,9 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -275,9 +272,3 @@ def test_resuming_on_other_rows_is_refused(target, rows, config, tmp_path):
         decompose(
             target, rows.flip(0), config.model_copy(update={"steps": 2}), out=tmp_path, resume=True, progress=False
         )
-
-
-def test_a_compiled_run_is_the_plain_one_to_rounding():
-    command = [sys.executable, "-m", "tests.training.compiled_run"]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr

@@ -174,17 +174,17 @@ def test_a_forward_slope_makes_masks_negative_and_moves_values_below_zero_both_w
         seen, clean = [], trainer.passes.clean
         monkeypatch.setattr(trainer.passes, "clean", lambda *a: seen.append(clean(*a)) or seen[-1])
         monkeypatch.setattr(
-            trainer, "_into_gamma", lambda own, grad, slope, now: seen.extend([grad.clone(), slope, now])
+            trainer.passes, "into_gamma", lambda own, grad, slope, penalty: seen.extend([grad.clone(), slope, penalty])
         )
         metrics = trainer.step(some_tokens(shape=(4, 6)))
-    own, of_g, slope, now = seen
+    own, of_g, slope, penalty = seen
     z = own.z.detach()
     assert bool((z < 0).any()) and bool((z > 0).any())
     assert_close(own.g, torch.where(z < 0, 0.1 * z, z.clamp(0, 1)))
     assert metrics.l0 == pytest.approx(float((z > 0).sum()) / 24)
     below = z < -1e-3
     assert bool((of_g[below] > 0).any()) and bool((of_g[below] < 0).any())
-    moved = trainer._penalty(now).pullback(z.flatten(0, 1), slope, of_g=of_g.clone().flatten(0, 1), forward_slope=0.1)
+    moved = penalty.pullback(z.flatten(0, 1), slope, of_g=of_g.clone().flatten(0, 1), forward_slope=0.1)
     assert_close(moved.view_as(of_g)[below], 0.1 * of_g[below])
 
 

@@ -34,8 +34,8 @@ from tl_vpd.training.data import Batches
 class Method:
     """A way to take a model's weights apart.
 
-    ``config``: what it is set with. ``run``: ``(model, data, config, out=None, progress=False)``; with a folder ``out``, VPD and
-    SPD go on where an earlier run was interrupted.
+    ``config``: what it is set with. ``run``: ``(model, data, config, out=None, progress=False, compile=False)``; with a folder
+    ``out``, VPD and SPD go on where an earlier run was interrupted, and they alone can compile their passes.
     """
 
     name: str
@@ -68,26 +68,56 @@ def spd_config(**settings: Any) -> VPDConfig:
 
 
 def _vpd(
-    model: nn.Module, data: Batches, config: VPDConfig, *, out: Path | None = None, progress: bool = False
+    model: nn.Module,
+    data: Batches,
+    config: VPDConfig,
+    *,
+    out: Path | None = None,
+    progress: bool = False,
+    compile: bool = False,
 ) -> Found:
     resume = out is not None and any(out.glob("state/step-*"))
-    run = decompose(model, data, config, out=out, resume=resume, save_every=1_000, keep_states=1, progress=progress)
+    run = decompose(
+        model,
+        data,
+        config,
+        out=out,
+        resume=resume,
+        save_every=1_000,
+        keep_states=1,
+        progress=progress,
+        compile=compile,
+    )
     if not run.finished:
         raise KeyboardInterrupt
     return RankOne(run.decomposition, model)
 
 
 def _spd(
-    model: nn.Module, data: Batches, config: VPDConfig, *, out: Path | None = None, progress: bool = False
+    model: nn.Module,
+    data: Batches,
+    config: VPDConfig,
+    *,
+    out: Path | None = None,
+    progress: bool = False,
+    compile: bool = False,
 ) -> Found:
     if config.coefficients.adversarial:
         raise ValueError("SPD has no adversary: set coefficients.adversarial to 0, or ask for vpd.")
-    return _vpd(model, data, config, out=out, progress=progress)
+    return _vpd(model, data, config, out=out, progress=progress, compile=compile)
 
 
 def _apd(
-    model: nn.Module, data: Batches, config: APDConfig, *, out: Path | None = None, progress: bool = False
+    model: nn.Module,
+    data: Batches,
+    config: APDConfig,
+    *,
+    out: Path | None = None,
+    progress: bool = False,
+    compile: bool = False,
 ) -> Found:
+    if compile:
+        raise ValueError("APD's trainer has nothing to compile: leave compile out.")
     return apd(model, data, config, progress=progress)
 
 

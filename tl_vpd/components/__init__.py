@@ -3,6 +3,7 @@
 from tl_vpd.components.components import Components
 from tl_vpd.components.layout import WHOLE, Layout
 from tl_vpd.components.masked import masked_output
+from tl_vpd.components.opened import OpenPass
 from tl_vpd.components.sourced import SourcedPass
 
-__all__ = ["WHOLE", "Components", "Layout", "SourcedPass", "masked_output"]
+__all__ = ["WHOLE", "Components", "Layout", "OpenPass", "SourcedPass", "masked_output"]

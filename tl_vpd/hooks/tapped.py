@@ -22,7 +22,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter, adapt
-from tl_vpd.components import Components, SourcedPass
+from tl_vpd.components import Components, OpenPass, SourcedPass
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.parts import Parts
 from tl_vpd.hooks.product import Product
@@ -89,7 +89,7 @@ class TappedModel:
         self.parts = Parts(decomposition, self.adapter.device, self.adapter.dtype)
         self.names = list(self.parts.sites)
         self._inputs: dict[str, Tensor] | None = None
-        self._masks: Masks | SourcedPass | None = None
+        self._masks: Masks | SourcedPass | OpenPass | None = None
         self._constant_parts = False
         self._x: dict[str, Tensor] = {}
         self._fired: Counter[str] = Counter()
@@ -133,7 +133,7 @@ class TappedModel:
     def masked(
         self,
         tokens: Shaped[Tensor, "batch ..."],
-        masks: Masks | SourcedPass,
+        masks: Masks | SourcedPass | OpenPass,
         keep: Bool[Tensor, "batch pos"] | None = None,
         *,
         constant_parts: bool = False,
@@ -148,7 +148,7 @@ class TappedModel:
             return self._run(tokens, keep)
 
     @contextmanager
-    def _under(self, masks: Masks | SourcedPass, constant_parts: bool) -> Iterator[None]:
+    def _under(self, masks: Masks | SourcedPass | OpenPass, constant_parts: bool) -> Iterator[None]:
         self._masks, self._constant_parts = masks, constant_parts
         try:
             yield
@@ -222,12 +222,12 @@ class TappedModel:
         if self._masks is None or name not in self._masks:
             return None
         with self.parts.constant() if self._constant_parts else nullcontext():
-            if isinstance(self._masks, SourcedPass):
+            if isinstance(self._masks, SourcedPass | OpenPass):
                 return self._sourced(self._masks, name, x, y)
             product = Product(name, self.adapter, self.parts, x, y)
             return product.masked(product.acts(), self._masks[name])
 
-    def _sourced(self, run: SourcedPass, name: str, x: Tensor, y: Tensor) -> Tensor:
+    def _sourced(self, run: SourcedPass | OpenPass, name: str, x: Tensor, y: Tensor) -> Tensor:
         layout = self.adapter.layout(name)
         if layout.by_head or layout.repeats > 1:
             product = Product(name, self.adapter, self.parts, x, y)

@@ -10,6 +10,8 @@ position takes one of them at random at each step.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -51,21 +53,39 @@ class PersistentSources:
         rows: slice = ALL,
         *,
         update: int | None = None,
+        by: Callable[..., object] | None = None,
     ) -> None:
         """One Adam ascent step along ``gradient``, then the clamp.
 
         Args:
             rows: whose gradient it is. update: which update this is (None: the next one), where rows are updated in parts.
+            by: carries out ``ascended`` on whole tensors (None: here, in blocks).
         """
-        beta1, beta2 = self.betas
         self.updates = self.updates + 1 if update is None else update
-        scale = (1 - beta2**self.updates) ** 0.5
-        step = lr * scale / (1 - beta1**self.updates)
-        tensors = (t.flatten() for t in (self.values[rows], self.first[rows], self.second[rows], gradient))
-        for values, first, second, own in zip(*(t.split(_BLOCK) for t in tensors), strict=True):
-            first.lerp_(own, 1 - beta1)
-            second.mul_(beta2).addcmul_(own, own, value=1 - beta2)
-            values.addcdiv_(first, second.sqrt().add_(self.eps * scale), value=step).clamp_(0, 1)
+        scale = (1 - self.betas[1] ** self.updates) ** 0.5
+        step = lr * scale / (1 - self.betas[0] ** self.updates)
+        tensors = self.values[rows], self.first[rows], self.second[rows], gradient
+        if by is not None:
+            numbers = torch.tensor([step, self.eps * scale], dtype=gradient.dtype, device=gradient.device)
+            by(*tensors, *numbers.unbind())
+            return
+        for values, first, second, own in zip(*(t.flatten().split(_BLOCK) for t in tensors), strict=True):
+            self.ascended(values, first, second, own, step, self.eps * scale)
+
+    def ascended(
+        self,
+        values: Float[Tensor, "*some"],
+        first: Float[Tensor, "*some"],
+        second: Float[Tensor, "*some"],
+        gradient: Float[Tensor, "*some"],
+        step: float | Float[Tensor, ""],
+        eps: float | Float[Tensor, ""],
+    ) -> None:
+        """Adam's arithmetic on some sources, in place, its corrections in ``step`` and ``eps``."""
+        beta1, beta2 = self.betas
+        first.lerp_(gradient, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        values.addcdiv_(first * step, second.sqrt().add_(eps)).clamp_(0, 1)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Values, both moments and the counter."""

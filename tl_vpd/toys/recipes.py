@@ -1,7 +1,8 @@
 """The toys by name, and what each method is set with on each of them.
 
-Targets as in SPD (arXiv 2506.20790). SPD's settings are that paper's; batches are smaller, for CPUs. VPD's add the persistent
-adversary and the frequency loss; APD's are for the toys of superposition.
+Targets as in SPD (arXiv 2506.20790); names that end in ``_200`` have a residual stream of 200 dimensions, not 1,000. SPD's
+settings are that paper's; batches are smaller, for CPUs. VPD's add the persistent adversary and the frequency loss; APD's are for
+the toys of superposition.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ TOYS: dict[str, Toy] = {
     "compressed": Compressed(),
     "compressed_2": Compressed(neurons=25, n_layers=2),
     "compressed_3": Compressed(n_features=102, neurons=17, n_layers=3, training=DEEP),
+    "compressed_200": Compressed(d_resid=200),
+    "compressed_2_200": Compressed(d_resid=200, neurons=25, n_layers=2),
+    "compressed_3_200": Compressed(n_features=102, d_resid=200, neurons=17, n_layers=3, training=DEEP),
     "induction": Induction(),
     "grammar": Grammar(),
 }
@@ -87,6 +91,7 @@ def recipe(toy: str, method: str, *, seed: int = 0, steps: int | None = None) ->
 
 
 def _spd(toy: str) -> VPDConfig:
+    toy = toy.removesuffix("_200")
     if toy not in _SPD:
         raise ValueError(f"SPD has no recipe for {toy}: choose from {', '.join(_SPD)}, or the method vpd.")
     return _sparse(_SPD[toy], adversarial=0.0)
@@ -99,6 +104,7 @@ def _apd(toy: str) -> APDConfig:
 
 
 def _vpd(toy: str) -> VPDConfig:
+    toy = toy.removesuffix("_200")
     if toy in _SPD:
         return _sparse({**_SPD[toy], **_GROWN, **_VPD.get(toy, {})}, adversarial=1.0)
     return VPDConfig(

@@ -72,6 +72,7 @@ def measure(
     target_steps: int | None = None,
     work: Path = WORK,
     progress: bool = False,
+    compile: bool = False,
 ) -> dict[str, Any]:
     """One entry: trains or reads the target, decomposes, measures.
 
@@ -84,7 +85,7 @@ def measure(
     data = toy.batches(config.batch_size, seed=seed)
     start = time.perf_counter()
     folder = work / f"{name}-{method}-{seed}-target{target_seed}-{config.steps}"
-    found = METHODS[method].run(model, data, config, out=folder, progress=progress)
+    found = METHODS[method].run(model, data, config, out=folder, progress=progress, compile=compile)
     seconds = time.perf_counter() - start
     inputs = toy.batches(ROWS, seed=-3).at(0)
     result = ground_truth(found, model, toy.truth(model), inputs, output=toy.output, seed=seed)
@@ -93,6 +94,7 @@ def measure(
         "target": {"seed": target_seed, **_rounded(toy.quality(model))},
         "settings": config.model_dump(mode="json", exclude={"seed"}),
         "seconds": round(seconds, 1),
+        "compiled": compile,
         **_flat(result),
     }
 
@@ -192,6 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"results (default {RESULTS})")
     parser.add_argument("--work", type=Path, default=WORK, help=f"targets and unfinished runs (default {WORK})")
     parser.add_argument("--only-target", action="store_true", help="train or read the targets and show their quality")
+    parser.add_argument("--compile", action="store_true", help="compile the passes (vpd and spd; needs a C++ compiler)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     own = parser.parse_args(arguments)
     torch.set_num_threads(1)
@@ -213,6 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     target_steps=own.target_steps,
                     work=own.work,
                     progress=not own.quiet,
+                    compile=own.compile,
                 )
                 add(own.out, name, method, entry)
                 out.print(table({name: {method: read(own.out)[name][method]}}).to_string(index=False), markup=False)

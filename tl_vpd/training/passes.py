@@ -1,16 +1,18 @@
-"""The passes of a training step through the model: the clean one with Γ, and masked ones.
+"""The passes of a training step through the model: the clean one with Γ, and masked ones, with their gradients.
 
     >>> seen = passes.clean(part, tokens, keep, penalty)                              # doctest: +SKIP
-    >>> output = passes.masked(seen, slice(None), sources, None, None, grad_g=grad)   # doctest: +SKIP
+    >>> passes.attack(seen, slice(None), taken, total, grad_sources=gradient)         # doctest: +SKIP
+    >>> (loss,) = passes.reconstruct(seen, taken, [share], grad_g=grad_g)             # doctest: +SKIP
+    >>> passes.into_gamma(seen, grad_g, slope, penalty)                               # doctest: +SKIP
 
-What they do not know: losses, what is drawn, and what comes after what (``tl_vpd.training.trainer``).
+What they do not know: what is drawn, what losses weigh, and what comes after what (``tl_vpd.training.trainer``).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -20,10 +22,12 @@ from torch import Tensor
 from tl_vpd.components import SourcedPass
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.masking import PersistentSources
 from tl_vpd.training.losses import Penalty, Reconstruction
 from tl_vpd.training.parts import Part, Routing
 
 Precision = Literal["float32", "bfloat16"]
+EVERY = slice(None)
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,29 @@ class Seen:
     def attacked(self) -> slice:
         """The rows the adversary attacks: the first ones."""
         return slice(0, self.part.attacked.stop - self.part.attacked.start)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a masked pass takes: sources, which row of them each token takes (None: its own), routing, and sites (None: all)."""
+
+    sources: Float[Tensor, "rows C_and_deltas"]
+    rows: Int[Tensor, " tokens"] | None = None
+    routing: Routing = None
+    sites: tuple[str, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Share:
+    """A pass's share of one loss: rows of its output, the rows of the target they are compared with, and how it counts.
+
+    ``total``: tokens that the loss is a mean over. ``weight``: of the loss.
+    """
+
+    total: Float[Tensor, ""]
+    weight: float
+    rows: slice = field(default_factory=lambda: EVERY)
+    compared: slice = field(default_factory=lambda: EVERY)
 
 
 class Passes:
@@ -107,29 +134,66 @@ class Passes:
         keep = None if seen.keep is None else torch.cat([seen.keep, seen.keep])
         return replace(seen, tokens=torch.cat([seen.tokens, seen.tokens]), keep=keep, g=g)
 
-    def masked(
+    def attack(
+        self, seen: Seen, rows: slice, taken: Taken, total: Tensor, *, grad_sources: Float[Tensor, "some C_and_deltas"]
+    ) -> None:
+        """The adversary's own gradient: that of the rows' share of a mean over ``total`` tokens, V, U and Γ constant."""
+        output, run = self._masked(seen, rows, taken, grad_sources=grad_sources)
+        loss = weighted(seen.distance.rows(rows), output, total)
+        torch.autograd.grad(loss, run.handle, allow_unused=True)
+
+    def reconstruct(
+        self,
+        seen: Seen,
+        taken: Taken,
+        shares: Sequence[Share],
+        *,
+        grad_g: Float[Tensor, "batch *pos C_total"],
+        grad_sources: Float[Tensor, "some C_and_deltas"] | None = None,
+    ) -> list[Float[Tensor, ""]]:
+        """The losses of one pass over all rows; the gradients of their weighted sum go to V and U, ``grad_g`` and the sources."""
+        output, _ = self._masked(seen, EVERY, taken, grad_g=grad_g, grad_sources=grad_sources)
+        losses = [weighted(seen.distance.rows(s.compared), output[s.rows], s.total) for s in shares]
+        torch.stack([s.weight * loss for s, loss in zip(shares, losses, strict=True)]).sum().backward()
+        return [loss.detach() for loss in losses]
+
+    def into_gamma(
+        self,
+        seen: Seen,
+        grad_g: Float[Tensor, "batch *pos C_total"],
+        slope: Float[Tensor, " C_total"],
+        penalty: Penalty,
+    ) -> None:
+        """Γ's gradients, from those of the importances (used up) and of the sums that minimality counts."""
+        keep = None if seen.keep is None else seen.keep.flatten()
+        rows = seen.z.detach().flatten(0, -2)
+        penalty.pullback(rows, slope, keep, of_g=grad_g.flatten(0, -2), forward_slope=self.forward_slope)
+        seen.z.backward(grad_g)
+
+    def ascend(self, sources: PersistentSources, gradient: Tensor, lr: float, rows: slice, update: int) -> None:
+        """Moves some rows of sources along their gradient."""
+        sources.ascend(gradient, lr, rows, update=update)
+
+    def _masked(
         self,
         seen: Seen,
         rows: slice,
-        sources: Float[Tensor, "rows C_and_deltas"],
-        taken: Int[Tensor, " tokens"] | None,
-        routing: Routing,
+        taken: Taken,
         *,
         grad_g: Float[Tensor, "batch *pos C_total"] | None = None,
         grad_sources: Float[Tensor, "some C_and_deltas"] | None = None,
-        sites: Sequence[str] | None = None,
     ) -> tuple[Float[Tensor, "batch *pos d"], SourcedPass]:
         """The masked model's output on some rows of a part, and the pass; V and U are constant where ``grad_g`` is None."""
         g = seen.g[rows]
         run = SourcedPass(
             g,
-            sources,
+            taken.sources,
             self.decomposition.packing,
-            None if routing is None else {name: at.view(g.shape[:-1]) for name, at in routing.items()},
-            taken=taken,
+            None if taken.routing is None else {name: at.view(g.shape[:-1]) for name, at in taken.routing.items()},
+            taken=taken.rows,
             grad_g=None if grad_g is None else grad_g[rows],
             grad_sources=grad_sources,
-            sites=sites,
+            sites=taken.sites,
         )
         keep = None if seen.keep is None else seen.keep[rows]
         constant = grad_g is None

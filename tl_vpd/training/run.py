@@ -16,7 +16,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from tl_vpd.components.initialise import start_at_channels
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.fingerprint import Fingerprint
 from tl_vpd.hooks.tapped import TappedModel
-from tl_vpd.importance.transformer import Block
 from tl_vpd.site import select
 from tl_vpd.storage import library_versions, write_json
 from tl_vpd.training.config import VPDConfig, counts_for
@@ -92,19 +91,6 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
     return decomposition
 
 
-@contextmanager
-def compiled(decomposition: Decomposition) -> Iterator[None]:
-    """Inside, the blocks of Γ's transformers run through ``torch.compile``."""
-    blocks = [module for module in decomposition.gamma.modules() if isinstance(module, Block)]
-    try:
-        for block in blocks:
-            block.compile()
-        yield
-    finally:
-        for block in blocks:
-            block._compiled_call_impl = None
-
-
 def decompose(
     model: nn.Module,
     tokens: Any,
@@ -117,7 +103,7 @@ def decompose(
     precision: Precision = "float32",
     checkpoint: bool = False,
     joined: bool = False,
-    compile: bool = False,
+    compile: bool | str = False,
     context: int | None = None,
     save_every: int = 500,
     keep_states: int = 2,
@@ -141,7 +127,8 @@ def decompose(
         checkpoint: compute a layer's activations again in backward, to save memory; the result is the same.
         joined: run the stochastic and the adversarial masks in one pass of twice the rows: fewer operations, more memory, and
             the same result to rounding.
-        compile: run Γ's blocks through ``torch.compile`` (it needs a C++ compiler, or Triton on a GPU).
+        compile: run the step's passes as compiled graphs (``tl_vpd.training.compiled``): the same to rounding, and faster after a
+            minute or two of compilation. Needs a C++ compiler, or Triton on a GPU. A name: a backend of ``torch.compile``.
         context: length of the rows that a dataset of text is cut into (None: the model's context).
         save_every: steps between states. keep_states: newest states that stay. log_every: steps between metrics.
         progress: show a bar.
@@ -168,7 +155,6 @@ def decompose(
         with (
             TappedModel(decomposition, model, fused_attention=True) as tapped,
             shares.regathering(),
-            compiled(decomposition) if compile else nullcontext(),
             _interruptible() as interrupted,
         ):
             shares.serve(tapped.parts)
@@ -183,6 +169,7 @@ def decompose(
                 precision=precision,
                 checkpoint=checkpoint,
                 joined=joined,
+                compile=compile,
             )
             if state is not None:
                 load_state(trainer, state)

@@ -28,21 +28,21 @@ from torch import Tensor
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.masking import PersistentSources, taken_rows
 from tl_vpd.masking.routing import uniform_k
+from tl_vpd.training.compiled import CompiledPasses
 from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.losses import (
     Penalty,
-    Reconstruction,
     RunningFrequency,
     faithfulness_terms,
     frequency_minimality,
     importance_minimality,
 )
 from tl_vpd.training.parts import Part, Routing, joined_routing, routed_rows, share
-from tl_vpd.training.passes import Passes, Precision, Seen, weighted
+from tl_vpd.training.passes import Passes, Precision, Seen, Share, Taken
 from tl_vpd.training.processes import World
 from tl_vpd.training.random import START, RowRandom
 from tl_vpd.training.schedules import Schedule
-from tl_vpd.training.sharding import Sharding
+from tl_vpd.training.sharding import FullSharding, Sharding
 
 LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial", "layerwise")
 
@@ -74,12 +74,8 @@ class StepMetrics:
     layerwise: float = 0.0
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """Losses of one masked pass by place (0 stochastic, 1 adversarial, 2 layerwise); where its sources' gradient will be."""
-
-    losses: dict[int, Float[Tensor, ""]]
-    of_sources: Tensor | None
+Reconstructed = tuple[dict[int, Float[Tensor, ""]], Tensor | None]
+"""Losses of one masked pass by place (0 stochastic, 1 adversarial, 2 layerwise), and its sources' gradient."""
 
 
 class Trainer:
@@ -94,9 +90,11 @@ class Trainer:
             moments, importances, sources and losses stay float32.
         checkpoint: whether a layer's activations are computed again in backward instead of kept.
         joined: whether the stochastic and the adversarial pass are one of twice the rows (always so in the merged recipe).
+        compile: whether passes are compiled graphs (``tl_vpd.training.compiled``); a name: a backend of ``torch.compile``.
 
     Raises:
-        ValueError: the batch cannot be shared out. Unsupported: ``checkpoint`` with a model that is no stack of layers.
+        ValueError: the batch cannot be shared out, or the options do not go together.
+        Unsupported: ``checkpoint`` with a model that is no stack of layers, or ``compile`` with one not in V's and U's dtype.
     """
 
     def __init__(
@@ -111,11 +109,23 @@ class Trainer:
         precision: Precision = "float32",
         checkpoint: bool = False,
         joined: bool = False,
+        compile: bool | str = False,
     ) -> None:
         self.tapped, self.config, self.world, self.joined = tapped, config, world or World(), joined
-        self.passes = Passes(tapped, config.output, config.forward_slope, precision=precision, checkpoint=checkpoint)
-        self.decomposition = self.passes.decomposition
         self.sharding = sharding or Sharding(self.world)
+        self.passes: Passes
+        if compile:
+            if checkpoint or isinstance(self.sharding, FullSharding):
+                raise ValueError("compile=True goes neither with checkpoint=True nor with sharding='full': choose one.")
+            backend = "inductor" if compile is True else compile
+            self.passes = CompiledPasses(
+                tapped, config.output, config.forward_slope, precision=precision, backend=backend
+            )
+        else:
+            self.passes = Passes(
+                tapped, config.output, config.forward_slope, precision=precision, checkpoint=checkpoint
+            )
+        self.decomposition = self.passes.decomposition
         self.weights = {name: tapped.adapter.weight(name) for name in self.decomposition.sites}
         self.matrices = self.sharding.kept(self.decomposition.components)
         gamma = self.sharding.kept(self.decomposition.gamma)
@@ -182,15 +192,13 @@ class Trainer:
             for k in range(config.adversary.inner_steps if c.adversarial else 0):
                 self._ascend(own, draws, counts, now.adversary_lr, before + k + 1)
             grad_g = self.passes.workspace("grad_g", own.g.shape, own.g.dtype).zero_()
-            for taken in self._reconstruct(own, grad_g, draws, counts):
-                # One pass's graph at a time; Γ's own comes last, from what all passes left in grad_g.
-                weights = (c.stochastic, c.adversarial, c.layerwise)
-                torch.stack([weights[k] * loss for k, loss in taken.losses.items()]).sum().backward()
-                for k, loss in taken.losses.items():
-                    reconstruction[k] += loss.detach()
-                if taken.of_sources is not None:
-                    waiting.append((part, taken.of_sources if len(parts) == 1 else taken.of_sources.clone()))
-            self._into_gamma(own, grad_g, slope, now)
+            for losses, of_sources in self._reconstruct(own, grad_g, draws, counts):
+                # Γ's own gradients come last, from what all passes left in grad_g.
+                for k, loss in losses.items():
+                    reconstruction[k] += loss
+                if of_sources is not None:
+                    waiting.append((part, of_sources if len(parts) == 1 else of_sources.clone()))
+            self.passes.into_gamma(own, grad_g, slope, self._penalty(now))
             del own
             alone = None
         values["stochastic"], values["adversarial"], values["layerwise"] = self.world.add(reconstruction)
@@ -273,89 +281,74 @@ class Trainer:
         (slope,) = torch.autograd.grad(weighted, leaf)
         return {name: value.detach() for name, value in values.items()}, slope
 
-    def _attacked(self, own: Seen, draws: Draws) -> tuple[Tensor, Tensor | None, Routing]:
-        """A part's attacked rows: their sources, one below the other, which of them each token takes, and their routing."""
+    def _attacked(self, own: Seen, draws: Draws) -> Taken:
+        """What a part's attacked rows take."""
         at = own.part.attacked
         values = self.sources.values[at]
-        taken = None if draws.slots is None else taken_rows(draws.slots[at], values.shape[1])
-        return values.flatten(0, 1), taken, routed_rows(draws.adversarial_routing, at)
+        rows = None if draws.slots is None else taken_rows(draws.slots[at], values.shape[1])
+        return Taken(values.flatten(0, 1), rows, routed_rows(draws.adversarial_routing, at))
 
     def _ascend(self, own: Seen, draws: Draws, counts: Tensor, lr: float, update: int) -> None:
         """One of the adversary's own steps, on a part's attacked rows."""
-        rows = own.attacked
-        sources, taken, routing = self._attacked(own, draws)
-        gradient = self.passes.workspace("sources", sources.shape, sources.dtype).zero_()
-        output, run = self.passes.masked(own, rows, sources, taken, routing, grad_sources=gradient)
-        loss = weighted(own.distance.rows(rows), output, counts[1])
-        torch.autograd.grad(loss, run.handle, allow_unused=True)
+        attacked = self._attacked(own, draws)
+        gradient = self._of_sources(attacked)
+        self.passes.attack(own, own.attacked, attacked, counts[1], grad_sources=gradient)
         self._update_sources(own.part, gradient, lr, update)
+
+    def _of_sources(self, attacked: Taken) -> Tensor:
+        return self.passes.workspace("sources", attacked.sources.shape, attacked.sources.dtype).zero_()
 
     def _update_sources(self, part: Part, gradient: Tensor, lr: float, update: int) -> None:
         values = self.sources.values[part.attacked]
-        self.sources.ascend(gradient.view_as(values), lr, part.attacked, update=update)
+        self.passes.ascend(self.sources, gradient.view_as(values), lr, part.attacked, update)
 
-    def _reconstruct(self, own: Seen, grad_g: Tensor, draws: Draws, counts: Tensor) -> Iterator[_Pass]:
+    def _reconstruct(self, own: Seen, grad_g: Tensor, draws: Draws, counts: Tensor) -> Iterator[Reconstructed]:
         """A part's shares of the stochastic (0), the adversarial (1) and the layerwise loss (2), pass by pass."""
-        c, rows, every = self.config.coefficients, own.attacked, slice(None)
+        c, run = self.config.coefficients, self.passes.reconstruct
         if c.layerwise:
             drawn = self.draw_sources("layerwise", own.part.numbers(self.shares.rows))
-            for name in (names := self.decomposition.packing.names):
-                output, _ = self.passes.masked(own, every, drawn, None, None, grad_g=grad_g, sites=[name])
-                yield _Pass({2: weighted(own.distance, output, counts[0]) / len(names)}, None)
+            names = self.decomposition.packing.names
+            share = Share(len(names) * counts[0], c.layerwise)
+            for name in names:
+                yield dict(zip((2,), run(own, Taken(drawn, sites=(name,)), [share], grad_g=grad_g), strict=True)), None
         if self.config.merged:
-            others = slice(rows.stop, None)
-            yield self._both(own, own.distance.rows(others), grad_g, draws, counts)
+            yield self._both(own, slice(own.attacked.stop, None), grad_g, draws, counts)
             return
         if self.joined and c.stochastic and c.adversarial:
             twice = self.passes.twice(own)
             of_both = self.passes.workspace("grad_g twice", twice.g.shape, grad_g.dtype).zero_()
-            yield self._both(twice, own.distance, of_both, draws, counts)
+            yield self._both(twice, slice(None), of_both, draws, counts)
             for half in of_both.chunk(2):
                 grad_g += half
             return
         if c.stochastic:
-            free = routed_rows(draws.stochastic_routing, own.part.drawn)
-            output, _ = self.passes.masked(own, every, self._drawn(own.part), None, free, grad_g=grad_g)
-            yield _Pass({0: weighted(own.distance, output, counts[2])}, None)
+            free = Taken(self._drawn(own.part), routing=routed_rows(draws.stochastic_routing, own.part.drawn))
+            (loss,) = run(own, free, [Share(counts[2], c.stochastic)], grad_g=grad_g)
+            yield {0: loss}, None
         if c.adversarial:
-            attacked, taken, routing = self._attacked(own, draws)
-            gradient = self.passes.workspace("sources", attacked.shape, attacked.dtype).zero_()
-            output, _ = self.passes.masked(own, every, attacked, taken, routing, grad_g=grad_g, grad_sources=gradient)
-            yield _Pass({1: weighted(own.distance, output, counts[1])}, gradient)
+            attacked = self._attacked(own, draws)
+            gradient = self._of_sources(attacked)
+            (loss,) = run(own, attacked, [Share(counts[1], c.adversarial)], grad_g=grad_g, grad_sources=gradient)
+            yield {1: loss}, gradient
 
-    def _both(self, own: Seen, of_drawn: Reconstruction, grad_g: Tensor, draws: Draws, counts: Tensor) -> _Pass:
-        """One pass of attacked rows followed by rows with drawn sources, whose distance is ``of_drawn``."""
-        rows = own.attacked
-        attacked, taken, routing = self._attacked(own, draws)
+    def _both(self, own: Seen, compared: slice, grad_g: Tensor, draws: Draws, counts: Tensor) -> Reconstructed:
+        """One pass of attacked rows followed by rows with drawn sources, which are compared with some rows of the target."""
+        c, rows, attacked = self.config.coefficients, own.attacked, self._attacked(own, draws)
         drawn, free = self._drawn(own.part), routed_rows(draws.stochastic_routing, own.part.drawn)
+        taken = attacked.rows
         if taken is not None:
-            taken = torch.cat([taken, len(attacked) + torch.arange(len(drawn), device=drawn.device)])
-        sources = torch.cat([attacked, drawn])
-        gradient = None
-        if self.config.coefficients.adversarial:
-            gradient = self.passes.workspace("sources", attacked.shape, attacked.dtype).zero_()
-        output, _ = self.passes.masked(
-            own,
-            slice(None),
-            sources,
-            taken,
-            joined_routing(routing, free, rows),
-            grad_g=grad_g,
-            grad_sources=gradient,
-        )
-        adversarial = weighted(own.distance.rows(rows), output[rows], counts[1])
-        return _Pass({0: weighted(of_drawn, output[rows.stop :], counts[2]), 1: adversarial}, gradient)
+            taken = torch.cat([taken, len(attacked.sources) + torch.arange(len(drawn), device=drawn.device)])
+        both = Taken(torch.cat([attacked.sources, drawn]), taken, joined_routing(attacked.routing, free, rows))
+        shares = [
+            Share(counts[1], c.adversarial, rows, rows),
+            Share(counts[2], c.stochastic, slice(rows.stop, None), compared),
+        ]
+        gradient = self._of_sources(attacked) if c.adversarial else None
+        adversarial, stochastic = self.passes.reconstruct(own, both, shares, grad_g=grad_g, grad_sources=gradient)
+        return {0: stochastic, 1: adversarial}, gradient
 
     def _drawn(self, part: Part) -> Float[Tensor, "tokens C_and_deltas"]:
         return self.draw_sources("stochastic", self.shares.drawn[part.drawn])
-
-    def _into_gamma(self, own: Seen, grad_g: Tensor, slope: Tensor, now: Schedule) -> None:
-        """Γ's gradients, from those of the importances and of the sums that minimality counts."""
-        keep = None if own.keep is None else own.keep.flatten()
-        rows = own.z.detach().flatten(0, -2)
-        below = self.config.forward_slope
-        self._penalty(now).pullback(rows, slope, keep, of_g=grad_g.flatten(0, -2), forward_slope=below)
-        own.z.backward(grad_g)
 
     def _faithfulness(self, coefficient: float) -> Float[Tensor, ""]:
         """The loss; its gradients, times the coefficient, go to V and U. One site at a time, so that one Δ is held at once."""

@@ -34,10 +34,14 @@ _BLOCK = 1 << 16
 
 @dataclass(frozen=True)
 class Penalty:
-    """How much an importance counts, φ: ``power`` with the exponent p, or ``smooth_l0`` with the width γ, as ``parameter``."""
+    """How much an importance counts, φ: ``power`` with the exponent p, or ``smooth_l0`` with the width γ, as ``parameter``.
+
+    ``block``: how many importances are handled at once.
+    """
 
     kind: Literal["power", "smooth_l0"]
-    parameter: float
+    parameter: float | Float[Tensor, ""]
+    block: int = _BLOCK
 
     def value(self, g: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """φ(g); g is used up."""
@@ -58,8 +62,9 @@ class Penalty:
     ) -> Float[Tensor, " C_total"]:
         """``s_c`` from pre-sigmoid values; no intermediate of z's size is made."""
         total = z.new_zeros(z.shape[-1])
-        for block, kept in _blocks(z, keep):
-            total += self.value(_upper_leaky(z[block] if kept is None else z[block][kept])).sum(0)
+        for block, kept in self._blocks(z, keep):
+            counted = self.value(_upper_leaky(z[block]))
+            total += (counted if kept is None else counted.mul_(kept.unsqueeze(-1))).sum(0)
         return total
 
     @torch.no_grad()
@@ -77,7 +82,7 @@ class Penalty:
         ``of_g`` is written over with the result. ``forward_slope``: of the lower-leaky squashing below 0.
         """
         out = torch.empty_like(z) if of_g is None else of_g
-        for block, kept in _blocks(z, keep):
+        for block, kept in self._blocks(z, keep):
             own = z[block]
             steep = self.slope(_upper_leaky(own)).mul_(of_sums)
             torch.where(own > 1, steep * LEAK, steep, out=steep).masked_fill_(own < 0, 0)
@@ -89,12 +94,11 @@ class Penalty:
                 lower_leaky_pullback(own, out[block], out=out[block], forward_slope=forward_slope).add_(steep)
         return out
 
-
-def _blocks(z: Tensor, keep: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
-    rows = max(1, _BLOCK // max(1, z.shape[-1]))
-    for start in range(0, len(z), rows):
-        block = slice(start, start + rows)
-        yield block, None if keep is None else keep[block]
+    def _blocks(self, z: Tensor, keep: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+        rows = max(1, self.block // max(1, z.shape[-1]))
+        for start in range(0, len(z), rows):
+            block = slice(start, start + rows)
+            yield block, None if keep is None else keep[block]
 
 
 class _Sums(torch.autograd.Function):

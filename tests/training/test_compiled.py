@@ -1,0 +1,174 @@
+"""Steps of compiled passes are the plain steps; what cannot be compiled is refused in a sentence.
+
+Most cases run the recorded graphs as they are (backend "recorded"), which needs no compiler; one goes through Inductor.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from tests.tiny import GAMMA, some_tokens, tiny_model
+from tests.training.test_trainer import SETTINGS, Double
+from tl_vpd import VPDConfig, decompose
+from tl_vpd.adapters import Unsupported
+from tl_vpd.adapters.versions import HookedRootModule, HookPoint
+from tl_vpd.hooks import TappedModel
+from tl_vpd.masking import PersistentSources
+from tl_vpd.training import Trainer, new_decomposition
+from tl_vpd.training.compiled import RECORDED, CompiledPasses, _compiled
+from tl_vpd.training.config import Coefficients
+
+SOME = ("*W_Q", "*W_V", "*W_out")
+MORE = {
+    "all sites": {"sites": None},
+    "layerwise": {"coefficients": Coefficients(layerwise=1.0)},
+    "a forward slope": {"forward_slope": 0.1, "gamma": {**GAMMA, "output_bias": -0.5}},
+    "two chunks of Γ": {"gamma": {**GAMMA, "kind": "chunked_transformers", "chunk": 4}},
+    "small MLPs": {"gamma": {"kind": "per_subcomponent_mlps", "hidden": 3}},
+}
+
+
+def steps(compile, keep=None, model=None, how=None, batches=None, **settings):
+    """Two steps in float64: metrics, parameters, sources, and the passes."""
+    model = model or tiny_model()
+    own = {"steps": 10, "batch_size": 4, "C": 5, "gamma": GAMMA, "warm_up_steps": 1, "sites": SOME, **settings}
+    config = VPDConfig(**own)
+    vpd = new_decomposition(model, config).double()
+    batches = batches or [some_tokens(seed=i, shape=(4, 6)) for i in range(2)]
+    with TappedModel(vpd, model) as tapped:
+        trainer = Double(tapped, config, (4, batches[0].shape[1]), compile=compile, **(how or {}))
+        trainer.sources = PersistentSources(trainer.sources.values.double())
+        trainer.warm_up()
+        metrics = [trainer.step(tokens, keep) for tokens in batches]
+    return metrics, {k: p.detach() for k, p in vpd.named_parameters()}, trainer.sources.values, trainer.passes
+
+
+def same(plain, compiled, rel=3e-6, apart=1e-5):
+    """Raises where two results differ by more than rounding."""
+    for a, b in zip(plain[0], compiled[0], strict=True):
+        for field in ("total", "stochastic", "adversarial", "importance", "frequency", "layerwise", "l0", "grad_norm"):
+            assert getattr(b, field) == pytest.approx(getattr(a, field), rel=rel, abs=1e-12), field
+    # The KL is computed in float32, and Adam gives an entry whose gradient is rounding noise a full-length step.
+    for k, value in plain[1].items():
+        far = (compiled[1][k] - value).abs() > apart
+        assert float(far.double().mean()) < 0.03, k
+    assert float((compiled[2] - plain[2]).abs().gt(1e-4).double().mean()) < 0.03
+
+
+@pytest.mark.parametrize("name", [*SETTINGS, *MORE])
+def test_recorded_steps_are_the_plain_ones(name):
+    settings = {**SETTINGS, **MORE}[name]
+    plain, recorded = steps(False, **settings), steps(RECORDED, **settings)
+    assert isinstance(recorded[3], CompiledPasses) and not isinstance(plain[3], CompiledPasses)
+    same(plain, recorded)
+    recordings = [key[0][0] if isinstance(key[0], tuple) else key[0] for key in recorded[3].graphs]
+    wanted = {"clean", "squash", "masked", "pullback"}
+    assert wanted <= set(recordings)
+    assert ("gamma" in recordings) == (name != "small MLPs")
+    # The second step makes none anew.
+    assert recordings.count("clean") == recordings.count("pullback") == 1
+
+
+@pytest.mark.parametrize("how", [{"micro_batch": 3}, {"joined": True}])
+def test_parts_joined_passes_and_padding_are_recorded_too(how):
+    keep = torch.ones(4, 6, dtype=torch.bool)
+    keep[0, :3] = keep[3, :1] = False
+    same(steps(False, keep, how=how), steps(RECORDED, keep, how=how))
+
+
+def test_heads_that_share_a_weight_are_recorded():
+    models = [tiny_model(n_key_value_heads=1, ungroup_grouped_query_attention=True) for _ in range(2)]
+    same(steps(False, model=models[0]), steps(RECORDED, model=models[1]))
+
+
+def test_a_step_through_inductor_is_the_plain_one():
+    settings = {"sites": ("blocks.0.*W_Q", "blocks.0.*W_out"), "batches": [some_tokens(shape=(4, 6))]}
+    same(steps(False, **settings), steps(True, **settings))
+
+
+class Vectors(HookedRootModule):
+    """Two products on vectors; ``twist`` stands between them."""
+
+    def __init__(self, twist):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 6, dtype=torch.float64), nn.Linear(6, 3, dtype=torch.float64)
+        self.hook_middle, self.twist = HookPoint(), twist
+        self.setup()
+
+    def forward(self, x):
+        return self.second(self.hook_middle(self.twist(self.first(x))))
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 4), (4, 4)])
+def test_models_of_vectors_are_recorded(shape):
+    batches = [torch.randn(shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(2)]
+    if len(shape) == 2:
+        batches = [x[:, None] for x in batches]
+    found = [steps(c, model=Vectors(torch.relu), batches=batches, output="mse", sites=None) for c in (False, RECORDED)]
+    same(*found)
+
+
+def test_a_model_whose_operations_depend_on_its_data_is_refused():
+    def by_size(x):
+        return x if float(x.flatten()[0]) > 1e9 else x.relu()
+
+    batches = [torch.randn(4, 3, 4, dtype=torch.float64)]
+    with pytest.raises(Unsupported, match=r"leave compile out"):
+        steps(RECORDED, model=Vectors(by_size), batches=batches, output="mse", sites=None)
+
+
+def test_a_recording_that_gives_something_else_on_other_data_is_refused():
+    seen = []
+
+    def first_only(x):
+        seen.append(x.detach().clone() if not seen else None)
+        return x + seen[0] if len(seen) > 1 else x
+
+    with pytest.raises(Unsupported, match=r"off by .* on other data"):
+        _compiled(first_only, [torch.arange(3.0)], RECORDED, 1e-3, gradients=False)
+
+
+def test_arguments_that_are_written_into_are_compared_as_well():
+    made = _compiled(lambda x, y: x.add_(y), [torch.ones(2), torch.ones(2)], RECORDED, 1e-3, gradients=False)
+    x = torch.arange(2.0)
+    made(x, torch.tensor([5.0, 7.0]))
+    assert_close(x, torch.tensor([5.0, 8.0]))
+
+
+@pytest.mark.parametrize(
+    ("how", "settings", "message"),
+    [
+        ({"checkpoint": True}, {}, "compile=True goes neither with checkpoint=True"),
+        ({}, {"dtype": torch.bfloat16}, r"needs a target in the dtype of V and U"),
+    ],
+)
+def test_what_does_not_go_with_compiling_is_said(how, settings, message):
+    model = tiny_model(**{"dtype": torch.float32, **settings})
+    config = VPDConfig(steps=2, batch_size=4, C=5, gamma=GAMMA)
+    vpd = new_decomposition(model, config)
+    with TappedModel(vpd, model) as tapped, pytest.raises((ValueError, Unsupported), match=message):
+        Trainer(tapped, config, (4, 6), compile=True, **how)
+
+
+def test_a_compiled_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
+    rows = some_tokens(shape=(12, 6))
+    config = VPDConfig(steps=4, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=2)
+    options = {"compile": RECORDED, "save_every": 2, "progress": False}
+    whole = decompose(tiny_model(dtype=torch.float32), rows, config, **options)
+    step = Trainer.step
+
+    def killed(self, *arguments):
+        if self.done == 3:
+            raise SystemError("killed")
+        return step(self, *arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemError):
+        patched.setattr(Trainer, "step", killed)
+        decompose(tiny_model(dtype=torch.float32), rows, config, out=tmp_path, **options)
+    again = decompose(tiny_model(dtype=torch.float32), rows, config, out=tmp_path, resume=True, **options)
+    for a, b in zip(whole.decomposition.parameters(), again.decomposition.parameters(), strict=True):
+        assert torch.equal(a, b)

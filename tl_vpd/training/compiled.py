@@ -1,0 +1,374 @@
+"""The passes of a training step as compiled graphs.
+
+A step's passes do the same operations every time, so each is written down once as a graph of tensor operations, forward and
+backward together (``make_fx``), and compiled (``torch.compile``): elementwise work is fused into few loops, masks never reach
+memory, and no Python, hook or autograd node runs between operations. The graphs are
+
+    clean       tokens → logits and every site's input                           the target, no gradients
+    gamma       inputs → z                                                       Γ's transformers; backward is compiled too
+    squash      z → g, the sums s_c, L0                                          one pass over z
+    masked      tokens, g, sources → losses, gradients of V, U, g and sources    one for each kind of pass
+    pullback    z, gradients of g and of s_c → the gradient of z                 one pass over z
+    ascend      sources, moments, gradient → the same, updated                   one pass over sources
+
+Losses, masks and gradients are those of ``Passes`` to rounding. Unlike there, tokens that are not routed are computed and thrown
+away (shapes must not depend on data), and softmax of the whole output is formed at once. A graph is made when its shapes are
+first met, and compared with the model itself on other numbers before it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_vpd.adapters import Unsupported
+from tl_vpd.components.opened import OpenPass
+from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.importance.chunked import ChunkedTransformers
+from tl_vpd.importance.transformer import SharedTransformer
+from tl_vpd.masking import PersistentSources
+from tl_vpd.training.losses import Penalty, Reconstruction
+from tl_vpd.training.parts import Part
+from tl_vpd.training.passes import EVERY, Passes, Precision, Seen, Share, Taken
+
+Function = Callable[..., Any]
+WHOLE = 1 << 62
+RECORDED = "recorded"
+"""In the place of a backend of ``torch.compile``: graphs run as they were written down, which needs no compiler."""
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""How far a compiled graph may be from the model itself, as a share of the norm of each result."""
+
+
+class CompiledPasses(Passes):
+    """``Passes`` that run compiled graphs.
+
+    Args:
+        tapped, kind, forward_slope, precision: as there. backend: of ``torch.compile``, or ``recorded``.
+
+    Raises:
+        Unsupported: the model's dtype is not that of V and U.
+    """
+
+    def __init__(
+        self,
+        tapped: TappedModel,
+        kind: Any = "kl",
+        forward_slope: float = 0.0,
+        *,
+        precision: Precision = "float32",
+        backend: str = "inductor",
+    ) -> None:
+        super().__init__(tapped, kind, forward_slope, precision=precision)
+        own = next(self.decomposition.components.parameters()).dtype
+        if tapped.adapter.dtype != own:
+            raise Unsupported(
+                f"compile=True needs a target in the dtype of V and U, {own}, and this one is in {tapped.adapter.dtype}: use "
+                "model.float() (with precision='bfloat16' for fast products), or leave compile out."
+            )
+        self.backend = backend
+        self.graphs: dict[Any, Function] = {}
+        self.names = list(self.decomposition.packing.names)
+
+    def clean(self, part: Part, tokens: Tensor, keep: Bool[Tensor, "batch pos"] | None, penalty: Penalty) -> Seen:
+        """The target's output and Γ's values on a part of the batch."""
+        own, kept = part.of(tokens), part.of(keep)
+        assert own is not None
+        logits, *inputs = self._run("clean", self._target, own, kept)
+        z = self._gamma(inputs, kept)
+        g, sums, l0 = self._run(
+            ("squash", penalty.kind), self._squash(penalty), z.detach(), kept, self._parameter(penalty)
+        )
+        return Seen(part, own, kept, Reconstruction(logits, self.kind, kept), z, g, sums, l0)
+
+    def attack(
+        self, seen: Seen, rows: slice, taken: Taken, total: Tensor, *, grad_sources: Float[Tensor, "some C_and_deltas"]
+    ) -> None:
+        """The adversary's own gradient: that of the rows' share of a mean over ``total`` tokens, V, U and Γ constant."""
+        _, _, of_sources = self._masked_graph(seen, rows, taken, [Share(total, 1.0)], None, grad_sources)
+        assert of_sources is not None
+        grad_sources.copy_(of_sources)
+
+    def reconstruct(
+        self,
+        seen: Seen,
+        taken: Taken,
+        shares: Sequence[Share],
+        *,
+        grad_g: Float[Tensor, "batch *pos C_total"],
+        grad_sources: Float[Tensor, "some C_and_deltas"] | None = None,
+    ) -> list[Float[Tensor, ""]]:
+        """The losses of one pass over all rows; the gradients of their weighted sum go to V and U, ``grad_g`` and the sources."""
+        losses, of_parts, of_sources = self._masked_graph(seen, EVERY, taken, shares, grad_g, grad_sources)
+        if grad_sources is not None and of_sources is not None:
+            grad_sources.copy_(of_sources)
+        parts = self._parts()
+        have = [(p.grad, own) for p, own in zip(parts, of_parts, strict=True) if p.grad is not None]
+        for p, own in zip(parts, of_parts, strict=True):
+            if p.grad is None:
+                p.grad = own
+        if have:
+            torch._foreach_add_([grad for grad, _ in have], [own for _, own in have])
+        return list(losses)
+
+    def into_gamma(
+        self,
+        seen: Seen,
+        grad_g: Float[Tensor, "batch *pos C_total"],
+        slope: Float[Tensor, " C_total"],
+        penalty: Penalty,
+    ) -> None:
+        """Γ's gradients, from those of the importances and of the sums that minimality counts."""
+        key = ("pullback", penalty.kind)
+        arguments = seen.z.detach(), grad_g, slope, seen.keep, self._parameter(penalty)
+        seen.z.backward(self._run(key, self._pullback(penalty), *arguments))
+
+    def ascend(self, sources: PersistentSources, gradient: Tensor, lr: float, rows: slice, update: int) -> None:
+        """Moves some rows of sources along their gradient."""
+        sources.ascend(gradient, lr, rows, update=update, by=partial(self._run, "ascend", sources.ascended))
+
+    # -- what is recorded --------------------------------------------------------------------------------------------
+
+    def _target(self, tokens: Tensor, keep: Tensor | None) -> list[Tensor]:
+        """Logits, and the inputs of sites; a tensor that several sites read is there once (``_gamma`` knows which)."""
+        with self._autocast():
+            logits, inputs = self.tapped.clean(tokens, keep)
+        found = {id(x): x for x in inputs.values()}
+        self._reads = {name: list(found).index(id(x)) for name, x in inputs.items()}
+        return [logits, *found.values()]
+
+    def _gamma(self, inputs: Sequence[Tensor], keep: Tensor | None) -> Tensor:
+        def values(*arguments: Tensor | None) -> Tensor:
+            *own, kept = arguments
+            with self._autocast():
+                z = self.decomposition.pre_sigmoid({n: own[i] for n, i in self._reads.items()}, kept)  # type: ignore[misc]
+            return z.float() if z.dtype == torch.bfloat16 else z
+
+        if not isinstance(self.decomposition.gamma, SharedTransformer | ChunkedTransformers):
+            return values(*inputs, keep)  # small MLPs have gradients of their own, in few operations
+        return self._run("gamma", values, *inputs, keep, gradients=True)
+
+    def _squash(self, penalty: Penalty) -> Function:
+        def squash(z: Tensor, keep: Tensor | None, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            g = z.clamp(0, 1)
+            important = (g > 0).sum(-1)
+            if self.forward_slope:
+                g = g + self.forward_slope * z.clamp(max=0)
+            kept = None if keep is None else keep.flatten()
+            sums = Penalty(penalty.kind, parameter, WHOLE).sums(z.flatten(0, -2), kept)
+            return g, sums, (important if keep is None else important * keep).sum().float()
+
+        return squash
+
+    def _pullback(self, penalty: Penalty) -> Function:
+        def pullback(z: Tensor, grad_g: Tensor, slope: Tensor, keep: Tensor | None, parameter: Tensor) -> Tensor:
+            kept = None if keep is None else keep.flatten()
+            of_g = grad_g.flatten(0, -2).clone()
+            rows = Penalty(penalty.kind, parameter, WHOLE)
+            return rows.pullback(z.flatten(0, -2), slope, kept, of_g=of_g, forward_slope=self.forward_slope).view_as(z)
+
+        return pullback
+
+    def _masked_graph(
+        self,
+        seen: Seen,
+        rows: slice,
+        taken: Taken,
+        shares: Sequence[Share],
+        grad_g: Tensor | None,
+        grad_sources: Tensor | None,
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Losses, gradients of V and U (none where ``grad_g`` is None) and of sources; ``grad_g`` is added to."""
+        sites = tuple(self.names if taken.sites is None else taken.sites)
+        g = seen.g[rows]
+        routing = None if taken.routing is None else [taken.routing[name].reshape(-1) for name in sites]
+        wanted = None if grad_sources is None else len(grad_sources)
+        spans = [((s.rows.start, s.rows.stop), (s.compared.start, s.compared.stop), s.weight) for s in shares]
+
+        def masked(
+            tokens: Tensor,
+            keep: Tensor | None,
+            g: Tensor,
+            target: Tensor,
+            counted: Tensor | None,
+            sources: Tensor,
+            numbers: Tensor | None,
+            totals: Tensor,
+            of_g: Tensor | None,
+            *routed: Tensor,
+        ) -> list[Tensor]:
+            return self._gradients(
+                sites, spans, wanted, tokens, keep, g, target, counted, sources, numbers, totals, of_g, routed
+            )
+
+        distance = seen.distance if rows is EVERY else seen.distance.rows(rows)
+        found = self._run(
+            ("masked", sites, str(spans), wanted),
+            masked,
+            seen.tokens[rows],
+            None if seen.keep is None else seen.keep[rows],
+            g,
+            distance.target,
+            distance.keep,
+            taken.sources,
+            taken.rows,
+            torch.stack([s.total for s in shares]),
+            grad_g,
+            *(routing or ()),
+        )
+        losses, rest = found[: len(shares)], list(found[len(shares) :])
+        of_sources = None if wanted is None else rest.pop(0)
+        if grad_g is not None:
+            grad_g.copy_(rest.pop(0))
+        return losses, rest, of_sources
+
+    def _gradients(
+        self,
+        sites: Sequence[str],
+        spans: Sequence[tuple[tuple[int | None, int | None], tuple[int | None, int | None], float]],
+        wanted: int | None,
+        tokens: Tensor,
+        keep: Tensor | None,
+        g: Tensor,
+        target: Tensor,
+        counted: Tensor | None,
+        sources: Tensor,
+        numbers: Tensor | None,
+        totals: Tensor,
+        of_g: Tensor | None,
+        routed: Sequence[Tensor],
+    ) -> list[Tensor]:
+        """Losses, then gradients, where they are wanted: of the sources, of g (added to ``of_g``), of V, of U."""
+        packing, constant = self.decomposition.packing, of_g is None
+        columns = {name: packing.slices[name] for name in sites}
+        places = [packing.total + packing.names.index(name) for name in sites]
+        own = sources if numbers is None else sources[numbers]
+        leaves = {
+            "g": [g.flatten(0, -2)[:, at].detach() for at in columns.values()],
+            "r": [own[:, at].detach() for at in columns.values()],
+            "delta": [own[:, at : at + 1].detach() for at in places],
+        }
+        of_r = [] if wanted is None else [*leaves["r"], *leaves["delta"]]
+        of_parts = [] if constant else self._parts()
+        asked = [*of_r, *([] if constant else leaves["g"]), *of_parts]
+        for leaf in asked[: len(asked) - len(of_parts)]:
+            leaf.requires_grad_()
+        by_site = {what: dict(zip(sites, tensors, strict=True)) for what, tensors in leaves.items()}
+        run = OpenPass(
+            by_site["g"],
+            by_site["r"],
+            by_site["delta"],
+            g.shape[:-1],
+            dict(zip(sites, routed, strict=True)) if routed else None,
+        )
+        with torch.enable_grad():
+            with self._autocast():
+                output = self.tapped.masked(tokens, run, keep, constant_parts=constant)  # type: ignore[arg-type]
+            losses = []
+            for (rows, compared, _), total in zip(spans, totals.unbind(), strict=True):
+                at, against = slice(*rows), slice(*compared)
+                real = None if counted is None else counted[against]
+                losses.append(_summed(self.kind, target[against], output[at], real) / total)
+            whole = torch.stack([weight * loss for (*_, weight), loss in zip(spans, losses, strict=True)]).sum()
+        gradients = [
+            torch.zeros_like(leaf) if grad is None else grad
+            for leaf, grad in zip(asked, torch.autograd.grad(whole, asked, allow_unused=True), strict=True)
+        ]
+        found = [loss.detach() for loss in losses]
+        if wanted is not None:
+            found.append(self._packed_sources(gradients[: len(of_r)], sites, sources, numbers)[:wanted])
+        if of_g is not None:
+            of_sites = dict(zip(sites, gradients[len(of_r) : len(of_r) + len(sites)], strict=True))
+            rows_ = of_g.flatten(0, -2)
+            added = [rows_[:, at] + of_sites[n] if n in of_sites else rows_[:, at] for n, at in packing.slices.items()]
+            found.append(torch.cat(added, dim=1).view_as(of_g))
+            found += gradients[len(of_r) + len(sites) :]
+        return found
+
+    def _packed_sources(
+        self, gradients: Sequence[Tensor], sites: Sequence[str], sources: Tensor, numbers: Tensor | None
+    ) -> Tensor:
+        """The gradients of sites' sources and Δs side by side, as sources are packed; added up where tokens share a row."""
+        n = len(gradients[0])
+        of = dict(zip([*sites, *(("delta", name) for name in sites)], gradients, strict=True))
+        blocks = [of.get(name, gradients[0].new_zeros(n, C)) for name, C in self.decomposition.packing.counts.items()]
+        blocks += [of.get(("delta", name), gradients[0].new_zeros(n, 1)) for name in self.names]
+        packed = torch.cat(blocks, dim=1)
+        return packed if numbers is None else torch.zeros_like(sources).index_add(0, numbers, packed)
+
+    # -- recording ---------------------------------------------------------------------------------------------------
+
+    def _parts(self) -> list[Tensor]:
+        return [*self.decomposition.V.values(), *self.decomposition.U.values()]
+
+    def _parameter(self, penalty: Penalty) -> Tensor:
+        return torch.tensor(float(penalty.parameter), device=self.decomposition.device)
+
+    def _run(self, what: Any, function: Function, *arguments: Tensor | None, gradients: bool = False) -> Any:
+        """What a function gives, from its compiled graph; made at the first call with arguments of these shapes."""
+        key = what, tuple(None if a is None else (a.shape, a.dtype, a.stride()) for a in arguments)
+        if key not in self.graphs:
+            self.graphs[key] = _compiled(
+                function, arguments, self.backend, TOLERANCE[self.precision], gradients=gradients
+            )
+        with torch.set_grad_enabled(gradients):
+            return self.graphs[key](*(a for a in arguments if a is not None))
+
+
+def _summed(kind: str, target: Tensor, output: Tensor, keep: Tensor | None) -> Float[Tensor, ""]:
+    """The distance summed over real tokens, as plain operations."""
+    if kind == "kl":
+        each = (target.exp() * (target - output.float().log_softmax(-1))).sum(-1)
+    else:
+        each = (output.float() - target.float()).square().mean(-1)
+    return (each if keep is None else each * keep).sum()
+
+
+def _compiled(
+    function: Function, arguments: Sequence[Tensor | None], backend: str, tolerance: float, *, gradients: bool
+) -> Function:
+    """A function of the tensors among some arguments, compiled for their shapes; the others stay None.
+
+    Raises:
+        Unsupported: its operations cannot be written down, or what was written down gives something else.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def filled(*tensors: Tensor) -> Any:
+        rest = iter(tensors)
+        return function(*(None if a is None else next(rest) for a in arguments))
+
+    tensors = [a for a in arguments if a is not None]
+    others, same = ([t.detach().flip(0) if t.ndim else t * 2 for t in tensors] for _ in range(2))
+    try:
+        with torch.set_grad_enabled(gradients):
+            graph: Any = make_fx(filled)(*(t.clone() for t in tensors))
+            graph.graph.eliminate_dead_code()
+            graph.recompile()
+            made = graph if backend == RECORDED else torch.compile(graph, dynamic=False, backend=backend)
+            # Some write into their arguments.
+            pairs = zip([*_list(made(*others)), *others], [*_list(filled(*same)), *same], strict=True)
+            error = max(_apart(a, b) for a, b in pairs)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error_:
+        raise Unsupported(
+            f"This model's passes cannot be compiled ({str(error_).strip().splitlines()[0]}): leave compile out."
+        ) from error_
+    if not error < tolerance:
+        raise Unsupported(
+            f"A compiled pass of this model is off by {error:.1e} on other data (its operations depend on the data): "
+            "leave compile out."
+        )
+    return made
+
+
+def _list(found: Any) -> list[Tensor]:
+    return [found] if isinstance(found, Tensor) else list(found or ())
+
+
+def _apart(a: Tensor, b: Tensor) -> float:
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).norm()) / max(float(b.norm()), 1e-20) if b.numel() else 0.0
