@@ -1,18 +1,21 @@
 """Seconds and memory of a training step, beside a plain implementation of the same step in the same run.
 
-    python -m benchmarks.step                        # writes benchmarks/results/step.json (about ten minutes on two cores)
+    python -m benchmarks.step                        # writes benchmarks/results/step.json (about half an hour on two cores)
 
 Ours and the plain one take turns, each in a process of its own (ours keeps freed memory, as ``tl-vpd train`` does). For each
 size: ``ours_s`` and ``plain_s`` (medians of rounds), ``ratio`` (plain over ours, median over rounds), ``executed_gflop`` (matrix
 products that ours executes, as torch counts them, which leaves out ``addmm_``), ``floor_s`` (the mathematics' matrix products at
 this machine's rate of large float32 products in the same run), ``floor_share`` (floor over ours), ``peak_mb`` and
-``plain_peak_mb`` (above what imports take, in a process of their own). The same for the merged recipe, for bfloat16 products
-and for both, each under its name; ``checkpoint`` has the peak with activations computed again. Size L needs a GPU.
+``plain_peak_mb`` (above what imports take, in a process of their own; ``settled_mb`` without the first steps, in which compiled
+passes are made). The same for the merged recipe, for bfloat16 products, for compiled passes and for these together, under their
+names; ``checkpoint`` has the peak with activations computed again. Size L needs a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import multiprocessing
 import statistics
@@ -230,12 +233,13 @@ def measure(name: str, rounds: int, variants: list[str]) -> dict[str, dict[str, 
     return found
 
 
-def peak(size: str, which: str) -> float:
-    """Peak memory in MB above what imports take, of three steps in a fresh process."""
+def peak(size: str, which: str) -> tuple[float, float]:
+    """Peak memory in MB above what imports take, in a fresh process: of three steps and all before them, and of a fourth."""
     found = subprocess.run(
         [sys.executable, "-m", "benchmarks.step", "--peak", size, which], check=True, capture_output=True, text=True
     )
-    return round(float(found.stdout.split()[-1]), 1)
+    whole, settled = (round(float(number), 1) for number in found.stdout.split()[-2:])
+    return whole, settled
 
 
 def print_peak(size: str, which: str) -> None:
@@ -246,7 +250,12 @@ def print_peak(size: str, which: str) -> None:
     step = plain_step(SIZES[size]) if which == "plain" else own_step(SIZES[size], which)
     for _ in range(3):
         step()
-    print((high_water() - before) / 1024)
+    whole = high_water() - before
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the mark starts anew
+    step()
+    print(whole / 1024, (high_water() - before) / 1024)
 
 
 def high_water() -> int:
@@ -273,8 +282,9 @@ def main() -> None:
         found = measure(name, arguments.rounds * (3 if name == "S" else 1), timed)
         if name != "L":
             for which in VARIANTS:
-                found.setdefault(which, {})["peak_mb"] = peak(name, which)
-            found["paper"]["plain_peak_mb"] = peak(name, "plain")
+                own = found.setdefault(which, {})
+                own["peak_mb"], own["settled_mb"] = peak(name, which)
+            found["paper"]["plain_peak_mb"], _ = peak(name, "plain")
         record[name] = found.pop("paper")
         for which, own in found.items():
             record.setdefault(which, {})[name] = own
