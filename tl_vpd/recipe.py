@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from glob import glob
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -111,8 +111,8 @@ class RuntimeRecipe(_Frozen):
     """Compute a layer's activations again in backward instead of keeping them."""
     joined: bool = False
     """Run the stochastic and the adversarial masks in one pass of twice the rows."""
-    compile: bool = False
-    """Run the step's passes as compiled graphs (``tl_vpd.training.compiled``)."""
+    compile: bool | Literal["recorded"] = False
+    """Run the step's passes as compiled graphs, or as recorded ones (``tl_vpd.training.compiled``)."""
 
 
 class OutputRecipe(_Frozen):

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from tests.tiny import GAMMA, some_tokens, tiny_model
 from tests.training.test_trainer import SETTINGS, Double
-from tl_vpd import VPDConfig, decompose
+from tl_vpd import VPDConfig, bundled, decompose
 from tl_vpd.adapters import Unsupported
 from tl_vpd.adapters.versions import HookedRootModule, HookPoint
 from tl_vpd.hooks import TappedModel
@@ -70,6 +70,16 @@ def test_recorded_steps_are_the_plain_ones(name):
     assert ("gamma" in recordings) == (name != "small MLPs")
     # The second step makes none anew.
     assert recordings.count("clean") == recordings.count("pullback") == 1
+
+
+def test_large_routed_passes_run_as_they_are(monkeypatch):
+    monkeypatch.setattr("tl_vpd.training.compiled.LARGE", 0)
+    plain, recorded = steps(False), steps(RECORDED)
+    same(plain, recorded)
+    masked = [key[0] for key in recorded[3].graphs if key[0][0] == "masked"]
+    assert len(masked) == 2  # the adversary's own pass and the adversarial one
+    sparse = steps(RECORDED, stochastic_routing="all")
+    assert len([key for key in sparse[3].graphs if key[0][0] == "masked"]) == 3
 
 
 @pytest.mark.parametrize("how", [{"micro_batch": 3}, {"joined": True}])
@@ -172,3 +182,14 @@ def test_a_compiled_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     again = decompose(tiny_model(dtype=torch.float32), rows, config, out=tmp_path, resume=True, **options)
     for a, b in zip(whole.decomposition.parameters(), again.decomposition.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_bridge_is_recorded_too():
+    rows = bundled.tokens("validation")[:8, :12]
+    config = VPDConfig(steps=2, batch_size=4, C=8, gamma=GAMMA, warm_up_steps=1, sites=("*blocks.1*",))
+    plain, recorded = (
+        decompose(bundled.model(kind="bridge"), rows, config, compile=compile, log_every=1, progress=False).history
+        for compile in (False, RECORDED)
+    )
+    for column in ("total", "stochastic", "adversarial", "importance", "l0"):
+        assert recorded[column].tolist() == pytest.approx(plain[column].tolist(), rel=1e-5), column

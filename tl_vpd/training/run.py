@@ -127,8 +127,9 @@ def decompose(
         checkpoint: compute a layer's activations again in backward, to save memory; the result is the same.
         joined: run the stochastic and the adversarial masks in one pass of twice the rows: fewer operations, more memory, and
             the same result to rounding.
-        compile: run the step's passes as compiled graphs (``tl_vpd.training.compiled``): the same to rounding, and faster after a
-            minute or two of compilation. Needs a C++ compiler, or Triton on a GPU. A name: a backend of ``torch.compile``.
+        compile: run the step's passes as compiled graphs (``tl_vpd.training.compiled``): the same to rounding, and faster, after
+            some minutes of compilation. Needs a C++ compiler, or Triton on a GPU. A name: a backend of ``torch.compile``, or
+            ``recorded`` for graphs that need no compiler.
         context: length of the rows that a dataset of text is cut into (None: the model's context).
         save_every: steps between states. keep_states: newest states that stay. log_every: steps between metrics.
         progress: show a bar.

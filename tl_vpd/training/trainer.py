@@ -90,7 +90,7 @@ class Trainer:
             moments, importances, sources and losses stay float32.
         checkpoint: whether a layer's activations are computed again in backward instead of kept.
         joined: whether the stochastic and the adversarial pass are one of twice the rows (always so in the merged recipe).
-        compile: whether passes are compiled graphs (``tl_vpd.training.compiled``); a name: a backend of ``torch.compile``.
+        compile: whether passes are compiled graphs (``tl_vpd.training.compiled``); a name: its backend, or ``recorded``.
 
     Raises:
         ValueError: the batch cannot be shared out, or the options do not go together.
