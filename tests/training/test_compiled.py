@@ -131,6 +131,11 @@ def test_a_model_whose_operations_depend_on_its_data_is_refused():
         steps(RECORDED, model=Vectors(by_size), batches=batches, output="mse", sites=None)
 
 
+def test_a_compiler_that_fails_is_named_with_the_way_round_it():
+    with pytest.raises(Unsupported, match=r"cannot be compiled \(.*nowhere.*\): use compile='recorded', or leave"):
+        _compiled(lambda x: x * 2, [torch.ones(2)], "nowhere", 1e-3, gradients=False)
+
+
 def test_a_recording_that_gives_something_else_on_other_data_is_refused():
     seen = []
 

@@ -367,9 +367,9 @@ def _compiled(
             pairs = zip([*_list(made(*others)), *others], [*_list(filled(*same)), *same], strict=True)
             error = max(_apart(a, b) for a, b in pairs)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error_:
-        raise Unsupported(
-            f"This model's passes cannot be compiled ({str(error_).strip().splitlines()[0]}): leave compile out."
-        ) from error_
+        instead = "leave compile out" if backend == RECORDED else f"use compile={RECORDED!r}, or leave compile out"
+        reason = str(error_).strip().splitlines()[0]
+        raise Unsupported(f"This model's passes cannot be compiled ({reason}): {instead}.") from error_
     if not error < tolerance:
         raise Unsupported(
             f"A compiled pass of this model is off by {error:.1e} on other data (its operations depend on the data): "
