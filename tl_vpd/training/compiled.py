@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -46,6 +46,25 @@ LARGE = 1.5e9
 such a pass from 28 to 18 ms at 0.2e9, and from 263 to 320 ms at 7e9 (in bfloat16 from 194 to 169 ms)."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """How far a compiled graph may be from the model itself, as a share of the norm of each result."""
+
+
+_Span = tuple[tuple[int | None, int | None], tuple[int | None, int | None], float]
+"""Of a loss: rows of the output, rows of the target they are compared with, weight."""
+
+
+class _Given(NamedTuple):
+    """The tensors that a masked graph takes."""
+
+    tokens: Tensor
+    keep: Tensor | None
+    g: Tensor
+    target: Tensor
+    counted: Tensor | None
+    sources: Tensor
+    numbers: Tensor | None
+    totals: Tensor
+    grad_g: Tensor | None
+    routed: tuple[Tensor, ...]
 
 
 class CompiledPasses(Passes):
@@ -195,21 +214,8 @@ class CompiledPasses(Passes):
         wanted = None if grad_sources is None else len(grad_sources)
         spans = [((s.rows.start, s.rows.stop), (s.compared.start, s.compared.stop), s.weight) for s in shares]
 
-        def masked(
-            tokens: Tensor,
-            keep: Tensor | None,
-            g: Tensor,
-            target: Tensor,
-            counted: Tensor | None,
-            sources: Tensor,
-            numbers: Tensor | None,
-            totals: Tensor,
-            of_g: Tensor | None,
-            *routed: Tensor,
-        ) -> list[Tensor]:
-            return self._gradients(
-                sites, spans, wanted, tokens, keep, g, target, counted, sources, numbers, totals, of_g, routed
-            )
+        def masked(*tensors: Any) -> list[Tensor]:
+            return self._gradients(sites, spans, wanted, _Given._make((*tensors[:9], tensors[9:])))
 
         distance = seen.distance if rows is EVERY else seen.distance.rows(rows)
         found = self._run(
@@ -233,23 +239,11 @@ class CompiledPasses(Passes):
         return losses, rest, of_sources
 
     def _gradients(
-        self,
-        sites: Sequence[str],
-        spans: Sequence[tuple[tuple[int | None, int | None], tuple[int | None, int | None], float]],
-        wanted: int | None,
-        tokens: Tensor,
-        keep: Tensor | None,
-        g: Tensor,
-        target: Tensor,
-        counted: Tensor | None,
-        sources: Tensor,
-        numbers: Tensor | None,
-        totals: Tensor,
-        of_g: Tensor | None,
-        routed: Sequence[Tensor],
+        self, sites: Sequence[str], spans: Sequence[_Span], wanted: int | None, given: _Given
     ) -> list[Tensor]:
-        """Losses, then gradients, where they are wanted: of the sources, of g (added to ``of_g``), of V, of U."""
-        packing, constant = self.decomposition.packing, of_g is None
+        """Losses, then gradients, where they are wanted: of the sources, of g (added to ``grad_g``), of V, of U."""
+        packing, constant, g = self.decomposition.packing, given.grad_g is None, given.g
+        sources, numbers = given.sources, given.numbers
         columns = {name: packing.slices[name] for name in sites}
         places = [packing.total + packing.names.index(name) for name in sites]
         own = sources if numbers is None else sources[numbers]
@@ -269,16 +263,16 @@ class CompiledPasses(Passes):
             by_site["r"],
             by_site["delta"],
             g.shape[:-1],
-            dict(zip(sites, routed, strict=True)) if routed else None,
+            dict(zip(sites, given.routed, strict=True)) if given.routed else None,
         )
         with torch.enable_grad():
             with self._autocast():
-                output = self.tapped.masked(tokens, run, keep, constant_parts=constant)  # type: ignore[arg-type]
+                output = self.tapped.masked(given.tokens, run, given.keep, constant_parts=constant)
             losses = []
-            for (rows, compared, _), total in zip(spans, totals.unbind(), strict=True):
+            for (rows, compared, _), total in zip(spans, given.totals.unbind(), strict=True):
                 at, against = slice(*rows), slice(*compared)
-                real = None if counted is None else counted[against]
-                losses.append(_summed(self.kind, target[against], output[at], real) / total)
+                real = None if given.counted is None else given.counted[against]
+                losses.append(_summed(self.kind, given.target[against], output[at], real) / total)
             whole = torch.stack([weight * loss for (*_, weight), loss in zip(spans, losses, strict=True)]).sum()
         gradients = [
             torch.zeros_like(leaf) if grad is None else grad
@@ -287,11 +281,13 @@ class CompiledPasses(Passes):
         found = [loss.detach() for loss in losses]
         if wanted is not None:
             found.append(self._packed_sources(gradients[: len(of_r)], sites, sources, numbers)[:wanted])
-        if of_g is not None:
+        if given.grad_g is not None:
             of_sites = dict(zip(sites, gradients[len(of_r) : len(of_r) + len(sites)], strict=True))
-            rows_ = of_g.flatten(0, -2)
-            added = [rows_[:, at] + of_sites[n] if n in of_sites else rows_[:, at] for n, at in packing.slices.items()]
-            found.append(torch.cat(added, dim=1).view_as(of_g))
+            before = given.grad_g.flatten(0, -2)
+            added = [
+                before[:, at] + of_sites[n] if n in of_sites else before[:, at] for n, at in packing.slices.items()
+            ]
+            found.append(torch.cat(added, dim=1).view_as(given.grad_g))
             found += gradients[len(of_r) + len(sites) :]
         return found
 
