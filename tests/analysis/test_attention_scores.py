@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tests.matrix.models import Absent, build, has_bridge
+from tests.marks import needs_bridge
+from tests.matrix.models import build
 from tests.tiny import decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd import bundled
 from tl_vpd.adapters import Unsupported, adapt
@@ -144,13 +145,10 @@ def test_padding_is_left_as_the_model_masks_it(model, vpd):
     assert_close(total(terms)[terms.seen], terms.scores[terms.seen], rtol=0, atol=1e-6)
 
 
-@pytest.mark.skipif(not has_bridge(), reason="no TransformerBridge in this version")
+@needs_bridge
 @pytest.mark.parametrize("name", ["GPT-2", "GPT-NeoX", "GPT-J", "Llama", "Mistral", "Phi-3", "OPT", "Bloom"])
 def test_bridges_scores_are_summed_or_refused(name):
-    try:
-        model = build(name, "bridge", torch.float64)
-    except Absent as error:
-        pytest.skip(str(error))
+    model = build(name, "bridge", torch.float64)
     vpd = decomposition_of(model).double()
     tokens = some_tokens(d_vocab=20)
     if name in (
@@ -172,20 +170,15 @@ def test_bridges_scores_are_summed_or_refused(name):
     assert_close(shown["pattern"], pattern_of(terms.without()), rtol=0, atol=1e-6)
 
 
+@needs_bridge
 def test_qk_norm_is_refused_on_a_bridge():
-    if not has_bridge():
-        pytest.skip("no TransformerBridge in this version")
-    try:
-        model = build("Qwen3", "bridge", torch.float64)
-    except Absent as error:
-        pytest.skip(str(error))
+    model = build("Qwen3", "bridge", torch.float64)
     with pytest.raises(Unsupported, match="qk-norm"):
         score_terms(decomposition_of(model).double(), model, some_tokens(d_vocab=20), 1)
 
 
+@needs_bridge
 def test_the_bundled_model_on_both_classes():
-    if not has_bridge():
-        pytest.skip("no TransformerBridge in this version")
     vpd, tokens = bundled.decomposition(), bundled.tokens("validation")[:2, :40]
     found = [
         score_terms(vpd, bundled.model(kind=kind), tokens, 1, [(f"{Q}:36", f"{K}:29")])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.matrix.models import has_bridge
+from tests.marks import needs_bridge
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
@@ -292,9 +292,8 @@ def test_between_keeps_what_is_kept_to_the_bit():
     assert torch.equal(flat, out.flatten(2))
 
 
+@needs_bridge
 def test_a_bridge_gives_the_hooked_transformers_audit():
-    if not has_bridge():
-        pytest.skip("no TransformerBridge in this version")
     vpd, tokens = bundled.decomposition(), bundled.tokens("validation")[:2, :10]
     models = [bundled.model(kind=kind) for kind in ("hooked_transformer", "bridge")]
     heads = [f"{Z0}:1", f"{Z1}:0", M1]

@@ -8,7 +8,8 @@ from torch.testing import assert_close
 
 from tests.adapters.own import TRANSFORMER, TwoLayers
 from tests.hooks.test_clean import assert_same, snapshot
-from tests.matrix.models import build, has_bridge
+from tests.marks import needs_bridge
+from tests.matrix.models import build
 from tests.tiny import ARCHITECTURES, decomposition_of, some_tokens, tiny_model
 from tl_vpd import VPDConfig
 from tl_vpd.adapters import Unsupported
@@ -21,7 +22,7 @@ from tl_vpd.training import new_decomposition
 
 EPS = 1e-5
 CHOSEN = ["rms, gated, grouped", "layernorm", "parallel", "shortformer", "bidirectional", "sliding window"]
-BRIDGES = ["bridge GPT-2", "native Llama", "bridge Llama"]
+BRIDGES = [pytest.param(name, marks=needs_bridge) for name in ("bridge GPT-2", "native Llama", "bridge Llama")]
 
 
 def case(name):
@@ -30,8 +31,6 @@ def case(name):
         model = tiny_model(**ARCHITECTURES[name])
     else:
         kind, _, family = name.partition(" ")
-        if not has_bridge():
-            pytest.skip("this TransformerLens has no bridge")
         model = build(family, kind)
     return model, decomposition_of(model, C=5).to(torch.float64), some_tokens(shape=(1, 5))
 

@@ -7,7 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from tests.hooks.test_clean import assert_same, snapshot
-from tests.matrix.models import build, has_bridge
+from tests.marks import needs_bridge
+from tests.matrix.models import build
 from tests.tiny import decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.analysis.pruning import PruneConfig, ablate_nodes, prune, prune_sweep
@@ -124,14 +125,15 @@ def test_an_attack_raises_the_loss_within_its_reach(model, vpd, tokens, reach):
     assert bool((sources[0] != start[0])[:, ~alive].any()) == (reach == "everything")
 
 
-@pytest.mark.parametrize("kind", ["HookedTransformer", "bridge", "native"])
+@pytest.mark.parametrize(
+    "kind",
+    ["HookedTransformer", pytest.param("bridge", marks=needs_bridge), pytest.param("native", marks=needs_bridge)],
+)
 def test_a_recording_gives_what_the_model_gives(kind):
     if kind == "HookedTransformer":
         model = tiny_model(normalization_type="RMS", gated_mlp=True, act_fn="silu", n_heads=4, n_key_value_heads=2)
-    elif has_bridge():
-        model = build("GPT-2", kind)
     else:
-        pytest.skip("this TransformerLens has no bridge")
+        model = build("GPT-2", kind)
     vpd, tokens = decomposition_of(model).to(torch.float64), some_tokens(shape=(1, 5))
     with MaskedModel(vpd, model) as masked:
         behaviour = behaviour_of(masked.adapter, masked.clean(tokens)[0][0], 4, -1)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from tests.marks import needs_bridge
 from tests.tiny import GAMMA, some_tokens, tiny_model
 from tests.training.test_trainer import SETTINGS, Double
 from tl_vpd import VPDConfig, bundled, decompose
@@ -147,6 +148,14 @@ def test_a_recording_that_gives_something_else_on_other_data_is_refused():
         _compiled(first_only, [torch.arange(3.0)], RECORDED, 1e-3, gradients=False)
 
 
+def test_a_loss_that_is_not_finite_is_said_to_be_that_and_not_the_compilers_fault():
+    model = tiny_model()
+    with torch.no_grad():
+        model.unembed.W_U.fill_(float("inf"))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        steps(RECORDED, model=model)
+
+
 def test_arguments_that_are_written_into_are_compared_as_well():
     made = _compiled(lambda x, y: x.add_(y), [torch.ones(2), torch.ones(2)], RECORDED, 1e-3, gradients=False)
     x = torch.arange(2.0)
@@ -189,6 +198,7 @@ def test_a_compiled_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
         assert torch.equal(a, b)
 
 
+@needs_bridge
 def test_a_bridge_is_recorded_too():
     rows = bundled.tokens("validation")[:8, :12]
     config = VPDConfig(steps=2, batch_size=4, C=8, gamma=GAMMA, warm_up_steps=1, sites=("*blocks.1*",))

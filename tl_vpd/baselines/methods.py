@@ -93,18 +93,10 @@ def _vpd(
     return RankOne(run.decomposition, model)
 
 
-def _spd(
-    model: nn.Module,
-    data: Batches,
-    config: VPDConfig,
-    *,
-    out: Path | None = None,
-    progress: bool = False,
-    compile: bool = False,
-) -> Found:
+def _spd(model: nn.Module, data: Batches, config: VPDConfig, **how: Any) -> Found:
     if config.coefficients.adversarial:
         raise ValueError("SPD has no adversary: set coefficients.adversarial to 0, or ask for vpd.")
-    return _vpd(model, data, config, out=out, progress=progress, compile=compile)
+    return _vpd(model, data, config, **how)
 
 
 def _apd(

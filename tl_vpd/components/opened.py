@@ -39,8 +39,11 @@ class OpenPass:
 
     def mask(self, name: str) -> tuple[Float[Tensor, "*batch C"], Float[Tensor, "*batch"]]:
         """One site's mask and Δ's."""
-        mask = self.g[name] + (1 - self.g[name]) * self.sources[name]
-        return mask.view(*self.batch, -1), self.delta[name].view(self.batch)
+        return self._mask(name).view(*self.batch, -1), self.delta[name].view(self.batch)
+
+    def _mask(self, name: str) -> Float[Tensor, "tokens C"]:
+        g = self.g[name]
+        return g + (1 - g) * self.sources[name]
 
     def product(
         self,
@@ -54,9 +57,8 @@ class OpenPass:
         """The site's masked output, in the precision of ``y``."""
         kind, own = y.dtype, y.flatten(0, -2)
         acts, delta = x.flatten(0, -2).to(kind) @ V.to(kind), self.delta[name]
-        difference = self.g[name] + (1 - self.g[name]) * self.sources[name] - delta
         kept = own * delta if bias is None else bias + (own - bias) * delta
-        output = kept.to(kind) + (acts * difference).to(kind) @ U.to(kind)
+        output = kept.to(kind) + (acts * (self._mask(name) - delta)).to(kind) @ U.to(kind)
         if self.routing is not None:
             output = torch.where(self.routing[name].view(-1, 1), output, own)
         return output.view(y.shape)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -42,8 +42,8 @@ WHOLE = 1 << 62
 RECORDED = "recorded"
 """In the place of a backend of ``torch.compile``: graphs run as they were written down, which needs no compiler."""
 LARGE = 1.5e9
-"""Multiplications by V and U in one masked pass in float32 above which routed passes are not compiled. Measured: compiling takes
-such a pass from 28 to 18 ms at 0.2e9, and from 263 to 320 ms at 7e9 (in bfloat16 from 194 to 169 ms)."""
+"""Multiplications by V and U in one masked pass in float32 above which routed passes are not compiled. It lies between the sizes
+S (0.2e9) and M (7e9) of ``benchmarks.step``; what M gains is in ``docs/performance.md``."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """How far a compiled graph may be from the model itself, as a share of the norm of each result."""
 
@@ -80,7 +80,7 @@ class CompiledPasses(Passes):
     def __init__(
         self,
         tapped: TappedModel,
-        kind: Any = "kl",
+        kind: Literal["kl", "mse"] = "kl",
         forward_slope: float = 0.0,
         *,
         precision: Precision = "float32",
@@ -96,6 +96,7 @@ class CompiledPasses(Passes):
         self.backend = backend
         self.graphs: dict[Any, Function] = {}
         self.names = list(self.decomposition.packing.names)
+        self._reads: dict[str, int] = {}
 
     def clean(self, part: Part, tokens: Tensor, keep: Bool[Tensor, "batch pos"] | None, penalty: Penalty) -> Seen:
         """The target's output and Γ's values on a part of the batch."""
@@ -217,7 +218,7 @@ class CompiledPasses(Passes):
         def masked(*tensors: Any) -> list[Tensor]:
             return self._gradients(sites, spans, wanted, _Given._make((*tensors[:9], tensors[9:])))
 
-        distance = seen.distance if rows is EVERY else seen.distance.rows(rows)
+        distance = seen.distance.rows(rows)
         found = self._run(
             ("masked", sites, str(spans), wanted),
             masked,
@@ -379,5 +380,8 @@ def _list(found: Any) -> list[Tensor]:
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
+    """How far a is from b, as a share of b's norm; where b is not finite, only whether a is not either."""
     a, b = a.detach().double(), b.detach().double()
+    if not bool(b.isfinite().all()):
+        return 0.0 if torch.equal(a.isfinite(), b.isfinite()) else float("inf")
     return float((a - b).norm()) / max(float(b.norm()), 1e-20) if b.numel() else 0.0
