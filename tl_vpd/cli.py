@@ -98,6 +98,7 @@ def train(
         precision=own.runtime.precision,
         checkpoint=own.runtime.checkpoint,
         joined=own.runtime.joined,
+        blocked_logits=own.runtime.blocked_logits,
         compile=own.runtime.compile,
         context=own.data.context,
         save_every=output.save_every,

@@ -14,8 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tl_vpd.adapters.unembedding import Unembedding
+
 _BLOCK = 1 << 17
 """Logits handled at once: few enough to stay in the processor's cache."""
+_MADE = {"cpu": 1 << 22}
+"""Logits made at once, by device: few next to all of them, many enough for a fast product."""
+_MADE_ELSEWHERE = 1 << 25
 
 
 class _KL(torch.autograd.Function):
@@ -28,7 +33,7 @@ class _KL(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, target: Tensor, weights: Tensor | None) -> Tensor:
         ctx.save_for_backward(logits, target, weights)
         total = torch.zeros((), device=logits.device)
-        for rows in _rows(logits):
+        for rows in _rows(len(logits), logits.shape[-1], _BLOCK):
             log_p = target[rows]
             terms = log_p - logits[rows].float().log_softmax(-1)
             if weights is None:
@@ -42,16 +47,48 @@ class _KL(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         logits, target, weights = ctx.saved_tensors
         out = torch.empty_like(logits)
-        for rows in _rows(logits):
+        for rows in _rows(len(logits), logits.shape[-1], _BLOCK):
             q = logits[rows].float().softmax(-1)
             q.sub_(target[rows].exp()).mul_(grad)
             out[rows] = q if weights is None else q.mul_(weights[rows, None])
         return out, None, None
 
 
-def _rows(logits: Tensor) -> list[slice]:
-    rows = max(1, _BLOCK // logits.shape[-1])
-    return [slice(start, start + rows) for start in range(0, len(logits), rows)]
+class _UnembeddedKL(torch.autograd.Function):
+    """``Σ_n w_n KL(p_n ‖ q_n)`` from what makes the logits, some rows at once, with the gradient made beside it.
+
+    For the logits ``z = x Wᵀ + b`` of masked rows x:  ∂/∂x = w (softmax(z) − p) W.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, target: Tensor, unembedding: Unembedding, weights: Tensor | None) -> Tensor:
+        total, gradients = torch.zeros((), device=x.device), []
+        made = _MADE.get(x.device.type, _MADE_ELSEWHERE)
+        for rows in _rows(len(x), unembedding.vocabulary, made):
+            log_p = unembedding.logits(target[rows]).log_softmax(-1)
+            log_q = unembedding.logits(x[rows]).log_softmax(-1)
+            p = log_p.exp()
+            terms = torch.linalg.vecdot(p, log_p.sub_(log_q))
+            total = total + (terms if weights is None else terms * weights[rows]).sum()
+            if ctx.needs_input_grad[0]:
+                difference = log_q.exp_().sub_(p)
+                difference = difference if weights is None else difference.mul_(weights[rows, None])
+                gradients.append(difference.to(unembedding.weight.dtype) @ unembedding.weight)
+        ctx.save_for_backward(torch.cat(gradients) if gradients else None)
+        ctx.dtype = x.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grad).to(ctx.dtype), None, None, None
+
+
+def _rows(rows: int, width: int, at_once: int) -> list[slice]:
+    """Some rows at a time, of ``at_once`` entries or one row."""
+    n = max(1, at_once // width)
+    return [slice(start, start + n) for start in range(0, rows, n)]
 
 
 def kl_divergence(
@@ -64,6 +101,22 @@ def kl_divergence(
     if keep is None:
         return _KL.apply(rows, target, None) / len(rows)
     return _KL.apply(rows, target, keep.flatten().float()) / keep.sum()
+
+
+def unembedded_kl(
+    target: Float[Tensor, "batch pos d_model"],
+    output: Float[Tensor, "batch pos d_model"],
+    unembedding: Unembedding,
+    keep: Bool[Tensor, "batch pos"] | None = None,
+) -> Float[Tensor, ""]:
+    """``kl_divergence`` of logits that are not there yet: both outputs are what the unembedding reads.
+
+    Logits are made for a few tokens at a time, the target's as well, so that their memory does not grow with the tokens. Under
+    ``no_grad`` no gradient is made either.
+    """
+    weights = None if keep is None else keep.flatten().float()
+    total = _UnembeddedKL.apply(output.flatten(0, -2), target.flatten(0, -2), unembedding, weights)
+    return total / (output[..., 0].numel() if weights is None else weights.sum())
 
 
 def squared_error(

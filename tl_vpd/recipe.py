@@ -111,6 +111,8 @@ class RuntimeRecipe(_Frozen):
     """Compute a layer's activations again in backward instead of keeping them."""
     joined: bool = False
     """Run the stochastic and the adversarial masks in one pass of twice the rows."""
+    blocked_logits: bool | None = None
+    """Make logits for a few tokens at a time (None: where there are many of them)."""
     compile: bool | Literal["recorded"] = False
     """Run the step's passes as compiled graphs, or as recorded ones (``tl_vpd.training.compiled``)."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -36,9 +37,15 @@ def test_a_subcomponents_mlp_reads_its_own_activation_alone():
             assert_close(float(z[0, t, c]), expected)
 
 
-@pytest.mark.parametrize("block", [1, 10**6])
-def test_the_gradients_of_small_mlps_are_those_of_the_equation(block, monkeypatch):
-    monkeypatch.setattr(mlps, "_BLOCK", block)
+def directly(name, function, *tensors):
+    """A way of carrying out that is none."""
+    return function(*tensors)
+
+
+@pytest.mark.parametrize("how", [1, 10**6, directly])
+def test_the_gradients_of_small_mlps_are_those_of_the_equation(how, monkeypatch):
+    if how is not directly:
+        monkeypatch.setattr(mlps, "_BLOCK", how)
     torch.manual_seed(0)
     gamma = PerSubcomponentMLPs(COUNTS, hidden=4).double()
     with torch.no_grad():
@@ -46,12 +53,31 @@ def test_the_gradients_of_small_mlps_are_those_of_the_equation(block, monkeypatc
     acts = {n: torch.randn(2, 3, c, dtype=torch.float64, requires_grad=True) for n, c in COUNTS.items()}
     weight = torch.randn(2, 3, 5, dtype=torch.float64)
     wanted = [*acts.values(), *gamma.parameters()]
-    got = torch.autograd.grad((gamma(acts) * weight).sum(), wanted)
+    with gamma.computed_by(how) if how is directly else nullcontext():
+        z = gamma(acts)
+    got = torch.autograd.grad((z * weight).sum(), wanted)  # outside, as a step's backward is
     a = torch.cat(list(acts.values()), dim=-1)[..., None]
     h = torch.nn.functional.gelu(a * gamma.w_in + gamma.b_in)
     plain = (h * gamma.w_out).sum(-1) + gamma.b_out
+    assert_close(z, plain)
     for own, expected in zip(got, torch.autograd.grad((plain * weight).sum(), wanted), strict=True):
         assert_close(own, expected)
+
+
+@torch.no_grad()
+def test_importances_can_start_as_rising_functions_of_inner_activations():
+    torch.manual_seed(0)
+    config = {"kind": "per_subcomponent_mlps", "hidden": 8}
+    a = torch.linspace(0, 3, 50)[:, None]
+    acts = {n: a.expand(-1, c) for n, c in COUNTS.items()}
+    below = {n: -own for n, own in acts.items()}
+    rising = build(GammaConfig(**config, rising=True), D_IN, COUNTS)
+    assert bool((rising(acts).diff(dim=0) > 0).all())
+    assert float(rising(below).max()) <= 0 < float(rising(acts)[-1].min())
+    either = build(GammaConfig(**config), D_IN, COUNTS)
+    assert not bool((either(acts).diff(dim=0) > 0).all())
+    with pytest.raises(ValidationError, match="rising=True goes with kind='per_subcomponent_mlps'"):
+        GammaConfig(rising=True)
 
 
 def test_a_sites_mlp_reads_its_normalised_input():

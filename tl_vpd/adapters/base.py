@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters.held import See
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_argument
+from tl_vpd.adapters.unembedding import Unembedding, left_out
 from tl_vpd.adapters.versions import get_attention_mask
 from tl_vpd.components import WHOLE, Layout
 from tl_vpd.site import Site
@@ -128,6 +129,14 @@ class Adapter(ABC):
     def fused_attention(self) -> AbstractContextManager[None]:
         """Inside, attention whose scores and pattern nobody hooks may be computed in one call; for runs without padding."""
         return nullcontext()
+
+    def unembedding(self) -> Unembedding | None:
+        """The product that makes the logits (None: there is none that stands alone)."""
+        return Unembedding.of(getattr(self.model, "unembed", None))
+
+    def unembedding_left_out(self) -> AbstractContextManager[None]:
+        """Inside, ``run`` gives what the unembedding reads; only where ``unembedding()`` is not None."""
+        return left_out(self.model.unembed)
 
     def layout(self, name: str) -> Layout:
         """How the site's product is carried out under the model's present flags."""

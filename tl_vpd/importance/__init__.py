@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from tl_vpd.importance.chunked import ChunkedTransformers
 from tl_vpd.importance.mlps import PerSiteMLPs, PerSubcomponentMLPs
@@ -44,9 +44,18 @@ class GammaConfig(BaseModel):
     """Sites a transformer reads, for ``chunked_transformers``."""
     hidden: int = Field(16, gt=0)
     """Hidden units, for the MLP kinds."""
+    rising: bool = False
+    """For ``per_subcomponent_mlps``: whether every importance starts as a rising function of its inner activation. Otherwise it
+    starts as likely to be large on both sides of 0, and a subcomponent may come to serve two features, one on each side."""
     output_bias: float = 0.0
     """Added to every pre-sigmoid value at the start. Near 1, every subcomponent starts important and is trimmed from there
     under full gradients; at 0, half start at importance 0, where only a hundredth of the gradient leads back."""
+
+    @model_validator(mode="after")
+    def _rising_where_it_can(self) -> GammaConfig:
+        if self.rising and self.kind != "per_subcomponent_mlps":
+            raise ValueError(f"rising=True goes with kind='per_subcomponent_mlps', and kind is {self.kind!r}.")
+        return self
 
     def resolved(self, d_model: int) -> GammaConfig:
         """The config with the width filled in for a model of width ``d_model``."""
@@ -71,7 +80,7 @@ def build(config: GammaConfig, d_in: Mapping[str, int], counts: Mapping[str, int
 
 def _module(config: GammaConfig, d_in: Mapping[str, int], counts: Mapping[str, int]) -> Gamma:
     if config.kind == "per_subcomponent_mlps":
-        return PerSubcomponentMLPs(counts, hidden=config.hidden)
+        return PerSubcomponentMLPs(counts, hidden=config.hidden, rising=config.rising)
     if config.kind == "per_site_mlps":
         return PerSiteMLPs(d_in, counts, hidden=config.hidden)
     if config.d_ci is None:

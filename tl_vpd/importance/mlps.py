@@ -4,12 +4,15 @@ Per subcomponent, on its own inner activation: ``z_c = w₂_c · GELU(w₁_c · 
 RMS-normalised input: ``z = W₂ GELU(W₁ x + b₁) + b₂``. Neither sees other positions or other sites.
 
 The hidden layer of all subcomponents' MLPs, ``[C, tokens, hidden]``, is larger than everything else in a toy's training. It is
-never stored: forward and backward each make it for a few subcomponents at a time, small enough to stay in the processor's cache.
+never stored: forward and backward each make it for a few subcomponents at a time, small enough to stay in the processor's cache,
+or, compiled, for one hidden unit at a time in a processor's registers (``computed_by``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -56,6 +59,66 @@ class _SmallMLPs(torch.autograd.Function):
         return of_a, of_w_in, of_b_in, of_w_out, grad.sum(-1)
 
 
+Run = Callable[..., Any]
+"""``run(name, function, *tensors)``: what the function gives, however it is carried out."""
+
+
+class _RunMLPs(torch.autograd.Function):
+    """The same, by ``run``."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[:4])
+        ctx.run = run
+        return run("small MLPs", values, *tensors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return None, *ctx.run("small MLPs, backward", gradients, grad.contiguous(), *ctx.saved_tensors)
+
+
+def values(
+    a: Float[Tensor, "C tokens"],
+    w_in: Float[Tensor, "C hidden"],
+    b_in: Float[Tensor, "C hidden"],
+    w_out: Float[Tensor, "C hidden"],
+    b_out: Float[Tensor, " C"],
+) -> Float[Tensor, "C tokens"]:
+    """z, as plain operations one hidden unit after the other: for compilers, which make one loop of them."""
+    z = b_out[:, None].expand_as(a)
+    for w, b, out in zip(w_in.unbind(1), b_in.unbind(1), w_out.unbind(1), strict=True):
+        h = torch.addcmul(b[:, None], a, w[:, None])
+        z = z + h * _cdf(h) * out[:, None]
+    return z
+
+
+def gradients(
+    grad: Float[Tensor, "C tokens"],
+    a: Float[Tensor, "C tokens"],
+    w_in: Float[Tensor, "C hidden"],
+    b_in: Float[Tensor, "C hidden"],
+    w_out: Float[Tensor, "C hidden"],
+) -> tuple[Tensor, ...]:
+    """Of a, w₁, b₁, w₂ and b₂, from that of z, in the same manner.  GELU(h) = h Φ(h), GELU'(h) = Φ(h) + h φ(h)."""
+    of_a = torch.zeros_like(a)
+    of_w_in, of_b_in, of_w_out = [], [], []
+    for w, b, out in zip(w_in.unbind(1), b_in.unbind(1), w_out.unbind(1), strict=True):
+        h = torch.addcmul(b[:, None], a, w[:, None])
+        below = _cdf(h)
+        slope = grad * torch.addcmul(below, h, torch.exp(-0.5 * h * h), value=(2 * math.pi) ** -0.5)
+        of_a = of_a + slope * (w * out)[:, None]
+        of_w_in.append((slope * a).sum(-1) * out)
+        of_b_in.append(slope.sum(-1) * out)
+        of_w_out.append((grad * h * below).sum(-1))
+    return of_a, *(torch.stack(own, dim=1) for own in (of_w_in, of_b_in, of_w_out)), grad.sum(-1)
+
+
+def _cdf(h: Tensor) -> Tensor:
+    """Φ, of a normal distribution."""
+    return 0.5 * (1 + torch.erf(h * 2**-0.5))
+
+
 def _hidden(
     a: Float[Tensor, "C tokens"], w_in: Float[Tensor, "C hidden"], b_in: Float[Tensor, "C hidden"]
 ) -> Float[Tensor, "C tokens hidden"]:
@@ -69,11 +132,14 @@ def _blocks(a: Float[Tensor, "C tokens"], w_in: Float[Tensor, "C hidden"]) -> It
 
 
 class PerSubcomponentMLPs(nn.Module):
-    """One MLP of ``hidden`` GELU units for every subcomponent, reading its inner activation alone."""
+    """One MLP of ``hidden`` GELU units for every subcomponent, reading its inner activation alone.
+
+    With ``rising``, weights start positive: z rises with the inner activation (but for the dip of GELU below 0).
+    """
 
     needs = "acts"
 
-    def __init__(self, counts: Mapping[str, int], *, hidden: int) -> None:
+    def __init__(self, counts: Mapping[str, int], *, hidden: int, rising: bool = False) -> None:
         super().__init__()
         self.packing = Packing(counts)
         total = self.packing.total
@@ -81,6 +147,11 @@ class PerSubcomponentMLPs(nn.Module):
         self.b_in = nn.Parameter(torch.zeros(total, hidden))
         self.w_out = nn.Parameter(torch.randn(total, hidden) / hidden**0.5)
         self.b_out = nn.Parameter(torch.zeros(total))
+        self._run: Run | None = None
+        if rising:
+            with torch.no_grad():
+                self.w_in.abs_()
+                self.w_out.abs_()
 
     def forward(
         self, acts: Mapping[str, Float[Tensor, "*batch _"]], keep: Bool[Tensor, "*batch"] | None = None
@@ -88,9 +159,19 @@ class PerSubcomponentMLPs(nn.Module):
         """Pre-sigmoid values from inner activations."""
         packed = torch.cat([acts[name].to(self.w_in.dtype) for name in self.packing.slices], dim=-1)
         rows = packed.flatten(0, -2)
+        tensors = (rows.T.contiguous(), self.w_in, self.b_in, self.w_out, self.b_out)
         with torch.autocast(rows.device.type, enabled=False):
-            z = _SmallMLPs.apply(rows.T.contiguous(), self.w_in, self.b_in, self.w_out, self.b_out)
+            z = _SmallMLPs.apply(*tensors) if self._run is None else _RunMLPs.apply(self._run, *tensors)
         return z.T.reshape(packed.shape)
+
+    @contextmanager
+    def computed_by(self, run: Run) -> Iterator[None]:
+        """Inside, z is what ``run`` makes of ``values``, and its gradients, whenever they are asked for, of ``gradients``."""
+        self._run = run
+        try:
+            yield
+        finally:
+            self._run = None
 
     def output_biases(self) -> list[Tensor]:
         """The biases that are added last."""

@@ -48,10 +48,10 @@ _SPD: dict[str, dict[str, Any]] = {
 """By toy: SPD's C, importance coefficient and exponent, and where they differ, steps, rate and hidden units."""
 
 _VPD: dict[str, dict[str, Any]] = {
-    "tms_5_2": {"steps": 15_000, "importance": 1e-3, "frequency": 2e-3},
-    "tms_5_2_id": {"steps": 15_000, "importance": 1e-3, "frequency": 2e-3},
-    "tms_40_10": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0},
-    "tms_40_10_id": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0},
+    "tms_5_2": {"steps": 15_000, "importance": 2e-3, "frequency": 2e-3, "rising": True},
+    "tms_5_2_id": {"steps": 15_000, "importance": 2e-3, "frequency": 2e-3, "rising": True},
+    "tms_40_10": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
+    "tms_40_10_id": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
     "compressed": {"lr": 2e-3},
     "compressed_2": {"lr": 2e-3, "steps": 30_000, "C": {"*.W_in": 200, "*.W_out": 100}},
     "compressed_3": {"lr": 2e-3, "steps": 30_000, "C": {"*.W_in": 200, "*.W_out": 100}, "hidden": 16},
@@ -123,11 +123,11 @@ def _vpd(toy: str) -> VPDConfig:
 def _sparse(settings: dict[str, Any], *, adversarial: float) -> VPDConfig:
     """A recipe for a toy of sparse features."""
     taken = {"batch_size": 16, **settings}
-    hidden, p = taken.pop("hidden", 16), taken.pop("p", 1.0)
+    hidden, p, rising = taken.pop("hidden", 16), taken.pop("p", 1.0), taken.pop("rising", False)
     importance, frequency = taken.pop("importance"), taken.pop("frequency", 0.0)
     return spd_config(
         **taken,
-        gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=hidden),
+        gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=hidden, rising=rising),
         p_start=p,
         p_end=p,
         coefficients=Coefficients(

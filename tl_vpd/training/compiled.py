@@ -5,7 +5,7 @@ backward together (``make_fx``), and compiled (``torch.compile``): elementwise w
 memory, and no Python, hook or autograd node runs between operations. The graphs are
 
     clean       tokens → logits and every site's input                           the target, no gradients
-    gamma       inputs → z                                                       Γ's transformers; backward is compiled too
+    gamma       inputs → z                                                       Γ, but for the largest MLPs; backward too
     squash      z → g, the sums s_c, L0                                          one pass over z
     masked      tokens, g, sources → losses, gradients of V, U, g and sources    one for each kind of pass
     pullback    z, gradients of g and of s_c → the gradient of z                 one pass over z
@@ -13,8 +13,8 @@ memory, and no Python, hook or autograd node runs between operations. The graphs
 
 Losses, masks and gradients are those of ``Passes`` to rounding. Unlike there, tokens that are not routed are computed and thrown
 away (shapes must not depend on data; large routed passes therefore run as they do there), and softmax of the whole output is
-formed at once. A graph is made when its shapes are first met, and compared with the model itself on other numbers before it is
-used.
+formed at once (in blocks, where there are too many logits). A graph is made when its shapes are first met, and compared with the
+model itself on other numbers before it is used.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from torch import Tensor
 
 from tl_vpd.adapters import Unsupported
 from tl_vpd.components.opened import OpenPass
+from tl_vpd.divergence import unembedded_kl
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance.chunked import ChunkedTransformers
+from tl_vpd.importance.mlps import PerSubcomponentMLPs
 from tl_vpd.importance.transformer import SharedTransformer
 from tl_vpd.masking import PersistentSources
-from tl_vpd.training.losses import Penalty, Reconstruction
+from tl_vpd.training.losses import Penalty
 from tl_vpd.training.parts import Part
 from tl_vpd.training.passes import EVERY, Passes, Precision, Seen, Share, Taken
 
@@ -44,6 +46,8 @@ RECORDED = "recorded"
 LARGE = 1.5e9
 """Multiplications by V and U in one masked pass in float32 above which routed passes are not compiled. It lies between the sizes
 S (0.2e9) and M (7e9) of ``benchmarks.step``; what M gains is in ``docs/performance.md``."""
+UNROLLED = 32
+"""Hidden units of Γ's MLPs up to which they are compiled, one after the other."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """How far a compiled graph may be from the model itself, as a share of the norm of each result."""
 
@@ -71,7 +75,7 @@ class CompiledPasses(Passes):
     """``Passes`` that run compiled graphs.
 
     Args:
-        tapped, kind, forward_slope, precision: as there. backend: of ``torch.compile``, or ``recorded``.
+        tapped, kind, forward_slope, precision, blocked_logits: as there. backend: of ``torch.compile``, or ``recorded``.
 
     Raises:
         Unsupported: the model's dtype is not that of V and U.
@@ -84,9 +88,10 @@ class CompiledPasses(Passes):
         forward_slope: float = 0.0,
         *,
         precision: Precision = "float32",
+        blocked_logits: bool | None = None,
         backend: str = "inductor",
     ) -> None:
-        super().__init__(tapped, kind, forward_slope, precision=precision)
+        super().__init__(tapped, kind, forward_slope, precision=precision, blocked_logits=blocked_logits)
         own = next(self.decomposition.components.parameters()).dtype
         if tapped.adapter.dtype != own:
             raise Unsupported(
@@ -102,12 +107,13 @@ class CompiledPasses(Passes):
         """The target's output and Γ's values on a part of the batch."""
         own, kept = part.of(tokens), part.of(keep)
         assert own is not None
-        logits, *inputs = self._run("clean", self._target, own, kept)
+        self._decide(own, kept)
+        output, *inputs = self._run("clean", self._target, own, kept)
         z = self._gamma(inputs, kept)
         g, sums, l0 = self._run(
             ("squash", penalty.kind), self._squash(penalty), z.detach(), kept, self._parameter(penalty)
         )
-        return Seen(part, own, kept, Reconstruction(logits, self.kind, kept), z, g, sums, l0)
+        return Seen(part, own, kept, self._distance(output, kept), z, g, sums, l0)
 
     def attack(
         self, seen: Seen, rows: slice, taken: Taken, total: Tensor, *, grad_sources: Float[Tensor, "some C_and_deltas"]
@@ -160,12 +166,12 @@ class CompiledPasses(Passes):
     # -- what is recorded --------------------------------------------------------------------------------------------
 
     def _target(self, tokens: Tensor, keep: Tensor | None) -> list[Tensor]:
-        """Logits, and the inputs of sites; a tensor that several sites read is there once (``_gamma`` knows which)."""
-        with self._autocast():
-            logits, inputs = self.tapped.clean(tokens, keep)
+        """The output, and the inputs of sites; a tensor that several sites read is there once (``_gamma`` knows which)."""
+        with self._autocast(), self._cut():
+            output, inputs = self.tapped.clean(tokens, keep)
         found = {id(x): x for x in inputs.values()}
         self._reads = {name: list(found).index(id(x)) for name, x in inputs.items()}
-        return [logits, *found.values()]
+        return [output, *found.values()]
 
     def _gamma(self, inputs: Sequence[Tensor], keep: Tensor | None) -> Tensor:
         def values(*arguments: Tensor | None) -> Tensor:
@@ -174,8 +180,12 @@ class CompiledPasses(Passes):
                 z = self.decomposition.pre_sigmoid({n: own[i] for n, i in self._reads.items()}, kept)  # type: ignore[misc]
             return z.float() if z.dtype == torch.bfloat16 else z
 
-        if not isinstance(self.decomposition.gamma, SharedTransformer | ChunkedTransformers):
-            return values(*inputs, keep)  # small MLPs have gradients of their own, in few operations
+        gamma = self.decomposition.gamma
+        if isinstance(gamma, PerSubcomponentMLPs) and gamma.w_in.shape[1] <= UNROLLED:
+            with gamma.computed_by(self._run):
+                return values(*inputs, keep)
+        if not isinstance(gamma, SharedTransformer | ChunkedTransformers):
+            return values(*inputs, keep)
         return self._run("gamma", values, *inputs, keep, gradients=True)
 
     def _squash(self, penalty: Penalty) -> Function:
@@ -267,13 +277,13 @@ class CompiledPasses(Passes):
             dict(zip(sites, given.routed, strict=True)) if given.routed else None,
         )
         with torch.enable_grad():
-            with self._autocast():
+            with self._autocast(), self._cut():
                 output = self.tapped.masked(given.tokens, run, given.keep, constant_parts=constant)
             losses = []
             for (rows, compared, _), total in zip(spans, given.totals.unbind(), strict=True):
                 at, against = slice(*rows), slice(*compared)
                 real = None if given.counted is None else given.counted[against]
-                losses.append(_summed(self.kind, given.target[against], output[at], real) / total)
+                losses.append(self._summed(given.target[against], output[at], real) / total)
             whole = torch.stack([weight * loss for (*_, weight), loss in zip(spans, losses, strict=True)]).sum()
         gradients = [
             torch.zeros_like(leaf) if grad is None else grad
@@ -291,6 +301,17 @@ class CompiledPasses(Passes):
             found.append(torch.cat(added, dim=1).view_as(given.grad_g))
             found += gradients[len(of_r) + len(sites) :]
         return found
+
+    def _summed(self, target: Tensor, output: Tensor, keep: Tensor | None) -> Float[Tensor, ""]:
+        """The distance summed over real tokens, as plain operations."""
+        if self.unembedding is not None:
+            n = output[..., 0].numel() if keep is None else keep.sum()
+            return unembedded_kl(target, output, self.unembedding, keep) * n
+        if self.kind == "kl":
+            each = (target.exp() * (target - output.float().log_softmax(-1))).sum(-1)
+        else:
+            each = (output.float() - target.float()).square().mean(-1)
+        return (each if keep is None else each * keep).sum()
 
     def _packed_sources(
         self, gradients: Sequence[Tensor], sites: Sequence[str], sources: Tensor, numbers: Tensor | None
@@ -327,15 +348,6 @@ class CompiledPasses(Passes):
             )
         with torch.set_grad_enabled(gradients):
             return self.graphs[key](*(a for a in arguments if a is not None))
-
-
-def _summed(kind: str, target: Tensor, output: Tensor, keep: Tensor | None) -> Float[Tensor, ""]:
-    """The distance summed over real tokens, as plain operations."""
-    if kind == "kl":
-        each = (target.exp() * (target - output.float().log_softmax(-1))).sum(-1)
-    else:
-        each = (output.float() - target.float()).square().mean(-1)
-    return (each if keep is None else each * keep).sum()
 
 
 def _compiled(

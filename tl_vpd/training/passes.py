@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -19,6 +20,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_vpd.adapters import Unsupported
+from tl_vpd.adapters.unembedding import Unembedding
 from tl_vpd.components import SourcedPass
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.tapped import TappedModel
@@ -28,6 +31,10 @@ from tl_vpd.training.parts import Part, Routing
 
 Precision = Literal["float32", "bfloat16"]
 EVERY = slice(None)
+LOGITS = 1 << 27
+"""Bytes of a part's logits in float32 above which they are made in blocks, unless asked otherwise."""
+SAME = {"float32": 1e-3, "bfloat16": 0.02}
+"""How far the model's own logits may be from those of its unembedding alone, as a share of their norm."""
 
 
 @dataclass(frozen=True)
@@ -82,6 +89,13 @@ class Passes:
     Args:
         kind: of distance between outputs. forward_slope: of importances below 0.
         precision: of matrix products. checkpoint: whether a layer's activations are computed again in backward.
+        blocked_logits: whether logits are made for a few tokens at a time, in each loss, and never for all of them (None: where
+            those of the rows run at once would take more than ``LOGITS`` bytes, and the model lets itself be cut before them).
+
+    Raises:
+        ValueError: ``blocked_logits`` with outputs that are no logits.
+        Unsupported: ``checkpoint`` with a model that is no stack of layers. The first clean pass does so where
+            ``blocked_logits`` is True and this model's logits are not a product alone.
     """
 
     def __init__(
@@ -92,6 +106,7 @@ class Passes:
         *,
         precision: Precision = "float32",
         checkpoint: bool = False,
+        blocked_logits: bool | None = None,
     ) -> None:
         decomposition = tapped.parts.decomposition
         if not isinstance(decomposition, Decomposition):
@@ -101,6 +116,11 @@ class Passes:
         self.tapped, self.decomposition = tapped, decomposition
         self.kind, self.forward_slope = kind, forward_slope
         self.precision, self.checkpoint = precision, checkpoint
+        if blocked_logits and kind != "kl":
+            raise ValueError("blocked_logits=True goes with output='kl': leave it out where outputs are no logits.")
+        self.blocked_logits = blocked_logits
+        self.unembedding: Unembedding | None = None
+        self._decided = kind != "kl" or blocked_logits is False
         self._work: dict[str, Tensor] = {}
 
     def workspace(self, what: str, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -114,8 +134,10 @@ class Passes:
         """The target's output and Γ's values on a part of the batch."""
         own, kept = part.of(tokens), part.of(keep)
         assert own is not None
+        self._decide(own, kept)
         with self._autocast():
-            logits, inputs = self.tapped.clean(own, kept)
+            with self._cut():
+                output, inputs = self.tapped.clean(own, kept)
             z = self.decomposition.pre_sigmoid(inputs, kept)
         z = z.float() if z.dtype == torch.bfloat16 else z
         g = torch.clamp(z.detach(), 0, 1, out=self.workspace("g", z.shape, z.dtype))
@@ -124,7 +146,7 @@ class Passes:
         sums = penalty.sums(z.detach().flatten(0, -2), None if kept is None else kept.flatten())
         important = torch.linalg.vector_norm(g.clamp(min=0) if self.forward_slope else g, ord=0, dim=-1)
         l0 = (important if kept is None else important * kept).sum()
-        return Seen(part, own, kept, Reconstruction(logits, self.kind, kept), z, g, sums, l0)
+        return Seen(part, own, kept, self._distance(output, kept), z, g, sums, l0)
 
     def twice(self, seen: Seen) -> Seen:
         """A part's rows, and the same rows again below them, to be run at once."""
@@ -197,11 +219,44 @@ class Passes:
         )
         keep = None if seen.keep is None else seen.keep[rows]
         constant = grad_g is None
-        with self._autocast():
+        with self._autocast(), self._cut():
             output = self.tapped.masked(
                 seen.tokens[rows], run, keep, constant_parts=constant, checkpoint=self.checkpoint
             )
         return output, run
+
+    def _distance(self, target: Tensor, keep: Tensor | None) -> Reconstruction:
+        return Reconstruction(target, self.kind, keep, self.unembedding)
+
+    def _cut(self) -> AbstractContextManager[None]:
+        """Inside, the model stops before its logits, if these are made in the losses."""
+        return nullcontext() if self.unembedding is None else self.tapped.adapter.unembedding_left_out()
+
+    def _decide(self, tokens: Tensor, keep: Tensor | None) -> None:
+        """At the first rows: whether logits are made in the losses. On one row both ways must give the same."""
+        if self._decided:
+            return
+        self._decided = True
+        found = self.tapped.adapter.unembedding()
+        size = 0 if found is None else tokens.numel() * found.vocabulary * torch.float32.itemsize
+        if not self.blocked_logits and size <= LOGITS:
+            return
+        if found is not None:
+            row, kept = tokens[:1], None if keep is None else keep[:1]
+            own = found.to(torch.bfloat16) if self.precision == "bfloat16" else found
+            with self._autocast():
+                whole = self.tapped.clean(row, kept)[0].float()
+                with self.tapped.adapter.unembedding_left_out():
+                    x = self.tapped.clean(row, kept)[0]
+            if x.shape[:-1] == whole.shape[:-1] and x.shape[-1] == found.weight.shape[1]:
+                error = (own.logits(x.flatten(0, -2)) - whole.flatten(0, -2)).norm() / whole.norm()
+                if float(error) < SAME[self.precision]:
+                    self.unembedding = own
+        if self.unembedding is None and self.blocked_logits:
+            raise Unsupported(
+                "blocked_logits=True needs a model whose logits are unembed's product and nothing else (no soft cap, no scale, "
+                "no hook on them): leave blocked_logits out."
+            )
 
     def _autocast(self) -> torch.autocast:
         lower = self.precision == "bfloat16"

@@ -103,6 +103,7 @@ def decompose(
     precision: Precision = "float32",
     checkpoint: bool = False,
     joined: bool = False,
+    blocked_logits: bool | None = None,
     compile: bool | str = False,
     context: int | None = None,
     save_every: int = 500,
@@ -127,6 +128,8 @@ def decompose(
         checkpoint: compute a layer's activations again in backward, to save memory; the result is the same.
         joined: run the stochastic and the adversarial masks in one pass of twice the rows: fewer operations, more memory, and
             the same result to rounding.
+        blocked_logits: make logits for a few tokens at a time, in each loss, to save memory; the same to rounding (None: where
+            those of the rows run at once would take more than 128 MiB).
         compile: run the step's passes as compiled graphs (``tl_vpd.training.compiled``): the same to rounding, and faster, after
             some minutes of compilation. Needs a C++ compiler, or Triton on a GPU. A name: a backend of ``torch.compile``, or
             ``recorded`` for graphs that need no compiler.
@@ -170,6 +173,7 @@ def decompose(
                 precision=precision,
                 checkpoint=checkpoint,
                 joined=joined,
+                blocked_logits=blocked_logits,
                 compile=compile,
             )
             if state is not None:

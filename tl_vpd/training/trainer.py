@@ -90,11 +90,13 @@ class Trainer:
             moments, importances, sources and losses stay float32.
         checkpoint: whether a layer's activations are computed again in backward instead of kept.
         joined: whether the stochastic and the adversarial pass are one of twice the rows (always so in the merged recipe).
+        blocked_logits: whether logits are made for a few tokens at a time (None: where there are many of them).
         compile: whether passes are compiled graphs (``tl_vpd.training.compiled``); a name: its backend, or ``recorded``.
 
     Raises:
         ValueError: the batch cannot be shared out, or the options do not go together.
-        Unsupported: ``checkpoint`` with a model that is no stack of layers, or ``compile`` with one not in V's and U's dtype.
+        Unsupported: ``checkpoint`` with a model that is no stack of layers, ``blocked_logits`` with one whose logits are more
+            than a product (said by the first step), or ``compile`` with one not in V's and U's dtype.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class Trainer:
         precision: Precision = "float32",
         checkpoint: bool = False,
         joined: bool = False,
+        blocked_logits: bool | None = None,
         compile: bool | str = False,
     ) -> None:
         self.tapped, self.config, self.world, self.joined = tapped, config, world or World(), joined
@@ -119,11 +122,21 @@ class Trainer:
                 raise ValueError("compile=True goes neither with checkpoint=True nor with sharding='full': choose one.")
             backend = "inductor" if compile is True else compile
             self.passes = CompiledPasses(
-                tapped, config.output, config.forward_slope, precision=precision, backend=backend
+                tapped,
+                config.output,
+                config.forward_slope,
+                precision=precision,
+                blocked_logits=blocked_logits,
+                backend=backend,
             )
         else:
             self.passes = Passes(
-                tapped, config.output, config.forward_slope, precision=precision, checkpoint=checkpoint
+                tapped,
+                config.output,
+                config.forward_slope,
+                precision=precision,
+                checkpoint=checkpoint,
+                blocked_logits=blocked_logits,
             )
         self.decomposition = self.passes.decomposition
         self.weights = {name: tapped.adapter.weight(name) for name in self.decomposition.sites}

@@ -12,20 +12,28 @@ from typing import Literal
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.divergence import kl_divergence, squared_error
+from tl_vpd.adapters.unembedding import Unembedding
+from tl_vpd.divergence import kl_divergence, squared_error, unembedded_kl
 
 
 class Reconstruction:
-    """The distance of masked outputs from one batch's target output, whose softmax is taken once."""
+    """The distance of masked outputs from one batch's target output, whose softmax is taken once.
+
+    With an ``unembedding``, outputs are what it reads, and logits are made for a few tokens at a time.
+    """
 
     def __init__(
         self,
         target: Float[Tensor, "batch *pos d"],
         kind: Literal["kl", "mse"] = "kl",
         keep: Bool[Tensor, "batch pos"] | None = None,
+        unembedding: Unembedding | None = None,
     ) -> None:
-        self.kind, self.keep = kind, keep
-        self.target = target.float().log_softmax(-1) if kind == "kl" else target.float()
+        self.kind, self.keep, self.unembedding = kind, keep, unembedding
+        if unembedding is not None:
+            self.target = target
+        else:
+            self.target = target.float().log_softmax(-1) if kind == "kl" else target.float()
 
     def rows(self, rows: slice) -> Reconstruction:
         """The distance for some rows of the batch."""
@@ -36,6 +44,8 @@ class Reconstruction:
 
     def __call__(self, output: Float[Tensor, "batch *pos d"]) -> Float[Tensor, ""]:
         """KL in nats, or the mean squared error."""
+        if self.unembedding is not None:
+            return unembedded_kl(self.target, output, self.unembedding, self.keep)
         if self.kind == "kl":
             return kl_divergence(self.target, output, self.keep)
         return squared_error(self.target, output, self.keep)

@@ -1,0 +1,187 @@
+"""Logits that are made for a few tokens at a time give the losses and gradients of whole ones, and never stand whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.analysis.test_graph import BRIDGES, case
+from tests.tiny import GAMMA, some_tokens, tiny_model
+from tests.training.test_compiled import Vectors, same, steps
+from tests.training.test_trainer import SETTINGS
+from tl_vpd import VPDConfig, divergence
+from tl_vpd.adapters import Unsupported, adapt
+from tl_vpd.adapters.unembedding import Unembedding
+from tl_vpd.divergence import unembedded_kl
+from tl_vpd.hooks import TappedModel
+from tl_vpd.training import Trainer, new_decomposition
+from tl_vpd.training.compiled import RECORDED
+
+
+@pytest.fixture(autouse=True)
+def _two_tokens_at_once(monkeypatch):
+    monkeypatch.setattr(divergence, "_MADE", {"cpu": 22})
+
+
+def by_definition(target, x, unembedding, keep):
+    """KL in float64, from whole logits."""
+    log_p, log_q = (F.linear(t.double(), unembedding.weight, unembedding.bias).log_softmax(-1) for t in (target, x))
+    each = (log_p.exp() * (log_p - log_q)).sum(-1)
+    return each.mean() if keep is None else each[keep].mean()
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.integers(1, 3),
+    pos=st.integers(1, 5),
+    vocabulary=st.integers(2, 40),
+    padded=st.booleans(),
+    bias=st.booleans(),
+)
+def test_value_and_gradient_are_those_of_whole_logits(rows, pos, vocabulary, padded, bias):
+    random = torch.Generator().manual_seed(rows + 10 * pos + 100 * vocabulary)
+    draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
+    unembedding = Unembedding(draw(vocabulary, 3), draw(vocabulary) if bias else None)
+    target, x = draw(rows, pos, 3), draw(rows, pos, 3).requires_grad_()
+    keep = None
+    if padded:
+        keep = torch.rand(rows, pos, generator=random) > 0.5
+        keep[0, 0] = True
+    wanted = by_definition(target, x, unembedding, keep)
+    (gradient,) = torch.autograd.grad(3 * wanted, x)
+    found = unembedded_kl(target, x, unembedding, keep)
+    assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
+    assert_close(torch.autograd.grad(3 * found, x)[0], gradient, rtol=1e-4, atol=1e-6)
+    with torch.no_grad():
+        assert_close(unembedded_kl(target, x, unembedding, keep), found.detach())
+
+
+@pytest.mark.parametrize("compile", [False, RECORDED])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_steps_are_those_with_whole_logits(name, compile):
+    whole = steps(False, how={"blocked_logits": False}, **SETTINGS[name])
+    blocked = steps(compile, how={"blocked_logits": True}, **SETTINGS[name])
+    assert whole[3].unembedding is None and blocked[3].unembedding is not None
+    same(whole, blocked)
+
+
+@pytest.mark.parametrize("how", [{"checkpoint": True}, {"micro_batch": 2}, {"joined": True}], ids=str)
+def test_with_other_options(how):
+    same(steps(False), steps(False, how={"blocked_logits": True, **how}))
+
+
+def test_with_padding():
+    keep = torch.ones(4, 6, dtype=torch.bool)
+    keep[1, 4:] = keep[3, 2:] = False
+    for compile in (False, RECORDED):
+        same(steps(False, keep=keep), steps(compile, keep=keep, how={"blocked_logits": True}))
+
+
+@pytest.mark.parametrize("flags", [{"d_vocab_out": 5}, {"dtype": torch.float32, "normalization_type": "RMS"}], ids=str)
+def test_with_other_models(flags):
+    whole, blocked = (steps(False, model=tiny_model(**flags), how={"blocked_logits": b}) for b in (False, True))
+    same(whole, blocked, rel=1e-4, apart=1e-4)
+
+
+@pytest.mark.parametrize("name", BRIDGES)
+def test_with_bridges(name):
+    models = [case(name)[0] for _ in range(2)]
+    tokens = [torch.randint(3, 11, (4, 6), generator=torch.Generator().manual_seed(i)) for i in range(2)]
+    whole, blocked = (
+        steps(False, model=model, how={"blocked_logits": b}, batches=tokens, sites=None)
+        for model, b in zip(models, (False, True), strict=True)
+    )
+    assert blocked[3].unembedding is not None
+    same(whole, blocked, rel=1e-4, apart=1e-4)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the sizes of all results that end in the vocabulary."""
+
+    def __init__(self):
+        super().__init__()
+        self.rows = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        found = function(*arguments, **(keywords or {}))
+        if isinstance(found, torch.Tensor) and found.ndim > 1 and found.shape[-1] == 11:
+            self.rows = max(self.rows, found.numel() // 11)
+        return found
+
+
+def test_logits_never_stand_whole(monkeypatch):
+    # 24 tokens; the check on one row makes 6 tokens' logits, once; W_U of width 8 is no logits.
+    rows = {}
+    for blocked in (False, True):
+        with Largest() as largest:
+            steps(False, how={"blocked_logits": blocked})
+        rows[blocked] = largest.rows
+    assert rows[False] >= 24 and rows[True] <= 8
+
+
+def test_they_are_made_in_blocks_where_there_are_many(monkeypatch):
+    assert steps(False)[3].unembedding is None
+    monkeypatch.setattr("tl_vpd.training.passes.LOGITS", 4 * 6 * 11 * 4 - 1)
+    assert steps(False)[3].unembedding is not None
+    monkeypatch.setattr("tl_vpd.training.passes.LOGITS", 4 * 6 * 11 * 4)
+    assert steps(False)[3].unembedding is None
+
+
+def capped():
+    return tiny_model(output_logits_soft_cap=2.0)
+
+
+def hooked():
+    model = tiny_model()
+    model.unembed.register_forward_hook(lambda module, arguments, output: output * 2)
+    return model
+
+
+@pytest.mark.parametrize("make", [capped, hooked])
+def test_logits_that_are_more_than_a_product_are_left_whole(make, monkeypatch):
+    with pytest.raises(Unsupported, match=r"blocked_logits=True needs a model whose logits are unembed's product"):
+        steps(False, model=make(), how={"blocked_logits": True})
+    whole = steps(False, model=make())
+    monkeypatch.setattr("tl_vpd.training.passes.LOGITS", 0)
+    unasked = steps(False, model=make())
+    assert unasked[3].unembedding is None
+    same(whole, unasked)
+
+
+def test_a_model_of_ones_own_has_no_unembedding():
+    model = Vectors(torch.relu)
+    assert adapt(model).unembedding() is None
+    batches = [torch.randn(4, 3, 4, dtype=torch.float64)]
+    with pytest.raises(Unsupported, match="leave blocked_logits out"):
+        steps(False, model=model, batches=batches, sites=None, how={"blocked_logits": True})
+
+
+def test_outputs_that_are_no_logits_are_said_to_be_that():
+    batches = [torch.randn(4, 3, 4, dtype=torch.float64)]
+    with pytest.raises(ValueError, match=r"goes with output='kl'"):
+        steps(False, model=Vectors(torch.relu), batches=batches, sites=None, output="mse", how={"blocked_logits": True})
+
+
+def test_in_bfloat16_it_is_the_same_to_its_rounding():
+    losses = []
+    for blocked in (False, True):
+        model = tiny_model(dtype=torch.float32)
+        config = VPDConfig(steps=2, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=0)
+        with TappedModel(new_decomposition(model, config), model) as tapped:
+            trainer = Trainer(tapped, config, (4, 6), precision="bfloat16", blocked_logits=blocked)
+            losses.append(trainer.step(some_tokens(shape=(4, 6))))
+    assert losses[1].stochastic == pytest.approx(losses[0].stochastic, rel=0.1)
+    assert losses[1].grad_norm == pytest.approx(losses[0].grad_norm, rel=0.1)
+
+
+def test_the_model_is_put_back():
+    model = tiny_model()
+    before = model(some_tokens())
+    steps(False, model=model, how={"blocked_logits": True})
+    assert "forward" not in model.unembed.__dict__
+    assert torch.equal(model(some_tokens()), before)
