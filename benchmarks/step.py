@@ -8,7 +8,8 @@ products that ours executes, as torch counts them, which leaves out ``addmm_``),
 this machine's rate of large float32 products in the same run), ``floor_share`` (floor over ours), ``peak_mb`` and
 ``plain_peak_mb`` (above what imports take, in a process of their own; ``settled_mb`` without the first steps, in which compiled
 passes are made). The same for the merged recipe, for bfloat16 products, for compiled passes and for these together, under their
-names; ``checkpoint`` has the peak with activations computed again. Size L needs a GPU.
+names; ``checkpoint`` has the peak with activations computed again. ``--sizes V`` is M with the vocabulary of GPT-2, where logits
+are made in blocks, beside ``whole_logits``. Size L needs a GPU.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Size:
 SIZES = {
     "S": Size(64, 256, 256, 16, 32, (64, 64, 128, 128, 256, 256), 128, 512, 7.8),
     "M": Size(256, 1024, 1024, 8, 128, (256, 256, 512, 512, 1024, 1024), 256, 1024, 207.0),
+    "V": Size(256, 1024, 50304, 8, 128, (256, 256, 512, 512, 1024, 1024), 256, 1024, float("nan")),
     "L": Size(768, 3072, 50304, 32, 512, (512, 512, 1024, 1024, 3072, 3584), 2048, 8192, float("nan"), 4, 12, 8),
 }
 MERGED: dict[str, Any] = {
@@ -77,6 +79,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "merged_bfloat16": (MERGED, {"precision": "bfloat16"}),
     "checkpoint": ({}, {"checkpoint": True}),
     "joined": ({}, {"joined": True}),
+    "whole_logits": ({}, {"blocked_logits": False}),
     "compiled": ({}, {"compile": True}),
     "compiled_bfloat16": ({}, {"compile": True, "precision": "bfloat16"}),
     "compiled_merged": (MERGED, {"compile": True}),
@@ -277,13 +280,18 @@ def main() -> None:
         print_peak(*arguments.peak)
         return
     record: dict[str, Any] = {}
-    timed = [which for which in VARIANTS if which != "checkpoint"]
     for name in arguments.sizes.split(","):
+        # V is for what a large vocabulary changes; elsewhere logits are few.
+        variants = (
+            ["paper", "whole_logits"] if name == "V" else [which for which in VARIANTS if which != "whole_logits"]
+        )
+        timed = [which for which in variants if which != "checkpoint"]
         found = measure(name, arguments.rounds * (3 if name == "S" else 1), timed)
         if name != "L":
-            for which in VARIANTS:
+            for which in variants:
                 own = found.setdefault(which, {})
                 own["peak_mb"], own["settled_mb"] = peak(name, which)
+        if name in ("S", "M"):
             found["paper"]["plain_peak_mb"], _ = peak(name, "plain")
         record[name] = found.pop("paper")
         for which, own in found.items():

@@ -20,7 +20,7 @@ _BLOCK = 1 << 17
 """Logits handled at once: few enough to stay in the processor's cache."""
 _MADE = {"cpu": 1 << 22}
 """Logits made at once, by device: few next to all of them, many enough for a fast product."""
-_MADE_ELSEWHERE = 1 << 25
+_MADE_ELSEWHERE = 1 << 24
 
 
 class _KL(torch.autograd.Function):

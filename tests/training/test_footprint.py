@@ -73,6 +73,23 @@ def test_flops_and_bytes_are_those_of_a_step(config, micro_batch, flags):
     assert found.bytes["target"] == sum(p.numel() * 4 for p in trainer.tapped.model.parameters())
 
 
+@pytest.mark.parametrize(("config", "micro_batch"), [(CONFIG, None), (CONFIG, 2), (changed(merged=True), None)])
+def test_flops_are_those_of_a_step_with_logits_in_blocks(config, micro_batch, monkeypatch):
+    for module in ("footprint", "passes"):
+        monkeypatch.setattr(f"tl_vpd.training.{module}.LOGITS", 0)
+    trainer, flops, found = trained(config, micro_batch)
+    assert trainer.passes.unembedding is not None
+    assert found.step_flops == flops
+
+
+def test_logits_in_blocks_do_not_grow_with_the_tokens():
+    small, large = (footprint(gpt2(), C=8, batch=n, context=512).bytes["logits"] for n in (4, 64))
+    assert small == 3 * 4 * (2**24 + 4 * 512 * 768)
+    assert large - small == 3 * 4 * 60 * 512 * 768
+    below = footprint(gpt2(), C=8, batch=1, context=512).bytes["logits"]
+    assert below == 512 * 50257 * 12
+
+
 def test_uniform_k_routing_costs_its_expected_share():
     routed = changed(stochastic_routing="uniform_k")
     everywhere, some = (footprint(gpt2(), C=8, config=c, batch=2, context=8).flops for c in (CONFIG, routed))

@@ -48,8 +48,8 @@ _SPD: dict[str, dict[str, Any]] = {
 """By toy: SPD's C, importance coefficient and exponent, and where they differ, steps, rate and hidden units."""
 
 _VPD: dict[str, dict[str, Any]] = {
-    "tms_5_2": {"steps": 15_000, "importance": 2e-3, "frequency": 2e-3, "rising": True},
-    "tms_5_2_id": {"steps": 15_000, "importance": 2e-3, "frequency": 2e-3, "rising": True},
+    "tms_5_2": {"steps": 15_000, "importance": 2e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
+    "tms_5_2_id": {"steps": 15_000, "importance": 2e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
     "tms_40_10": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
     "tms_40_10_id": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
     "compressed": {"lr": 2e-3},
@@ -123,13 +123,14 @@ def _vpd(toy: str) -> VPDConfig:
 def _sparse(settings: dict[str, Any], *, adversarial: float) -> VPDConfig:
     """A recipe for a toy of sparse features."""
     taken = {"batch_size": 16, **settings}
-    hidden, p, rising = taken.pop("hidden", 16), taken.pop("p", 1.0), taken.pop("rising", False)
+    hidden, rising = taken.pop("hidden", 16), taken.pop("rising", False)
+    p, p_end = taken.pop("p", 1.0), taken.pop("p_end", None)
     importance, frequency = taken.pop("importance"), taken.pop("frequency", 0.0)
     return spd_config(
         **taken,
         gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=hidden, rising=rising),
         p_start=p,
-        p_end=p,
+        p_end=p if p_end is None else p_end,
         coefficients=Coefficients(
             delta=1.0,
             stochastic=1.0,

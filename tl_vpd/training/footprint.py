@@ -3,7 +3,7 @@
     >>> gpt2 = transformer(layers=12, d_model=768, heads=12, d_mlp=3072, vocabulary=50257, others=768 * 1024)
     >>> found = footprint(gpt2, gamma={"d_ci": 1536, "n_blocks": 6, "n_heads": 16}, batch=64, context=512, micro_batch=4)
     >>> round(found.bytes["moments"] / 2**30, 1), round(found.total / 2**30)
-    (6.3, 81)
+    (6.3, 80)
 
 With ``N`` tokens run at once, ``C`` subcomponents in all and ``P`` numbers in V, U and Γ, a process holds
 
@@ -33,10 +33,13 @@ from tl_vpd.importance import GammaConfig
 from tl_vpd.importance import build as build_gamma
 from tl_vpd.site import Site, by_pattern, select
 from tl_vpd.training.config import VPDConfig, default_count
+from tl_vpd.training.passes import LOGITS
 from tl_vpd.training.sharding import Kind
 
 FLOAT = 4
 """Bytes of a number in V, U, Γ, moments, importances and sources."""
+MADE = 1 << 24
+"""Logits made at once, where they are made in blocks (at most; a quarter of it on a CPU)."""
 
 
 @dataclass(frozen=True)
@@ -265,8 +268,16 @@ def _tokens(shape: _Shape) -> int:
 
 
 def _logits(shape: _Shape) -> int:
-    """The target's log-probabilities, the masked logits and their gradient."""
-    return _tokens(shape) * shape.target.vocabulary * (FLOAT + 2 * shape.target.itemsize)
+    """The target's log-probabilities, the masked logits and their gradient; of a block, and what they are made of, if blocked."""
+    N, t = _tokens(shape), shape.target
+    if not _blocked(shape):
+        return N * t.vocabulary * (FLOAT + 2 * t.itemsize)
+    return 3 * FLOAT * max(MADE, t.vocabulary) + 3 * t.itemsize * N * t.d_model
+
+
+def _blocked(shape: _Shape) -> bool:
+    """Whether logits are made in blocks: where there are many of them (``tl_vpd.training.passes``)."""
+    return shape.config.output == "kl" and _tokens(shape) * shape.target.vocabulary * FLOAT > LOGITS
 
 
 def _pass(shape: _Shape) -> int:
@@ -307,11 +318,15 @@ def _flops(shape: _Shape) -> dict[str, int]:
     A = shape.attacked * shape.context
     seen = 1 if shape.at_once == shape.rows else 2
     forward, backward = _target(shape)
+    clean = forward
+    if _blocked(shape):  # no pass makes all logits: each masked one makes its own and the target's
+        unembedding = 2 * shape.target.d_model * shape.target.vocabulary
+        clean, forward = forward - unembedding, forward + unembedding
     gamma_forward, gamma_backward = _gamma(shape)
     stochastic = _share(shape) if config.stochastic_routing == "uniform_k" else 1.0
     adversarial = _share(shape) if config.adversary.routing == "uniform_k" else 1.0
     found = {
-        "clean pass": seen * forward * N,
+        "clean pass": seen * clean * N,
         "Γ": (seen * gamma_forward + gamma_backward) * N,
         "adversary's own steps": config.adversary.inner_steps
         * (A * (forward + backward) + int(A * adversarial * sum(_masked(shape)[:2]))),
