@@ -112,6 +112,18 @@ def test_a_state_is_not_taken_on_in_another_precision(tmp_path):
         assert other.done == 0
 
 
+def test_a_run_that_is_carried_out_in_another_way_says_that_it_goes_on_to_rounding(tmp_path, caplog):
+    with trainer() as one, trainer() as same, trainer(micro_batch=2) as other:
+        steps(one, 1)
+        path = save_state(one, tmp_path)
+        load_state(same, path)
+        assert not caplog.records
+        load_state(other, path)
+        (record,) = caplog.records
+        assert "the same to rounding, not bit for bit (micro_batch=None then, 2 now)" in record.getMessage()
+        assert other.done == 1
+
+
 def test_the_newest_states_stay(tmp_path):
     with trainer() as own:
         for keep in (3, 3, 3, 3, 1):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.sharding import parameter_names
 from tl_vpd.training.trainer import Trainer
 
+log = logging.getLogger(__name__)
 SHARED = ("sources/values", "sources/first", "sources/second")
 """What every process has its own rows of; a state holds them all, in the order of the batch."""
 
@@ -77,6 +79,7 @@ def _write(trainer: Trainer, path: Path, whole: dict[str, Tensor], keep: int) ->
         "config": trainer.config.model_dump_json(),
         "fingerprints": json.dumps(fingerprints),
         "precision": trainer.passes.precision,
+        "how": json.dumps(trainer.how),
     }
     size = sum(t.numel() * t.element_size() for t in whole.values())
     with _saying_which_disk(folder, size):
@@ -123,6 +126,9 @@ def latest_state(folder: Path) -> Path | None:
 def load_state(trainer: Trainer, path: Path) -> None:
     """Restores a state in place; the number of processes and the sharding may be others than those that wrote it.
 
+    Where the run is carried out in another way than before, so that it goes on to rounding and not bit for bit, a warning is
+    logged that says which.
+
     Raises:
         ValueError: the file is damaged, or the run it belongs to had another config, precision or other target weights.
     """
@@ -133,14 +139,20 @@ def load_state(trainer: Trainer, path: Path) -> None:
             _check_config(trainer, path, saved)
             _check_precision(trainer, path, file.metadata().get("precision", "float32"))
             _check_target(trainer, path, {name: Fingerprint(**f) for name, f in fingerprints.items()})
+            how = json.loads(file.metadata().get("how", "{}"))
             _start_moments(trainer)
             _fill(trainer, path, file)
     except _Refused as error:
         raise ValueError(str(error)) from error
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(
             f"{path} is no intact training state ({error}); delete it to resume from an older one."
         ) from error
+    changed = [
+        f"{k}={how[k]!r} then, {trainer.how[k]!r} now" for k in how if k in trainer.how and how[k] != trainer.how[k]
+    ]
+    if changed:
+        log.warning("%s: the run goes on the same to rounding, not bit for bit (%s)", path, "; ".join(changed))
 
 
 class _Refused(ValueError):

@@ -116,6 +116,14 @@ class Trainer:
     ) -> None:
         self.tapped, self.config, self.world, self.joined = tapped, config, world or World(), joined
         self.sharding = sharding or Sharding(self.world)
+        self.how = {
+            "compile": compile,
+            "joined": joined,
+            "micro_batch": micro_batch,
+            "blocked_logits": blocked_logits,
+            "processes": self.world.size,
+        }
+        """What changes results to rounding only."""
         self.passes: Passes
         if compile:
             if checkpoint or isinstance(self.sharding, FullSharding):
