@@ -97,6 +97,7 @@ def test_every_toy_has_a_recipe_of_vpd_and_its_steps_and_seed_can_be_set():
         assert isinstance(own, VPDConfig) and (own.seed, own.steps) == (7, 11) and own.coefficients.adversarial > 0
         assert own.output == TOYS[name].output
         assert recipe(name, "vpd").model_copy(update={"seed": 7, "steps": 11}) == own
+    assert recipe("induction", "spd").output == "kl" and recipe("induction", "spd").coefficients.layerwise == 1
     assert recipe("tms_5_2", "spd").coefficients.adversarial == 0 and recipe("compressed", "spd").p_end == 2
 
 

@@ -92,8 +92,12 @@ def recipe(toy: str, method: str, *, seed: int = 0, steps: int | None = None) ->
 
 def _spd(toy: str) -> VPDConfig:
     toy = toy.removesuffix("_200")
+    if toy == "induction":
+        return _spd_of_language(_vpd(toy))
     if toy not in _SPD:
-        raise ValueError(f"SPD has no recipe for {toy}: choose from {', '.join(_SPD)}, or the method vpd.")
+        raise ValueError(
+            f"SPD has no recipe for {toy}: choose from {', '.join([*_SPD, 'induction'])}, or the method vpd."
+        )
     return _sparse(_SPD[toy], adversarial=0.0)
 
 
@@ -117,6 +121,21 @@ def _vpd(toy: str) -> VPDConfig:
         coefficients=Coefficients(delta=1e5, importance=2e-3, frequency=1e-3),
         minimality_warm_up=0.3,
         warm_up_steps=0,
+    )
+
+
+def _spd_of_language(vpd: VPDConfig) -> VPDConfig:
+    """SPD's losses and Γ with what else VPD has on a transformer: C, steps, rates, start, and the minimality of importances."""
+    c = vpd.coefficients
+    kept = vpd.model_dump(include={"steps", "batch_size", "C", "init", "lr", "minimality_warm_up", "p_start", "p_end"})
+    return spd_config(
+        **kept,
+        output="kl",
+        gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=16, output_bias=vpd.gamma.output_bias),
+        coefficients=Coefficients(
+            delta=c.delta, stochastic=1.0, layerwise=1.0, adversarial=0.0, importance=c.importance, frequency=0.0
+        ),
+        adversary=AdversaryConfig(inner_steps=0),
     )
 
 

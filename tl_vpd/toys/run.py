@@ -43,7 +43,7 @@ minutes on one core   target     vpd     spd     apd
   compressed_200         0.3      27       ?       -
   compressed_2_200       0.4      54       ?       -
   compressed_3_200         4      87       ?       -
-  induction              0.8      17       -       -
+  induction              0.8      17       ?       -
   grammar                1        37       -       -
 (one seed; from a few steps of each, times the recipe's; ? not timed, - no recipe)
 """
