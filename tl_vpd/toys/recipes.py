@@ -48,8 +48,8 @@ _SPD: dict[str, dict[str, Any]] = {
 """By toy: SPD's C, importance coefficient and exponent, and where they differ, steps, rate and hidden units."""
 
 _VPD: dict[str, dict[str, Any]] = {
-    "tms_5_2": {"steps": 15_000, "importance": 2e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
-    "tms_5_2_id": {"steps": 15_000, "importance": 2e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
+    "tms_5_2": {"steps": 15_000, "importance": 3e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
+    "tms_5_2_id": {"steps": 15_000, "importance": 3e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
     "tms_40_10": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
     "tms_40_10_id": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
     "compressed": {"lr": 2e-3},
