@@ -71,7 +71,7 @@ def plain(table: pd.DataFrame) -> dict[str, Any]:
 def main() -> None:
     """Measures and writes the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--toy", nargs="+", default=["tms_5_2"], help="whose sizes are trained")
+    parser.add_argument("--toy", nargs="*", default=["tms_5_2"], help="whose sizes are trained")
     parser.add_argument(
         "--seeds-of", nargs="*", default=["tms_5_2", "tms_5_2_id", "tms_40_10"], help="whose seeds are compared"
     )

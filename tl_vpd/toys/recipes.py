@@ -52,7 +52,7 @@ _VPD: dict[str, dict[str, Any]] = {
     "tms_5_2_id": {"steps": 15_000, "importance": 3e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
     "tms_40_10": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
     "tms_40_10_id": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
-    "compressed": {"lr": 2e-3},
+    "compressed": {"lr": 2e-3, "steps": 12_000, "importance": 1e-4, "p_end": 1.0, "C": {"*.W_in": 200, "*.W_out": 100}},
     "compressed_2": {"lr": 2e-3, "steps": 30_000, "C": {"*.W_in": 200, "*.W_out": 100}},
     "compressed_3": {"lr": 2e-3, "steps": 30_000, "C": {"*.W_in": 200, "*.W_out": 100}, "hidden": 16},
 }

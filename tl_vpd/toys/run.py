@@ -37,10 +37,10 @@ minutes on one core   target     vpd     spd     apd
   tms_5_2_id             0.2       3      12       3
   tms_40_10              1        13      45       ?
   tms_40_10_id           1        12      85       ?
-  compressed             0.6      36      57       -
+  compressed             0.6      19      57       -
   compressed_2           0.8      86     490       -
   compressed_3          10       130   36000       -
-  compressed_200         0.3      27       ?       -
+  compressed_200         0.3      12       ?       -
   compressed_2_200       0.4      54       ?       -
   compressed_3_200         4      87       ?       -
   induction              0.8      17       ?       -
