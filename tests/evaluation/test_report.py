@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.marks import needs_bridge, needs_hooked_transformer
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import Evaluation, VPDConfig, bundled, evaluate
 from tl_vpd.evaluation import MEASURES
@@ -115,15 +116,14 @@ def test_a_toy_is_judged_by_squared_errors(tmp_path: Path):
     assert all(isinstance(s, str) for s in found.warnings)
 
 
+@needs_bridge
+@needs_hooked_transformer
 def test_padding_is_left_out_on_either_class_of_model():
     vpd = bundled.decomposition()
     texts = ["def f(x):\n    return x + 1\n", "import os\n"]
     records = []
     for kind in ("hooked_transformer", "bridge"):
-        try:
-            model = bundled.model(kind=kind)  # type: ignore[arg-type]
-        except ImportError:
-            pytest.skip(f"this TransformerLens has no {kind}")
+        model = bundled.model(kind=kind)  # type: ignore[arg-type]
         tokens = model.to_tokens(texts)
         found = evaluate(
             vpd, model, tokens, budgets=(1,), adversary_budgets=(1,), controls=False, measures=MEASURES
@@ -140,12 +140,12 @@ def test_padding_is_left_out_on_either_class_of_model():
         assert a["error"] == pytest.approx(b["error"], rel=1e-2), a["what"]
 
 
-@pytest.mark.parametrize("kind", ["hooked_transformer", "bridge"])
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param("hooked_transformer", marks=needs_hooked_transformer), pytest.param("bridge", marks=needs_bridge)],
+)
 def test_the_model_is_left_as_it_was(kind: str):
-    try:
-        model = bundled.model(kind=kind)  # type: ignore[arg-type]
-    except ImportError:
-        pytest.skip(f"this TransformerLens has no {kind}")
+    model = bundled.model(kind=kind)  # type: ignore[arg-type]
     model.train()
     tokens = bundled.tokens("validation")[:2, :12]
     fired: list[str] = []

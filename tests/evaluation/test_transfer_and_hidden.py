@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.evaluation import handmade
+from tests.marks import needs_bridge, needs_hooked_transformer
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
@@ -122,14 +123,13 @@ def test_resolution_trades_l0_for_distance():
     assert {"ce", "kl_low", "kl_high"} <= set(table.columns)
 
 
+@needs_bridge
+@needs_hooked_transformer
 def test_both_classes_of_model_say_the_same():
     vpd, tokens = bundled.decomposition(), bundled.tokens("validation")[:2, :24]
     found = []
     for kind in ("hooked_transformer", "bridge"):
-        try:
-            model = bundled.model(kind=kind)  # type: ignore[arg-type]
-        except ImportError:
-            pytest.skip(f"this TransformerLens has no {kind}")
+        model = bundled.model(kind=kind)  # type: ignore[arg-type]
         with sampled(vpd, model, tokens) as sample:
             assert isinstance(sample, Sample)
             found.append((transfer(sample, single_sites=False)["kl"], hidden_errors(sample)["error"]))

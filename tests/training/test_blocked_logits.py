@@ -16,16 +16,16 @@ from tests.training.test_compiled import Vectors, same, steps
 from tests.training.test_trainer import SETTINGS
 from tl_vpd import VPDConfig, divergence
 from tl_vpd.adapters import Unsupported, adapt
-from tl_vpd.adapters.unembedding import Unembedding
 from tl_vpd.divergence import unembedded_kl
 from tl_vpd.hooks import TappedModel
 from tl_vpd.training import Trainer, new_decomposition
 from tl_vpd.training.compiled import RECORDED
+from tl_vpd.unembedding import Unembedding
 
 
 @pytest.fixture(autouse=True)
 def _two_tokens_at_once(monkeypatch):
-    monkeypatch.setattr(divergence, "_MADE", {"cpu": 22})
+    monkeypatch.setattr(divergence, "MADE", 4 * 22)
 
 
 def by_definition(target, x, unembedding, keep):
@@ -114,7 +114,7 @@ class Largest(TorchDispatchMode):
         return found
 
 
-def test_logits_never_stand_whole(monkeypatch):
+def test_logits_never_stand_whole():
     # 24 tokens; the check on one row makes 6 tokens' logits, once; W_U of width 8 is no logits.
     rows = {}
     for blocked in (False, True):

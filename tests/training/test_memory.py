@@ -25,7 +25,7 @@ PAGES = 10 * 6_000_000 * 4 // 4096
 """Of all tensors made."""
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's allocator")
+@pytest.mark.skipif(sys.platform != "linux", reason="what is kept is glibc's heap, which other systems do not have")
 def test_freed_memory_is_used_again_without_page_faults():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True, timeout=120)
     assert int(done.stdout) < PAGES / 3

@@ -233,7 +233,7 @@ def test_a_disk_that_is_really_full_leaves_the_state_before(tmp_path):
     """On a file system in memory that one state fits on, and two do not."""
     mount = f"mount -t tmpfs -o size=100k none {tmp_path}"
     if subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True).returncode:
-        pytest.skip("this system mounts nothing for its users")
+        pytest.skip("users may not mount here, so no disk can be filled; the tests above fill one by hand")
     program = f'{mount} && exec "{sys.executable}" -W ignore -c "$PROGRAM" {tmp_path}'
     environment = {**ENVIRONMENT, "PROGRAM": FILLED}
     ended = subprocess.run(

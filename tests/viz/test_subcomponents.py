@@ -115,7 +115,7 @@ def test_what_is_wrong_is_said(found, vpd):
 def test_a_browser_draws_windows_underlines_and_text(found, tmp_path):
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("no Chromium to look with")
+        pytest.skip("neither chromium nor google-chrome is installed to run the page's script")
     panel = viz.subcomponent(found, fullest(found))
     path = viz.page([panel, panel], "Twice the same", tmp_path / "page.html")  # both of them have to be drawn
     command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]

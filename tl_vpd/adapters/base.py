@@ -17,11 +17,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.adapters.held import See
+from tl_vpd.adapters.logits import left_out, unembedding_of
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_argument
-from tl_vpd.adapters.unembedding import Unembedding, left_out
 from tl_vpd.adapters.versions import get_attention_mask
 from tl_vpd.components import WHOLE, Layout
 from tl_vpd.site import Site
+from tl_vpd.unembedding import Unembedding
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -132,7 +133,7 @@ class Adapter(ABC):
 
     def unembedding(self) -> Unembedding | None:
         """The product that makes the logits (None: there is none that stands alone)."""
-        return Unembedding.of(getattr(self.model, "unembed", None))
+        return unembedding_of(getattr(self.model, "unembed", None))
 
     def unembedding_left_out(self) -> AbstractContextManager[None]:
         """Inside, ``run`` gives what the unembedding reads; only where ``unembedding()`` is not None."""

@@ -59,6 +59,7 @@ class _SmallMLPs(torch.autograd.Function):
         return of_a, of_w_in, of_b_in, of_w_out, grad.sum(-1)
 
 
+Hidden = Float[Tensor, "C hidden"]
 Run = Callable[..., Any]
 """``run(name, function, *tensors)``: what the function gives, however it is carried out."""
 
@@ -79,32 +80,22 @@ class _RunMLPs(torch.autograd.Function):
 
 
 def values(
-    a: Float[Tensor, "C tokens"],
-    w_in: Float[Tensor, "C hidden"],
-    b_in: Float[Tensor, "C hidden"],
-    w_out: Float[Tensor, "C hidden"],
-    b_out: Float[Tensor, " C"],
+    a: Float[Tensor, "C tokens"], w_in: Hidden, b_in: Hidden, w_out: Hidden, b_out: Float[Tensor, " C"]
 ) -> Float[Tensor, "C tokens"]:
     """z, as plain operations one hidden unit after the other: for compilers, which make one loop of them."""
     z = b_out[:, None].expand_as(a)
-    for w, b, out in zip(w_in.unbind(1), b_in.unbind(1), w_out.unbind(1), strict=True):
-        h = torch.addcmul(b[:, None], a, w[:, None])
+    for h, _, out in _units(a, w_in, b_in, w_out):
         z = z + h * _cdf(h) * out[:, None]
     return z
 
 
 def gradients(
-    grad: Float[Tensor, "C tokens"],
-    a: Float[Tensor, "C tokens"],
-    w_in: Float[Tensor, "C hidden"],
-    b_in: Float[Tensor, "C hidden"],
-    w_out: Float[Tensor, "C hidden"],
+    grad: Float[Tensor, "C tokens"], a: Float[Tensor, "C tokens"], w_in: Hidden, b_in: Hidden, w_out: Hidden
 ) -> tuple[Tensor, ...]:
     """Of a, w₁, b₁, w₂ and b₂, from that of z, in the same manner.  GELU(h) = h Φ(h), GELU'(h) = Φ(h) + h φ(h)."""
     of_a = torch.zeros_like(a)
     of_w_in, of_b_in, of_w_out = [], [], []
-    for w, b, out in zip(w_in.unbind(1), b_in.unbind(1), w_out.unbind(1), strict=True):
-        h = torch.addcmul(b[:, None], a, w[:, None])
+    for h, w, out in _units(a, w_in, b_in, w_out):
         below = _cdf(h)
         slope = grad * torch.addcmul(below, h, torch.exp(-0.5 * h * h), value=(2 * math.pi) ** -0.5)
         of_a = of_a + slope * (w * out)[:, None]
@@ -112,6 +103,12 @@ def gradients(
         of_b_in.append(slope.sum(-1) * out)
         of_w_out.append((grad * h * below).sum(-1))
     return of_a, *(torch.stack(own, dim=1) for own in (of_w_in, of_b_in, of_w_out)), grad.sum(-1)
+
+
+def _units(a: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Each hidden unit before its GELU ``[C, tokens]``, and its weights in and out ``[C]``."""
+    for w, b, out in zip(w_in.unbind(1), b_in.unbind(1), w_out.unbind(1), strict=True):
+        yield torch.addcmul(b[:, None], a, w[:, None]), w, out
 
 
 def _cdf(h: Tensor) -> Tensor:

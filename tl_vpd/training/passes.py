@@ -21,13 +21,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_vpd.adapters import Unsupported
-from tl_vpd.adapters.unembedding import Unembedding
 from tl_vpd.components import SourcedPass
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training.losses import Penalty, Reconstruction
 from tl_vpd.training.parts import Part, Routing
+from tl_vpd.unembedding import Unembedding
 
 Precision = Literal["float32", "bfloat16"]
 EVERY = slice(None)
@@ -233,7 +233,7 @@ class Passes:
         return nullcontext() if self.unembedding is None else self.tapped.adapter.unembedding_left_out()
 
     def _decide(self, tokens: Tensor, keep: Tensor | None) -> None:
-        """At the first rows: whether logits are made in the losses. On one row both ways must give the same."""
+        """At the first rows: whether logits are made in the losses."""
         if self._decided:
             return
         self._decided = True
@@ -241,22 +241,26 @@ class Passes:
         size = 0 if found is None else tokens.numel() * found.vocabulary * torch.float32.itemsize
         if not self.blocked_logits and size <= LOGITS:
             return
-        if found is not None:
-            row, kept = tokens[:1], None if keep is None else keep[:1]
-            own = found.to(torch.bfloat16) if self.precision == "bfloat16" else found
-            with self._autocast():
-                whole = self.tapped.clean(row, kept)[0].float()
-                with self.tapped.adapter.unembedding_left_out():
-                    x = self.tapped.clean(row, kept)[0]
-            if x.shape[:-1] == whole.shape[:-1] and x.shape[-1] == found.weight.shape[1]:
-                error = (own.logits(x.flatten(0, -2)) - whole.flatten(0, -2)).norm() / whole.norm()
-                if float(error) < SAME[self.precision]:
-                    self.unembedding = own
-        if self.unembedding is None and self.blocked_logits:
+        if found is not None and self.precision == "bfloat16":
+            found = found.to(torch.bfloat16)
+        if found is not None and self._is_all(found, tokens[:1], None if keep is None else keep[:1]):
+            self.unembedding = found
+        elif self.blocked_logits:
             raise Unsupported(
                 "blocked_logits=True needs a model whose logits are unembed's product and nothing else (no soft cap, no scale, "
                 "no hook on them): leave blocked_logits out."
             )
+
+    def _is_all(self, found: Unembedding, row: Tensor, keep: Tensor | None) -> bool:
+        """Whether the model's logits on a row are that product and nothing else."""
+        with self._autocast():
+            whole = self.tapped.clean(row, keep)[0].float()
+            with self.tapped.adapter.unembedding_left_out():
+                x = self.tapped.clean(row, keep)[0]
+        if (*x.shape[:-1], found.vocabulary) != whole.shape or x.shape[-1] != found.weight.shape[1]:
+            return False
+        error = (found.logits(x.flatten(0, -2)) - whole.flatten(0, -2)).norm() / whole.norm()
+        return float(error) < SAME[self.precision]
 
     def _autocast(self) -> torch.autocast:
         lower = self.precision == "bfloat16"

@@ -144,7 +144,7 @@ def load_state(trainer: Trainer, path: Path) -> None:
             _fill(trainer, path, file)
     except _Refused as error:
         raise ValueError(str(error)) from error
-    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{path} is no intact training state ({error}); delete it to resume from an older one."
         ) from error

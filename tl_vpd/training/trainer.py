@@ -122,30 +122,18 @@ class Trainer:
             "micro_batch": micro_batch,
             "blocked_logits": blocked_logits,
             "processes": self.world.size,
+            "sharding": type(self.sharding).__name__,
         }
         """What changes results to rounding only."""
+        own = tapped, config.output, config.forward_slope
         self.passes: Passes
         if compile:
             if checkpoint or isinstance(self.sharding, FullSharding):
                 raise ValueError("compile=True goes neither with checkpoint=True nor with sharding='full': choose one.")
             backend = "inductor" if compile is True else compile
-            self.passes = CompiledPasses(
-                tapped,
-                config.output,
-                config.forward_slope,
-                precision=precision,
-                blocked_logits=blocked_logits,
-                backend=backend,
-            )
+            self.passes = CompiledPasses(*own, precision=precision, blocked_logits=blocked_logits, backend=backend)
         else:
-            self.passes = Passes(
-                tapped,
-                config.output,
-                config.forward_slope,
-                precision=precision,
-                checkpoint=checkpoint,
-                blocked_logits=blocked_logits,
-            )
+            self.passes = Passes(*own, precision=precision, blocked_logits=blocked_logits, checkpoint=checkpoint)
         self.decomposition = self.passes.decomposition
         self.weights = {name: tapped.adapter.weight(name) for name in self.decomposition.sites}
         self.matrices = self.sharding.kept(self.decomposition.components)

@@ -12,8 +12,8 @@ from typing import Literal
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.adapters.unembedding import Unembedding
 from tl_vpd.divergence import kl_divergence, squared_error, unembedded_kl
+from tl_vpd.unembedding import Unembedding
 
 
 class Reconstruction:

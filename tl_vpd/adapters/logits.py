@@ -1,0 +1,38 @@
+"""A model's unembedding taken out of it: the product by itself, and the model without it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from tl_vpd.unembedding import Unembedding
+
+
+def unembedding_of(module: Any) -> Unembedding | None:
+    """What a TransformerLens unembedding does (None: it is another kind of module, or somebody hooks it)."""
+    W, b = getattr(module, "W_U", None), getattr(module, "b_U", None)
+    if not isinstance(W, Tensor) or _hooked(module):
+        return None
+    return Unembedding(W.detach().T, b.detach() if isinstance(b, Tensor) else None)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether anything stands on a module or on one of its HookPoints."""
+    return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
+
+
+@contextmanager
+def left_out(module: nn.Module) -> Iterator[None]:
+    """Inside, a module gives what it is given."""
+    module.__dict__["forward"] = _given
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+def _given(x: Tensor, *rest: Any, **more: Any) -> Tensor:
+    return x
