@@ -16,6 +16,7 @@ from tl_vpd.hooks import TappedModel
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training import Trainer, new_decomposition
 from tl_vpd.training.config import AdversaryConfig, Coefficients
+from tl_vpd.training.passes import Taken
 
 SETTINGS = {
     "paper": {},
@@ -180,7 +181,12 @@ def test_a_forward_slope_makes_masks_negative_and_moves_values_below_zero_both_w
     own, of_g, slope, penalty = seen
     z = own.z.detach()
     assert bool((z < 0).any()) and bool((z > 0).any())
-    assert_close(own.g, torch.where(z < 0, 0.1 * z, z.clamp(0, 1)))
+    with tapped, torch.no_grad():
+        found, _ = trainer.passes._masked(own, slice(None), Taken(trainer.sources.values.flatten(0, 1)))
+        g = torch.where(z < 0, 0.1 * z, z.clamp(0, 1))
+        assert_close(
+            found, tapped.masked(own.tokens, SourcedPass(g, trainer.sources.values.flatten(0, 1), vpd.packing))
+        )
     assert metrics.l0 == pytest.approx(float((z > 0).sum()) / 24)
     below = z < -1e-3
     assert bool((of_g[below] > 0).any()) and bool((of_g[below] < 0).any())

@@ -3,8 +3,8 @@
     m = g + (1 − g) r,      y = b + m_Δ (y₀ − b) + (a ⊙ (m − m_Δ)) @ U,      a = x @ V
 
 Masks are never stored: forward and backward each make them block by block, small enough to stay in the processor's cache, from
-importances g and sources r, which all sites keep on one packed axis. What backward needs of a site is x, a and y₀. With the
-output's gradient G,
+sources r and from importances g or the pre-sigmoid values they come from, which all sites keep on one packed axis. What backward
+needs of a site is x, a and y₀. With the output's gradient G,
 
     ∂coefficients = G Uᵀ,   ∂a = ∂coefficients ⊙ (m − m_Δ),   ∂m = ∂coefficients ⊙ a,   ∂m_Δ = Σ G (y₀ − b) − Σ_c ∂m
     ∂g = ∂m (1 − r),        ∂r = ∂m (1 − g)
@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tl_vpd.importance.squash import importances_of
 from tl_vpd.site import Packing
 
 _BLOCK = 1 << 16
@@ -39,7 +40,8 @@ class _Columns:
     def __init__(self, run: SourcedPass, name: str) -> None:
         columns, site = run.packing.slices[name], run.packing.names.index(name)
         delta = run.packing.total + site
-        self.g, self.r, self.own_delta = run.g[:, columns], run.sources[:, columns], run.sources[:, delta : delta + 1]
+        self.values, self.slope = run.values[:, columns], run.slope
+        self.r, self.own_delta = run.sources[:, columns], run.sources[:, delta : delta + 1]
         self.taken, self.one = run.taken, run.one
         self.grad_g = None if run.grad_g is None else run.grad_g[:, columns]
         self.grad_r = self.grad_delta = None
@@ -51,6 +53,11 @@ class _Columns:
         """Whether anybody waits for ∂g or ∂r."""
         return self.grad_g is not None or self.grad_r is not None
 
+    def g(self, rows: Rows) -> Float[Tensor, "some C"]:
+        """The importances of some tokens."""
+        values = self.values[rows]
+        return values if self.slope is None else importances_of(values, self.slope)
+
     def sources(self, rows: Rows) -> Float[Tensor, "some C"]:
         """The sources that some tokens take."""
         return self.r[rows] if self.taken is None else self.r[self.taken[rows]]
@@ -61,7 +68,7 @@ class _Columns:
 
     def mask(self, rows: Rows) -> Float[Tensor, "some C"]:
         """``g + (1 − g) r`` of some tokens."""
-        return torch.lerp(self.sources(rows), self.one, self.g[rows])
+        return torch.lerp(self.sources(rows), self.one, self.g(rows))
 
     def difference(self, rows: Rows) -> Float[Tensor, "some C"]:
         """``g + (1 − g) r − m_Δ`` of some tokens."""
@@ -77,9 +84,9 @@ class _Columns:
         if self.grad_r is not None:
             if isinstance(rows, slice) and self.taken is None:
                 own, share = _inside(rows, of_mask, len(self.grad_r))
-                torch.addcmul(share, share, self.g[own], value=-1, out=self.grad_r[own])
+                torch.addcmul(share, share, self.g(own), value=-1, out=self.grad_r[own])
             else:
-                self._add(self.grad_r, rows, torch.addcmul(of_mask, of_mask, self.g[rows], value=-1))
+                self._add(self.grad_r, rows, torch.addcmul(of_mask, of_mask, self.g(rows), value=-1))
 
     def take_delta(self, rows: Rows, of_delta: Float[Tensor, " some"]) -> None:
         """Hands ∂m_Δ of some tokens on."""
@@ -145,7 +152,7 @@ class _Product(torch.autograd.Function):
         of, needs = ctx.of, ctx.needs_input_grad
         of_x_kind, of_V_kind, of_U_kind = ctx.kinds
         every: Rows = slice(None) if routed is None else routed
-        own, delta, full = grad[every], of.delta(every), of.g.dtype
+        own, delta, full = grad[every], of.delta(every), of.values.dtype
         of_coefficients = own @ U.T
         weighted = torch.empty_like(acts) if needs[4] else None
         of_delta = None
@@ -209,7 +216,7 @@ class SourcedPass:
     """Importances, sources and routing of one masked pass, and every site's product in it.
 
     Args:
-        g: importances of all sites, packed.
+        g: importances of all sites, packed; pre-sigmoid values with ``squash``.
         sources: in [0, 1], packed, Δ's behind.
         routing: by site, where the masked path is taken (None: everywhere).
         taken: which row of the sources each token takes, tokens in the order of ``g``'s rows (None: each its own).
@@ -217,6 +224,8 @@ class SourcedPass:
         grad_sources: where backward leaves the gradient of the sources, or of the first of them: zero at the start, and right
             after one backward (None: it is not wanted).
         sites: the sites that are masked (None: all).
+        squash: where importances are made from pre-sigmoid values in each product, their slope below 0 (None: g is given). No
+            tensor of importances is kept then; ``grad_g`` is their gradient all the same.
 
     g and sources are constants to autograd. Attribute ``handle``: a scalar on which every site's output depends, for
     ``torch.autograd.grad`` where neither V nor U wants gradients; its own gradient is None and means nothing.
@@ -233,11 +242,12 @@ class SourcedPass:
         grad_g: Float[Tensor, "*batch C_total"] | None = None,
         grad_sources: Float[Tensor, "some C_and_deltas"] | None = None,
         sites: Collection[str] | None = None,
+        squash: float | None = None,
     ) -> None:
         self.sites = packing.slices.keys() if sites is None else sites
         self.packing, self.routing, self.taken = packing, routing, taken
         self.batch = g.shape[:-1]
-        self.g, self.sources = g.detach().flatten(0, -2), sources.detach()
+        self.values, self.slope, self.sources = g.detach().flatten(0, -2), squash, sources.detach()
         self.grad_g = None if grad_g is None else grad_g.flatten(0, -2)
         self.grad_sources = grad_sources
         self.one = g.new_ones(())

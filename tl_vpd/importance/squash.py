@@ -52,6 +52,12 @@ def lower_leaky_pullback(
     return out.masked_fill_(z > 1, 0)
 
 
+def importances_of(z: Float[Tensor, "*batch"], forward_slope: float = 0.0) -> Float[Tensor, "*batch"]:
+    """Importances for masks as constants: ``clamp(z, 0, 1)``, which goes on below 0 with a ``forward_slope``."""
+    g = z.clamp(0, 1)
+    return g.add_(z.clamp(max=0), alpha=forward_slope) if forward_slope else g
+
+
 def lower_leaky(z: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
     """Importances for masks.
 

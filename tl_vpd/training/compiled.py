@@ -6,8 +6,8 @@ memory, and no Python, hook or autograd node runs between operations. The graphs
 
     clean       tokens → logits and every site's input                           the target, no gradients
     gamma       inputs → z                                                       Γ, but for the largest MLPs; backward too
-    squash      z → g, the sums s_c, L0                                          one pass over z
-    masked      tokens, g, sources → losses, gradients of V, U, g and sources    one for each kind of pass
+    counts      z → the sums s_c, L0                                             one pass over z
+    masked      tokens, z, sources → losses, gradients of V, U, g and sources    one for each kind of pass
     pullback    z, gradients of g and of s_c → the gradient of z                 one pass over z
     ascend      sources, moments, gradient → the same, updated                   one pass over sources
 
@@ -33,6 +33,7 @@ from tl_vpd.divergence import unembedded_kl
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance.chunked import ChunkedTransformers
 from tl_vpd.importance.mlps import PerSubcomponentMLPs
+from tl_vpd.importance.squash import importances_of
 from tl_vpd.importance.transformer import SharedTransformer
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training.losses import Penalty
@@ -61,7 +62,7 @@ class _Given(NamedTuple):
 
     tokens: Tensor
     keep: Tensor | None
-    g: Tensor
+    z: Tensor
     target: Tensor
     counted: Tensor | None
     sources: Tensor
@@ -110,10 +111,9 @@ class CompiledPasses(Passes):
         self._decide(own, kept)
         output, *inputs = self._run("clean", self._target, own, kept)
         z = self._gamma(inputs, kept)
-        g, sums, l0 = self._run(
-            ("squash", penalty.kind), self._squash(penalty), z.detach(), kept, self._parameter(penalty)
-        )
-        return Seen(part, own, kept, self._distance(output, kept), z, g, sums, l0)
+        counted = z.detach(), kept, self._parameter(penalty)
+        sums, l0 = self._run(("counts", penalty.kind), self._counts(penalty), *counted)
+        return Seen(part, own, kept, self._distance(output, kept), z, sums, l0)
 
     def attack(
         self, seen: Seen, rows: slice, taken: Taken, total: Tensor, *, grad_sources: Float[Tensor, "some C_and_deltas"]
@@ -188,17 +188,14 @@ class CompiledPasses(Passes):
             return values(*inputs, keep)
         return self._run("gamma", values, *inputs, keep, gradients=True)
 
-    def _squash(self, penalty: Penalty) -> Function:
-        def squash(z: Tensor, keep: Tensor | None, parameter: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            g = z.clamp(0, 1)
-            important = (g > 0).sum(-1)
-            if self.forward_slope:
-                g = g + self.forward_slope * z.clamp(max=0)
+    def _counts(self, penalty: Penalty) -> Function:
+        def counts(z: Tensor, keep: Tensor | None, parameter: Tensor) -> tuple[Tensor, Tensor]:
+            important = (z > 0).sum(-1)
             kept = None if keep is None else keep.flatten()
             sums = Penalty(penalty.kind, parameter, WHOLE).sums(z.flatten(0, -2), kept)
-            return g, sums, (important if keep is None else important * keep).sum().float()
+            return sums, (important if keep is None else important * keep).sum().float()
 
-        return squash
+        return counts
 
     def _pullback(self, penalty: Penalty) -> Function:
         def pullback(z: Tensor, grad_g: Tensor, slope: Tensor, keep: Tensor | None, parameter: Tensor) -> Tensor:
@@ -220,7 +217,6 @@ class CompiledPasses(Passes):
     ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
         """Losses, gradients of V and U (none where ``grad_g`` is None) and of sources; ``grad_g`` is added to."""
         sites = tuple(self.names if taken.sites is None else taken.sites)
-        g = seen.g[rows]
         routing = None if taken.routing is None else [taken.routing[name].reshape(-1) for name in sites]
         wanted = None if grad_sources is None else len(grad_sources)
         spans = [((s.rows.start, s.rows.stop), (s.compared.start, s.compared.stop), s.weight) for s in shares]
@@ -234,7 +230,7 @@ class CompiledPasses(Passes):
             masked,
             seen.tokens[rows],
             None if seen.keep is None else seen.keep[rows],
-            g,
+            seen.z.detach()[rows],
             distance.target,
             distance.keep,
             taken.sources,
@@ -253,13 +249,13 @@ class CompiledPasses(Passes):
         self, sites: Sequence[str], spans: Sequence[_Span], wanted: int | None, given: _Given
     ) -> list[Tensor]:
         """Losses, then gradients, where they are wanted: of the sources, of g (added to ``grad_g``), of V, of U."""
-        packing, constant, g = self.decomposition.packing, given.grad_g is None, given.g
+        packing, constant, z = self.decomposition.packing, given.grad_g is None, given.z
         sources, numbers = given.sources, given.numbers
         columns = {name: packing.slices[name] for name in sites}
         places = [packing.total + packing.names.index(name) for name in sites]
         own = sources if numbers is None else sources[numbers]
         leaves = {
-            "g": [g.flatten(0, -2)[:, at].detach() for at in columns.values()],
+            "g": [importances_of(z.flatten(0, -2)[:, at], self.forward_slope) for at in columns.values()],
             "r": [own[:, at].detach() for at in columns.values()],
             "delta": [own[:, at : at + 1].detach() for at in places],
         }
@@ -273,7 +269,7 @@ class CompiledPasses(Passes):
             by_site["g"],
             by_site["r"],
             by_site["delta"],
-            g.shape[:-1],
+            z.shape[:-1],
             dict(zip(sites, given.routed, strict=True)) if given.routed else None,
         )
         with torch.enable_grad():
@@ -329,7 +325,7 @@ class CompiledPasses(Passes):
         if taken.routing is None or self.precision != "float32":
             return False
         parts = self._parts()
-        return sum(p.numel() for p in parts) * seen.g[..., 0].numel() > LARGE
+        return sum(p.numel() for p in parts) * seen.z[..., 0].numel() > LARGE
 
     # -- recording ---------------------------------------------------------------------------------------------------
 

@@ -184,7 +184,7 @@ def _bytes(shape: _Shape, split: int, sharding: Kind) -> dict[str, int]:
         "gradients": FLOAT * (share + largest if full and split > 1 else P),
         "moments": 2 * FLOAT * share,
         "sources": (3 if shape.at_once == shape.rows else 4) * FLOAT * counts["sources"],
-        "importances": 3 * FLOAT * _tokens(shape) * shape.total,
+        "importances": 2 * FLOAT * _tokens(shape) * shape.total,
         "gamma's activations": _gamma_activations(shape),
         "logits": _logits(shape),
     }

@@ -41,8 +41,8 @@ SAME = {"float32": 1e-3, "bfloat16": 0.02}
 class Seen:
     """A part of the batch after its clean pass.
 
-    ``distance``: from the target's output. ``z``: Γ's values; ``g``: importances (a constant). ``sums``: of the penalty over
-    tokens, and ``l0``: of importances above 0.
+    ``distance``: from the target's output. ``z``: Γ's pre-sigmoid values, of which each pass makes the importances that it
+    needs. ``sums``: of the penalty over tokens, and ``l0``: of importances above 0.
     """
 
     part: Part
@@ -50,7 +50,6 @@ class Seen:
     keep: Bool[Tensor, "batch pos"] | None
     distance: Reconstruction
     z: Tensor
-    g: Tensor
     sums: Tensor
     l0: Tensor
 
@@ -140,21 +139,17 @@ class Passes:
                 output, inputs = self.tapped.clean(own, kept)
             z = self.decomposition.pre_sigmoid(inputs, kept)
         z = z.float() if z.dtype == torch.bfloat16 else z
-        g = torch.clamp(z.detach(), 0, 1, out=self.workspace("g", z.shape, z.dtype))
-        if self.forward_slope:
-            g.add_(z.detach().clamp(max=0), alpha=self.forward_slope)
         sums = penalty.sums(z.detach().flatten(0, -2), None if kept is None else kept.flatten())
-        important = torch.linalg.vector_norm(g.clamp(min=0) if self.forward_slope else g, ord=0, dim=-1)
+        important = torch.linalg.vector_norm(z.detach().clamp(min=0), ord=0, dim=-1)
         l0 = (important if kept is None else important * kept).sum()
-        return Seen(part, own, kept, self._distance(output, kept), z, g, sums, l0)
+        return Seen(part, own, kept, self._distance(output, kept), z, sums, l0)
 
     def twice(self, seen: Seen) -> Seen:
         """A part's rows, and the same rows again below them, to be run at once."""
-        g = torch.cat(
-            [seen.g, seen.g], out=self.workspace("g twice", (2 * len(seen.g), *seen.g.shape[1:]), seen.g.dtype)
-        )
+        z = seen.z.detach()
+        both = torch.cat([z, z], out=self.workspace("z twice", (2 * len(z), *z.shape[1:]), z.dtype))
         keep = None if seen.keep is None else torch.cat([seen.keep, seen.keep])
-        return replace(seen, tokens=torch.cat([seen.tokens, seen.tokens]), keep=keep, g=g)
+        return replace(seen, tokens=torch.cat([seen.tokens, seen.tokens]), keep=keep, z=both)
 
     def attack(
         self, seen: Seen, rows: slice, taken: Taken, total: Tensor, *, grad_sources: Float[Tensor, "some C_and_deltas"]
@@ -206,16 +201,17 @@ class Passes:
         grad_sources: Float[Tensor, "some C_and_deltas"] | None = None,
     ) -> tuple[Float[Tensor, "batch *pos d"], SourcedPass]:
         """The masked model's output on some rows of a part, and the pass; V and U are constant where ``grad_g`` is None."""
-        g = seen.g[rows]
+        z = seen.z.detach()[rows]
         run = SourcedPass(
-            g,
+            z,
             taken.sources,
             self.decomposition.packing,
-            None if taken.routing is None else {name: at.view(g.shape[:-1]) for name, at in taken.routing.items()},
+            None if taken.routing is None else {name: at.view(z.shape[:-1]) for name, at in taken.routing.items()},
             taken=taken.rows,
             grad_g=None if grad_g is None else grad_g[rows],
             grad_sources=grad_sources,
             sites=taken.sites,
+            squash=self.forward_slope,
         )
         keep = None if seen.keep is None else seen.keep[rows]
         constant = grad_g is None

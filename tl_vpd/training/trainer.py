@@ -200,7 +200,7 @@ class Trainer:
             own = alone or self.passes.clean(part, tokens, keep, self._penalty(now))
             for k in range(config.adversary.inner_steps if c.adversarial else 0):
                 self._ascend(own, draws, counts, now.adversary_lr, before + k + 1)
-            grad_g = self.passes.workspace("grad_g", own.g.shape, own.g.dtype).zero_()
+            grad_g = self.passes.workspace("grad_g", own.z.shape, own.z.dtype).zero_()
             for losses, of_sources in self._reconstruct(own, grad_g, draws, counts):
                 # Γ's own gradients come last, from what all passes left in grad_g.
                 for k, loss in losses.items():
@@ -325,7 +325,7 @@ class Trainer:
             return
         if self.joined and c.stochastic and c.adversarial:
             twice = self.passes.twice(own)
-            of_both = self.passes.workspace("grad_g twice", twice.g.shape, grad_g.dtype).zero_()
+            of_both = self.passes.workspace("grad_g twice", twice.z.shape, grad_g.dtype).zero_()
             yield self._both(twice, slice(None), of_both, draws, counts)
             for half in of_both.chunk(2):
                 grad_g += half
