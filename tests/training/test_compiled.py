@@ -67,7 +67,7 @@ def test_recorded_steps_are_the_plain_ones(name):
     same(plain, recorded)
     recordings = [key[0][0] if isinstance(key[0], tuple) else key[0] for key in recorded[3].graphs]
     gamma = {"small MLPs", "small MLPs, backward"} if name == "small MLPs" else {"gamma"}
-    assert {"clean", "counts", "masked", "pullback"} | gamma == set(recordings) - {"ascend"}
+    assert {"weights", "clean", "counts", "masked", "pullback"} | gamma == set(recordings) - {"ascend"}
     # The second step makes none anew.
     assert recordings.count("clean") == recordings.count("pullback") == 1
 

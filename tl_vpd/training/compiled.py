@@ -4,6 +4,7 @@ A step's passes do the same operations every time, so each is written down once 
 backward together (``make_fx``), and compiled (``torch.compile``): elementwise work is fused into few loops, masks never reach
 memory, and no Python, hook or autograd node runs between operations. The graphs are
 
+    weights     W → faithfulness, gradients of V and U                           Δs are formed, no tokens
     clean       tokens → logits and every site's input                           the target, no gradients
     gamma       inputs → z                                                       Γ, but for the largest MLPs; backward too
     counts      z → the sums s_c, L0                                             one pass over z
@@ -19,13 +20,15 @@ model itself on other numbers before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_vpd.adapters import Unsupported
 from tl_vpd.components.opened import OpenPass
@@ -36,7 +39,7 @@ from tl_vpd.importance.mlps import PerSubcomponentMLPs
 from tl_vpd.importance.squash import importances_of
 from tl_vpd.importance.transformer import SharedTransformer
 from tl_vpd.masking import PersistentSources
-from tl_vpd.training.losses import Penalty
+from tl_vpd.training.losses import Penalty, faithfulness
 from tl_vpd.training.parts import Part
 from tl_vpd.training.passes import EVERY, Passes, Precision, Seen, Share, Taken
 
@@ -49,6 +52,9 @@ LARGE = 1.5e9
 S (0.2e9) and M (7e9) of ``benchmarks.step``; what M gains is in ``docs/performance.md``."""
 UNROLLED = 32
 """Hidden units of Γ's MLPs up to which they are compiled, one after the other."""
+SHORT = 128
+"""Positions up to which attention on a CPU is written down as products and a softmax, whose loops are fused with others; the
+one call that it is elsewhere costs twice as much there at 32 positions, and less from 256 on."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """How far a compiled graph may be from the model itself, as a share of the norm of each result."""
 
@@ -69,7 +75,9 @@ class _Given(NamedTuple):
     numbers: Tensor | None
     totals: Tensor
     grad_g: Tensor | None
+    grad_sources: Tensor | None
     routed: tuple[Tensor, ...]
+    of_parts: tuple[Tensor, ...]
 
 
 class CompiledPasses(Passes):
@@ -103,12 +111,34 @@ class CompiledPasses(Passes):
         self.graphs: dict[Any, Function] = {}
         self.names = list(self.decomposition.packing.names)
         self._reads: dict[str, int] = {}
+        self._pos = 0
+
+    def faithfulness(
+        self, weights: Mapping[str, Float[Tensor, "_ _"]], coefficient: float, *, relative: bool = False
+    ) -> Float[Tensor, ""]:
+        """The loss; its gradients, times the coefficient, go to V and U."""
+        if not coefficient:
+            return super().faithfulness(weights, coefficient, relative=relative)
+
+        def squares(c: Tensor, *given: Tensor) -> Tensor:
+            own, gathered = dict(zip(weights, given, strict=False)), given[len(weights) :]
+            with torch.enable_grad():
+                value = faithfulness(self.decomposition.components, own, relative=relative)
+                gradients = torch.autograd.grad(c * value, self._parts())
+            for into, gradient in zip(gathered, gradients, strict=True):
+                into += gradient
+            return value.detach()
+
+        c = torch.tensor(coefficient, device=self.decomposition.device)
+        found: Tensor = self._run("weights", squares, c, *weights.values(), *self._gradients_of_parts())
+        return found
 
     def clean(self, part: Part, tokens: Tensor, keep: Bool[Tensor, "batch pos"] | None, penalty: Penalty) -> Seen:
         """The target's output and Γ's values on a part of the batch."""
         own, kept = part.of(tokens), part.of(keep)
         assert own is not None
         self._decide(own, kept)
+        self._pos = own.shape[1] if own.ndim > 1 else 0
         output, *inputs = self._run("clean", self._target, own, kept)
         z = self._gamma(inputs, kept)
         counted = z.detach(), kept, self._parameter(penalty)
@@ -119,9 +149,7 @@ class CompiledPasses(Passes):
         self, seen: Seen, rows: slice, taken: Taken, total: Tensor, *, grad_sources: Float[Tensor, "some C_and_deltas"]
     ) -> None:
         """The adversary's own gradient: that of the rows' share of a mean over ``total`` tokens, V, U and Γ constant."""
-        _, _, of_sources = self._masked_graph(seen, rows, taken, [Share(total, 1.0)], None, grad_sources)
-        assert of_sources is not None
-        grad_sources.copy_(of_sources)
+        self._masked_graph(seen, rows, taken, [Share(total, 1.0)], None, grad_sources)
 
     def reconstruct(
         self,
@@ -135,17 +163,7 @@ class CompiledPasses(Passes):
         """The losses of one pass over all rows; the gradients of their weighted sum go to V and U, ``grad_g`` and the sources."""
         if self._skips(seen, taken) and all(s.rows == EVERY for s in shares):
             return super().reconstruct(seen, taken, shares, grad_g=grad_g, grad_sources=grad_sources)
-        losses, of_parts, of_sources = self._masked_graph(seen, EVERY, taken, shares, grad_g, grad_sources)
-        if grad_sources is not None and of_sources is not None:
-            grad_sources.copy_(of_sources)
-        parts = self._parts()
-        have = [(p.grad, own) for p, own in zip(parts, of_parts, strict=True) if p.grad is not None]
-        for p, own in zip(parts, of_parts, strict=True):
-            if p.grad is None:
-                p.grad = own
-        if have:
-            torch._foreach_add_([grad for grad, _ in have], [own for _, own in have])
-        return list(losses)
+        return self._masked_graph(seen, EVERY, taken, shares, grad_g, grad_sources)
 
     def into_gamma(
         self,
@@ -214,19 +232,19 @@ class CompiledPasses(Passes):
         shares: Sequence[Share],
         grad_g: Tensor | None,
         grad_sources: Tensor | None,
-    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
-        """Losses, gradients of V and U (none where ``grad_g`` is None) and of sources; ``grad_g`` is added to."""
+    ) -> list[Tensor]:
+        """Losses. Gradients of sources are written, those of g, and with them those of V and U, added to what is there."""
         sites = tuple(self.names if taken.sites is None else taken.sites)
         routing = None if taken.routing is None else [taken.routing[name].reshape(-1) for name in sites]
-        wanted = None if grad_sources is None else len(grad_sources)
         spans = [((s.rows.start, s.rows.stop), (s.compared.start, s.compared.stop), s.weight) for s in shares]
 
         def masked(*tensors: Any) -> list[Tensor]:
-            return self._gradients(sites, spans, wanted, _Given._make((*tensors[:9], tensors[9:])))
+            own, n = tensors[10:], len(routing or ())
+            return self._gradients(sites, spans, _Given._make((*tensors[:10], own[:n], own[n:])))
 
         distance = seen.distance.rows(rows)
-        found = self._run(
-            ("masked", sites, str(spans), wanted),
+        found: list[Tensor] = self._run(
+            ("masked", sites, str(spans)),
             masked,
             seen.tokens[rows],
             None if seen.keep is None else seen.keep[rows],
@@ -237,18 +255,22 @@ class CompiledPasses(Passes):
             taken.rows,
             torch.stack([s.total for s in shares]),
             grad_g,
+            grad_sources,
             *(routing or ()),
+            *([] if grad_g is None else self._gradients_of_parts()),
         )
-        losses, rest = found[: len(shares)], list(found[len(shares) :])
-        of_sources = None if wanted is None else rest.pop(0)
-        if grad_g is not None:
-            grad_g.copy_(rest.pop(0))
-        return losses, rest, of_sources
+        return found
 
-    def _gradients(
-        self, sites: Sequence[str], spans: Sequence[_Span], wanted: int | None, given: _Given
-    ) -> list[Tensor]:
-        """Losses, then gradients, where they are wanted: of the sources, of g (added to ``grad_g``), of V, of U."""
+    def _gradients_of_parts(self) -> list[Tensor]:
+        """Where the gradients of V and U are gathered."""
+        found = []
+        for part in self._parts():
+            part.grad = torch.zeros_like(part) if part.grad is None else part.grad
+            found.append(part.grad)
+        return found
+
+    def _gradients(self, sites: Sequence[str], spans: Sequence[_Span], given: _Given) -> list[Tensor]:
+        """Losses; gradients go where ``given`` wants them."""
         packing, constant, z = self.decomposition.packing, given.grad_g is None, given.z
         sources, numbers = given.sources, given.numbers
         columns = {name: packing.slices[name] for name in sites}
@@ -259,7 +281,7 @@ class CompiledPasses(Passes):
             "r": [own[:, at].detach() for at in columns.values()],
             "delta": [own[:, at : at + 1].detach() for at in places],
         }
-        of_r = [] if wanted is None else [*leaves["r"], *leaves["delta"]]
+        of_r = [] if given.grad_sources is None else [*leaves["r"], *leaves["delta"]]
         of_parts = [] if constant else self._parts()
         asked = [*of_r, *([] if constant else leaves["g"]), *of_parts]
         for leaf in asked[: len(asked) - len(of_parts)]:
@@ -285,18 +307,19 @@ class CompiledPasses(Passes):
             torch.zeros_like(leaf) if grad is None else grad
             for leaf, grad in zip(asked, torch.autograd.grad(whole, asked, allow_unused=True), strict=True)
         ]
-        found = [loss.detach() for loss in losses]
-        if wanted is not None:
-            found.append(self._packed_sources(gradients[: len(of_r)], sites, sources, numbers)[:wanted])
+        if given.grad_sources is not None:
+            packed = self._packed_sources(gradients[: len(of_r)], sites, sources, numbers)
+            given.grad_sources.copy_(packed[: len(given.grad_sources)])
         if given.grad_g is not None:
-            of_sites = dict(zip(sites, gradients[len(of_r) : len(of_r) + len(sites)], strict=True))
-            before = given.grad_g.flatten(0, -2)
+            of_g, of_weights = gradients[len(of_r) : len(of_r) + len(sites)], gradients[len(of_r) + len(sites) :]
+            of_sites, before = dict(zip(sites, of_g, strict=True)), given.grad_g.flatten(0, -2)
             added = [
                 before[:, at] + of_sites[n] if n in of_sites else before[:, at] for n, at in packing.slices.items()
             ]
-            found.append(torch.cat(added, dim=1).view_as(given.grad_g))
-            found += gradients[len(of_r) + len(sites) :]
-        return found
+            given.grad_g.copy_(torch.cat(added, dim=1).view_as(given.grad_g))
+            for gathered, gradient in zip(given.of_parts, of_weights, strict=True):
+                gathered += gradient
+        return [loss.detach() for loss in losses]
 
     def _summed(self, target: Tensor, output: Tensor, keep: Tensor | None) -> Float[Tensor, ""]:
         """The distance summed over real tokens, as plain operations."""
@@ -332,6 +355,11 @@ class CompiledPasses(Passes):
     def _parts(self) -> list[Tensor]:
         return [*self.decomposition.V.values(), *self.decomposition.U.values()]
 
+    def _attention(self) -> AbstractContextManager[None]:
+        """How attention is written down."""
+        short = self._pos <= SHORT and self.precision == "float32" and self.decomposition.device.type == "cpu"
+        return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
+
     def _parameter(self, penalty: Penalty) -> Tensor:
         return torch.tensor(float(penalty.parameter), device=self.decomposition.device)
 
@@ -339,9 +367,10 @@ class CompiledPasses(Passes):
         """What a function gives, from its compiled graph; made at the first call with arguments of these shapes."""
         key = what, tuple(None if a is None else (a.shape, a.dtype, a.stride()) for a in arguments)
         if key not in self.graphs:
-            self.graphs[key] = _compiled(
-                function, arguments, self.backend, TOLERANCE[self.precision], gradients=gradients
-            )
+            with self._attention():
+                self.graphs[key] = _compiled(
+                    function, arguments, self.backend, TOLERANCE[self.precision], gradients=gradients
+                )
         with torch.set_grad_enabled(gradients):
             return self.graphs[key](*(a for a in arguments if a is not None))
 
@@ -367,7 +396,7 @@ def _compiled(
             graph: Any = make_fx(filled)(*(t.clone() for t in tensors))
             graph.graph.eliminate_dead_code()
             graph.recompile()
-            made = graph if backend == RECORDED else torch.compile(graph, dynamic=False, backend=backend)
+            made = graph if backend == RECORDED else _optimised(graph, backend, tensors[0].device)
             # Some write into their arguments.
             pairs = zip([*_list(made(*others)), *others], [*_list(filled(*same)), *same], strict=True)
             error = max(_apart(a, b) for a, b in pairs)
@@ -381,6 +410,12 @@ def _compiled(
             "leave compile out."
         )
     return made
+
+
+def _optimised(graph: Function, backend: str, device: torch.device) -> Function:
+    """The graph by ``torch.compile``; on a CPU its kernels and products are called from C++, not from Python."""
+    options: Any = {"cpp_wrapper": True} if backend == "inductor" and device.type == "cpu" else None
+    return torch.compile(graph, dynamic=False, backend=backend, options=options)
 
 
 def _list(found: Any) -> list[Tensor]:

@@ -11,7 +11,7 @@ What they do not know: what is drawn, what losses weigh, and what comes after wh
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -25,7 +25,7 @@ from tl_vpd.components import SourcedPass
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.masking import PersistentSources
-from tl_vpd.training.losses import Penalty, Reconstruction
+from tl_vpd.training.losses import Penalty, Reconstruction, faithfulness_terms
 from tl_vpd.training.parts import Part, Routing
 from tl_vpd.unembedding import Unembedding
 
@@ -128,6 +128,18 @@ class Passes:
         if held is None or held.dtype != dtype or held.numel() < n:
             held = self._work[what] = torch.empty(n, dtype=dtype, device=self.decomposition.device)
         return held[:n].view(*shape)
+
+    def faithfulness(
+        self, weights: Mapping[str, Float[Tensor, "_ _"]], coefficient: float, *, relative: bool = False
+    ) -> Float[Tensor, ""]:
+        """The loss; its gradients, times the coefficient, go to V and U. One site at a time, so that one Δ is held at once."""
+        value = torch.zeros((), device=self.decomposition.device)
+        with torch.set_grad_enabled(coefficient != 0):
+            for term in faithfulness_terms(self.decomposition.components, weights, relative=relative):
+                if coefficient:
+                    (coefficient * term).backward()
+                value += term.detach()
+        return value
 
     def clean(self, part: Part, tokens: Tensor, keep: Bool[Tensor, "batch pos"] | None, penalty: Penalty) -> Seen:
         """The target's output and Γ's values on a part of the batch."""

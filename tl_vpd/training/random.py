@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from jaxtyping import Float, Shaped
@@ -15,6 +16,8 @@ from torch import Tensor
 
 START = -1
 """The step of what is drawn before the first."""
+SPREAD = 1 << 17
+"""Numbers from which on rows are drawn on several cores."""
 
 
 class RowRandom:
@@ -34,8 +37,7 @@ class RowRandom:
         """One result of ``draw`` a row; ``what`` tells apart the tensors of one step."""
         drawn = []
         for row in rows:
-            # CPU generators use 32 bits of their seed, so the four numbers are mixed into those.
-            self.generator.manual_seed(zlib.crc32(f"{self.seed}/{what}/{step}/{row}".encode()))
+            self.generator.manual_seed(self._mixed(what, step, row))
             drawn.append(draw(self.generator))
         return torch.stack(drawn)
 
@@ -45,7 +47,20 @@ class RowRandom:
         """Uniform numbers in [0, 1), each row ``shape``; into ``out`` where it is given."""
         if out is None:
             out = torch.empty(len(rows), *shape, device=self.generator.device)
-        for own, row in zip(out, rows, strict=True):
-            self.generator.manual_seed(zlib.crc32(f"{self.seed}/{what}/{step}/{row}".encode()))
-            own.uniform_(generator=self.generator)
+        threads = torch.get_num_threads() if out.device.type == "cpu" and out.numel() >= SPREAD else 1
+
+        def fill(k: int, generator: torch.Generator) -> None:
+            for own, row in zip(out[k::threads], rows[k::threads], strict=True):
+                generator.manual_seed(self._mixed(what, step, row))
+                own.uniform_(generator=generator)
+
+        if threads == 1:
+            fill(0, self.generator)
+        else:  # PyTorch draws from one generator on one core
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(fill, range(threads), [torch.Generator() for _ in range(threads)]))
         return out
+
+    def _mixed(self, what: str, step: int, row: int) -> int:
+        """A generator's seed: on a CPU it uses 32 bits, so the four numbers are mixed into those."""
+        return zlib.crc32(f"{self.seed}/{what}/{step}/{row}".encode())

@@ -33,7 +33,6 @@ from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.losses import (
     Penalty,
     RunningFrequency,
-    faithfulness_terms,
     frequency_minimality,
     importance_minimality,
 )
@@ -360,14 +359,8 @@ class Trainer:
         return self.draw_sources("stochastic", self.shares.drawn[part.drawn])
 
     def _faithfulness(self, coefficient: float) -> Float[Tensor, ""]:
-        """The loss; its gradients, times the coefficient, go to V and U. One site at a time, so that one Δ is held at once."""
-        relative, value = self.config.faithfulness == "relative", torch.zeros((), device=self.decomposition.device)
-        with torch.set_grad_enabled(coefficient != 0):
-            for term in faithfulness_terms(self.decomposition.components, self.weights, relative=relative):
-                if coefficient:
-                    (coefficient * term).backward()
-                value += term.detach()
-        return value
+        """The loss; its gradients, times the coefficient, go to V and U."""
+        return self.passes.faithfulness(self.weights, coefficient, relative=self.config.faithfulness == "relative")
 
     def _total(self, values: dict[str, Tensor], now: Schedule) -> Tensor:
         c = self.config.coefficients
