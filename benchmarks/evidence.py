@@ -1,6 +1,6 @@
 """Tables and pictures of docs/evidence.md from what ``python -m tl_vpd.toys.run`` has measured and kept.
 
-python -m benchmarks.evidence                                     # the table of benchmarks/results/ground_truth.json
+python -m benchmarks.evidence                                     # the tables of benchmarks/results/ground_truth.json
 python -m benchmarks.evidence --picture tms_5_2 0 --out docs/tms_5_2.png      # from the run kept in build/toys
 """
 
@@ -31,6 +31,20 @@ def rows(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def latents(results: dict[str, Any]) -> list[str]:
+    """The table of what stands for known latents, a row a toy, method, seed and latent."""
+    lines = ["| toy | method | seed | latent | subcomponent | overlap | shuffled |", "| --- " * 7 + "|"]
+    for name, methods in results.items():
+        for method, own in methods.items():
+            for latent, found in own.get("latents", {}).items():
+                for i, seed in enumerate(own["seed"]):
+                    numbers = f"{found['overlap'][i]:.2f} | {found['chance'][i]:.2f}"
+                    lines.append(
+                        f"| `{name}` | {method} | {seed} | `{latent}` | `{found['subcomponent'][i]}` | {numbers} |"
+                    )
+    return lines
+
+
 def _list(values: list[Any], digits: int | None = None) -> str:
     return ", ".join(str(v) if digits is None else f"{v:.{digits}f}" for v in values)
 
@@ -44,7 +58,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("ground_truth.png"))
     arguments = parser.parse_args()
     if arguments.picture is None:
-        print("\n".join(rows(read(arguments.results))))
+        results = read(arguments.results)
+        print("\n".join([*rows(results), "", *latents(results)]))
         return
     name, seed = arguments.picture
     toy, model = TOYS[name], target_of(name, 0, arguments.work)

@@ -51,10 +51,30 @@ _VPD: dict[str, dict[str, Any]] = {
     "tms_5_2": {"steps": 15_000, "importance": 3e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
     "tms_5_2_id": {"steps": 15_000, "importance": 3e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
     "tms_40_10": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
-    "tms_40_10_id": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
+    "tms_40_10_id": {
+        "steps": 10_000,
+        "importance": 4e-5,
+        "frequency": 8e-5,
+        "p": 1.0,
+        "p_end": 0.5,
+        "rising": True,
+    },
     "compressed": {"lr": 2e-3, "steps": 12_000, "importance": 1e-4, "p_end": 1.0, "C": {"*.W_in": 200, "*.W_out": 100}},
-    "compressed_2": {"lr": 2e-3, "steps": 30_000, "C": {"*.W_in": 200, "*.W_out": 100}},
-    "compressed_3": {"lr": 2e-3, "steps": 30_000, "C": {"*.W_in": 200, "*.W_out": 100}, "hidden": 16},
+    "compressed_2": {
+        "lr": 2e-3,
+        "steps": 12_000,
+        "importance": 1e-4,
+        "p_end": 1.0,
+        "C": {"*.W_in": 200, "*.W_out": 100},
+    },
+    "compressed_3": {
+        "lr": 2e-3,
+        "steps": 12_000,
+        "importance": 1e-4,
+        "p_end": 1.0,
+        "C": {"*.W_in": 200, "*.W_out": 100},
+        "hidden": 16,
+    },
 }
 """By toy: where VPD's settings differ from SPD's. W_out of compressed computation is on at most inputs, which the frequency loss
 would forbid, so there is none."""
