@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--sizes", default="S,M")
     parser.add_argument("--rounds", type=int, default=11)
+    parser.add_argument("--variants", help="only these, as paper,compiled; paper is among them (default: all)")
     parser.add_argument("--peak", nargs=2, metavar=("SIZE", "WHICH"))
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -285,6 +286,8 @@ def main() -> None:
         variants = (
             ["paper", "whole_logits"] if name == "V" else [which for which in VARIANTS if which != "whole_logits"]
         )
+        if arguments.variants:
+            variants = [which for which in variants if which in ("paper", *arguments.variants.split(","))]
         timed = [which for which in variants if which != "checkpoint"]
         found = measure(name, arguments.rounds * (3 if name == "S" else 1), timed)
         if name != "L":

@@ -36,4 +36,4 @@ def test_other_steps_rows_names_and_seeds_draw_others():
     others = [drawn(seed=1), drawn(what="slots"), drawn(step=1), drawn(row=1)]
     assert torch.equal(drawn(), drawn())
     assert not any(torch.equal(drawn(), other) for other in others)
-    assert 0 <= float(drawn().min()) and float(drawn().max()) < 1
+    assert float(drawn().min()) >= 0 and float(drawn().max()) < 1

@@ -36,13 +36,13 @@ minutes on one core   target     vpd     spd     apd
   tms_5_2                0.2       3       9       3
   tms_5_2_id             0.2       3      12       3
   tms_40_10              1        13      45       ?
-  tms_40_10_id           1        12      85       ?
+  tms_40_10_id           1        15      85       ?
   compressed             0.6      19      57       -
-  compressed_2           0.8      86     490       -
-  compressed_3          10       130   36000       -
+  compressed_2           0.8      35     490       -
+  compressed_3          10        52   36000       -
   compressed_200         0.3      12       ?       -
-  compressed_2_200       0.4      54       ?       -
-  compressed_3_200         4      87       ?       -
+  compressed_2_200       0.4      25       ?       -
+  compressed_3_200         4      35       ?       -
   induction              0.8      17       ?       -
   grammar                1        37       -       -
 (one seed; from a few steps of each, times the recipe's; ? not timed, - no recipe)
