@@ -124,13 +124,13 @@ class CompiledPasses(Passes):
             own, gathered = dict(zip(weights, given, strict=False)), given[len(weights) :]
             with torch.enable_grad():
                 value = faithfulness(self.decomposition.components, own, relative=relative)
-                gradients = torch.autograd.grad(c * value, self._parts())
+                gradients = torch.autograd.grad(c * value, self._parts(self.names))
             for into, gradient in zip(gathered, gradients, strict=True):
                 into += gradient
             return value.detach()
 
         c = torch.tensor(coefficient, device=self.decomposition.device)
-        found: Tensor = self._run("weights", squares, c, *weights.values(), *self._gradients_of_parts())
+        found: Tensor = self._run("weights", squares, c, *weights.values(), *self._gradients_of_parts(self.names))
         return found
 
     def clean(self, part: Part, tokens: Tensor, keep: Bool[Tensor, "batch pos"] | None, penalty: Penalty) -> Seen:
@@ -257,14 +257,14 @@ class CompiledPasses(Passes):
             grad_g,
             grad_sources,
             *(routing or ()),
-            *([] if grad_g is None else self._gradients_of_parts()),
+            *([] if grad_g is None else self._gradients_of_parts(sites)),
         )
         return found
 
-    def _gradients_of_parts(self) -> list[Tensor]:
+    def _gradients_of_parts(self, sites: Sequence[str]) -> list[Tensor]:
         """Where the gradients of V and U are gathered."""
         found = []
-        for part in self._parts():
+        for part in self._parts(sites):
             part.grad = torch.zeros_like(part) if part.grad is None else part.grad
             found.append(part.grad)
         return found
@@ -282,7 +282,7 @@ class CompiledPasses(Passes):
             "delta": [own[:, at : at + 1].detach() for at in places],
         }
         of_r = [] if given.grad_sources is None else [*leaves["r"], *leaves["delta"]]
-        of_parts = [] if constant else self._parts()
+        of_parts = [] if constant else self._parts(sites)
         asked = [*of_r, *([] if constant else leaves["g"]), *of_parts]
         for leaf in asked[: len(asked) - len(of_parts)]:
             leaf.requires_grad_()
@@ -347,13 +347,14 @@ class CompiledPasses(Passes):
         """Whether a pass runs uncompiled, because leaving out tokens that are not routed saves more than compiling does."""
         if taken.routing is None or self.precision != "float32":
             return False
-        parts = self._parts()
+        parts = self._parts(self.names)
         return sum(p.numel() for p in parts) * seen.z[..., 0].numel() > LARGE
 
     # -- recording ---------------------------------------------------------------------------------------------------
 
-    def _parts(self) -> list[Tensor]:
-        return [*self.decomposition.V.values(), *self.decomposition.U.values()]
+    def _parts(self, sites: Sequence[str]) -> list[Tensor]:
+        V, U = self.decomposition.V, self.decomposition.U
+        return [*(V[name] for name in sites), *(U[name] for name in sites)]
 
     def _attention(self) -> AbstractContextManager[None]:
         """How attention is written down."""
