@@ -3,7 +3,7 @@
     >>> gpt2 = transformer(layers=12, d_model=768, heads=12, d_mlp=3072, vocabulary=50257, others=768 * 1024)
     >>> found = footprint(gpt2, gamma={"d_ci": 1536, "n_blocks": 6, "n_heads": 16}, batch=64, context=512, micro_batch=4)
     >>> round(found.bytes["moments"] / 2**30, 1), round(found.total / 2**30)
-    (6.3, 80)
+    (6.3, 79)
 
 With ``N`` tokens run at once, ``C`` subcomponents in all and ``P`` numbers in V, U and Γ, a process holds
 
