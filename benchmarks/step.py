@@ -9,7 +9,8 @@ this machine's rate of large float32 products in the same run), ``floor_share`` 
 ``plain_peak_mb`` (above what imports take, in a process of their own; ``settled_mb`` without the first steps, in which compiled
 passes are made). The same for the merged recipe, for bfloat16 products, for compiled passes and for these together, under their
 names; ``checkpoint`` has the peak with activations computed again. ``--sizes V`` is M with the vocabulary of GPT-2, where logits
-are made in blocks, beside ``whole_logits``. Size L needs a GPU.
+are made in blocks, beside ``whole_logits``. ``--variants compiled`` measures that and the paper's recipe
+alone. Size L needs a GPU.
 """
 
 from __future__ import annotations
@@ -287,7 +288,10 @@ def main() -> None:
             ["paper", "whole_logits"] if name == "V" else [which for which in VARIANTS if which != "whole_logits"]
         )
         if arguments.variants:
-            variants = [which for which in variants if which in ("paper", *arguments.variants.split(","))]
+            asked = {"paper", *arguments.variants.split(",")}
+            if unknown := asked - set(variants):
+                parser.error(f"size {name} has no {', '.join(sorted(unknown))}: choose from {', '.join(variants)}")
+            variants = [which for which in variants if which in asked]
         timed = [which for which in variants if which != "checkpoint"]
         found = measure(name, arguments.rounds * (3 if name == "S" else 1), timed)
         if name != "L":

@@ -39,7 +39,7 @@ TAKEN = torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 0, 1, 2, 1, 0, 0])
 """Which of three shared sources each token takes."""
 
 
-def pass_of(t, routing=None, shared=False, some=None, squash=None):
+def pass_of(t, routing=None, shared=False, some=None, forward_slope=None):
     """A pass that leaves the gradients of g and of the sources (or the first ``some``) where the leaves have theirs."""
     t["g"].grad, t["sources"].grad = torch.zeros_like(t["g"]), torch.zeros_like(t["sources"])
     grad_sources = t["sources"].grad[:some]
@@ -51,7 +51,7 @@ def pass_of(t, routing=None, shared=False, some=None, squash=None):
         taken=TAKEN if shared else None,
         grad_g=t["g"].grad,
         grad_sources=grad_sources,
-        squash=squash,
+        forward_slope=forward_slope,
     )
 
 
@@ -105,9 +105,9 @@ def test_importances_made_in_the_product_are_those_made_before(shared, routed, s
     routing = {n: draw(2, 7, seed=60 + i) < 0.5 for i, n in enumerate(SHAPES)} if routed else None
     z = 3 * draw(2, 7, PACKING.total, seed=70) - 1
     found = []
-    for g, squash in ((importances_of(z, slope), None), (z, slope)):
+    for g, forward_slope in ((importances_of(z, slope), None), (z, slope)):
         t = {**leaves(shared, bias=False), "g": g}
-        run = pass_of(t, routing, shared, squash=squash)
+        run = pass_of(t, routing, shared, forward_slope=forward_slope)
         chain(t, lambda n, y, x, t=t, run=run: run.product(n, y, x, t[f"V{n}"], t[f"U{n}"], None)).backward()
         found.append([*(own.grad for own in t.values() if own.grad is not None), run.mask("a")[0]])
     for given, made in zip(*found, strict=True):

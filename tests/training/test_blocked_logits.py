@@ -19,7 +19,7 @@ from tl_vpd.adapters import Unsupported, adapt
 from tl_vpd.divergence import unembedded_kl
 from tl_vpd.hooks import TappedModel
 from tl_vpd.training import Trainer, new_decomposition
-from tl_vpd.training.compiled import RECORDED
+from tl_vpd.training.recording import RECORDED
 from tl_vpd.unembedding import Unembedding
 
 

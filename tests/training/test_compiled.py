@@ -19,8 +19,9 @@ from tl_vpd.adapters.versions import HookedRootModule, HookPoint
 from tl_vpd.hooks import TappedModel
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training import Trainer, new_decomposition
-from tl_vpd.training.compiled import RECORDED, CompiledPasses, _compiled
+from tl_vpd.training.compiled import CompiledPasses
 from tl_vpd.training.config import Coefficients
+from tl_vpd.training.recording import RECORDED, compiled
 
 SOME = ("*W_Q", "*W_V", "*W_out")
 MORE = {
@@ -140,7 +141,7 @@ def test_a_model_whose_operations_depend_on_its_data_is_refused():
 
 def test_a_compiler_that_fails_is_named_with_the_way_round_it():
     with pytest.raises(Unsupported, match=r"cannot be compiled \(.*nowhere.*\): use compile='recorded', or leave"):
-        _compiled(lambda x: x * 2, [torch.ones(2)], "nowhere", 1e-3, gradients=False)
+        compiled(lambda x: x * 2, [torch.ones(2)], "nowhere", 1e-3, gradients=False)
 
 
 def test_a_recording_that_gives_something_else_on_other_data_is_refused():
@@ -151,7 +152,7 @@ def test_a_recording_that_gives_something_else_on_other_data_is_refused():
         return x + seen[0] if len(seen) > 1 else x
 
     with pytest.raises(Unsupported, match=r"off by .* on other data"):
-        _compiled(first_only, [torch.arange(3.0)], RECORDED, 1e-3, gradients=False)
+        compiled(first_only, [torch.arange(3.0)], RECORDED, 1e-3, gradients=False)
 
 
 def test_a_loss_that_is_not_finite_is_said_to_be_that_and_not_the_compilers_fault():
@@ -163,7 +164,7 @@ def test_a_loss_that_is_not_finite_is_said_to_be_that_and_not_the_compilers_faul
 
 
 def test_arguments_that_are_written_into_are_compared_as_well():
-    made = _compiled(lambda x, y: x.add_(y), [torch.ones(2), torch.ones(2)], RECORDED, 1e-3, gradients=False)
+    made = compiled(lambda x, y: x.add_(y), [torch.ones(2), torch.ones(2)], RECORDED, 1e-3, gradients=False)
     x = torch.arange(2.0)
     made(x, torch.tensor([5.0, 7.0]))
     assert_close(x, torch.tensor([5.0, 8.0]))

@@ -40,7 +40,7 @@ class _Columns:
     def __init__(self, run: SourcedPass, name: str) -> None:
         columns, site = run.packing.slices[name], run.packing.names.index(name)
         delta = run.packing.total + site
-        self.values, self.slope = run.values[:, columns], run.slope
+        self.values, self.forward_slope = run.values[:, columns], run.forward_slope
         self.r, self.own_delta = run.sources[:, columns], run.sources[:, delta : delta + 1]
         self.taken, self.one = run.taken, run.one
         self.grad_g = None if run.grad_g is None else run.grad_g[:, columns]
@@ -56,7 +56,7 @@ class _Columns:
     def g(self, rows: Rows) -> Float[Tensor, "some C"]:
         """The importances of some tokens."""
         values = self.values[rows]
-        return values if self.slope is None else importances_of(values, self.slope)
+        return values if self.forward_slope is None else importances_of(values, self.forward_slope)
 
     def sources(self, rows: Rows) -> Float[Tensor, "some C"]:
         """The sources that some tokens take."""
@@ -216,24 +216,24 @@ class SourcedPass:
     """Importances, sources and routing of one masked pass, and every site's product in it.
 
     Args:
-        g: importances of all sites, packed; pre-sigmoid values with ``squash``.
+        values: importances of all sites, packed; or, with ``forward_slope``, the pre-sigmoid values they are made from.
         sources: in [0, 1], packed, Δ's behind.
         routing: by site, where the masked path is taken (None: everywhere).
-        taken: which row of the sources each token takes, tokens in the order of ``g``'s rows (None: each its own).
+        taken: which row of the sources each token takes, tokens in the order of the values' rows (None: each its own).
         grad_g: where backward adds the importances' gradient (None: it is not wanted).
         grad_sources: where backward leaves the gradient of the sources, or of the first of them: zero at the start, and right
             after one backward (None: it is not wanted).
         sites: the sites that are masked (None: all).
-        squash: where importances are made from pre-sigmoid values in each product, their slope below 0 (None: g is given). No
-            tensor of importances is kept then; ``grad_g`` is their gradient all the same.
+        forward_slope: of importances below 0, where each product makes them from pre-sigmoid values (None: importances are
+            given). No tensor of importances is kept then; ``grad_g`` is their gradient all the same.
 
-    g and sources are constants to autograd. Attribute ``handle``: a scalar on which every site's output depends, for
+    Values and sources are constants to autograd. Attribute ``handle``: a scalar on which every site's output depends, for
     ``torch.autograd.grad`` where neither V nor U wants gradients; its own gradient is None and means nothing.
     """
 
     def __init__(
         self,
-        g: Float[Tensor, "*batch C_total"],
+        values: Float[Tensor, "*batch C_total"],
         sources: Float[Tensor, "rows C_and_deltas"],
         packing: Packing,
         routing: Mapping[str, Bool[Tensor, "*batch"]] | None = None,
@@ -242,16 +242,16 @@ class SourcedPass:
         grad_g: Float[Tensor, "*batch C_total"] | None = None,
         grad_sources: Float[Tensor, "some C_and_deltas"] | None = None,
         sites: Collection[str] | None = None,
-        squash: float | None = None,
+        forward_slope: float | None = None,
     ) -> None:
         self.sites = packing.slices.keys() if sites is None else sites
         self.packing, self.routing, self.taken = packing, routing, taken
-        self.batch = g.shape[:-1]
-        self.values, self.slope, self.sources = g.detach().flatten(0, -2), squash, sources.detach()
+        self.batch = values.shape[:-1]
+        self.values, self.forward_slope, self.sources = values.detach().flatten(0, -2), forward_slope, sources.detach()
         self.grad_g = None if grad_g is None else grad_g.flatten(0, -2)
         self.grad_sources = grad_sources
-        self.one = g.new_ones(())
-        self.handle = torch.zeros((), dtype=g.dtype, device=g.device)
+        self.one = values.new_ones(())
+        self.handle = torch.zeros((), dtype=values.dtype, device=values.device)
         self.handle.requires_grad_(grad_g is not None or grad_sources is not None)
 
     def __contains__(self, name: str) -> bool:

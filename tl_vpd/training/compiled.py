@@ -20,7 +20,7 @@ model itself on other numbers before it is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -42,11 +42,9 @@ from tl_vpd.masking import PersistentSources
 from tl_vpd.training.losses import Penalty, faithfulness
 from tl_vpd.training.parts import Part
 from tl_vpd.training.passes import EVERY, Passes, Precision, Seen, Share, Taken
+from tl_vpd.training.recording import TOLERANCE, Function, compiled
 
-Function = Callable[..., Any]
 WHOLE = 1 << 62
-RECORDED = "recorded"
-"""In the place of a backend of ``torch.compile``: graphs run as they were written down, which needs no compiler."""
 LARGE = 1.5e9
 """Multiplications by V and U in one masked pass in float32 above which routed passes are not compiled. It lies between the sizes
 S (0.2e9) and M (7e9) of ``benchmarks.step``; what M gains is in ``docs/performance.md``."""
@@ -55,8 +53,6 @@ UNROLLED = 32
 SHORT = 128
 """Positions up to which attention on a CPU is written down as products and a softmax, whose loops are fused with others; the
 one call that it is elsewhere costs twice as much there at 32 positions, and less from 256 on."""
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
-"""How far a compiled graph may be from the model itself, as a share of the norm of each result."""
 
 
 _Span = tuple[tuple[int | None, int | None], tuple[int | None, int | None], float]
@@ -369,63 +365,8 @@ class CompiledPasses(Passes):
         key = what, tuple(None if a is None else (a.shape, a.dtype, a.stride()) for a in arguments)
         if key not in self.graphs:
             with self._attention():
-                self.graphs[key] = _compiled(
+                self.graphs[key] = compiled(
                     function, arguments, self.backend, TOLERANCE[self.precision], gradients=gradients
                 )
         with torch.set_grad_enabled(gradients):
             return self.graphs[key](*(a for a in arguments if a is not None))
-
-
-def _compiled(
-    function: Function, arguments: Sequence[Tensor | None], backend: str, tolerance: float, *, gradients: bool
-) -> Function:
-    """A function of the tensors among some arguments, compiled for their shapes; the others stay None.
-
-    Raises:
-        Unsupported: its operations cannot be written down, or what was written down gives something else.
-    """
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    def filled(*tensors: Tensor) -> Any:
-        rest = iter(tensors)
-        return function(*(None if a is None else next(rest) for a in arguments))
-
-    tensors = [a for a in arguments if a is not None]
-    others, same = ([t.detach().flip(0) if t.ndim else t * 2 for t in tensors] for _ in range(2))
-    try:
-        with torch.set_grad_enabled(gradients):
-            graph: Any = make_fx(filled)(*(t.clone() for t in tensors))
-            graph.graph.eliminate_dead_code()
-            graph.recompile()
-            made = graph if backend == RECORDED else _optimised(graph, backend, tensors[0].device)
-            # Some write into their arguments.
-            pairs = zip([*_list(made(*others)), *others], [*_list(filled(*same)), *same], strict=True)
-            error = max(_apart(a, b) for a, b in pairs)
-    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error_:
-        instead = "leave compile out" if backend == RECORDED else f"use compile={RECORDED!r}, or leave compile out"
-        reason = str(error_).strip().splitlines()[0]
-        raise Unsupported(f"This model's passes cannot be compiled ({reason}): {instead}.") from error_
-    if not error < tolerance:
-        raise Unsupported(
-            f"A compiled pass of this model is off by {error:.1e} on other data (its operations depend on the data): "
-            "leave compile out."
-        )
-    return made
-
-
-def _optimised(graph: Function, backend: str, device: torch.device) -> Function:
-    """The graph by ``torch.compile``; on a CPU its kernels and products are called from C++, not from Python."""
-    options: Any = {"cpp_wrapper": True} if backend == "inductor" and device.type == "cpu" else None
-    return torch.compile(graph, dynamic=False, backend=backend, options=options)
-
-
-def _list(found: Any) -> list[Tensor]:
-    return [found] if isinstance(found, Tensor) else list(found or ())
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    """How far a is from b, as a share of b's norm; where b is not finite, only whether a is not either."""
-    a, b = a.detach().double(), b.detach().double()
-    if not bool(b.isfinite().all()):
-        return 0.0 if torch.equal(a.isfinite(), b.isfinite()) else float("inf")
-    return float((a - b).norm()) / max(float(b.norm()), 1e-20) if b.numel() else 0.0

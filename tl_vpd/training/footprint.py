@@ -9,9 +9,10 @@ With ``N`` tokens run at once, ``C`` subcomponents in all and ``P`` numbers in V
 
     parameters 4 P,   gradients 4 P,   moments 8 P,   sources 12 · rows · slots · C (themselves and Adam's moments; 16 in parts)
 
-and, for as long as a pass lasts, importances ``12 N C``, the pass's drawn sources ``4 N C``, what a masked pass keeps for its
-backward (x, y₀ and the inner activations of every site, and the model's own but for attention patterns), Γ's own, and a few
-tensors of logits. ``sharding`` divides gradients after backward, moments and parameters among processes.
+and, for as long as a pass lasts, Γ's values and the gradient of importances ``8 N C``, the pass's drawn sources ``4 N C``, what a
+masked pass keeps for its backward (x, y₀ and the inner activations of every site, and the model's own but for attention
+patterns), Γ's own, and a few tensors of logits. ``sharding`` divides gradients after backward, moments and parameters among
+processes.
 
 Products are counted exactly; bytes of activations follow what the passes keep, and sums come out a tenth below what is measured
 (``docs/scaling.md``). Left out: what libraries take, allocators' waste, the CUDA context, messages' buffers, elementwise time.
@@ -184,7 +185,7 @@ def _bytes(shape: _Shape, split: int, sharding: Kind) -> dict[str, int]:
         "gradients": FLOAT * (share + largest if full and split > 1 else P),
         "moments": 2 * FLOAT * share,
         "sources": (3 if shape.at_once == shape.rows else 4) * FLOAT * counts["sources"],
-        "importances": 2 * FLOAT * _tokens(shape) * shape.total,
+        "values of gamma": 2 * FLOAT * _tokens(shape) * shape.total,
         "gamma's activations": _gamma_activations(shape),
         "logits": _logits(shape),
     }

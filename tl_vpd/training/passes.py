@@ -223,7 +223,7 @@ class Passes:
             grad_g=None if grad_g is None else grad_g[rows],
             grad_sources=grad_sources,
             sites=taken.sites,
-            squash=self.forward_slope,
+            forward_slope=self.forward_slope,
         )
         keep = None if seen.keep is None else seen.keep[rows]
         constant = grad_g is None
