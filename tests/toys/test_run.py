@@ -53,7 +53,7 @@ def test_entries_are_written_seed_by_seed_and_not_made_twice(command, monkeypatc
 
 def test_entries_of_other_settings_are_refused(command):
     command("--toy", "tms_5_2", "--steps", "3")
-    with pytest.raises(ValueError, match="holds tms_5_2 by vpd with other settings: choose another file"):
+    with pytest.raises(ValueError, match="holds tms_5_2 by vpd with other settings or starts: choose another file"):
         command("--toy", "tms_5_2", "--steps", "4")
 
 
@@ -131,3 +131,21 @@ def test_help_estimates_the_time(capsys):
                     recipe(name, method)
             else:
                 recipe(name, method)
+
+
+def test_of_several_starts_the_one_with_the_least_loss_is_taken(command, tmp_path):
+    one = [command("--toy", "tms_5_2", "--steps", "5", "--seeds", str(s))["tms_5_2"]["vpd"] for s in (0, 1000)][-1]
+    (tmp_path / "found.json").unlink()
+    both = command("--toy", "tms_5_2", "--steps", "5", "--starts", "2")["tms_5_2"]["vpd"]
+    (starts,) = both["starts"]
+    assert [s["seed"] for s in starts] == [0, 1000] and [[s] for s in starts] == one["starts"]
+    better = min((0, 1), key=lambda i: starts[i]["loss"])
+    assert starts[0]["loss"] != starts[1]["loss"]
+    assert both["seed"] == [0] and both["mmcs"] == [one["mmcs"][better]]
+    with pytest.raises(ValueError, match="with other settings or starts"):
+        command("--toy", "tms_5_2", "--steps", "5", "--starts", "1")
+
+
+def test_apd_has_no_loss_to_choose_starts_by(command):
+    with pytest.raises(ValueError, match="apd has no loss to choose among starts by"):
+        command("--toy", "tms_5_2", "--method", "apd", "--steps", "2", "--starts", "2")

@@ -75,7 +75,7 @@ def _vpd(
     out: Path | None = None,
     progress: bool = False,
     compile: bool = False,
-) -> Found:
+) -> RankOne:
     resume = out is not None and any(out.glob("state/step-*"))
     run = decompose(
         model,
@@ -90,10 +90,12 @@ def _vpd(
     )
     if not run.finished:
         raise KeyboardInterrupt
-    return RankOne(run.decomposition, model)
+    # Batches differ by more than runs do: the loss is a mean over the last tenth of the logged steps.
+    last = run.history["total"].iloc[-max(1, len(run.history) // 10) :]
+    return RankOne(run.decomposition, model, float(last.mean()))
 
 
-def _spd(model: nn.Module, data: Batches, config: VPDConfig, **how: Any) -> Found:
+def _spd(model: nn.Module, data: Batches, config: VPDConfig, **how: Any) -> RankOne:
     if config.coefficients.adversarial:
         raise ValueError("SPD has no adversary: set coefficients.adversarial to 0, or ask for vpd.")
     return _vpd(model, data, config, **how)
