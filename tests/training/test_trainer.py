@@ -261,3 +261,13 @@ def test_bfloat16_products_stay_near_float32_and_everything_kept_is_float32(merg
         for a, b in zip(vpd.parameters(), other.parameters(), strict=True)
     ]
     assert max(float(g) for g in grads) < 0.05
+
+
+def test_a_step_with_another_number_of_rows_is_refused():
+    model = tiny_model()
+    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=1)
+    with TappedModel(new_decomposition(model, config), model) as tapped:
+        trainer = Trainer(tapped, config, (4, 6))
+        with pytest.raises(ValueError, match="takes 4 rows a step, and was given 3"):
+            trainer.step(some_tokens(shape=(3, 6)))
+        assert trainer.done == 0

@@ -4,7 +4,7 @@
     attribution    A_c(x) = √( mean_o (Σ_l ⟨∂f_o/∂W_l, P_c,l⟩)² )                  first-order, at the target's weights
     selection      the k·B largest A_c(x) of a batch of B inputs: s_c(x) = 1           batch top-k
     minimality     D(f(x; W), f(x; Σ_c s_c(x) P_c))
-    simplicity     mean_x Σ_c s_c(x) Σ_l ‖P_c,l‖_p^p                                   Schatten norm, p ≤ 1
+    simplicity     mean_x Σ_c s_c(x) Σ_l ‖P_c,l‖_p^p / number of weights             Schatten norm, p ≤ 1
     L = faithfulness + β minimality + α simplicity
 
 With ``P = Σ_k A_:k ⊗ B_k:`` the Schatten norm is taken as ``Σ_k (‖A_:k‖² ‖B_k:‖²)^{p/2}``, an upper bound, reached where the
@@ -133,7 +133,7 @@ def apd(model: nn.Module, data: Batches, config: APDConfig, *, progress: bool = 
         {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}, config.C, seed=config.seed
     )
     optimizer = torch.optim.AdamW(components.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    threshold = 0.0
+    threshold, n_weights = 0.0, sum(W.numel() for W in weights.values())
     for step in trange(config.steps, disable=not progress, desc="APD", unit="step"):
         rate = warm_up(step + 1, config.steps, config.warm_up) * cosine(step, config.steps, 0.0)
         for group in optimizer.param_groups:
@@ -149,7 +149,7 @@ def apd(model: nn.Module, data: Batches, config: APDConfig, *, progress: bool = 
         s = selected.float()
         with on_components(adapter, components, dict.fromkeys(components.names, s)):
             minimality = squared_error(target, adapter.run(x, None))
-        simplicity = (s.mean((0, 1)) * schatten(components, config.p)).sum()
+        simplicity = (s.mean((0, 1)) * schatten(components, config.p)).sum() / n_weights
         loss = config.faithfulness * unfaithfulness(components, weights)
         loss = loss + config.minimality * minimality + config.simplicity * simplicity
         if not bool(loss.isfinite()):

@@ -178,8 +178,11 @@ class Trainer:
         Tokens are ``[batch, pos]``; models of people's own may take vectors, ``[batch, pos, d]`` or ``[batch, d]``.
 
         Raises:
+            ValueError: there are more or fewer rows than the trainer was made for.
             FloatingPointError: a loss is not finite (V, U and Γ have not been updated then).
         """
+        if len(tokens) != len(self.shares.rows):
+            raise ValueError(f"This trainer takes {len(self.shares.rows)} rows a step, and was given {len(tokens)}.")
         config, c = self.config, self.config.coefficients
         now = Schedule.at(self.done, config)
         draws = self.draw(tokens)
