@@ -49,7 +49,7 @@ _SPD: dict[str, dict[str, Any]] = {
 
 _VPD: dict[str, dict[str, Any]] = {
     "tms_5_2": {"steps": 15_000, "importance": 3e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
-    "tms_5_2_id": {"steps": 15_000, "importance": 3e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
+    "tms_5_2_id": {"steps": 15_000, "importance": 3e-3, "frequency": 7e-4, "p_end": 0.5, "rising": True},
     "tms_40_10": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
     "tms_40_10_id": {
         "steps": 10_000,
