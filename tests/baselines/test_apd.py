@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from tests.adapters.own import normal, two_layers
 from tl_vpd.adapters import adapt
 from tl_vpd.baselines import APDConfig, apd
-from tl_vpd.baselines.apd import attributions, batch_top_k, schatten, unfaithfulness
+from tl_vpd.baselines.apd import attributions, batch_top_k, schatten, simplicity, unfaithfulness
 from tl_vpd.baselines.components import FullComponents, output_gradients
 from tl_vpd.toys import TMS, train
 
@@ -54,6 +54,16 @@ def test_the_simplicity_is_the_schatten_norm_at_singular_factors_and_never_below
         parts.A[0].copy_(u)
         parts.B[0].copy_(sigma[..., None] * vh)
     assert_close(schatten(parts, p).detach(), norms, atol=1e-5, rtol=1e-4)
+
+
+def test_the_simplicity_loss_is_per_weight_and_input_and_counts_what_is_selected():
+    parts = FullComponents({"a": (1, 2), "b": (2, 1)}, C=2)
+    with torch.no_grad():
+        for factor in (*parts.A, *parts.B):
+            factor.fill_(1.0)
+    # Each matrix is of rank one with entries of 1: its Schatten 1-norm is √2, and an input's component has two of them.
+    selected = torch.tensor([[[1.0, 0.0]], [[1.0, 1.0]], [[0.0, 0.0]]])
+    assert float(simplicity(parts, selected, 1.0).detach()) == pytest.approx(3 / 3 * 2 * 2**0.5 / 4)
 
 
 def test_unfaithfulness_is_the_mean_squared_error_of_all_weights():

@@ -19,6 +19,7 @@ For models of vectors: positions must not see each other.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -89,6 +90,12 @@ def schatten(components: FullComponents, p: float) -> Float[Tensor, " C"]:
     return torch.stack(total).sum(0)
 
 
+def simplicity(components: FullComponents, s: Float[Tensor, "batch pos C"], p: float) -> Float[Tensor, ""]:
+    """Schatten norms of what an input selects, on average, divided by how many weights there are."""
+    weights = sum(math.prod(components.shapes[site]) for site in components.names)
+    return (s.mean((0, 1)) * schatten(components, p)).sum() / weights
+
+
 def unfaithfulness(components: FullComponents, weights: Mapping[str, Float[Tensor, "_ _"]]) -> Float[Tensor, ""]:
     """Squared error of the components' sum, divided by how many weights there are."""
     errors = [(W - components.matrices(site).sum(0)).square().sum() for site, W in weights.items()]
@@ -133,7 +140,7 @@ def apd(model: nn.Module, data: Batches, config: APDConfig, *, progress: bool = 
         {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}, config.C, seed=config.seed
     )
     optimizer = torch.optim.AdamW(components.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    threshold, n_weights = 0.0, sum(W.numel() for W in weights.values())
+    threshold = 0.0
     for step in trange(config.steps, disable=not progress, desc="APD", unit="step"):
         rate = warm_up(step + 1, config.steps, config.warm_up) * cosine(step, config.steps, 0.0)
         for group in optimizer.param_groups:
@@ -149,9 +156,8 @@ def apd(model: nn.Module, data: Batches, config: APDConfig, *, progress: bool = 
         s = selected.float()
         with on_components(adapter, components, dict.fromkeys(components.names, s)):
             minimality = squared_error(target, adapter.run(x, None))
-        simplicity = (s.mean((0, 1)) * schatten(components, config.p)).sum() / n_weights
         loss = config.faithfulness * unfaithfulness(components, weights)
-        loss = loss + config.minimality * minimality + config.simplicity * simplicity
+        loss = loss + config.minimality * minimality + config.simplicity * simplicity(components, s, config.p)
         if not bool(loss.isfinite()):
             raise FloatingPointError(f"Step {step}: the loss is not finite; lower the learning rate.")
         optimizer.zero_grad(set_to_none=True)

@@ -32,7 +32,7 @@ class FullComponents(nn.Module):
     def __init__(self, shapes: Mapping[str, tuple[int, int]], C: int, *, seed: int = 0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.names, self.C = list(shapes), C
+        self.names, self.shapes, self.C = list(shapes), dict(shapes), C
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
         for d_in, d_out in shapes.values():
             rank = min(d_in, d_out)
