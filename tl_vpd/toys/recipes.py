@@ -91,8 +91,8 @@ that serves two features costs half as much again as two that serve one each."""
 _APD: dict[str, dict[str, Any]] = {
     "tms_5_2": {},
     "tms_5_2_id": {},
-    "tms_40_10": {"C": 200, "top_k": 2.0},
-    "tms_40_10_id": {"C": 200, "top_k": 2.0},
+    "tms_40_10": {"C": 200, "top_k": 2.0, "steps": 3_000, "batch_size": 8, "lr": 0.01},
+    "tms_40_10_id": {"C": 200, "top_k": 2.0, "steps": 3_000, "batch_size": 8, "lr": 0.01},
 }
 
 
