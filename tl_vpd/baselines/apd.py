@@ -38,8 +38,8 @@ from tl_vpd.training.schedules import cosine, warm_up
 class APDConfig(BaseModel):
     """APD's settings; the defaults are for TMS 5→2.
 
-    Its authors' there: ``top_k=0.211, p=1.0, simplicity=0.7, steps=20_000`` and a constant rate. With an exponent of 1, a component
-    split in two costs what it cost in one piece; with ``top_k`` above what features need, second copies are selected.
+    Its authors' there: ``top_k=0.211, p=1.0, simplicity=0.7, steps=20_000`` and a constant rate. With an exponent of 1, a
+    component split in two costs what it cost in one piece; with ``top_k`` above what features need, second copies are selected.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
