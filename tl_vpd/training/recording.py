@@ -40,16 +40,15 @@ def compiled(
         return function(*(None if a is None else next(rest) for a in arguments))
 
     tensors = [a for a in arguments if a is not None]
-    others, same = ([t.detach().flip(0) if t.ndim else t * 2 for t in tensors] for _ in range(2))
     try:
         with torch.set_grad_enabled(gradients):
             graph: Any = make_fx(filled)(*(t.clone() for t in tensors))
             graph.graph.eliminate_dead_code()
             graph.recompile()
             made = graph if backend == RECORDED else _optimised(graph, backend, tensors[0].device)
-            # Some write into their arguments.
-            pairs = zip([*_as_list(made(*others)), *others], [*_as_list(filled(*same)), *same], strict=True)
-            error = max(_apart(a, b) for a, b in pairs)
+            error = max(
+                _apart(a, b) for a, b in zip(_on_others(made, tensors), _on_others(filled, tensors), strict=True)
+            )
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as failure:
         instead = "leave compile out" if backend == RECORDED else f"use compile={RECORDED!r}, or leave compile out"
         reason = str(failure).strip().splitlines()[0]
@@ -66,6 +65,12 @@ def _optimised(graph: Function, backend: str, device: torch.device) -> Function:
     """The graph by ``torch.compile``; on a CPU its kernels and products are called from C++, not from Python."""
     options: Any = {"cpp_wrapper": True} if backend == "inductor" and device.type == "cpu" else None
     return torch.compile(graph, dynamic=False, backend=backend, options=options)
+
+
+def _on_others(function: Function, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What a function gives for other numbers of the same shapes, and those numbers after it: some are written into."""
+    others = [t.detach().flip(0) if t.ndim else t * 2 for t in tensors]
+    return [*_as_list(function(*others)), *others]
 
 
 def _as_list(found: Any) -> list[Tensor]:
