@@ -90,6 +90,8 @@ def measure(
     config = recipe(name, method, seed=seed, steps=steps)
     toy, model = TOYS[name], target_of(name, target_seed, work, steps=target_steps, progress=progress)
     starts = starts or STARTS.get((name, method), 1)
+    if starts < 1:
+        raise ValueError(f"starts={starts}: a seed needs one or more.")
     if starts > 1 and METHODS[method].config is not VPDConfig:
         raise ValueError(f"{method} has no loss to choose among starts by: leave starts out.")
     start = time.perf_counter()
@@ -107,7 +109,11 @@ def measure(
     result = ground_truth(found, model, toy.truth(model), inputs, output=toy.output, seed=seed)
     return {
         "seed": seed,
-        **({"starts": [{"seed": own, **_rounded({"loss": loss})} for own, loss in losses.items()]} if losses else {}),
+        **(
+            {"starts": [{"seed": own, **_rounded({"loss": loss})} for own, loss in losses.items()]}
+            if starts > 1
+            else {}
+        ),
         "target": {"seed": target_seed, **_rounded(toy.quality(model))},
         "settings": config.model_dump(mode="json", exclude={"seed"}),
         "seconds": round(seconds, 1),
@@ -172,8 +178,8 @@ def done(path: Path, name: str, method: str, seed: int, settings: dict[str, Any]
         return False
     # Settings that were added since have their defaults there.
     same = METHODS[method].config(**own["settings"]).model_dump(mode="json", exclude={"seed"}) == settings
-    asked = starts or STARTS.get((name, method), 1)
-    if not same or any(len(made) != asked for made in own.get("starts", [])):
+    asked, made = starts or STARTS.get((name, method), 1), own.get("starts")
+    if not same or (len(made[0]) if made else 1) != asked:
         raise ValueError(
             f"{path} holds {name} by {method} with other settings or starts: choose another file with --out."
         )
