@@ -61,6 +61,9 @@ class VPDConfig(_Frozen):
     """Patterns of the sites to decompose (None: all)."""
     C: int | dict[str, int] | None = None
     """Subcomponents a site: one number, numbers by pattern, or None for the paper's proportions (``default_counts``)."""
+    tied: tuple[tuple[str, str], ...] = ()
+    """Pairs of sites whose weights are each other's transposes, one matrix used twice: the second site's subcomponents are the
+    first's, turned round (``tl_vpd.training.ties``)."""
     init: Literal["normal", "channels"] = "normal"
     """Where V and U start: random directions, or the weight's own neurons and head channels."""
     init_scale: float = Field(1.0, gt=0)
@@ -110,6 +113,15 @@ class VPDConfig(_Frozen):
     @classmethod
     def _one_pattern(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("tied")
+    @classmethod
+    def _tied_once(cls, pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
+        names = [name for pair in pairs for name in pair]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"tied names {name} twice: a site is tied to one other at most.")
+        return pairs
 
     @model_validator(mode="after")
     def _positive_counts(self) -> VPDConfig:

@@ -39,6 +39,7 @@ from tl_vpd.training.passes import Precision
 from tl_vpd.training.processes import World, world
 from tl_vpd.training.sharding import Kind, sharding_of
 from tl_vpd.training.state import latest_state, load_state, save_state
+from tl_vpd.training.ties import Ties, check_ties
 from tl_vpd.training.trainer import StepMetrics, Trainer
 
 log = logging.getLogger(__name__)
@@ -65,6 +66,7 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
     adapter = adapt(model)
     names = select(config.sites, adapter.sites)
     sites = [adapter.sites[name] for name in names]
+    check_ties(config.tied, {name: adapter.weight(name) for name in names})
     decomposition = Decomposition(
         sites,
         counts_for(config, {s.name: s for s in sites}),
@@ -88,6 +90,7 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
         with torch.no_grad():
             for part in decomposition.components.parameters():
                 part.mul_(config.init_scale)
+    Ties(decomposition.components, config.tied).follow()
     return decomposition
 
 

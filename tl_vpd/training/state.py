@@ -178,7 +178,7 @@ def _fill(trainer: Trainer, path: Path, file: Any) -> None:
                 "sequence length and subcomponents that the run was started with."
             )
         own.tensor.copy_(stored)
-    trainer.sharding.spread(trainer.parameters)
+    trainer.spread(trainer.parameters)
     trainer.sources.updates = int(file.get_tensor("sources/updates"))
     if trainer.frequencies is not None:
         trainer.frequencies.updates = int(file.get_tensor("frequencies/updates"))
@@ -233,6 +233,7 @@ def _entries(trainer: Trainer) -> dict[str, _Entry]:
     """Everything that the next step depends on, by its key in the file."""
     own = trainer.decomposition
     names = [f"{kind}/{site}" for kind in ("V", "U") for site in own.sites]
+    names = [name for name in names if name not in trainer.ties.followers]
     names += [f"gamma/{name}" for name in parameter_names(own.gamma)]
     found: dict[str, _Entry] = {}
     for i, (name, p) in enumerate(zip(names, trainer.parameters, strict=True)):

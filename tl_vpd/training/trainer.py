@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.masking import PersistentSources, taken_rows
@@ -42,6 +42,7 @@ from tl_vpd.training.processes import World
 from tl_vpd.training.random import START, RowRandom
 from tl_vpd.training.schedules import Schedule
 from tl_vpd.training.sharding import FullSharding, Sharding
+from tl_vpd.training.ties import Ties
 
 LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial", "layerwise")
 
@@ -135,7 +136,12 @@ class Trainer:
             self.passes = Passes(*own, precision=precision, blocked_logits=blocked_logits, checkpoint=checkpoint)
         self.decomposition = self.passes.decomposition
         self.weights = {name: tapped.adapter.weight(name) for name in self.decomposition.sites}
-        self.matrices = self.sharding.kept(self.decomposition.components)
+        self.ties = Ties(self.decomposition.components, config.tied)
+        if config.tied and self.sharding.kind != "none":
+            raise ValueError(
+                f"Tied sites are not split among processes: sharding={self.sharding.kind!r} needs tied=()."
+            )
+        self.matrices = self.ties.free(self.sharding.kept(self.decomposition.components))
         gamma = self.sharding.kept(self.decomposition.gamma)
         gamma_lr = config.gamma_lr or config.lr
         groups = [
@@ -166,9 +172,9 @@ class Trainer:
         for _ in range(self.config.warm_up_steps):
             optimizer.zero_grad(set_to_none=True)
             self._faithfulness(1 / self.world.size)
-            self.sharding.collect(self.matrices)
+            self._collect(self.matrices)
             optimizer.step()
-            self.sharding.spread(self.matrices)
+            self.spread(self.matrices)
         optimizer.zero_grad(set_to_none=True)
         return float(self._faithfulness(0.0))
 
@@ -381,10 +387,20 @@ class Trainer:
             numbers = {name: float(value) for name, value in values.items()}
             wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
             raise FloatingPointError(f"Step {self.done}: not finite: {', '.join(wrong) or 'total'} ({numbers}).")
-        self.sharding.collect(self.parameters)
+        self._collect(self.parameters)
         norm = self.sharding.clip(self.matrices, self.config.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * now.rate
         self.optimizer.step()
-        self.sharding.spread(self.parameters)
+        self.spread(self.parameters)
         return norm
+
+    def _collect(self, kept: Sequence[nn.Parameter]) -> None:
+        """Sums what backward left: over tied sites, and over processes."""
+        self.ties.collect()
+        self.sharding.collect(kept)
+
+    def spread(self, kept: Sequence[nn.Parameter]) -> None:
+        """Lets other processes, and tied sites, have what has changed."""
+        self.sharding.spread(kept)
+        self.ties.follow()

@@ -1,0 +1,76 @@
+"""Tied sites: one matrix that a model uses twice, once turned round, has one set of subcomponents.
+
+    W₂ = W₁ᵀ:      V₂ = U₁ᵀ,   U₂ = V₁ᵀ      so that V₂ U₂ = (V₁ U₁)ᵀ
+
+The first site's V and U are trained, with the sum of both sites' gradients; the second's follow. Importances are not tied. SPD
+(arXiv 2506.20790) takes toy models of superposition apart in this way.
+
+>>> from tl_vpd.site import Site
+>>> parts = Components([Site("embed", 5, 2), Site("unembed", 2, 5)], {"embed": 7, "unembed": 7})
+>>> ties = Ties(parts, [("embed", "unembed")])
+>>> ties.follow(); bool((parts.V["unembed"] == parts.U["embed"].T).all())
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tl_vpd.components import Components
+
+
+class Ties:
+    """The V and U that follow others, by pairs (the first site leads, the second follows).
+
+    Raises:
+        ValueError: the sites of a pair have different numbers of subcomponents.
+    """
+
+    def __init__(self, components: Components, pairs: Sequence[tuple[str, str]]) -> None:
+        self.followers = {f"{kind}/{second}" for _, second in pairs for kind in ("V", "U")}
+        """Names of the tensors that follow."""
+        self._pairs: list[tuple[Tensor, Tensor]] = []
+        for first, second in pairs:
+            C = [components.packing.counts[name] for name in (first, second)]
+            if C[0] != C[1]:
+                raise ValueError(f"{first} and {second} are tied and need the same C; it is {C[0]} and {C[1]}.")
+            self._pairs.append((components.U[first], components.V[second]))
+            self._pairs.append((components.V[first], components.U[second]))
+
+    def free(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+        """Those that follow none."""
+        following = {id(own) for _, own in self._pairs}
+        return [p for p in parameters if id(p) not in following]
+
+    def collect(self) -> None:
+        """Adds followers' gradients to those of what they follow, and leaves followers without."""
+        for lead, own in self._pairs:
+            if own.grad is not None:
+                lead.grad = own.grad.T.contiguous() if lead.grad is None else lead.grad.add_(own.grad.T)
+                own.grad = None
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Sets followers to what they follow."""
+        for lead, own in self._pairs:
+            own.copy_(lead.T)
+
+
+def check_ties(pairs: Sequence[tuple[str, str]], weights: Mapping[str, Float[Tensor, "_ _"]]) -> None:
+    """Refuses pairs of sites that are not one matrix.
+
+    Raises:
+        KeyError: a site is not among those that are decomposed. ValueError: one weight is not the other's transpose.
+    """
+    for first, second in pairs:
+        for name in (first, second):
+            if name not in weights:
+                raise KeyError(f"tied names {name}, which is not decomposed here; sites: {', '.join(weights)}.")
+        if weights[first].T.shape != weights[second].shape or not torch.equal(weights[first].T, weights[second]):
+            raise ValueError(
+                f"{first} and {second} cannot be tied: one's weight is not exactly the transpose of the other's."
+            )
