@@ -36,11 +36,13 @@ TOYS: dict[str, Toy] = {
     "grammar": Grammar(),
 }
 
+_TIED = (("embed", "unembed"),)
+"""W and Wᵀ of the toys of superposition are one matrix, and SPD's authors give both the same subcomponents."""
 _SPD: dict[str, dict[str, Any]] = {
-    "tms_5_2": {"C": 20, "importance": 3e-3},
-    "tms_5_2_id": {"C": 20, "importance": 3e-3},
-    "tms_40_10": {"C": 200, "importance": 1e-4, "p": 2.0},
-    "tms_40_10_id": {"C": 200, "importance": 1e-4, "p": 2.0},
+    "tms_5_2": {"C": 20, "importance": 3e-3, "tied": _TIED},
+    "tms_5_2_id": {"C": 20, "importance": 3e-3, "tied": _TIED},
+    "tms_40_10": {"C": 200, "importance": 1e-4, "p": 2.0, "tied": _TIED},
+    "tms_40_10_id": {"C": 200, "importance": 1e-4, "p": 2.0, "tied": _TIED},
     "compressed": {"C": 100, "importance": 1e-5, "p": 2.0, "steps": 30_000, "lr": 2e-3, "lr_final": 1.0},
     "compressed_2": {"C": 400, "importance": 1e-5, "p": 2.0, "steps": 50_000, "lr_final": 1.0},
     "compressed_3": {"C": 500, "importance": 5e-6, "p": 2.0, "steps": 200_000, "hidden": 128, "lr_final": 1.0},
@@ -48,9 +50,23 @@ _SPD: dict[str, dict[str, Any]] = {
 """By toy: SPD's C, importance coefficient and exponent, and where they differ, steps, rate and hidden units."""
 
 _VPD: dict[str, dict[str, Any]] = {
-    "tms_5_2": {"steps": 15_000, "importance": 3e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
+    "tms_5_2": {
+        "steps": 15_000,
+        "importance": 3e-3,
+        "frequency": 2e-3,
+        "p_end": 0.5,
+        "rising": True,
+        "tied": (),
+    },
     "tms_5_2_id": {"steps": 15_000, "importance": 3e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
-    "tms_40_10": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True},
+    "tms_40_10": {
+        "steps": 15_000,
+        "importance": 1.25e-4,
+        "frequency": 2.5e-4,
+        "p": 1.0,
+        "rising": True,
+        "tied": (),
+    },
     "tms_40_10_id": {
         "steps": 10_000,
         "importance": 4e-5,
