@@ -56,3 +56,16 @@ def test_gradients_of_every_output_are_those_of_a_jacobian():
             jacobian = torch.autograd.functional.jacobian(after_fc, model.fc(x[row, pos]))
             assert_close(gradients["fc"][:, row, pos], jacobian)
             assert_close(gradients["head.out"][:, row, pos], torch.eye(3, dtype=torch.float64))
+
+
+def test_tied_sites_have_one_matrix_turned_round_that_learns_from_both():
+    parts = FullComponents({"a": (4, 3), "middle": (3, 3), "b": (3, 4)}, C=2, tied=[("a", "b")]).double()
+    assert torch.equal(parts.matrices("b"), parts.matrices("a").mT) and len(list(parts.parameters())) == 4
+    x, s, w = normal(5, 3), normal(5, 2, seed=1), normal(5, 4, seed=2)
+    expected = torch.einsum("r c, c i o -> r i o", s, parts.matrices("a"))
+    assert_close(parts.masked("b", x, s), torch.einsum("r o, r i o -> r i", x, expected))
+    (w * parts.masked("b", x, s)).sum().backward()
+    through_b = parts.A[0].grad.clone()
+    (x * parts.masked("a", w, s)).sum().backward()
+    # x · Pᵀ · w is w · P · x: the same number, so the same gradient once more.
+    assert_close(parts.A[0].grad, 2 * through_b)

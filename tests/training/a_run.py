@@ -3,7 +3,7 @@ under torchrun.
 
 Keys: ``resume``, ``slow`` (sleeps in every step), ``until`` (asks itself to stop after so many steps), ``sharding``,
 ``micro_batch``, ``gamma`` (a kind of Γ), ``dtype`` (the target's), ``precision``, ``merged``, ``joined``, ``data`` (``tensor``,
-``mapped`` or ``rows``).
+``mapped`` or ``rows``), ``tied`` (the first MLP's W_out is its W_in, turned round, and so are its subcomponents).
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tl_vpd.training import Trainer, decompose
 
 CONFIG = VPDConfig(steps=8, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=2, frequency_half_life=4.0)
 ROWS = (12, 6)
+TIED = ("blocks.0.mlp.W_in", "blocks.0.mlp.W_out")
 PLAIN_STEP = Trainer.step
 
 
@@ -54,8 +55,12 @@ def main(folder: Path, given: dict[str, str]) -> None:
         update={
             "gamma": CONFIG.gamma.model_copy(update={"kind": given.get("gamma", CONFIG.gamma.kind), "chunk": 5}),
             "merged": "merged" in given,
+            "tied": (TIED,) if "tied" in given else (),
         }
     )
+    if "tied" in given:
+        with torch.no_grad():
+            model.blocks[0].mlp.W_out.copy_(model.blocks[0].mlp.W_in.T)
     decompose(
         model,
         data(folder, given.get("data", "tensor")),

@@ -33,6 +33,7 @@ from tl_vpd.baselines.components import FullComponents, on_components, output_gr
 from tl_vpd.divergence import squared_error
 from tl_vpd.training.data import Batches
 from tl_vpd.training.schedules import cosine, warm_up
+from tl_vpd.training.ties import check_ties
 
 
 class APDConfig(BaseModel):
@@ -49,6 +50,8 @@ class APDConfig(BaseModel):
     """Rows of the data in a batch."""
     seed: int = 0
     C: int = Field(20, ge=1)
+    tied: tuple[tuple[str, str], ...] = ()
+    """Pairs of sites that are one matrix, the second turned round: a component has one matrix for both."""
     top_k: float = Field(0.25, gt=0)
     """Components selected an input, on average over the batch."""
     p: float = Field(0.9, gt=0)
@@ -136,13 +139,14 @@ def apd(model: nn.Module, data: Batches, config: APDConfig, *, progress: bool = 
     """Decomposes every site of a model of vectors.
 
     Raises:
+        KeyError, ValueError: a tied site does not exist, or is not the other's transpose.
         FloatingPointError: a loss is not finite.
     """
     adapter = adapt(model)
     weights = {name: adapter.weight(name) for name in adapter.sites}
-    components = FullComponents(
-        {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}, config.C, seed=config.seed
-    )
+    check_ties(config.tied, weights)
+    shapes = {name: (W.shape[0], W.shape[1]) for name, W in weights.items()}
+    components = FullComponents(shapes, config.C, tied=config.tied, seed=config.seed)
     optimizer = torch.optim.AdamW(components.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     threshold = 0.0
     for step in trange(config.steps, disable=not progress, desc="APD", unit="step"):

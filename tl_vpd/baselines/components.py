@@ -10,7 +10,7 @@ torch.Size([5, 4, 3])
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
@@ -27,14 +27,25 @@ class FullComponents(nn.Module):
 
     Args:
         shapes: (d_in, d_out) by site.
+        tied: pairs of sites that are one matrix, the second turned round; its factors are the first's: ``P₂ = P₁ᵀ``.
     """
 
-    def __init__(self, shapes: Mapping[str, tuple[int, int]], C: int, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        C: int,
+        *,
+        tied: Sequence[tuple[str, str]] = (),
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
         self.names, self.shapes, self.C = list(shapes), dict(shapes), C
+        self.leads = {second: first for first, second in tied}
+        self.own = [site for site in shapes if site not in self.leads]
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
-        for d_in, d_out in shapes.values():
+        for site in self.own:
+            d_in, d_out = shapes[site]
             rank = min(d_in, d_out)
             # The sum of C products of these has entries of the size of a weight with unit gain.
             scale = (d_in * rank * C) ** -0.25
@@ -43,8 +54,9 @@ class FullComponents(nn.Module):
 
     def factors(self, site: str) -> tuple[Float[Tensor, "C d_in rank"], Float[Tensor, "C rank d_out"]]:
         """A and B of a site."""
-        at = self.names.index(site)
-        return self.A[at], self.B[at]
+        at = self.own.index(self.leads.get(site, site))
+        A, B = self.A[at], self.B[at]
+        return (B.mT, A.mT) if site in self.leads else (A, B)
 
     def matrices(self, site: str) -> Float[Tensor, "C d_in d_out"]:
         """Every component's matrix in a site."""

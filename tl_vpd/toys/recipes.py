@@ -74,6 +74,7 @@ _VPD: dict[str, dict[str, Any]] = {
         "p": 1.0,
         "p_end": 0.5,
         "rising": True,
+        "tied": (),
     },
     "compressed": {"lr": 2e-3, "steps": 12_000, "importance": 1e-4, "p_end": 1.0, "C": {"*.W_in": 200, "*.W_out": 100}},
     "compressed_2": {
@@ -105,10 +106,10 @@ _GROWN: dict[str, Any] = {
 that serves two features costs half as much again as two that serve one each."""
 
 _APD: dict[str, dict[str, Any]] = {
-    "tms_5_2": {},
-    "tms_5_2_id": {},
-    "tms_40_10": {"C": 200, "top_k": 2.0, "steps": 3_000, "batch_size": 8, "lr": 0.01},
-    "tms_40_10_id": {"C": 200, "top_k": 2.0, "steps": 3_000, "batch_size": 8, "lr": 0.01},
+    "tms_5_2": {"tied": _TIED},
+    "tms_5_2_id": {"tied": _TIED},
+    "tms_40_10": {"tied": _TIED, "C": 200, "top_k": 2.0, "steps": 3_000, "batch_size": 8, "lr": 0.01},
+    "tms_40_10_id": {"tied": _TIED, "C": 200, "top_k": 2.0, "steps": 3_000, "batch_size": 8, "lr": 0.01},
 }
 
 

@@ -114,15 +114,6 @@ class VPDConfig(_Frozen):
     def _one_pattern(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
-    @field_validator("tied")
-    @classmethod
-    def _tied_once(cls, pairs: tuple[tuple[str, str], ...]) -> tuple[tuple[str, str], ...]:
-        names = [name for pair in pairs for name in pair]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"tied names {name} twice: a site is tied to one other at most.")
-        return pairs
-
     @model_validator(mode="after")
     def _positive_counts(self) -> VPDConfig:
         given = {"every site": self.C} if isinstance(self.C, int) else self.C or {}

@@ -64,8 +64,13 @@ def check_ties(pairs: Sequence[tuple[str, str]], weights: Mapping[str, Float[Ten
     """Refuses pairs of sites that are not one matrix.
 
     Raises:
-        KeyError: a site is not among those that are decomposed. ValueError: one weight is not the other's transpose.
+        KeyError: a site is not among those that are decomposed. ValueError: a site is in two pairs, or one weight is not the
+            other's transpose.
     """
+    names = [name for pair in pairs for name in pair]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"tied names {name} twice: a site is tied to one other at most.")
     for first, second in pairs:
         for name in (first, second):
             if name not in weights:
