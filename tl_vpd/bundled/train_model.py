@@ -50,7 +50,7 @@ def next_token_ce(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, 
 
 
 def train(
-    out: Path, *, steps: int = 5000, batch: int = 64, lr: float = 4e-3, seed: int = 0, root: Path | None = None
+    out: Path, *, steps: int = 4500, batch: int = 64, lr: float = 4e-3, seed: int = 0, root: Path | None = None
 ) -> None:
     """Trains tokenizer and model and writes them to ``out``."""
     out.mkdir(parents=True, exist_ok=True)
@@ -130,7 +130,7 @@ def _name_rotary_for_older_transformers(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -75,7 +75,7 @@ STANDARD: dict[str, Adversary] = {
     "token": Adversary("token"),
     "span": Adversary(explanations=EXPLANATIONS),
 }
-"""Adversaries that ``evaluate`` runs, at every budget of steps."""
+"""Adversaries that ``evaluate`` runs: ``shared`` at ``budgets``, the others at ``adversary_budgets``."""
 
 
 @dataclass(frozen=True)

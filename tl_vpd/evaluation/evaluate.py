@@ -70,7 +70,7 @@ def evaluate(
         tokens: rows ``[n, pos]``; padding is left out. A model of one's own may take other tensors: then distances are squared
             errors and there are no cross-entropies.
         budgets: steps of the standard adversary (each with ``step_size = 2 / steps``); it attacks all rows together with
-            sources shared over them, Δ's included (none: no attack of any kind).
+            sources shared over them, Δ's included (none: none on the decomposition; controls have ``control_budgets``).
         starts: random starts of the standard adversary at each budget, or at some by their steps (the others get one);
             ``pgd_kl`` gives the worst, ``pgd_kl_starts`` all.
         controls: also measure the random, singular and shuffled controls. control_budgets: their adversary's.
@@ -78,8 +78,8 @@ def evaluate(
         measures: which of ``MEASURES``; each costs passes, most of all ``adversaries`` (four more kinds at each of
             ``adversary_budgets``).
         attack_rows: attack the first rows alone, which costs less (None: all).
-        off_distribution: other text and slices by name, as rows of tokens or prompts, set beside ``tokens`` and (where these
-            are whole numbers) beside the same tokens ``scrambled`` within rows.
+        off_distribution: other text and slices by name, as rows of tokens or prompts, set beside ``tokens`` and (of
+            TransformerLens's transformers) beside the same tokens ``scrambled`` within rows.
         others: decompositions of the same model from other seeds or with other C, by name.
 
     Raises:

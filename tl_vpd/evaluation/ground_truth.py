@@ -89,7 +89,7 @@ def ground_truth(
         output: KL for logits, squared error for others.
 
     Raises:
-        KeyError: the truth names a site that the model does not have.
+        KeyError, AttributeError: the truth names a site that the model does not have.
     """
     weights = {site: adapt(model).weight(site) for site in truth.sites}
     g = found.importances(inputs)

@@ -112,7 +112,7 @@ def tables_of_decomposition(
                 seed=scope.seed,
             ).reset_index()
         else:
-            left_out["off_distribution"] = "no other data was given"
+            left_out["slices"] = "no other data was given"
     if "foresight" in scope.measures:
         why = _no_foresight(model, tokens)
         if why:

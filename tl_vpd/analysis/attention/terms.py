@@ -81,7 +81,7 @@ class ScoreTerms:
         return pd.DataFrame(rows, columns=["term", "mean_size", "share"])
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The ``k`` strongest single summands of the chosen pairs: pair, batch, head, query, key, strength, score."""
+        """The ``k`` strongest summands of the chosen pairs: both subcomponents, batch, head, query, key, strength, score."""
         flat = self.strengths.flatten()
         best = flat.abs().topk(min(k, flat.numel())).indices
         pair, batch, head, query, key = (w.tolist() for w in torch.unravel_index(best, self.strengths.shape))

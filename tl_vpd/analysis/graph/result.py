@@ -191,7 +191,7 @@ class AttributionGraph:
         ``rest`` is what no term is linear in: 0 for logits and Q, K, V, gate and in (and O with patterns fixed).
 
         Raises:
-            ValueError: the graph was not made with ``held=("norms", "deltas")``, or without edges (``importances`` on).
+            ValueError: the graph was not made with ``held=("norms", "deltas")`` and ``importances=False``.
         """
         if self.deltas is None or self.biases is None or self.settings.get("importances", True):
             raise ValueError('Only with held=("norms", "deltas") and importances=False do edges add up to values.')

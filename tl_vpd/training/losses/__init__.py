@@ -1,4 +1,4 @@
-"""The five losses of VPD, one idea a file.
+"""The losses of VPD: faithfulness, minimality (importance and frequency), reconstruction (stochastic and adversarial).
 
 L = c_stoch · L_stoch + c_adv · L_adv + c_imp · L_imp + c_freq · L_freq + c_Δ · L_Δ
 """
