@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from tl_vpd.components import Components
 from tl_vpd.fingerprint import Fingerprint
@@ -133,6 +134,11 @@ class Decomposition(nn.Module):
         if ranks == {2}:
             return self.pre_sigmoid(_with_positions(inputs), keep).squeeze(1)
         clean = {name: inputs[name].detach() for name in self.sites}
+        device = next(iter(clean.values())).device
+        if device != self.device:
+            # A decomposition on the CPU serves a model on a GPU: a copy of it goes there for the call.
+            tensors = {f"own.{name}": t.to(device) for name, t in self.state_dict(keep_vars=True).items()}
+            return functional_call(_PreSigmoid(self), tensors, (inputs, keep))
         if self.gamma.needs == "acts":
             clean = {name: x @ self.V[name].detach().to(x.dtype) for name, x in clean.items()}
         elif len({id(inputs[name]) for name in self.sites}) < len(clean):
@@ -258,6 +264,17 @@ class Decomposition(nn.Module):
 
         folder = snapshot_download(repository, revision=revision, allow_patterns=[CONFIG, TENSORS])
         return cls.load(folder, device=device)
+
+
+class _PreSigmoid(nn.Module):
+    """``Decomposition.pre_sigmoid`` as a ``forward``."""
+
+    def __init__(self, own: Decomposition) -> None:
+        super().__init__()
+        self.own = own
+
+    def forward(self, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
+        return self.own.pre_sigmoid(inputs, keep)
 
 
 def _with_positions(inputs: Mapping[str, Float[Tensor, "batch _"]]) -> dict[str, Float[Tensor, "batch 1 _"]]:

@@ -13,7 +13,7 @@ from tests.matrix.models import build
 from tests.tiny import decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd import bundled
 from tl_vpd.adapters import Unsupported, adapt
-from tl_vpd.analysis.attention import pair_ablation_hooks, pattern_of, score_terms
+from tl_vpd.analysis.attention import attention_by_offset, pair_ablation_hooks, pattern_of, score_terms
 from tl_vpd.analysis.attention.kernel import measured_kernel, toeplitz, unmasked
 from tl_vpd.masking import Masks, SiteMask
 
@@ -274,3 +274,28 @@ def test_toeplitz_puts_each_offset_on_its_diagonal(n_query, n_key, low, n):
         for s in range(n_key):
             place = t - s - low
             assert found[t, s] == (values[place] if 0 <= place < n else 0)
+
+
+def test_refused_pairs_leave_the_model_as_it_was():
+    model = tiny_model(attn_scores_soft_cap=50.0)
+    vpd, tokens = decomposition_of(model), some_tokens()
+    before, hooks = model(tokens), len(list(model.hook_points()))
+    with pytest.raises(Unsupported, match="scores are capped"):
+        attention_by_offset(vpd, model, tokens, 1, pairs=[(f"{Q}:1", f"{K}:2")])
+    for length in (tokens.shape[1], model.cfg.n_ctx):
+        own = some_tokens(shape=(1, length))
+        assert torch.equal(model(own), tiny_model(attn_scores_soft_cap=50.0)(own))
+    assert torch.equal(model(tokens), before) and len(list(model.hook_points())) == hooks
+
+
+def test_padding_on_either_side_gives_the_same_terms():
+    model, vpd = bundled.model(), bundled.decomposition()
+    prompts, found = ["import os", "def forward(self, x):\n    return x"], {}
+    for side in ("left", "right"):
+        model.tokenizer.padding_side = side
+        terms = score_terms(vpd, model, prompts, 1)
+        found[side] = terms.to_pandas()[["mean_size", "share"]].to_numpy()
+        keep = adapt(model).padding(terms.tokens, None)
+        assert keep is not None
+        assert not terms.seen[(~keep)[:, None, :, None].expand_as(terms.seen)].any()
+    assert found["left"] == pytest.approx(found["right"], rel=1e-4, abs=1e-6)

@@ -350,3 +350,23 @@ def test_the_decomposition_may_be_attached_already(model, vpd, tokens):
     assert heads.rows.equals(audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["zero"], controls=0).rows)
     with decomposition_of(model).double().attach(model), pytest.raises(ValueError, match="Another decomposition"):
         audit_circuit(model, tokens, circuit, metric, vpd, ablations=["zero"], controls=0)
+
+
+def test_resampled_values_are_never_those_of_padding(model):
+    tokens = some_tokens(shape=(3, 6))
+    mask = torch.ones_like(tokens)
+    mask[0, 2:] = 0  # one short prompt, two long ones
+    universe = universe_of(adapt(model), (Node.parse(f"{Z0}:1"),), None, None)
+    with AblatedModel(model, universe, tokens, mask.bool()) as ablated:
+        for seed in range(5):
+            rows = ablated._others(tokens, mask.bool(), torch.Generator().manual_seed(seed)).tolist()
+            assert rows[0] in (1, 2) and rows[1] == 2 and rows[2] == 1
+    with pytest.raises(ValueError, match=r"Prompts \[1\] have no other prompt of at least their length"):
+        audit_circuit(model, tokens[:2], [f"{Z0}:1"], metric, ablations=("resample",), attention_mask=mask[:2], **QUICK)
+
+
+def test_audits_work_in_inference_mode(model, tokens):
+    expected = audit_circuit(model, tokens, [f"{Z0}:1"], metric, **QUICK).to_pandas()
+    with torch.inference_mode():
+        found = audit_circuit(model, tokens.clone(), [f"{Z0}:1"], metric, **QUICK).to_pandas()
+    assert_close(torch.tensor(found["circuit"]), torch.tensor(expected["circuit"]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,3 +142,17 @@ def test_a_graph_comes_back_from_its_files(tmp_path, model, vpd, tokens):
     (tmp_path / "graph" / "graph.json").write_text("{}")
     with pytest.raises(ValueError, match="holds a damaged graph: 'format_version'"):
         AttributionGraph.load(tmp_path / "graph")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_shares_and_influence_of_half_precision_graphs_are_float32(dtype):
+    graph = by_hand()
+    half = replace(
+        graph,
+        weight=graph.weight.to(dtype),
+        activation=graph.activation.to(dtype),
+        logits=tuple(replace(t, probability=1e-13) for t in graph.logits),
+    )
+    assert half.influence.dtype == torch.float32 and bool(half.influence.isfinite().all())
+    assert_close(half.influence, graph.influence)
+    assert len(half.paths(k=2)) == 2

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tests.tiny import decomposition_of, some_tokens, tiny_model
-from tl_vpd.evaluation import foresight
+from tl_vpd.evaluation import evaluate, foresight
 
 
 def test_last_prefix_is_the_whole_window_and_others_are_not():
@@ -35,3 +35,27 @@ def test_a_position_without_a_next_token_is_refused():
     model = tiny_model(torch.float32)
     with pytest.raises(IndexError, match=r"\[7\] have no next token"):
         foresight(decomposition_of(model), model, some_tokens(shape=(2, 8)), positions=[3, 7])
+
+
+def test_what_is_attached_already_is_used_or_said():
+    model = tiny_model(torch.float32)
+    vpd, tokens = decomposition_of(model), some_tokens(shape=(4, 8))
+    expected = foresight(vpd, model, tokens, positions=[2])
+    quick = dict(measures=("foresight",), budgets=(), controls=False)
+    with vpd.attach(model) as attached, attached.masked("zero"):
+        assert foresight(vpd, model, tokens, positions=[2]).equals(expected)
+        assert "foresight" in evaluate(vpd, model, tokens, **quick).record["tables"]
+    with vpd.attach(model, sites="*.mlp.*"):
+        with pytest.raises(
+            ValueError, match=r"attached to this model already \(at some sites alone\): detach it first"
+        ):
+            foresight(vpd, model, tokens, positions=[2])
+        assert "at some sites alone" in evaluate(vpd, model, tokens, **quick).record["left_out"]["foresight"]
+
+
+def test_figures_are_taken_in_float32():
+    model = tiny_model(torch.bfloat16)
+    vpd, tokens = decomposition_of(model), some_tokens(shape=(4, 8))
+    with torch.no_grad():
+        expected = F.cross_entropy(model(tokens)[:, 2].float(), tokens[:, 3])
+    assert foresight(vpd, model, tokens, positions=[2]).loc[2, "target_ce"] == pytest.approx(float(expected), rel=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,7 +12,18 @@ from tests.evaluation import handmade
 from tests.evaluation.handmade import KNOWN, VOCABULARY, one_token_rows
 from tests.tiny import GAMMA, decomposition_of, some_tokens, tiny_model
 from tl_vpd import VPDConfig
-from tl_vpd.evaluation import aggregation, alive_of, sampled, scrambled, sizes, slices, train_sizes
+from tl_vpd.evaluation import (
+    aggregation,
+    alive_of,
+    compute_recovered,
+    evaluate,
+    sampled,
+    scrambled,
+    sizes,
+    slices,
+    train_sizes,
+)
+from tl_vpd.evaluation.intervals import interval
 from tl_vpd.hooks.modes import masks_of_mode
 
 
@@ -82,3 +94,20 @@ def test_train_sizes_scales_C_goes_on_and_refuses_other_settings(tmp_path: Path)
         train_sizes(model, tokens, other, factors=(0.5,), out=tmp_path, progress=False)
     table = sizes(found, model, tokens)
     assert list(table["built"]) == [2, 4, 16]
+
+
+def test_rows_of_one_token_have_no_cross_entropy_and_the_rest_is_measured():
+    model = tiny_model(torch.float32)
+    vpd, tokens = decomposition_of(model), some_tokens(shape=(4, 1))
+    row = slices(vpd, model, {"short": tokens}, steps=0).loc["short"]
+    assert row["tokens"] == 4 and np.isnan(row["target_ce"]) and row["rounded"] >= 0
+    report = evaluate(vpd, model, tokens, budgets=(2,), measures=(), controls=False)
+    assert np.isnan(report.record["target_ce"]) and report.record["tokens"] == 4
+    assert interval(np.array([1.0, 2.0]), np.zeros(2)) == pytest.approx((np.nan, np.nan), nan_ok=True)
+    assert np.isnan(compute_recovered(float("nan"), [(0, 3.0), (10, 1.0)]))
+
+
+def test_no_row_to_attack_is_refused():
+    model = tiny_model(torch.float32)
+    with pytest.raises(ValueError, match="attack_rows=0: at least one row is attacked"):
+        evaluate(decomposition_of(model), model, some_tokens(), budgets=(2,), attack_rows=0, measures=())

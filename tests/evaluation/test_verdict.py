@@ -12,6 +12,7 @@ from tests.evaluation import handmade
 from tests.evaluation.handmade import IN, KNOWN, VOCABULARY, one_token_rows, rows
 from tl_vpd import Decomposition, evaluate
 from tl_vpd.evaluation import Evaluation, checks, warnings_of
+from tl_vpd.evaluation.verdict import aggregation, off_distribution
 
 MEASURES = ("aggregation", "cancelling", "off_distribution")
 
@@ -126,3 +127,14 @@ def test_a_verdict_needs_no_more_than_the_json(right: Evaluation, model: Any):
     # What was not measured is not judged.
     few = {k: v for k, v in right.record.items() if k not in ("tables", "importances", "controls")}
     assert [c.check for c in checks(few)] == ["dense", "delta", "cancelling", "adversary"]
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_what_is_not_defined_is_not_judged(missing):
+    slices = [{"slice": "these rows", "share_of_zero": 0.1}, {"slice": "silent", "share_of_zero": missing}]
+    union = [{"pieces": "learned", "inputs": 2, "kl_union": missing, "kl_alone": 0.1}]
+    assert off_distribution({"tables": {"slices": slices}}) is None
+    assert off_distribution({"tables": {"slices": slices[::-1]}}) is None
+    assert aggregation({"tables": {"aggregation": union}, "output": "kl"}) is None
+    found = off_distribution({"tables": {"slices": [*slices, {"slice": "far", "share_of_zero": 0.9}]}})
+    assert found is not None and "'far'" in found.sentence

@@ -7,6 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import decomposition_of, some_tokens, tiny_model
+from tl_vpd import bundled, evaluate
+from tl_vpd.analysis import harvest
 from tl_vpd.hooks import CausalImportances, TappedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.site import Packing
@@ -95,3 +97,31 @@ def test_importances_of_a_low_precision_model_are_computed_in_float32():
     for name, site in vpd.sites.items():
         assert cache[site.hook_name("ci")].dtype == torch.float32
         torch.testing.assert_close(cache[site.hook_name("ci")], expected[name])
+
+
+def test_a_text_longer_than_the_context_is_refused_and_not_cut():
+    model, vpd = bundled.model(), bundled.decomposition()
+    with pytest.raises(
+        ValueError, match="Sequences of 601 tokens are longer than the model's context of 128; cut them"
+    ):
+        vpd.causal_importances(model, "import os\n" * 200)
+
+
+def test_inputs_elsewhere_are_served_there(model, vpd, tokens):
+    with TappedModel(vpd, model) as tapped:
+        _, inputs = tapped.clean(tokens)
+    z = vpd.pre_sigmoid({name: x.to("meta") for name, x in inputs.items()})
+    assert z.device.type == "meta" and z.shape == vpd.pre_sigmoid(inputs).shape
+    assert vpd.device.type == "cpu" and all(p.device.type == "cpu" for p in vpd.parameters())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_decomposition_on_the_cpu_serves_a_model_on_a_gpu():
+    model, vpd = tiny_model(torch.float32), decomposition_of(tiny_model(torch.float32))
+    expected = evaluate(vpd, model, some_tokens(), budgets=(2,), measures=()).record
+    ci, harvested = vpd.causal_importances(model, some_tokens()), harvest(vpd, model, some_tokens()).to_pandas()
+    model.to("cuda")
+    assert_close(vpd.causal_importances(model, some_tokens()).packed.cpu(), ci.packed, atol=1e-4, rtol=1e-3)
+    assert len(harvest(vpd, model, some_tokens()).to_pandas()) == len(harvested)
+    found = evaluate(vpd, model, some_tokens(), budgets=(2,), measures=()).record
+    assert found["l0"] == pytest.approx(expected["l0"], abs=0.1) and vpd.device.type == "cpu"

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch.testing import assert_close
 from transformer_lens import patching
 from transformer_lens.utils import get_act_name
 
-from tests.tiny import some_tokens
+from tests.tiny import some_tokens, tiny_model
 from tl_vpd.components import layout as layout_module
+from tl_vpd.hooks.registry import attached_to
 
 
 def test_the_caches_short_names_and_shapes(model, vpd, tokens):
@@ -179,3 +183,23 @@ def test_each_hook_point_fires_once_a_pass(model, vpd, tokens, where):
             with attached.masked(mode, steps=1):
                 model.run_with_hooks(tokens, fwd_hooks=hooks)
             assert sorted(fired) == sorted(name for name, _ in hooks), mode
+
+
+def test_an_attachment_kept_by_no_variable_is_still_the_models(model, vpd, tokens):
+    before = model(tokens)
+    vpd.attach(model)
+    gc.collect()
+    own = attached_to(model)
+    assert own is not None and own.decomposition is vpd
+    assert len(vpd.ablation_hooks([f"{next(iter(vpd.sites))}:0"])) == 1
+    own.detach()
+    assert attached_to(model) is None and torch.equal(model(tokens), before)
+
+
+def test_a_model_goes_away_with_what_is_attached_to_it(vpd):
+    model = tiny_model()
+    vpd.attach(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None

@@ -94,3 +94,28 @@ def test_frozen_and_hooks_aside_put_everything_back_after_an_exception(model):
         raise ZeroDivisionError
     assert_same(before, snapshot(model))
     assert model.hook_embed._forward_hooks is dictionary
+
+
+def test_a_model_without_the_sites_is_refused_and_left_as_it_was(vpd, tokens):
+    other = tiny_model(n_layers=1)
+    other.add_hook("hook_embed", lambda x, hook: x * 2)
+    before = snapshot(other)
+    with pytest.raises(KeyError, match=r"This model has no blocks\.1\.attn\.W_Q.*of another model"):
+        vpd.causal_importances(other, tokens)
+    assert_same(before, snapshot(other))
+
+
+def test_a_tap_that_cannot_be_put_on_leaves_the_model_as_it_was(model, vpd, monkeypatch):
+    before, tapped = snapshot(model), TappedModel(vpd, model)
+    tap, put = tapped.adapter.tap, []
+
+    def failing(name, *arguments):
+        if len(put) == 3:
+            raise ZeroDivisionError
+        put.append(name)
+        return tap(name, *arguments)
+
+    monkeypatch.setattr(tapped.adapter, "tap", failing)
+    with pytest.raises(ZeroDivisionError), tapped:
+        pass
+    assert_same(before, snapshot(model))

@@ -84,3 +84,5 @@ def test_a_models_graph(tmp_path, model, vpd, tokens):
     check(json.loads(to_circuit_tracer(graph, tmp_path, slug="m").read_text()))
     with pytest.raises(ValueError, match="share a token and a position"):
         to_circuit_tracer(attribution_graph(vpd, model, tokens[:1], [1, (1, 2)]), tmp_path, slug="m")
+    with pytest.raises(ValueError, match="the folder's list of graphs; choose another name"):
+        to_circuit_tracer(by_hand(), tmp_path, slug="graph-metadata")

@@ -11,7 +11,7 @@ from tl_vpd.components import Components
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.site import Site
 from tl_vpd.toys import TMS
-from tl_vpd.training import Trainer, new_decomposition
+from tl_vpd.training import Coefficients, Trainer, new_decomposition
 from tl_vpd.training.processes import World
 from tl_vpd.training.sharding import OptimizerSharding
 from tl_vpd.training.ties import Ties
@@ -127,3 +127,20 @@ def test_two_processes_keep_sites_tied_and_give_what_one_gives(tmp_path):
     for name in one.sites:
         # Adam gives an entry whose gradient is rounding noise a full-length step.
         assert float((one.V[name] - two.V[name]).abs().gt(1e-4).float().mean()) < 0.05, name
+
+
+def test_a_refused_step_leaves_no_gradient_behind():
+    model, own = TOY.build(0), config(coefficients=Coefficients(adversarial=0.0))
+    good = TOY.batches(2, seed=1).at(0)
+    bad = good.clone()
+    bad[0, 0, 0] = float("nan")
+    norms = []
+    for refused in (False, True):
+        with TappedModel(vpd := new_decomposition(model, own), model) as tapped:
+            trainer = Trainer(tapped, own, (2, 64))
+            if refused:
+                with pytest.raises(FloatingPointError, match="not finite"):
+                    trainer.step(bad)
+            norms.append(trainer.step(good).grad_norm)
+        assert bool(vpd.V["embed"].isfinite().all()) and tied(vpd)
+    assert norms[0] == norms[1]

@@ -239,7 +239,7 @@ class Adapter(ABC):
         """
         cfg = self.model.cfg
         if isinstance(prompts, str) or (isinstance(prompts, list) and prompts and isinstance(prompts[0], str)):
-            tokens = self.model.to_tokens(prompts)
+            tokens = self.model.to_tokens(prompts, truncate=False)
         elif isinstance(prompts, Tensor):
             tokens = prompts
         else:
@@ -248,6 +248,8 @@ class Adapter(ABC):
             )
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         check_tokens(tokens, d_vocab=cfg.d_vocab, n_ctx=cfg.n_ctx)
+        if tokens.is_inference() and not torch.is_inference_mode_enabled():
+            tokens = tokens.clone()  # which autograd may save
         return tokens.to(self.device)
 
     def token(self, text: str) -> int:

@@ -45,7 +45,9 @@ def at_fixed_scale(
     linear = x - x.mean(-1, keepdim=True) if centred else x
     linear = linear if weight is None else linear * weight
     with torch.no_grad():
-        own = y if bias is None else y - bias
-        inverse = (own * linear).sum(-1, keepdim=True) / linear.square().sum(-1, keepdim=True).clamp_min(1e-30)
-    scaled = linear * inverse
+        # Squares of half-precision streams overflow in their own dtype.
+        exact = torch.promote_types(y.dtype, torch.float32)
+        own, along = (y if bias is None else y - bias).to(exact), linear.to(exact)
+        inverse = (own * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp_min(1e-30)
+    scaled = linear * inverse.to(linear.dtype)
     return scaled if bias is None else scaled + bias

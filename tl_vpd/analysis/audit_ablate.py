@@ -131,21 +131,34 @@ class AblatedModel:
             real = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device) if keep is None else keep
             values = {h: own[real].mean(0)[None, None] for h, own in found.items()}
         else:
-            rows = self._others(tokens, generator)
+            rows = self._others(tokens, keep, generator)
             values = {h: own[rows] for h, own in found.items()}
         return {p.hook: values.get(p.hook, zero) for p in self.universe.places}
 
-    def _others(self, tokens: Tensor, generator: torch.Generator) -> Int[Tensor, " batch"]:
-        """For each prompt another row of the reference prompts."""
+    def _others(self, tokens: Tensor, keep: Tensor | None, generator: torch.Generator) -> Int[Tensor, " batch"]:
+        """For each prompt another row of the reference prompts, one that is real wherever the prompt is."""
         batch, n = len(self.tokens), len(tokens)
         if tokens.shape[1] != self.tokens.shape[1]:
             raise ValueError(
                 f"Prompts have {self.tokens.shape[1]} tokens and reference prompts {tokens.shape[1]}: resampling takes values at "
                 "the same position, so give reference prompts of the same length."
             )
-        if tokens is self.tokens or (tokens.shape == self.tokens.shape and bool((tokens == self.tokens).all())):
-            if n < 2:
-                raise ValueError("There is one prompt, and resampling needs another: give more, or reference=...")
+        same = tokens is self.tokens or (tokens.shape == self.tokens.shape and bool((tokens == self.tokens).all()))
+        if same and n < 2:
+            raise ValueError("There is one prompt, and resampling needs another: give more, or reference=...")
+        if keep is not None:
+            here = torch.ones_like(self.tokens, dtype=torch.bool) if self.keep is None else self.keep
+            fits = (keep[None] | ~here[:, None]).all(-1).float().cpu()
+            if same:
+                fits.fill_diagonal_(0)
+            alone = (fits.sum(1) == 0).nonzero().flatten().tolist()
+            if alone:
+                raise ValueError(
+                    f"Prompts {alone} have no other prompt of at least their length to take values from: give prompts of one "
+                    "length, or longer reference prompts."
+                )
+            return torch.multinomial(fits, 1, generator=generator)[:, 0].to(tokens.device)
+        if same:
             shift = torch.randint(1, n, (1,), generator=generator).item()
             return ((torch.arange(batch) + int(shift)) % n).to(tokens.device)
         return torch.randint(n, (batch,), generator=generator).to(tokens.device)

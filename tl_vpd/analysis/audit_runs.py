@@ -15,6 +15,7 @@ from tl_vpd.adapters import adapt
 from tl_vpd.analysis.audit_ablate import AblatedModel, Reference
 from tl_vpd.analysis.audit_places import Universe, universe_of
 from tl_vpd.analysis.nodes import Node
+from tl_vpd.hooks.passes import savable
 from tl_vpd.masking import fresh_pgd
 from tl_vpd.site import Subcomponent
 
@@ -143,31 +144,34 @@ def auditor(
     seed: int,
 ) -> Iterator[Auditor]:
     """Everything an audit needs, on a model that is put back afterwards; arguments as in ``audit_circuit``."""
-    adapter = adapt(model)
-    circuit = tuple(Node.parse(node) for node in nodes)
-    universe = universe_of(adapter, circuit, decomposition, among)
-    tokens = adapter.tokens(prompts)
-    keep = adapter.padding(tokens, attention_mask)
-    others, others_keep = tokens, keep
-    if reference_tokens is not None:
-        others = adapter.tokens(reference_tokens)
-        others_keep = adapter.padding(others, None)
-    kept = universe.kept(circuit, tokens.shape[1]).to(tokens.device)
-    generator = torch.Generator().manual_seed(seed)
-    of_sites = decomposition is not None and circuit[0].name in decomposition.sites
-    with AblatedModel(model, universe, tokens, keep, decomposition if of_sites else None) as ablated:
-        values = {name: ablated.references(name, others, others_keep, generator) for name in dict.fromkeys(references)}
-        yield Auditor(
-            circuit=circuit,
-            kept=kept,
-            whole=number(metric(ablated.clean())),
-            ablated=ablated,
-            metric=metric,
-            sign=-1.0 if lower_is_better else 1.0,
-            values=values,
-            generator=generator,
-            per_position=per_position,
-            step_size=step_size,
-            restarts=restarts,
-            draws=draws,
-        )
+    with torch.inference_mode(False):
+        adapter = adapt(model)
+        circuit = tuple(Node.parse(node) for node in nodes)
+        universe = universe_of(adapter, circuit, decomposition, among)
+        tokens = adapter.tokens(prompts)
+        keep = adapter.padding(tokens, savable(attention_mask))
+        others, others_keep = tokens, keep
+        if reference_tokens is not None:
+            others = adapter.tokens(reference_tokens)
+            others_keep = adapter.padding(others, None)
+        kept = universe.kept(circuit, tokens.shape[1]).to(tokens.device)
+        generator = torch.Generator().manual_seed(seed)
+        of_sites = decomposition is not None and circuit[0].name in decomposition.sites
+        with AblatedModel(model, universe, tokens, keep, decomposition if of_sites else None) as ablated:
+            values = {
+                name: ablated.references(name, others, others_keep, generator) for name in dict.fromkeys(references)
+            }
+            yield Auditor(
+                circuit=circuit,
+                kept=kept,
+                whole=number(metric(ablated.clean())),
+                ablated=ablated,
+                metric=metric,
+                sign=-1.0 if lower_is_better else 1.0,
+                values=values,
+                generator=generator,
+                per_position=per_position,
+                step_size=step_size,
+                restarts=restarts,
+                draws=draws,
+            )

@@ -102,7 +102,7 @@ def _activations(
     for name, where in decomposition.packing.slices.items():
         own = _of_site(chosen, where).to(decomposition.device)
         V, U = decomposition.V[name][:, own], decomposition.U[name][own]
-        parts.append(inputs[name] @ (V * U.norm(dim=-1)).to(inputs[name].dtype))
+        parts.append(inputs[name] @ (V * U.norm(dim=-1)).to(inputs[name]))
     return torch.cat(parts, dim=-1)
 
 

@@ -88,7 +88,7 @@ class Tally:
     ) -> Harvest:
         norm = torch.cat(
             [decomposition.V[s].norm(dim=0) * decomposition.U[s].norm(dim=-1) for s in decomposition.sites]
-        )[chosen]
+        )
         return Harvest(
             packing=decomposition.packing,
             chosen=chosen,
@@ -96,7 +96,7 @@ class Tally:
             density=(self.positive / self.n).float(),
             firings=self.firings,
             mean_activation=(self.a / self.firings).float(),
-            norm=norm.detach(),
+            norm=norm.detach()[chosen.to(norm.device)].to(chosen.device),
             rows=torch.where(self.score > 0, self.rows, -1),
             positions=self.positions,
             importances=self.seen[0],

@@ -45,6 +45,7 @@ MEASURES = (
 """What is measured beside the mode table, the counts and the standard adversary."""
 
 
+@torch.inference_mode(False)
 @torch.no_grad()
 def evaluate(
     decomposition: Decomposition,
@@ -119,10 +120,10 @@ def evaluate(
             record["controls"][name] = measured(name, parts, importances)
             del record["controls"][name]["mean_g"]
     record["target_params_max_change"] = max(float((adapt(model).weight(n) - W).abs().max()) for n, W in before.items())
-    deltas = {name: decomposition.components.delta(name, W) for name, W in weights.items()}
+    deltas = {name: decomposition.components.delta(name, W.to(decomposition.device)) for name, W in weights.items()}
     record["faithfulness"] = {name: float(delta.square().mean()) for name, delta in deltas.items()}
     record["delta_share"] = {
-        name: float(delta.square().sum() / weights[name].square().sum().clamp_min(1e-30))
+        name: float(delta.square().sum()) / max(float(weights[name].square().sum()), 1e-30)
         for name, delta in deltas.items()
     }
     joined = {name: pd.concat(own, ignore_index=True) for name, own in tables.items()}

@@ -9,6 +9,7 @@ prefix alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import pandas as pd
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.hooks.attached import Attached
+from tl_vpd.hooks.registry import attached_to
 from tl_vpd.hooks.tapped import users_hooks_aside
 
 
@@ -39,19 +42,20 @@ def foresight(
         mode: a mode of ``tl_vpd.hooks.modes`` that needs importances.
 
     Raises:
-        IndexError: a position has no next token in the rows.
+        IndexError: a position has no next token in the rows. ValueError: another decomposition is attached to the model.
     """
     beyond = [p for p in positions if not 0 <= p < tokens.shape[1] - 1]
     if beyond:
         raise IndexError(f"Positions {beyond} have no next token in rows of {tokens.shape[1]} tokens.")
     rows = []
-    with users_hooks_aside(adapt(model)), decomposition.attach(model) as attached:
-        clean = model(tokens).log_softmax(-1)
+    with users_hooks_aside(adapt(model)), _attached(decomposition, model) as attached:
+        with attached.paused():
+            clean = model(tokens).float().log_softmax(-1)
         with attached.masked(mode, threshold=threshold, seed=seed):
-            whole = model(tokens).log_softmax(-1)
+            whole = model(tokens).float().log_softmax(-1)
         for position in positions:
             with attached.masked(mode, threshold=threshold, seed=seed):
-                prefix = model(tokens[:, : position + 1]).log_softmax(-1)[:, -1]
+                prefix = model(tokens[:, : position + 1])[:, -1].float().log_softmax(-1)
             target, seen, after = clean[:, position], whole[:, position], tokens[:, position + 1]
             rows.append(
                 {
@@ -64,6 +68,25 @@ def foresight(
                 }
             )
     return pd.DataFrame(rows).set_index("position")
+
+
+def cannot_attach(decomposition: Decomposition, model: nn.Module) -> str:
+    """Why what is attached to the model is in the way (empty: it is not)."""
+    attached = attached_to(model)
+    if attached is None or (
+        attached.decomposition is decomposition and set(attached.sites) == set(decomposition.sites)
+    ):
+        return ""
+    what = "at some sites alone" if attached.decomposition is decomposition else "another one"
+    return f"a decomposition is attached to this model already ({what})"
+
+
+def _attached(decomposition: Decomposition, model: nn.Module) -> AbstractContextManager[Attached]:
+    why = cannot_attach(decomposition, model)
+    if why:
+        raise ValueError(f"{why[0].upper()}{why[1:]}: detach it first.")
+    attached = attached_to(model)
+    return decomposition.attach(model) if attached is None else nullcontext(attached)
 
 
 def _ce(log_p: Float[Tensor, "n vocab"], after: Int[Tensor, " n"]) -> float:

@@ -65,7 +65,7 @@ def interval(
     confidence: float = CONFIDENCE,
     resamples: int = RESAMPLES,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of a weighted mean (NaN, NaN for one row)."""
+    """Percentile bootstrap interval of a weighted mean (NaN, NaN for one row, or where no row counts)."""
     n = len(values)
     if n < 2:
         return float("nan"), float("nan")
@@ -73,5 +73,7 @@ def interval(
     kept = drawn * weights
     total = kept.sum(1)
     means = (kept @ values)[total > 0] / total[total > 0]
+    if not len(means):
+        return float("nan"), float("nan")
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)

@@ -8,6 +8,7 @@ with probability one half, Δ at 0: what may be left out altogether must also be
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -41,7 +42,12 @@ def row_masks(row: str, g: Tensor, packing: Packing, generator: torch.Generator)
 
 
 def compute_recovered(ce: float, curve: Sequence[Sequence[int | float]]) -> float:
-    """Share of training steps after which the target's curve of (step, CE) first reached ``ce`` (linear in between)."""
+    """Share of training steps after which the target's curve of (step, CE) first reached ``ce`` (linear in between).
+
+    NaN for a NaN cross-entropy (no row has a next token).
+    """
+    if math.isnan(ce):
+        return ce
     last = curve[-1][0]
     previous = curve[0]
     if previous[1] <= ce:

@@ -78,7 +78,7 @@ def _row(sample: Sample, row: str, number: int) -> tuple[PerRow, PerRow | None]:
 def _l0(sample: Sample, i: int) -> PerRow:
     g, keep = sample.g[i], sample.keep[i]
     on = (g > 0).sum(-1).reshape(len(g), -1).double()  # 0 at padding
-    n = torch.full((len(g),), on.shape[1]) if keep is None else keep.sum(1)
+    n = torch.full((len(g),), on.shape[1], device=on.device) if keep is None else keep.sum(1)
     return PerRow((on.sum(1) / n.clamp(min=1)).cpu().numpy(), n.double().cpu().numpy())
 
 

@@ -96,7 +96,13 @@ class Sample:
         return torch.stack([g.flatten(0, -2).sum(0) for g in self.g]).sum(0) / self.tokens_total
 
     def first(self, rows: int | None) -> Sample:
-        """The same with the first rows alone (None: all)."""
+        """The same with the first rows alone (None: all).
+
+        Raises:
+            ValueError: fewer than one.
+        """
+        if rows is not None and rows < 1:
+            raise ValueError(f"attack_rows={rows}: at least one row is attacked (budgets=() attacks none).")
         if rows is None or rows >= sum(len(t) for t in self.tokens):
             return self
         own = object.__new__(Sample)

@@ -21,6 +21,7 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.adversaries import Adversary, attack
 from tl_vpd.evaluation.aggregation import aggregation_by_row
 from tl_vpd.evaluation.controls import random_importances, shuffled_importances
+from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.evaluation.sample import ALIVE, Sample, sampled
 from tl_vpd.hooks.modes import Mode, masks_of_mode
 
@@ -67,8 +68,7 @@ def slice_record(sample: Sample, *, steps: int = 20, attack_rows: int | None = 8
     mean = sample.mean_importances()
     found: dict[str, Any] = {"tokens": sample.tokens_total}
     if sample.logits:
-        total = sum(float(p.tokens.sum()) for p in sample.target_ce)
-        found["target_ce"] = sum(p.mean * float(p.tokens.sum()) for p in sample.target_ce) / total
+        found["target_ce"] = PerRow.joined(sample.target_ce).mean
     found["l0"] = sum(float((g > 0).sum()) for g in sample.g) / sample.tokens_total
     found["alive"] = int((mean > ALIVE).sum())
     for number, mode in enumerate(MODES):

@@ -16,7 +16,7 @@ from tl_vpd.evaluation.adversaries import STANDARD, adversaries
 from tl_vpd.evaluation.aggregation import aggregation
 from tl_vpd.evaluation.cancelling import cancelling_pairs
 from tl_vpd.evaluation.consistency import consistency
-from tl_vpd.evaluation.foresight import foresight
+from tl_vpd.evaluation.foresight import cannot_attach, foresight
 from tl_vpd.evaluation.hidden import hidden_errors
 from tl_vpd.evaluation.resolution import THRESHOLDS, resolution
 from tl_vpd.evaluation.sample import Sample
@@ -114,7 +114,7 @@ def tables_of_decomposition(
         else:
             left_out["slices"] = "no other data was given"
     if "foresight" in scope.measures:
-        why = _no_foresight(model, tokens)
+        why = _no_foresight(decomposition, model, tokens)
         if why:
             left_out["foresight"] = why
         else:
@@ -140,13 +140,15 @@ def tables_of_decomposition(
     return found, left_out
 
 
-def _no_foresight(model: nn.Module, tokens: Shaped[Tensor, "n ..."]) -> str:
+def _no_foresight(decomposition: Decomposition, model: nn.Module, tokens: Shaped[Tensor, "n ..."]) -> str:
     """Why Γ cannot be given prefixes alone (empty: it can)."""
     if not adapt(model).return_types:
         return "the model puts out no next-token predictions"
     if adapt(model).padding(tokens, None) is not None:
         return "some rows are padded"
-    return "the rows are shorter than three tokens" if tokens.shape[1] < 3 else ""
+    if tokens.shape[1] < 3:
+        return "the rows are shorter than three tokens"
+    return cannot_attach(decomposition, model)
 
 
 def named(column: str, value: str, table: pd.DataFrame) -> pd.DataFrame:

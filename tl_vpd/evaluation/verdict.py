@@ -21,6 +21,7 @@ controls          rounded KL of random or shuffled importances     below 2 × th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +145,11 @@ def adversary(record: Record) -> Check | None:
     )
 
 
+def _is_number(value: float | None) -> bool:
+    """Whether a figure of the record is one: what is not defined is NaN here and null in JSON."""
+    return value is not None and not math.isnan(value)
+
+
 def aggregation(record: Record) -> Check | None:
     """Explanations of two inputs are in each other's way."""
     rows = [
@@ -154,6 +160,8 @@ def aggregation(record: Record) -> Check | None:
     if not rows:
         return None
     union, alone = rows[0]["kl_union"], rows[0]["kl_alone"]
+    if not _is_number(union) or not _is_number(alone):
+        return None
     what = f"{union:.3g} {_unit(record)} with the union of two inputs' important sets, {alone:.3g} with each one's own"
     return _above(
         "aggregation",
@@ -167,10 +175,11 @@ def aggregation(record: Record) -> Check | None:
 def off_distribution(record: Record) -> Check | None:
     """It holds on these rows only."""
     rows = record.get("tables", {}).get("slices", [])
-    if len(rows) < 2:
+    others = [row for row in rows[1:] if _is_number(row["share_of_zero"])]
+    if not others or not _is_number(rows[0]["share_of_zero"]):
         return None
     here = rows[0]["share_of_zero"]
-    worst = max(rows[1:], key=lambda row: row["share_of_zero"])
+    worst = max(others, key=lambda row: row["share_of_zero"])
     share = worst["share_of_zero"]
     what = (
         f"on {worst['slice']!r} rounded masks are {share:.1%} as far off as ablating everything, on {rows[0]['slice']} "

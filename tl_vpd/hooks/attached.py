@@ -86,6 +86,7 @@ class Attached:
         except BaseException:
             self.detach()
             raise
+        self._passes.owner = self
         registry.add(self)
 
     # -- putting on and taking off ---------------------------------------------------------------------------------

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.func import functional_call
 
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
@@ -101,20 +100,5 @@ class Parts:
         self, inputs: Mapping[str, Float[Tensor, "batch *pos _"]], keep: Bool[Tensor, "batch pos"] | None
     ) -> Float[Tensor, "batch *pos C_total"]:
         """Γ's values before squashing; see ``Decomposition.pre_sigmoid``."""
-        own = self.decomposition
-        assert isinstance(own, Decomposition)
-        if own.device == self.device:
-            return own.pre_sigmoid(inputs, keep)
-        tensors = {name: t.to(self.device) for name, t in own.state_dict(keep_vars=True).items()}
-        return functional_call(_Gamma(own), {f"own.{k}": t for k, t in tensors.items()}, (inputs, keep))
-
-
-class _Gamma(torch.nn.Module):
-    """``Decomposition.pre_sigmoid`` as a ``forward``."""
-
-    def __init__(self, own: Decomposition) -> None:
-        super().__init__()
-        self.own = own
-
-    def forward(self, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
-        return self.own.pre_sigmoid(inputs, keep)
+        assert isinstance(self.decomposition, Decomposition)
+        return self.decomposition.pre_sigmoid(inputs, keep)

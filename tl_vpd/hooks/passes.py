@@ -52,6 +52,8 @@ class Passes:
         self.adapter, self.parts, self.hook_points = adapter, parts, hook_points
         self.plain_forward = adapter.model.forward
         self.plans: list[Plan] = []
+        self.owner: object = None
+        """Whose passes they are: the model holds its passes, and so what is attached to it."""
         self.on = True
         self.check_weights = True
         self._processed = adapter.processed

@@ -1,4 +1,4 @@
-"""Which decompositions are attached to which models now. Held weakly: an attached model that is forgotten goes away."""
+"""Which decompositions are attached to which models now. Held weakly: a model holds what is attached to it."""
 
 from __future__ import annotations
 

@@ -28,6 +28,7 @@ from tl_vpd.hooks.parts import Parts
 from tl_vpd.hooks.product import Product
 from tl_vpd.hooks.registry import attached_to
 from tl_vpd.masking import Masks, SiteMask
+from tl_vpd.site import nearest
 
 
 @contextmanager
@@ -78,6 +79,9 @@ class TappedModel:
         decomposition: its V and U are read at every pass, so that training sees its own updates (Components will do).
         model: the target; it must be on the decomposition's device.
         fused_attention: whether attention that nobody hooks may be computed in one call (the same to rounding, not to the bit).
+
+    Raises:
+        KeyError: the model does not have a site of the decomposition.
     """
 
     def __init__(
@@ -88,6 +92,10 @@ class TappedModel:
         self.adapter = adapt(model)
         self.parts = Parts(decomposition, self.adapter.device, self.adapter.dtype)
         self.names = list(self.parts.sites)
+        for name in self.names:
+            if name not in self.adapter.sites:
+                near = nearest(name, self.adapter.sites)
+                raise KeyError(f"This model has no {name}{near} to take apart: the decomposition is of another model.")
         self._inputs: dict[str, Tensor] | None = None
         self._masks: Masks | SourcedPass | OpenPass | None = None
         self._constant_parts = False
@@ -96,11 +104,15 @@ class TappedModel:
         self._stack = ExitStack()
 
     def __enter__(self) -> TappedModel:
-        self._stack.enter_context(frozen(self.adapter))
-        self._stack.enter_context(users_hooks_aside(self.adapter))
-        for name in self.names:
-            for handle in self.adapter.tap(name, partial(self._read, name), partial(self._write, name)):
-                self._stack.callback(handle.remove)
+        try:
+            self._stack.enter_context(frozen(self.adapter))
+            self._stack.enter_context(users_hooks_aside(self.adapter))
+            for name in self.names:
+                for handle in self.adapter.tap(name, partial(self._read, name), partial(self._write, name)):
+                    self._stack.callback(handle.remove)
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *exception: Any) -> None:

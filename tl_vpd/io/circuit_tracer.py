@@ -44,6 +44,8 @@ def to_circuit_tracer(
     """
     if not _SLUG.fullmatch(slug):
         raise ValueError(f"slug={slug!r}: letters, digits, '.', '_' and '-' make the name of a file.")
+    if f"{slug}.json" == METADATA:
+        raise ValueError(f"slug={slug!r}: {METADATA} is the folder's list of graphs; choose another name.")
     content = as_json(graph, slug=slug, scan=scan, prompt=prompt)
     folder = Path(folder)
     listed = _listed(folder / METADATA)

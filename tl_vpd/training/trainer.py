@@ -199,7 +199,9 @@ class Trainer:
         values, slope = self._minimality(self.world.add(sums), int(counts[0]), now)
         self.world.add(l0)
 
+        # Also what is no parameter of the optimizer's: followers, and gradients that a refused step has left.
         self.optimizer.zero_grad(set_to_none=True)
+        self.decomposition.zero_grad(set_to_none=True)
         values["faithfulness"] = self._faithfulness(c.delta / self.world.size)
         before = self.sources.updates
         reconstruction = torch.zeros(3, device=slope.device)

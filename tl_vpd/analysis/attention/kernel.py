@@ -13,7 +13,7 @@ Left out: scores that are not bilinear in q and k (qk-norm, caps) or depend on p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -189,18 +189,14 @@ def scores_of(
         found.append(scores.clone())
         raise _Seen
 
-    with _quiet(adapter):
-        handles = [
-            *adapter.tap(f"blocks.{layer}.attn.W_Q", _ignore, partial(put, q)),
-            *adapter.tap(f"blocks.{layer}.attn.W_K", _ignore, partial(put, k)),
-            tap_output(adapter.model.get_submodule(adapter.scores_hook(layer)), see),
-        ]
-        try:
-            with suppress(_Seen):
-                adapter.run(tokens, keep)
-        finally:
-            for handle in handles:
-                handle.remove()
+    point = adapter.model.get_submodule(adapter.scores_hook(layer))
+    with _quiet(adapter), ExitStack() as taps:
+        for weight, value in (("W_Q", q), ("W_K", k)):
+            for handle in adapter.tap(f"blocks.{layer}.attn.{weight}", _ignore, partial(put, value)):
+                taps.callback(handle.remove)
+        taps.callback(tap_output(point, see).remove)
+        with suppress(_Seen):
+            adapter.run(tokens, keep)
     if not found:
         raise Unsupported(f"Block {layer} ran without passing its scores through {adapter.scores_hook(layer)}.")
     return found[0]

@@ -172,17 +172,22 @@ def score_terms(
     bias = product(q_bias, k_sub + k_bias) + product(q_sub, k_bias)
     zero = torch.zeros_like(q_sub)
     position = scores_of(own.adapter, layer, zero, zero[:, :, :1], seen.tokens, seen.keep)
-    visible = unmasked(seen.scores)
+    scores = seen.scores
+    if seen.keep is not None:
+        # Queries at padding see nothing: what a model computes there depends on the side that is padded.
+        padding = ~seen.keep[:, None, :, None]
+        scores, position = (t.masked_fill(padding, -torch.inf) for t in (scores, position))
+    visible = unmasked(scores)
     subcomponents, delta, bias = (t.masked_fill(~visible, 0) for t in (subcomponents, delta, bias))
-    _check(seen.scores, subcomponents + delta + bias + position, visible, layer)
+    _check(scores, subcomponents + delta + bias + position, visible, layer)
     if chosen:
         of_q, of_k = own.columns(chosen)
         acts_q, acts_k = own.acts(own.q, seen.inputs)[..., of_q], own.acts(own.k, seen.inputs)[..., of_k]
         strengths = pair_strengths(acts_q, acts_k, between_writes(own, kernel, chosen), kernel.offsets)
         strengths = strengths.masked_fill(~visible, 0)
     else:
-        strengths = seen.scores.new_zeros(0, *seen.scores.shape)
-    return ScoreTerms(layer, seen.tokens, seen.scores, subcomponents, delta, bias, position, tuple(chosen), strengths)
+        strengths = scores.new_zeros(0, *scores.shape)
+    return ScoreTerms(layer, seen.tokens, scores, subcomponents, delta, bias, position, tuple(chosen), strengths)
 
 
 def _parts(layer: AttentionLayer, which: str, seen: Seen) -> tuple[Tensor, Tensor, Tensor]:

@@ -209,6 +209,10 @@ class _Edges:
             rows = rows[:, :-2]
         ids = self._sources(length)
         weights = rows * self.strength[ids]
+        if not bool(weights.isfinite().all()):
+            raise FloatingPointError(
+                f"Edges are not finite in {weights.dtype}: load the model in float32 for a graph of this prompt."
+            )
         at, source = (weights.abs() > self.min_weight).nonzero(as_tuple=True)
         self.found.append((ids[source].int(), targets[at].int(), weights[at, source]))
 

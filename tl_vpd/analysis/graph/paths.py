@@ -35,8 +35,8 @@ class Path:
 
 def shares(target: Int[Tensor, " edges"], weight: Float[Tensor, " edges"], nodes: int) -> Float[Tensor, " edges"]:
     """Each edge's size as a share of all that enters its target."""
-    size = weight.abs()
-    total = weight.new_zeros(nodes).index_add_(0, target.long(), size)
+    size = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
+    total = size.new_zeros(nodes).index_add_(0, target.long(), size)
     return size / total[target.long()]
 
 

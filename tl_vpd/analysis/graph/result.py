@@ -120,7 +120,7 @@ class AttributionGraph:
 
     def start(self) -> Float[Tensor, " nodes"]:
         """The logits' own weights: their probabilities, made to sum to 1 (a difference counts as its first token)."""
-        weights = torch.zeros_like(self.activation)
+        weights = torch.zeros_like(self.activation, dtype=torch.promote_types(self.activation.dtype, torch.float32))
         p = torch.tensor([max(t.probability, 1e-9) for t in self.logits]).to(weights)
         weights[self.kind == len(self.names) - 1] = p / p.sum()
         return weights
