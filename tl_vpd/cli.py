@@ -250,13 +250,14 @@ def evaluate_command(
         off_distribution={n: DataRecipe(tokens=p, key=key).first(target, rows) for n, p in _pairs("--slice", slices)},
         others={name: loaded(folder) for name, folder in _pairs("--other", others)},
     )
-    show(found)
     if save is not None:
         found.save(save)
-        out.print(f"Written: {save}")
     if html is not None:
         found.save_html(html, title=f"Evaluation of {decomposition}")
-        out.print(f"Written: {html}")
+    show(found)
+    for path in (save, html):
+        if path is not None:
+            out.print(f"Written: {path}")
 
 
 def _pairs(option: str, given: list[str] | None) -> list[tuple[str, str]]:

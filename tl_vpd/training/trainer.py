@@ -185,7 +185,7 @@ class Trainer:
 
         Raises:
             ValueError: there are more or fewer rows than the trainer was made for.
-            FloatingPointError: a loss is not finite (V, U and Γ have not been updated then).
+            FloatingPointError: a loss is not finite (V, U and Γ have not been updated then; the adversary may have been).
         """
         if len(tokens) != len(self.shares.rows):
             raise ValueError(f"This trainer takes {len(self.shares.rows)} rows a step, and was given {len(tokens)}.")
