@@ -109,7 +109,7 @@ def test_a_toy_is_judged_by_squared_errors(tmp_path: Path):
     assert own["kl"]["zero"] == pytest.approx(float(zero), rel=1e-4)
     assert "mse" in found.table().columns and "ce" not in found.table().columns
     assert own["left_out"] == {
-        "off_distribution": "no other data was given",
+        "slices": "no other data was given",
         "foresight": "the model puts out no next-token predictions",
     }
     found.save_html(tmp_path / "toy.html")
@@ -164,3 +164,14 @@ def test_the_model_is_left_as_it_was(kind: str):
     model.reset_hooks()
     model(tokens)
     assert fired == [name]
+
+
+def test_inference_mode_changes_nothing():
+    toy = TOYS["tms_5_2"]
+    model, x = toy.build(0), toy.batches(4, seed=0).at(0)
+    vpd = new_decomposition(model, VPDConfig(C=6, output="mse", gamma={"kind": "per_subcomponent_mlps", "hidden": 4}))
+    options = dict(budgets=(2,), adversary_budgets=(1,), controls=False, measures=("adversaries",))
+    expected = evaluate(vpd, model, x, **options).record
+    with torch.inference_mode():
+        found = evaluate(vpd, model, x.clone(), **options).record
+    assert found["kl"] == pytest.approx(expected["kl"]) and found["pgd_kl"] == pytest.approx(expected["pgd_kl"])

@@ -248,9 +248,7 @@ class Adapter(ABC):
             )
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         check_tokens(tokens, d_vocab=cfg.d_vocab, n_ctx=cfg.n_ctx)
-        if tokens.is_inference() and not torch.is_inference_mode_enabled():
-            tokens = tokens.clone()  # which autograd may save
-        return tokens.to(self.device)
+        return for_autograd(tokens).to(self.device)
 
     def token(self, text: str) -> int:
         """The number of the token that a text is.
@@ -303,6 +301,11 @@ class Adapter(ABC):
         self, see_tokens: Callable[[Tensor | None], None], see_attention_mask: Callable[[Tensor | None], None]
     ) -> list[Handle]:
         """Calls with the tokens and the attention mask of each forward pass as the layers get them (None: there is none)."""
+
+
+def for_autograd(tokens: Tensor) -> Tensor:
+    """Tokens that autograd may save: outside of inference mode a copy of an inference tensor, else themselves."""
+    return tokens.clone() if tokens.is_inference() and not torch.is_inference_mode_enabled() else tokens
 
 
 def check_tokens(tokens: Tensor, *, d_vocab: int, n_ctx: int) -> None:
