@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import GAMMA, decomposition_of, tiny_model
-from tl_vpd import VPDConfig
+from tl_vpd import Subcomponent, VPDConfig
 from tl_vpd.training import new_decomposition
 
 
@@ -72,3 +72,9 @@ def test_weights_with_nans_are_not_decomposed():
         model.blocks[1].mlp.W_in[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"blocks\.1\.mlp\.W_in holds values that are not finite"):
         decomposition_of(model)
+
+
+def test_a_subcomponent_below_0_does_not_exist():
+    vpd = decomposition_of(tiny_model())
+    with pytest.raises(IndexError, match=r"does not exist: blocks\.0\.attn\.W_K has 6 subcomponents, 0 to 5"):
+        vpd.subcomponent(Subcomponent("blocks.0.attn.W_K", -1))

@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from tests.tiny import tiny_model
 from tl_vpd import bundled
-from tl_vpd.recipe import DataRecipe, Recipe, own_device, text_windows
+from tl_vpd.recipe import DataRecipe, ModelRecipe, Recipe, own_device, text_windows
 
 
 def test_example_recipe_is_valid():
@@ -80,3 +80,42 @@ def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch):
     assert own_device("cuda") == "cuda:3"
     assert own_device("cpu") == "cpu"
     assert own_device("cuda:1") == "cuda:1"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "damaged, or no .npy file of numbers"),
+        (b"garbage", "damaged, or no .npy file of numbers"),
+    ],
+)
+def test_damaged_arrays_are_named(tmp_path: Path, content: bytes, message: str):
+    (tmp_path / "rows.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        DataRecipe(tokens=str(tmp_path / "rows.npy")).load(tiny_model())
+
+
+def test_several_arrays_and_text_of_another_encoding_are_refused(tmp_path: Path):
+    for i in range(2):
+        np.save(tmp_path / f"shard-{i}.npy", np.zeros((2, 3), dtype=np.int64))
+    with pytest.raises(ValueError, match="matches 2 files of arrays: give one"):
+        DataRecipe(tokens=str(tmp_path / "shard-*.npy")).load(tiny_model())
+    (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin.txt is no UTF-8 text"):
+        DataRecipe(tokens=str(tmp_path / "latin.txt")).load(bundled.model())
+
+
+def test_devices_and_options_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="device is 'gpu': give cpu, cuda"):
+        ModelRecipe(device="gpu").load()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="PyTorch sees no GPU here"):
+            ModelRecipe(device="cuda").load()
+    with pytest.raises(ValueError, match=r"model.options \(fold_ln\): the bundled model takes none"):
+        ModelRecipe(options={"fold_ln": False}).load()
+
+
+def test_a_key_that_is_no_name_is_refused(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("1: 2\n")
+    with pytest.raises(ValueError, match=r"recipe\.yaml: "):
+        Recipe.read(tmp_path / "recipe.yaml")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.tiny import decomposition_of
+from tests.tiny import decomposition_of, tiny_model
 from tl_vpd import Decomposition
 from tl_vpd.storage import CONFIG, TENSORS, _sha256, write_atomically
 
@@ -169,3 +170,15 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_temporary_one(tmp_path):
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, fail)
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_record_that_cannot_be_written_leaves_the_folder_as_it_was(tmp_path):
+    vpd = decomposition_of(tiny_model(torch.float32))
+    vpd.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    vpd.record["metrics"] = {"kl": np.float32(0.1)}
+    with torch.no_grad():
+        vpd.V["blocks.0.attn.W_K"].mul_(1.01)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        vpd.save(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

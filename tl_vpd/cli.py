@@ -106,9 +106,9 @@ def train(
         log_every=output.log_every,
     )
     if run.finished:
-        out.print(f"Finished: {output.folder / 'decomposition'}")
+        out.print(f"Finished: {output.folder / 'decomposition'}", markup=False)
     else:
-        out.print(f"Stopped and saved; go on with: tl-vpd train {recipe} --resume")
+        out.print(f"Stopped and saved; go on with: tl-vpd train {recipe} --resume", markup=False)
         raise typer.Exit(130)
 
 
@@ -142,8 +142,10 @@ def plan(
     own = own.changed("runtime", micro_batch=micro_batch, sharding=sharding)
     numbers = {"layers": layers, "d_model": d_model, "heads": heads, "d_mlp": d_mlp, "vocabulary": vocabulary}
     given = {name: value for name, value in numbers.items() if value is not None}
-    if recipe is not None and given:
-        raise ValueError(f"{recipe} says which model: leave out {_options(given)}.")
+    more = {"kv_heads": kv_heads, "gated": gated or None, "itemsize": None if itemsize == 4 else itemsize}
+    of_model = {**given, **{name: value for name, value in more.items() if value is not None}}
+    if recipe is not None and of_model:
+        raise ValueError(f"{recipe} says which model: leave out {_options(of_model)}.")
     if recipe is None and len(given) < len(numbers):
         missing = {name: None for name in numbers if name not in given}
         raise ValueError(f"Give a recipe, or the model's numbers too: {_options(missing)}.")
@@ -216,7 +218,7 @@ def evaluate_command(
     """Evaluate a decomposition: what is wrong with it, mask modes, adversaries, aggregation, transfer, controls."""
     from tl_vpd import Decomposition, bundled
     from tl_vpd.evaluation import MEASURES, evaluate
-    from tl_vpd.recipe import DataRecipe, ModelRecipe
+    from tl_vpd.recipe import DataRecipe, ModelRecipe, usable_device
 
     try:
         steps = [int(b) for b in budgets.split(",") if b.strip()]
@@ -226,6 +228,10 @@ def evaluate_command(
     for path in (save, html):
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path} cannot be written: {path.parent} is no folder.")
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: give the name of a file.")
+
+    device = usable_device(device)
 
     def loaded(name: str) -> Decomposition:
         return bundled.decomposition(device=device) if name == "bundled" else Decomposition.load(name, device=device)
@@ -257,7 +263,7 @@ def evaluate_command(
     show(found)
     for path in (save, html):
         if path is not None:
-            out.print(f"Written: {path}")
+            out.print(f"Written: {path}", markup=False)
 
 
 def _pairs(option: str, given: list[str] | None) -> list[tuple[str, str]]:

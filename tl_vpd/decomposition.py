@@ -105,7 +105,7 @@ class Decomposition(nn.Module):
         found = Subcomponent.parse(address)
         if found.site not in self.sites:
             raise KeyError(f"{found.site!r} is not a decomposed site{nearest(found.site, self.sites)}.")
-        if found.index >= self.counts[found.site]:
+        if not 0 <= found.index < self.counts[found.site]:
             raise IndexError(
                 f"{found} does not exist: {found.site} has {self.counts[found.site]} subcomponents, 0 to "
                 f"{self.counts[found.site] - 1}."

@@ -53,8 +53,10 @@ class ModelRecipe(_Frozen):
         if self.name == "bundled":
             from tl_vpd import bundled
 
-            return bundled.model(kind=self.kind, device=own_device(self.device))
-        return load_model(self.name, kind=self.kind, device=own_device(self.device), **self.options)
+            if self.options:
+                raise ValueError(f"model.options ({', '.join(self.options)}): the bundled model takes none.")
+            return bundled.model(kind=self.kind, device=usable_device(self.device))
+        return load_model(self.name, kind=self.kind, device=usable_device(self.device), **self.options)
 
 
 class DataRecipe(_Frozen):
@@ -84,13 +86,15 @@ class DataRecipe(_Frozen):
         if not paths:
             raise FileNotFoundError(f"No file matches data.tokens = {self.tokens!r}.")
         if paths[0].suffix in (".npy", ".safetensors"):
+            if len(paths) > 1:
+                raise ValueError(f"data.tokens = {self.tokens!r} matches {len(paths)} files of arrays: give one.")
             rows = _read_array(paths[0], self.key)
             if rows.ndim != 2 or rows.dtype.kind not in "iu":
                 raise ValueError(f"{paths[0]} holds {rows.dtype} of shape {rows.shape}; integers [n, pos] are needed.")
             return (
                 rows[:, :length] if isinstance(rows, np.memmap) else torch.from_numpy(rows[:, :length].astype(np.int64))
             )
-        return text_windows(model, [p.read_text(encoding="utf-8") for p in paths], length)
+        return text_windows(model, [_read_text(p) for p in paths], length)
 
     def first(self, model: Any, n: int) -> Int[Tensor, "_ pos"]:
         """The first ``n`` rows, in memory."""
@@ -156,7 +160,7 @@ class Recipe(_Frozen):
                 f"{path} holds a {type(content).__name__}; keys model, data, algorithm, runtime and output are needed."
             )
         try:
-            return cls(**content)
+            return cls.model_validate(content)
         except ValidationError as error:
             raise ValueError(f"{path}: {_sentence(error)}") from error
 
@@ -178,6 +182,21 @@ def _sentence(error: ValidationError) -> str:
     return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
 
 
+def usable_device(device: str) -> str:
+    """A device's name, ``cuda`` as that of this process.
+
+    Raises:
+        ValueError: PyTorch knows no such device, or has none here.
+    """
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"device is {device!r}: give cpu, cuda, cuda:0, ...") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device is {device!r}, and PyTorch sees no GPU here: use cpu.")
+    return own_device(device)
+
+
 def own_device(device: str) -> str:
     """``cuda`` as the device of this process, where ``torchrun`` started several."""
     rank = os.environ.get("LOCAL_RANK")
@@ -186,7 +205,10 @@ def own_device(device: str) -> str:
 
 def _read_array(path: Path, key: str) -> np.ndarray:
     if path.suffix == ".npy":
-        return np.load(path, allow_pickle=False, mmap_mode="r")
+        try:
+            return np.load(path, allow_pickle=False, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is damaged, or no .npy file of numbers.") from error
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -194,6 +216,13 @@ def _read_array(path: Path, key: str) -> np.ndarray:
     if key not in tensors:
         raise ValueError(f"{path} has no tensor {key!r}; it has {', '.join(tensors)}. Set data.key.")
     return tensors[key]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no UTF-8 text ({error.reason} at byte {error.start}).") from error
 
 
 def text_windows(model: Any, texts: list[str], length: int) -> Int[Tensor, "n pos"]:

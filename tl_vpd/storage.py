@@ -73,7 +73,6 @@ def save(decomposition: Decomposition, folder: Path, *, dtype: torch.dtype | Non
     """See ``Decomposition.save``; raises OSError if the folder cannot be written."""
     folder.mkdir(parents=True, exist_ok=True)
     named = {k: t.to("cpu", dtype or t.dtype).contiguous() for k, t in tensors_of(decomposition).items()}
-    write_atomically(folder / TENSORS, lambda p: save_file(named, p))
     record = {"versions": library_versions(), **decomposition.record}
     config = {
         "format_version": FORMAT_VERSION,
@@ -84,10 +83,11 @@ def save(decomposition: Decomposition, folder: Path, *, dtype: torch.dtype | Non
         "C": decomposition.counts,
         "gamma": decomposition.gamma_config.model_dump(),
         "fingerprints": {k: f.model_dump() for k, f in decomposition.fingerprints.items()},
-        "sha256": _sha256(folder / TENSORS),
         **record,
     }
-    write_json(folder / CONFIG, config)
+    json.dumps(config)  # what cannot be written down is found out before anything is replaced
+    write_atomically(folder / TENSORS, lambda p: save_file(named, p))
+    write_json(folder / CONFIG, {**config, "sha256": _sha256(folder / TENSORS)})
     return folder
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -175,3 +176,14 @@ def test_inference_mode_changes_nothing():
     with torch.inference_mode():
         found = evaluate(vpd, model, x.clone(), **options).record
     assert found["kl"] == pytest.approx(expected["kl"]) and found["pgd_kl"] == pytest.approx(expected["pgd_kl"])
+
+
+def test_what_does_not_fit_beside_is_refused_before_anything_is_measured(monkeypatch):
+    model = tiny_model(torch.float32)
+    vpd, tokens = decomposition_of(model), some_tokens()
+    module = sys.modules["tl_vpd.evaluation.evaluate"]
+    monkeypatch.setattr(module, "record_of", lambda *a, **k: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="Decomposition 'o': These are no decompositions of the same weights"):
+        evaluate(vpd, model, tokens, others={"o": decomposition_of(model, sites="*.W_Q")})
+    with pytest.raises(ValueError, match="Slice 'x': Tokens run from"):
+        evaluate(vpd, model, tokens, off_distribution={"x": tokens + 100})

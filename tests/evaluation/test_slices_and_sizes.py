@@ -111,3 +111,12 @@ def test_no_row_to_attack_is_refused():
     model = tiny_model(torch.float32)
     with pytest.raises(ValueError, match="attack_rows=0: at least one row is attacked"):
         evaluate(decomposition_of(model), model, some_tokens(), budgets=(2,), attack_rows=0, measures=())
+
+
+def test_sizes_go_on_where_a_first_state_was_cut_off(tmp_path: Path):
+    model = tiny_model(torch.float32)
+    config = VPDConfig(steps=2, batch_size=2, C=2, gamma=GAMMA, warm_up_steps=0)
+    (tmp_path / "C-1" / "state").mkdir(parents=True)
+    (tmp_path / "C-1" / "state" / ".step-00000000.safetensors.1.tmp").write_bytes(b"cut")
+    found = train_sizes(model, some_tokens(shape=(4, 6)), config, factors=[1], out=tmp_path, progress=False)
+    assert list(found) == [1]

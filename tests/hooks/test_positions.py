@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -128,3 +129,34 @@ def test_a_position_that_does_not_exist_is_said(model, vpd, tokens):
         with pytest.raises(IndexError, match=r"outside the 7 positions at blocks\.0\.hook_q_delta_mask"):
             model.run_with_hooks(tokens, fwd_hooks=vpd.delta_hooks(0.0, pos=[1, -8]))
         assert torch.equal(model(tokens), tiny_model()(tokens))
+
+
+@pytest.mark.parametrize(
+    ("given", "same"),
+    [
+        (torch.tensor([False, True, False, True, False, False, False]), [1, 3]),
+        (np.array([False, True, False, True, False, False, False]), [1, 3]),
+        (torch.tensor([1, 3]), [1, 3]),
+        (np.array([1, -1]), [1, 6]),
+        (torch.tensor(3), [3]),
+        (np.int64(3), [3]),
+        (range(2, 5), [2, 3, 4]),
+    ],
+    ids=str,
+)
+def test_positions_may_be_tensors_arrays_and_masks(model, vpd, tokens, given, same):
+    with torch.no_grad(), vpd.attach(model) as attached:
+        with attached.masked("zero", pos=same):
+            expected = model(tokens)
+        with attached.masked("zero", pos=given):
+            assert torch.equal(model(tokens), expected)
+        hooks = [vpd.ablation_hooks([f"{OUT}:1"], pos=own) for own in (given, same)]
+        one, two = (model.run_with_hooks(tokens, fwd_hooks=own) for own in hooks)
+        assert torch.equal(one, two) and not torch.equal(one, model(tokens))
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor([1.0]), np.zeros((2, 7), dtype=bool)], ids=str)
+def test_what_is_no_position_is_refused(model, vpd, tokens, wrong):
+    refused = pytest.raises(TypeError, match="give an index, a slice, a sequence of indices, or a mask of one axis")
+    with vpd.attach(model) as attached, attached.masked("zero", pos=wrong), refused:
+        model(tokens)

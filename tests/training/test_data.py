@@ -223,3 +223,26 @@ def test_tokens_of_a_file_that_do_not_fit_the_model_are_found_before_anything_is
     with pytest.raises(ValueError, match=r"outside the vocabulary 0\.\.10"):
         decompose(tiny_model(), np.load(tmp_path / "tokens.npy", mmap_mode="r"), config, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_large_seeds_are_taken_and_small_ones_stay_what_they_were():
+    rows = torch.arange(40).view(10, 4)
+    assert batches_of(rows, 3, 20240101123456789).at(0).shape == (3, 4)
+    generator = torch.Generator().manual_seed(7 * 1_000_003)
+    assert torch.equal(batches_of(rows, 3, 7).at(0), rows[torch.randperm(10, generator=generator)[:3]])
+
+
+def test_vectors_with_gradients_are_taken_as_numbers():
+    x = torch.randn(6, 4, requires_grad=True)
+    data = batches_of(x * 2, 2, 0)
+    assert not data.at(0).requires_grad and len(data.describe()["sha256"]) == 64
+    half = batches_of(x.detach().bfloat16(), 2, 0)
+    assert half.at(0).dtype == torch.bfloat16 and len(half.describe()["sha256"]) == 64
+
+
+def test_texts_without_a_list_and_datasets_without_text_are_named():
+    with pytest.raises(ValueError, match="A row is a text: pass a list of strings, or a split of the dataset"):
+        batches_of(("a", "b"), 1, 0).at(0)
+    dataset = datasets.Dataset.from_dict({"content": ["a b c"] * 4})
+    with pytest.raises(ValueError, match="The dataset has content; 'tokens', 'input_ids' or 'text' is needed"):
+        batches_of(dataset, 1, 0, tokenizer=object(), context=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 import signal
 
 import pandas as pd
@@ -272,3 +273,31 @@ def test_resuming_on_other_rows_is_refused(target, rows, config, tmp_path):
         decompose(
             target, rows.flip(0), config.model_copy(update={"steps": 2}), out=tmp_path, resume=True, progress=False
         )
+
+
+@pytest.mark.parametrize("name", ["save_every", "log_every", "keep_states", "micro_batch"])
+def test_counts_below_1_are_refused_before_anything_is_written(target, rows, config, tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}=0: at least 1 is needed"):
+        decompose(target, rows, config, out=tmp_path / "run", progress=False, **{name: 0})
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_without_its_states_is_not_written_over(target, rows, config, tmp_path):
+    decompose(target, rows, config, out=tmp_path, progress=False)
+    shutil.rmtree(tmp_path / "state")
+    before = (tmp_path / "decomposition" / "config.json").read_bytes()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        decompose(target, rows, config.model_copy(update={"seed": 1}), out=tmp_path, progress=False)
+    assert (tmp_path / "decomposition" / "config.json").read_bytes() == before
+
+
+def test_a_last_update_that_is_not_finite_is_no_result(target, rows, config, tmp_path):
+    own = config.model_copy(update={"lr": 1e38, "steps": 1, "warm_up_steps": 0})
+    with pytest.raises(FloatingPointError, match="nothing was written as the result"):
+        decompose(target, rows, own, out=tmp_path, progress=False)
+    assert not (tmp_path / "decomposition").exists()
+
+
+def test_the_same_rows_in_another_width_are_the_same(target, rows, config, tmp_path):
+    decompose(target, rows.numpy().astype("uint16"), config, out=tmp_path, progress=False)
+    assert decompose(target, rows, config, out=tmp_path, resume=True, progress=False).finished

@@ -62,10 +62,7 @@ def consistency(
     Raises:
         ValueError: the two do not decompose the same sites.
     """
-    if {s: (x.d_in, x.d_out) for s, x in one.sites.items()} != {s: (x.d_in, x.d_out) for s, x in two.sites.items()}:
-        lacking = sorted(set(one.sites) ^ set(two.sites))
-        what = f"{', '.join(lacking)} stand in one alone" if lacking else "their sites have other shapes"
-        raise ValueError(f"These are no decompositions of the same weights: {what}.")
+    check_same_sites(one, two)
     rows = []
     for name in one.sites:
         parts = []
@@ -100,3 +97,11 @@ def _both_ways(V: Tensor, U: Tensor, other_V: Tensor, other_U: Tensor) -> dict[s
 
 def _like(t: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(t.shape, generator=generator, dtype=t.dtype)
+
+
+def check_same_sites(one: Decomposition, two: Decomposition) -> None:
+    """Raises ValueError where two decompositions are of other sites or shapes."""
+    if {s: (x.d_in, x.d_out) for s, x in one.sites.items()} != {s: (x.d_in, x.d_out) for s, x in two.sites.items()}:
+        lacking = sorted(set(one.sites) ^ set(two.sites))
+        what = f"{', '.join(lacking)} stand in one alone" if lacking else "their sites have other shapes"
+        raise ValueError(f"These are no decompositions of the same weights: {what}.")

@@ -22,6 +22,7 @@ from tl_vpd.adapters import adapt
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.adversaries import EXPLANATIONS
+from tl_vpd.evaluation.consistency import check_same_sites
 from tl_vpd.evaluation.controls import controls_of
 from tl_vpd.evaluation.record import record_of
 from tl_vpd.evaluation.report import Evaluation
@@ -90,6 +91,7 @@ def evaluate(
         if name not in MEASURES:
             raise KeyError(f"{name!r} is no measure{nearest(name, MEASURES)}. Measures: {', '.join(MEASURES)}.")
     tokens = adapt(model).tokens(tokens)
+    _check_beside(decomposition, model, off_distribution or {}, others or {})
     weights = {name: adapt(model).weight(name) for name in decomposition.sites}
     before = {name: W.clone() for name, W in weights.items()}
     scope = Scope(measures, attack_rows, min(budgets, default=0), batch_size, seed)
@@ -135,3 +137,19 @@ def evaluate(
     record["settings"] = {"seed": seed, "attack_rows": attack_rows, "explanations": EXPLANATIONS}
     record["versions"] = library_versions()
     return Evaluation(record)
+
+
+def _check_beside(
+    decomposition: Decomposition, model: nn.Module, slices: Mapping[str, Any], others: Mapping[str, Decomposition]
+) -> None:
+    """Refuses what is to be set beside before anything is measured."""
+    for name, other in others.items():
+        try:
+            check_same_sites(decomposition, other)
+        except ValueError as error:
+            raise ValueError(f"Decomposition {name!r}: {error}") from error
+    for name, rows in slices.items():
+        try:
+            adapt(model).tokens(rows)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"Slice {name!r}: {error}") from error

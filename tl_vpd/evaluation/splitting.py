@@ -29,6 +29,7 @@ from tl_vpd.hooks.modes import masks_of_mode
 from tl_vpd.site import select
 from tl_vpd.training import VPDConfig, decompose
 from tl_vpd.training.config import counts_for
+from tl_vpd.training.state import latest_state
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 
@@ -99,7 +100,7 @@ def train_sizes(
             if found[factor].record.get("training") != scaled.model_dump(mode="json"):
                 raise ValueError(f"{folder} holds a run with other settings: choose another folder with out=.")
             continue
-        resume = folder is not None and (folder / "state").is_dir() and any((folder / "state").iterdir())
+        resume = folder is not None and latest_state(folder / "state") is not None
         run = decompose(model, tokens, scaled, out=folder, resume=resume, **options)
         if not run.finished:
             raise InterruptedError(f"The run with {factor:g} times C was stopped: call again to go on.")
@@ -119,7 +120,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     own = parser.parse_args(arguments)
     recipe = Recipe.read(own.recipe)
     model = recipe.model.load()
-    found = train_sizes(model, recipe.data.load(model), recipe.algorithm, factors=own.factors, out=recipe.output.folder)
+    rows, output = recipe.data.load(model), recipe.output
+    options = {**recipe.runtime.model_dump(), **output.model_dump(include={"save_every", "keep_states", "log_every"})}
+    found = train_sizes(model, rows, recipe.algorithm, factors=own.factors, out=output.folder, **options)
     table = sizes(found, model, recipe.data.first(model, own.rows))
     Console(soft_wrap=True).print(table.round(4).to_string(), markup=False)
     if own.out is not None:

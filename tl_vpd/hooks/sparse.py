@@ -14,14 +14,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.adapters.versions import HookPoint
 
-Positions = int | slice | Sequence[int] | None
-"""Positions of each forward pass: an index, a slice, several indices, or None for all."""
+Positions = int | np.integer | slice | Sequence[int] | Tensor | np.ndarray | None
+"""Positions of each forward pass: an index, a slice, several indices, a mask ``[pos]``, or None for all."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,22 @@ class Sparse(ABC):
 
 
 def rows_of(pos: Positions, n: int, device: torch.device, name: str) -> Tensor:
-    """Positions as indices below ``n``; raises IndexError where there is no such position."""
+    """Positions as indices below ``n``.
+
+    Raises:
+        IndexError: there is no such position. TypeError: these are no positions.
+    """
     if pos is None or isinstance(pos, slice):
         chosen = range(n)[slice(None) if pos is None else pos]
         return torch.arange(chosen.start, chosen.stop if chosen else chosen.start, chosen.step, device=device)
+    alone = isinstance(pos, int | Tensor | np.ndarray | np.generic)
+    index = torch.as_tensor(pos if alone else list(pos), device=device)  # type: ignore[arg-type]
+    if not index.numel() and index.dtype != torch.bool:
+        index = index.long()
+    if index.is_floating_point() or index.ndim > 1:
+        raise TypeError(f"pos={pos}: give an index, a slice, a sequence of indices, or a mask of one axis.")
     try:
-        return torch.arange(n, device=device)[[pos] if isinstance(pos, int) else list(pos)]
+        return torch.arange(n, device=device)[index.reshape(-1)]
     except IndexError as error:
         raise IndexError(f"pos={pos} is outside the {n} positions at {name}.") from error
 

@@ -15,7 +15,7 @@ from tl_vpd.site import Site, by_pattern
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class AdversaryConfig(_Frozen):

@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import count, islice
 from typing import Any, Protocol, runtime_checkable
 
@@ -84,6 +84,7 @@ class TokenBatches:
     ) -> None:
         if len(tokens) < batch_size:
             raise ValueError(f"There are {len(tokens)} rows of tokens and batch_size is {batch_size}: give more rows.")
+        tokens = tokens.detach() if isinstance(tokens, Tensor) else tokens
         self.tokens, self.batch_size, self.seed, self.own = tokens, batch_size, seed, own
         self.context = 1 if _holds_vectors(tokens) and len(tokens.shape) == 2 else int(tokens.shape[1])
         self.per_epoch = len(tokens) // batch_size
@@ -100,7 +101,7 @@ class TokenBatches:
         epoch, index = divmod(step, self.per_epoch)
         if epoch != self._epoch:
             # A large odd multiplier keeps the streams of different seeds apart.
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            generator = torch.Generator().manual_seed(_in_64_bits(self.seed * 1_000_003 + epoch))
             self._order = torch.randperm(len(self.tokens), generator=generator)
             self._epoch = epoch
         return self._rows(self._order[index * self.batch_size : (index + 1) * self.batch_size][self.own])
@@ -120,9 +121,13 @@ class TokenBatches:
 
     def describe(self) -> dict[str, Any]:
         """Rows, context, and a checksum of them all (of a sample of rows, where they are memory-mapped)."""
-        rows = self.tokens.cpu().numpy() if isinstance(self.tokens, Tensor) else self.tokens
+        rows = self.tokens
+        if isinstance(rows, Tensor):
+            rows = (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).cpu().numpy()
         if not isinstance(rows, np.ndarray) or isinstance(rows, np.memmap):
             rows = rows[_spread(len(rows))]
+        # The same tokens in another width are the same tokens.
+        rows = rows.astype(np.int64) if np.issubdtype(rows.dtype, np.integer) else rows
         digest = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
         return {"rows": len(self.tokens), "context": self.context, "sha256": digest}
 
@@ -130,6 +135,11 @@ class TokenBatches:
         """Ends the thread, if there is one."""
         if self._ahead is not None:
             self._ahead.close()
+
+
+def _in_64_bits(seed: int) -> int:
+    """A seed that PyTorch takes: itself, where it does."""
+    return seed if -(1 << 63) <= seed < 1 << 63 else seed % (1 << 63)
 
 
 def _spread(n: int) -> np.ndarray:
@@ -232,7 +242,11 @@ class OwnRows:
 
 def _row(row: Any) -> Tensor:
     """A row as int64 tokens: a tensor, an array, a list, or a mapping with ``tokens`` or ``input_ids``."""
-    if isinstance(row, dict):
+    if isinstance(row, str):
+        raise ValueError(
+            "A row is a text: pass a list of strings, or a split of the dataset, such as dataset['train']."
+        )
+    if isinstance(row, Mapping):
         key = "tokens" if "tokens" in row else "input_ids"
         if key not in row:
             raise ValueError(f"A row has {', '.join(row)}; 'tokens' or 'input_ids' is needed.")
@@ -287,6 +301,8 @@ def batches_of(
         if column is None:
             if tokenizer is None or context is None:
                 raise ValueError("The dataset holds text and this model has no tokenizer: pass a dataset of tokens.")
+            if "text" not in (names := data.column_names or list(next(iter(data)))):
+                raise ValueError(f"The dataset has {', '.join(names)}; 'tokens', 'input_ids' or 'text' is needed.")
             data = tokenised(data, tokenizer, context)
             column = "tokens"
         return (

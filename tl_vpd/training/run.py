@@ -147,6 +147,10 @@ def decompose(
         FloatingPointError: a loss is not finite; the last saved state is intact.
     """
     config = config or VPDConfig()
+    counts = {"save_every": save_every, "log_every": log_every, "keep_states": keep_states, "micro_batch": micro_batch}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value}: at least 1 is needed.")
     adapter = adapt(model)
     folder = None if out is None else Path(out)
     with world(adapter.device) as processes, closing(_batches(adapter, tokens, config, context, processes)) as batches:
@@ -191,6 +195,10 @@ def decompose(
             _train(trainer, batches, adapter, files, history, interrupted, log_every, progress and processes.first)
             finished = trainer.done >= config.steps
         shares.end(decomposition)
+        if finished and not all(bool(p.isfinite().all()) for p in decomposition.parameters()):
+            raise FloatingPointError(
+                "The last update gave numbers that are not finite; nothing was written as the result."
+            )
         if folder is not None and finished and processes.first:
             decomposition.save(folder / "decomposition")
         processes.wait()
@@ -290,7 +298,8 @@ def _find_state(folder: Path, resume: bool) -> Path | None:
     state = latest_state(folder / "state")
     if resume and state is None:
         raise FileNotFoundError(f"{folder} holds no training state to resume from; start without resume.")
-    if state is not None and not resume:
+    there = state is not None or (folder / "decomposition").exists() or (folder / "metrics.jsonl").exists()
+    if there and not resume:
         raise FileExistsError(
             f"{folder} holds a run already: pass resume=True to go on with it, or choose another folder."
         )
