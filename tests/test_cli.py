@@ -182,3 +182,19 @@ def test_demo_refuses_a_folder_it_cannot_write_before_it_starts(tmp_path: Path):
     found = call("demo", "--out", tmp_path / "file" / "demo")
     assert found.exit_code == 2
     assert "The bundled model" not in found.output
+
+
+def test_options_that_a_recipe_or_a_folder_rules_out_are_refused(tmp_path: Path):
+    own = recipe(tmp_path)
+    found = call("plan", own, "--itemsize", "8", "--gated", "--kv-heads", "1")
+    assert found.exit_code == 2
+    assert "says which model: leave out --kv-heads, --gated, --itemsize" in found.output.replace("\n", " ")
+    assert "is a folder: give the name of a file" in call("eval", "bundled", "--out", tmp_path).output
+    assert "give cpu, cuda, cuda:0" in call("eval", "bundled", "--device", "gpu").output
+
+
+def test_a_folder_whose_name_looks_like_markup_is_printed_as_it_is(tmp_path: Path):
+    folder = tmp_path / "a[" / "b]"
+    found = call("train", recipe(tmp_path, output=f"{{folder: '{folder}'}}"))
+    assert found.exit_code == 0, found.output
+    assert f"Finished: {folder / 'decomposition'}" in found.output
