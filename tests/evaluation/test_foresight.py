@@ -47,7 +47,7 @@ def test_what_is_attached_already_is_used_or_said():
         assert "foresight" in evaluate(vpd, model, tokens, **quick).record["tables"]
     with vpd.attach(model, sites="*.mlp.*"):
         with pytest.raises(
-            ValueError, match=r"attached to this model already \(at some sites alone\): detach it first"
+            ValueError, match="The decomposition is attached to this model at some sites alone: detach it first"
         ):
             foresight(vpd, model, tokens, positions=[2])
         assert "at some sites alone" in evaluate(vpd, model, tokens, **quick).record["left_out"]["foresight"]

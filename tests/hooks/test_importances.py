@@ -115,7 +115,10 @@ def test_inputs_elsewhere_are_served_there(model, vpd, tokens):
     assert vpd.device.type == "cpu" and all(p.device.type == "cpu" for p in vpd.parameters())
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(),
+    reason="a decomposition on the CPU beside a model on a GPU needs a GPU; meta tensors stand in above",
+)
 def test_a_decomposition_on_the_cpu_serves_a_model_on_a_gpu():
     model, vpd = tiny_model(torch.float32), decomposition_of(tiny_model(torch.float32))
     expected = evaluate(vpd, model, some_tokens(), budgets=(2,), measures=()).record

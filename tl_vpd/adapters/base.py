@@ -248,7 +248,7 @@ class Adapter(ABC):
             )
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         check_tokens(tokens, d_vocab=cfg.d_vocab, n_ctx=cfg.n_ctx)
-        return for_autograd(tokens).to(self.device)
+        return savable(tokens).to(self.device)
 
     def token(self, text: str) -> int:
         """The number of the token that a text is.
@@ -287,7 +287,7 @@ class Adapter(ABC):
             attention_mask = get_attention_mask(tokenizer, tokens, bool(self.model.cfg.default_prepend_bos))
         if tokens is not None:
             attention_mask = attention_mask[:, -tokens.shape[1] :]
-        keep = attention_mask.bool().to(self.device)
+        keep = savable(attention_mask).bool().to(self.device)
         return None if bool(keep.all()) else keep
 
     # -- taps --------------------------------------------------------------------------------------------------------
@@ -303,9 +303,10 @@ class Adapter(ABC):
         """Calls with the tokens and the attention mask of each forward pass as the layers get them (None: there is none)."""
 
 
-def for_autograd(tokens: Tensor) -> Tensor:
-    """Tokens that autograd may save: outside of inference mode a copy of an inference tensor, else themselves."""
-    return tokens.clone() if tokens.is_inference() and not torch.is_inference_mode_enabled() else tokens
+def savable(value: Any) -> Any:
+    """Where inference mode is off, a copy of an inference tensor, which autograd may save; anything else as it is."""
+    inference = isinstance(value, Tensor) and value.is_inference()
+    return value.clone() if inference and not torch.is_inference_mode_enabled() else value
 
 
 def check_tokens(tokens: Tensor, *, d_vocab: int, n_ctx: int) -> None:

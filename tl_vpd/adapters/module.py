@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_vpd.adapters.base import Adapter, for_autograd
+from tl_vpd.adapters.base import Adapter, savable
 from tl_vpd.adapters.linears import oriented, overwrite, why_not
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_product
 from tl_vpd.site import Site
@@ -88,7 +88,7 @@ class ModuleAdapter(Adapter):
             raise TypeError(
                 f"The input is a {type(prompts).__name__}; a {type(self.model).__name__} takes a tensor here."
             )
-        return for_autograd(prompts).to(self.device)
+        return savable(prompts).to(self.device)
 
     def padding(self, tokens: Tensor | None, attention_mask: Tensor | None) -> None:
         """Nothing is padded."""

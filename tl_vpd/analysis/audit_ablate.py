@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.analysis.audit_places import Place, Universe
-from tl_vpd.hooks.registry import attached_to
+from tl_vpd.hooks.registry import attached_to, own_attachment
 from tl_vpd.hooks.tapped import frozen, users_hooks_aside
 
 if TYPE_CHECKING:
@@ -83,14 +83,11 @@ class AblatedModel:
         self._slices = universe.slices()
 
     def __enter__(self) -> AblatedModel:
-        attached = attached_to(self.model)
         if self.decomposition is None:
-            if attached is not None:
-                self._stack.enter_context(attached.paused())
-        elif attached is None:
+            if (other := attached_to(self.model)) is not None:
+                self._stack.enter_context(other.paused())
+        elif (attached := own_attachment(self.decomposition, self.model)) is None:
             self._stack.enter_context(self.decomposition.attach(self.model, hooks=("component_acts", "delta_mask")))
-        elif attached.decomposition is not self.decomposition:
-            raise ValueError("Another decomposition is attached to this model: detach it first.")
         elif attached._passes.plans:
             raise ValueError("The model runs masked here: audit it outside of masked() and kept().")
         # After attaching: what is put aside comes back as the dictionaries it was in.

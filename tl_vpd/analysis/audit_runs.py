@@ -15,7 +15,6 @@ from tl_vpd.adapters import adapt
 from tl_vpd.analysis.audit_ablate import AblatedModel, Reference
 from tl_vpd.analysis.audit_places import Universe, universe_of
 from tl_vpd.analysis.nodes import Node
-from tl_vpd.hooks.passes import savable
 from tl_vpd.masking import fresh_pgd
 from tl_vpd.site import Subcomponent
 
@@ -149,7 +148,7 @@ def auditor(
         circuit = tuple(Node.parse(node) for node in nodes)
         universe = universe_of(adapter, circuit, decomposition, among)
         tokens = adapter.tokens(prompts)
-        keep = adapter.padding(tokens, savable(attention_mask))
+        keep = adapter.padding(tokens, attention_mask)
         others, others_keep = tokens, keep
         if reference_tokens is not None:
             others = adapter.tokens(reference_tokens)

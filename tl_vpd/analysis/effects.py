@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.hooks.importances import causal_importances
-from tl_vpd.hooks.registry import attached_to
+from tl_vpd.hooks.registry import own_attachment
 from tl_vpd.hooks.sparse import AblateEach, Positions
 from tl_vpd.site import Subcomponent, nearest
 
@@ -65,9 +65,7 @@ def ablation_table(
         KeyError, IndexError, ValueError: a subcomponent or position does not exist; the metric gives no single number; another
             decomposition is attached to the model.
     """
-    attached = attached_to(model)
-    if attached is not None and attached.decomposition is not decomposition:
-        raise ValueError("Another decomposition is attached to this model: detach it first.")
+    attached = own_attachment(decomposition, model)
     adapter = adapt(model)
     tokens = adapter.tokens(prompts)
     keep = adapter.padding(tokens, attention_mask)

@@ -9,7 +9,7 @@ prefix alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import pandas as pd
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.hooks.attached import Attached
 from tl_vpd.hooks.registry import attached_to
 from tl_vpd.hooks.tapped import users_hooks_aside
 
@@ -47,8 +46,12 @@ def foresight(
     beyond = [p for p in positions if not 0 <= p < tokens.shape[1] - 1]
     if beyond:
         raise IndexError(f"Positions {beyond} have no next token in rows of {tokens.shape[1]} tokens.")
-    rows = []
-    with users_hooks_aside(adapt(model)), _attached(decomposition, model) as attached:
+    other = in_the_way(decomposition, model)
+    if other:
+        raise ValueError(f"{other[0].upper()}{other[1:]}: detach it first.")
+    rows, own = [], attached_to(model)
+    serving = decomposition.attach(model) if own is None else nullcontext(own)
+    with users_hooks_aside(adapt(model)), serving as attached:
         with attached.paused():
             clean = model(tokens).float().log_softmax(-1)
         with attached.masked(mode, threshold=threshold, seed=seed):
@@ -70,23 +73,15 @@ def foresight(
     return pd.DataFrame(rows).set_index("position")
 
 
-def cannot_attach(decomposition: Decomposition, model: nn.Module) -> str:
-    """Why what is attached to the model is in the way (empty: it is not)."""
+def in_the_way(decomposition: Decomposition, model: nn.Module) -> str:
+    """What is attached to the model and cannot serve all sites of this decomposition (empty: nothing)."""
     attached = attached_to(model)
-    if attached is None or (
-        attached.decomposition is decomposition and set(attached.sites) == set(decomposition.sites)
-    ):
+    if attached is None:
         return ""
-    what = "at some sites alone" if attached.decomposition is decomposition else "another one"
-    return f"a decomposition is attached to this model already ({what})"
-
-
-def _attached(decomposition: Decomposition, model: nn.Module) -> AbstractContextManager[Attached]:
-    why = cannot_attach(decomposition, model)
-    if why:
-        raise ValueError(f"{why[0].upper()}{why[1:]}: detach it first.")
-    attached = attached_to(model)
-    return decomposition.attach(model) if attached is None else nullcontext(attached)
+    if attached.decomposition is not decomposition:
+        return "another decomposition is attached to this model"
+    some = set(attached.sites) != set(decomposition.sites)
+    return "the decomposition is attached to this model at some sites alone" if some else ""
 
 
 def _ce(log_p: Float[Tensor, "n vocab"], after: Int[Tensor, " n"]) -> float:

@@ -16,7 +16,7 @@ from tl_vpd.evaluation.adversaries import STANDARD, adversaries
 from tl_vpd.evaluation.aggregation import aggregation
 from tl_vpd.evaluation.cancelling import cancelling_pairs
 from tl_vpd.evaluation.consistency import consistency
-from tl_vpd.evaluation.foresight import cannot_attach, foresight
+from tl_vpd.evaluation.foresight import foresight, in_the_way
 from tl_vpd.evaluation.hidden import hidden_errors
 from tl_vpd.evaluation.resolution import THRESHOLDS, resolution
 from tl_vpd.evaluation.sample import Sample
@@ -148,7 +148,7 @@ def _no_foresight(decomposition: Decomposition, model: nn.Module, tokens: Shaped
         return "some rows are padded"
     if tokens.shape[1] < 3:
         return "the rows are shorter than three tokens"
-    return cannot_attach(decomposition, model)
+    return in_the_way(decomposition, model)
 
 
 def named(column: str, value: str, table: pd.DataFrame) -> pd.DataFrame:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from tl_vpd.divergence import kl_divergence, squared_error
 from tl_vpd.hooks.ablations import Subcomponents, indices_by_site
 from tl_vpd.hooks.importances import zero_padding
-from tl_vpd.hooks.passes import savable
 from tl_vpd.hooks.plans import Plan
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance import lower_leaky
@@ -56,8 +55,8 @@ def adversarial_masks(
     packing = decomposition.packing
     with torch.inference_mode(False), TappedModel(decomposition, model) as tapped:
         adapter = tapped.adapter
-        tokens = adapter.tokens(savable(prompts))
-        keep = adapter.padding(tokens, savable(attention_mask))
+        tokens = adapter.tokens(prompts)
+        keep = adapter.padding(tokens, attention_mask)
         logits, inputs = tapped.clean(tokens, keep)
         with torch.no_grad():
             if indices is None:

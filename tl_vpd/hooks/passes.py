@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter
+from tl_vpd.adapters.base import savable
 from tl_vpd.adapters.versions import HookPoint
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.divergence import kl_divergence, squared_error
@@ -331,8 +332,3 @@ class Passes:
             own = given if isinstance(given, SiteMask) else SiteMask(given, None)
         check_mask(name, own, acts)
         return plan.at_positions(name, own, acts)
-
-
-def savable(value: Any) -> Any:
-    """A copy of an inference tensor that autograd may save; anything else as it is."""
-    return value.clone() if isinstance(value, Tensor) and value.is_inference() else value

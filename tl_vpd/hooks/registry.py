@@ -19,6 +19,14 @@ def attached_to(model: nn.Module) -> Attached | None:
     return next((a for a in _attached if a.model is model), None)
 
 
+def own_attachment(decomposition: Decomposition, model: nn.Module) -> Attached | None:
+    """What is attached to this model, if it is this decomposition; raises ValueError if it is another one."""
+    found = attached_to(model)
+    if found is not None and found.decomposition is not decomposition:
+        raise ValueError("Another decomposition is attached to this model: detach it first.")
+    return found
+
+
 def attachments(decomposition: Decomposition) -> list[Attached]:
     """Where the decomposition is attached now."""
     return [a for a in _attached if a.decomposition is decomposition]

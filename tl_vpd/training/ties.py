@@ -2,8 +2,8 @@
 
     W₂ = W₁ᵀ:      V₂ = U₁ᵀ,   U₂ = V₁ᵀ      so that V₂ U₂ = (V₁ U₁)ᵀ
 
-The first site's V and U are trained, with the sum of both sites' gradients; the second's follow. Importances are not tied. SPD
-(arXiv 2506.20790) takes toy models of superposition apart in this way.
+The first site's V and U are trained, with the sum of both sites' gradients; the second's follow. Importances are not tied. The
+authors of SPD (arXiv 2506.20790) take toy models of superposition apart in this way, in their code.
 
 >>> from tl_vpd.site import Site
 >>> parts = Components([Site("embed", 5, 2), Site("unembed", 2, 5)], {"embed": 7, "unembed": 7})

@@ -22,7 +22,7 @@ from tl_vpd.adapters import Unsupported, adapt
 from tl_vpd.analysis.attention.layer import Pairs
 from tl_vpd.analysis.attention.without import pair_ablation_hooks
 from tl_vpd.hooks.ablations import FwdHooks
-from tl_vpd.hooks.registry import attached_to
+from tl_vpd.hooks.registry import own_attachment
 from tl_vpd.site import Subcomponent
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ def attention_by_offset(
         KeyError, IndexError, ValueError: a block, subcomponent, pair or prompt does not exist; another decomposition is attached.
     """
     adapter = adapt(model)
-    attached = attached_to(model)
-    if attached is not None and attached.decomposition is not decomposition:
-        raise ValueError("Another decomposition is attached to this model: detach it first.")
+    attached = own_attachment(decomposition, model)
     tokens = adapter.tokens(prompts)
     keep = adapter.padding(tokens, attention_mask)
 

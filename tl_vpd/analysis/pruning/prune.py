@@ -32,7 +32,6 @@ from tl_vpd.analysis.pruning.config import PruneConfig
 from tl_vpd.analysis.pruning.masked import MaskedModel
 from tl_vpd.analysis.pruning.recorded import Gradients, Recorded, running
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.hooks.passes import savable
 from tl_vpd.training.losses.minimality import Penalty
 from tl_vpd.training.schedules import cosine, warm_up
 
@@ -111,7 +110,7 @@ def prune_sweep(
     with torch.inference_mode(False), MaskedModel(decomposition, model) as masked:
         if not masked.adapter.return_types:
             raise ValueError(f"A {type(model).__name__} puts out no logits of tokens: pruning is for language models.")
-        tokens = masked.adapter.tokens(savable(prompt))
+        tokens = masked.adapter.tokens(prompt)
         if tokens.ndim != 2 or len(tokens) != 1 or masked.adapter.padding(tokens, None) is not None:
             raise ValueError(
                 f"Pruning takes one prompt without padding; tokens of shape {tuple(tokens.shape)} were given."
