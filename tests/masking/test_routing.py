@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tl_vpd.masking import uniform_k_routing
+from tl_vpd.masking.routing import uniform_k_share
 
 
 def routing(n: int, shape: tuple[int, int], seed: int) -> torch.Tensor:
@@ -30,7 +31,8 @@ def test_k_is_uniform_and_no_site_is_preferred():
     where = routing(n, (200, 200), 0)
     sizes = where.sum(0).flatten().bincount(minlength=n + 1)[1:] / tokens
     assert bool((sizes - 1 / n).abs().max() < 0.01)  # three standard deviations are 0.0065
-    expected = (n + 1) / (2 * n)  # the mean of k / n
+    expected = uniform_k_share(n)  # the mean of k / n
+    assert expected == 5 / 8
     assert bool((where.float().mean((1, 2)) - expected).abs().max() < 0.01)
     pairs = (where[0] & where[1]).float().mean()  # E[k (k − 1)] / (n (n − 1)) = 5 / 12
     assert abs(float(pairs) - 5 / 12) < 0.01

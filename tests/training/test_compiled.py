@@ -36,12 +36,13 @@ MORE = {
 def steps(compile, keep=None, model=None, how=None, batches=None, **settings):
     """Two steps in float64: metrics, parameters, sources, and the passes."""
     model = model or tiny_model()
-    own = {"steps": 10, "batch_size": 4, "C": 5, "gamma": GAMMA, "warm_up_steps": 1, "sites": SOME, **settings}
+    batches = batches or [some_tokens(seed=i, shape=(4, 6)) for i in range(2)]
+    rows = len(batches[0])
+    own = {"steps": 10, "batch_size": rows, "C": 5, "gamma": GAMMA, "warm_up_steps": 1, "sites": SOME, **settings}
     config = VPDConfig(**own)
     vpd = new_decomposition(model, config).double()
-    batches = batches or [some_tokens(seed=i, shape=(4, 6)) for i in range(2)]
     with TappedModel(vpd, model) as tapped:
-        trainer = Double(tapped, config, (4, batches[0].shape[1]), compile=compile, **(how or {}))
+        trainer = Double(tapped, config, (rows, batches[0].shape[1]), compile=compile, **(how or {}))
         trainer.sources = PersistentSources(trainer.sources.values.double())
         trainer.warm_up()
         metrics = [trainer.step(tokens, keep) for tokens in batches]
@@ -80,14 +81,47 @@ def test_large_mlps_of_gamma_run_as_they_are():
     assert not any("MLPs" in str(key[0]) for key in recorded[3].graphs)
 
 
-def test_large_routed_passes_run_as_they_are(monkeypatch):
-    monkeypatch.setattr("tl_vpd.training.compiled.LARGE", 0)
-    plain, recorded = steps(False), steps(RECORDED)
+LONG = {"batches": [some_tokens(seed=i, shape=(8, 8)) for i in range(2)]}
+EVERYWHERE = {"adversary": {"routing": "uniform_k"}, "coefficients": Coefficients(layerwise=1.0)}
+
+
+def masked_graphs(passes):
+    return [key for key in passes.graphs if isinstance(key[0], tuple) and key[0][0] == "masked"]
+
+
+ROUTED = {
+    "the paper's": ({}, {}),
+    "in parts": ({}, {"micro_batch": 3}),
+    "joined": ({}, {"joined": True}),
+    "the adversary's too": (EVERYWHERE, {}),
+    "the adversary's too, joined": (EVERYWHERE, {"joined": True}),
+    "merged": ({"merged": True, "adversary": {"pool": 2}}, {}),
+}
+
+
+@pytest.mark.parametrize(("settings", "how"), ROUTED.values(), ids=ROUTED)
+def test_routed_tokens_alone_are_computed(settings, how):
+    plain, recorded = (steps(c, how=how, **LONG, **settings) for c in (False, RECORDED))
     same(plain, recorded)
-    masked = [key[0] for key in recorded[3].graphs if key[0][0] == "masked"]
-    assert len(masked) == 2  # the adversary's own pass and the adversarial one
-    sparse = steps(RECORDED, stochastic_routing="all")
-    assert len([key for key in sparse[3].graphs if key[0][0] == "masked"]) == 3
+    # 8 rows of 8 tokens, 6 sites: 37.3 tokens are expected at a site, and 4 standard deviations of 3.94 more make 56 slots.
+    if not how and not settings:
+        assert {56} == {a[0][1] for key in masked_graphs(recorded[3]) for a in key[1] if a and a[0] == (6, 56)}
+
+
+def test_a_model_whose_sites_share_a_head_is_routed_too():
+    model = [tiny_model(n_key_value_heads=1, ungroup_grouped_query_attention=True) for _ in range(2)]
+    same(*(steps(c, model=m, **LONG, **EVERYWHERE) for c, m in zip((False, RECORDED), model, strict=True)))
+
+
+def test_a_pass_with_more_routed_tokens_than_slots_runs_as_it_is(monkeypatch):
+    monkeypatch.setattr("tl_vpd.training.compiled.ROOM", -4.0)
+    plain, recorded = steps(False, **LONG), steps(RECORDED, **LONG)
+    same(plain, recorded)
+    assert len(masked_graphs(recorded[3])) == 2  # the adversary's own pass and the adversarial one
+    assert len(masked_graphs(steps(RECORDED, stochastic_routing="all")[3])) == 3
+    plain, recorded = (steps(c, **LONG, **EVERYWHERE) for c in (False, RECORDED))
+    same(plain, recorded)
+    assert len(masked_graphs(recorded[3])) == 6  # layerwise ones alone
 
 
 @pytest.mark.parametrize("how", [{"micro_batch": 3}, {"joined": True}])

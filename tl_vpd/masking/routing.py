@@ -26,3 +26,8 @@ def uniform_k(n: int, shape: tuple[int, ...], *, generator: torch.Generator) -> 
     k = torch.randint(1, n + 1, shape, generator=generator, device=device)
     ranks = torch.rand(n, *shape, generator=generator, device=device).argsort(dim=0).argsort(dim=0)
     return ranks < k
+
+
+def uniform_k_share(n: int) -> float:
+    """The share of tokens at which uniform-k is expected to mask one of n sites."""
+    return (n + 1) / (2 * n)

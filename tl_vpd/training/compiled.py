@@ -12,14 +12,15 @@ memory, and no Python, hook or autograd node runs between operations. The graphs
     pullback    z, gradients of g and of s_c → the gradient of z                 one pass over z
     ascend      sources, moments, gradient → the same, updated                   one pass over sources
 
-Losses, masks and gradients are those of ``Passes`` to rounding. Unlike there, tokens that are not routed are computed and thrown
-away (shapes must not depend on data; large routed passes therefore run as they do there), and softmax of the whole output is
-formed at once (in blocks, where there are too many logits). A graph is made when its shapes are first met, and compared with the
-model itself on other numbers before it is used.
+Losses, masks and gradients are those of ``Passes`` to rounding. Unlike there, routed tokens have a fixed number of slots (shapes
+must not depend on data; the rare pass that has more tokens runs as it does there), and softmax of the whole output is formed at
+once (in blocks, where there are too many logits). A graph is made when its shapes are first met, and compared with the model
+itself on other numbers before it is used.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -31,7 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_vpd.adapters import Unsupported
-from tl_vpd.components.opened import OpenPass
+from tl_vpd.components.opened import OpenPass, Slots, slots
 from tl_vpd.divergence import unembedded_kl
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance.chunked import ChunkedTransformers
@@ -45,9 +46,8 @@ from tl_vpd.training.passes import EVERY, Passes, Precision, Seen, Share, Taken
 from tl_vpd.training.recording import TOLERANCE, Function, compiled
 
 WHOLE = 1 << 62
-LARGE = 1.5e9
-"""Multiplications by V and U in one masked pass in float32 above which routed passes are not compiled. It lies between the sizes
-S (0.2e9) and M (7e9) of ``benchmarks.step``; what M gains is in ``docs/performance.md``."""
+ROOM = 4.0
+"""Standard deviations above the expected number of routed tokens that slots are made for: a site in 30,000 has more."""
 UNROLLED = 32
 """Hidden units of Γ's MLPs up to which they are compiled, one after the other."""
 SHORT = 128
@@ -72,7 +72,7 @@ class _Given(NamedTuple):
     totals: Tensor
     grad_g: Tensor | None
     grad_sources: Tensor | None
-    routed: tuple[Tensor, ...]
+    slots: Slots | None
     of_parts: tuple[Tensor, ...]
 
 
@@ -145,7 +145,8 @@ class CompiledPasses(Passes):
         self, seen: Seen, rows: slice, taken: Taken, total: Tensor, *, grad_sources: Float[Tensor, "some C_and_deltas"]
     ) -> None:
         """The adversary's own gradient: that of the rows' share of a mean over ``total`` tokens, V, U and Γ constant."""
-        self._masked_graph(seen, rows, taken, [Share(total, 1.0)], None, grad_sources)
+        if self._masked_graph(seen, rows, taken, [Share(total, 1.0)], None, grad_sources) is None:
+            super().attack(seen, rows, taken, total, grad_sources=grad_sources)
 
     def reconstruct(
         self,
@@ -157,9 +158,10 @@ class CompiledPasses(Passes):
         grad_sources: Float[Tensor, "some C_and_deltas"] | None = None,
     ) -> list[Float[Tensor, ""]]:
         """The losses of one pass over all rows; the gradients of their weighted sum go to V and U, ``grad_g`` and the sources."""
-        if self._skips(seen, taken) and all(s.rows == EVERY for s in shares):
+        found = self._masked_graph(seen, EVERY, taken, shares, grad_g, grad_sources)
+        if found is None:
             return super().reconstruct(seen, taken, shares, grad_g=grad_g, grad_sources=grad_sources)
-        return self._masked_graph(seen, EVERY, taken, shares, grad_g, grad_sources)
+        return found
 
     def into_gamma(
         self,
@@ -228,18 +230,28 @@ class CompiledPasses(Passes):
         shares: Sequence[Share],
         grad_g: Tensor | None,
         grad_sources: Tensor | None,
-    ) -> list[Tensor]:
-        """Losses. Gradients of sources are written, those of g, and with them those of V and U, added to what is there."""
+    ) -> list[Tensor] | None:
+        """Losses. Gradients of sources are written, those of g, and with them those of V and U, added to what is there.
+
+        None, and nothing done, if more tokens are routed than there are slots.
+        """
         sites = tuple(self.names if taken.sites is None else taken.sites)
-        routing = None if taken.routing is None else [taken.routing[name].reshape(-1) for name in sites]
+        routed: tuple[Tensor, ...] = ()
+        if taken.routing is not None:
+            routing = torch.stack([taken.routing[name].reshape(-1) for name in sites])
+            found = slots(routing, room(taken.expected, routing.shape[1]))
+            if found is None:
+                return None
+            routed = found
         spans = [((s.rows.start, s.rows.stop), (s.compared.start, s.compared.stop), s.weight) for s in shares]
 
         def masked(*tensors: Any) -> list[Tensor]:
-            own, n = tensors[10:], len(routing or ())
-            return self._gradients(sites, spans, _Given._make((*tensors[:10], own[:n], own[n:])))
+            own, n = tensors[10:], len(routed)
+            at = Slots._make(own[:n]) if n else None
+            return self._gradients(sites, spans, _Given._make((*tensors[:10], at, own[n:])))
 
         distance = seen.distance.rows(rows)
-        found: list[Tensor] = self._run(
+        losses: list[Tensor] = self._run(
             ("masked", sites, str(spans)),
             masked,
             seen.tokens[rows],
@@ -252,10 +264,10 @@ class CompiledPasses(Passes):
             torch.stack([s.total for s in shares]),
             grad_g,
             grad_sources,
-            *(routing or ()),
+            *routed,
             *([] if grad_g is None else self._gradients_of_parts(sites)),
         )
-        return found
+        return losses
 
     def _gradients_of_parts(self, sites: Sequence[str]) -> list[Tensor]:
         """Where the gradients of V and U are gathered."""
@@ -271,11 +283,16 @@ class CompiledPasses(Passes):
         sources, numbers = given.sources, given.numbers
         columns = {name: packing.slices[name] for name in sites}
         places = [packing.total + packing.names.index(name) for name in sites]
-        own = sources if numbers is None else sources[numbers]
+        own, rows = sources if numbers is None else sources[numbers], z.flatten(0, -2)
+        at_slots = None if given.slots is None else dict(zip(sites, map(Slots, *given.slots), strict=True))
+
+        def held(name: str, by_token: Tensor) -> Tensor:
+            return by_token if at_slots is None else by_token[at_slots[name].token]
+
         leaves = {
-            "g": [importances_of(z.flatten(0, -2)[:, at], self.forward_slope) for at in columns.values()],
-            "r": [own[:, at].detach() for at in columns.values()],
-            "delta": [own[:, at : at + 1].detach() for at in places],
+            "g": [importances_of(held(name, rows[:, at]), self.forward_slope) for name, at in columns.items()],
+            "r": [held(name, own[:, at]).detach() for name, at in columns.items()],
+            "delta": [held(n, own[:, at : at + 1]).detach() for n, at in zip(sites, places, strict=True)],
         }
         of_r = [] if given.grad_sources is None else [*leaves["r"], *leaves["delta"]]
         of_parts = [] if constant else self._parts(sites)
@@ -288,14 +305,14 @@ class CompiledPasses(Passes):
             by_site["r"],
             by_site["delta"],
             z.shape[:-1],
-            dict(zip(sites, given.routed, strict=True)) if given.routed else None,
+            at_slots,
         )
         with torch.enable_grad():
             with self._autocast(), self._cut():
                 output = self.tapped.masked(given.tokens, run, given.keep, constant_parts=constant)
             losses = []
-            for (rows, compared, _), total in zip(spans, given.totals.unbind(), strict=True):
-                at, against = slice(*rows), slice(*compared)
+            for (own_rows, compared, _), total in zip(spans, given.totals.unbind(), strict=True):
+                at, against = slice(*own_rows), slice(*compared)
                 real = None if given.counted is None else given.counted[against]
                 losses.append(self._summed(given.target[against], output[at], real) / total)
             whole = torch.stack([weight * loss for (*_, weight), loss in zip(spans, losses, strict=True)]).sum()
@@ -303,6 +320,10 @@ class CompiledPasses(Passes):
             torch.zeros_like(leaf) if grad is None else grad
             for leaf, grad in zip(asked, torch.autograd.grad(whole, asked, allow_unused=True), strict=True)
         ]
+        if at_slots is not None:
+            every = [at_slots[name] for name in sites] * (len(asked) // len(sites))
+            by_slot = len(asked) - len(of_parts)
+            gradients[:by_slot] = [at.gradient(own) for at, own in zip(every, gradients[:by_slot], strict=False)]
         if given.grad_sources is not None:
             packed = self._packed_sources(gradients[: len(of_r)], sites, sources, numbers)
             given.grad_sources.copy_(packed[: len(given.grad_sources)])
@@ -339,13 +360,6 @@ class CompiledPasses(Passes):
         packed = torch.cat(blocks, dim=1)
         return packed if numbers is None else torch.zeros_like(sources).index_add(0, numbers, packed)
 
-    def _skips(self, seen: Seen, taken: Taken) -> bool:
-        """Whether a pass runs uncompiled, because leaving out tokens that are not routed saves more than compiling does."""
-        if taken.routing is None or self.precision != "float32":
-            return False
-        parts = self._parts(self.names)
-        return sum(p.numel() for p in parts) * seen.z[..., 0].numel() > LARGE
-
     # -- recording ---------------------------------------------------------------------------------------------------
 
     def _parts(self, sites: Sequence[str]) -> list[Tensor]:
@@ -370,3 +384,13 @@ class CompiledPasses(Passes):
                 )
         with torch.set_grad_enabled(gradients):
             return self.graphs[key](*(a for a in arguments if a is not None))
+
+
+def room(share: float, tokens: int) -> int:
+    """Slots for a share of tokens that is expected to be routed, drawn for each token on its own: a multiple of 8, or all.
+
+    >>> room(0.5, 512), room(0.5, 16), room(1.0, 512)
+    (304, 16, 512)
+    """
+    wanted = share * tokens + ROOM * math.sqrt(share * (1 - share) * tokens)
+    return min(tokens, 8 * math.ceil(wanted / 8))

@@ -31,6 +31,7 @@ import torch
 from tl_vpd.divergence import MADE
 from tl_vpd.importance import GammaConfig
 from tl_vpd.importance import build as build_gamma
+from tl_vpd.masking.routing import uniform_k_share
 from tl_vpd.site import Site, by_pattern, select
 from tl_vpd.training.config import VPDConfig, default_count
 from tl_vpd.training.passes import LOGITS
@@ -280,7 +281,7 @@ def _flops(shape: _Shape) -> dict[str, int]:
 
 def _share(shape: _Shape) -> float:
     """The expected share of sites that uniform-k routing masks at a token."""
-    return (len(shape.sites) + 1) / (2 * len(shape.sites))
+    return uniform_k_share(len(shape.sites))
 
 
 def _target(shape: _Shape) -> tuple[int, int]:

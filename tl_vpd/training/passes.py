@@ -61,12 +61,16 @@ class Seen:
 
 @dataclass(frozen=True)
 class Taken:
-    """What a masked pass takes: sources, which row of them each token takes (None: its own), routing, and sites (None: all)."""
+    """What a masked pass takes: sources, which row of them each token takes (None: its own), routing, and sites (None: all).
+
+    ``expected``: the share of tokens at which a site is expected to be routed.
+    """
 
     sources: Float[Tensor, "rows C_and_deltas"]
     rows: Int[Tensor, " tokens"] | None = None
     routing: Routing = None
     sites: tuple[str, ...] | None = None
+    expected: float = 1.0
 
 
 @dataclass(frozen=True)

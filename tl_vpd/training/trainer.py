@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.masking import PersistentSources, taken_rows
-from tl_vpd.masking.routing import uniform_k
+from tl_vpd.masking.routing import uniform_k, uniform_k_share
 from tl_vpd.training.compiled import CompiledPasses
 from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.losses import (
@@ -265,6 +265,9 @@ class Trainer:
         drawn = self.random.rows(what, self.done, rows, lambda g: uniform_k(len(names), (self.pos,), generator=g))
         return dict(zip(names, drawn.unbind(1), strict=True))
 
+    def _expected(self, routing: Routing) -> float:
+        return 1.0 if routing is None else uniform_k_share(len(routing))
+
     def _count(self, tokens: Tensor, keep: Tensor | None) -> Float[Tensor, "3"]:
         """Real tokens of the whole batch: of all rows, of the attacked, of those with stochastic masks."""
         real = torch.full(tokens.shape[:1], float(self.pos)) if keep is None else keep.sum(1).float().cpu()
@@ -305,7 +308,8 @@ class Trainer:
         at = own.part.attacked
         values = self.sources.values[at]
         rows = None if draws.slots is None else taken_rows(draws.slots[at], values.shape[1])
-        return Taken(values.flatten(0, 1), rows, routed_rows(draws.adversarial_routing, at))
+        routing = routed_rows(draws.adversarial_routing, at)
+        return Taken(values.flatten(0, 1), rows, routing, expected=self._expected(routing))
 
     def _ascend(self, own: Seen, draws: Draws, counts: Tensor, lr: float, update: int) -> None:
         """One of the adversary's own steps, on a part's attacked rows."""
@@ -341,7 +345,8 @@ class Trainer:
                 grad_g += half
             return
         if c.stochastic:
-            free = Taken(self._drawn(own.part), routing=routed_rows(draws.stochastic_routing, own.part.drawn))
+            routing = routed_rows(draws.stochastic_routing, own.part.drawn)
+            free = Taken(self._drawn(own.part), routing=routing, expected=self._expected(routing))
             (loss,) = run(own, free, [Share(counts[2], c.stochastic)], grad_g=grad_g)
             yield {0: loss}, None
         if c.adversarial:
@@ -357,7 +362,13 @@ class Trainer:
         taken = attacked.rows
         if taken is not None:
             taken = torch.cat([taken, len(attacked.sources) + torch.arange(len(drawn), device=drawn.device)])
-        both = Taken(torch.cat([attacked.sources, drawn]), taken, joined_routing(attacked.routing, free, rows))
+        expected = rows.stop * attacked.expected + (len(own.tokens) - rows.stop) * self._expected(free)
+        both = Taken(
+            torch.cat([attacked.sources, drawn]),
+            taken,
+            joined_routing(attacked.routing, free, rows),
+            expected=expected / len(own.tokens),
+        )
         shares = [
             Share(counts[1], c.adversarial, rows, rows),
             Share(counts[2], c.stochastic, slice(rows.stop, None), compared),
