@@ -37,8 +37,8 @@ ESTIMATES = """
 minutes on one core   target     vpd     spd     apd
   tms_5_2                0.2       3       9       2
   tms_5_2_id             0.2       3      12       3
-  tms_40_10              1        13      45       6
-  tms_40_10_id           1        22      85       ?
+  tms_40_10              1        13      23       6
+  tms_40_10_id           1        22      45       ?
   compressed             0.6      19      57       -
   compressed_2           0.8      35     490       -
   compressed_3          10        52   36000       -
