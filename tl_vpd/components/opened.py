@@ -9,7 +9,7 @@ computed: they are gathered in a fixed number of slots, more than are expected t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,12 +30,12 @@ class Slots(NamedTuple):
 
     def gathered(self, by_token: Float[Tensor, "tokens d"]) -> Float[Tensor, "slots d"]:
         """The rows that slots hold."""
-        found: Tensor = _Gathered.apply(by_token, self)
+        found: Tensor = _LookedUp.apply(by_token, self.token, self.gradient)
         return found
 
     def spread(self, by_slot: Float[Tensor, "slots d"]) -> Float[Tensor, "tokens d"]:
         """Rows of slots back at their tokens, any at those that are not routed: nothing may come of them."""
-        found: Tensor = _Spread.apply(by_slot, self)
+        found: Tensor = _LookedUp.apply(by_slot, self.slot, lambda grad: grad[self.token])
         return found
 
     def gradient(self, by_slot: Float[Tensor, "slots d"]) -> Float[Tensor, "tokens d"]:
@@ -53,32 +53,18 @@ def slots(routing: Bool[Tensor, "site tokens"], n: int) -> Slots | None:
     return Slots(token.contiguous(), slot, routing)
 
 
-class _Gathered(torch.autograd.Function):
-    """``rows[token]``. As no token has two slots, its gradient is looked up as well, and nothing is added up."""
+class _LookedUp(torch.autograd.Function):
+    """``rows[at]``. As no token has two slots, ``back`` looks the gradient up as well, and nothing is added up."""
 
     @staticmethod
-    def forward(ctx: Any, by_token: Tensor, at: Slots) -> Tensor:
-        ctx.at = at
-        return by_token[at.token]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return ctx.at.gradient(grad), None
-
-
-class _Spread(torch.autograd.Function):
-    """``rows[slot]``, whose gradient is 0 wherever a token is not routed."""
-
-    @staticmethod
-    def forward(ctx: Any, by_slot: Tensor, at: Slots) -> Tensor:
-        ctx.at = at
-        return by_slot[at.slot]
+    def forward(ctx: Any, rows: Tensor, at: Tensor, back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return rows[at]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        return grad[ctx.at.token], None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return ctx.back(grad), None, None
 
 
 class OpenPass:

@@ -321,9 +321,9 @@ class CompiledPasses(Passes):
             for leaf, grad in zip(asked, torch.autograd.grad(whole, asked, allow_unused=True), strict=True)
         ]
         if at_slots is not None:
-            every = [at_slots[name] for name in sites] * (len(asked) // len(sites))
-            by_slot = len(asked) - len(of_parts)
-            gradients[:by_slot] = [at.gradient(own) for at, own in zip(every, gradients[:by_slot], strict=False)]
+            # All but those of V and U are of slots, site by site again and again.
+            for i in range(len(asked) - len(of_parts)):
+                gradients[i] = at_slots[sites[i % len(sites)]].gradient(gradients[i])
         if given.grad_sources is not None:
             packed = self._packed_sources(gradients[: len(of_r)], sites, sources, numbers)
             given.grad_sources.copy_(packed[: len(given.grad_sources)])
