@@ -23,11 +23,11 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Shaped
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.divergence import kl_divergence, squared_error
-from tl_vpd.evaluation.assignment import assign
 from tl_vpd.evaluation.evaluate import ALIVE
 from tl_vpd.evaluation.truth import SiteTruth, Truth
 from tl_vpd.masking import fresh_pgd
@@ -143,7 +143,7 @@ def pattern_errors(g: Float[Tensor, "probe n"], pattern: Bool[Tensor, "probe cou
     size = max(g.shape[1], pattern.shape[1])
     own = F.pad(g, (0, size - g.shape[1]))
     true = F.pad(pattern.to(g.dtype), (0, size - pattern.shape[1]))
-    matched = assign(torch.cdist(true.T, own.T, p=1).double().numpy())
+    _, matched = linear_sum_assignment(torch.cdist(true.T, own.T, p=1).double().numpy())
     wrong = (own[:, torch.from_numpy(matched)] - true).abs() > TOLERANCE
     return int(wrong.sum()), pattern.numel()
 
@@ -187,7 +187,7 @@ def _latents(
     true = torch.stack([own.flatten() for own in latents.values()], dim=-1)
     shuffled = true[torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))]
     measured, chance = overlap(true, g), overlap(shuffled, g)
-    matched, by_chance = assign(-measured.double().numpy()), assign(-chance.double().numpy())
+    matched, by_chance = (linear_sum_assignment(t.double().numpy(), maximize=True)[1] for t in (measured, chance))
     rows = [
         (name, int(true[:, i].sum()), names[c], float(measured[i, c]), float(chance[i, d]))
         for i, (name, c, d) in enumerate(zip(latents, matched.tolist(), by_chance.tolist(), strict=True))

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.evaluation.assignment import assign
 from tl_vpd.evaluation.evaluate import ALIVE
 from tl_vpd.evaluation.ground_truth import Found
 from tl_vpd.evaluation.truth import SiteTruth, Truth
@@ -57,11 +57,10 @@ def effects(
     return known.basis @ W.T, torch.einsum("f o, n i o -> n f i", known.basis, pieces)
 
 
-def _matched(cosines: Float[Tensor, "feature n"]) -> list[int]:
-    """The piece of each feature under the matching with the largest sum of cosines (padded where pieces lack)."""
-    n = max(cosines.shape)
-    square = F.pad(cosines, (0, n - cosines.shape[1], 0, n - cosines.shape[0]), value=-2.0)
-    return [int(c) for c in assign(-square.double().numpy())]
+def _matched(cosines: Float[Tensor, "feature n"]) -> dict[int, int]:
+    """The piece of each feature under the matching with the largest sum of cosines; where pieces lack, some have none."""
+    features, pieces = linear_sum_assignment(cosines.double().numpy(), maximize=True)
+    return dict(zip(features.tolist(), pieces.tolist(), strict=True))
 
 
 def _arrows(
@@ -70,19 +69,19 @@ def _arrows(
     own: Float[Tensor, "n feature 2"],
     cosines: Float[Tensor, "feature n"],
 ) -> None:
-    for j, c in enumerate(_matched(cosines)[: len(true)]):
-        x, y = true[j].tolist()
+    matched = _matched(cosines)
+    for j, (x, y) in enumerate(true.tolist()):
         axes.plot([0, x], [0, y], color="#b8b8b8", linewidth=6, solid_capstyle="butt")
-        if c < len(own):
+        if j in matched:
             style = {"arrowstyle": "-|>", "color": f"C{j}", "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
-            axes.annotate("", tuple(own[c, j].tolist()), (0, 0), arrowprops=style)
+            axes.annotate("", tuple(own[matched[j], j].tolist()), (0, 0), arrowprops=style)
         axes.annotate(f"feature {j}", (1.22 * x, 1.22 * y), ha="center", va="center", fontsize=8)
     reach = 1.45 * float(true.norm(dim=-1).max())
     axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
 
 
 def _cosines(axes: Any, cosines: Float[Tensor, "feature n"]) -> None:
-    matched = [c for c in _matched(cosines)[: len(cosines)] if c < cosines.shape[1]]
+    matched = list(_matched(cosines).values())
     order = matched + [c for c in range(cosines.shape[1]) if c not in matched]
     shown = axes.imshow(cosines[:, order].numpy(), cmap="RdBu_r", vmin=-1, vmax=1, aspect="auto")
     axes.set(xlabel="alive piece", ylabel="feature")
