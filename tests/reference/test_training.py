@@ -12,6 +12,7 @@ from tl_vpd.hooks import TappedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.masking import fresh_pgd, masks_from_sources
 from tl_vpd.training import AdversaryConfig, Coefficients, Trainer, VPDConfig
+from tl_vpd.training.draws import Drawn, Draws
 from tl_vpd.training.losses import (
     Penalty,
     Reconstruction,
@@ -20,7 +21,6 @@ from tl_vpd.training.losses import (
     importance_minimality,
     penalty_sums,
 )
-from tl_vpd.training.trainer import Draws
 
 
 class Losses:
@@ -159,18 +159,18 @@ def test_fresh_pgd(reference: Reference, losses: Losses):
     assert relative_error(found.sources, pack_sources(stored, "final")) < 0.15
 
 
-class Drawn(Trainer):
-    """A trainer whose random choices are the reference's."""
+class Given(Draws):
+    """The reference's random choices."""
 
-    draws: dict[str, Tensor]
+    tensors: dict[str, Tensor]
 
-    def draw(self, tokens: Tensor) -> Draws:
-        return Draws(by_site(self.draws, f"step{self.done - 500}/routing"), None)
+    def at(self, step: int) -> Drawn:
+        return Drawn(by_site(self.tensors, f"step{step - 500}/routing"), None)
 
-    def draw_sources(self, what: str, rows: list[int]) -> Tensor:
-        prefix = f"step{self.done - 500}"
-        deltas = [by_site(self.draws, f"{prefix}/src_delta")[n][..., None] for n in self.decomposition.packing.names]
-        return torch.cat([pack(self.draws, f"{prefix}/src"), *deltas], -1).flatten(0, 1)
+    def sources(self, what: str, step: int, rows: list[int], out: Tensor | None = None) -> Tensor:
+        prefix = f"step{step - 500}"
+        deltas = [by_site(self.tensors, f"{prefix}/src_delta")[n][..., None] for n in self.packing.names]
+        return torch.cat([pack(self.tensors, f"{prefix}/src"), *deltas], -1)
 
 
 def test_three_training_steps(reference: Reference):
@@ -184,8 +184,10 @@ def test_three_training_steps(reference: Reference):
     )
     draws = read("train_draws")
     with TappedModel(reference.decomposition, reference.model) as tapped:
-        trainer = Drawn(tapped, config, (3, 12))
-        trainer.draws, trainer.done = draws, 500
+        trainer = Trainer(tapped, config, (3, 12))
+        own = trainer.draws
+        trainer.draws = Given(config, own.shares, pos=12, packing=own.packing, device="cpu")
+        trainer.draws.tensors, trainer.done = draws, 500
         trainer.sources.values = pack_sources(reference.inputs, "ppgd_src")
         ascents = []
         ascend = trainer.sources.ascend

@@ -97,7 +97,7 @@ def test_a_merged_step_attacks_even_rows_and_draws_the_others():
     *inner, (both, masks, _) = passes
     assert len(inner) == 2 and all(torch.equal(t, tokens[[0, 2]]) for t, _, _ in inner)
     assert torch.equal(both, tokens[[0, 2, 1, 3]])
-    drawn = trainer.random.uniform("stochastic", 0, [1, 3], (6, 72))
+    drawn = trainer.draws.sources("stochastic", 0, [1, 3])
     g = vpd.causal_importances(tiny_model(dtype=torch.float32), tokens)
     name = "blocks.0.attn.W_Q"
     assert masks[name].shape == (4, 6, 5)
@@ -114,7 +114,7 @@ def test_pooled_sources_are_shared_by_positions_and_cost_a_pool():
         trainer = Trainer(tapped, config, (4, 6))
         before = trainer.sources.values.clone()
         assert before.shape == (4, 2, 72)
-        slots = trainer.draw(some_tokens(shape=(4, 6))).slots
+        slots = trainer.draws.at(0).slots
         assert slots.shape == (4, 6) and set(slots.flatten().tolist()) == {0, 1}
         trainer.done = 5
         trainer.step(some_tokens(shape=(4, 6)))
@@ -126,12 +126,13 @@ def test_random_numbers_of_a_row_do_not_depend_on_the_others():
     config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA)
     with TappedModel(new_decomposition(model, config), model) as tapped:
         whole = Trainer(tapped, config, (4, 6))
-    a = whole.random.uniform("stochastic", 7, [0, 1, 2, 3], (6, 3))
-    assert torch.equal(a[[3, 1]], whole.random.uniform("stochastic", 7, [3, 1], (6, 3)))
-    assert len({float(x) for x in a.flatten()}) == a.numel()
-    for other in (("stochastic", 8), ("routing", 7)):
-        assert not torch.equal(a, whole.random.uniform(*other, [0, 1, 2, 3], (6, 3)))
-    large = whole.random.uniform("x", 0, range(64), (500,))
+    draws = whole.draws
+    a = draws.sources("stochastic", 7, [0, 1, 2, 3])
+    assert torch.equal(a[[3, 1]], draws.sources("stochastic", 7, [3, 1]))
+    assert len({float(x) for x in a.flatten()}) > 0.99 * a.numel()
+    for other in (("stochastic", 8), ("layerwise", 7)):
+        assert not torch.equal(a, draws.sources(*other, [0, 1, 2, 3]))
+    large = draws.random.uniform("x", 0, range(64), (500,))
     assert abs(float(large.mean()) - 0.5) < 0.01 and abs(float(large.var()) - 1 / 12) < 0.002
 
 

@@ -22,38 +22,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.masking import PersistentSources, taken_rows
-from tl_vpd.masking.routing import uniform_k, uniform_k_share
 from tl_vpd.training.compiled import CompiledPasses
 from tl_vpd.training.config import VPDConfig
+from tl_vpd.training.draws import Drawn, Draws, expected_share
 from tl_vpd.training.losses import (
     Penalty,
     RunningFrequency,
     frequency_minimality,
     importance_minimality,
 )
-from tl_vpd.training.parts import Part, Routing, joined_routing, routed_rows, share
+from tl_vpd.training.parts import Part, joined_routing, routed_rows, share
 from tl_vpd.training.passes import Passes, Precision, Seen, Share, Taken
 from tl_vpd.training.processes import World
-from tl_vpd.training.random import START, RowRandom
 from tl_vpd.training.schedules import Schedule
 from tl_vpd.training.sharding import FullSharding, Sharding
 from tl_vpd.training.ties import Ties
 
 LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial", "layerwise")
-
-
-@dataclass(frozen=True)
-class Draws:
-    """The random choices of one step but for sources: routing by kind of row, and slots for attacked rows."""
-
-    stochastic_routing: Routing
-    adversarial_routing: Routing
-    slots: Int[Tensor, "attacked pos"] | None = None
 
 
 @dataclass(frozen=True)
@@ -152,18 +142,12 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.pos = shape[1]
         self.shares = share(self.world.rows(shape[0]), micro_batch, merged=config.merged)
-        self.random = RowRandom(config.seed, self.decomposition.device)
-        self.width = self.decomposition.packing.total + len(self.decomposition.packing.names)
-        slots = config.adversary.pool or self.pos
-        self.sources = PersistentSources(
-            self.random.uniform("sources", START, self.shares.attacked, (slots, self.width)),
-            betas=config.adversary.betas,
-            eps=config.adversary.eps,
-        )
+        packing, device = self.decomposition.packing, self.decomposition.device
+        self.draws = Draws(config, self.shares, pos=self.pos, packing=packing, device=device)
+        self.sources = PersistentSources(self.draws.start(), betas=config.adversary.betas, eps=config.adversary.eps)
         self.frequencies: RunningFrequency | None = None
         if config.frequency_half_life is not None:
-            total, device = self.decomposition.packing.total, self.decomposition.device
-            self.frequencies = RunningFrequency(total, config.frequency_half_life, device=device)
+            self.frequencies = RunningFrequency(packing.total, config.frequency_half_life, device=device)
         self.done = 0
 
     def warm_up(self) -> float:
@@ -191,7 +175,7 @@ class Trainer:
             raise ValueError(f"This trainer takes {len(self.shares.rows)} rows a step, and was given {len(tokens)}.")
         config, c = self.config, self.config.coefficients
         now = Schedule.at(self.done, config)
-        draws = self.draw(tokens)
+        draws = self.draws.at(self.done)
         counts = self._count(tokens, keep)
         parts = self.shares.parts
         alone = self.passes.clean(parts[0], tokens, keep, self._penalty(now)) if len(parts) == 1 else None
@@ -238,35 +222,12 @@ class Trainer:
         self.done += 1
         return metrics
 
-    def draw(self, tokens: Shaped[Tensor, "batch ..."]) -> Draws:
-        """What a step draws at random for this process's rows."""
-        config, shares, pool = self.config, self.shares, self.config.adversary.pool
-        slots = None
-        if pool is not None:
-            uniform = self.random.uniform("slots", self.done, shares.attacked, (self.pos,))
-            slots = (uniform * pool).long().clamp_(max=pool - 1)
-        return Draws(
-            stochastic_routing=self._routing("routing", shares.drawn, config.stochastic_routing),
-            adversarial_routing=self._routing("attacked", shares.attacked, config.adversary.routing),
-            slots=slots,
-        )
-
     def draw_sources(self, what: str, rows: Sequence[int]) -> Float[Tensor, "tokens C_and_deltas"]:
         """This step's ``stochastic`` or ``layerwise`` sources of some rows, in a tensor that the next call may use again."""
-        out = self.passes.workspace("sources", (len(rows), self.pos, self.width))
-        return self.random.uniform(what, self.done, rows, (self.pos, self.width), out=out).flatten(0, 1)
+        out = self.passes.workspace("sources", (len(rows), self.pos, self.draws.width))
+        return self.draws.sources(what, self.done, rows, out).flatten(0, 1)
 
     # -- parts of a step -------------------------------------------------------------------------------------------
-
-    def _routing(self, what: str, rows: Sequence[int], kind: str) -> Routing:
-        if kind == "all":
-            return None
-        names = self.decomposition.packing.names
-        drawn = self.random.rows(what, self.done, rows, lambda g: uniform_k(len(names), (self.pos,), generator=g))
-        return dict(zip(names, drawn.unbind(1), strict=True))
-
-    def _expected(self, routing: Routing) -> float:
-        return 1.0 if routing is None else uniform_k_share(len(routing))
 
     def _count(self, tokens: Tensor, keep: Tensor | None) -> Float[Tensor, "3"]:
         """Real tokens of the whole batch: of all rows, of the attacked, of those with stochastic masks."""
@@ -303,15 +264,15 @@ class Trainer:
         (slope,) = torch.autograd.grad(weighted, leaf)
         return {name: value.detach() for name, value in values.items()}, slope
 
-    def _attacked(self, own: Seen, draws: Draws) -> Taken:
+    def _attacked(self, own: Seen, draws: Drawn) -> Taken:
         """What a part's attacked rows take."""
         at = own.part.attacked
         values = self.sources.values[at]
         rows = None if draws.slots is None else taken_rows(draws.slots[at], values.shape[1])
         routing = routed_rows(draws.adversarial_routing, at)
-        return Taken(values.flatten(0, 1), rows, routing, expected=self._expected(routing))
+        return Taken(values.flatten(0, 1), rows, routing, expected=expected_share(routing))
 
-    def _ascend(self, own: Seen, draws: Draws, counts: Tensor, lr: float, update: int) -> None:
+    def _ascend(self, own: Seen, draws: Drawn, counts: Tensor, lr: float, update: int) -> None:
         """One of the adversary's own steps, on a part's attacked rows."""
         attacked = self._attacked(own, draws)
         gradient = self._of_sources(attacked)
@@ -325,7 +286,7 @@ class Trainer:
         values = self.sources.values[part.attacked]
         self.passes.ascend(self.sources, gradient.view_as(values), lr, part.attacked, update)
 
-    def _reconstruct(self, own: Seen, grad_g: Tensor, draws: Draws, counts: Tensor) -> Iterator[Reconstructed]:
+    def _reconstruct(self, own: Seen, grad_g: Tensor, draws: Drawn, counts: Tensor) -> Iterator[Reconstructed]:
         """A part's shares of the stochastic (0), the adversarial (1) and the layerwise loss (2), pass by pass."""
         c, run = self.config.coefficients, self.passes.reconstruct
         if c.layerwise:
@@ -346,7 +307,7 @@ class Trainer:
             return
         if c.stochastic:
             routing = routed_rows(draws.stochastic_routing, own.part.drawn)
-            free = Taken(self._drawn(own.part), routing=routing, expected=self._expected(routing))
+            free = Taken(self._drawn(own.part), routing=routing, expected=expected_share(routing))
             (loss,) = run(own, free, [Share(counts[2], c.stochastic)], grad_g=grad_g)
             yield {0: loss}, None
         if c.adversarial:
@@ -355,14 +316,14 @@ class Trainer:
             (loss,) = run(own, attacked, [Share(counts[1], c.adversarial)], grad_g=grad_g, grad_sources=gradient)
             yield {1: loss}, gradient
 
-    def _both(self, own: Seen, compared: slice, grad_g: Tensor, draws: Draws, counts: Tensor) -> Reconstructed:
+    def _both(self, own: Seen, compared: slice, grad_g: Tensor, draws: Drawn, counts: Tensor) -> Reconstructed:
         """One pass of attacked rows followed by rows with drawn sources, which are compared with some rows of the target."""
         c, rows, attacked = self.config.coefficients, own.attacked, self._attacked(own, draws)
         drawn, free = self._drawn(own.part), routed_rows(draws.stochastic_routing, own.part.drawn)
         taken = attacked.rows
         if taken is not None:
             taken = torch.cat([taken, len(attacked.sources) + torch.arange(len(drawn), device=drawn.device)])
-        expected = rows.stop * attacked.expected + (len(own.tokens) - rows.stop) * self._expected(free)
+        expected = rows.stop * attacked.expected + (len(own.tokens) - rows.stop) * expected_share(free)
         both = Taken(
             torch.cat([attacked.sources, drawn]),
             taken,
