@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from tl_vpd import VPDConfig
 from tl_vpd.baselines import RankOne
-from tl_vpd.evaluation.ground_truth import ground_truth, mmcs_and_ml2r, overlap, pattern_errors
+from tl_vpd.evaluation.ground_truth import count_errors, ground_truth, mmcs_and_ml2r, overlap, pattern_errors
 from tl_vpd.evaluation.truth import SiteTruth, Truth
 from tl_vpd.toys import TMS
 from tl_vpd.training import new_decomposition
@@ -75,6 +75,17 @@ def test_patterns_are_compared_under_the_best_matching():
     assert pattern_errors(torch.ones(3, 2), torch.ones(3, 2, dtype=torch.bool)) == (0, 6)
 
 
+def test_a_dense_site_has_as_many_pieces_as_it_should():
+    g = torch.zeros(4, 5)
+    g[[0, 1, 3], 4], g[[1, 2], 0] = 1.0, 0.95
+    assert count_errors(g, 2) == 0
+    assert count_errors(g, 3) == 1  # one is missing
+    assert count_errors(g[:, [0, 4]], 3) == 1  # there is no third piece at all
+    assert count_errors(g, 1) == 2  # two importances of one that should not be there
+    g[[0, 1, 2, 3], 1] = 0.6
+    assert count_errors(g, 2) == 3  # always half on: it pushes out the second, and is never fully needed
+
+
 def test_overlap_is_one_at_exactly_the_latents_tokens():
     latents = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 0]], dtype=torch.bool)
     g = torch.tensor([[1.0, 0.5], [1.0, 0.5], [0.0, 0.5], [0.0, 0.5]])
@@ -119,11 +130,12 @@ def test_the_true_decomposition_of_tms_scores_as_true(identity):
     if identity:
         assert rows.loc["identity", "true"] == 2 and rows.loc["identity", "together"] > 0.99
         assert rows.loc["identity", "pattern_errors"] == 0 and np.isnan(rows.loc["identity", "mmcs"])
+        assert rows.loc["identity", "count_errors"] == 0 and np.isnan(rows.loc["embed", "count_errors"])
     assert found.reconstruction["unmasked"] < 1e-12 and found.reconstruction["importances"] < 1e-9
     with torch.no_grad():
         without = (model(x) - model.unembed.bias.relu()).square().mean()
     assert found.reconstruction["zero"] == pytest.approx(float(without), rel=1e-5)
-    assert len(found.latents) == 0
+    assert len(found.latents) == 0 and len(found.needed) == 0
 
 
 def test_reconstruction_is_that_of_edited_weights():
@@ -187,6 +199,22 @@ def test_dead_pieces_do_not_count_and_latents_find_their_subcomponent():
     assert rows.loc["a", "subcomponent"] == "embed:0" and rows.loc["a", "overlap"] == pytest.approx(1)
     assert rows.loc["b", "subcomponent"] == "embed:1" and rows.loc["b", "overlap"] == pytest.approx(0.2)
     assert (rows["chance"] < 1).all() and rows["tokens"].tolist() == [2, 1]
+
+
+def test_where_a_site_is_needed_is_set_beside_its_largest_importance():
+    toy = TMS(3, 2)
+    model = toy.build(0)
+    W = model.embed.weight.detach().T
+    g = torch.zeros(2, 3, 3)
+    g[0, 0, 0], g[0, 0, 1], g[0, 1, 2], g[1, 2, 2] = 1.0, 0.75, 0.5, 1.0
+    where = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=torch.bool)
+    truth = Truth(torch.rand(2, 3, 3), needed={"embed": where})
+    found = ground_truth(Written({"embed": g}, {"embed": one_a_feature(W)}), model, truth, truth.probe)
+    row = found.needed.set_index("site").loc["embed"]
+    assert row["tokens"] == pytest.approx(2 / 6)
+    assert row["overlap"] == pytest.approx(1.5 / 3)  # 1 and 0.5 of two tokens, and one where it is not needed
+    assert row["here"] == pytest.approx(1.0) and row["elsewhere"] == pytest.approx(0.25)
+    assert 0 <= row["chance"] <= 1 and len(found.sites) == 0
 
 
 def test_a_truth_needs_both_axis_and_basis():

@@ -6,12 +6,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 
+import tl_vpd
 from tl_vpd.toys import Induction, TargetTraining, train
-from tl_vpd.toys.induction import BOS, Repeated, induction_scores, previous_token_scores, repeated
+from tl_vpd.toys.induction import BOS, Repeated, induction_scores, mechanism, previous_token_scores, repeated
 
 EASY = Induction(
-    d_vocab=9, context=17, shortest=4, longest=6, d_model=32, training=TargetTraining(350, 64, 5e-3, "cosine")
+    d_vocab=9,
+    context=17,
+    shortest=4,
+    longest=6,
+    d_model=32,
+    training=TargetTraining(500, 64, 5e-3, "cosine", weight_decay=0.3),
 )
 
 
@@ -47,13 +54,38 @@ def test_a_small_model_learns_it_with_a_previous_token_head_and_an_induction_hea
     model = train(EASY, 0)
     quality = EASY.quality(model)
     assert quality["accuracy"] > 0.8 and quality["induction_score"] > 0.5 and quality["previous_token_score"] > 0.4
+    assert quality["from_alike"] < 0.1
     fresh = EASY.quality(EASY.build(0))
     assert fresh["accuracy"] < 0.35 and fresh["induction_score"] < 0.4 and fresh["previous_token_score"] < 0.3
+    # The truth, checked on the model: every weight where it is needed alone does nearly all of the work.
+    assert quality["needed_alone"] < 0.1 * quality["none"]
     truth = EASY.truth(model)
-    where = truth.latents
-    assert torch.equal(where["repeated"] | where["seen_first"], truth.probe != BOS)
-    assert not bool((where["repeated"] & where["seen_first"]).any())
-    assert set(EASY.build(0).state_dict()) == set(model.state_dict()) and not truth.sites
+    assert set(truth.needed) == set(tl_vpd.sites(model)["site"]) and not truth.sites and not truth.latents
+    assert set(EASY.build(0).state_dict()) == set(model.state_dict())
+
+
+def test_where_each_weight_is_needed_by_hand():
+    # 7 does not come again, so nobody will look for what follows it.
+    needed = mechanism(torch.tensor([[0, 5, 6, 7, 5, 6]]))
+    at = {site: where[0].nonzero()[:, 0].tolist() for site, where in needed.items()}
+    assert at == {
+        "blocks.0.attn.W_Q": [2, 3],
+        "blocks.0.attn.W_K": [0, 1, 2, 3],
+        "blocks.0.attn.W_V": [1, 2],
+        "blocks.0.attn.W_O": [2, 3],
+        "blocks.1.attn.W_Q": [1, 2, 3, 4, 5],
+        "blocks.1.attn.W_K": [0, 2, 3],
+        "blocks.1.attn.W_V": [2, 3],
+        "blocks.1.attn.W_O": [4, 5],
+    }
+
+
+def test_the_loss_asks_for_the_next_token_or_for_all_alike():
+    logits = torch.randn(1, 5, EASY.d_vocab, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[0, 5, 6, 5, 6]])
+    log_q = logits[0].double().log_softmax(-1)
+    by_hand = 0.5 * (-log_q[3, 6] - log_q[:3].mean())
+    assert_close(EASY.loss(lambda _: logits, tokens), by_hand.float())
 
 
 def test_models_of_two_seeds_differ_and_of_one_do_not():

@@ -45,7 +45,9 @@ def test_entries_are_written_seed_by_seed_and_not_made_twice(command, monkeypatc
     assert all(len(counts) == 2 for counts in own["alive"].values())
     assert own["mmcs"][0] == found["tms_5_2_id"]["vpd"]["mmcs"][0] and own["settings"]["steps"] == 5
     assert {"torch", "numpy"} <= set(own["versions"]) and own["target"]["seed"] == [0, 0]
-    assert set(own["by_site"]["together"]) == {"identity"} and set(own["by_site"]["mmcs"]) == {"embed", "unembed"}
+    assert set(own["by_site"]["together"]) == set(own["by_site"]["count_errors"]) == {"identity"} and set(
+        own["by_site"]["mmcs"]
+    ) == {"embed", "unembed"}
     assert set(own["reconstruction"]) >= {"unmasked", "stochastic", "adversarial"}
     table = runner.table(more)
     assert len(table) == 4 and table["alive identity"].str.fullmatch(r"\d+/2").all()
@@ -85,9 +87,12 @@ def test_language_toys_are_measured_by_their_latents(command, toy, monkeypatch):
 
     monkeypatch.setattr(runner, "recipe", small)
     own = command("--toy", toy, "--steps", "2")[toy]["vpd"]
-    assert set(own["latents"]) == set(TOYS[toy].truth(TOYS[toy].build()).latents)
-    for found in own["latents"].values():
-        assert 0 <= found["overlap"][0] <= 1 and ":" in found["subcomponent"][0]
+    truth = TOYS[toy].truth(TOYS[toy].build())
+    assert set(own["latents"]) == set(truth.latents) and set(own["needed"]) == set(truth.needed)
+    assert bool(truth.latents) != bool(truth.needed)
+    assert all(":" in found["subcomponent"][0] for found in own["latents"].values())
+    for found in (*own["latents"].values(), *own["needed"].values()):
+        assert 0 <= found["overlap"][0] <= 1 and 0 <= found["chance"][0] <= 1
     assert own["true"] == {} and "mmcs" not in own and own["reconstruction"]["zero"][0] > 0
 
 

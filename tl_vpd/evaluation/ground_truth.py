@@ -36,7 +36,7 @@ TOLERANCE = 0.1
 """An importance further than this from the truth's 0 or 1 counts as an error, as in SPD."""
 
 DIRECTIONS = ("mmcs", "ml2r", "mmcs_all", "ml2r_all")
-SITE_COLUMNS = ["site", "true", "alive", *DIRECTIONS, "pattern_errors", "pattern_entries", "together"]
+SITE_COLUMNS = ["site", "true", "alive", *DIRECTIONS, "pattern_errors", "pattern_entries", "count_errors", "together"]
 
 
 @runtime_checkable
@@ -61,14 +61,18 @@ class GroundTruth:
 
     ``sites``: a row a site, with ``true`` and ``alive`` counts; ``mmcs``, ``ml2r`` (dense: NaN), the same over all pieces;
     ``pattern_errors``, the importances of the probe that are further than 0.1 from the truth's under the best matching, of
-    ``pattern_entries``; ``together``, of dense sites, the share of inputs on which all alive pieces of all dense sites are
-    above 0.5, or none is. ``latents``: a row a latent, with the subcomponent matched to it, the overlap of its importance with
-    it (1: the same tokens) and the ``chance`` overlap with the latent's tokens shuffled. ``reconstruction``: the distance of
-    outputs (squared error, or nats) by masks.
+    ``pattern_entries``; of dense sites, ``count_errors`` (the function of that name) and ``together``, the share of inputs on
+    which all alive pieces of all dense sites are above 0.5, or none is. ``latents``: a row a latent, with the subcomponent
+    matched to it, the overlap of its importance with it (1: the same tokens) and the ``chance`` overlap with the latent's
+    tokens shuffled. ``needed``: a row a site of which it is known where it is needed, with the share of ``tokens`` that need
+    it, the ``overlap`` of its largest importance with them, the same by ``chance``, and how many pieces are important (above
+    0.5) ``here``, where it is needed, and ``elsewhere``. ``reconstruction``: the distance of outputs (squared error, or nats)
+    by masks.
     """
 
     sites: pd.DataFrame
     latents: pd.DataFrame
+    needed: pd.DataFrame
     reconstruction: dict[str, float]
 
 
@@ -102,11 +106,15 @@ def ground_truth(
         row = {"site": site, "true": known.count, "alive": int(alive[site].sum())}
         row |= _directions(found.pieces(site), weights[site], known, alive[site])
         row |= {"pattern_errors": errors, "pattern_entries": entries}
-        row |= {"together": _together({name: g[name][..., alive[name]] for name in dense}) if site in dense else np.nan}
+        row |= dict.fromkeys(("count_errors", "together"), np.nan)
+        if site in dense:
+            row["count_errors"] = count_errors(probed[site].flatten(0, 1), known.count)
+            row["together"] = _together({name: g[name][..., alive[name]] for name in dense})
         rows.append(row)
     return GroundTruth(
         pd.DataFrame(rows, columns=SITE_COLUMNS),
         _latents(probed, truth.latents, seed),
+        _needed(probed, truth.needed, seed),
         _reconstruction(found, model, inputs, g, output, seed),
     )
 
@@ -148,6 +156,19 @@ def pattern_errors(g: Float[Tensor, "probe n"], pattern: Bool[Tensor, "probe cou
     return int(wrong.sum()), pattern.numel()
 
 
+def count_errors(g: Float[Tensor, "probe n"], count: int) -> int:
+    """How far a dense site is from having exactly ``count`` pieces, whatever directions they read (0: it has).
+
+    Of the ``count`` pieces with the largest summed importance, those that no input of the probe needs (all below 0.9), and of
+    the others every importance above 0.1. So SPD's authors count (``goodfire-ai/spd``, target solutions of dense layers): a
+    piece that an input's direction is orthogonal to is not important there, by the definition of importance, so that "always"
+    cannot be asked of single inputs.
+    """
+    order = g.sum(0).argsort(descending=True)
+    needed = (g[:, order[:count]] >= 1 - TOLERANCE).any(0)
+    return count - int(needed.sum()) + int((g[:, order[count:]] > TOLERANCE).sum())
+
+
 def overlap(latents: Bool[Tensor, "token latent"], g: Float[Tensor, "token n"]) -> Float[Tensor, "latent n"]:
     """``Σ min(t, g) / Σ max(t, g)``: 1 where importance is 1 at exactly the latent's tokens (Jaccard's index, for weights)."""
     both = latents.to(g.dtype).T @ g.clamp(0, 1)
@@ -185,14 +206,30 @@ def _latents(
     g = torch.cat([own.flatten(0, 1) for own in probed.values()], dim=-1)
     names = [f"{site}:{c}" for site, own in probed.items() for c in range(own.shape[-1])]
     true = torch.stack([own.flatten() for own in latents.values()], dim=-1)
-    shuffled = true[torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))]
-    measured, chance = overlap(true, g), overlap(shuffled, g)
+    measured, chance = overlap(true, g), overlap(_shuffled(true, seed), g)
     matched, by_chance = (linear_sum_assignment(t.double().numpy(), maximize=True)[1] for t in (measured, chance))
     rows = [
         (name, int(true[:, i].sum()), names[c], float(measured[i, c]), float(chance[i, d]))
         for i, (name, c, d) in enumerate(zip(latents, matched.tolist(), by_chance.tolist(), strict=True))
     ]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _needed(
+    probed: Mapping[str, Float[Tensor, "rows pos _"]], needed: Mapping[str, Bool[Tensor, "rows pos"]], seed: int
+) -> pd.DataFrame:
+    rows = []
+    for site, where in needed.items():
+        true, on = where.flatten()[:, None], (probed[site] > 0.5).flatten(0, 1).sum(-1).float()
+        largest = probed[site].flatten(0, 1).amax(-1, keepdim=True)
+        overlaps = (float(overlap(own, largest)) for own in (true, _shuffled(true, seed)))
+        pieces = (float(on[own].mean()) for own in (where.flatten(), ~where.flatten()))
+        rows.append((site, float(true.float().mean()), *overlaps, *pieces))
+    return pd.DataFrame(rows, columns=["site", "tokens", "overlap", "chance", "here", "elsewhere"])
+
+
+def _shuffled(true: Bool[Tensor, "token n"], seed: int) -> Bool[Tensor, "token n"]:
+    return true[torch.randperm(len(true), generator=torch.Generator().manual_seed(seed))]
 
 
 def _reconstruction(

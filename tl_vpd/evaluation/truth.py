@@ -2,7 +2,8 @@
 
 A *probe* is a batch of inputs on which it is known what must be important. Two kinds of site are known: one subcomponent a
 feature (*features*, important where the feature is on), and one piece of a given rank (*dense*, all of it important
-whenever anything is). Of language only *latents* are known: at which tokens the model needs a certain fact.
+whenever anything is). Of a known circuit it is known at which tokens each site is *needed*; of language only *latents* are
+known: at which tokens the model needs a certain fact.
 """
 
 from __future__ import annotations
@@ -44,8 +45,10 @@ class SiteTruth:
 
 @dataclass(frozen=True)
 class Truth:
-    """All that is known: ``probe`` inputs, sites by name, and latents by name (True where the token needs the fact)."""
+    """All that is known: ``probe`` inputs, sites by name, latents by name (True where the token needs the fact), and by site
+    where in the probe anything of it is ``needed``."""
 
     probe: Shaped[Tensor, "rows pos ..."]
     sites: Mapping[str, SiteTruth] = field(default_factory=dict)
     latents: Mapping[str, Bool[Tensor, "rows pos"]] = field(default_factory=dict)
+    needed: Mapping[str, Bool[Tensor, "rows pos"]] = field(default_factory=dict)

@@ -3,7 +3,10 @@
 A row is a beginning-of-sequence token and a block of distinct random tokens, repeated until the row is full. The block's length
 differs from row to row, so that what to copy can only be found by looking for the earlier occurrence: a previous-token
 head in layer 0 tells every token what came before it, an induction head in layer 1 attends to the token after the earlier
-occurrence of the present one. Source of the mechanism: Olsson et al., *In-context Learning and Induction Heads* (2022).
+occurrence of the present one. Where a token stands for the first time the next one cannot be known, and the model is trained to
+call all tokens equally likely: it rests on the beginning of the sequence. So it is known where each weight is needed
+(``mechanism``), and ``quality`` checks that on the model. Source of the mechanism: Olsson et al., *In-context Learning and
+Induction Heads* (2022).
 
 >>> Repeated(d_vocab=33, context=13, shortest=3, longest=5, batch_size=2).at(0).shape
 torch.Size([2, 13])
@@ -12,6 +15,7 @@ torch.Size([2, 13])
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -19,13 +23,15 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_vpd.divergence import kl_divergence
 from tl_vpd.evaluation.truth import Truth
 from tl_vpd.toys.toy import TargetTraining, Toy
 from tl_vpd.toys.transformers import accuracy_at, cross_entropy_at, small_transformer
 from tl_vpd.training.data import Batches
 
 BOS = 0
-TRAINING = TargetTraining(steps=3_000, rows=64, lr=2e-3, schedule="cosine")
+TRAINING = TargetTraining(steps=3_000, rows=64, lr=2e-3, schedule="cosine", weight_decay=1.0)
+"""The decay leaves nothing in the weights that the task does not need."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,33 @@ def repeated(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
     """Where a token stands for the second time or later, so that the next one can be known."""
     earlier = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril(-1)
     return ((tokens[:, :, None] == tokens[:, None, :]) & earlier).any(-1)
+
+
+def mechanism(tokens: Int[Tensor, "batch pos"]) -> dict[str, Bool[Tensor, "batch pos"]]:
+    """Where each weight is needed, by site.
+
+    *Sources* stand for the first time and will come again; what follows one is a *copy place*. Layer 0 brings the source's
+    identity (W_V at sources, W_O at copy places) to the token behind it, which looks for it by position (W_Q; W_K also where it
+    must not look). In layer 1 every token asks (W_Q) for a copy place behind its own earlier occurrence, or for the beginning
+    (W_K); what is found (W_V) is said (W_O) where tokens are repeated.
+    """
+    later = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).triu(1)
+    again, start = ((tokens[:, :, None] == tokens[:, None, :]) & later).any(-1), tokens == BOS
+    copying = repeated(tokens)
+    sources = ~copying & ~start & again
+    places = sources.roll(1, dims=1)
+    places[:, 0] = False
+    head = "blocks.{}.attn.W_{}".format
+    return {
+        head(0, "Q"): places,
+        head(0, "K"): start | sources | places,
+        head(0, "V"): sources,
+        head(0, "O"): places,
+        head(1, "Q"): ~start,
+        head(1, "K"): start | places,
+        head(1, "V"): places,
+        head(1, "O"): copying,
+    }
 
 
 @dataclass(frozen=True)
@@ -95,26 +128,55 @@ class Induction(Toy):
         return Repeated(self.d_vocab, self.context, self.shortest, self.longest, rows, seed)
 
     def loss(self, model: Any, batch: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        """Cross-entropy where the next token can be known."""
-        return cross_entropy_at(model(batch), batch, repeated(batch))
+        """Cross-entropy with the next token where it can be known, with all tokens alike where it cannot (the mean of both)."""
+        logits, known = model(batch), repeated(batch)
+        alike = -logits[:, :-1][~known[:, :-1]].log_softmax(-1).mean(-1)
+        return 0.5 * (cross_entropy_at(logits, batch, known) + alike.mean())
 
     def quality(self, model: Any) -> dict[str, float]:
-        """Accuracy where the next token can be known, and the two heads' scores (the best head of each layer)."""
+        """Accuracy where the next token can be known; where not, nats from all tokens alike; the two heads' scores (the best
+        head of each layer); nats with every weight where it is needed alone, and with none of them anywhere.
+        """
         tokens = self.batches(64, seed=-1).at(0)
-        where = repeated(tokens)
+        where, needed = repeated(tokens), mechanism(tokens)
         with torch.no_grad():
             logits, cache = model.run_with_cache(tokens)
+            log_target = logits.log_softmax(-1)
+            without = [
+                model.run_with_hooks(tokens, fwd_hooks=_only_where(model, kept))
+                for kept in (needed, {site: torch.zeros_like(where) for site in needed})
+            ]
         return {
             "accuracy": accuracy_at(logits, tokens, where),
+            "from_alike": float(kl_divergence(log_target, torch.zeros_like(log_target), ~where)),
+            "needed_alone": float(kl_divergence(log_target, without[0])),
+            "none": float(kl_divergence(log_target, without[1])),
             "previous_token_score": float(previous_token_scores(cache["pattern", 0], tokens).max()),
             "induction_score": float(induction_scores(cache["pattern", 1], tokens).max()),
         }
 
     def truth(self, model: Any) -> Truth:
-        """Where the induction head has something to copy, and where it does not."""
+        """Where each weight is needed."""
         tokens = self.batches(64, seed=-2).at(0)
-        where = repeated(tokens)
-        return Truth(probe=tokens, latents={"repeated": where, "seen_first": ~where & (tokens != BOS)})
+        return Truth(probe=tokens, needed=mechanism(tokens))
+
+
+def _only_where(model: Any, needed: Mapping[str, Bool[Tensor, "batch pos"]]) -> list[tuple[str, Callable[..., Tensor]]]:
+    """Hooks that leave of every weight's output the bias alone, except where the weight is needed."""
+
+    def hook(where: Bool[Tensor, "batch pos"], bias: Tensor) -> Callable[..., Tensor]:
+        def keep(y: Tensor, hook: Any) -> Tensor:
+            return torch.where(where.reshape(*where.shape, *[1] * (y.ndim - 2)), y, bias.expand_as(y))
+
+        return keep
+
+    hooks = []
+    for site, where in needed.items():
+        block, name = site.rsplit(".attn.W_")
+        layer = model.blocks[int(block.removeprefix("blocks."))]
+        point = f"{block}.hook_attn_out" if name == "O" else f"{block}.attn.hook_{name.lower()}"
+        hooks.append((point, hook(where, getattr(layer.attn, f"b_{name}"))))
+    return hooks
 
 
 def previous_token_scores(

@@ -136,6 +136,8 @@ def _flat(found: GroundTruth) -> dict[str, Any]:
         row["latent"]: {"subcomponent": row["subcomponent"], **_rounded({k: row[k] for k in ("overlap", "chance")})}
         for row in found.latents.to_dict("records")
     }
+    needed = found.needed.set_index("site")
+    flat["needed"] = {site: _rounded({str(k): v for k, v in row.items()}) for site, row in needed.iterrows()}
     flat["reconstruction"] = _rounded(found.reconstruction)
     return flat
 
@@ -197,7 +199,8 @@ def table(results: dict[str, Any]) -> pd.DataFrame:
                 row |= {f"alive {site}": f"{own['alive'][site][i]}/{n}" for site, n in own["true"].items()}
                 errors = own["by_site"].get("pattern_errors", {})
                 row |= {"pattern errors": int(sum(values[i] for values in errors.values()))} if errors else {}
-                overlaps = [values["overlap"][i] for values in own.get("latents", {}).values()]
+                known = {**own.get("latents", {}), **own.get("needed", {})}
+                overlaps = [values["overlap"][i] for values in known.values()]
                 row |= {"overlap": round(sum(overlaps) / len(overlaps), 3)} if overlaps else {}
                 row |= {key: own["reconstruction"][key][i] for key in ("stochastic", "adversarial")}
                 rows.append(row | {"seconds": own["seconds"][i]})
