@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
 import tl_vpd
+from tl_vpd.adapters import adapt
+from tl_vpd.evaluation.ground_truth import ground_truth
 from tl_vpd.toys import TOYS, Compressed, TargetTraining, train
 
 SMALL = Compressed(
@@ -49,13 +53,62 @@ def test_training_computes_part_of_the_features_and_leaves_the_embedding_alone()
 @pytest.mark.parametrize(
     ("name", "counts"), [("compressed", [100, 50]), ("compressed_2", [100, 25] * 2), ("compressed_3", [102, 17] * 3)]
 )
-def test_the_truth_has_a_subcomponent_a_feature_and_every_w_out_whole(name, counts):
+def test_the_truth_has_a_subcomponent_a_feature_in_w_in_and_one_a_neuron_in_w_out(name, counts):
     toy = TOYS[name]
     model = toy.build(0)
     truth = toy.truth(model)
     assert [own.count for own in truth.sites.values()] == counts
     assert list(truth.sites) == tl_vpd.sites(model)["site"].tolist()
+    _, cache = model.run_with_cache(truth.probe)
     for site, own in truth.sites.items():
-        assert (own.axis, own.basis is None) == (("in", False) if site.endswith("W_in") else (None, True))
+        if site.endswith("W_in"):
+            assert own.open is None and not own.whole and torch.equal(own.pattern, torch.eye(own.count).bool())
+            continue
+        assert own.whole and torch.equal(own.pattern, cache[site.replace("W_out", "hook_post")][:, 0] > 0)
+        # Later layers read the stream as well as the unembedding.
+        assert own.seen.shape[1] == toy.n_features + toy.neurons * (toy.n_layers - 1 - int(site.split(".")[1]))
+        assert bool((own.open & ~own.pattern).sum() == 0) and 0 < int(own.open.sum()) < int(own.pattern.sum())
     data = toy.batches(1).at(0)
     assert data.shape == (1, 64, toy.n_features) and data.min() < 0
+
+
+class Known:
+    """The truth as pieces, and what the masked model puts out."""
+
+    def __init__(self, model, truth):
+        self.model, self.truth = model, truth
+        self.W = {site: adapt(model).weight(site) for site in truth.sites}
+        self.features = torch.linalg.pinv(model.W_E)
+
+    def pieces(self, site):
+        W = self.W[site]
+        if site.endswith("W_out"):
+            return torch.stack([torch.diag(neuron) @ W for neuron in torch.eye(len(W))])
+        return torch.einsum("if, fj, jo -> fio", self.features, self.model.W_E, W)
+
+    def importances(self, inputs):
+        _, cache = self.model.run_with_cache(inputs)
+        on = {site: cache[site.replace("W_out", "hook_post")] > 0 for site in self.truth.sites if "W_out" in site}
+        return {site: on[site].float() if site in on else (inputs != 0).float() for site in self.truth.sites}
+
+    def output(self, inputs, masks):
+        h = inputs @ self.model.W_E
+        for layer in range(len(self.model.layers)):
+            own = [f"layers.{layer}.{name}" for name in ("W_in", "W_out")]
+            W_in, W_out = (torch.einsum("bpn, nio -> bpio", masks[site], self.pieces(site)) for site in own)
+            h = h + ((h[..., None, :] @ W_in).relu() @ W_out)[..., 0, :]
+        return h @ self.model.W_E.T
+
+
+def test_the_truth_of_one_layer_scores_as_true_and_nothing_is_lost_by_it():
+    toy = dataclasses.replace(SMALL, n_layers=1)
+    model = train(toy, 0)
+    truth = toy.truth(model)
+    found = ground_truth(Known(model, truth), model, truth, toy.batches(4, seed=3).at(0))
+    rows = found.sites.set_index("site")
+    assert (rows["alive"] == rows["true"]).all()
+    assert (rows[["pattern_errors", "count_errors"]] == 0).all(axis=None)
+    assert rows[["mmcs", "ml2r"]].to_numpy() == pytest.approx(np.ones((2, 2)), abs=1e-4)
+    # Features are read along dual directions, so that the piece of an absent one reads 0: nothing is lost, whatever the masks.
+    assert max(found.reconstruction[mode] for mode in ("unmasked", "importances", "adversarial")) < 1e-8
+    assert found.reconstruction["zero"] > 1e-3

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tl_vpd.evaluation.truth import SiteTruth, Truth
 from tl_vpd.toys import TMS
-from tl_vpd.viz.ground_truth import effects, ground_truth
+from tl_vpd.viz.ground_truth import ground_truth
 
 
 class Columns:
@@ -45,7 +45,7 @@ def test_every_piece_lies_on_its_feature(features, hidden):
     found = Columns(model, order)
     for name, known in truth.sites.items():
         weight = {"embed": model.embed, "unembed": model.unembed}[name].weight.detach().T
-        true, own = effects(found.pieces(name)[:-1], weight, known)
+        true, own = known.effects(weight), known.effects(found.pieces(name)[:-1])
         for piece, j in enumerate(order):
             assert_close(own[piece, j], true[j])
     figure = ground_truth(found, model, truth, toy.batches(2, seed=0).at(0))

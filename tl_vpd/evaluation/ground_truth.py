@@ -59,15 +59,19 @@ class Found(Protocol):
 class GroundTruth:
     """What was found of what is known.
 
-    ``sites``: a row a site, with ``true`` and ``alive`` counts; ``mmcs``, ``ml2r`` (dense: NaN), the same over all pieces;
-    ``pattern_errors``, the importances of the probe that are further than 0.1 from the truth's under the best matching, of
-    ``pattern_entries``; of dense sites, ``count_errors`` (the function of that name) and ``together``, the share of inputs on
-    which all alive pieces of all dense sites are above 0.5, or none is. ``latents``: a row a latent, with the subcomponent
-    matched to it, the overlap of its importance with it (1: the same tokens) and the ``chance`` overlap with the latent's
-    tokens shuffled. ``needed``: a row a site of which it is known where it is needed, with the share of ``tokens`` that need
-    it, the ``overlap`` of its largest importance with them, the same by ``chance``, and how many pieces are important (above
-    0.5) ``here``, where it is needed, and ``elsewhere``. ``reconstruction``: the distance of outputs (squared error, or nats)
-    by masks.
+    ``sites``: a row a site, with ``true`` and ``alive`` counts; ``mmcs``, ``ml2r`` (NaN where directions are not known), the
+    same over all pieces; ``pattern_errors``, the importances of the probe that are further than 0.1 from the truth's under the
+    best matching, of ``pattern_entries``; ``count_errors`` (the function of that name); ``together``, of sites that are one
+    piece, the share of inputs on which all alive pieces of all such sites are above 0.5, or none is.
+
+    ``latents``: a row a latent, with the subcomponent matched to it, the ``overlap`` of its importance with it (1: the same
+    tokens) and the overlap by ``chance``, with the latent's tokens shuffled.
+
+    ``needed``: a row a site of which it is known where it is needed, with the share of ``tokens`` that need it, the ``overlap``
+    of its largest importance with them, the same by ``chance``, and how many pieces are important (above 0.5) ``here``, where
+    it is needed, and ``elsewhere``.
+
+    ``reconstruction``: the distance of outputs (squared error, or nats) by masks.
     """
 
     sites: pd.DataFrame
@@ -99,17 +103,15 @@ def ground_truth(
     g = found.importances(inputs)
     alive = {site: own.mean((0, 1)) > ALIVE for site, own in g.items()}
     probed = found.importances(truth.probe)
-    dense = [site for site, known in truth.sites.items() if known.axis is None]
+    whole = [site for site, known in truth.sites.items() if known.whole]
     rows = []
     for site, known in truth.sites.items():
-        errors, entries = pattern_errors(probed[site].flatten(0, 1), known.pattern)
+        errors, entries = pattern_errors(probed[site].flatten(0, 1), known.pattern, known.open)
         row = {"site": site, "true": known.count, "alive": int(alive[site].sum())}
         row |= _directions(found.pieces(site), weights[site], known, alive[site])
         row |= {"pattern_errors": errors, "pattern_entries": entries}
-        row |= dict.fromkeys(("count_errors", "together"), np.nan)
-        if site in dense:
-            row["count_errors"] = count_errors(probed[site].flatten(0, 1), known.count)
-            row["together"] = _together({name: g[name][..., alive[name]] for name in dense})
+        row |= {"count_errors": count_errors(probed[site].flatten(0, 1), known.count)}
+        row |= {"together": _together({name: g[name][..., alive[name]] for name in whole}) if site in whole else np.nan}
         rows.append(row)
     return GroundTruth(
         pd.DataFrame(rows, columns=SITE_COLUMNS),
@@ -120,44 +122,43 @@ def ground_truth(
 
 
 def mmcs_and_ml2r(
-    pieces: Float[Tensor, "n d_in d_out"],
-    W: Float[Tensor, "d_in d_out"],
-    basis: Float[Tensor, "feature _"],
-    axis: Literal["in", "out"],
+    own: Float[Tensor, "n feature d"], true: Float[Tensor, "feature d"]
 ) -> tuple[Float[Tensor, " feature"], Float[Tensor, " feature"]]:
     """Each feature's largest cosine over pieces, and the ratio of lengths at that piece (0 and 0 where there are no pieces).
 
     Args:
-        basis: feature j's direction on ``axis`` of W.
+        own: what each piece does with each feature. true: what the weight does.
     """
-    if len(pieces) == 0:
-        return torch.zeros(len(basis)), torch.zeros(len(basis))
-    if axis == "in":
-        own, true = torch.einsum("f i, n i o -> n f o", basis, pieces), basis @ W
-    else:
-        own, true = torch.einsum("f o, n i o -> n f i", basis, pieces), basis @ W.T
+    if len(own) == 0:
+        return torch.zeros(len(true)), torch.zeros(len(true))
     # Lengths however small have a direction: only an exact 0 has none.
     cosines = torch.einsum("n f d, f d -> n f", *(F.normalize(t, dim=-1, eps=1e-30) for t in (own, true)))
     best, at = cosines.max(0)
     return best, own.norm(dim=-1).gather(0, at[None])[0] / true.norm(dim=-1)
 
 
-def pattern_errors(g: Float[Tensor, "probe n"], pattern: Bool[Tensor, "probe count"]) -> tuple[int, int]:
+def pattern_errors(
+    g: Float[Tensor, "probe n"],
+    pattern: Bool[Tensor, "probe count"],
+    open: Bool[Tensor, "probe count"] | None = None,
+) -> tuple[int, int]:
     """Importances further than 0.1 from the truth's under the matching with the least summed difference, and how many there are.
 
     A true subcomponent for which there is no piece counts as one of importance 0, and a piece that is over as one that should
-    be 0 everywhere.
+    be 0 everywhere. Entries that are ``open`` do not count.
     """
     size = max(g.shape[1], pattern.shape[1])
     own = F.pad(g, (0, size - g.shape[1]))
     true = F.pad(pattern.to(g.dtype), (0, size - pattern.shape[1]))
-    _, matched = linear_sum_assignment(torch.cdist(true.T, own.T, p=1).double().numpy())
-    wrong = (own[:, torch.from_numpy(matched)] - true).abs() > TOLERANCE
-    return int(wrong.sum()), pattern.numel()
+    counts = torch.ones_like(true) if open is None else 1 - F.pad(open.to(g.dtype), (0, size - open.shape[1]))
+    apart = torch.stack([(own - true[:, j, None]).abs().mul(counts[:, j, None]).sum(0) for j in range(size)])
+    _, matched = linear_sum_assignment(apart.double().numpy())
+    wrong = ((own[:, torch.from_numpy(matched)] - true).abs() > TOLERANCE) & (counts > 0)
+    return int(wrong.sum()), pattern.numel() if open is None else int((~open).sum())
 
 
 def count_errors(g: Float[Tensor, "probe n"], count: int) -> int:
-    """How far a dense site is from having exactly ``count`` pieces, whatever directions they read (0: it has).
+    """How far a site is from having exactly ``count`` pieces, whatever directions they read (0: it has).
 
     Of the ``count`` pieces with the largest summed importance, those that no input of the probe needs (all below 0.9), and of
     the others every importance above 0.1. So SPD's authors count (``goodfire-ai/spd``, target solutions of dense layers): a
@@ -181,17 +182,18 @@ def _directions(
     known: SiteTruth,
     alive: Bool[Tensor, " n"],
 ) -> dict[str, float]:
-    if known.axis is None or known.basis is None:
+    if known.basis is None:
         return dict.fromkeys(DIRECTIONS, np.nan)
-    cosines, ratios = mmcs_and_ml2r(pieces[alive], W, known.basis, known.axis)
-    cosines_all, ratios_all = mmcs_and_ml2r(pieces, W, known.basis, known.axis)
+    own, true = known.effects(pieces), known.effects(W)
+    cosines, ratios = mmcs_and_ml2r(own[alive], true)
+    cosines_all, ratios_all = mmcs_and_ml2r(own, true)
     means = (float(values.mean()) for values in (cosines, ratios, cosines_all, ratios_all))
     return dict(zip(DIRECTIONS, means, strict=True))
 
 
-def _together(dense: Mapping[str, Float[Tensor, "rows pos _"]]) -> float:
+def _together(whole: Mapping[str, Float[Tensor, "rows pos _"]]) -> float:
     """The share of inputs on which all of these pieces are important or none is."""
-    on = torch.cat(list(dense.values()), dim=-1) > 0.5
+    on = torch.cat(list(whole.values()), dim=-1) > 0.5
     if on.shape[-1] == 0:
         return float("nan")
     return float((on.all(-1) | ~on.any(-1)).float().mean())

@@ -2,9 +2,11 @@
 
     h = x W_E,   h ← h + ReLU(h W_in,l) W_out,l   for each layer l,   ŷ = h W_Eᵀ        trained towards y = x + ReLU(x)
 
-``W_E`` is fixed, random, with rows of length 1. Sites: ``layers.{l}.W_in``, ``layers.{l}.W_out``. Truth: in W_in one subcomponent
-a feature (in every layer, where a feature's computation is spread over layers); all W_out together one piece of the rank
-of all neurons. Source: APD (arXiv 2501.14926, section 3.2) and SPD (arXiv 2506.20790, sections 3.2 and 3.3).
+``W_E`` is fixed, random, with rows of length 1. Sites: ``layers.{l}.W_in``, ``layers.{l}.W_out``. Truth: in W_in one
+subcomponent a feature (in every layer, where a feature's computation is spread over layers); in W_out as many as there are
+neurons. Source: APD (arXiv 2501.14926, section 3.2) and SPD (arXiv 2506.20790, sections 3.2 and 3.3), which calls those of W_out
+one piece that is important as a whole, in no particular basis. Here one a neuron is expected: what a neuron that is off would
+write can be ablated in any way without any change, so that it is not important there, and no other basis costs as little.
 
 >>> model = Compressed(n_features=10, d_resid=40, neurons=5).build()
 >>> model(torch.zeros(3, 10)).shape
@@ -20,6 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_vpd.adapters import adapt
 from tl_vpd.adapters.versions import HookedRootModule, HookPoint
 from tl_vpd.evaluation.truth import SiteTruth, Truth
 from tl_vpd.toys.features import SparseFeatures
@@ -27,6 +30,8 @@ from tl_vpd.toys.tms import PROBE_VALUE
 from tl_vpd.toys.toy import TargetTraining, Toy
 from tl_vpd.training.data import Batches
 
+LITTLE = 0.02
+"""Share of what a layer writes below which a neuron's part may be left out."""
 TRAINING = TargetTraining(steps=1_000, rows=32, lr=3e-3, schedule="cosine")
 
 
@@ -108,11 +113,27 @@ class Compressed(Toy):
             }
 
     def truth(self, model: CompressedModel) -> Truth:
-        """One subcomponent a feature in every W_in; every W_out whole."""
+        """In every W_in a subcomponent a feature, in every W_out one a neuron, needed where the neuron is on."""
         one_each = torch.eye(self.n_features, dtype=torch.bool)
-        whole = torch.ones(self.n_features, self.neurons, dtype=torch.bool)
-        sites = {}
-        for layer in range(self.n_layers):
+        probe = PROBE_VALUE * torch.eye(self.n_features)[:, None]
+        with torch.no_grad():
+            _, cache = model.run_with_cache(probe)
+        sites, read = {}, [model.W_E.T]
+        for layer in reversed(range(self.n_layers)):
+            W_in, W_out = (adapt(model).weight(f"layers.{layer}.{name}") for name in ("W_in", "W_out"))
+            # Nobody reads the stream but the unembedding and later layers.
+            seen, neurons = torch.cat(read, dim=1), cache[f"layers.{layer}.hook_post"].flatten(0, 1)
+            written = neurons.square() * (W_out @ seen).square().sum(1)
+            share = written / written.sum(1, keepdim=True).clamp(min=1e-30)
+            sites[f"layers.{layer}.W_out"] = SiteTruth(
+                self.neurons,
+                share > 0,
+                axis="in",
+                basis=torch.eye(self.neurons),
+                seen=seen,
+                open=(share > 0) & (share < LITTLE),
+                whole=True,
+            )
             sites[f"layers.{layer}.W_in"] = SiteTruth(self.n_features, one_each, "in", model.W_E)
-            sites[f"layers.{layer}.W_out"] = SiteTruth(self.neurons, whole)
-        return Truth(probe=PROBE_VALUE * torch.eye(self.n_features)[:, None], sites=sites)
+            read.append(W_in)
+        return Truth(probe=probe, sites=dict(reversed(sites.items())))

@@ -110,6 +110,7 @@ class TMS(Toy):
         features = torch.eye(self.n_features)
         sites = {"embed": SiteTruth(self.n_features, one_each, "in", features)}
         if self.identity:
-            sites["identity"] = SiteTruth(self.n_hidden, torch.ones(self.n_features, self.n_hidden, dtype=torch.bool))
+            always = torch.ones(self.n_features, self.n_hidden, dtype=torch.bool)
+            sites["identity"] = SiteTruth(self.n_hidden, always, whole=True)
         sites["unembed"] = SiteTruth(self.n_features, one_each, "out", features)
         return Truth(probe=PROBE_VALUE * features[:, None], sites=sites)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tl_vpd.adapters import adapt
 from tl_vpd.evaluation.evaluate import ALIVE
 from tl_vpd.evaluation.ground_truth import Found
-from tl_vpd.evaluation.truth import SiteTruth, Truth
+from tl_vpd.evaluation.truth import Truth
 
 
 @torch.no_grad()
@@ -40,21 +40,12 @@ def ground_truth(found: Found, model: nn.Module, truth: Truth, inputs: Shaped[Te
     g = found.importances(inputs)
     figure = Figure(figsize=(4.2 * len(sites), 4.0), layout="constrained", dpi=110)
     for axes, (name, known) in zip(figure.subplots(1, len(sites), squeeze=False).flat, sites.items(), strict=True):
-        true, own = effects(found.pieces(name)[g[name].mean((0, 1)) > ALIVE], adapt(model).weight(name), known)
+        true = known.effects(adapt(model).weight(name))
+        own = known.effects(found.pieces(name)[g[name].mean((0, 1)) > ALIVE])
         cosines = F.normalize(true, dim=-1, eps=1e-30)[:, None] * F.normalize(own.transpose(0, 1), dim=-1, eps=1e-30)
         _arrows(axes, true, own, cosines.sum(-1)) if true.shape[-1] == 2 else _cosines(axes, cosines.sum(-1))
         axes.set_title(f"{name}: {own.shape[0]} alive of {known.count} true", fontsize=10)
     return figure
-
-
-def effects(
-    pieces: Float[Tensor, "n d_in d_out"], W: Float[Tensor, "d_in d_out"], known: SiteTruth
-) -> tuple[Float[Tensor, "feature d"], Float[Tensor, "n feature d"]]:
-    """What the weight, and each piece, does with each feature."""
-    assert known.basis is not None
-    if known.axis == "in":
-        return known.basis @ W, torch.einsum("f i, n i o -> n f o", known.basis, pieces)
-    return known.basis @ W.T, torch.einsum("f o, n i o -> n f i", known.basis, pieces)
 
 
 def _matched(cosines: Float[Tensor, "feature n"]) -> dict[int, int]:
