@@ -1,8 +1,7 @@
 """The toys by name, and what each method is set with on each of them.
 
-Targets as in SPD (arXiv 2506.20790); names that end in ``_200`` have a residual stream of 200 dimensions, not 1,000. SPD's
-settings are that paper's; batches are smaller, for CPUs. VPD's add the persistent adversary and the frequency loss; APD's are for
-the toys of superposition.
+Targets and SPD's settings as in SPD (arXiv 2506.20790), with smaller batches, for CPUs. VPD's add the persistent adversary and,
+on the toys of superposition, the frequency loss; APD's are for these alone.
 """
 
 from __future__ import annotations
@@ -29,9 +28,6 @@ TOYS: dict[str, Toy] = {
     "compressed": Compressed(),
     "compressed_2": Compressed(neurons=25, n_layers=2),
     "compressed_3": Compressed(n_features=102, neurons=17, n_layers=3, training=DEEP),
-    "compressed_200": Compressed(d_resid=200),
-    "compressed_2_200": Compressed(d_resid=200, neurons=25, n_layers=2),
-    "compressed_3_200": Compressed(n_features=102, d_resid=200, neurons=17, n_layers=3, training=DEEP),
     "induction": Induction(),
     "grammar": Grammar(),
 }
@@ -49,6 +45,15 @@ _SPD: dict[str, dict[str, Any]] = {
 }
 """By toy: SPD's C, importance coefficient and exponent, and where they differ, steps, rate and hidden units."""
 
+_COMPRESSED: dict[str, Any] = {
+    "lr": 2e-3,
+    "steps": 12_000,
+    "importance": 1e-5,
+    "p_end": 0.5,
+    "C": {"*.W_in": 200, "*.W_out": 100},
+    "hidden": 16,
+}
+"""No frequency loss: pieces of W_out are on at many inputs."""
 _VPD: dict[str, dict[str, Any]] = {
     "tms_5_2": {
         "steps": 15_000,
@@ -74,27 +79,12 @@ _VPD: dict[str, dict[str, Any]] = {
         "p": 1.0,
         "p_end": 0.5,
         "rising": True,
-        "tied": (),
     },
-    "compressed": {"lr": 2e-3, "steps": 12_000, "importance": 1e-4, "p_end": 1.0, "C": {"*.W_in": 200, "*.W_out": 100}},
-    "compressed_2": {
-        "lr": 2e-3,
-        "steps": 12_000,
-        "importance": 1e-4,
-        "p_end": 1.0,
-        "C": {"*.W_in": 200, "*.W_out": 100},
-    },
-    "compressed_3": {
-        "lr": 2e-3,
-        "steps": 12_000,
-        "importance": 1e-4,
-        "p_end": 1.0,
-        "C": {"*.W_in": 200, "*.W_out": 100},
-        "hidden": 16,
-    },
+    "compressed": _COMPRESSED,
+    "compressed_2": _COMPRESSED,
+    "compressed_3": _COMPRESSED,
 }
-"""By toy: where VPD's settings differ from SPD's. W_out of compressed computation is on at most inputs, which the frequency loss
-would forbid, so there is none."""
+"""By toy: where VPD's settings differ from SPD's."""
 _GROWN: dict[str, Any] = {
     "batch_size": 8,
     "lr": 3e-3,
@@ -133,7 +123,6 @@ def recipe(toy: str, method: str, *, seed: int = 0, steps: int | None = None) ->
 
 
 def _spd(toy: str) -> VPDConfig:
-    toy = toy.removesuffix("_200")
     if toy == "induction":
         return _spd_of_language(_vpd(toy))
     if toy not in _SPD:
@@ -150,7 +139,6 @@ def _apd(toy: str) -> APDConfig:
 
 
 def _vpd(toy: str) -> VPDConfig:
-    toy = toy.removesuffix("_200")
     if toy in _SPD:
         return _sparse({**_SPD[toy], **_GROWN, **_VPD.get(toy, {})}, adversarial=1.0)
     return VPDConfig(

@@ -42,9 +42,6 @@ minutes on one core   target     vpd     spd     apd
   compressed             0.6      19      57       -
   compressed_2           0.8      35     490       -
   compressed_3          10        52   36000       -
-  compressed_200         0.3      12      40       -
-  compressed_2_200       0.4      25       ?       -
-  compressed_3_200         4      35       ?       -
   induction              0.8      17       ?       -
   grammar                1        37       -       -
 (one seed; from a few steps of each, times the recipe's; ? not timed, - no recipe)
