@@ -18,31 +18,76 @@ from tl_vpd.viz.ground_truth import ground_truth
 
 
 def rows(results: dict[str, Any]) -> list[str]:
-    """The table in Markdown, a row a toy and method; lists are over seeds."""
-    lines = ["| toy | method | seeds | MMCS | ML2R | alive (true) | pattern errors | minutes |", "| --- " * 8 + "|"]
+    """Sites of which it is known what they hold, in Markdown: a row a toy, method and site; ranges and lists are over seeds."""
+    columns = "toy | method | seeds | site | MMCS | ML2R | alive (true) | count errors | pattern errors | minutes"
+    lines = [f"| {columns} |", "| --- " * 10 + "|"]
     for name, methods in results.items():
         for method, own in methods.items():
-            alive = "; ".join(f"`{site}` {_list(own['alive'][site])} ({n})" for site, n in own["true"].items())
-            errors = [int(sum(e)) for e in zip(*own["by_site"].get("pattern_errors", {}).values(), strict=True)]
-            minutes = _list([round(s / 60) for s in own["seconds"]])
-            found = [_list(own.get(key, []), digits) for key, digits in (("mmcs", 5), ("ml2r", 4))]
-            cells = [f"`{name}`", method, _list(own["seed"]), *found, alive, _list(errors), minutes]
-            lines.append("| " + " | ".join(cells) + " |")
+            by_site = own["by_site"]
+            for number, (site, true) in enumerate(own["true"].items()):
+                found = {key: by_site.get(key, {}).get(site, []) for key in by_site}
+                first = [f"`{name}`", method, str(len(own["seed"]))] if number == 0 else [""] * 3
+                minutes = _list([round(s / 60) for s in own["seconds"]]) if number == 0 else ""
+                alive = f"{_list(own['alive'][site])} ({true})"
+                counts, patterns = (
+                    _list([int(v) for v in found.get(f"{key}_errors", [])]) for key in ("count", "pattern")
+                )
+                entries = int(found["pattern_entries"][0])
+                cells = [*first, f"`{site}`", _range(found["mmcs"], 5), _range(found["ml2r"], 4), alive, counts]
+                lines.append("| " + " | ".join([*cells, f"{patterns} of {entries:,}", minutes]) + " |")
+    return lines
+
+
+def distances(results: dict[str, Any]) -> list[str]:
+    """What outputs are off by under masks, a row a toy and method: means over seeds, the adversary's largest."""
+    columns = {"unmasked": "all pieces", "importances": "importances", "rounded": "rounded", "stochastic": "random"}
+    lines = [f"| toy | method | {' | '.join(columns.values())} | adversary | none |", "| --- " * 8 + "|"]
+    for name, methods in results.items():
+        for method, own in methods.items():
+            found = own["reconstruction"]
+            means = [f"{sum(found[key]) / len(found[key]):.2g}" for key in columns]
+            ends = [f"{max(found['adversarial']):.2g}", f"{found['zero'][0]:.2g}"]
+            lines.append("| " + " | ".join([f"`{name}`", method, *means, *ends]) + " |")
     return lines
 
 
 def latents(results: dict[str, Any]) -> list[str]:
-    """The table of what stands for known latents, a row a toy, method, seed and latent."""
-    lines = ["| toy | method | seed | latent | subcomponent | overlap | shuffled |", "| --- " * 7 + "|"]
+    """What stands for known latents, a row a toy, method and latent; lists are over seeds."""
+    lines = ["| toy | method | latent | subcomponent | overlap | shuffled |", "| --- " * 6 + "|"]
     for name, methods in results.items():
         for method, own in methods.items():
             for latent, found in own.get("latents", {}).items():
-                for i, seed in enumerate(own["seed"]):
-                    numbers = f"{found['overlap'][i]:.2f} | {found['chance'][i]:.2f}"
-                    lines.append(
-                        f"| `{name}` | {method} | {seed} | `{latent}` | `{found['subcomponent'][i]}` | {numbers} |"
-                    )
+                cells = [f"`{name}`", method, f"`{latent}`", ", ".join(f"`{c}`" for c in found["subcomponent"])]
+                lines.append(
+                    "| " + " | ".join([*cells, *(_list(found[key], 2) for key in ("overlap", "chance"))]) + " |"
+                )
     return lines
+
+
+def needed(results: dict[str, Any]) -> list[str]:
+    """Where sites are needed, a row a toy and site and columns for each method; ranges are over seeds."""
+    lines = []
+    for name, methods in results.items():
+        methods = {method: own["needed"] for method, own in methods.items() if own.get("needed")}
+        if not methods:
+            continue
+        columns = [f"{method}: {key}" for method in methods for key in ("overlap", "here", "elsewhere")]
+        lines += [f"| `{name}` | tokens | shuffled | {' | '.join(columns)} |", "| --- " * (len(columns) + 3) + "|"]
+        for site, first in next(iter(methods.values())).items():
+            cells = [f"`{site}`", f"{100 * first['tokens'][0]:.0f}%", _range(first["chance"], 2)]
+            for own in methods.values():
+                cells += [
+                    _range(own[site]["overlap"], 2),
+                    *(_range(own[site][key], 1) for key in ("here", "elsewhere")),
+                ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _range(values: list[float], digits: int) -> str:
+    """The smallest and the largest, or one where they read the same."""
+    ends = [f"{v:.{digits}f}" for v in (min(values), max(values))] if values else [""]
+    return ends[0] if ends[0] == ends[-1] else f"{ends[0]} to {ends[-1]}"
 
 
 def _list(values: list[Any], digits: int | None = None) -> str:
@@ -59,7 +104,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.picture is None:
         results = read(arguments.results)
-        print("\n".join([*rows(results), "", *latents(results)]))
+        for table in (rows, distances, needed, latents):
+            print("\n".join([*table(results), ""]))
         return
     name, seed = arguments.picture
     toy, model = TOYS[name], target_of(name, 0, arguments.work)

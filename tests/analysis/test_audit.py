@@ -11,10 +11,10 @@ from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
 from tl_vpd.analysis.audit import audit_circuit
-from tl_vpd.analysis.audit_ablate import AblatedModel, between
-from tl_vpd.analysis.audit_places import Place, universe_of
-from tl_vpd.analysis.audit_repair import repair_circuit
-from tl_vpd.analysis.audit_runs import random_circuit
+from tl_vpd.analysis.audit.ablate import AblatedModel, between
+from tl_vpd.analysis.audit.places import Place, universe_of
+from tl_vpd.analysis.audit.repair import repair_circuit
+from tl_vpd.analysis.audit.runs import random_circuit
 from tl_vpd.analysis.nodes import Node
 
 Z0, Z1, M0, M1 = "blocks.0.attn.hook_z", "blocks.1.attn.hook_z", "blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"

@@ -1,7 +1,6 @@
 """What a decomposition says about its model: where subcomponents fire, and which ones to look at."""
 
-from tl_vpd.analysis.audit import CircuitAudit, audit_circuit
-from tl_vpd.analysis.audit_repair import Repair, repair_circuit
+from tl_vpd.analysis.audit import CircuitAudit, Repair, audit_circuit, repair_circuit
 from tl_vpd.analysis.effects import ablation_table
 from tl_vpd.analysis.graph import AttributionGraph, DatasetGraph, attribution_graph, dataset_graph
 from tl_vpd.analysis.harvest import harvest

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.analysis.audit_places import Place, Universe
+from tl_vpd.analysis.audit.places import Place, Universe
 from tl_vpd.hooks.registry import attached_to, own_attachment
 from tl_vpd.hooks.tapped import frozen, users_hooks_aside
 

@@ -19,9 +19,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_vpd.analysis.audit import recovered
-from tl_vpd.analysis.audit_ablate import Reference
-from tl_vpd.analysis.audit_runs import Auditor, Metric, auditor, factors
+from tl_vpd.analysis.audit.ablate import Reference
+from tl_vpd.analysis.audit.audit import recovered
+from tl_vpd.analysis.audit.runs import Auditor, Metric, auditor, factors
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.site import Subcomponent
 

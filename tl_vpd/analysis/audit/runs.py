@@ -12,8 +12,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.analysis.audit_ablate import AblatedModel, Reference
-from tl_vpd.analysis.audit_places import Universe, universe_of
+from tl_vpd.analysis.audit.ablate import AblatedModel, Reference
+from tl_vpd.analysis.audit.places import Universe, universe_of
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.masking import fresh_pgd
 from tl_vpd.site import Subcomponent

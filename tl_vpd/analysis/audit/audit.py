@@ -12,7 +12,7 @@ keeps its metric there supports: *sufficient for this behaviour on these prompts
     >>> found = audit_circuit(model, tokens, ["blocks.0.attn.hook_z:3", "blocks.1.attn.hook_z:1"], metric)      # doctest: +SKIP
     >>> found.to_pandas()                                                                                       # doctest: +SKIP
 
-``audit_places`` says what "everything else" is; no decomposition is needed for heads, MLPs, neurons and residual positions.
+``places`` says what "everything else" is; no decomposition is needed for heads, MLPs, neurons and residual positions.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_vpd.analysis.audit_ablate import Reference
-from tl_vpd.analysis.audit_places import Universe
-from tl_vpd.analysis.audit_runs import Metric, auditor, random_circuit
+from tl_vpd.analysis.audit.ablate import Reference
+from tl_vpd.analysis.audit.places import Universe
+from tl_vpd.analysis.audit.runs import Metric, auditor, random_circuit
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.site import Subcomponent, nearest
 
@@ -114,7 +114,7 @@ def audit_circuit(
     """Audits a circuit.
 
     Args:
-        tokens: prompts, as strings or tokens ``[batch, pos]``. nodes: the circuit, as ``audit_places`` lists them.
+        tokens: prompts, as strings or tokens ``[batch, pos]``. nodes: the circuit, as ``places`` lists them.
         metric: of the logits; what the circuit is to keep high (or low, with ``lower_is_better``).
         decomposition: whose subcomponents the nodes are (None: heads, MLPs, neurons or residual positions).
         ablations: of ``zero mean resample stochastic adversarial``.
