@@ -4,7 +4,8 @@
 
 *Sizes*: VPD with 0.5, 1, 2 and 4 times the recipe's C, seed 0: subcomponents built and alive, L0, distances. *Seeds*: mean max
 cosines between the decompositions of all pairs of seeds, alive subcomponents alone, beside random directions; they are those that
-``python -m tl_vpd.toys.run`` has left in ``--work``. Sizes are trained there, and read where they are finished.
+``python -m tl_vpd.toys.run`` has left in ``--work``. Sizes are trained there, and read where they are finished. What the file
+holds of other toys stays.
 """
 
 from __future__ import annotations
@@ -81,11 +82,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     own = parser.parse_args()
     torch.set_num_threads(1)
-    record: dict[str, Any] = {"seeds": {name: of_seeds(name, own.work) for name in own.seeds_of}}
-    record["sizes"] = {name: of_sizes(name, own.work, own.factors, compile=own.compile) for name in own.toy}
+    record: dict[str, Any] = json.loads(own.out.read_text(encoding="utf-8")) if own.out.is_file() else {}
+    for name in own.seeds_of:
+        record.setdefault("seeds", {})[name] = of_seeds(name, own.work)
+    for name in own.toy:
+        record.setdefault("sizes", {})[name] = of_sizes(name, own.work, own.factors, compile=own.compile)
     record["settings"] = {"command": "python -m benchmarks.stability", **machine()}
-    own.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(record, indent=2))
+    own.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps(record, indent=1))
 
 
 if __name__ == "__main__":
