@@ -51,7 +51,8 @@ def test_training_computes_part_of_the_features_and_leaves_the_embedding_alone()
 
 
 @pytest.mark.parametrize(
-    ("name", "counts"), [("compressed", [100, 50]), ("compressed_2", [100, 25] * 2), ("compressed_3", [102, 17] * 3)]
+    ("name", "counts"),
+    [("compressed", [100, 50]), ("compressed_2", [100, 25, 101, 25]), ("compressed_3", [102, 17, 103, 17, 103, 17])],
 )
 def test_the_truth_has_a_subcomponent_a_feature_in_w_in_and_one_a_neuron_in_w_out(name, counts):
     toy = TOYS[name]
@@ -62,7 +63,9 @@ def test_the_truth_has_a_subcomponent_a_feature_in_w_in_and_one_a_neuron_in_w_ou
     _, cache = model.run_with_cache(truth.probe)
     for site, own in truth.sites.items():
         if site.endswith("W_in"):
-            assert own.open is None and not own.whole and torch.equal(own.pattern, torch.eye(own.count).bool())
+            features = toy.n_features
+            assert not own.whole and torch.equal(own.pattern[:, :features], torch.eye(features).bool())
+            assert torch.equal(own.open.any(0), torch.arange(own.count) >= features)
             continue
         assert own.whole and torch.equal(own.pattern, cache[site.replace("W_out", "hook_post")][:, 0] > 0)
         # Later layers read the stream as well as the unembedding.
@@ -70,6 +73,18 @@ def test_the_truth_has_a_subcomponent_a_feature_in_w_in_and_one_a_neuron_in_w_ou
         assert bool((own.open & ~own.pattern).sum() == 0) and 0 < int(own.open.sum()) < int(own.pattern.sum())
     data = toy.batches(1).at(0)
     assert data.shape == (1, 64, toy.n_features) and data.min() < 0
+
+
+def test_behind_the_first_layer_a_direction_is_what_features_write_in_common():
+    model = train(SMALL, 0)
+    W_E, W_in, W_out = (
+        w.detach().double().numpy() for w in (model.W_E, model.layers[0].W_in.weight.T, model.layers[0].W_out.weight.T)
+    )
+    common = (np.maximum(0.75 * W_E @ W_in, 0) @ W_out).mean(0)
+    known = SMALL.truth(model).sites["layers.1.W_in"]
+    assert known.count == 13
+    assert_close(known.basis[-1], torch.from_numpy(common).float(), atol=1e-5, rtol=1e-4)
+    assert torch.equal(known.basis[:-1], model.W_E)
 
 
 class Known:

@@ -3,10 +3,12 @@
     h = x W_E,   h ← h + ReLU(h W_in,l) W_out,l   for each layer l,   ŷ = h W_Eᵀ        trained towards y = x + ReLU(x)
 
 ``W_E`` is fixed, random, with rows of length 1. Sites: ``layers.{l}.W_in``, ``layers.{l}.W_out``. Truth: in W_in one
-subcomponent a feature (in every layer, where a feature's computation is spread over layers); in W_out as many as there are
-neurons. Source: APD (arXiv 2501.14926, section 3.2) and SPD (arXiv 2506.20790, sections 3.2 and 3.3), which calls those of W_out
-one piece that is important as a whole, in no particular basis. Here one a neuron is expected: what a neuron that is off would
-write can be ablated in any way without any change, so that it is not important there, and no other basis costs as little.
+subcomponent a feature (in every layer, where a feature's computation is spread over layers), and behind the first layer one more:
+all features write something in common there, which turns the next layer's neurons on as a bias would. In W_out there are as many
+as there are neurons. Source: APD (arXiv 2501.14926, section 3.2) and SPD (arXiv 2506.20790, sections 3.2 and 3.3), which calls
+those of W_out one piece that is important as a whole, in no particular basis. Here one a neuron is expected: what a neuron that
+is off would write can be ablated in any way without any change, so that it is not important there, and no other basis costs as
+little.
 
 >>> model = Compressed(n_features=10, d_resid=40, neurons=5).build()
 >>> model(torch.zeros(3, 10)).shape
@@ -113,27 +115,39 @@ class Compressed(Toy):
             }
 
     def truth(self, model: CompressedModel) -> Truth:
-        """In every W_in a subcomponent a feature, in every W_out one a neuron, needed where the neuron is on."""
-        one_each = torch.eye(self.n_features, dtype=torch.bool)
+        """In every W_in a subcomponent a feature, and behind the first layer one for what features have in common there; in every
+        W_out one a neuron, needed where the neuron is on.
+        """
         probe = PROBE_VALUE * torch.eye(self.n_features)[:, None]
         with torch.no_grad():
             _, cache = model.run_with_cache(probe)
-        sites, read = {}, [model.W_E.T]
-        for layer in reversed(range(self.n_layers)):
-            W_in, W_out = (adapt(model).weight(f"layers.{layer}.{name}") for name in ("W_in", "W_out"))
+        layers = range(self.n_layers)
+        W_in, W_out = ([adapt(model).weight(f"layers.{i}.{name}") for i in layers] for name in ("W_in", "W_out"))
+        neurons = [cache[f"layers.{i}.hook_post"].flatten(0, 1) for i in layers]
+        written = [on @ W for on, W in zip(neurons, W_out, strict=True)]
+        sites = {}
+        for i in layers:
+            common = [torch.stack(written[:i]).sum(0).mean(0, keepdim=True)] if i else []
             # Nobody reads the stream but the unembedding and later layers.
-            seen, neurons = torch.cat(read, dim=1), cache[f"layers.{layer}.hook_post"].flatten(0, 1)
-            written = neurons.square() * (W_out @ seen).square().sum(1)
-            share = written / written.sum(1, keepdim=True).clamp(min=1e-30)
-            sites[f"layers.{layer}.W_out"] = SiteTruth(
-                self.neurons,
-                share > 0,
-                axis="in",
-                basis=torch.eye(self.neurons),
-                seen=seen,
-                open=(share > 0) & (share < LITTLE),
-                whole=True,
-            )
-            sites[f"layers.{layer}.W_in"] = SiteTruth(self.n_features, one_each, "in", model.W_E)
-            read.append(W_in)
-        return Truth(probe=probe, sites=dict(reversed(sites.items())))
+            seen = torch.cat([model.W_E.T, *W_in[i + 1 :]], dim=1)
+            sites[f"layers.{i}.W_in"] = _one_a_feature(torch.cat([model.W_E, *common]), self.n_features)
+            sites[f"layers.{i}.W_out"] = _one_a_neuron(neurons[i], W_out[i], seen)
+        return Truth(probe=probe, sites=sites)
+
+
+def _one_a_feature(directions: Float[Tensor, "count d_resid"], n_features: int) -> SiteTruth:
+    """A subcomponent for each direction; those behind the features' are needed by whatever feature happens to use them."""
+    pattern, either = torch.zeros(2, n_features, len(directions), dtype=torch.bool)
+    pattern.fill_diagonal_(True)
+    pattern[:, n_features:] = either[:, n_features:] = True
+    return SiteTruth(len(directions), pattern, "in", directions, open=either)
+
+
+def _one_a_neuron(
+    on: Float[Tensor, "feature neuron"], W_out: Float[Tensor, "neuron d_resid"], seen: Float[Tensor, "d_resid k"]
+) -> SiteTruth:
+    """A subcomponent for each neuron, needed by the features that turn it on; by those that it says little of, or not."""
+    size = on.square() * (W_out @ seen).square().sum(1)
+    share = size / size.sum(1, keepdim=True).clamp(min=1e-30)
+    little = (share > 0) & (share < LITTLE)
+    return SiteTruth(len(W_out), share > 0, "in", torch.eye(len(W_out)), seen=seen, open=little, whole=True)
