@@ -15,6 +15,7 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.toys import TOYS
 from tl_vpd.toys.run import RESULTS, WORK, read, target_of
 from tl_vpd.viz.ground_truth import ground_truth
+from tl_vpd.viz.ground_truth import needed as needed_picture
 
 
 def rows(results: dict[str, Any]) -> list[str]:
@@ -110,8 +111,13 @@ def main() -> None:
     name, seed = arguments.picture
     toy, model = TOYS[name], target_of(name, 0, arguments.work)
     (folder,) = arguments.work.glob(f"{name}-vpd-{seed}-target0-*/decomposition")
-    found = RankOne(Decomposition.load(folder), model)
-    ground_truth(found, model, toy.truth(model), toy.batches(64, seed=-3).at(0)).savefig(arguments.out)
+    found, truth = RankOne(Decomposition.load(folder), model), toy.truth(model)
+    figure = (
+        needed_picture(found, truth)
+        if truth.needed
+        else ground_truth(found, model, truth, toy.batches(64, seed=-3).at(0))
+    )
+    figure.savefig(arguments.out)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tl_vpd.evaluation.truth import SiteTruth, Truth
 from tl_vpd.toys import TMS
-from tl_vpd.viz.ground_truth import ground_truth
+from tl_vpd.viz.ground_truth import ground_truth, needed
 
 
 class Columns:
@@ -65,3 +65,38 @@ def test_a_truth_without_features_has_nothing_to_show():
     dense = Truth(torch.zeros(1, 1, 3), {"embed": SiteTruth(2, torch.ones(1, 2, dtype=torch.bool))})
     with pytest.raises(ValueError, match="None of embed has one subcomponent a feature"):
         ground_truth(Columns(model, [0, 1, 2]), model, dense, torch.zeros(1, 1, 3))
+
+
+class Fixed:
+    """Importances written down."""
+
+    def __init__(self, g):
+        self.g = g
+
+    def importances(self, inputs):
+        return {site: own[: len(inputs)] for site, own in self.g.items()}
+
+    def pieces(self, site):
+        raise AssertionError("This picture needs no pieces.")
+
+    output = Columns.output
+
+
+def test_where_sites_are_needed_is_framed_over_their_largest_importance():
+    probe = torch.tensor([[7, 8, 9], [9, 8, 7]])
+    g = {"a": torch.tensor([[[0.2, 0.9], [0.0, 0.0], [0.4, 0.1]]]), "b": torch.zeros(1, 3, 1)}
+    where = torch.tensor([[0, 0, 0], [1, 0, 1]], dtype=torch.bool)
+    truth = Truth(probe, needed={"a": where, "b": ~where})
+    (axes, _) = needed(Fixed(g), truth, row=1).axes
+    assert_close(torch.as_tensor(axes.images[0].get_array()), torch.tensor([[0.9, 0.0, 0.4], [0.0, 0.0, 0.0]]))
+    frames = [(round(p.get_x() + 0.46), round(p.get_y() + 0.42)) for p in axes.patches]
+    assert frames == [(0, 0), (2, 0), (1, 1)]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["9", "8", "7"]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["a", "b"]
+
+
+def test_where_sites_are_needed_has_to_be_known_and_the_row_to_exist():
+    with pytest.raises(ValueError, match="Of no site"):
+        needed(Fixed({}), Truth(torch.zeros(1, 2, dtype=torch.long)))
+    with pytest.raises(IndexError, match="rows 0 to 0"):
+        needed(Fixed({}), Truth(torch.zeros(1, 2, dtype=torch.long), needed={"a": torch.ones(1, 2).bool()}), row=1)

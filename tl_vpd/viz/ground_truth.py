@@ -1,4 +1,6 @@
-"""What was found of a toy beside what is true: cosines of pieces with features, and in two dimensions the vectors themselves."""
+"""What was found of a toy beside what is true: cosines of pieces with features (in two dimensions the vectors themselves), and
+where in a row each site of a known circuit is needed.
+"""
 
 from __future__ import annotations
 
@@ -30,15 +32,11 @@ def ground_truth(found: Found, model: nn.Module, truth: Truth, inputs: Shaped[Te
     Raises:
         ValueError: no site of the truth has one subcomponent a feature. ImportError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures of ground truth are drawn by matplotlib: pip install matplotlib.") from error
     sites = {name: known for name, known in truth.sites.items() if known.axis is not None}
     if not sites:
         raise ValueError(f"None of {', '.join(truth.sites) or 'no sites'} has one subcomponent a feature to show.")
     g = found.importances(inputs)
-    figure = Figure(figsize=(4.2 * len(sites), 4.0), layout="constrained", dpi=110)
+    figure = _figure(4.2 * len(sites), 4.0)
     for axes, (name, known) in zip(figure.subplots(1, len(sites), squeeze=False).flat, sites.items(), strict=True):
         true = known.effects(adapt(model).weight(name))
         own = known.effects(found.pieces(name)[g[name].mean((0, 1)) > ALIVE])
@@ -46,6 +44,52 @@ def ground_truth(found: Found, model: nn.Module, truth: Truth, inputs: Shaped[Te
         _arrows(axes, true, own, cosines.sum(-1)) if true.shape[-1] == 2 else _cosines(axes, cosines.sum(-1))
         axes.set_title(f"{name}: {own.shape[0]} alive of {known.count} true", fontsize=10)
     return figure
+
+
+@torch.no_grad()
+def needed(found: Found, truth: Truth, *, row: int = 0) -> Any:
+    """A matplotlib figure of one row of the probe: a line a site with its largest importance at each token, and a frame around
+    the tokens where the site is needed.
+
+    Raises:
+        ValueError: of no site it is known where it is needed. IndexError: the probe has no such row. ImportError: matplotlib is
+            not installed.
+    """
+    if not truth.needed:
+        raise ValueError("Of no site of this truth it is known where it is needed.")
+    if not 0 <= row < len(truth.probe):
+        raise IndexError(f"row={row}: the probe has rows 0 to {len(truth.probe) - 1}.")
+    g = found.importances(truth.probe[row : row + 1])
+    shown = torch.stack([g[site][0].amax(-1) for site in truth.needed])
+    n_sites, n_pos = shown.shape
+    figure = _figure(2.2 + 0.24 * n_pos, 0.9 + 0.28 * n_sites)
+    axes = figure.subplots()
+    image = axes.imshow(shown.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    for line, where in enumerate(own[row] for own in truth.needed.values()):
+        for pos in where.nonzero()[:, 0].tolist():
+            corner = (pos - 0.46, line - 0.42)
+            axes.add_patch(_frame(corner))
+    tokens = truth.probe[row]
+    labels = [str(token) for token in tokens.tolist()] if tokens.ndim == 1 else [str(i) for i in range(n_pos)]
+    axes.set_xticks(range(n_pos), labels, fontsize=7)
+    axes.set_yticks(range(n_sites), list(truth.needed), fontsize=8)
+    axes.set(xlabel="token" if tokens.ndim == 1 else "position")
+    figure.colorbar(image, ax=axes, label="largest importance")
+    return figure
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("Pictures of ground truth are drawn by matplotlib: pip install matplotlib.") from error
+    return Figure(figsize=(width, height), layout="constrained", dpi=110)
+
+
+def _frame(corner: tuple[float, float]) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle(corner, 0.92, 0.84, fill=False, edgecolor="#d1495b", linewidth=1.3)
 
 
 def _matched(cosines: Float[Tensor, "feature n"]) -> dict[int, int]:
