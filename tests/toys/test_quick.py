@@ -51,7 +51,7 @@ INDUCTION = Induction(
 
 
 def test_an_induction_circuit_is_important_where_it_is_needed():
-    config = recipe("induction", "vpd", steps=600).model_copy(
+    config = recipe("induction", "vpd", steps=200).model_copy(
         update=dict(C=16, lr=3e-3, batch_size=16, gamma=GammaConfig(d_ci=32, n_blocks=1, n_heads=2, output_bias=1.0))
     )
     model = target(INDUCTION)
