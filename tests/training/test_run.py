@@ -7,6 +7,7 @@ import json
 import shutil
 import signal
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -273,6 +274,20 @@ def test_resuming_on_other_rows_is_refused(target, rows, config, tmp_path):
         decompose(
             target, rows.flip(0), config.model_copy(update={"steps": 2}), out=tmp_path, resume=True, progress=False
         )
+
+
+def test_rows_may_be_mapped_from_a_file_when_a_run_goes_on(target, rows, config, tmp_path):
+    np.save(tmp_path / "rows.npy", rows.numpy())
+    np.save(tmp_path / "others.npy", rows.flip(0).numpy())
+    mapped = np.load(tmp_path / "rows.npy", mmap_mode="r")
+    for first, second in ((rows, mapped), (mapped, rows)):
+        out = tmp_path / f"run from {type(first).__name__}"
+        half = decompose(target, first, config.model_copy(update={"steps": 2}), out=out, progress=False)
+        again = decompose(target, second, config.model_copy(update={"steps": 2}), out=out, resume=True, progress=False)
+        assert_equal(half.decomposition, again.decomposition)
+        with pytest.raises(ValueError, match="was trained on other tokens"):
+            others = np.load(tmp_path / "others.npy", mmap_mode="r")
+            decompose(target, others, config.model_copy(update={"steps": 2}), out=out, resume=True, progress=False)
 
 
 @pytest.mark.parametrize("name", ["save_every", "log_every", "keep_states", "micro_batch"])

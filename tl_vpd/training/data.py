@@ -120,21 +120,25 @@ class TokenBatches:
         return self._rows(torch.arange(n) if isinstance(self.tokens, Tensor) else torch.from_numpy(_spread(n)))
 
     def describe(self) -> dict[str, Any]:
-        """Rows, context, and a checksum of them all (of a sample of rows, where they are memory-mapped)."""
+        """Rows, context, a checksum of a sample of rows, and, where they are in memory, one of them all."""
         rows = self.tokens
         if isinstance(rows, Tensor):
             rows = (rows.view(torch.int16) if rows.dtype == torch.bfloat16 else rows).cpu().numpy()
-        if not isinstance(rows, np.ndarray) or isinstance(rows, np.memmap):
-            rows = rows[_spread(len(rows))]
-        # The same tokens in another width are the same tokens.
-        rows = rows.astype(np.int64) if np.issubdtype(rows.dtype, np.integer) else rows
-        digest = hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
-        return {"rows": len(self.tokens), "context": self.context, "sha256": digest}
+        found = {"rows": len(rows), "context": self.context, "sha256_of_sample": _digest(rows[_spread(len(rows))])}
+        if isinstance(rows, np.ndarray) and not isinstance(rows, np.memmap):
+            found["sha256"] = _digest(rows)
+        return found
 
     def close(self) -> None:
         """Ends the thread, if there is one."""
         if self._ahead is not None:
             self._ahead.close()
+
+
+def _digest(rows: np.ndarray) -> str:
+    """A checksum; the same tokens in another width are the same tokens."""
+    rows = rows.astype(np.int64) if np.issubdtype(rows.dtype, np.integer) else rows
+    return hashlib.sha256(np.ascontiguousarray(rows).tobytes()).hexdigest()
 
 
 def _in_64_bits(seed: int) -> int:
