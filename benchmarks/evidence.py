@@ -72,15 +72,13 @@ def needed(results: dict[str, Any]) -> list[str]:
         methods = {method: own["needed"] for method, own in methods.items() if own.get("needed")}
         if not methods:
             continue
-        columns = [f"{method}: {key}" for method in methods for key in ("overlap", "here", "elsewhere")]
-        lines += [f"| `{name}` | tokens | shuffled | {' | '.join(columns)} |", "| --- " * (len(columns) + 3) + "|"]
+        columns = [f"{method}: {key}" for method in methods for key in ("overlap (shuffled)", "here", "elsewhere")]
+        lines += [f"| `{name}` | tokens | {' | '.join(columns)} |", "| --- " * (len(columns) + 2) + "|"]
         for site, first in next(iter(methods.values())).items():
-            cells = [f"`{site}`", f"{100 * first['tokens'][0]:.0f}%", _range(first["chance"], 2)]
-            for own in methods.values():
-                cells += [
-                    _range(own[site]["overlap"], 2),
-                    *(_range(own[site][key], 1) for key in ("here", "elsewhere")),
-                ]
+            cells = [f"`{site}`", f"{100 * first['tokens'][0]:.0f}%"]
+            for own in (found[site] for found in methods.values()):
+                cells.append(f"{_range(own['overlap'], 2)} ({_range(own['chance'], 2)})")
+                cells += [_range(own[key], 1) for key in ("here", "elsewhere")]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
 
