@@ -73,7 +73,7 @@ def test_what_nothing_sees_does_not_count():
     assert_close(ratios, torch.ones(2))
 
 
-def test_entries_that_are_open_may_be_either():
+def test_entries_of_which_either_is_right_do_not_count():
     truth, found, either = torch.eye(3, dtype=torch.bool), torch.eye(3), torch.zeros(3, 3, dtype=torch.bool)
     found[0, 1], found[2, 2] = 1.0, 0.4
     assert pattern_errors(found, truth) == pattern_errors(found, truth, either) == (2, 9)

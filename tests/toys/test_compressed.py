@@ -65,12 +65,12 @@ def test_the_truth_has_a_subcomponent_a_feature_in_w_in_and_one_a_neuron_in_w_ou
         if site.endswith("W_in"):
             features = toy.n_features
             assert not own.whole and torch.equal(own.pattern[:, :features], torch.eye(features).bool())
-            assert torch.equal(own.open.any(0), torch.arange(own.count) >= features)
+            assert torch.equal(own.either.any(0), torch.arange(own.count) >= features)
             continue
         assert own.whole and torch.equal(own.pattern, cache[site.replace("W_out", "hook_post")][:, 0] > 0)
         # Later layers read the stream as well as the unembedding.
         assert own.seen.shape[1] == toy.n_features + toy.neurons * (toy.n_layers - 1 - int(site.split(".")[1]))
-        assert bool((own.open & ~own.pattern).sum() == 0) and 0 < int(own.open.sum()) < int(own.pattern.sum())
+        assert bool((own.either & ~own.pattern).sum() == 0) and 0 < int(own.either.sum()) < int(own.pattern.sum())
     data = toy.batches(1).at(0)
     assert data.shape == (1, 64, toy.n_features) and data.min() < 0
 

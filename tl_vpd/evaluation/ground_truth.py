@@ -106,7 +106,7 @@ def ground_truth(
     whole = [site for site, known in truth.sites.items() if known.whole]
     rows = []
     for site, known in truth.sites.items():
-        errors, entries = pattern_errors(probed[site].flatten(0, 1), known.pattern, known.open)
+        errors, entries = pattern_errors(probed[site].flatten(0, 1), known.pattern, known.either)
         row = {"site": site, "true": known.count, "alive": int(alive[site].sum())}
         row |= _directions(found.pieces(site), weights[site], known, alive[site])
         row |= {"pattern_errors": errors, "pattern_entries": entries}
@@ -140,21 +140,21 @@ def mmcs_and_ml2r(
 def pattern_errors(
     g: Float[Tensor, "probe n"],
     pattern: Bool[Tensor, "probe count"],
-    open: Bool[Tensor, "probe count"] | None = None,
+    either: Bool[Tensor, "probe count"] | None = None,
 ) -> tuple[int, int]:
     """Importances further than 0.1 from the truth's under the matching with the least summed difference, and how many there are.
 
     A true subcomponent for which there is no piece counts as one of importance 0, and a piece that is over as one that should
-    be 0 everywhere. Entries that are ``open`` do not count.
+    be 0 everywhere. Entries that are in ``either`` do not count.
     """
     size = max(g.shape[1], pattern.shape[1])
     own = F.pad(g, (0, size - g.shape[1]))
     true = F.pad(pattern.to(g.dtype), (0, size - pattern.shape[1]))
-    counts = torch.ones_like(true) if open is None else 1 - F.pad(open.to(g.dtype), (0, size - open.shape[1]))
+    counts = torch.ones_like(true) if either is None else 1 - F.pad(either.to(g.dtype), (0, size - either.shape[1]))
     apart = torch.stack([(own - true[:, j, None]).abs().mul(counts[:, j, None]).sum(0) for j in range(size)])
     _, matched = linear_sum_assignment(apart.double().numpy())
     wrong = ((own[:, torch.from_numpy(matched)] - true).abs() > TOLERANCE) & (counts > 0)
-    return int(wrong.sum()), pattern.numel() if open is None else int((~open).sum())
+    return int(wrong.sum()), pattern.numel() if either is None else int((~either).sum())
 
 
 def count_errors(g: Float[Tensor, "probe n"], count: int) -> int:

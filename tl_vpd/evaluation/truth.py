@@ -28,7 +28,7 @@ class SiteTruth:
         basis: feature j's direction on that axis.
         seen: directions of the other axis that the model's output depends on (None: all). What lies across them does nothing,
             and pieces may have as much of it as they like.
-        open: where either is right: what is needed there so little that leaving it out may be cheaper than keeping it.
+        either: where 0 and 1 are both right: what is needed there so little that leaving it out may be cheaper than keeping it.
         whole: whether they are one piece, to be important together.
 
     Raises:
@@ -40,7 +40,7 @@ class SiteTruth:
     axis: Literal["in", "out"] | None = None
     basis: Float[Tensor, "count _"] | None = None
     seen: Float[Tensor, "_ k"] | None = None
-    open: Bool[Tensor, "probe count"] | None = None
+    either: Bool[Tensor, "probe count"] | None = None
     whole: bool = False
 
     def __post_init__(self) -> None:

@@ -140,7 +140,7 @@ def _one_a_feature(directions: Float[Tensor, "count d_resid"], n_features: int) 
     pattern, either = torch.zeros(2, n_features, len(directions), dtype=torch.bool)
     pattern.fill_diagonal_(True)
     pattern[:, n_features:] = either[:, n_features:] = True
-    return SiteTruth(len(directions), pattern, "in", directions, open=either)
+    return SiteTruth(len(directions), pattern, "in", directions, either=either)
 
 
 def _one_a_neuron(
@@ -150,4 +150,4 @@ def _one_a_neuron(
     size = on.square() * (W_out @ seen).square().sum(1)
     share = size / size.sum(1, keepdim=True).clamp(min=1e-30)
     little = (share > 0) & (share < LITTLE)
-    return SiteTruth(len(W_out), share > 0, "in", torch.eye(len(W_out)), seen=seen, open=little, whole=True)
+    return SiteTruth(len(W_out), share > 0, "in", torch.eye(len(W_out)), seen=seen, either=little, whole=True)
