@@ -7,7 +7,6 @@ import json
 import pytest
 
 from tl_vpd.baselines import METHODS
-from tl_vpd.importance import GammaConfig
 from tl_vpd.toys import TOYS, recipe
 from tl_vpd.toys import run as runner
 from tl_vpd.training import VPDConfig
@@ -54,7 +53,7 @@ def test_entries_are_written_seed_by_seed_and_not_made_twice(command, monkeypatc
 
 def test_entries_of_other_settings_are_refused(command):
     command("--toy", "tms_5_2", "--steps", "3")
-    with pytest.raises(ValueError, match="holds tms_5_2 by vpd with other settings or starts: choose another file"):
+    with pytest.raises(ValueError, match="holds tms_5_2 by vpd with other settings: choose another file"):
         command("--toy", "tms_5_2", "--steps", "4")
 
 
@@ -78,14 +77,16 @@ def test_a_target_is_trained_once_and_read_from_then_on(command, tmp_path, capsy
     assert first == second and first.startswith("tms_5_2: error ")
 
 
+@pytest.mark.parametrize("method", ["vpd", "spd"])
 @pytest.mark.parametrize("toy", ["induction", "grammar"])
-def test_language_toys_are_measured_by_their_latents(command, toy, monkeypatch):
+def test_language_toys_are_measured_by_what_is_known(command, toy, method, monkeypatch):
     def small(name: str, method: str, **given: int) -> VPDConfig:
         own = recipe(name, method, **given)
-        return own.model_copy(update={"C": 4, "batch_size": 2, "gamma": GammaConfig(d_ci=8, n_blocks=1, n_heads=2)})
+        gamma = own.gamma.model_copy(update={"d_ci": 8, "n_blocks": 1, "n_heads": 2, "hidden": 2})
+        return own.model_copy(update={"C": 4, "batch_size": 2, "gamma": gamma})
 
     monkeypatch.setattr(runner, "recipe", small)
-    own = command("--toy", toy, "--steps", "2")[toy]["vpd"]
+    own = command("--toy", toy, "--method", method, "--steps", "2")[toy][method]
     truth = TOYS[toy].truth(TOYS[toy].build())
     assert set(own["latents"]) == set(truth.latents) and set(own["needed"]) == set(truth.needed)
     assert bool(truth.latents) != bool(truth.needed)
@@ -101,7 +102,9 @@ def test_every_toy_has_a_recipe_of_vpd_and_its_steps_and_seed_can_be_set():
         assert isinstance(own, VPDConfig) and (own.seed, own.steps) == (7, 11) and own.coefficients.adversarial > 0
         assert own.output == TOYS[name].output
         assert recipe(name, "vpd").model_copy(update={"seed": 7, "steps": 11}) == own
-    assert recipe("induction", "spd").output == "kl" and recipe("induction", "spd").coefficients.layerwise == 1
+    for name in ("induction", "grammar"):
+        own = recipe(name, "spd")
+        assert own.output == "kl" and own.coefficients.layerwise == 1 and own.coefficients.adversarial == 0
     assert recipe("tms_5_2", "spd").coefficients.adversarial == 0 and recipe("compressed", "spd").p_end == 2
 
 
@@ -110,7 +113,7 @@ def test_every_toy_has_a_recipe_of_vpd_and_its_steps_and_seed_can_be_set():
     [
         (("tms_6", "vpd"), "no toy 'tms_6'"),
         (("tms_5_2", "sae"), "no method 'sae'"),
-        (("grammar", "spd"), "SPD has no recipe for grammar"),
+        (("grammar", "apd"), "APD has no recipe for grammar"),
         (("compressed", "apd"), "APD has no recipe for compressed"),
     ],
 )
@@ -135,26 +138,3 @@ def test_help_estimates_the_time(capsys):
                     recipe(name, method)
             else:
                 recipe(name, method)
-
-
-def test_of_several_starts_the_one_with_the_least_loss_is_taken(command, tmp_path):
-    one = [command("--toy", "tms_5_2", "--steps", "5", "--seeds", str(s))["tms_5_2"]["vpd"] for s in (0, 1000)][-1]
-    (tmp_path / "found.json").unlink()
-    both = command("--toy", "tms_5_2", "--steps", "5", "--starts", "2")["tms_5_2"]["vpd"]
-    (starts,) = both["starts"]
-    assert [s["seed"] for s in starts] == [0, 1000] and "starts" not in one
-    better = min((0, 1), key=lambda i: starts[i]["loss"])
-    assert starts[0]["loss"] != starts[1]["loss"]
-    assert both["seed"] == [0] and both["mmcs"] == [one["mmcs"][better]]
-    with pytest.raises(ValueError, match="with other settings or starts"):
-        command("--toy", "tms_5_2", "--steps", "5", "--starts", "1")
-
-
-def test_a_seed_needs_a_start(command):
-    with pytest.raises(ValueError, match="starts=-1: a seed needs one or more"):
-        command("--toy", "tms_5_2", "--steps", "2", "--starts", "-1")
-
-
-def test_apd_has_no_loss_to_choose_starts_by(command):
-    with pytest.raises(ValueError, match="apd has no loss to choose among starts by"):
-        command("--toy", "tms_5_2", "--method", "apd", "--steps", "2", "--starts", "2")

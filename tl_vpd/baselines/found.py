@@ -15,13 +15,10 @@ from tl_vpd.masking import Masks, SiteMask
 
 
 class RankOne:
-    """What VPD and SPD find: piece c of a site is ``V[:, c] ⊗ U[c]``, its importance Γ's.
+    """What VPD and SPD find: piece c of a site is ``V[:, c] ⊗ U[c]``, its importance Γ's."""
 
-    ``loss``: where the training ended, where one is known.
-    """
-
-    def __init__(self, decomposition: Decomposition, model: nn.Module, loss: float | None = None) -> None:
-        self.decomposition, self.model, self.loss = decomposition, model, loss
+    def __init__(self, decomposition: Decomposition, model: nn.Module) -> None:
+        self.decomposition, self.model = decomposition, model
 
     def pieces(self, site: str) -> Float[Tensor, "n d_in d_out"]:
         """Every subcomponent of a site as a matrix."""

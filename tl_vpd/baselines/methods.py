@@ -90,9 +90,7 @@ def _vpd(
     )
     if not run.finished:
         raise KeyboardInterrupt
-    # Batches differ by more than runs do: the loss is a mean over the last tenth of the logged steps.
-    last = run.history["total"].iloc[-max(1, len(run.history) // 10) :]
-    return RankOne(run.decomposition, model, float(last.mean()))
+    return RankOne(run.decomposition, model)
 
 
 def _spd(model: nn.Module, data: Batches, config: VPDConfig, **how: Any) -> RankOne:

@@ -103,11 +103,6 @@ _APD: dict[str, dict[str, Any]] = {
 }
 
 
-STARTS = {("tms_40_10_id", "vpd"): 2}
-"""How many starts a seed has, where more than one: the run with the least loss at its end is taken. Two of ten
-starts ended there with 41 pieces of the unembedding for 40 features, and the two largest losses."""
-
-
 def recipe(toy: str, method: str, *, seed: int = 0, steps: int | None = None) -> VPDConfig | APDConfig:
     """What a method is set with on a toy; ``steps`` in the place of the recipe's own (schedules are stretched to it).
 
@@ -123,13 +118,7 @@ def recipe(toy: str, method: str, *, seed: int = 0, steps: int | None = None) ->
 
 
 def _spd(toy: str) -> VPDConfig:
-    if toy == "induction":
-        return _spd_of_language(_vpd(toy))
-    if toy not in _SPD:
-        raise ValueError(
-            f"SPD has no recipe for {toy}: choose from {', '.join([*_SPD, 'induction'])}, or the method vpd."
-        )
-    return _sparse(_SPD[toy], adversarial=0.0)
+    return _sparse(_SPD[toy], adversarial=0.0) if toy in _SPD else _spd_of_language(_vpd(toy))
 
 
 def _apd(toy: str) -> APDConfig:

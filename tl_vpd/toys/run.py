@@ -3,9 +3,8 @@
     python -m tl_vpd.toys.run --toy tms_5_2 --method vpd spd apd --seeds 0 1 2
     python -m tl_vpd.toys.run --toy grammar --only-target            trains (or reads) the model and says how well it does
 
-An entry is a toy, a method and a seed; what the file already holds is skipped, and a run that was interrupted goes on. On some
-toys a seed has several starts, and the run with the least loss is taken. The target is trained once a toy and kept, like the
-runs, in the folder --work.
+An entry is a toy, a method and a seed; what the file already holds is skipped, and a run that was interrupted goes on. The target
+is trained once a toy and kept, like the runs, in the folder --work.
 """
 
 from __future__ import annotations
@@ -22,12 +21,11 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from tl_vpd.baselines import METHODS, RankOne
-from tl_vpd.evaluation.ground_truth import Found, GroundTruth, ground_truth
+from tl_vpd.baselines import METHODS
+from tl_vpd.evaluation.ground_truth import GroundTruth, ground_truth
 from tl_vpd.storage import library_versions, write_atomically, write_json
-from tl_vpd.toys.recipes import STARTS, TOYS, recipe
+from tl_vpd.toys.recipes import TOYS, recipe
 from tl_vpd.toys.toy import Toy, train
-from tl_vpd.training import VPDConfig
 
 RESULTS = Path("benchmarks/results/ground_truth.json")
 WORK = Path("build/toys")
@@ -38,16 +36,14 @@ minutes on one core   target     vpd     spd     apd
   tms_5_2                0.2       3       9       2
   tms_5_2_id             0.2       3      12       3
   tms_40_10              1        13      23       6
-  tms_40_10_id           1        22      45       ?
-  compressed             0.6      19      57       -
-  compressed_2           0.8      35     490       -
-  compressed_3          10        52   36000       -
-  induction              0.8      17       ?       -
-  grammar                1        37       -       -
-(one seed; from a few steps of each, times the recipe's; ? not timed, - no recipe)
+  tms_40_10_id           1         8      45       ?
+  compressed             0.6      25      75       -
+  compressed_2           0.8      40     490       -
+  compressed_3          10        55   36000       -
+  induction              0.8      15      25       -
+  grammar                1        37     110       -
+(one seed; from the runs themselves, or a few steps times the recipe's; ? not timed, - no recipe)
 """
-NEXT_START = 1_000
-"""From the seed of one start to that of the next."""
 out = Console(soft_wrap=True)
 
 
@@ -74,43 +70,27 @@ def measure(
     target_seed: int = 0,
     steps: int | None = None,
     target_steps: int | None = None,
-    starts: int | None = None,
     work: Path = WORK,
     progress: bool = False,
     compile: bool = False,
 ) -> dict[str, Any]:
-    """One entry: trains or reads the target, decomposes, measures; of several starts the one with the least loss.
+    """One entry: trains or reads the target, decomposes, measures.
 
     Raises:
-        KeyError, ValueError: there is no such toy, method or recipe, or the method has no loss to choose a start by.
+        KeyError, ValueError: there is no such toy, method or recipe.
     """
     config = recipe(name, method, seed=seed, steps=steps)
     toy, model = TOYS[name], target_of(name, target_seed, work, steps=target_steps, progress=progress)
-    starts = starts or STARTS.get((name, method), 1)
-    if starts < 1:
-        raise ValueError(f"starts={starts}: a seed needs one or more.")
-    if starts > 1 and METHODS[method].config is not VPDConfig:
-        raise ValueError(f"{method} has no loss to choose among starts by: leave starts out.")
+    folder = work / f"{name}-{method}-{seed}-target{target_seed}-{config.steps}"
+    # Data of the seed's own; the target was trained on others, and what is measured on is in neither.
+    data = toy.batches(config.batch_size, seed=seed)
     start = time.perf_counter()
-    runs: dict[int, Found] = {}
-    for own in range(seed, seed + NEXT_START * starts, NEXT_START):
-        # Data of each start's own; the target was trained on others, and what is measured on is in neither.
-        data = toy.batches(config.batch_size, seed=own)
-        folder = work / f"{name}-{method}-{own}-target{target_seed}-{config.steps}"
-        settings = config.model_copy(update={"seed": own})
-        runs[own] = METHODS[method].run(model, data, settings, out=folder, progress=progress, compile=compile)
-    losses = {own: run.loss for own, run in runs.items() if isinstance(run, RankOne) and run.loss is not None}
-    found = runs[min(losses, key=losses.__getitem__) if losses else seed]
+    found = METHODS[method].run(model, data, config, out=folder, progress=progress, compile=compile)
     seconds = time.perf_counter() - start
     inputs = toy.batches(ROWS, seed=-3).at(0)
     result = ground_truth(found, model, toy.truth(model), inputs, output=toy.output, seed=seed)
     return {
         "seed": seed,
-        **(
-            {"starts": [{"seed": own, **_rounded({"loss": loss})} for own, loss in losses.items()]}
-            if starts > 1
-            else {}
-        ),
         "target": {"seed": target_seed, **_rounded(toy.quality(model))},
         "settings": config.model_dump(mode="json", exclude={"seed"}),
         "seconds": round(seconds, 1),
@@ -166,22 +146,19 @@ def read(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def done(path: Path, name: str, method: str, seed: int, settings: dict[str, Any], *, starts: int | None = None) -> bool:
+def done(path: Path, name: str, method: str, seed: int, settings: dict[str, Any]) -> bool:
     """Whether the file holds the entry.
 
     Raises:
-        ValueError: it holds entries of this toy and method that were made with other settings or another number of starts.
+        ValueError: it holds entries of this toy and method that were made with other settings.
     """
     own = read(path).get(name, {}).get(method)
     if own is None:
         return False
     # Settings that were added since have their defaults there.
     same = METHODS[method].config(**own["settings"]).model_dump(mode="json", exclude={"seed"}) == settings
-    asked, made = starts or STARTS.get((name, method), 1), own.get("starts")
-    if not same or (len(made[0]) if made else 1) != asked:
-        raise ValueError(
-            f"{path} holds {name} by {method} with other settings or starts: choose another file with --out."
-        )
+    if not same:
+        raise ValueError(f"{path} holds {name} by {method} with other settings: choose another file with --out.")
     return seed in own["seed"]
 
 
@@ -220,7 +197,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--target-steps", type=int, help="steps of the target's training in the place of the recipe's")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"results (default {RESULTS})")
     parser.add_argument("--work", type=Path, default=WORK, help=f"targets and unfinished runs (default {WORK})")
-    parser.add_argument("--starts", type=int, help="starts a seed, the best of which is taken (default: the recipe's)")
     parser.add_argument("--only-target", action="store_true", help="train or read the targets and show their quality")
     parser.add_argument("--compile", action="store_true", help="compile the passes (vpd and spd; needs a C++ compiler)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
@@ -234,7 +210,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for seed in own.seeds:
                 config = recipe(name, method, seed=seed, steps=own.steps)
                 settings = config.model_dump(mode="json", exclude={"seed"})
-                if done(own.out, name, method, seed, settings, starts=own.starts):
+                if done(own.out, name, method, seed, settings):
                     continue
                 entry = measure(
                     name,
@@ -243,7 +219,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     target_seed=own.target_seed,
                     steps=own.steps,
                     target_steps=own.target_steps,
-                    starts=own.starts,
                     work=own.work,
                     progress=not own.quiet,
                     compile=own.compile,
