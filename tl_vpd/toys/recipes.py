@@ -82,7 +82,7 @@ _VPD: dict[str, dict[str, Any]] = {
     },
     "compressed": _COMPRESSED,
     "compressed_2": _COMPRESSED,
-    "compressed_3": _COMPRESSED,
+    "compressed_3": {**_COMPRESSED, "importance": 3e-5},
 }
 """By toy: where VPD's settings differ from SPD's."""
 _GROWN: dict[str, Any] = {
