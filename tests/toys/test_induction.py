@@ -9,17 +9,9 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 import tl_vpd
-from tl_vpd.toys import Induction, TargetTraining, train
+from tests.toys.easy import INDUCTION
+from tl_vpd.toys import train
 from tl_vpd.toys.induction import BOS, Repeated, induction_scores, mechanism, previous_token_scores, repeated
-
-EASY = Induction(
-    d_vocab=9,
-    context=17,
-    shortest=4,
-    longest=6,
-    d_model=32,
-    training=TargetTraining(500, 64, 5e-3, "cosine", weight_decay=0.3),
-)
 
 
 @settings(deadline=None, max_examples=30)
@@ -51,17 +43,17 @@ def test_scores_of_heads_by_hand():
 
 
 def test_a_small_model_learns_it_with_a_previous_token_head_and_an_induction_head():
-    model = train(EASY, 0)
-    quality = EASY.quality(model)
+    model = train(INDUCTION, 0)
+    quality = INDUCTION.quality(model)
     assert quality["accuracy"] > 0.8 and quality["induction_score"] > 0.5 and quality["previous_token_score"] > 0.4
     assert quality["from_alike"] < 0.1
-    fresh = EASY.quality(EASY.build(0))
+    fresh = INDUCTION.quality(INDUCTION.build(0))
     assert fresh["accuracy"] < 0.35 and fresh["induction_score"] < 0.4 and fresh["previous_token_score"] < 0.3
     # The truth, checked on the model: every weight where it is needed alone does nearly all of the work.
     assert quality["needed_alone"] < 0.1 * quality["none"]
-    truth = EASY.truth(model)
+    truth = INDUCTION.truth(model)
     assert set(truth.needed) == set(tl_vpd.sites(model)["site"]) and not truth.sites and not truth.latents
-    assert set(EASY.build(0).state_dict()) == set(model.state_dict())
+    assert set(INDUCTION.build(0).state_dict()) == set(model.state_dict())
 
 
 def test_where_each_weight_is_needed_by_hand():
@@ -81,15 +73,15 @@ def test_where_each_weight_is_needed_by_hand():
 
 
 def test_the_loss_asks_for_the_next_token_or_for_all_alike():
-    logits = torch.randn(1, 5, EASY.d_vocab, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(1, 5, INDUCTION.d_vocab, generator=torch.Generator().manual_seed(0))
     tokens = torch.tensor([[0, 5, 6, 5, 6]])
     log_q = logits[0].double().log_softmax(-1)
     by_hand = 0.5 * (-log_q[3, 6] - log_q[:3].mean())
-    assert_close(EASY.loss(lambda _: logits, tokens), by_hand.float())
+    assert_close(INDUCTION.loss(lambda _: logits, tokens), by_hand.float())
 
 
 def test_models_of_two_seeds_differ_and_of_one_do_not():
-    a, b, c = EASY.build(0), EASY.build(0), EASY.build(1)
+    a, b, c = INDUCTION.build(0), INDUCTION.build(0), INDUCTION.build(1)
     assert torch.equal(a.W_Q, b.W_Q) and not torch.equal(a.W_Q, c.W_Q)
     with pytest.raises(AttributeError):
-        EASY.d_model = 3
+        INDUCTION.d_model = 3
