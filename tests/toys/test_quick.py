@@ -41,14 +41,26 @@ def test_lengths_and_outputs_come_closer_to_the_truth(method, identity):
         assert after.loc[site, "mmcs"] > 0.93
 
 
-def test_an_induction_circuit_is_important_where_it_is_needed():
+@functools.cache
+def induction(adversarial: bool) -> GroundTruth:
     config = recipe("induction", "vpd", steps=200).model_copy(
         update=dict(C=16, lr=3e-3, batch_size=16, gamma=GammaConfig(d_ci=32, n_blocks=1, n_heads=2, output_bias=1.0))
     )
-    model = target(INDUCTION)
-    run = METHODS["vpd"].run(model, INDUCTION.batches(16, seed=0), config)
-    found = measured(INDUCTION, run)
+    if not adversarial:
+        without = config.coefficients.model_copy(update={"adversarial": 0.0})
+        config = config.model_copy(update={"coefficients": without})
+    return measured(INDUCTION, METHODS["vpd"].run(target(INDUCTION), INDUCTION.batches(16, seed=0), config))
+
+
+def test_an_induction_circuit_is_important_where_it_is_needed():
+    found = induction(adversarial=True)
     rows = found.needed.set_index("site").drop(index="blocks.1.attn.W_Q")  # needed nearly everywhere
     assert (rows["overlap"] > rows["chance"] + 0.25).all() and rows["overlap"].mean() > 0.65
     assert (rows["here"] > 3 * rows["elsewhere"]).all()
     assert found.reconstruction["adversarial"] < 0.15 * found.reconstruction["zero"]
+
+
+def test_without_the_adversary_importances_are_in_their_places_and_do_not_hold():
+    found, held = induction(adversarial=False), induction(adversarial=True)
+    assert found.needed["overlap"].mean() > 0.7
+    assert found.reconstruction["adversarial"] > 5 * held.reconstruction["adversarial"]
