@@ -76,7 +76,7 @@ def row(method: str, importance: float, slope: float, steps: int | None, compile
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rows in Markdown."""
     lines = ["| " + " | ".join(COLUMNS.values()) + " |", "| --- " * len(COLUMNS) + "|"]
-    for own in sorted(rows, key=lambda r: (r["method"] != "vpd", r["importance"], r["forward_slope"])):
+    for own in sorted(rows, key=lambda r: (r["method"] != "vpd", r["importance"], -r["steps"], r["forward_slope"])):
         cells = (own[key] for key in COLUMNS)
         lines.append(
             "| " + " | ".join(", ".join(f"{v:g}" for v in c) if isinstance(c, list) else f"{c}" for c in cells) + " |"
