@@ -33,7 +33,7 @@ from tl_vpd.toys.toy import TargetTraining, Toy
 from tl_vpd.training.data import Batches
 
 LITTLE = 0.05
-"""Share of what a layer writes below which a neuron's part may be left out."""
+"""Share of what a layer writes below which a neuron's part may be left out: a convention, see docs/evidence.md."""
 TRAINING = TargetTraining(steps=1_000, rows=32, lr=3e-3, schedule="cosine")
 
 
