@@ -48,6 +48,7 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .
@@ -55,9 +56,9 @@ format: $(VENV)/.installed
 
 # Remakes what ships from this Python's standard library (about an hour and a half on two cores); nothing is replaced.
 bundled: $(VENV)/.installed
-	$(BIN)/python -m tl_vpd.bundled.train_model --out build/bundled/model
-	$(BIN)/python -m tl_vpd.bundled.quality --folder build/bundled/model
-	$(BIN)/python -m tl_vpd.bundled.train_decomposition --model build/bundled/model --out build/bundled/run
+	$(BIN)/python -m scripts.bundled.train_model --out build/bundled/model
+	$(BIN)/python -m scripts.bundled.quality --folder build/bundled/model
+	$(BIN)/python -m scripts.bundled.train_decomposition --model build/bundled/model --out build/bundled/run
 
 # Each writes benchmarks/results/*.json; wanted on a machine that does nothing else.
 bench: bench-hooks bench-step bench-growth bench-graph bench-pruning

@@ -73,7 +73,7 @@ def memory(field: str) -> float:
 def row(model: Any, vpd: Any, length: int, nodes: int, repeats: int) -> dict[str, Any]:
     """One size."""
     tokens = torch.randint(0, 1000, (1, length), generator=torch.Generator().manual_seed(0))
-    g = vpd.causal_importances(model, tokens).packed.flatten().sort(descending=True).values
+    g = vpd.causal_importances(model, tokens).concatenated.flatten().sort(descending=True).values
     threshold = float(g[nodes])
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
     before = memory("VmRSS")
@@ -103,7 +103,7 @@ def prune_step(model: Any, vpd: Any, tokens: Any, repeats: int, *, recorded: boo
     """Milliseconds of a pruning step with an adversary of four, the median."""
     with MaskedModel(vpd, model) as masked:
         logits, inputs = masked.clean(tokens)
-        z = masked.parts.pre_sigmoid(inputs, None)[0].detach()
+        z = masked.weights.pre_sigmoid(inputs, None)[0].detach()
         behaviour = behaviour_of(masked.adapter, logits[0], 9, -1)
         pruning = _Pruning(masked, tokens, z, behaviour, torch.tensor([0.05]), PruneConfig(), recorded)
         wall = []

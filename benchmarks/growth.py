@@ -4,7 +4,7 @@
 
 From a base size (2 layers, d_model 128, 4 x 64 tokens) one thing is changed at a time. Each setting has a process of its own:
 ``seconds`` (median of steps) and ``peak_mb`` (above what imports take), and the GFLOP and MB that
-``tl_vpd.training.footprint`` predicts from shapes alone.
+``tl_vpd.planning.footprint`` predicts from shapes alone.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ def measure(setting: Setting, steps: int) -> dict[str, float]:
 
 def predicted(size: Size, sites: tuple[str, ...]) -> dict[str, float]:
     """GFLOP of a step's products and MB at its peak, from shapes."""
+    from tl_vpd.planning.footprint import footprint, transformer
     from tl_vpd.training import VPDConfig
-    from tl_vpd.training.footprint import footprint, transformer
 
     target = transformer(
         layers=size.layers, d_model=size.d_model, heads=size.heads, d_mlp=size.d_mlp, vocabulary=size.vocabulary

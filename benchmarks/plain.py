@@ -175,7 +175,7 @@ class PlainTrainer:
 
     def _ascend(self, tokens: Tensor, logits: Tensor, g: Weights) -> None:
         constant = {n: t.detach() for n, t in g.items()}
-        loss = self._loss(tokens, logits, constant, self.sources, None, constant_parts=True)
+        loss = self._loss(tokens, logits, constant, self.sources, None, constant_weights=True)
         for source, own in zip(
             self.sources.values(), torch.autograd.grad(loss, list(self.sources.values())), strict=True
         ):
@@ -201,11 +201,11 @@ class PlainTrainer:
         g: Weights,
         sources: Mapping[str, Tensor],
         routing: Weights | None,
-        constant_parts: bool = False,
+        constant_weights: bool = False,
     ) -> Tensor:
         def site(name: str, x: Tensor) -> Tensor:
             V, U, W = self.V[name], self.U[name], self.target.W[name]
-            if constant_parts:
+            if constant_weights:
                 V, U = V.detach(), U.detach()
             r = sources[name]
             mask = g[name] + (1 - g[name]) * r[..., :-1]

@@ -59,7 +59,7 @@ def unpruned(model: Any, vpd: Any, case: Case) -> dict[str, Any]:
     with MaskedModel(vpd, model) as masked, torch.no_grad():
         tokens = masked.adapter.tokens(case.prompt)
         logits, inputs = masked.clean(tokens)
-        alive = masked.parts.pre_sigmoid(inputs, None)[0] > 0
+        alive = masked.weights.pre_sigmoid(inputs, None)[0] > 0
         behaviour = behaviour_of(masked.adapter, logits[0], case.token, -1)
         found = probabilities(masked, tokens, alive.to(logits), alive, behaviour, ADVERSARIAL)
     return {"nodes": int(alive.sum()), **{f"p_{name}": round(own, 6) for name, own in found.items()}}

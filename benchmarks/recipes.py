@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from tl_vpd.bundled.train_decomposition import CONFIG
+from tl_vpd.bundled.recipe import CONFIG
 from tl_vpd.training import AdversaryConfig, Coefficients, VPDConfig
 
 RESULT = Path(__file__).parent / "results" / "recipes.json"
@@ -51,11 +51,11 @@ def one(recipe: str, importance: float, minutes: float, folder: Path) -> dict[st
     """Trains and measures; the decomposition is left in ``folder``."""
     import numpy as np
 
+    from scripts.bundled import corpus
+    from scripts.bundled.train_decomposition import CONTEXT, ROWS
     from tl_vpd import bundled
-    from tl_vpd.bundled import corpus
-    from tl_vpd.bundled.train_decomposition import CONTEXT, ROWS
     from tl_vpd.evaluation import evaluate
-    from tl_vpd.hooks import TappedModel
+    from tl_vpd.forward import MaskedModel
     from tl_vpd.training import Trainer, decompose, new_decomposition
 
     torch.set_num_threads(1)
@@ -64,8 +64,8 @@ def one(recipe: str, importance: float, minutes: float, folder: Path) -> dict[st
     rows = torch.from_numpy(corpus.windows(stream, CONTEXT, ROWS, seed=3).astype(np.int64))
     model = bundled.model()
     trial = config_of(recipe, importance, 1000)
-    with TappedModel(new_decomposition(model, trial), model, fused_attention=True) as tapped:
-        trainer, times = Trainer(tapped, trial, (trial.batch_size, CONTEXT)), []
+    with MaskedModel(new_decomposition(model, trial), model, fused_attention=True) as masked_model:
+        trainer, times = Trainer(masked_model, trial, (trial.batch_size, CONTEXT)), []
         for i in range(12):
             start = time.perf_counter()
             trainer.step(rows[8 * i : 8 * i + 8])

@@ -22,7 +22,7 @@ import torch
 from benchmarks.timing import machine
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.consistency import consistency
-from tl_vpd.evaluation.splitting import FACTORS, alive_of, sizes, train_sizes
+from tl_vpd.evaluation.feature_splitting import FACTORS, alive_of, sizes, train_sizes
 from tl_vpd.toys import TOYS, recipe
 from tl_vpd.toys.run import ROWS, WORK, target_of
 

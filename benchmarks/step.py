@@ -108,7 +108,7 @@ def own_step(size: Size, variant: str = "paper", sites: tuple[str, ...] = SITES)
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     from tl_vpd import VPDConfig
-    from tl_vpd.hooks import TappedModel
+    from tl_vpd.forward import MaskedModel
     from tl_vpd.training import Trainer, new_decomposition
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -138,9 +138,9 @@ def own_step(size: Size, variant: str = "paper", sites: tuple[str, ...] = SITES)
         gamma={"d_ci": size.d_gamma, "d_mlp": size.d_gamma_mlp, "n_blocks": size.blocks, "n_heads": 4},
         **recipe,
     )
-    tapped = TappedModel(new_decomposition(model, config), model, fused_attention=True)
-    tapped.__enter__()  # for as long as the benchmark runs
-    trainer = Trainer(tapped, config, (size.batch, size.context), **how)
+    masked_model = MaskedModel(new_decomposition(model, config), model, fused_attention=True)
+    masked_model.__enter__()  # for as long as the benchmark runs
+    trainer = Trainer(masked_model, config, (size.batch, size.context), **how)
     tokens = some_tokens(size).to(device)
     return lambda: trainer.step(tokens)
 

@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 
 from tl_vpd import Decomposition, bundled
 from tl_vpd.cli import app
+from tl_vpd.planning.footprint import Target, footprint, transformer
 from tl_vpd.recipe import Recipe
-from tl_vpd.training.footprint import Target, footprint, transformer
 
 ROOT = Path(__file__).parents[1]
 ALGORITHM = "{steps: 2, batch_size: 2, C: 4, gamma: {d_ci: 8, n_blocks: 1, n_heads: 2}, warm_up_steps: 2}"
@@ -38,7 +38,7 @@ def test_train_then_eval(tmp_path: Path):
     trained = call("train", own)
     assert trained.exit_code == 0, trained.output
     folder = tmp_path / "run" / "decomposition"
-    assert Decomposition.load(folder).packing.total == 12 * 4
+    assert Decomposition.load(folder).site_axis.total == 12 * 4
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     evaluated = call("eval", folder, "--rows", 1, "--budgets", "1,2", "--out", tmp_path / "metrics.json")
     assert evaluated.exit_code == 0, evaluated.output

@@ -14,7 +14,7 @@ from tl_vpd.training import new_decomposition
 def test_sites_counts_packing_and_shapes_agree(model):
     vpd = decomposition_of(model, C={"*.attn.*": 3, "*.mlp.*": 5})
     assert vpd.counts == {n: 3 if ".attn." in n else 5 for n in vpd.sites}
-    assert vpd.packing.total == 2 * (4 * 3 + 2 * 5)
+    assert vpd.site_axis.total == 2 * (4 * 3 + 2 * 5)
     assert all(vpd.V[n].shape == (s.d_in, vpd.counts[n]) for n, s in vpd.sites.items())
     assert all(vpd.U[n].shape == (vpd.counts[n], s.d_out) for n, s in vpd.sites.items())
     assert "12 sites, 44 subcomponents, shared_transformer" in repr(vpd)

@@ -1,4 +1,4 @@
-"""Names of sites and subcomponents, patterns, and the packed axis."""
+"""Names of sites and subcomponents, patterns, and the concatenated axis."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_vpd.site import Packing, Site, Subcomponent, by_pattern, nearest, select
+from tl_vpd.site import ConcatenatedAxis, Site, Subcomponent, by_pattern, nearest, select
 
 NAMES = ["blocks.0.attn.W_Q", "blocks.0.attn.W_K", "blocks.0.mlp.W_in", "blocks.1.attn.W_Q", "blocks.10.mlp.W_out"]
 
@@ -85,20 +85,20 @@ def test_nearest_says_nothing_where_nothing_is_near():
 
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_packing_places_every_subcomponent_once(counts):
-    packing = Packing({f"s{i}": c for i, c in enumerate(counts)})
-    packed = torch.arange(packing.total)[None]
-    everyone = list(packing.subcomponents())
-    assert len(everyone) == packing.total == sum(counts)
+    site_axis = ConcatenatedAxis({f"s{i}": c for i, c in enumerate(counts)})
+    concatenated = torch.arange(site_axis.total)[None]
+    everyone = list(site_axis.subcomponents())
+    assert len(everyone) == site_axis.total == sum(counts)
     for position, address in enumerate(everyone):
-        assert packing.at(position) == address
-        assert int(packing.unpack(packed)[address.site][0, address.index]) == position
-        assert int(packed[0, packing.slices[address.site]][address.index]) == position
+        assert site_axis.at(position) == address
+        assert int(site_axis.split_sites(concatenated)[address.site][0, address.index]) == position
+        assert int(concatenated[0, site_axis.slices[address.site]][address.index]) == position
 
 
 def test_unpacked_parts_are_views_and_a_position_beyond_the_end_is_refused():
-    packing = Packing({"a": 2, "b": 1})
-    packed = torch.zeros(3, 3)
-    packing.unpack(packed)["b"].fill_(7)
-    assert packed[:, 2].tolist() == [7, 7, 7] and packed[:, :2].sum() == 0
+    site_axis = ConcatenatedAxis({"a": 2, "b": 1})
+    concatenated = torch.zeros(3, 3)
+    site_axis.split_sites(concatenated)["b"].fill_(7)
+    assert concatenated[:, 2].tolist() == [7, 7, 7] and concatenated[:, :2].sum() == 0
     with pytest.raises(IndexError, match="beyond the last of 3"):
-        packing.at(3)
+        site_axis.at(3)

@@ -135,8 +135,8 @@ def plan(
     tflops: Annotated[float | None, typer.Option(min=0, help="What a device does a second: adds the time.")] = None,
 ) -> None:
     """Memory and matrix products of a run, for one of its processes, before anything is trained."""
+    from tl_vpd.planning.footprint import Target, footprint, transformer
     from tl_vpd.recipe import Recipe
-    from tl_vpd.training.footprint import Target, footprint, transformer
 
     own = Recipe() if recipe is None else Recipe.read(recipe)
     own = own.changed("runtime", micro_batch=micro_batch, sharding=sharding)
@@ -216,7 +216,7 @@ def evaluate_command(
     html: Annotated[Path | None, typer.Option("--html", help="Write the report as one page here (a file).")] = None,
 ) -> None:
     """Evaluate a decomposition: what is wrong with it, mask modes, adversaries, aggregation, transfer, controls."""
-    from tl_vpd import Decomposition, bundled
+    from tl_vpd import Decomposition, bundled, viz
     from tl_vpd.evaluation import MEASURES, evaluate
     from tl_vpd.recipe import DataRecipe, ModelRecipe, usable_device
 
@@ -259,11 +259,40 @@ def evaluate_command(
     if save is not None:
         found.save(save)
     if html is not None:
-        found.save_html(html, title=f"Evaluation of {decomposition}")
+        viz.evaluation_page(found, html, title=f"Evaluation of {decomposition}")
     show(found)
     for path in (save, html):
         if path is not None:
             out.print(f"Written: {path}", markup=False)
+
+
+@app.command("feature-splitting")
+@_command
+def feature_splitting_command(
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, algorithm, output.")],
+    factors: Annotated[str, typer.Option(help="Times the recipe's C, with commas.")] = "0.5,1,2,4",
+    rows: Annotated[int, typer.Option(min=1, help="Rows that the counts are taken on.")] = 64,
+    save: Annotated[Path | None, typer.Option("--out", help="Write the table here (.csv).")] = None,
+) -> None:
+    """Train decompositions with fewer and more subcomponents, and count how many of each are alive."""
+    from tl_vpd.evaluation import sizes, train_sizes
+    from tl_vpd.recipe import Recipe
+
+    try:
+        times = [float(f) for f in factors.split(",") if f.strip()]
+    except ValueError as error:
+        raise ValueError(f"--factors {factors!r}: give numbers with commas, such as 0.5,1,2,4.") from error
+    given = Recipe.read(recipe)
+    model = given.model.load()
+    output = given.output
+    options = {**given.runtime.model_dump(), **output.model_dump(include={"save_every", "keep_states", "log_every"})}
+    decompositions = train_sizes(
+        model, given.data.load(model), given.algorithm, factors=times, out=output.folder, **options
+    )
+    table = sizes(decompositions, model, given.data.first(model, rows))
+    out.print(table.round(4).to_string(), markup=False, highlight=False)
+    if save is not None:
+        table.to_csv(save)
 
 
 def _pairs(option: str, given: list[str] | None) -> list[tuple[str, str]]:

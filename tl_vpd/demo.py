@@ -21,11 +21,11 @@ from torch import Tensor
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
 from tl_vpd.analysis import Harvest, harvest, pick
+from tl_vpd.components.storage import write_json
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import Evaluation, evaluate
 from tl_vpd.masking import constant_masks
 from tl_vpd.site import Subcomponent
-from tl_vpd.storage import write_json
 from tl_vpd.training import Run, decompose
 
 Say = Callable[[str], None]
@@ -63,7 +63,7 @@ def run_demo(folder: Path, *, steps: int, say: Say) -> None:
     _tell(found, say)
 
     say(f"\n4. A short decomposition from scratch ({steps} steps; the bundled one took far more)")
-    from tl_vpd.bundled.train_decomposition import CONFIG
+    from tl_vpd.bundled.recipe import CONFIG
 
     config = CONFIG.model_copy(update={"steps": steps})
     run = decompose(model, bundled.tokens("training"), config)
@@ -90,18 +90,18 @@ def exactness(vpd: Decomposition, model: Any, tokens: Int[Tensor, "batch pos"]) 
         RuntimeError: a check fails.
     """
     generator = torch.Generator().manual_seed(0)
-    adapter, packing = adapt(model), vpd.packing
-    mask = torch.rand(packing.total, generator=generator)
+    adapter, site_axis = adapt(model), vpd.site_axis
+    mask = torch.rand(site_axis.total, generator=generator)
     with torch.no_grad():
         clean = model(tokens)
         with vpd.attach(model) as attached:
-            full = torch.ones(*tokens.shape, packing.total)
-            with attached.masked(constant_masks(full, 1.0, packing)):
+            full = torch.ones(*tokens.shape, site_axis.total)
+            with attached.masked(constant_masks(full, 1.0, site_axis)):
                 ones = model(tokens)
-            with attached.masked(constant_masks(mask.expand_as(full), 0.3, packing)):
+            with attached.masked(constant_masks(mask.expand_as(full), 0.3, site_axis)):
                 masked = model(tokens)
         edited = copy.deepcopy(model)
-        for name, m in packing.unpack(mask).items():
+        for name, m in site_axis.split_sites(mask).items():
             own = adapter.weight(name)
             adapt(edited).set_weight(name, (vpd.V[name] * m) @ vpd.U[name] + 0.3 * vpd.components.delta(name, own))
         difference = float((edited(tokens) - masked).abs().max())

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from tl_vpd.adapters.loading import Kind, load_model
 from tl_vpd.training import VPDConfig
-from tl_vpd.training.passes import Precision
-from tl_vpd.training.sharding import Kind as ShardingKind
+from tl_vpd.training.distributed.sharding import Kind as ShardingKind
+from tl_vpd.training.engine.eager import Precision
 
 
 class _Frozen(BaseModel):
@@ -108,7 +108,7 @@ class RuntimeRecipe(_Frozen):
     micro_batch: int | None = Field(None, ge=1)
     """Rows run at once (None: all of a process's)."""
     sharding: ShardingKind = "none"
-    """What each process of ``torchrun`` keeps a share of: ``none``, ``optimizer`` or ``full`` (``tl_vpd.training.sharding``)."""
+    """What each process of ``torchrun`` keeps a share of: ``none``, ``optimizer`` or ``full`` (``tl_vpd.training.distributed.sharding``)."""
     precision: Precision = "float32"
     """Of matrix products: ``float32``, or ``bfloat16`` by autocast (which does change what is computed, to its rounding)."""
     checkpoint: bool = False
@@ -118,7 +118,7 @@ class RuntimeRecipe(_Frozen):
     blocked_logits: bool | None = None
     """Make logits for a few tokens at a time (None: where there are many of them)."""
     compile: bool | Literal["recorded"] = False
-    """Run the step's passes as compiled graphs, or as recorded ones (``tl_vpd.training.compiled``)."""
+    """Run the step's passes as compiled graphs, or as recorded ones (``tl_vpd.training.engine.compiled``)."""
 
 
 class OutputRecipe(_Frozen):

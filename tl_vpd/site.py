@@ -144,11 +144,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-class Packing:
-    """Where each site's subcomponents lie on one packed axis of ``C_total = sum of C`` entries.
+class ConcatenatedAxis:
+    """Where each site's subcomponents lie on one concatenated axis of ``C_total = sum of C`` entries.
 
     Importances, sources and masks of all sites are kept as one tensor ``[..., C_total]``, which costs one elementwise
-    pass instead of one a site; ``unpack`` gives views.
+    pass instead of one a site; ``split_sites`` gives views.
     """
 
     def __init__(self, counts: Mapping[str, int]) -> None:
@@ -161,19 +161,19 @@ class Packing:
             self.slices[name] = slice(start, start + count)
             start += count
 
-    def unpack(self, packed: Shaped[Tensor, "*batch C_total"]) -> dict[str, Shaped[Tensor, "*batch _"]]:
-        """Views of the packed tensor, by site."""
-        return dict(zip(self.names, packed.split(list(self.counts.values()), dim=-1), strict=True))
+    def split_sites(self, concatenated: Shaped[Tensor, "*batch C_total"]) -> dict[str, Shaped[Tensor, "*batch _"]]:
+        """Views of the concatenated tensor, by site."""
+        return dict(zip(self.names, concatenated.split(list(self.counts.values()), dim=-1), strict=True))
 
     def subcomponents(self) -> Iterator[Subcomponent]:
-        """All subcomponents in packed order."""
+        """All subcomponents in concatenated order."""
         for name, count in self.counts.items():
             for index in range(count):
                 yield Subcomponent(name, index)
 
     def at(self, position: int) -> Subcomponent:
-        """The subcomponent at a packed position."""
+        """The subcomponent at a concatenated position."""
         for name, where in self.slices.items():
             if position < where.stop:
                 return Subcomponent(name, position - where.start)
-        raise IndexError(f"Packed position {position} is beyond the last of {self.total} subcomponents.")
+        raise IndexError(f"Position {position} is beyond the last of {self.total} subcomponents.")

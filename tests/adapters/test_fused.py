@@ -9,8 +9,7 @@ from torch.testing import assert_close
 from tests.tiny import decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd.adapters import adapt
 from tl_vpd.adapters.fused import METHODS, can_be_fused
-from tl_vpd.components import SourcedPass
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import BlockedMasks, MaskedModel
 
 SETTINGS = [
     {},
@@ -41,13 +40,13 @@ def test_outputs_and_gradients_are_those_of_scores_and_pattern(settings, calls):
     assert len(calls) == 2 and not any(name in block.attn.__dict__ for block in model.blocks for name in METHODS)
     assert torch.equal(model(tokens), plain)
     vpd, found = decomposition_of(model).double(), []
-    width, g = vpd.packing.total, draw(2, 7, vpd.packing.total, seed=1)
-    sources = draw(14, width + len(vpd.packing.names), seed=2)
+    width, g = vpd.site_axis.total, draw(2, 7, vpd.site_axis.total, seed=1)
+    sources = draw(14, width + len(vpd.site_axis.names), seed=2)
     for fused in (False, True):
         of_g = torch.zeros_like(g)
-        with TappedModel(vpd, model, fused_attention=fused) as tapped:
-            run = SourcedPass(g, sources, vpd.packing, grad_g=of_g)
-            (output := tapped.masked(tokens, run)).square().sum().backward()
+        with MaskedModel(vpd, model, fused_attention=fused) as masked_model:
+            run = BlockedMasks(g, sources, vpd.site_axis, grad_g=of_g)
+            (output := masked_model.masked(tokens, run)).square().sum().backward()
         found.append((output.detach(), of_g))
     assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)
 
@@ -83,10 +82,10 @@ def test_other_kinds_of_attention_are_left_alone(settings, calls):
 
 def test_padding_is_computed_the_long_way(calls):
     model, tokens = tiny_model(), some_tokens()
-    keep = torch.ones_like(tokens, dtype=torch.bool)
-    keep[0, :2] = False
-    with TappedModel(decomposition_of(model).double(), model, fused_attention=True) as tapped:
-        tapped.clean(tokens, keep)
+    token_mask = torch.ones_like(tokens, dtype=torch.bool)
+    token_mask[0, :2] = False
+    with MaskedModel(decomposition_of(model).double(), model, fused_attention=True) as masked_model:
+        masked_model.clean(tokens, token_mask)
         assert not calls
-        tapped.clean(tokens)
+        masked_model.clean(tokens)
     assert len(calls) == 2

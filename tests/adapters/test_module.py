@@ -12,10 +12,10 @@ from torch.testing import assert_close
 import tl_vpd
 from tests.tiny import draw
 from tl_vpd.adapters import adapt
-from tl_vpd.divergence import squared_error
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.attached import KINDS
 from tl_vpd.importance import lower_leaky
+from tl_vpd.losses.divergence import squared_error
 from tl_vpd.masking import Masks, SiteMask
 
 from .own import MLPS, SITE_MLPS, TRANSFORMER, Wrapped, normal, seeded, two_layers, untrained
@@ -96,8 +96,8 @@ def test_masks_are_the_formula_and_constant_ones_an_edited_weight(case, x):
         with attached.masked(masks):
             assert_close(model(x), expected, rtol=1e-10, atol=1e-11)
         assert_close(model.run_with_hooks(x, fwd_hooks=vpd.mask_hooks(masks)), expected, rtol=1e-10, atol=1e-11)
-        with TappedModel(vpd, model) as tapped:
-            assert_close(tapped.masked(x, masks), expected, rtol=1e-10, atol=1e-11)
+        with MaskedModel(vpd, model) as masked_model:
+            assert_close(masked_model.masked(x, masks), expected, rtol=1e-10, atol=1e-11)
         m, d = draw(5, seed=3), torch.tensor(0.3, dtype=torch.float64)
         edited = copy.deepcopy(two_layers())
         for name in (FC, OUT):
@@ -112,10 +112,10 @@ def test_importances_are_gammas_of_both_inputs_and_each_row_is_its_own(case, x):
     model, vpd = case
     ci = vpd.causal_importances(model, x)
     inputs = {FC: x, OUT: model.fc(x).relu()}
-    assert ci.packed.shape == (*x.shape[:-1], 10) and 0 < float((ci.packed > 0).double().mean()) < 1
-    assert_close(ci.packed, lower_leaky(vpd.pre_sigmoid(inputs, None)), rtol=1e-12, atol=1e-12)
-    assert ci[OUT].shape == (*x.shape[:-1], 5) and ci.keep is None and ci.tokens is x
-    assert_close(vpd.causal_importances(model, x[:1]).packed, ci.packed[:1], rtol=1e-10, atol=1e-12)
+    assert ci.concatenated.shape == (*x.shape[:-1], 10) and 0 < float((ci.concatenated > 0).double().mean()) < 1
+    assert_close(ci.concatenated, lower_leaky(vpd.pre_sigmoid(inputs, None)), rtol=1e-12, atol=1e-12)
+    assert ci[OUT].shape == (*x.shape[:-1], 5) and ci.token_mask is None and ci.tokens is x
+    assert_close(vpd.causal_importances(model, x[:1]).concatenated, ci.concatenated[:1], rtol=1e-10, atol=1e-12)
     acts = vpd.component_acts(model, x)
     with torch.no_grad(), vpd.attach(model) as attached:
         _, cache = model.run_with_cache(x)
@@ -125,7 +125,7 @@ def test_importances_are_gammas_of_both_inputs_and_each_row_is_its_own(case, x):
             assert torch.equal(acts[n], cache[f"{n}.hook_component_acts"])
             assert cache[f"{n}.hook_mask"].shape == (*x.shape[:-1], 5)
         with attached.masked("zero"):
-            assert torch.equal(vpd.causal_importances(model, x).packed, ci.packed)
+            assert torch.equal(vpd.causal_importances(model, x).concatenated, ci.concatenated)
 
 
 def test_every_mode_is_the_formula_under_its_masks(case, x):
@@ -155,7 +155,7 @@ def test_the_adversary_attacks_the_squared_error(case, x):
         found = vpd.adversarial_masks(model, x, seed=3, steps=4)
         with attached.masked(found):
             assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
-        with attached.kept([f"{FC}:0"], rest="adversarial", seed=3, steps=4):
+        with attached.keep_only([f"{FC}:0"], rest="adversarial", seed=3, steps=4):
             expected = model(x)
         with attached.masked(vpd.adversarial_masks(model, x, kept=f"{FC}:0", seed=3, steps=4)):
             assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
@@ -221,16 +221,18 @@ def test_tables_of_inputs_without_and_with_positions():
     vpd = untrained(model)
     ci = vpd.causal_importances(model, normal(3, 4))
     table = ci.to_pandas(above=0.2)
-    assert list(table.columns) == ["batch", "subcomponent", "ci"] and len(table) == int((ci.packed > 0.2).sum())
+    assert list(table.columns) == ["batch", "subcomponent", "ci"] and len(table) == int((ci.concatenated > 0.2).sum())
     row = table.iloc[1]
     site, index = row.subcomponent.split(":")
     assert float(ci[site][row.batch, int(index)]) == row.ci
-    assert torch.equal(ci.l0, (ci.packed > 0).sum(-1)) and ci.l0.shape == (3,)
+    assert torch.equal(ci.l0, (ci.concatenated > 0).sum(-1)) and ci.l0.shape == (3,)
     top = ci.top(2)
-    assert top.mean_ci.tolist() == pytest.approx(ci.packed.mean(0).topk(2).values.tolist())
+    assert top.mean_ci.tolist() == pytest.approx(ci.concatenated.mean(0).topk(2).values.tolist())
     ci = vpd.causal_importances(model, normal(2, 5, 4))
     table = ci.to_pandas()
-    assert list(table.columns) == ["batch", "pos", "subcomponent", "ci"] and len(table) == int((ci.packed > 0).sum())
+    assert list(table.columns) == ["batch", "pos", "subcomponent", "ci"] and len(table) == int(
+        (ci.concatenated > 0).sum()
+    )
     assert ci.l0.shape == (2, 5) and len(ci.top(3)) == 3
     assert vpd.component_acts(model, normal(3, 4)).mean()[FC].shape == (5,)
 
@@ -246,7 +248,7 @@ def test_a_model_that_reads_tokens_has_them_in_the_table():
 def test_a_model_that_sums_up_its_positions_works():
     model = seeded(lambda: Wrapped(lambda s, x: s.b(s.a(x).relu()).sum(1), a=nn.Linear(4, 5), b=nn.Linear(5, 3)))
     vpd, x = untrained(model), normal(2, 6, 4)
-    assert vpd.causal_importances(model, x).packed.shape == (2, 6, 10)
+    assert vpd.causal_importances(model, x).concatenated.shape == (2, 6, 10)
     with torch.no_grad(), vpd.attach(model) as attached:
         with attached.masked("adversarial", seed=1, steps=3):
             expected = model(x)

@@ -213,10 +213,12 @@ def test_hooks_see_the_masks_before_them(model, vpd, tokens):
     masks = Masks({site: SiteMask(own.expand(2, 7, 6), None) for site, own in m.items()})
     seen = []
     name = "blocks.1.attn.hook_attn_scores"
-    keep = (name, lambda s, hook: seen.append(s.detach()))
+    token_mask = (name, lambda s, hook: seen.append(s.detach()))
     with vpd.attach(model), torch.no_grad():
-        model.run_with_hooks(tokens, fwd_hooks=[*vpd.mask_hooks(masks), keep])
-        model.run_with_hooks(tokens, fwd_hooks=[*vpd.mask_hooks(masks), *pair_ablation_hooks(vpd, model, pairs), keep])
+        model.run_with_hooks(tokens, fwd_hooks=[*vpd.mask_hooks(masks), token_mask])
+        model.run_with_hooks(
+            tokens, fwd_hooks=[*vpd.mask_hooks(masks), *pair_ablation_hooks(vpd, model, pairs), token_mask]
+        )
     visible = unmasked(seen[0])
     assert_close((seen[0] - seen[1])[visible], (m[Q][1] * m[K][3] * strength)[visible], rtol=0, atol=1e-9)
 
@@ -295,7 +297,7 @@ def test_padding_on_either_side_gives_the_same_terms():
         model.tokenizer.padding_side = side
         terms = score_terms(vpd, model, prompts, 1)
         found[side] = terms.to_pandas()[["mean_size", "share"]].to_numpy()
-        keep = adapt(model).padding(terms.tokens, None)
-        assert keep is not None
-        assert not terms.seen[(~keep)[:, None, :, None].expand_as(terms.seen)].any()
+        token_mask = adapt(model).padding(terms.tokens, None)
+        assert token_mask is not None
+        assert not terms.seen[(~token_mask)[:, None, :, None].expand_as(terms.seen)].any()
     assert found["left"] == pytest.approx(found["right"], rel=1e-4, abs=1e-6)

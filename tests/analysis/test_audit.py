@@ -12,9 +12,9 @@ from tl_vpd import bundled
 from tl_vpd.adapters import adapt
 from tl_vpd.analysis.audit import audit_circuit
 from tl_vpd.analysis.audit.ablate import AblatedModel, between
-from tl_vpd.analysis.audit.places import Place, universe_of
+from tl_vpd.analysis.audit.auditor import random_circuit
+from tl_vpd.analysis.audit.node_set import HookSite, node_set_of
 from tl_vpd.analysis.audit.repair import repair_circuit
-from tl_vpd.analysis.audit.runs import random_circuit
 from tl_vpd.analysis.nodes import Node
 
 Z0, Z1, M0, M1 = "blocks.0.attn.hook_z", "blocks.1.attn.hook_z", "blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"
@@ -115,7 +115,7 @@ def test_more_freedom_is_never_better_for_the_circuit(model, tokens):
     )
     assert wide.worst[8].shape == (7, 6) and audit.worst[8].shape == (1, 6)
     assert wide.value("adversarial") <= zero
-    assert list(audit.top(2)["piece"]) == [audit.universe.labels()[i] for i in audit.worst[8][0].topk(2).indices]
+    assert list(audit.top(2)["piece"]) == [audit.node_set.labels()[i] for i in audit.worst[8][0].topk(2).indices]
     again = audit_circuit(model, tokens, circuit, metric, **{**QUICK, "budgets": (2, 8)})
     assert again.rows.equals(audit.rows)
 
@@ -123,10 +123,10 @@ def test_more_freedom_is_never_better_for_the_circuit(model, tokens):
 def test_what_the_worst_sources_give_is_what_is_reported(model, tokens):
     circuit = [f"{Z0}:1", M1]
     audit = audit_circuit(model, tokens, circuit, metric, reference="mean", ablations=["adversarial"], **QUICK)
-    universe = audit.universe
-    with AblatedModel(model, universe, tokens, None) as run:
+    node_set = audit.node_set
+    with AblatedModel(model, node_set, tokens, None) as run:
         values = run.references("mean", tokens, None, torch.Generator())
-        kept = universe.kept(audit.nodes, 7)
+        kept = node_set.kept(audit.nodes, 7)
         m = torch.where(kept, 1.0, audit.worst[4])
         with torch.no_grad():
             assert float(metric(run.run(m[None], values))) == pytest.approx(audit.value("adversarial"), abs=1e-9)
@@ -171,7 +171,7 @@ def test_residual_positions_and_neurons(model, tokens):
         logits = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_pre", only_last)])
     assert found.value("zero") == pytest.approx(float(metric(logits)), abs=1e-9)
     neurons = audit_circuit(model, tokens, ["blocks.0.mlp.hook_post:3", f"{Z1}:0"], metric, ablations=["zero"], **QUICK)
-    assert [(p.name, p.count) for p in neurons.universe.places] == [
+    assert [(p.name, p.count) for p in neurons.node_set.places] == [
         (Z0, 2), ("blocks.0.mlp.hook_post", 12), (Z1, 2), (M1, 1)
     ]  # fmt: skip
 
@@ -180,20 +180,20 @@ def test_subcomponents_are_audited_as_masks_would(model, vpd, tokens):
     """Zero ablation is keeping these alone (Δ off); sources of 1 for all else give the model back."""
     circuit = ["blocks.0.attn.W_Q:1", "blocks.1.mlp.W_out:4", "blocks.1.attn.W_V:0", "blocks.0.mlp.W_in:2"]
     found = audit_circuit(model, tokens, circuit, metric, vpd, **QUICK)
-    with torch.no_grad(), vpd.attach(model) as attached, attached.kept(circuit):
+    with torch.no_grad(), vpd.attach(model) as attached, attached.keep_only(circuit):
         assert found.value("zero") == pytest.approx(float(metric(model(tokens))), abs=1e-9)
     acts = vpd.component_acts(model, tokens)
-    rest = [str(c) for c in vpd.packing.subcomponents() if str(c) not in circuit]
+    rest = [str(c) for c in vpd.site_axis.subcomponents() if str(c) not in circuit]
     with torch.no_grad(), vpd.attach(model):
         hooks = vpd.ablation_hooks(rest, values=acts.mean()) + vpd.delta_hooks(0.0)
         assert found.value("mean") == pytest.approx(
             float(metric(model.run_with_hooks(tokens, fwd_hooks=hooks))), abs=1e-9
         )
     assert found.value("adversarial") <= found.value("zero")
-    assert found.universe.total == vpd.packing.total + len(vpd.sites)
+    assert found.node_set.total == vpd.site_axis.total + len(vpd.sites)
     at = [f"{name}@6" for name in circuit]
     placed = audit_circuit(model, tokens, at, metric, vpd, ablations=["zero", "adversarial"], **QUICK)
-    assert placed.worst[4].shape == (1, found.universe.total)
+    assert placed.worst[4].shape == (1, found.node_set.total)
     assert not hasattr(model.blocks[0], "hook_q_component_acts") and not any(
         p._forward_hooks for p in model.hook_dict.values()
     )
@@ -202,12 +202,12 @@ def test_subcomponents_are_audited_as_masks_would(model, vpd, tokens):
 def test_controls_are_circuits_of_the_same_kinds():
     model = tiny_model(n_heads=4, d_head=2, rotary_dim=2)
     nodes = [Node.parse(n) for n in (f"{Z0}:1", f"{Z1}:0", f"{Z1}:3", M1)]
-    universe = universe_of(adapt(model), nodes, None, None)
-    kept = universe.kept(nodes, 7)
-    heads = [i for i, name in enumerate(universe.labels()) if "hook_z" in name]
-    mlps = [i for i, name in enumerate(universe.labels()) if "mlp" in name]
+    node_set = node_set_of(adapt(model), nodes, None, None)
+    kept = node_set.kept(nodes, 7)
+    heads = [i for i, name in enumerate(node_set.labels()) if "hook_z" in name]
+    mlps = [i for i, name in enumerate(node_set.labels()) if "mlp" in name]
     generator = torch.Generator().manual_seed(0)
-    drawn = [random_circuit(universe, kept, generator) for _ in range(20)]
+    drawn = [random_circuit(node_set, kept, generator) for _ in range(20)]
     assert all(int(d[:, heads].sum()) == 3 and int(d[:, mlps].sum()) == 1 for d in drawn)
     assert len({tuple(d.flatten().tolist()) for d in drawn}) > 5
     found = audit_circuit(model, some_tokens(), nodes, metric, ablations=["zero"], controls=3)
@@ -276,14 +276,14 @@ def test_wrong_arguments_and_metrics_are_refused(model, tokens):
     with pytest.raises(KeyError, match="Nothing audited matches"):
         audit_circuit(model, tokens, [f"{Z0}:0"], metric, among="blocks.9.*", **QUICK)
     part = audit_circuit(model, tokens, [f"{Z0}:0"], metric, among=["blocks.0.attn.*"], **QUICK)
-    assert part.universe.labels() == [f"{Z0}:0", f"{Z0}:1"]
+    assert part.node_set.labels() == [f"{Z0}:0", f"{Z0}:1"]
     assert not any(p._forward_hooks for p in model.hook_dict.values())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
 def test_between_keeps_what_is_kept_to_the_bit():
     own = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    place = Place("z", "z", "head", 4)
+    place = HookSite("z", "z", "head", 4)
     m = torch.tensor([1.0, 0.0, 0.25, 1.0])[None, None]
     out = between(own, torch.full((1, 1, 4, 5), 2.0), m, place)
     assert torch.equal(out[:, :, [0, 3]], own[:, :, [0, 3]]) and bool((out[:, :, 1] == 2).all())
@@ -356,8 +356,8 @@ def test_resampled_values_are_never_those_of_padding(model):
     tokens = some_tokens(shape=(3, 6))
     mask = torch.ones_like(tokens)
     mask[0, 2:] = 0  # one short prompt, two long ones
-    universe = universe_of(adapt(model), (Node.parse(f"{Z0}:1"),), None, None)
-    with AblatedModel(model, universe, tokens, mask.bool()) as ablated:
+    node_set = node_set_of(adapt(model), (Node.parse(f"{Z0}:1"),), None, None)
+    with AblatedModel(model, node_set, tokens, mask.bool()) as ablated:
         for seed in range(5):
             rows = ablated._others(tokens, mask.bool(), torch.Generator().manual_seed(seed)).tolist()
             assert rows[0] in (1, 2) and rows[1] == 2 and rows[2] == 1

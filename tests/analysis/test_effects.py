@@ -49,9 +49,9 @@ def test_positions_amounts_and_values_are_those_of_single_hooks(model, vpd, toke
 
 def test_without_a_choice_those_that_are_important_are_ablated(model, vpd, tokens):
     table = vpd.ablation_table(model, tokens, metric, above=0.6)
-    g = vpd.causal_importances(model, tokens).packed
-    expected = [str(vpd.packing.at(i)) for i in (g > 0.6).any(0).any(0).nonzero().flatten().tolist()]
-    assert table.subcomponent.tolist() == expected and 0 < len(expected) < vpd.packing.total
+    g = vpd.causal_importances(model, tokens).concatenated
+    expected = [str(vpd.site_axis.at(i)) for i in (g > 0.6).any(0).any(0).nonzero().flatten().tolist()]
+    assert table.subcomponent.tolist() == expected and 0 < len(expected) < vpd.site_axis.total
 
 
 def test_it_composes_with_modes_and_leaves_an_attached_model_as_it_was(model, vpd, tokens):
@@ -66,12 +66,12 @@ def test_it_composes_with_modes_and_leaves_an_attached_model_as_it_was(model, vp
 
 
 def test_padding_is_told_to_the_model(model, vpd):
-    keep = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    token_mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     tokens = some_tokens(shape=(2, 5))
-    table = ablation_table(vpd, model, tokens, metric, [Subcomponent.parse(SOME[1])], attention_mask=keep)
+    table = ablation_table(vpd, model, tokens, metric, [Subcomponent.parse(SOME[1])], attention_mask=token_mask)
     with torch.no_grad(), vpd.attach(model):
         hooks = vpd.ablation_hooks(SOME[1])
-        expected = float(metric(model.run_with_hooks(tokens, fwd_hooks=hooks, attention_mask=keep)))
+        expected = float(metric(model.run_with_hooks(tokens, fwd_hooks=hooks, attention_mask=token_mask)))
     assert table.metric[0] == pytest.approx(expected)
 
 

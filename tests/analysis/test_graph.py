@@ -128,7 +128,7 @@ def test_an_embeddings_edge_is_gradient_times_embedding(name):
 def test_with_norms_and_deltas_fixed_terms_add_up_to_the_value(name):
     model, vpd, tokens = case(name)
     graph = attribution_graph(vpd, model, tokens, [3, (4, 2)], held=("norms", "deltas"), importances=False)
-    assert len(graph) == vpd.packing.total * 5 + 5 + 2
+    assert len(graph) == vpd.site_axis.total * 5 + 5 + 2
     sums, near = graph.sums().set_index("node"), 1e-5 if "Llama" in name else 1e-10
     nonlinear = sums.index.str.contains("W_O|W_out")
     assert sums[~nonlinear].rest.abs().max() < near and sums.rest.abs().max() > 1e-3

@@ -12,22 +12,22 @@ from tl_vpd.analysis.graph import attribution_graph, dataset_graph
 
 def expected(vpd, model, prompts, absolute):
     """The definition, from graphs without importances of each prompt."""
-    n = vpd.packing.total
+    n = vpd.site_axis.total
     total, g_sum, squares, count = torch.zeros(n, n + 1, dtype=torch.float64), torch.zeros(n + 1), torch.zeros(n), 0
-    starts = torch.tensor([0, *[own.start for own in vpd.packing.slices.values()], 0])
+    starts = torch.tensor([0, *[own.start for own in vpd.site_axis.slices.values()], 0])
     for prompt in prompts:
         prompt = prompt[None]
         graph = attribution_graph(vpd, model, prompt, 3, importances=False)
-        g = vpd.causal_importances(model, prompt).packed[0]
+        g = vpd.causal_importances(model, prompt).concatenated[0]
         acts = torch.cat([vpd.component_acts(model, prompt)[s][0] for s in vpd.sites], -1)
-        inner, packed = graph.target < len(graph) - 1, starts[graph.kind] + graph.index
+        inner, concatenated = graph.target < len(graph) - 1, starts[graph.kind] + graph.index
         source, target, weight = graph.source[inner].long(), graph.target[inner].long(), graph.weight[inner]
         embedded = graph.kind[source] == 0
-        weight = weight * torch.where(embedded, 1.0, g[graph.pos[source], packed[source].clamp(max=n - 1)])
+        weight = weight * torch.where(embedded, 1.0, g[graph.pos[source], concatenated[source].clamp(max=n - 1)])
         if absolute:
-            weight = weight * acts[graph.pos[target], packed[target]].sign()
-        columns = torch.where(embedded, 0, packed[source] + 1)
-        total.index_put_((packed[target], columns), weight, accumulate=True)
+            weight = weight * acts[graph.pos[target], concatenated[target]].sign()
+        columns = torch.where(embedded, 0, concatenated[source] + 1)
+        total.index_put_((concatenated[target], columns), weight, accumulate=True)
         g_sum, squares, count = (
             g_sum + torch.cat([g.new_tensor([len(g)]), g.sum(0)]),
             squares + acts.square().sum(0),
@@ -43,7 +43,7 @@ def test_it_is_the_sum_of_prompts_normalised(C):
     vpd = decomposition_of(model, C=C).to(torch.float64)
     prompts = some_tokens(shape=(3, 4))
     found = dataset_graph(vpd, model, prompts, batch_size=2)
-    own = [i for i, c in enumerate(vpd.packing.subcomponents()) if c in found.nodes]
+    own = [i for i, c in enumerate(vpd.site_axis.subcomponents()) if c in found.nodes]
     for kind in ("signed", "absolute"):
         weights, importance, rms = expected(vpd, model, prompts, kind == "absolute")
         assert_close(getattr(found, kind), weights[own][:, [0, *[i + 1 for i in own]]], rtol=1e-8, atol=1e-11)

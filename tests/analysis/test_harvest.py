@@ -17,7 +17,8 @@ from tl_vpd.analysis.harvest import _names
 from tl_vpd.analysis.pick import _shares
 from tl_vpd.analysis.records import cut, pmi, recall
 from tl_vpd.analysis.tally import Pairs, peaks
-from tl_vpd.hooks import TappedModel, causal_importances
+from tl_vpd.forward import MaskedModel
+from tl_vpd.hooks import causal_importances
 
 
 def test_pmi_and_recall_by_hand():
@@ -70,10 +71,10 @@ def test_pairs_add_up_over_batches():
 
 def _by_hand(vpd, model, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """All importances and shown activations ``[n, pos, C_total]``."""
-    with TappedModel(vpd, model) as tapped:
-        _, inputs = tapped.clean(tokens)
+    with MaskedModel(vpd, model) as masked_model:
+        _, inputs = masked_model.clean(tokens)
     shown = [(inputs[s] @ vpd.V[s] * vpd.U[s].norm(dim=-1)).detach() for s in vpd.sites]
-    return causal_importances(vpd, model, tokens).packed.detach(), torch.cat(shown, -1)
+    return causal_importances(vpd, model, tokens).concatenated.detach(), torch.cat(shown, -1)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
@@ -86,10 +87,10 @@ def test_everything_against_loops(model, vpd, batch_size):
     assert_close(found.mean_importance, g.mean((0, 1)).float())
     assert_close(found.density, (g > 0).double().mean((0, 1)).float())
     assert found.firings.tolist() == fires.sum((0, 1)).tolist()
-    for packed in range(vpd.packing.total):
-        address = vpd.packing.at(packed)
+    for concatenated in range(vpd.site_axis.total):
+        address = vpd.site_axis.at(concatenated)
         own = found[str(address)]
-        own_g, own_a, own_fires = g[..., packed], a[..., packed], fires[..., packed]
+        own_g, own_a, own_fires = g[..., concatenated], a[..., concatenated], fires[..., concatenated]
         V, U = vpd.V[address.site].detach()[:, address.index], vpd.U[address.site].detach()[address.index]
         assert own.norm == pytest.approx(float(torch.outer(V, U).norm()), rel=1e-5)
         if own.firings:
@@ -132,7 +133,7 @@ def test_padding_changes_nothing(model, vpd):
     assert_close(padded.mean_importance * 11, first.mean_importance * 7 + second.mean_importance * 4)
     assert torch.equal(padded.firings, first.firings + second.firings)
     assert torch.equal(padded.outputs.firings, first.outputs.firings + second.outputs.firings)
-    windows = [w for a in vpd.packing.subcomponents() for w in padded[a].windows if w.row == 1]
+    windows = [w for a in vpd.site_axis.subcomponents() for w in padded[a].windows if w.row == 1]
     assert windows
     assert all(len(w.tokens) == 4 for w in windows)
 
@@ -157,7 +158,7 @@ def test_named_subcomponents_are_found_as_among_all(model, vpd):
 def test_the_table_of_all_is_in_packed_order_and_top_in_order_of_importance(model, vpd, tokens):
     found = harvest(vpd, model, tokens)
     table = found.to_pandas()
-    assert table["subcomponent"].tolist() == [str(a) for a in vpd.packing.subcomponents()]
+    assert table["subcomponent"].tolist() == [str(a) for a in vpd.site_axis.subcomponents()]
     top = found.top(4)
     assert top["mean_importance"].tolist() == sorted(table["mean_importance"], reverse=True)[:4]
 

@@ -15,10 +15,10 @@ from tl_vpd.analysis.pruning import PruneConfig, ablate_nodes, prune, prune_swee
 from tl_vpd.analysis.pruning.attack import attack
 from tl_vpd.analysis.pruning.attack import draw as draw_sources
 from tl_vpd.analysis.pruning.behaviours import behaviour_of
-from tl_vpd.analysis.pruning.masked import MaskedModel
+from tl_vpd.analysis.pruning.masked import PromptModel
 from tl_vpd.analysis.pruning.prune import _Pruning
 from tl_vpd.analysis.pruning.recorded import Recorded, running
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.masking import Masks, SiteMask
 
 FLAGS = [
@@ -29,8 +29,8 @@ FLAGS = [
 
 
 def masks_of(vpd, mask, delta):
-    by_site = vpd.packing.unpack(mask)
-    return Masks({n: SiteMask(by_site[n], delta[..., i]) for i, n in enumerate(vpd.packing.names)})
+    by_site = vpd.site_axis.split_sites(mask)
+    return Masks({n: SiteMask(by_site[n], delta[..., i]) for i, n in enumerate(vpd.site_axis.names)})
 
 
 @pytest.mark.parametrize("flags", FLAGS)
@@ -38,12 +38,12 @@ def test_a_lean_pass_is_the_masked_pass_and_so_are_its_gradients(flags):
     model = tiny_model(**flags)
     vpd = decomposition_of(model).to(torch.float64)
     tokens, sites = some_tokens(shape=(1, 5)), len(vpd.sites)
-    mask, delta = draw(3, 5, vpd.packing.total), draw(3, 5, sites, seed=1)
+    mask, delta = draw(3, 5, vpd.site_axis.total), draw(3, 5, sites, seed=1)
     wanted = mask.clone().requires_grad_(), delta.clone().requires_grad_()
-    with TappedModel(vpd, model) as tapped:
-        logits = tapped.masked(tokens.expand(3, -1), masks_of(vpd, *wanted), constant_parts=True)[:, 2]
+    with MaskedModel(vpd, model) as masked_model:
+        logits = masked_model.masked(tokens.expand(3, -1), masks_of(vpd, *wanted), constant_weights=True)[:, 2]
     (-logits.log_softmax(-1)[:, 4]).sum().backward()
-    with MaskedModel(vpd, model) as masked:
+    with PromptModel(vpd, model) as masked:
         behaviour = behaviour_of(masked.adapter, masked.clean(tokens)[0][0], 4, 2)
         found, run = masked.logits(tokens, mask, delta, 2, gradients=True)
         gradients = masked.gradients(behaviour.losses, found, run, (3, 5))
@@ -55,7 +55,7 @@ def test_a_lean_pass_is_the_masked_pass_and_so_are_its_gradients(flags):
 
 @pytest.mark.parametrize("wanted", [3, (3, 5), None])
 def test_behaviours_by_hand(model, vpd, tokens, wanted):
-    with MaskedModel(vpd, model) as masked:
+    with PromptModel(vpd, model) as masked:
         clean = masked.clean(tokens[:1])[0][0]
         behaviour = behaviour_of(masked.adapter, clean, wanted, -2)
     other = clean[[0, 3]].detach()
@@ -73,10 +73,10 @@ def test_behaviours_by_hand(model, vpd, tokens, wanted):
 def test_the_gradient_of_the_whole_loss(model, vpd, tokens, variant):
     """With no adversary's step the loss is a plain function of z: autograd through public masks gives the same."""
     config = PruneConfig(variant=variant, adversary_steps=0, p=0.7)
-    with MaskedModel(vpd, model) as masked:
+    with PromptModel(vpd, model) as masked:
         prompt = tokens[:1]
         logits, inputs = masked.clean(prompt)
-        z = masked.parts.pre_sigmoid(inputs, None)[0].detach()
+        z = masked.weights.pre_sigmoid(inputs, None)[0].detach()
         behaviour = behaviour_of(masked.adapter, logits[0], 4, -1)
         pruning = _Pruning(masked, prompt, z, behaviour, torch.tensor([0.3, 2.0], dtype=z.dtype), config)
         found = pruning.gradient()
@@ -90,9 +90,11 @@ def test_the_gradient_of_the_whole_loss(model, vpd, tokens, variant):
     if variant == "importances_only":
         sources = [(torch.zeros_like(g), torch.zeros(2, 7, len(vpd.sites), dtype=z.dtype))] * 2
     loss = (penalty * torch.tensor([0.3, 2.0], dtype=z.dtype)).sum()
-    with TappedModel(vpd, model) as tapped:
+    with MaskedModel(vpd, model) as masked_model:
         for r, delta in sources:
-            out = tapped.masked(prompt.expand(2, -1), masks_of(vpd, g + (1 - g) * r, delta), constant_parts=True)
+            out = masked_model.masked(
+                prompt.expand(2, -1), masks_of(vpd, g + (1 - g) * r, delta), constant_weights=True
+            )
             loss = loss - 0.5 * out[:, -1].log_softmax(-1)[:, 4].sum()
     loss.backward()
     inside = (own > 0) & (own < 1)
@@ -106,9 +108,9 @@ def test_the_gradient_of_the_whole_loss(model, vpd, tokens, variant):
 @pytest.mark.parametrize("reach", ["alive", "alive_and_deltas", "everything"])
 def test_an_attack_raises_the_loss_within_its_reach(model, vpd, tokens, reach):
     prompt = tokens[:1]
-    with MaskedModel(vpd, model) as masked, torch.no_grad():
+    with PromptModel(vpd, model) as masked, torch.no_grad():
         logits, inputs = masked.clean(prompt)
-        z = masked.parts.pre_sigmoid(inputs, None)[0]
+        z = masked.weights.pre_sigmoid(inputs, None)[0]
         alive, behaviour = z > 0.3, behaviour_of(masked.adapter, logits[0], 4, -1)
         g = (0.4 * z.clamp(0, 1)).expand(3, -1, -1)
         start = draw_sources(g, len(vpd.sites), torch.Generator().manual_seed(0))
@@ -135,11 +137,11 @@ def test_a_recording_gives_what_the_model_gives(kind):
     else:
         model = build("GPT-2", kind)
     vpd, tokens = decomposition_of(model).to(torch.float64), some_tokens(shape=(1, 5))
-    with MaskedModel(vpd, model) as masked:
+    with PromptModel(vpd, model) as masked:
         behaviour = behaviour_of(masked.adapter, masked.clean(tokens)[0][0], 4, -1)
         by_model, recorded = running(masked, tokens, behaviour), Recorded(masked, tokens, behaviour)
         for rows, seed in ((2, 0), (2, 1), (3, 2)):
-            own = draw(rows, 5, vpd.packing.total, seed=seed), draw(rows, 5, len(vpd.sites), seed=seed + 9)
+            own = draw(rows, 5, vpd.site_axis.total, seed=seed), draw(rows, 5, len(vpd.sites), seed=seed + 9)
             for found, expected in zip(recorded(*own), by_model(*own), strict=True):
                 assert_close(found, expected, rtol=1e-6, atol=1e-9)
                 assert float(expected.abs().max()) > 1e-4
@@ -147,7 +149,7 @@ def test_a_recording_gives_what_the_model_gives(kind):
 
 
 def test_what_cannot_be_recorded_is_run_with_a_warning(model, vpd, tokens):
-    with MaskedModel(vpd, model) as masked:
+    with PromptModel(vpd, model) as masked:
         behaviour = behaviour_of(masked.adapter, masked.clean(tokens[:1])[0][0], 4, -1)
         recorded = Recorded(masked, tokens[:1], behaviour)
         honest, calls = recorded.model, []
@@ -157,7 +159,7 @@ def test_what_cannot_be_recorded_is_run_with_a_warning(model, vpd, tokens):
             return tuple((2.0 if len(calls) == 1 else 1.0) * own for own in honest(mask, delta))
 
         recorded.model = moody
-        own = draw(1, 7, vpd.packing.total), draw(1, 7, len(vpd.sites))
+        own = draw(1, 7, vpd.site_axis.total), draw(1, 7, len(vpd.sites))
         with pytest.warns(RuntimeWarning, match="cannot be recorded .on other masks the recording is off by"):
             found = recorded(*own)
         assert_close(found[0], honest(*own)[0])
@@ -178,15 +180,15 @@ def test_pruning_keeps_the_behaviour_with_fewer_nodes(model, vpd, tokens):
     sweep = prune_sweep(vpd, model, prompt, 4, [0.001, 0.5, 20.0], config=config)
     table = sweep.table()
     assert table.nodes.is_monotonic_decreasing and table.nodes[2] < table.nodes[0] <= table.alive[0]
-    g = vpd.causal_importances(model, prompt).packed[0]
+    g = vpd.causal_importances(model, prompt).concatenated[0]
     circuit = sweep.circuits[1]
     assert circuit.alive == int((g > 0).sum()) and not circuit.importances[g == 0].any()
     clean = float(model(prompt)[0, -1].softmax(-1)[4].detach())
     p = circuit.probabilities
     assert p["target"] == pytest.approx(clean, rel=1e-5)
-    with torch.no_grad(), TappedModel(vpd, model) as tapped:
+    with torch.no_grad(), MaskedModel(vpd, model) as masked_model:
         zero = torch.zeros(1, 7, len(vpd.sites), dtype=torch.float64)
-        plain = tapped.masked(prompt, masks_of(vpd, circuit.importances[None], zero))[0, -1].softmax(-1)[4]
+        plain = masked_model.masked(prompt, masks_of(vpd, circuit.importances[None], zero))[0, -1].softmax(-1)[4]
     assert p["importances"] == pytest.approx(float(plain), rel=1e-5) and p["adversarial_everything"] <= p["stochastic"]
     assert_same(before, snapshot(model))
     again = prune(vpd, model, prompt, 4, coefficient=0.5, config=config)

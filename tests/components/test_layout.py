@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tl_vpd.components import Layout, masked_output
+from tl_vpd.components import Layout
+from tl_vpd.forward import masked_output
 
 SHAPES = dict(
     seed=st.integers(0, 10_000),

@@ -34,7 +34,7 @@ class HandGamma(nn.Module):
         super().__init__()
         self.gives = gives
 
-    def forward(self, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
+    def forward(self, inputs: Mapping[str, Tensor], token_mask: Tensor | None) -> Tensor:
         return self.gives(inputs)
 
 

@@ -39,9 +39,9 @@ def test_shared_attack_does_what_its_sources_say_and_is_worse_than_any_corner_tr
         found = attack(sample, Adversary(steps=20, starts=3))
 
         def kl(sources: torch.Tensor) -> float:
-            return sample.distances(lambda i: masks_from_sources(sample.g[i], sources, sample.packing)).mean
+            return sample.distances(lambda i: masks_from_sources(sample.g[i], sources, sample.site_axis)).mean
 
-        corners = [torch.zeros(1, 1, sample.packing.total + 2) for _ in range(4)]
+        corners = [torch.zeros(1, 1, sample.site_axis.total + 2) for _ in range(4)]
         for sources, corner in zip(corners, product((0.0, 1.0), repeat=2), strict=True):
             sources[..., 16:18] = torch.tensor(corner)
         harm = [kl(sources) for sources in corners]
@@ -66,20 +66,20 @@ def test_a_choice_for_every_token_is_the_strongest_and_rows_do_not_mix(tiny):
         again = attack(sample, Adversary("token", steps=4))
     assert again.kl == pytest.approx(whole.kl, rel=1e-3)
     assert again.by_row.mean == pytest.approx(again.kl, rel=1e-5)
-    assert again.results[0].sources.shape == (5, 6, vpd.packing.total + len(vpd.sites))
+    assert again.results[0].sources.shape == (5, 6, vpd.site_axis.total + len(vpd.sites))
 
 
 def test_span_only_adds_what_other_tokens_need(tiny):
     model, vpd = tiny
     with sampled(vpd, model, some_tokens(shape=(4, 6))) as sample:
         sets = explanations(sample, 3)
-        assert sets.shape == (3, vpd.packing.total)
+        assert sets.shape == (3, vpd.site_axis.total)
         rows_of_g = torch.cat([g.flatten(0, 1) for g in sample.g]) > 0
         assert all(any(torch.equal(s, row) for row in rows_of_g) for s in sets)
         nothing = attack(sample, Adversary(explanations=2, steps=5), span=torch.zeros_like(sets))
         ci = sample.distances(
             lambda i: masks_from_sources(
-                sample.g[i], torch.zeros(1, 1, vpd.packing.total + len(vpd.sites)), sample.packing
+                sample.g[i], torch.zeros(1, 1, vpd.site_axis.total + len(vpd.sites)), sample.site_axis
             )
         )
         assert nothing.kl == pytest.approx(ci.mean, rel=1e-5)  # with nothing to add, importances are the masks, Δ is 0

@@ -27,11 +27,11 @@ def setting() -> tuple[Decomposition, torch.nn.Module, Tensor]:
     return vpd, model, tokens
 
 
-def edited(model, vpd: Decomposition, keep: float) -> torch.nn.Module:
-    """A copy whose weights are ``keep`` times the subcomponents, without Δ."""
+def edited(model, vpd: Decomposition, token_mask: float) -> torch.nn.Module:
+    """A copy whose weights are ``token_mask`` times the subcomponents, without Δ."""
     other = copy.deepcopy(model)
     for name in vpd.sites:
-        adapt(other).set_weight(name, keep * vpd.V[name].detach() @ vpd.U[name].detach())
+        adapt(other).set_weight(name, token_mask * vpd.V[name].detach() @ vpd.U[name].detach())
     return other
 
 
@@ -55,7 +55,7 @@ def test_record(setting):
     assert record["l0"] == pytest.approx(float(importances.l0.float().mean()), rel=1e-5)
     for name, own in importances.items():
         assert record["l0_by_site"][name] == pytest.approx(float((own > 0).float().sum(-1).mean()), rel=1e-5)
-    mean = importances.packed.mean((0, 1))
+    mean = importances.concatenated.mean((0, 1))
     assert record["alive"] == int((mean > 1e-6).sum())
     assert record["alive_1e-4"] == int((mean > 1e-4).sum())
     assert record["built"] == 10 * len(vpd.sites)

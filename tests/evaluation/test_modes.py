@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tl_vpd.evaluation.modes import ROWS, compute_recovered, row_masks
-from tl_vpd.site import Packing
+from tl_vpd.site import ConcatenatedAxis
 
 CURVE = [(0, 8.0), (10, 6.0), (20, 4.0), (100, 2.0)]
 
@@ -21,7 +21,7 @@ def test_compute_recovered_takes_the_first_time_the_curve_got_there():
 
 
 def test_rows_mask_as_their_names_say():
-    packing = Packing({"blocks.0.mlp.W_in": 4})
+    site_axis = ConcatenatedAxis({"blocks.0.mlp.W_in": 4})
     g = torch.tensor([[[0.0, 0.05, 0.3, 1.0]]])
     expected = {
         "unmasked": [1, 1, 1, 1],
@@ -33,14 +33,14 @@ def test_rows_mask_as_their_names_say():
     }
     generator = torch.Generator().manual_seed(0)
     for row, mask in expected.items():
-        own = row_masks(row, g, packing, generator)["blocks.0.mlp.W_in"]
+        own = row_masks(row, g, site_axis, generator)["blocks.0.mlp.W_in"]
         torch.testing.assert_close(own.mask, torch.tensor([[mask]], dtype=torch.float32))
         assert (own.delta == 0).all()
-    drawn = row_masks("stochastic", g.expand(50, 40, 4), packing, generator)["blocks.0.mlp.W_in"]
+    drawn = row_masks("stochastic", g.expand(50, 40, 4), site_axis, generator)["blocks.0.mlp.W_in"]
     assert (drawn.mask >= g).all() and (drawn.mask[..., 3] == 1).all()
     assert drawn.mask[..., 0].mean() == pytest.approx(0.5, abs=0.02)
     assert drawn.delta.mean() == pytest.approx(0.5, abs=0.02)
-    partial = row_masks("partial", g.expand(50, 40, 4), packing, generator)["blocks.0.mlp.W_in"]
+    partial = row_masks("partial", g.expand(50, 40, 4), site_axis, generator)["blocks.0.mlp.W_in"]
     assert set(partial.mask.unique().tolist()) == {0.0, 1.0} and (partial.delta == 0).all()
     assert (partial.mask[(g > 0).expand(50, 40, 4)] == 1).all()
     assert partial.mask[(g <= 0).expand(50, 40, 4)].mean() == pytest.approx(0.5, abs=0.03)

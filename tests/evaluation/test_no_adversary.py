@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from tl_vpd import bundled, evaluate
-from tl_vpd.bundled.train_decomposition import CONFIG
+from tl_vpd.bundled.recipe import CONFIG
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import Evaluation, checks
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.training import Coefficients, Trainer
 
 STEPS, ROWS, CONTEXT = 60, 8, 32
@@ -38,8 +38,8 @@ def trained_on(model: Any, *, adversarial: float) -> Decomposition:
         "p_start": 1.0,
         "p_end": 1.0,
     }
-    with TappedModel(vpd, model, fused_attention=True) as tapped:
-        trainer = Trainer(tapped, CONFIG.model_copy(update={**own, "coefficients": weights}), (ROWS, CONTEXT))
+    with MaskedModel(vpd, model, fused_attention=True) as masked_model:
+        trainer = Trainer(masked_model, CONFIG.model_copy(update={**own, "coefficients": weights}), (ROWS, CONTEXT))
         for i in range(STEPS):
             trainer.step(tokens[i * ROWS : (i + 1) * ROWS, :CONTEXT])
     return vpd

@@ -16,6 +16,7 @@ from tl_vpd import Evaluation, VPDConfig, bundled, evaluate
 from tl_vpd.evaluation import MEASURES
 from tl_vpd.toys.recipes import TOYS
 from tl_vpd.training import new_decomposition
+from tl_vpd.viz import evaluation_page
 
 TABLES = {
     "adversaries", "aggregation", "transfer", "hidden", "resolution", "cancelling", "slices", "foresight", "sizes",
@@ -70,14 +71,14 @@ def test_it_goes_through_json(found: Evaluation, tmp_path: Path):
 
 
 def test_the_page_stands_alone(found: Evaluation, tmp_path: Path):
-    path = found.save_html(tmp_path / "report.html", title="Of a <tiny> model")
+    path = evaluation_page(found, tmp_path / "report.html", title="Of a <tiny> model")
     text = path.read_text(encoding="utf-8")
     assert "Of a &lt;tiny&gt; model" in text
     for sentence in found.warnings:
         assert sentence.split(":")[0] in text
     assert "<svg" in text and "Aggregation" in text
     assert not re.search(r"(?:src|href)=[\"']https?:", text)
-    assert path.read_bytes() == found.save_html(tmp_path / "again.html", title="Of a <tiny> model").read_bytes()
+    assert path.read_bytes() == evaluation_page(found, tmp_path / "again.html", title="Of a <tiny> model").read_bytes()
 
 
 def test_what_was_not_asked_for_is_not_measured_and_says_so():
@@ -113,7 +114,7 @@ def test_a_toy_is_judged_by_squared_errors(tmp_path: Path):
         "slices": "no other data was given",
         "foresight": "the model puts out no next-token predictions",
     }
-    found.save_html(tmp_path / "toy.html")
+    evaluation_page(found, tmp_path / "toy.html")
     assert all(isinstance(s, str) for s in found.warnings)
 
 
@@ -129,7 +130,7 @@ def test_padding_is_left_out_on_either_class_of_model():
         found = evaluate(
             vpd, model, tokens, budgets=(1,), adversary_budgets=(1,), controls=False, measures=MEASURES
         ).record
-        alone = [vpd.causal_importances(model, t).packed for t in texts]
+        alone = [vpd.causal_importances(model, t).concatenated for t in texts]
         assert found["tokens"] == sum(g.shape[1] for g in alone)
         l0 = sum(float((g > 0).sum()) for g in alone) / found["tokens"]
         assert found["l0"] == pytest.approx(l0, rel=1e-3)

@@ -24,7 +24,7 @@ from tl_vpd.evaluation import (
     train_sizes,
 )
 from tl_vpd.evaluation.intervals import interval
-from tl_vpd.hooks.modes import masks_of_mode
+from tl_vpd.masking.modes import masks_of_mode
 
 
 def test_a_slice_is_what_the_sample_alone_would_be():
@@ -35,7 +35,7 @@ def test_a_slice_is_what_the_sample_alone_would_be():
     assert list(table.index) == ["one", "other"] and list(table["tokens"]) == [28, 15]
     for name, tokens in rows.items():
         with sampled(vpd, model, tokens) as sample:
-            rounded = sample.distances(lambda i: masks_of_mode("rounded", sample.g[i], sample.packing))
+            rounded = sample.distances(lambda i: masks_of_mode("rounded", sample.g[i], sample.site_axis))
             union = aggregation(sample, sizes=(2,))
         assert table.loc[name, "rounded"] == pytest.approx(rounded.mean, rel=1e-6)
         assert table.loc[name, "kl_union"] == pytest.approx(union.loc[2, "kl_union"], rel=1e-6)

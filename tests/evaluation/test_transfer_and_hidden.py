@@ -14,29 +14,29 @@ from tests.marks import needs_bridge, needs_hooked_transformer
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
-from tl_vpd.divergence import kl_divergence
 from tl_vpd.evaluation import hidden_errors, resolution, sampled, transfer
 from tl_vpd.evaluation.hidden import Unexplained, pattern_kl
 from tl_vpd.evaluation.sample import Sample
+from tl_vpd.losses.divergence import kl_divergence
 
 
 def always_on(vpd: Any, kept: torch.Tensor) -> Any:
     """The same subcomponents important at every token, so that replacing is editing the weights."""
-    return lambda index, inputs, keep: kept.expand(*next(iter(inputs.values())).shape[:2], -1).clone()
+    return lambda index, inputs, token_mask: kept.expand(*next(iter(inputs.values())).shape[:2], -1).clone()
 
 
 @pytest.fixture(scope="module")
 def setting() -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     model = tiny_model(torch.float32)
     vpd = decomposition_of(model, C=10)
-    kept = (torch.rand(vpd.packing.total, generator=torch.Generator().manual_seed(4)) > 0.3).float()
+    kept = (torch.rand(vpd.site_axis.total, generator=torch.Generator().manual_seed(4)) > 0.3).float()
     return model, vpd, some_tokens(shape=(3, 7)), kept
 
 
 def edited(model: Any, vpd: Any, kept: torch.Tensor, sites: list[str]) -> Any:
     other = copy.deepcopy(model)
     for name in sites:
-        mask = vpd.packing.unpack(kept)[name]
+        mask = vpd.site_axis.split_sites(kept)[name]
         adapt(other).set_weight(name, (vpd.V[name] * mask) @ vpd.U[name])
     return other
 

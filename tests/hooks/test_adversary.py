@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.hooks.test_clean import assert_same, snapshot
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import bundled
-from tl_vpd.divergence import kl_divergence
+from tl_vpd.losses.divergence import kl_divergence
 from tl_vpd.masking import masks_from_sources
-
-from .test_clean import assert_same, snapshot
 
 
 def kl_under(model, attached, masks, tokens):
@@ -22,13 +21,13 @@ def kl_under(model, attached, masks, tokens):
 
 
 def test_they_are_worse_than_any_random_source_and_with_more_steps_worse_still(model, vpd, tokens):
-    g, packing = vpd.causal_importances(model, tokens).packed, vpd.packing
+    g, site_axis = vpd.causal_importances(model, tokens).concatenated, vpd.site_axis
     with vpd.attach(model) as attached:
         chance = []
         for seed in range(8):
             generator = torch.Generator().manual_seed(seed)
-            sources = torch.rand(1, 1, packing.total + 12, generator=generator, dtype=torch.float64)
-            chance.append(kl_under(model, attached, masks_from_sources(g, sources, packing), tokens))
+            sources = torch.rand(1, 1, site_axis.total + 12, generator=generator, dtype=torch.float64)
+            chance.append(kl_under(model, attached, masks_from_sources(g, sources, site_axis), tokens))
         found = [
             kl_under(model, attached, vpd.adversarial_masks(model, tokens, seed=0, steps=n), tokens) for n in (0, 2, 12)
         ]
@@ -81,7 +80,7 @@ def test_seeds_reproduce_and_without_one_torchs_own_state_counts(model, vpd, tok
 
 
 def test_what_is_kept_is_one_and_all_others_are_free(model, vpd, tokens):
-    kept = [str(s) for s in vpd.packing.subcomponents() if s.index != 2]
+    kept = [str(s) for s in vpd.site_axis.subcomponents() if s.index != 2]
     found = vpd.adversarial_masks(model, tokens, kept=kept, seed=0, steps=4, step_size=1.0)
     values = set()
     for own in found.values():
@@ -130,13 +129,13 @@ def test_strings_and_padding(monkeypatch):
     found = vpd.adversarial_masks(model, prompts, seed=0, steps=1, sites="blocks.1.mlp.*")
     tokens = model.to_tokens(prompts)
     by_tokens = vpd.adversarial_masks(model, tokens, seed=0, steps=1, sites="blocks.1.mlp.*")
-    keep = vpd.causal_importances(model, prompts).keep
+    token_mask = vpd.causal_importances(model, prompts).token_mask
     for n, own in found.items():
         assert own.mask.shape == (*tokens.shape, vpd.counts[n])
         assert torch.equal(own.mask, by_tokens[n].mask)
         # Padding has importance 0, so its masks are the bare sources, the smallest masks there are.
         bare = own.mask[0, 0]
-        assert not bool(keep[0, 0]) and bool((own.mask >= bare - 1e-6).all())
+        assert not bool(token_mask[0, 0]) and bool((own.mask >= bare - 1e-6).all())
     single = vpd.adversarial_masks(model, prompts[0], seed=0, steps=1, sites="blocks.1.mlp.W_in")
     assert single["blocks.1.mlp.W_in"].mask.shape[:2] == model.to_tokens(prompts[0]).shape
 

@@ -15,7 +15,7 @@ def test_gradient_at_a_hook_equals_finite_differences(name: str):
     model = tiny_model()
     vpd = decomposition_of(model).to(torch.float64)
     tokens = some_tokens()
-    masks = constant_masks(draw(*tokens.shape, vpd.packing.total, seed=2), 0.4, vpd.packing)
+    masks = constant_masks(draw(*tokens.shape, vpd.site_axis.total, seed=2), 0.4, vpd.site_axis)
     grads: list[Tensor] = []
 
     def out(shift: float = 0.0) -> Tensor:

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.hooks.test_clean import Stop, assert_same, stop
 from tests.tiny import draw
 from tl_vpd import bundled
-from tl_vpd.hooks import MODES, TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.attached import KINDS
 from tl_vpd.masking import Masks, SiteMask
-
-from .test_clean import Stop, assert_same, stop
+from tl_vpd.masking.modes import MODES
 
 OUT = "blocks.1.mlp.W_out"
 
@@ -65,8 +65,8 @@ def snapshot(bridge):
 
 def test_importances_and_activations_are_the_hooked_transformers(hooked, bridge, vpd, tokens):
     a, b = (vpd.causal_importances(m, tokens) for m in (hooked, bridge))
-    assert_close(a.packed, b.packed, rtol=0, atol=2e-5)
-    assert bool((a.packed > 0).any())
+    assert_close(a.concatenated, b.concatenated, rtol=0, atol=2e-5)
+    assert bool((a.concatenated > 0).any())
     a, b = (vpd.component_acts(m, tokens) for m in (hooked, bridge))
     for n in vpd.sites:
         assert_close(a[n], b[n], rtol=1e-4, atol=1e-4, msg=n)
@@ -109,9 +109,9 @@ def test_ones_change_no_bit_and_listening_neither(bridge, vpd, tokens):
             assert torch.equal(bridge.run_with_cache(tokens)[0], clean)
             with attached.masked("unmasked", delta=1.0):
                 assert torch.equal(bridge(tokens), clean)
-        with TappedModel(vpd, bridge) as tapped:
+        with MaskedModel(vpd, bridge) as masked_model:
             ones = Masks({n: SiteMask(torch.ones(c), torch.ones(())) for n, c in vpd.counts.items()})
-            assert torch.equal(tapped.masked(tokens, ones), clean)
+            assert torch.equal(masked_model.masked(tokens, ones), clean)
 
 
 def test_ablations_replacements_patches_and_kept_are_the_hooked_transformers(hooked, bridge, vpd, tokens):
@@ -131,7 +131,7 @@ def test_ablations_replacements_patches_and_kept_are_the_hooked_transformers(hoo
                 model.run_with_hooks(tokens, fwd_hooks=vpd.mask_hooks(Masks(masks))),
                 model.run_with_hooks(tokens, fwd_hooks=vpd.delta_hooks(0.0, pos=slice(2, 5))),
             ]
-            with attached.kept(addresses):
+            with attached.keep_only(addresses):
                 own.append(model(tokens))
             own.append(model(tokens))
             found.append(own)
@@ -191,7 +191,7 @@ def test_detaching_leaves_everything_as_it_was(bridge, vpd, tokens):
         for mode in MODES:
             with attached.masked(mode, seed=0, steps=1):
                 assert not torch.equal(bridge(tokens), clean)
-        with attached.ablated(f"{OUT}:1"), attached.kept(f"{OUT}:2"):
+        with attached.ablated(f"{OUT}:1"), attached.keep_only(f"{OUT}:2"):
             bridge.run_with_cache(tokens)
         vpd.causal_importances(bridge, tokens)
         bridge.add_hook("blocks.0.hook_q_ci", lambda g, hook: None)
@@ -274,5 +274,5 @@ def test_the_bridge_reads_strings_and_leaves_padding_out(hooked, bridge, vpd):
     prompts = ["def f(x):", "def longer(name, value):\n    return"]
     found = [vpd.causal_importances(m, prompts) for m in (hooked, bridge)]
     assert torch.equal(found[0].tokens, found[1].tokens)
-    assert found[0].keep is not None and torch.equal(found[0].keep, found[1].keep)
-    assert_close(found[0].packed, found[1].packed, rtol=0, atol=5e-5)
+    assert found[0].token_mask is not None and torch.equal(found[0].token_mask, found[1].token_mask)
+    assert_close(found[0].concatenated, found[1].concatenated, rtol=0, atol=5e-5)

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import ARCHITECTURES, decomposition_of, draw, edited, matrix_of, some_tokens, tiny_model
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.masking import Masks, SiteMask
 
 
@@ -36,8 +36,8 @@ def test_a_masked_model_is_the_edited_one(name):
             assert_close(model(tokens), expected, rtol=1e-10, atol=1e-10)
         hooked = model.run_with_hooks(tokens, fwd_hooks=vpd.mask_hooks(as_masks(masks)))
         assert_close(hooked, expected, rtol=1e-10, atol=1e-10)
-    with TappedModel(vpd, model) as tapped:
-        assert_close(tapped.masked(tokens, as_masks(masks)), expected, rtol=1e-10, atol=1e-10)
+    with MaskedModel(vpd, model) as masked_model:
+        assert_close(masked_model.masked(tokens, as_masks(masks)), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["layernorm", "rms, gated, grouped"])
@@ -125,8 +125,8 @@ def test_masks_for_every_token_against_a_forward_written_out(routed):
         with attached.masked(masks):
             assert_close(model(tokens), expected, rtol=1e-10, atol=1e-10)
         assert_close(model.run_with_hooks(tokens, fwd_hooks=vpd.mask_hooks(masks)), expected, rtol=1e-10, atol=1e-10)
-    with torch.no_grad(), TappedModel(vpd, model) as tapped:
-        assert_close(tapped.masked(tokens, masks), expected, rtol=1e-10, atol=1e-10)
+    with torch.no_grad(), MaskedModel(vpd, model) as masked_model:
+        assert_close(masked_model.masked(tokens, masks), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_gradients_of_v_u_and_masks_are_those_of_the_forward_written_out():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tl_vpd.hooks.modes import NEED_IMPORTANCES
+from tl_vpd.masking.modes import NEED_IMPORTANCES
 
 
 def generate(model, tokens, **more):

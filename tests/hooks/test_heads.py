@@ -130,6 +130,6 @@ def test_generation_with_a_kv_cache_under_a_flag_is_that_without(model, vpd, tok
     set_flags(model, ["use_split_qkv_input", "use_attn_result"])
     addresses = [f"{n}:{i}" for n in vpd.sites for i in (0, 3)]
     with torch.no_grad(), vpd.attach(model) as attached:
-        for context in (attached.ablated(addresses), attached.masked("zero"), attached.kept(addresses)):
+        for context in (attached.ablated(addresses), attached.masked("zero"), attached.keep_only(addresses)):
             with context:
                 assert torch.equal(generate(model, tokens, use_past_kv_cache=True), greedy(model, tokens))

@@ -9,17 +9,18 @@ from torch.testing import assert_close
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import bundled, evaluate
 from tl_vpd.analysis import harvest
-from tl_vpd.hooks import CausalImportances, TappedModel
+from tl_vpd.forward import MaskedModel
+from tl_vpd.hooks import CausalImportances
 from tl_vpd.importance import lower_leaky
-from tl_vpd.site import Packing
+from tl_vpd.site import ConcatenatedAxis
 
 
 @pytest.fixture
 def ci() -> CausalImportances:
     """One row of three tokens, the first of them padding; two sites with two and one subcomponents."""
-    packed = torch.tensor([[[0.0, 0.0, 0.0], [0.5, 0.0, 1.0], [0.2, 0.0, 0.0]]])
-    keep = torch.tensor([[False, True, True]])
-    return CausalImportances(packed, Packing({"a": 2, "b": 1}), torch.tensor([[7, 8, 9]]), keep)
+    concatenated = torch.tensor([[[0.0, 0.0, 0.0], [0.5, 0.0, 1.0], [0.2, 0.0, 0.0]]])
+    token_mask = torch.tensor([[False, True, True]])
+    return CausalImportances(concatenated, ConcatenatedAxis({"a": 2, "b": 1}), torch.tensor([[7, 8, 9]]), token_mask)
 
 
 def test_it_is_a_mapping_by_site(ci):
@@ -52,21 +53,21 @@ def test_masks_follow_the_mode_and_seed(ci):
 )
 def test_they_are_gamma_of_the_clean_inputs_squashed(model, tokens, kind):
     vpd = decomposition_of(model, gamma=dict(kind=kind, d_ci=8, n_blocks=1, n_heads=2, hidden=4, chunk=5)).double()
-    with TappedModel(vpd, model) as tapped:
-        _, inputs = tapped.clean(tokens)
+    with MaskedModel(vpd, model) as masked_model:
+        _, inputs = masked_model.clean(tokens)
     if kind == "per_subcomponent_mlps":
         inputs = {n: x @ vpd.V[n] for n, x in inputs.items()}
     expected = lower_leaky(vpd.gamma(inputs, None)).detach()
     ci = vpd.causal_importances(model, tokens)
-    assert_close(ci.packed, expected, rtol=1e-10, atol=1e-12)
-    assert ci.keep is None and torch.equal(ci.tokens, tokens) and not ci.packed.requires_grad
-    assert_close(vpd.causal_importances(model, tokens[0]).packed[0], ci.packed[0], rtol=1e-10, atol=1e-12)
+    assert_close(ci.concatenated, expected, rtol=1e-10, atol=1e-12)
+    assert ci.token_mask is None and torch.equal(ci.tokens, tokens) and not ci.concatenated.requires_grad
+    assert_close(vpd.causal_importances(model, tokens[0]).concatenated[0], ci.concatenated[0], rtol=1e-10, atol=1e-12)
 
 
 def test_users_hooks_do_not_change_them(model, vpd, tokens):
-    expected = vpd.causal_importances(model, tokens).packed
+    expected = vpd.causal_importances(model, tokens).concatenated
     model.add_hook("blocks.0.hook_resid_post", lambda x, hook: x * 0)
-    assert torch.equal(vpd.causal_importances(model, tokens).packed, expected)
+    assert torch.equal(vpd.causal_importances(model, tokens).concatenated, expected)
 
 
 def test_tokens_that_do_not_fit_are_refused(model, vpd):
@@ -108,8 +109,8 @@ def test_a_text_longer_than_the_context_is_refused_and_not_cut():
 
 
 def test_inputs_elsewhere_are_served_there(model, vpd, tokens):
-    with TappedModel(vpd, model) as tapped:
-        _, inputs = tapped.clean(tokens)
+    with MaskedModel(vpd, model) as masked_model:
+        _, inputs = masked_model.clean(tokens)
     z = vpd.pre_sigmoid({name: x.to("meta") for name, x in inputs.items()})
     assert z.device.type == "meta" and z.shape == vpd.pre_sigmoid(inputs).shape
     assert vpd.device.type == "cpu" and all(p.device.type == "cpu" for p in vpd.parameters())
@@ -124,7 +125,7 @@ def test_a_decomposition_on_the_cpu_serves_a_model_on_a_gpu():
     expected = evaluate(vpd, model, some_tokens(), budgets=(2,), measures=()).record
     ci, harvested = vpd.causal_importances(model, some_tokens()), harvest(vpd, model, some_tokens()).to_pandas()
     model.to("cuda")
-    assert_close(vpd.causal_importances(model, some_tokens()).packed.cpu(), ci.packed, atol=1e-4, rtol=1e-3)
+    assert_close(vpd.causal_importances(model, some_tokens()).concatenated.cpu(), ci.concatenated, atol=1e-4, rtol=1e-3)
     assert len(harvest(vpd, model, some_tokens()).to_pandas()) == len(harvested)
     found = evaluate(vpd, model, some_tokens(), budgets=(2,), measures=()).record
     assert found["l0"] == pytest.approx(expected["l0"], abs=0.1) and vpd.device.type == "cpu"

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import edited, some_tokens
-from tl_vpd.divergence import kl_divergence
+from tl_vpd.losses.divergence import kl_divergence
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.site import Subcomponent
 
@@ -30,20 +30,20 @@ def indicator(vpd, kept=KEPT):
 def test_with_the_rest_zero_it_is_the_model_edited_by_hand(model, vpd, tokens, delta):
     masks = {n: (m, delta or 0.0) for n, m in indicator(vpd).items()}
     expected = edited(model, vpd, masks)(tokens)
-    with torch.no_grad(), vpd.attach(model) as attached, attached.kept(KEPT, delta=delta):
+    with torch.no_grad(), vpd.attach(model) as attached, attached.keep_only(KEPT, delta=delta):
         assert_close(model(tokens), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_everything_kept_with_delta_is_the_model_itself_to_the_bit(model, vpd, tokens):
-    every = [str(s) for s in vpd.packing.subcomponents()]
+    every = [str(s) for s in vpd.site_axis.subcomponents()]
     with torch.no_grad(), vpd.attach(model) as attached:
         clean = model(tokens)
         for rest in ("zero", "stochastic"):
-            with attached.kept(every, rest=rest, delta=1.0):
+            with attached.keep_only(every, rest=rest, delta=1.0):
                 assert torch.equal(model(tokens), clean)
-        with attached.kept([]), attached.masked("zero"):
+        with attached.keep_only([]), attached.masked("zero"):
             nothing = model(tokens)
-        with attached.kept([]):
+        with attached.keep_only([]):
             assert torch.equal(model(tokens), nothing)
 
 
@@ -61,7 +61,7 @@ def test_sites_and_positions_that_are_not_named_run_unmasked(model, vpd, tokens,
     with torch.no_grad(), vpd.attach(model) as attached:
         with attached.masked(masks):
             expected = model(tokens)
-        with attached.kept(KEPT, sites="blocks.1.mlp.*", pos=pos):
+        with attached.keep_only(KEPT, sites="blocks.1.mlp.*", pos=pos):
             assert_close(model(tokens), expected, rtol=1e-10, atol=1e-10)
             _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_mask"))
     for n in (IN, OUT):
@@ -73,7 +73,7 @@ def test_sites_and_positions_that_are_not_named_run_unmasked(model, vpd, tokens,
 
 def test_with_the_rest_drawn_what_is_kept_stays_and_everything_else_is_uniform(model, vpd, tokens):
     tokens = some_tokens(shape=(40, 7))
-    with torch.no_grad(), vpd.attach(model) as attached, attached.kept(KEPT, rest="stochastic", seed=3):
+    with torch.no_grad(), vpd.attach(model) as attached, attached.keep_only(KEPT, rest="stochastic", seed=3):
         _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_mask"))
     for n, own in indicator(vpd).items():
         mask = cache[vpd.sites[n].hook_name("mask")]
@@ -88,7 +88,7 @@ def test_with_the_rest_drawn_what_is_kept_stays_and_everything_else_is_uniform(m
 
 def test_the_drawn_masks_are_the_ones_that_act(model, vpd, tokens):
     with torch.no_grad(), vpd.attach(model) as attached:
-        with attached.kept(KEPT, rest="stochastic", seed=3):
+        with attached.keep_only(KEPT, rest="stochastic", seed=3):
             got, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_mask"))
         masks = Masks(
             {
@@ -103,7 +103,7 @@ def test_the_drawn_masks_are_the_ones_that_act(model, vpd, tokens):
 @pytest.mark.parametrize("rest", ["stochastic", "adversarial"])
 def test_seeds_reproduce(model, vpd, tokens, rest):
     def run(seed):
-        with torch.no_grad(), attached.kept(KEPT, rest=rest, seed=seed, steps=1):
+        with torch.no_grad(), attached.keep_only(KEPT, rest=rest, seed=seed, steps=1):
             return [model(tokens) for _ in range(2)]
 
     with vpd.attach(model) as attached:
@@ -114,19 +114,19 @@ def test_seeds_reproduce(model, vpd, tokens, rest):
 
 def test_the_adversary_finds_something_worse_than_zero_or_chance_and_leaves_what_is_kept(model, vpd, tokens):
     # Nearly everything is kept, so that ablating the rest is mild and an adversary has something to find.
-    kept = [str(s) for s in vpd.packing.subcomponents() if s.index < 5]
+    kept = [str(s) for s in vpd.site_axis.subcomponents() if s.index < 5]
     with torch.no_grad(), vpd.attach(model) as attached:
         target = model(tokens).log_softmax(-1)
 
         def kl(rest, **how):
-            with attached.kept(kept, rest=rest, **how):
+            with attached.keep_only(kept, rest=rest, **how):
                 return float(kl_divergence(target.float(), model(tokens)))
 
         chance = [kl("stochastic", seed=s) for s in range(5)]
         attacked = kl("adversarial", seed=0, steps=10)
         assert attacked > max(chance)
         assert attacked > kl("adversarial", seed=0, steps=0)
-        with attached.kept(kept, rest="adversarial", seed=0, steps=3):
+        with attached.keep_only(kept, rest="adversarial", seed=0, steps=3):
             _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_mask"))
     for n in vpd.sites:
         mask = cache[vpd.sites[n].hook_name("mask")]
@@ -136,7 +136,7 @@ def test_the_adversary_finds_something_worse_than_zero_or_chance_and_leaves_what
 
 def test_the_adversarial_rest_is_the_masks_that_adversarial_masks_finds(model, vpd, tokens):
     with torch.no_grad(), vpd.attach(model) as attached:
-        with attached.kept(KEPT, rest="adversarial", seed=4, steps=3, step_size=0.2, sites="*.mlp.*"):
+        with attached.keep_only(KEPT, rest="adversarial", seed=4, steps=3, step_size=0.2, sites="*.mlp.*"):
             expected = model(tokens)
         found = vpd.adversarial_masks(model, tokens, kept=KEPT, seed=4, steps=3, step_size=0.2, sites="*.mlp.*")
         with attached.masked(found):
@@ -145,14 +145,14 @@ def test_the_adversarial_rest_is_the_masks_that_adversarial_masks_finds(model, v
 
 def test_a_kv_cache_works_without_an_adversary_and_is_refused_with_one(model, vpd, tokens):
     with torch.no_grad(), vpd.attach(model) as attached:
-        with attached.kept(KEPT):
+        with attached.keep_only(KEPT):
             assert torch.equal(generate(model, tokens), greedy(model, tokens))
-        with attached.kept(KEPT, rest="stochastic", seed=0):
+        with attached.keep_only(KEPT, rest="stochastic", seed=0):
             a = generate(model, tokens)
-        with attached.kept(KEPT, rest="stochastic", seed=0):
+        with attached.keep_only(KEPT, rest="stochastic", seed=0):
             assert torch.equal(a, generate(model, tokens))
         with (
-            attached.kept(KEPT, rest="adversarial", steps=1),
+            attached.keep_only(KEPT, rest="adversarial", steps=1),
             pytest.raises(ValueError, match=r"'adversarial' needs the whole prefix.*use_past_kv_cache=False"),
         ):
             generate(model, tokens)
@@ -161,9 +161,9 @@ def test_a_kv_cache_works_without_an_adversary_and_is_refused_with_one(model, vp
 @pytest.mark.parametrize("rest", ["zero", "stochastic", "adversarial"])
 def test_importances_can_be_listened_to_and_are_the_prompts(model, vpd, tokens, rest):
     ci = vpd.causal_importances(model, tokens)
-    with torch.no_grad(), vpd.attach(model) as attached, attached.kept(KEPT, rest=rest, seed=1, steps=1):
+    with torch.no_grad(), vpd.attach(model) as attached, attached.keep_only(KEPT, rest=rest, seed=1, steps=1):
         plain = model(tokens)
-    with torch.no_grad(), vpd.attach(model) as attached, attached.kept(KEPT, rest=rest, seed=1, steps=1):
+    with torch.no_grad(), vpd.attach(model) as attached, attached.keep_only(KEPT, rest=rest, seed=1, steps=1):
         logits, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_ci"))
         assert torch.equal(logits, plain)
     for n, site in vpd.sites.items():
@@ -175,7 +175,7 @@ def test_nothing_but_the_masked_pass_runs_without_an_adversary(model, vpd, token
     asked = []
     gamma = vpd.gamma.forward
     monkeypatch.setattr(vpd.gamma, "forward", lambda *a, **k: asked.append(1) or gamma(*a, **k))
-    with torch.no_grad(), vpd.attach(model) as attached, attached.kept(KEPT, rest=rest):
+    with torch.no_grad(), vpd.attach(model) as attached, attached.keep_only(KEPT, rest=rest):
         model.run_with_hooks(tokens, fwd_hooks=[("hook_embed", lambda x, hook: asked.append("pass"))])
         model(tokens, stop_at_layer=1)
     assert asked == ["pass"]
@@ -185,16 +185,16 @@ def test_nothing_but_the_masked_pass_runs_without_an_adversary(model, vpd, token
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_with_and_without_gradients_it_is_the_same(model, vpd, tokens, rest, context):
     with vpd.attach(model) as attached:
-        with torch.no_grad(), attached.kept(KEPT, rest=rest, seed=0, steps=2):
+        with torch.no_grad(), attached.keep_only(KEPT, rest=rest, seed=0, steps=2):
             expected = model(tokens)
-        with context(), attached.kept(KEPT, rest=rest, seed=0, steps=2):
+        with context(), attached.keep_only(KEPT, rest=rest, seed=0, steps=2):
             assert_close(model(tokens.clone()), expected, rtol=1e-12, atol=1e-12)
     assert all(p.grad is None for p in [*model.parameters(), *vpd.parameters()])
 
 
 def test_contexts_nest_and_ablations_act_inside(model, vpd, tokens):
     with torch.no_grad(), vpd.attach(model) as attached:
-        with attached.kept(KEPT):
+        with attached.keep_only(KEPT):
             outer = model(tokens)
             with attached.masked("unmasked", delta=1.0):
                 inner = model(tokens)
@@ -202,7 +202,7 @@ def test_contexts_nest_and_ablations_act_inside(model, vpd, tokens):
                 less = model(tokens)
             assert torch.equal(model(tokens), outer)
         assert torch.equal(inner, model(tokens)) and not torch.equal(outer, inner)
-        with attached.kept([k for k in KEPT if k != f"{IN}:3"]):
+        with attached.keep_only([k for k in KEPT if k != f"{IN}:3"]):
             assert_close(less, model(tokens), rtol=1e-12, atol=1e-12)
 
 
@@ -210,7 +210,7 @@ def test_one_name_or_a_subcomponent_will_do_and_what_does_not_exist_is_said(mode
     with torch.no_grad(), vpd.attach(model) as attached:
         results = []
         for form in (f"{IN}:0", [f"{IN}:0"], Subcomponent(IN, 0), [Subcomponent(IN, 0), f"{IN}:0"]):
-            with attached.kept(form):
+            with attached.keep_only(form):
                 results.append(model(tokens))
         assert all(torch.equal(r, results[0]) for r in results)
         for arguments, keywords, error, message in [
@@ -222,9 +222,9 @@ def test_one_name_or_a_subcomponent_will_do_and_what_does_not_exist_is_said(mode
             (KEPT, dict(delta="often"), ValueError, "give a number, 'drawn'"),
             (KEPT, dict(sites="blocks.1.mlp.W_ni"), KeyError, r"did you mean 'blocks\.1\.mlp\.W_in'"),
         ]:
-            with pytest.raises(error, match=message), attached.kept(arguments, **keywords):
+            with pytest.raises(error, match=message), attached.keep_only(arguments, **keywords):
                 pass
-        with pytest.raises(IndexError, match="pos=9 is outside the 7 positions"), attached.kept(KEPT, pos=9):
+        with pytest.raises(IndexError, match="pos=9 is outside the 7 positions"), attached.keep_only(KEPT, pos=9):
             model(tokens)
-    with pytest.raises(RuntimeError, match="detached"), attached.kept(KEPT):
+    with pytest.raises(RuntimeError, match="detached"), attached.keep_only(KEPT):
         pass

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import decomposition_of, draw, edited, some_tokens
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.masking import Masks, SiteMask
 
 from .flagged import LAYOUTS, flagged, set_flags
@@ -36,8 +36,8 @@ def test_ones_change_no_bit(case):
         for context in (torch.enable_grad, torch.no_grad, torch.inference_mode):
             with context(), attached.masked("unmasked", delta=1.0):
                 assert torch.equal(model(tokens.clone()), clean)
-    with TappedModel(vpd, model) as tapped:
-        assert torch.equal(tapped.masked(tokens, ones(vpd)), clean)
+    with MaskedModel(vpd, model) as masked_model:
+        assert torch.equal(masked_model.masked(tokens, ones(vpd)), clean)
 
 
 def test_constant_masks_are_the_edited_model(case):
@@ -61,8 +61,8 @@ def test_masks_for_every_token_are_those_with_the_flags_off(case, routed):
         expected = model(tokens)
         set_flags(model, flags)  # while attached
         assert_close(model(tokens), expected, rtol=1e-10, atol=1e-10)
-        with TappedModel(vpd, model) as tapped:
-            assert_close(tapped.masked(tokens, masks), expected, rtol=1e-10, atol=1e-10)
+        with MaskedModel(vpd, model) as masked_model:
+            assert_close(masked_model.masked(tokens, masks), expected, rtol=1e-10, atol=1e-10)
         set_flags(model, flags, on=False)
         assert torch.equal(model(tokens), expected)
 

@@ -6,36 +6,35 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tl_vpd.divergence import kl_divergence
-from tl_vpd.hooks import MODES
-from tl_vpd.hooks.modes import NEED_IMPORTANCES, masks_of_mode
+from tl_vpd.losses.divergence import kl_divergence
 from tl_vpd.masking import Masks, SiteMask
-from tl_vpd.site import Packing
+from tl_vpd.masking.modes import MODES, NEED_IMPORTANCES, masks_of_mode
+from tl_vpd.site import ConcatenatedAxis
 
 IN = "blocks.1.mlp.W_in"
 
 
 def test_formulas_of_the_modes():
-    packing = Packing({"a": 2, "b": 1})
+    site_axis = ConcatenatedAxis({"a": 2, "b": 1})
     g = torch.tensor([[[0.0, 0.5, 1.0], [0.25, 0.1, 0.0]]])
 
-    def packed(mode, **more):
-        masks = masks_of_mode(mode, g, packing, **more)
+    def concatenated(mode, **more):
+        masks = masks_of_mode(mode, g, site_axis, **more)
         return torch.cat([m.mask for m in masks.values()], -1), torch.stack([m.delta for m in masks.values()], -1)
 
     ones = torch.ones_like(g)
     for mode, mask in {"unmasked": ones, "zero": 0 * ones, "ci": g, "rounded": (g > 0).float()}.items():
-        assert_close(packed(mode), (mask, torch.zeros(1, 2, 2)))
-        assert_close(packed(mode, delta=0.5), (mask, torch.full((1, 2, 2), 0.5)))
-        drawn_mask, drawn = packed(mode, delta="drawn", generator=torch.Generator().manual_seed(0))
+        assert_close(concatenated(mode), (mask, torch.zeros(1, 2, 2)))
+        assert_close(concatenated(mode, delta=0.5), (mask, torch.full((1, 2, 2), 0.5)))
+        drawn_mask, drawn = concatenated(mode, delta="drawn", generator=torch.Generator().manual_seed(0))
         assert torch.equal(drawn_mask, mask) and drawn.unique().numel() == 4
-    assert_close(packed("rounded", threshold=0.1)[0], (g > 0.1).float())
-    mask, delta = packed("stochastic", generator=torch.Generator().manual_seed(0))
+    assert_close(concatenated("rounded", threshold=0.1)[0], (g > 0.1).float())
+    mask, delta = concatenated("stochastic", generator=torch.Generator().manual_seed(0))
     r = (mask - g) / (1 - g)
     assert torch.equal(mask[g == 1], torch.ones(1)) and bool(((mask >= g) & (mask <= 1)).all())
     assert r[g < 1].unique().numel() == 5
     assert delta.unique().numel() == 4
-    assert_close(packed("stochastic", delta=1.0)[1], torch.ones(1, 2, 2))
+    assert_close(concatenated("stochastic", delta=1.0)[1], torch.ones(1, 2, 2))
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "adversarial"])
@@ -177,7 +176,9 @@ def test_importances_that_a_user_patches_make_the_masks(model, vpd, tokens, how,
 
 def test_idle_importances_are_those_of_the_prompt(model, vpd, tokens):
     ci = vpd.causal_importances(model, tokens)
-    assert 0 < float((ci.packed == 0).double().mean()) < 1 and bool(((ci.packed > 0) & (ci.packed < 1)).any())
+    assert 0 < float((ci.concatenated == 0).double().mean()) < 1 and bool(
+        ((ci.concatenated > 0) & (ci.concatenated < 1)).any()
+    )
     with vpd.attach(model) as attached:
         _, cache = model.run_with_cache(tokens)
         with attached.masked("stochastic"):

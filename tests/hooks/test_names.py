@@ -13,7 +13,7 @@ from transformer_lens.utils import get_act_name
 
 from tests.tiny import some_tokens, tiny_model
 from tl_vpd.components import layout as layout_module
-from tl_vpd.hooks.registry import attached_to
+from tl_vpd.hooks import attached_to
 
 
 def test_the_caches_short_names_and_shapes(model, vpd, tokens):

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tests.tiny import GAMMA
 from tl_vpd import VPDConfig, bundled
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.training import new_decomposition
 
 PROMPTS = ["import os", "def forward(self, x):\n    return x"]
@@ -42,10 +42,10 @@ def padded(request, shipped):
 def test_importances_of_a_padded_prompt_are_those_of_the_prompt_alone(padded):
     model, vpd, tokens, alone, real = padded
     both, one = vpd.causal_importances(model, tokens), vpd.causal_importances(model, alone)
-    assert one.keep is None and both.keep.sum(1).tolist() == [alone.shape[1], tokens.shape[1]]
-    assert_close(both.packed[0, real], one.packed[0], rtol=0, atol=2e-5)
-    assert int(both.l0[0][~both.keep[0]].sum()) == 0
-    assert torch.equal(vpd.causal_importances(model, PROMPTS).packed, both.packed)
+    assert one.token_mask is None and both.token_mask.sum(1).tolist() == [alone.shape[1], tokens.shape[1]]
+    assert_close(both.concatenated[0, real], one.concatenated[0], rtol=0, atol=2e-5)
+    assert int(both.l0[0][~both.token_mask[0]].sum()) == 0
+    assert torch.equal(vpd.causal_importances(model, PROMPTS).concatenated, both.concatenated)
 
 
 def test_an_attached_pass_and_its_modes_leave_padding_out_too(padded):
@@ -65,10 +65,12 @@ def test_the_adversary_attacks_real_tokens_alone(padded, monkeypatch):
     model, vpd, tokens, _, _ = padded
     kept = []
     original = module.kl_divergence
-    monkeypatch.setattr(module, "kl_divergence", lambda t, q, keep=None: kept.append(keep) or original(t, q, keep))
+    monkeypatch.setattr(
+        module, "kl_divergence", lambda t, q, token_mask=None: kept.append(token_mask) or original(t, q, token_mask)
+    )
     with torch.no_grad(), vpd.attach(model) as attached, attached.masked("adversarial", steps=1):
         model(tokens)
-    assert len(kept) == 2 and all(torch.equal(k, vpd.causal_importances(model, tokens).keep) for k in kept)
+    assert len(kept) == 2 and all(torch.equal(k, vpd.causal_importances(model, tokens).token_mask) for k in kept)
 
 
 def test_an_explicit_attention_mask_says_what_is_padding(shipped):
@@ -77,9 +79,9 @@ def test_an_explicit_attention_mask_says_what_is_padding(shipped):
     junk = torch.cat([alone[:, :1].expand(1, 3) + 5, alone], dim=1)
     mask = torch.ones_like(junk)
     mask[:, :3] = 0
-    expected = vpd.causal_importances(model, alone).packed
+    expected = vpd.causal_importances(model, alone).concatenated
     found = vpd.causal_importances(model, junk, attention_mask=mask)
-    assert_close(found.packed[:, 3:], expected, rtol=0, atol=2e-5)
+    assert_close(found.concatenated[:, 3:], expected, rtol=0, atol=2e-5)
     with torch.no_grad(), vpd.attach(model):
         _, cache = model.run_with_cache(junk, attention_mask=mask, names_filter=lambda n: n.endswith("q_ci"))
     assert_close(cache["q_ci", 1], found["blocks.1.attn.W_Q"], rtol=0, atol=2e-5)
@@ -106,6 +108,6 @@ def test_generation_from_padded_prompts_masks_as_the_prompt_alone(shipped):
 def test_a_masked_pass_over_padding_is_the_one_over_the_prompt_alone(padded):
     model, vpd, tokens, alone, real = padded
     both, one = (vpd.causal_importances(model, t) for t in (tokens, alone))
-    with torch.no_grad(), TappedModel(vpd, model) as tapped:
-        got = tapped.masked(tokens, both.masks("ci"), both.keep)[0, real]
-        assert_close(got, tapped.masked(alone, one.masks("ci"))[0], rtol=0, atol=1e-3)
+    with torch.no_grad(), MaskedModel(vpd, model) as masked_model:
+        got = masked_model.masked(tokens, both.masks("ci"), both.token_mask)[0, real]
+        assert_close(got, masked_model.masked(alone, one.masks("ci"))[0], rtol=0, atol=1e-3)

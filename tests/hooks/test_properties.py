@@ -87,7 +87,7 @@ def test_any_replacements_are_the_activations_they_set(chosen, pos, amount, shap
 
 
 broadcast = st.lists(st.booleans(), min_size=2, max_size=2).map(
-    lambda keep: [n if k else 1 for n, k in zip((BATCH, POS), keep, strict=True)]
+    lambda token_mask: [n if k else 1 for n, k in zip((BATCH, POS), token_mask, strict=True)]
 )
 
 
@@ -162,5 +162,5 @@ def test_keeping_anything_anywhere_is_its_indicator(chosen, pos, delta, sites):
     with torch.no_grad():
         with context.masked(Masks(masks)):
             expected = model(tokens)
-        with context.kept([f"{n}:{i}" for n, i in chosen], delta=delta, pos=pos, sites=sorted(sites)):
+        with context.keep_only([f"{n}:{i}" for n, i in chosen], delta=delta, pos=pos, sites=sorted(sites)):
             assert_close(model(tokens), expected, rtol=1e-9, atol=1e-9)

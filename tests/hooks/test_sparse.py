@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.tiny import decomposition_of, draw, edited, some_tokens, tiny_model
-from tl_vpd.hooks import product as product_module
+from tl_vpd.hooks import attached_forward
 from tl_vpd.hooks.sparse import Ablate, Replace, SparsePoint, rows_of
 
 OUT, Q = "blocks.1.mlp.W_out", "blocks.0.attn.W_Q"
@@ -37,13 +37,13 @@ def paths(monkeypatch):
     """Which way each site went, as it goes."""
     taken = []
     for way in ("sparse", "hooked"):
-        original = getattr(product_module.Product, way)
+        original = getattr(attached_forward, f"{way}_output")
 
-        def counted(self, *arguments, original=original, way=way):
-            taken.append((self.name, way))
-            return original(self, *arguments)
+        def counted(product, *arguments, original=original, way=way):
+            taken.append((product.name, way))
+            return original(product, *arguments)
 
-        monkeypatch.setattr(product_module.Product, way, counted)
+        monkeypatch.setattr(attached_forward, f"{way}_output", counted)
     return taken
 
 

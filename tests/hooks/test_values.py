@@ -106,13 +106,13 @@ def padded():
 def test_padding_is_left_out_of_means(padded):
     model, vpd, prompts = padded
     acts = vpd.component_acts(model, prompts)
-    assert acts.keep is not None and not bool(acts.keep.all())
+    assert acts.token_mask is not None and not bool(acts.token_mask.all())
     each = [vpd.component_acts(model, p) for p in prompts]
     for n in vpd.sites:
         together = torch.cat([e[n][0] for e in each])
         assert_close(acts.mean()[n], together.mean(0), rtol=0, atol=2e-5)
     by_position = acts.mean(by_position=True)[OUT]
-    first_real = int(acts.keep[0].int().argmax())
+    first_real = int(acts.token_mask[0].int().argmax())
     assert_close(by_position[0], acts[OUT][1, 0], rtol=1e-5, atol=1e-6)
     assert first_real > 0
     assert_close(by_position[-1], acts[OUT][:, -1].mean(0), rtol=1e-5, atol=1e-6)

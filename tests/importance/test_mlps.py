@@ -28,10 +28,10 @@ def test_a_subcomponents_mlp_reads_its_own_activation_alone():
         gamma.b_out.normal_()
     acts = {n: torch.randn(1, 2, c, dtype=torch.float64) for n, c in COUNTS.items()}
     z = gamma(acts)
-    packed = torch.cat([acts["a"], acts["b"]], dim=-1)
+    concatenated = torch.cat([acts["a"], acts["b"]], dim=-1)
     for t in range(2):
         for c in range(5):
-            a = float(packed[0, t, c])
+            a = float(concatenated[0, t, c])
             hidden = [gelu(a * float(gamma.w_in[c, h]) + float(gamma.b_in[c, h])) for h in range(4)]
             expected = sum(h * float(w) for h, w in zip(hidden, gamma.w_out[c], strict=True)) + float(gamma.b_out[c])
             assert_close(float(z[0, t, c]), expected)

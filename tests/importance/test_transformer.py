@@ -93,11 +93,11 @@ def test_attention_is_bidirectional():
 def test_values_at_real_positions_do_not_depend_on_padding():
     gamma, x = build(), inputs(pos=4)
     left = {n: torch.cat([torch.full((2, 3, t.shape[-1]), 9.0).double(), t], dim=1) for n, t in x.items()}
-    keep = torch.tensor([[False] * 3 + [True] * 4] * 2)
-    assert_close(gamma(left, keep)[:, 3:], gamma(x), rtol=0, atol=1e-6)
-    other = {n: torch.where(keep[..., None], t, -t) for n, t in left.items()}
-    assert_close(gamma(other, keep)[:, 3:], gamma(left, keep)[:, 3:], rtol=1e-12, atol=1e-12)
-    assert bool(gamma(left, keep).isfinite().all())
+    token_mask = torch.tensor([[False] * 3 + [True] * 4] * 2)
+    assert_close(gamma(left, token_mask)[:, 3:], gamma(x), rtol=0, atol=1e-6)
+    other = {n: torch.where(token_mask[..., None], t, -t) for n, t in left.items()}
+    assert_close(gamma(other, token_mask)[:, 3:], gamma(left, token_mask)[:, 3:], rtol=1e-12, atol=1e-12)
+    assert bool(gamma(left, token_mask).isfinite().all())
 
 
 def test_an_input_that_sites_share_is_the_same_as_copies_of_it():

@@ -10,12 +10,12 @@ from torch.testing import assert_close
 
 from tests.tiny import draw
 from tl_vpd.masking import Masks, SiteMask, constant_masks, masks_from_sources
-from tl_vpd.site import Packing
+from tl_vpd.site import ConcatenatedAxis
 
-PACKING = Packing({"a": 2, "b": 3})
+PACKING = ConcatenatedAxis({"a": 2, "b": 3})
 
 
-def packed(masks: Masks) -> torch.Tensor:
+def concatenated(masks: Masks) -> torch.Tensor:
     """Masks and then Δs, on one axis."""
     return torch.cat([*(m.mask for m in masks.values()), *(m.delta[..., None] for m in masks.values())], dim=-1)
 
@@ -34,7 +34,7 @@ def test_masks_by_hand():
 def test_masks_lie_between_importance_and_one(seed, shared):
     g = draw(2, 3, 5, seed=seed).round(decimals=1)
     sources = draw(*((1, 1, 7) if shared else (2, 3, 7)), seed=seed + 1).round(decimals=1)
-    out = packed(masks_from_sources(g, sources, PACKING))
+    out = concatenated(masks_from_sources(g, sources, PACKING))
     expected = torch.cat([g + (1 - g) * sources[..., :5], sources[..., 5:].expand(2, 3, 2)], dim=-1)
     assert_close(out, expected, rtol=0, atol=1e-15)
     assert bool(((out[..., :5] >= g - 1e-15) & (out <= 1).all()).all())
@@ -44,9 +44,9 @@ def test_masks_lie_between_importance_and_one(seed, shared):
 @pytest.mark.parametrize("shape", [(2, 3, 7), (1, 1, 7), (2, 1, 7), (1, 3, 7)])
 def test_gradients_are_those_of_finite_differences(shape):
     g, sources = draw(2, 3, 5).requires_grad_(), draw(*shape, seed=1).requires_grad_()
-    assert torch.autograd.gradcheck(lambda *t: packed(masks_from_sources(*t, PACKING)), (g, sources))
-    assert torch.autograd.gradcheck(lambda s: packed(masks_from_sources(g.detach(), s, PACKING)), (sources,))
-    assert torch.autograd.gradcheck(lambda t: packed(masks_from_sources(t, sources.detach(), PACKING)), (g,))
+    assert torch.autograd.gradcheck(lambda *t: concatenated(masks_from_sources(*t, PACKING)), (g, sources))
+    assert torch.autograd.gradcheck(lambda s: concatenated(masks_from_sources(g.detach(), s, PACKING)), (sources,))
+    assert torch.autograd.gradcheck(lambda t: concatenated(masks_from_sources(t, sources.detach(), PACKING)), (g,))
 
 
 def test_constant_masks_give_every_site_one_delta():

@@ -24,7 +24,7 @@ from tests.matrix.models import Kind, build, plain, tokens, where
 from tests.tiny import draw
 from tl_vpd import Decomposition
 from tl_vpd.adapters import adapt
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.masking import Masks, SiteMask
 
 DELTA = 0.3
@@ -162,8 +162,8 @@ def ones_change_no_bit(case: Case) -> None:
             )
         hooked = model.run_with_hooks(case.tokens, fwd_hooks=vpd.mask_hooks(ones))
         assert torch.equal(oracle.logits_of(hooked), clean), "hooks that set ones"
-    with TappedModel(vpd, model) as tapped:
-        assert torch.equal(tapped.masked(case.tokens, ones), clean), "tapped with ones"
+    with MaskedModel(vpd, model) as masked_model:
+        assert torch.equal(masked_model.masked(case.tokens, ones), clean), "tapped with ones"
     assert torch.equal(case.logits(), clean), "after detaching"
 
 
@@ -190,8 +190,8 @@ def masked_logits(case: Case, masks: Masks) -> dict[str, Tensor]:
         found["as hooks"] = oracle.logits_of(
             case.model.run_with_hooks(case.tokens, fwd_hooks=case.vpd.mask_hooks(masks))
         )
-    with TappedModel(case.vpd, case.model) as tapped:
-        found["tapped"] = tapped.masked(case.tokens, masks)
+    with MaskedModel(case.vpd, case.model) as masked_model:
+        found["tapped"] = masked_model.masked(case.tokens, masks)
     return found
 
 
@@ -241,8 +241,8 @@ def gradients_go_where_they_should(case: Case) -> None:
     own = case.parameters()
     flags = [p.requires_grad for p in own]
     vpd.zero_grad()
-    with TappedModel(vpd, model) as tapped:
-        (tapped.masked(case.tokens, masks) * weights).sum().backward()
+    with MaskedModel(vpd, model) as masked_model:
+        (masked_model.masked(case.tokens, masks) * weights).sum().backward()
     assert all(p.grad is None for p in own), "a tapped pass gave the model's weights gradients"
     assert [p.requires_grad for p in own] == flags, "requires_grad was left changed"
     for what, parts in (("V", vpd.V), ("U", vpd.U), ("masks", leaves)):

@@ -24,13 +24,13 @@ def padding_is_left_out(case: Case) -> None:
     """Importances and masked logits of a left-padded prompt are those of the prompt alone (explicit attention mask)."""
     model, vpd = case.model, case.vpd
     alone = case.tokens[:1, PADS:]
-    keep = torch.ones_like(case.tokens)
-    keep[0, :PADS] = 0
+    token_mask = torch.ones_like(case.tokens)
+    token_mask[0, :PADS] = 0
     padded = case.tokens.clone()
     padded[0, :PADS] = 0
 
     def apart(what: str, run: Callable[..., Tensor], tolerance: float) -> Tensor:
-        got = run(padded, attention_mask=keep)[0, PADS:]
+        got = run(padded, attention_mask=token_mask)[0, PADS:]
         close(what, got, run(alone)[0], tolerance)
         return got
 
@@ -39,13 +39,13 @@ def padding_is_left_out(case: Case) -> None:
 
     tolerance = max(case.tolerance, 1e-5)
     clean = apart("the model itself, padded", logits, tolerance)
-    both, one = vpd.causal_importances(model, padded, attention_mask=keep), vpd.causal_importances(model, alone)
-    assert both.keep is not None and torch.equal(both.keep, keep.bool()), "padding was not recognised"
-    close("importances", both.packed[0, PADS:], one.packed[0], 2e-5)
-    assert not bool(both.packed[0, :PADS].any()), "padding has importances"
+    both, one = vpd.causal_importances(model, padded, attention_mask=token_mask), vpd.causal_importances(model, alone)
+    assert both.token_mask is not None and torch.equal(both.token_mask, token_mask.bool()), "padding was not recognised"
+    close("importances", both.concatenated[0, PADS:], one.concatenated[0], 2e-5)
+    assert not bool(both.concatenated[0, :PADS].any()), "padding has importances"
     with vpd.attach(model) as attached:
         names = [site.hook_name("ci") for site in vpd.sites.values()]
-        _, cache = model.run_with_cache(padded, attention_mask=keep, names_filter=names)
+        _, cache = model.run_with_cache(padded, attention_mask=token_mask, names_filter=names)
         for name, site in vpd.sites.items():
             close(f"cached importances of {name}", cache[site.hook_name("ci")], both[name], 2e-5)
         for mode in ("ci", "zero"):

@@ -20,9 +20,9 @@ from transformer_lens import HookedTransformer, HookedTransformerConfig
 
 from tl_vpd import Decomposition
 from tl_vpd.adapters import adapt
-from tl_vpd.fingerprint import Fingerprint
+from tl_vpd.components.fingerprint import Fingerprint
 from tl_vpd.importance import GammaConfig
-from tl_vpd.site import Packing
+from tl_vpd.site import ConcatenatedAxis
 
 DATA = Path(__file__).parent / "data"
 MODULES = {
@@ -50,12 +50,12 @@ def by_site(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def pack(tensors: dict[str, Tensor], prefix: str) -> Tensor:
-    """``[..., C]`` tensors on our packed axis."""
+    """``[..., C]`` tensors on our concatenated axis."""
     return torch.cat([tensors[f"{prefix}/{module}"] for module in MODULES], dim=-1)
 
 
 def pack_sources(tensors: dict[str, Tensor], prefix: str) -> Tensor:
-    """``[..., C + 1]`` sources as our packed source: all subcomponents, then all Δs."""
+    """``[..., C + 1]`` sources as our concatenated source: all subcomponents, then all Δs."""
     own = by_site(tensors, prefix).values()
     return torch.cat([*(s[..., :-1] for s in own), *(s[..., -1:] for s in own)], dim=-1)
 
@@ -94,8 +94,8 @@ class Reference:
     scalars: dict
 
     @property
-    def packing(self) -> Packing:
-        return self.decomposition.packing
+    def site_axis(self) -> ConcatenatedAxis:
+        return self.decomposition.site_axis
 
     @property
     def tokens(self) -> Tensor:

@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from tests.reference.conftest import MODULES, Reference, by_site, pack, pack_sources, read
-from tl_vpd.divergence import kl_divergence, next_token_ce
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import lower_leaky, upper_leaky
+from tl_vpd.losses.divergence import kl_divergence, next_token_ce
 from tl_vpd.masking import constant_masks, masks_from_sources
 
 
@@ -25,8 +25,8 @@ def test_squashings_and_their_gradients(name, squash):
 
 
 def test_clean_pass(reference: Reference):
-    with TappedModel(reference.decomposition, reference.model) as tapped:
-        logits, inputs = tapped.clean(reference.tokens)
+    with MaskedModel(reference.decomposition, reference.model) as masked_model:
+        logits, inputs = masked_model.clean(reference.tokens)
     assert_close(logits, reference.outputs["logits_clean"], rtol=0, atol=2e-5)
     for name, expected in by_site(reference.outputs, "act_in").items():
         assert_close(inputs[name], expected, rtol=0, atol=1e-5)
@@ -35,15 +35,15 @@ def test_clean_pass(reference: Reference):
 
 
 def test_deltas(reference: Reference):
-    with TappedModel(reference.decomposition, reference.model) as tapped:
+    with MaskedModel(reference.decomposition, reference.model) as masked_model:
         for name, expected in by_site(reference.outputs, "weight_delta").items():
-            delta = reference.decomposition.components.delta(name, tapped.adapter.weight(name))
+            delta = reference.decomposition.components.delta(name, masked_model.adapter.weight(name))
             assert_close(delta.detach().T, expected, rtol=0, atol=1e-6)
 
 
 def test_importances(reference: Reference):
-    with TappedModel(reference.decomposition, reference.model) as tapped, torch.no_grad():
-        z = reference.decomposition.pre_sigmoid(tapped.clean(reference.tokens)[1])
+    with MaskedModel(reference.decomposition, reference.model) as masked_model, torch.no_grad():
+        z = reference.decomposition.pre_sigmoid(masked_model.clean(reference.tokens)[1])
     assert_close(z, pack(reference.outputs, "ci_pre"), rtol=0, atol=1e-5)
     assert_close(lower_leaky(z), pack(reference.outputs, "ci_lower"), rtol=0, atol=1e-5)
     assert_close(upper_leaky(z), pack(reference.outputs, "ci_upper"), rtol=0, atol=1e-5)
@@ -64,28 +64,28 @@ def test_importances(reference: Reference):
     ],
 )
 def test_masked_logits(reference: Reference, case: str, dtype: torch.dtype):
-    packing, inputs = reference.packing, reference.inputs
+    site_axis, inputs = reference.site_axis, reference.inputs
     g = pack(reference.outputs, "ci_lower")
     stochastic = torch.cat(
-        [pack(inputs, "src"), *(by_site(inputs, "src_delta")[n][..., None] for n in packing.names)], -1
+        [pack(inputs, "src"), *(by_site(inputs, "src_delta")[n][..., None] for n in site_axis.names)], -1
     )
     routing = by_site(inputs, "routing")
     masks = {
-        "a": lambda: constant_masks(torch.ones_like(g), 1.0, packing),
-        "b": lambda: constant_masks(torch.ones_like(g), 0.0, packing),
-        "c": lambda: constant_masks(g, 0.0, packing),
-        "d": lambda: masks_from_sources(g, stochastic, packing),
-        "e": lambda: masks_from_sources(g, stochastic, packing, routing),
-        "f": lambda: masks_from_sources(g, pack_sources(inputs, "ppgd_src"), packing),
-        "g": lambda: constant_masks((g > 0).to(g.dtype), 0.0, packing),
-        "h": lambda: constant_masks(torch.zeros_like(g), 0.0, packing),
+        "a": lambda: constant_masks(torch.ones_like(g), 1.0, site_axis),
+        "b": lambda: constant_masks(torch.ones_like(g), 0.0, site_axis),
+        "c": lambda: constant_masks(g, 0.0, site_axis),
+        "d": lambda: masks_from_sources(g, stochastic, site_axis),
+        "e": lambda: masks_from_sources(g, stochastic, site_axis, routing),
+        "f": lambda: masks_from_sources(g, pack_sources(inputs, "ppgd_src"), site_axis),
+        "g": lambda: constant_masks((g > 0).to(g.dtype), 0.0, site_axis),
+        "h": lambda: constant_masks(torch.zeros_like(g), 0.0, site_axis),
     }[case[0]]()
     if dtype == torch.float64:
         reference.model.to(torch.float64)
         reference.decomposition.to(torch.float64)
-    with TappedModel(reference.decomposition, reference.model) as tapped, torch.no_grad():
-        logits = tapped.masked(reference.tokens, masks)
-        target, _ = tapped.clean(reference.tokens)
+    with MaskedModel(reference.decomposition, reference.model) as masked_model, torch.no_grad():
+        logits = masked_model.masked(reference.tokens, masks)
+        target, _ = masked_model.clean(reference.tokens)
     assert_close(logits, reference.outputs[f"logits_{case}"].to(dtype), rtol=0, atol=5e-5)
     kl = kl_divergence(target.float().log_softmax(-1), logits)
     assert_close(kl, torch.tensor(reference.scalars[f"kl_{case}"]), rtol=1e-5, atol=2e-6)

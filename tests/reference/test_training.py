@@ -8,12 +8,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.reference.conftest import Reference, by_site, pack, pack_sources, read
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import lower_leaky
-from tl_vpd.masking import fresh_pgd, masks_from_sources
-from tl_vpd.training import AdversaryConfig, Coefficients, Trainer, VPDConfig
-from tl_vpd.training.draws import Drawn, Draws
-from tl_vpd.training.losses import (
+from tl_vpd.losses import (
     Penalty,
     Reconstruction,
     faithfulness,
@@ -21,26 +18,29 @@ from tl_vpd.training.losses import (
     importance_minimality,
     penalty_sums,
 )
+from tl_vpd.masking import fresh_pgd, masks_from_sources
+from tl_vpd.training import AdversaryConfig, Coefficients, Trainer, VPDConfig
+from tl_vpd.training.step_samples import StepSampler, StepSamples
 
 
 class Losses:
     """Every loss of the reference on its inputs, from one Γ forward, and the leaves gradients are asked for."""
 
-    def __init__(self, reference: Reference, tapped: TappedModel):
-        self.reference, self.tapped = reference, tapped
+    def __init__(self, reference: Reference, masked_model: MaskedModel):
+        self.reference, self.masked_model = reference, masked_model
         tokens, inputs = reference.tokens, reference.inputs
-        logits, site_inputs = tapped.clean(tokens)
+        logits, site_inputs = masked_model.clean(tokens)
         self.distance = Reconstruction(logits)
         self.z = reference.decomposition.pre_sigmoid(site_inputs)
         self.z.retain_grad()
         self.g = lower_leaky(self.z)
-        deltas = [by_site(inputs, "src_delta")[n][..., None] for n in reference.packing.names]
+        deltas = [by_site(inputs, "src_delta")[n][..., None] for n in reference.site_axis.names]
         self.drawn = torch.cat([pack(inputs, "src"), *deltas], -1)
         self.sources = pack_sources(inputs, "ppgd_src").requires_grad_()
 
     def kl(self, sources: Tensor, routing=None) -> Tensor:
-        masks = masks_from_sources(self.g, sources, self.reference.packing, routing)
-        return self.distance(self.tapped.masked(self.reference.tokens, masks))
+        masks = masks_from_sources(self.g, sources, self.reference.site_axis, routing)
+        return self.distance(self.masked_model.masked(self.reference.tokens, masks))
 
     def minimality(self, p: float, beta: float = 0.5) -> Tensor:
         s, n = penalty_sums(self.z, Penalty("power", p))
@@ -51,7 +51,7 @@ class Losses:
         routing = by_site(self.reference.inputs, "routing")
         match name:
             case "faith":
-                return faithfulness(parts, {n: self.tapped.adapter.weight(n) for n in parts.sites})
+                return faithfulness(parts, {n: self.masked_model.adapter.weight(n) for n in parts.sites})
             case "imp_p1.0" | "imp_p0.4":
                 return self.minimality(float(name[5:]))
             case "kl_d_stoch_allrouted":
@@ -69,8 +69,8 @@ class Losses:
 
 @pytest.fixture
 def losses(reference: Reference):
-    with TappedModel(reference.decomposition, reference.model) as tapped:
-        yield Losses(reference, tapped)
+    with MaskedModel(reference.decomposition, reference.model) as masked_model:
+        yield Losses(reference, masked_model)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_gradients(losses: Losses, name: str, tolerance: float):
     for key, (parameter, expected) in pairs.items():
         assert relative_error(parameter.grad, expected) < tolerance, key
     if "ci_pre/h.1.mlp.c_fc" in stored:
-        own = losses.reference.packing.unpack(losses.z.grad)["blocks.1.mlp.W_in"]
+        own = losses.reference.site_axis.split_sites(losses.z.grad)["blocks.1.mlp.W_in"]
         assert relative_error(own, stored["ci_pre/h.1.mlp.c_fc"]) < tolerance
     if name == "kl_f_ppgd_allrouted":
         assert relative_error(losses.sources.grad, pack_sources(stored, "ppgd_src")) < tolerance
@@ -123,8 +123,8 @@ def test_minimality_gradient_at_a_small_exponent(losses: Losses):
     """
     stored = read("grads/imp_p0.4")["ci_pre/h.1.mlp.c_fc"]
     losses.of("imp_p0.4").backward()
-    own = losses.reference.packing.unpack(losses.z.grad)["blocks.1.mlp.W_in"]
-    above = losses.reference.packing.unpack(losses.z.detach())["blocks.1.mlp.W_in"] > 1e-3
+    own = losses.reference.site_axis.split_sites(losses.z.grad)["blocks.1.mlp.W_in"]
+    above = losses.reference.site_axis.split_sites(losses.z.detach())["blocks.1.mlp.W_in"] > 1e-3
     assert relative_error(own[above], stored[above]) < 5e-4
 
 
@@ -148,8 +148,8 @@ def test_fresh_pgd(reference: Reference, losses: Losses):
     def loss(sources: Tensor) -> Tensor:
         if sources.requires_grad:
             sources.register_hook(gradients.append)
-        masks = masks_from_sources(g, sources, reference.packing)
-        return losses.distance(losses.tapped.masked(reference.tokens, masks, constant_parts=True))
+        masks = masks_from_sources(g, sources, reference.site_axis)
+        return losses.distance(losses.masked_model.masked(reference.tokens, masks, constant_weights=True))
 
     found = fresh_pgd(loss, start, steps=20, step_size=0.1)
     assert relative_error(gradients[0], pack_sources(stored, "grad0")) < 1e-4
@@ -159,17 +159,17 @@ def test_fresh_pgd(reference: Reference, losses: Losses):
     assert relative_error(found.sources, pack_sources(stored, "final")) < 0.15
 
 
-class Given(Draws):
+class Given(StepSampler):
     """The reference's random choices."""
 
     tensors: dict[str, Tensor]
 
-    def at(self, step: int) -> Drawn:
-        return Drawn(by_site(self.tensors, f"step{step - 500}/routing"), None)
+    def at(self, step: int) -> StepSamples:
+        return StepSamples(by_site(self.tensors, f"step{step - 500}/routing"), None)
 
     def sources(self, what: str, step: int, rows: list[int], out: Tensor | None = None) -> Tensor:
         prefix = f"step{step - 500}"
-        deltas = [by_site(self.tensors, f"{prefix}/src_delta")[n][..., None] for n in self.packing.names]
+        deltas = [by_site(self.tensors, f"{prefix}/src_delta")[n][..., None] for n in self.site_axis.names]
         return torch.cat([pack(self.tensors, f"{prefix}/src"), *deltas], -1)
 
 
@@ -183,10 +183,10 @@ def test_three_training_steps(reference: Reference):
         clip=0.01,
     )
     draws = read("train_draws")
-    with TappedModel(reference.decomposition, reference.model) as tapped:
-        trainer = Trainer(tapped, config, (3, 12))
+    with MaskedModel(reference.decomposition, reference.model) as masked_model:
+        trainer = Trainer(masked_model, config, (3, 12))
         own = trainer.draws
-        trainer.draws = Given(config, own.shares, pos=12, packing=own.packing, device="cpu")
+        trainer.draws = Given(config, own.shares, pos=12, site_axis=own.site_axis, device="cpu")
         trainer.draws.tensors, trainer.done = draws, 500
         trainer.sources.values = pack_sources(reference.inputs, "ppgd_src")
         ascents = []

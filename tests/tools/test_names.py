@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from tl_vpd.hooks.names import METHODS
+from tl_vpd.hooks.checked_names import METHODS
 
 SLIPS = {
     "blocks.1.hook_q_component_act": "blocks.1.hook_q_component_acts",

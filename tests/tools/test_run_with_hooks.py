@@ -44,12 +44,12 @@ def test_a_hook_on_activations_moves_the_output_along_u(case):
         acts[:, 2, 3] += 1.0
         return acts
 
-    def keep(value, hook):
+    def token_mask(value, hook):
         seen[hook.name] = value
 
     with case.vpd.attach(case.model):
         case.model.run_with_hooks(
-            case.tokens, fwd_hooks=[(acts_name(case, site), add_one), ("blocks.1.hook_resid_post", keep)]
+            case.tokens, fwd_hooks=[(acts_name(case, site), add_one), ("blocks.1.hook_resid_post", token_mask)]
         )
     expected = cache["blocks.1.hook_resid_post"].clone()
     expected[:, 2] += case.vpd.U[site][3].detach()
@@ -127,14 +127,14 @@ def test_backward_hooks_see_the_gradients_of_autograd(case, masked):
     names = [Z, name, "blocks.1.hook_resid_mid", Q]
     kept, grads = {}, {}
 
-    def keep(value, hook, key):
+    def token_mask(value, hook, key):
         kept[key] = value
         return value  # a bridge shows a reshaped view, which is part of the graph if it is given back
 
     def keep_grad(grad, hook, key):
         grads[key] = grad.clone()
 
-    fwd = [(n, lambda v, hook, n=n: keep(v, hook, n)) for n in names]
+    fwd = [(n, lambda v, hook, n=n: token_mask(v, hook, n)) for n in names]
     bwd = [(n, lambda g, hook, n=n: keep_grad(g, hook, n)) for n in names]
     with (
         case.vpd.attach(model) as attached,

@@ -14,13 +14,14 @@ from tests.analysis.test_graph import BRIDGES, case
 from tests.tiny import GAMMA, some_tokens, tiny_model
 from tests.training.test_compiled import Vectors, same, steps
 from tests.training.test_trainer import SETTINGS
-from tl_vpd import VPDConfig, divergence
+from tl_vpd import VPDConfig
 from tl_vpd.adapters import Unsupported, adapt
-from tl_vpd.divergence import unembedded_kl
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
+from tl_vpd.losses import divergence
+from tl_vpd.losses.divergence import unembedded_kl
+from tl_vpd.losses.unembedding import Unembedding
 from tl_vpd.training import Trainer, new_decomposition
-from tl_vpd.training.recording import RECORDED
-from tl_vpd.unembedding import Unembedding
+from tl_vpd.training.engine.recording import RECORDED
 
 
 @pytest.fixture(autouse=True)
@@ -28,11 +29,11 @@ def _two_tokens_at_once(monkeypatch):
     monkeypatch.setattr(divergence, "MADE", 4 * 22)
 
 
-def by_definition(target, x, unembedding, keep):
+def by_definition(target, x, unembedding, token_mask):
     """KL in float64, from whole logits."""
     log_p, log_q = (F.linear(t.double(), unembedding.weight, unembedding.bias).log_softmax(-1) for t in (target, x))
     each = (log_p.exp() * (log_p - log_q)).sum(-1)
-    return each.mean() if keep is None else each[keep].mean()
+    return each.mean() if token_mask is None else each[token_mask].mean()
 
 
 @settings(deadline=None, max_examples=25)
@@ -48,17 +49,17 @@ def test_value_and_gradient_are_those_of_whole_logits(rows, pos, vocabulary, pad
     draw = lambda *shape: torch.randn(*shape, generator=random, dtype=torch.float64)  # noqa: E731
     unembedding = Unembedding(draw(vocabulary, 3), draw(vocabulary) if bias else None)
     target, x = draw(rows, pos, 3), draw(rows, pos, 3).requires_grad_()
-    keep = None
+    token_mask = None
     if padded:
-        keep = torch.rand(rows, pos, generator=random) > 0.5
-        keep[0, 0] = True
-    wanted = by_definition(target, x, unembedding, keep)
+        token_mask = torch.rand(rows, pos, generator=random) > 0.5
+        token_mask[0, 0] = True
+    wanted = by_definition(target, x, unembedding, token_mask)
     (gradient,) = torch.autograd.grad(3 * wanted, x)
-    found = unembedded_kl(target, x, unembedding, keep)
+    found = unembedded_kl(target, x, unembedding, token_mask)
     assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
     assert_close(torch.autograd.grad(3 * found, x)[0], gradient, rtol=1e-4, atol=1e-6)
     with torch.no_grad():
-        assert_close(unembedded_kl(target, x, unembedding, keep), found.detach())
+        assert_close(unembedded_kl(target, x, unembedding, token_mask), found.detach())
 
 
 @pytest.mark.parametrize("compile", [False, RECORDED])
@@ -76,10 +77,10 @@ def test_with_other_options(how):
 
 
 def test_with_padding():
-    keep = torch.ones(4, 6, dtype=torch.bool)
-    keep[1, 4:] = keep[3, 2:] = False
+    token_mask = torch.ones(4, 6, dtype=torch.bool)
+    token_mask[1, 4:] = token_mask[3, 2:] = False
     for compile in (False, RECORDED):
-        same(steps(False, keep=keep), steps(compile, keep=keep, how={"blocked_logits": True}))
+        same(steps(False, token_mask=token_mask), steps(compile, token_mask=token_mask, how={"blocked_logits": True}))
 
 
 @pytest.mark.parametrize("flags", [{"d_vocab_out": 5}, {"dtype": torch.float32, "normalization_type": "RMS"}], ids=str)
@@ -126,9 +127,9 @@ def test_logits_never_stand_whole():
 
 def test_they_are_made_in_blocks_where_there_are_many(monkeypatch):
     assert steps(False)[3].unembedding is None
-    monkeypatch.setattr("tl_vpd.training.passes.LOGITS", 4 * 6 * 11 * 4 - 1)
+    monkeypatch.setattr("tl_vpd.training.engine.eager.LOGITS", 4 * 6 * 11 * 4 - 1)
     assert steps(False)[3].unembedding is not None
-    monkeypatch.setattr("tl_vpd.training.passes.LOGITS", 4 * 6 * 11 * 4)
+    monkeypatch.setattr("tl_vpd.training.engine.eager.LOGITS", 4 * 6 * 11 * 4)
     assert steps(False)[3].unembedding is None
 
 
@@ -147,7 +148,7 @@ def test_logits_that_are_more_than_a_product_are_left_whole(make, monkeypatch):
     with pytest.raises(Unsupported, match=r"blocked_logits=True needs a model whose logits are unembed's product"):
         steps(False, model=make(), how={"blocked_logits": True})
     whole = steps(False, model=make())
-    monkeypatch.setattr("tl_vpd.training.passes.LOGITS", 0)
+    monkeypatch.setattr("tl_vpd.training.engine.eager.LOGITS", 0)
     unasked = steps(False, model=make())
     assert unasked[3].unembedding is None
     same(whole, unasked)
@@ -172,8 +173,8 @@ def test_in_bfloat16_it_is_the_same_to_its_rounding():
     for blocked in (False, True):
         model = tiny_model(dtype=torch.float32)
         config = VPDConfig(steps=2, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=0)
-        with TappedModel(new_decomposition(model, config), model) as tapped:
-            trainer = Trainer(tapped, config, (4, 6), precision="bfloat16", blocked_logits=blocked)
+        with MaskedModel(new_decomposition(model, config), model) as masked_model:
+            trainer = Trainer(masked_model, config, (4, 6), precision="bfloat16", blocked_logits=blocked)
             losses.append(trainer.step(some_tokens(shape=(4, 6))))
     assert losses[1].stochastic == pytest.approx(losses[0].stochastic, rel=0.1)
     assert losses[1].grad_norm == pytest.approx(losses[0].grad_norm, rel=0.1)

@@ -16,12 +16,12 @@ from tests.training.test_trainer import SETTINGS, Double
 from tl_vpd import VPDConfig, bundled, decompose
 from tl_vpd.adapters import Unsupported
 from tl_vpd.adapters.versions import HookedRootModule, HookPoint
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training import Trainer, new_decomposition
-from tl_vpd.training.compiled import CompiledPasses
 from tl_vpd.training.config import Coefficients
-from tl_vpd.training.recording import RECORDED, compiled
+from tl_vpd.training.engine.compiled import CompiledEngine
+from tl_vpd.training.engine.recording import RECORDED, compiled
 
 SOME = ("*W_Q", "*W_V", "*W_out")
 MORE = {
@@ -33,7 +33,7 @@ MORE = {
 }
 
 
-def steps(compile, keep=None, model=None, how=None, batches=None, **settings):
+def steps(compile, token_mask=None, model=None, how=None, batches=None, **settings):
     """Two steps in float64: metrics, parameters, sources, and the passes."""
     model = model or tiny_model()
     batches = batches or [some_tokens(seed=i, shape=(4, 6)) for i in range(2)]
@@ -41,12 +41,12 @@ def steps(compile, keep=None, model=None, how=None, batches=None, **settings):
     own = {"steps": 10, "batch_size": rows, "C": 5, "gamma": GAMMA, "warm_up_steps": 1, "sites": SOME, **settings}
     config = VPDConfig(**own)
     vpd = new_decomposition(model, config).double()
-    with TappedModel(vpd, model) as tapped:
-        trainer = Double(tapped, config, (rows, batches[0].shape[1]), compile=compile, **(how or {}))
+    with MaskedModel(vpd, model) as masked_model:
+        trainer = Double(masked_model, config, (rows, batches[0].shape[1]), compile=compile, **(how or {}))
         trainer.sources = PersistentSources(trainer.sources.values.double())
         trainer.warm_up()
-        metrics = [trainer.step(tokens, keep) for tokens in batches]
-    return metrics, {k: p.detach() for k, p in vpd.named_parameters()}, trainer.sources.values, trainer.passes
+        metrics = [trainer.step(tokens, token_mask) for tokens in batches]
+    return metrics, {k: p.detach() for k, p in vpd.named_parameters()}, trainer.sources.values, trainer.engine
 
 
 def same(plain, compiled, rel=3e-6, apart=1e-5):
@@ -65,7 +65,7 @@ def same(plain, compiled, rel=3e-6, apart=1e-5):
 def test_recorded_steps_are_the_plain_ones(name):
     settings = {**SETTINGS, **MORE}[name]
     plain, recorded = steps(False, **settings), steps(RECORDED, **settings)
-    assert isinstance(recorded[3], CompiledPasses) and not isinstance(plain[3], CompiledPasses)
+    assert isinstance(recorded[3], CompiledEngine) and not isinstance(plain[3], CompiledEngine)
     same(plain, recorded)
     recordings = [key[0][0] if isinstance(key[0], tuple) else key[0] for key in recorded[3].graphs]
     gamma = {"small MLPs", "small MLPs, backward"} if name == "small MLPs" else {"gamma"}
@@ -85,8 +85,8 @@ LONG = {"batches": [some_tokens(seed=i, shape=(8, 8)) for i in range(2)]}
 EVERYWHERE = {"adversary": {"routing": "uniform_k"}, "coefficients": Coefficients(layerwise=1.0)}
 
 
-def masked_graphs(passes):
-    return [key for key in passes.graphs if isinstance(key[0], tuple) and key[0][0] == "masked"]
+def masked_graphs(engine):
+    return [key for key in engine.graphs if isinstance(key[0], tuple) and key[0][0] == "masked"]
 
 
 ROUTED = {
@@ -114,7 +114,7 @@ def test_a_model_whose_sites_share_a_head_is_routed_too():
 
 
 def test_a_pass_with_more_routed_tokens_than_slots_runs_as_it_is(monkeypatch):
-    monkeypatch.setattr("tl_vpd.training.compiled.ROOM", -4.0)
+    monkeypatch.setattr("tl_vpd.training.engine.compiled.ROOM", -4.0)
     plain, recorded = steps(False, **LONG), steps(RECORDED, **LONG)
     same(plain, recorded)
     assert len(masked_graphs(recorded[3])) == 2  # the adversary's own pass and the adversarial one
@@ -126,9 +126,9 @@ def test_a_pass_with_more_routed_tokens_than_slots_runs_as_it_is(monkeypatch):
 
 @pytest.mark.parametrize("how", [{"micro_batch": 3}, {"joined": True}])
 def test_parts_joined_passes_and_padding_are_recorded_too(how):
-    keep = torch.ones(4, 6, dtype=torch.bool)
-    keep[0, :3] = keep[3, :1] = False
-    same(steps(False, keep, how=how), steps(RECORDED, keep, how=how))
+    token_mask = torch.ones(4, 6, dtype=torch.bool)
+    token_mask[0, :3] = token_mask[3, :1] = False
+    same(steps(False, token_mask, how=how), steps(RECORDED, token_mask, how=how))
 
 
 def test_heads_that_share_a_weight_are_recorded():
@@ -215,8 +215,8 @@ def test_what_does_not_go_with_compiling_is_said(how, settings, message):
     model = tiny_model(**{"dtype": torch.float32, **settings})
     config = VPDConfig(steps=2, batch_size=4, C=5, gamma=GAMMA)
     vpd = new_decomposition(model, config)
-    with TappedModel(vpd, model) as tapped, pytest.raises((ValueError, Unsupported), match=message):
-        Trainer(tapped, config, (4, 6), compile=True, **how)
+    with MaskedModel(vpd, model) as masked_model, pytest.raises((ValueError, Unsupported), match=message):
+        Trainer(masked_model, config, (4, 6), compile=True, **how)
 
 
 def test_a_compiled_run_goes_on_bit_for_bit(tmp_path, monkeypatch):

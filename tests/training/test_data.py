@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from tests.tiny import GAMMA, tiny_model
 from tl_vpd import VPDConfig, bundled, decompose
-from tl_vpd.training.data import TokenBatches, batches_of
+from tl_vpd.training.data.batches import TokenBatches, batches_of
 
 
 @settings(deadline=None, max_examples=50)

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tl_vpd.training.parts import share
-from tl_vpd.training.processes import World
+from tl_vpd.training.distributed.processes import World
+from tl_vpd.training.micro_batch import share
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}

@@ -19,10 +19,17 @@ from torch import Tensor, nn
 from tests.tiny import some_tokens
 from tl_vpd import Decomposition
 from tl_vpd.components import Components
-from tl_vpd.hooks.parts import Parts
+from tl_vpd.forward.cast_weights import CastWeights
 from tl_vpd.site import Site
-from tl_vpd.training.processes import World
-from tl_vpd.training.sharding import FullSharding, OptimizerSharding, Sharding, Split, parameter_names, sharding_of
+from tl_vpd.training.distributed.processes import World
+from tl_vpd.training.distributed.sharding import (
+    FullSharding,
+    OptimizerSharding,
+    Sharding,
+    Split,
+    parameter_names,
+    sharding_of,
+)
 
 from .a_run import ROWS
 from .test_processes import finish, history, start
@@ -118,7 +125,7 @@ def test_no_pass_keeps_v_or_u_in_any_dtype(dtype, constant):
     components = Components([Site("blocks.0.mlp.W_in", 8, 12)], {"blocks.0.mlp.W_in": 5})
     sharding = FullSharding(Copying())
     sharding.start(components)
-    parts = Parts(components, torch.device("cpu"), dtype)
+    parts = CastWeights(components, torch.device("cpu"), dtype)
     sharding.serve(parts)
     x = torch.ones(2, 8, dtype=dtype, requires_grad=True)
     with sharding.regathering(), parts.constant() if constant else nullcontext():

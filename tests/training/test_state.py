@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tests.tiny import GAMMA, some_tokens, tiny_model
 from tl_vpd import VPDConfig, decompose
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.training import StepMetrics, Trainer, new_decomposition
 from tl_vpd.training import state as state_module
 from tl_vpd.training.state import latest_state, load_state, save_state
@@ -45,8 +45,8 @@ ROWS = some_tokens(shape=(12, 6))
 def trainer(seed_of_init: int = 0, config: VPDConfig = CONFIG, **how: Any) -> Iterator[Trainer]:
     model = tiny_model(dtype=torch.float32)
     decomposition = new_decomposition(model, config.model_copy(update={"seed": seed_of_init}))
-    with TappedModel(decomposition, model) as tapped:
-        yield Trainer(tapped, config, (4, 6), **how)
+    with MaskedModel(decomposition, model) as masked_model:
+        yield Trainer(masked_model, config, (4, 6), **how)
 
 
 def tokens(step: int) -> Tensor:
@@ -126,14 +126,14 @@ def test_a_run_that_is_carried_out_in_another_way_says_that_it_goes_on_to_roundi
 
 def test_the_newest_states_stay(tmp_path):
     with trainer() as own:
-        for keep in (3, 3, 3, 3, 1):
+        for token_mask in (3, 3, 3, 3, 1):
             steps(own, 1)
-            save_state(own, tmp_path, keep=keep)
+            save_state(own, tmp_path, token_mask=token_mask)
             names = sorted(p.name for p in tmp_path.iterdir())
-            first = max(1, own.done - keep + 1)
+            first = max(1, own.done - token_mask + 1)
             assert names == [f"step-{n:08d}.safetensors" for n in range(first, own.done + 1)]
         with pytest.raises(ValueError, match="keep_states is 0: at least one"):
-            save_state(own, tmp_path, keep=0)
+            save_state(own, tmp_path, token_mask=0)
 
 
 KILLED = """
@@ -197,12 +197,12 @@ def test_a_full_disk_is_named_and_the_state_before_stays_valid(tmp_path, monkeyp
         assert str(folder) in str(none_yet.value) and list(folder.iterdir()) == []
         monkeypatch.undo()
         steps(own, 1)
-        before = save_state(own, folder, keep=1)
+        before = save_state(own, folder, token_mask=1)
         held = load_file(before)
         steps(own, 1)
         monkeypatch.setattr(state_module, "save_file", writer)
         with pytest.raises(OSError, match=r"No space left on the disk of .* for a state of 0\.\d MB") as found:
-            save_state(own, folder, keep=1)
+            save_state(own, folder, token_mask=1)
         assert str(folder) in str(found.value) and "step-00000001.safetensors is intact" in str(found.value)
         assert list(folder.iterdir()) == [before]
         assert all(torch.equal(t, load_file(before)[k]) for k, t in held.items())

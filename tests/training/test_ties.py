@@ -8,12 +8,12 @@ from torch.testing import assert_close
 
 from tl_vpd import Decomposition, VPDConfig, decompose
 from tl_vpd.components import Components
-from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.site import Site
 from tl_vpd.toys import TMS
 from tl_vpd.training import Coefficients, Trainer, new_decomposition
-from tl_vpd.training.processes import World
-from tl_vpd.training.sharding import OptimizerSharding
+from tl_vpd.training.distributed.processes import World
+from tl_vpd.training.distributed.sharding import OptimizerSharding
 from tl_vpd.training.ties import Ties
 
 from .a_run import TIED
@@ -77,8 +77,10 @@ def test_parts_of_a_batch_give_the_step_of_the_whole():
     found = []
     for micro_batch in (None, 1):
         model = TOY.build(0)
-        with TappedModel(vpd := new_decomposition(model, config()), model) as tapped:
-            metrics = Trainer(tapped, config(), (2, 64), micro_batch=micro_batch).step(TOY.batches(2, seed=1).at(0))
+        with MaskedModel(vpd := new_decomposition(model, config()), model) as masked_model:
+            metrics = Trainer(masked_model, config(), (2, 64), micro_batch=micro_batch).step(
+                TOY.batches(2, seed=1).at(0)
+            )
         found.append((metrics.grad_norm, vpd.V["unembed"].detach().clone()))
         assert tied(vpd)
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
@@ -113,8 +115,8 @@ def test_what_cannot_be_tied_is_refused():
 def test_shares_of_tied_sites_are_refused():
     model = TOY.build(0)
     refused = pytest.raises(ValueError, match="sharding='optimizer' needs tied=")
-    with TappedModel(new_decomposition(model, config()), model) as tapped, refused:
-        Trainer(tapped, config(), (2, 64), sharding=OptimizerSharding(World()))
+    with MaskedModel(new_decomposition(model, config()), model) as masked_model, refused:
+        Trainer(masked_model, config(), (2, 64), sharding=OptimizerSharding(World()))
 
 
 def test_two_processes_keep_sites_tied_and_give_what_one_gives(tmp_path):
@@ -136,8 +138,8 @@ def test_a_refused_step_leaves_no_gradient_behind():
     bad[0, 0, 0] = float("nan")
     norms = []
     for refused in (False, True):
-        with TappedModel(vpd := new_decomposition(model, own), model) as tapped:
-            trainer = Trainer(tapped, own, (2, 64))
+        with MaskedModel(vpd := new_decomposition(model, own), model) as masked_model:
+            trainer = Trainer(masked_model, own, (2, 64))
             if refused:
                 with pytest.raises(FloatingPointError, match="not finite"):
                     trainer.step(bad)

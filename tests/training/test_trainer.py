@@ -11,12 +11,11 @@ from torch.testing import assert_close
 from tests.tiny import GAMMA, decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd import VPDConfig
 from tl_vpd.adapters import Unsupported
-from tl_vpd.components import SourcedPass
-from tl_vpd.hooks import TappedModel
+from tl_vpd.forward import BlockedMasks, MaskedModel
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training import Trainer, new_decomposition
 from tl_vpd.training.config import AdversaryConfig, Coefficients
-from tl_vpd.training.passes import Taken
+from tl_vpd.training.engine.eager import MaskInputs
 
 SETTINGS = {
     "paper": {},
@@ -41,32 +40,32 @@ class Double(Trainer):
         return super().draw_sources(what, rows).double()
 
 
-def run(steps=3, micro_batch=None, keep=None, joined=False, **settings):
+def run(steps=3, micro_batch=None, token_mask=None, joined=False, **settings):
     """A few steps in float64; gives metrics, parameters and sources."""
     model = tiny_model()
     config = VPDConfig(**{"steps": 10, "batch_size": 4, "C": 5, "gamma": GAMMA, "warm_up_steps": 1, **settings})
     vpd = new_decomposition(model, config).double()
-    with TappedModel(vpd, model) as tapped:
-        trainer = Double(tapped, config, (4, 6), micro_batch=micro_batch, joined=joined)
+    with MaskedModel(vpd, model) as masked_model:
+        trainer = Double(masked_model, config, (4, 6), micro_batch=micro_batch, joined=joined)
         trainer.sources = PersistentSources(trainer.sources.values.double())
         trainer.warm_up()
-        metrics = [trainer.step(some_tokens(seed=i, shape=(4, 6)), keep) for i in range(steps)]
+        metrics = [trainer.step(some_tokens(seed=i, shape=(4, 6)), token_mask) for i in range(steps)]
     return metrics, {k: p.detach() for k, p in vpd.named_parameters()}, trainer.sources.values
 
 
-@pytest.mark.parametrize("keep", [None, "some"])
+@pytest.mark.parametrize("token_mask", [None, "some"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_batch_in_parts_gives_the_losses_and_weights_of_the_whole(name, keep):
+def test_a_batch_in_parts_gives_the_losses_and_weights_of_the_whole(name, token_mask):
     real = None
-    if keep:
+    if token_mask:
         real = torch.ones(4, 6, dtype=torch.bool)
         real[0, :3] = real[3, :1] = False
-    whole, weights, sources = run(keep=real, **SETTINGS[name])
+    whole, weights, sources = run(token_mask=real, **SETTINGS[name])
     others = [{"micro_batch": 2}]
     if not SETTINGS[name].get("merged"):
         others += [{"micro_batch": 3}, {"joined": True}, {"joined": True, "micro_batch": 3}]
     for how in others:
-        parts, own, own_sources = run(keep=real, **how, **SETTINGS[name])
+        parts, own, own_sources = run(token_mask=real, **how, **SETTINGS[name])
         for a, b in zip(parts, whole, strict=True):
             for field in ("total", "stochastic", "adversarial", "importance", "frequency", "faithfulness", "l0"):
                 assert getattr(a, field) == pytest.approx(getattr(b, field), rel=2e-6), field
@@ -82,19 +81,19 @@ def test_a_merged_step_attacks_even_rows_and_draws_the_others():
     config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, merged=True, stochastic_routing="all")
     vpd = new_decomposition(model, config)
     tokens = some_tokens(shape=(4, 6))
-    with TappedModel(vpd, model) as tapped:
-        trainer = Trainer(tapped, config, (4, 6))
+    with MaskedModel(vpd, model) as masked_model:
+        trainer = Trainer(masked_model, config, (4, 6))
         assert trainer.sources.values.shape == (2, 6, 5 * 12 + 12)
-        passes = []
-        masked = tapped.masked
+        engine = []
+        masked = masked_model.masked
 
-        def recorded(tokens, masks, keep=None, **how):
-            passes.append((tokens, {n: masks.mask(n)[0].detach().clone() for n in masks.packing.names}, how))
-            return masked(tokens, masks, keep, **how)
+        def recorded(tokens, masks, token_mask=None, **how):
+            engine.append((tokens, {n: masks.mask(n)[0].detach().clone() for n in masks.site_axis.names}, how))
+            return masked(tokens, masks, token_mask, **how)
 
-        tapped.masked = recorded
+        masked_model.masked = recorded
         trainer.step(tokens)
-    *inner, (both, masks, _) = passes
+    *inner, (both, masks, _) = engine
     assert len(inner) == 2 and all(torch.equal(t, tokens[[0, 2]]) for t, _, _ in inner)
     assert torch.equal(both, tokens[[0, 2, 1, 3]])
     drawn = trainer.draws.sources("stochastic", 0, [1, 3])
@@ -110,8 +109,8 @@ def test_a_merged_step_attacks_even_rows_and_draws_the_others():
 def test_pooled_sources_are_shared_by_positions_and_cost_a_pool():
     config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, adversary=AdversaryConfig(pool=2))
     model = tiny_model(dtype=torch.float32)
-    with TappedModel(new_decomposition(model, config), model) as tapped:
-        trainer = Trainer(tapped, config, (4, 6))
+    with MaskedModel(new_decomposition(model, config), model) as masked_model:
+        trainer = Trainer(masked_model, config, (4, 6))
         before = trainer.sources.values.clone()
         assert before.shape == (4, 2, 72)
         slots = trainer.draws.at(0).slots
@@ -124,8 +123,8 @@ def test_pooled_sources_are_shared_by_positions_and_cost_a_pool():
 def test_random_numbers_of_a_row_do_not_depend_on_the_others():
     model = tiny_model(dtype=torch.float32)
     config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA)
-    with TappedModel(new_decomposition(model, config), model) as tapped:
-        whole = Trainer(tapped, config, (4, 6))
+    with MaskedModel(new_decomposition(model, config), model) as masked_model:
+        whole = Trainer(masked_model, config, (4, 6))
     draws = whole.draws
     a = draws.sources("stochastic", 7, [0, 1, 2, 3])
     assert torch.equal(a[[3, 1]], draws.sources("stochastic", 7, [3, 1]))
@@ -140,12 +139,12 @@ def test_random_numbers_of_a_row_do_not_depend_on_the_others():
 def test_what_cannot_be_shared_out_is_said(merged):
     model = tiny_model(dtype=torch.float32)
     config = VPDConfig(steps=10, batch_size=3, C=5, gamma=GAMMA, merged=merged)
-    with TappedModel(new_decomposition(model, config), model) as tapped:
+    with MaskedModel(new_decomposition(model, config), model) as masked_model:
         if merged:
             with pytest.raises(ValueError, match="rows of both kinds"):
-                Trainer(tapped, config, (3, 6), micro_batch=1)
+                Trainer(masked_model, config, (3, 6), micro_batch=1)
         else:
-            assert len(Trainer(tapped, config, (3, 6), micro_batch=2).shares.parts) == 2
+            assert len(Trainer(masked_model, config, (3, 6), micro_batch=2).shares.micro_batches) == 2
 
 
 def test_copies_of_a_trainer_draw_alike():
@@ -159,8 +158,8 @@ def some_steps(steps=3, dtype=torch.float32, **how):
     model = tiny_model(dtype=dtype)
     config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=200, merged=how.pop("merged", False))
     vpd = new_decomposition(model, config)
-    with TappedModel(vpd, model) as tapped:
-        trainer = Trainer(tapped, config, (4, 6), **how)
+    with MaskedModel(vpd, model) as masked_model:
+        trainer = Trainer(masked_model, config, (4, 6), **how)
         trainer.warm_up()
         metrics = [trainer.step(some_tokens(seed=i, shape=(4, 6))) for i in range(steps)]
     assert "forward" not in model.blocks[0].__dict__
@@ -171,22 +170,22 @@ def test_a_forward_slope_makes_masks_negative_and_moves_values_below_zero_both_w
     model = tiny_model(dtype=torch.float32)
     config = VPDConfig(steps=10, batch_size=4, C=5, gamma={**GAMMA, "output_bias": -0.5}, forward_slope=0.1)
     vpd = new_decomposition(model, config)
-    with TappedModel(vpd, model) as tapped:
-        trainer = Trainer(tapped, config, (4, 6))
-        seen, clean = [], trainer.passes.clean
-        monkeypatch.setattr(trainer.passes, "clean", lambda *a: seen.append(clean(*a)) or seen[-1])
+    with MaskedModel(vpd, model) as masked_model:
+        trainer = Trainer(masked_model, config, (4, 6))
+        seen, clean = [], trainer.engine.clean
+        monkeypatch.setattr(trainer.engine, "clean", lambda *a: seen.append(clean(*a)) or seen[-1])
         monkeypatch.setattr(
-            trainer.passes, "into_gamma", lambda own, grad, slope, penalty: seen.extend([grad.clone(), slope, penalty])
+            trainer.engine, "into_gamma", lambda own, grad, slope, penalty: seen.extend([grad.clone(), slope, penalty])
         )
         metrics = trainer.step(some_tokens(shape=(4, 6)))
     own, of_g, slope, penalty = seen
     z = own.z.detach()
     assert bool((z < 0).any()) and bool((z > 0).any())
-    with tapped, torch.no_grad():
-        found, _ = trainer.passes._masked(own, slice(None), Taken(trainer.sources.values.flatten(0, 1)))
+    with masked_model, torch.no_grad():
+        found, _ = trainer.engine._masked(own, slice(None), MaskInputs(trainer.sources.values.flatten(0, 1)))
         g = torch.where(z < 0, 0.1 * z, z.clamp(0, 1))
         assert_close(
-            found, tapped.masked(own.tokens, SourcedPass(g, trainer.sources.values.flatten(0, 1), vpd.packing))
+            found, masked_model.masked(own.tokens, BlockedMasks(g, trainer.sources.values.flatten(0, 1), vpd.site_axis))
         )
     assert metrics.l0 == pytest.approx(float((z > 0).sum()) / 24)
     below = z < -1e-3
@@ -196,13 +195,13 @@ def test_a_forward_slope_makes_masks_negative_and_moves_values_below_zero_both_w
 
 
 def test_joined_passes_run_the_model_once_for_both_kinds_of_rows(monkeypatch):
-    rows, masked = [], TappedModel.masked
+    rows, masked = [], MaskedModel.masked
 
     def recorded(self, tokens, *arguments, **how):
         rows.append(len(tokens))
         return masked(self, tokens, *arguments, **how)
 
-    monkeypatch.setattr(TappedModel, "masked", recorded)
+    monkeypatch.setattr(MaskedModel, "masked", recorded)
     some_steps(steps=1, joined=True)
     assert rows == [4, 4, 8]
     rows.clear()
@@ -224,13 +223,13 @@ def test_activations_computed_again_take_less_memory_until_backward():
         model, saved = tiny_model(dtype=torch.float32), []
         vpd = decomposition_of(model)
         g, sources = draw(4, 6, 72, seed=1).float(), draw(24, 84, seed=2).float()
-        with TappedModel(vpd, model) as tapped:
-            run = SourcedPass(g, sources, vpd.packing, grad_g=torch.zeros_like(g))
+        with MaskedModel(vpd, model) as masked_model:
+            run = BlockedMasks(g, sources, vpd.site_axis, grad_g=torch.zeros_like(g))
             hooks = torch.autograd.graph.saved_tensors_hooks(
                 lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
             )
             with hooks:
-                tapped.masked(some_tokens(shape=(4, 6)), run, checkpoint=checkpoint)
+                masked_model.masked(some_tokens(shape=(4, 6)), run, checkpoint=checkpoint)
         kept[checkpoint] = sum(saved)
     assert kept[True] < kept[False] / 4
 
@@ -241,10 +240,10 @@ def test_a_model_that_is_no_stack_of_layers_cannot_compute_its_activations_again
     model = TwoLayers().float()
     config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, output="mse")
     with (
-        TappedModel(new_decomposition(model, config), model) as tapped,
+        MaskedModel(new_decomposition(model, config), model) as masked_model,
         pytest.raises(Unsupported, match="checkpoint=False"),
     ):
-        Trainer(tapped, config, (4, 1), checkpoint=True)
+        Trainer(masked_model, config, (4, 1), checkpoint=True)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -267,8 +266,8 @@ def test_bfloat16_products_stay_near_float32_and_everything_kept_is_float32(merg
 def test_a_step_with_another_number_of_rows_is_refused():
     model = tiny_model()
     config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=1)
-    with TappedModel(new_decomposition(model, config), model) as tapped:
-        trainer = Trainer(tapped, config, (4, 6))
+    with MaskedModel(new_decomposition(model, config), model) as masked_model:
+        trainer = Trainer(masked_model, config, (4, 6))
         with pytest.raises(ValueError, match="takes 4 rows a step, and was given 3"):
             trainer.step(some_tokens(shape=(3, 6)))
         assert trainer.done == 0

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from tests.adapters.own import TwoLayers, normal, seeded
 from tl_vpd import Decomposition, VPDConfig
-from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.training import Coefficients, Trainer, decompose, new_decomposition
 from tl_vpd.training.data import batches_of
@@ -31,7 +31,7 @@ def one_site_masked(
     W = {"fc": model.fc.weight.T, "head.out": model.head.out.weight.T}
     with torch.no_grad():
         inputs = {"fc": x, "head.out": model.fc(x).relu()}
-        g = vpd.packing.unpack(lower_leaky(vpd.pre_sigmoid(inputs)))[site]
+        g = vpd.site_axis.split_sites(lower_leaky(vpd.pre_sigmoid(inputs)))[site]
         outputs = []
         for row, own, r in zip(x, g, sources, strict=True):
             V, U = vpd.V[site], vpd.U[site]
@@ -46,8 +46,8 @@ def test_the_layerwise_loss_is_the_mean_over_sites_of_the_error_with_that_site_m
     model = seeded(TwoLayers).float()
     vpd = new_decomposition(model, config(coefficients=ALONE))
     x = normal(3, 1, 4).float()
-    with TappedModel(vpd, model) as tapped:
-        trainer = Trainer(tapped, config(coefficients=ALONE), (3, 1))
+    with MaskedModel(vpd, model) as masked_model:
+        trainer = Trainer(masked_model, config(coefficients=ALONE), (3, 1))
         drawn = trainer.draw_sources("layerwise", range(3))
         sources = {"fc": drawn[:, [*range(5), 10]], "head.out": drawn[:, [*range(5, 10), 11]]}
         target = model(x[:, 0])
@@ -65,8 +65,8 @@ def test_parts_of_a_batch_give_the_layerwise_loss_of_the_whole(merged):
     own = config(batch_size=4, coefficients=Coefficients(layerwise=0.7), merged=merged, stochastic_routing="all")
     for micro_batch in (None, 2):
         model = seeded(TwoLayers).float()
-        with TappedModel(vpd := new_decomposition(model, own), model) as tapped:
-            metrics = Trainer(tapped, own, (4, 2), micro_batch=micro_batch).step(x)
+        with MaskedModel(vpd := new_decomposition(model, own), model) as masked_model:
+            metrics = Trainer(masked_model, own, (4, 2), micro_batch=micro_batch).step(x)
         found.append((metrics.layerwise, metrics.total, metrics.grad_norm, vpd.V["fc"].detach().clone()))
     assert found[0][:3] == pytest.approx(found[1][:3], rel=1e-4)
     assert_close(found[0][3], found[1][3], atol=2e-3, rtol=0)
@@ -74,8 +74,8 @@ def test_parts_of_a_batch_give_the_layerwise_loss_of_the_whole(merged):
 
 def test_without_the_coefficient_nothing_is_drawn_for_it():
     model = seeded(TwoLayers).float()
-    with TappedModel(new_decomposition(model, config()), model) as tapped:
-        trainer = Trainer(tapped, config(), (3, 1))
+    with MaskedModel(new_decomposition(model, config()), model) as masked_model:
+        trainer = Trainer(masked_model, config(), (3, 1))
         drawn, draw = [], trainer.draw_sources
         trainer.draw_sources = lambda what, rows: drawn.append(what) or draw(what, rows)
         assert trainer.step(normal(3, 1, 4).float()).layerwise == 0

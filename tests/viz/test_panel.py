@@ -37,7 +37,7 @@ def addresses(html: str) -> list[str]:
 @pytest.fixture
 def panels(model, vpd) -> list[Panel]:
     found = harvest(vpd, model, some_tokens(shape=(6, 7)), windows=2)
-    firing = [str(a) for a in vpd.packing.subcomponents() if found[a].windows]
+    firing = [str(a) for a in vpd.site_axis.subcomponents() if found[a].windows]
     history = pd.DataFrame(
         {"step": [0, 10], **{name: [2.0, 1.0] for name in ("stochastic", "adversarial", "importance", "frequency")}}
     ).assign(l0=[5.0, 4.0], faithfulness=[1e-3, 1e-4])

@@ -30,7 +30,7 @@ def found(model, vpd) -> Harvest:
 
 
 def fullest(found: Harvest) -> str:
-    return str(max(found.packing.subcomponents(), key=lambda a: len(found[a].windows)))
+    return str(max(found.site_axis.subcomponents(), key=lambda a: len(found[a].windows)))
 
 
 def a_window() -> Window:

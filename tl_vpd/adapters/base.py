@@ -16,13 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_vpd.adapters.held import See
+from tl_vpd.adapters.linearised import See
 from tl_vpd.adapters.logits import left_out, unembedding_of
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_argument
 from tl_vpd.adapters.versions import get_attention_mask
 from tl_vpd.components import WHOLE, Layout
+from tl_vpd.losses.unembedding import Unembedding
 from tl_vpd.site import Site
-from tl_vpd.unembedding import Unembedding
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -213,9 +213,11 @@ class Adapter(ABC):
             return self.model.forward(*arguments, **{k: v for k, v in keywords.items() if k != "return_type"})
         return self.model.forward(*arguments, **{**keywords, "return_type": return_type})
 
-    def run(self, tokens: Tensor, keep: Bool[Tensor, "batch pos"] | None) -> Tensor:
-        """Logits of the model on tokens; ``keep`` is False at padding."""
-        return self.model(tokens, return_type="logits", attention_mask=None if keep is None else keep.long())
+    def run(self, tokens: Tensor, token_mask: Bool[Tensor, "batch pos"] | None) -> Tensor:
+        """Logits of the model on tokens; ``token_mask`` is False at padding."""
+        return self.model(
+            tokens, return_type="logits", attention_mask=None if token_mask is None else token_mask.long()
+        )
 
     def truncation(self, arguments: Arguments, keywords: Keywords) -> str | None:
         """The argument that makes this call skip blocks, if any."""
@@ -287,8 +289,8 @@ class Adapter(ABC):
             attention_mask = get_attention_mask(tokenizer, tokens, bool(self.model.cfg.default_prepend_bos))
         if tokens is not None:
             attention_mask = attention_mask[:, -tokens.shape[1] :]
-        keep = savable(attention_mask).bool().to(self.device)
-        return None if bool(keep.all()) else keep
+        token_mask = savable(attention_mask).bool().to(self.device)
+        return None if bool(token_mask.all()) else token_mask
 
     # -- taps --------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_vpd.adapters.base import Adapter, Arguments, Keywords, centred
-from tl_vpd.adapters.held import See, at_fixed_scale, constant, norm_modules, pattern_points
+from tl_vpd.adapters.linearised import See, at_fixed_scale, constant, norm_modules, pattern_points
 from tl_vpd.adapters.linears import oriented, overwrite, why_not
 from tl_vpd.adapters.scores import bilinear_scores
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_output, tap_product, tap_result
@@ -208,10 +208,10 @@ class BridgeAdapter(Adapter):
         """Whether the wrapped model came to its end."""
         return self._completed
 
-    def run(self, tokens: Tensor, keep: Bool[Tensor, "batch pos"] | None) -> Tensor:
-        """Logits of the model on tokens; ``keep`` is False at padding."""
+    def run(self, tokens: Tensor, token_mask: Bool[Tensor, "batch pos"] | None) -> Tensor:
+        """Logits of the model on tokens; ``token_mask`` is False at padding."""
         self._batch = len(tokens)  # taps may be on without ``tap_inputs``
-        return super().run(tokens, keep)
+        return super().run(tokens, token_mask)
 
     def kv_cache(self, arguments: Arguments, keywords: Keywords) -> Any:
         """The KV cache handed to this call, if any."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters.base import Adapter, Arguments, Keywords, centred
 from tl_vpd.adapters.fused import fused_attention
-from tl_vpd.adapters.held import See, constant, norm_modules, pattern_points
+from tl_vpd.adapters.linearised import See, constant, norm_modules, pattern_points
 from tl_vpd.adapters.scores import bilinear_scores
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_input, tap_keyword, tap_output, tap_result
 from tl_vpd.components import WHOLE, Layout

@@ -72,7 +72,7 @@ class ModuleAdapter(Adapter):
         """The layer's bias."""
         return self.model.get_submodule(name).bias
 
-    def run(self, tokens: Tensor, keep: Bool[Tensor, "batch pos"] | None) -> Tensor:
+    def run(self, tokens: Tensor, token_mask: Bool[Tensor, "batch pos"] | None) -> Tensor:
         """The model's output on an input; raises TypeError if it is no tensor."""
         output = self.model(tokens)
         if not isinstance(output, Tensor):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
+from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.importances import causal_importances
-from tl_vpd.hooks.registry import own_attachment
 from tl_vpd.hooks.sparse import AblateEach, Positions
 from tl_vpd.site import Subcomponent, nearest
 
@@ -65,25 +65,25 @@ def ablation_table(
         KeyError, IndexError, ValueError: a subcomponent or position does not exist; the metric gives no single number; another
             decomposition is attached to the model.
     """
-    attached = own_attachment(decomposition, model)
+    attached = attachment_of(decomposition, model)
     adapter = adapt(model)
     tokens = adapter.tokens(prompts)
-    keep = adapter.padding(tokens, attention_mask)
+    token_mask = adapter.padding(tokens, attention_mask)
     if subcomponents is None:
-        g = causal_importances(decomposition, model, tokens, attention_mask=attention_mask).packed
+        g = causal_importances(decomposition, model, tokens, attention_mask=attention_mask).concatenated
         where = (g > above).flatten(0, -2).any(0).nonzero().flatten().tolist()
-        chosen = [decomposition.packing.at(i) for i in where]
+        chosen = [decomposition.site_axis.at(i) for i in where]
     else:
         chosen = [decomposition.subcomponent(c) for c in subcomponents]
     with decomposition.attach(model) if attached is None else nullcontext():
-        clean = _number(metric(adapter.run(tokens, keep)))
+        clean = _number(metric(adapter.run(tokens, token_mask)))
         found: list[float] = []
         copies = max(1, rows // len(tokens))
         for start in tqdm(range(0, len(chosen), copies), disable=not progress, desc="ablating"):
             group = chosen[start : start + copies]
             hooks = _hooks(decomposition, group, len(tokens), pos, amount, values)
             with model.hooks(fwd_hooks=hooks):  # type: ignore[operator]
-                output = _repeated(adapter, tokens, keep, len(group))
+                output = _repeated(adapter, tokens, token_mask, len(group))
             found += [_number(metric(own)) for own in output.split(len(tokens))]
     return pd.DataFrame(
         {
@@ -96,9 +96,9 @@ def ablation_table(
     )
 
 
-def _repeated(adapter: Adapter, tokens: Tensor, keep: Tensor | None, n: int) -> Tensor:
+def _repeated(adapter: Adapter, tokens: Tensor, token_mask: Tensor | None, n: int) -> Tensor:
     times = [n] + [1] * (tokens.ndim - 1)
-    return adapter.run(tokens.repeat(times), None if keep is None else keep.repeat(n, 1))
+    return adapter.run(tokens.repeat(times), None if token_mask is None else token_mask.repeat(n, 1))
 
 
 def _number(value: Any) -> float:

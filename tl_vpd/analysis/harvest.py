@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from tl_vpd.analysis.records import Harvest
 from tl_vpd.analysis.tally import Tally
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.hooks.importances import zero_padding
-from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.site import Subcomponent
 
@@ -62,33 +62,33 @@ def harvest(
     if not 0 <= threshold < 1:
         raise ValueError(f"threshold={threshold}: importances lie in [0, 1], so it must be at least 0 and below 1.")
     chosen = _chosen(decomposition, subcomponents)
-    with TappedModel(decomposition, model) as tapped:
-        tokens = tapped.adapter.tokens(tokens)
-        keep = tapped.adapter.padding(tokens, attention_mask)
-        real = torch.ones_like(tokens, dtype=torch.bool) if keep is None else keep
+    with MaskedModel(decomposition, model) as masked_model:
+        tokens = masked_model.adapter.tokens(tokens)
+        token_mask = masked_model.adapter.padding(tokens, attention_mask)
+        real = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
         tally = Tally(len(chosen), int(tokens.max()) + 1, windows, radius, threshold, tokens.device)
         for start in range(0, len(tokens), batch_size):
             rows = slice(start, start + batch_size)
-            own_keep = None if keep is None else keep[rows]
-            _, inputs = tapped.clean(tokens[rows], own_keep)
+            own_keep = None if token_mask is None else token_mask[rows]
+            _, inputs = masked_model.clean(tokens[rows], own_keep)
             g = zero_padding(lower_leaky(decomposition.pre_sigmoid(inputs, own_keep)), own_keep)
             g = g if subcomponents is None else g[..., chosen.to(g.device)]
             tally.add(tokens[rows], real[rows], g, _activations(decomposition, inputs, chosen), start)
-        names = _names(getattr(tapped.adapter.model, "tokenizer", None), tokens)
+        names = _names(getattr(masked_model.adapter.model, "tokenizer", None), tokens)
     return tally.result(decomposition, chosen.to(tokens.device), tokens, real, names)
 
 
 def _chosen(decomposition: Decomposition, subcomponents: Sequence[str | Subcomponent] | None) -> Int[Tensor, " C"]:
-    """Packed positions, ascending, each once."""
-    packing = decomposition.packing
+    """Positions, ascending, each once."""
+    site_axis = decomposition.site_axis
     if subcomponents is None:
-        return torch.arange(packing.total)
+        return torch.arange(site_axis.total)
     if isinstance(subcomponents, (str, Subcomponent)):
         subcomponents = [subcomponents]
     if not len(subcomponents):
         raise ValueError("No subcomponent is named; pass subcomponents=None for all of them.")
     found = [decomposition.subcomponent(address) for address in subcomponents]
-    return torch.tensor(sorted({packing.slices[f.site].start + f.index for f in found}))
+    return torch.tensor(sorted({site_axis.slices[f.site].start + f.index for f in found}))
 
 
 def _of_site(chosen: Int[Tensor, " C"], where: slice) -> Int[Tensor, " own"]:
@@ -99,7 +99,7 @@ def _activations(
     decomposition: Decomposition, inputs: Mapping[str, Tensor], chosen: Int[Tensor, " C"]
 ) -> Float[Tensor, "row pos C"]:
     parts = []
-    for name, where in decomposition.packing.slices.items():
+    for name, where in decomposition.site_axis.slices.items():
         own = _of_site(chosen, where).to(decomposition.device)
         V, U = decomposition.V[name][:, own], decomposition.U[name][own]
         parts.append(inputs[name] @ (V * U.norm(dim=-1)).to(inputs[name]))

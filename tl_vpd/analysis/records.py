@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_vpd.site import Packing, Subcomponent, nearest
+from tl_vpd.site import ConcatenatedAxis, Subcomponent, nearest
 
 By = Literal["pmi", "recall"]
 
@@ -149,10 +149,10 @@ class SubcomponentHarvest:
 class Harvest:
     """Statistics, windows and token counts of the harvested subcomponents ``C``, on the model's device.
 
-    ``chosen`` holds their packed positions, ascending; ``rows`` is −1 where a subcomponent has fewer windows.
+    ``chosen`` holds their concatenated positions, ascending; ``rows`` is −1 where a subcomponent has fewer windows.
     """
 
-    packing: Packing
+    site_axis: ConcatenatedAxis
     chosen: Int[Tensor, " C"]
     mean_importance: Float[Tensor, " C"]
     density: Float[Tensor, " C"]
@@ -178,7 +178,7 @@ class Harvest:
         """One subcomponent; raises KeyError or IndexError if it does not exist, or KeyError if it was not harvested."""
         i = self._index(address)
         return SubcomponentHarvest(
-            subcomponent=self.packing.at(int(self.chosen[i])),
+            subcomponent=self.site_axis.at(int(self.chosen[i])),
             mean_importance=float(self.mean_importance[i]),
             density=float(self.density[i]),
             firings=int(self.firings[i]),
@@ -193,7 +193,7 @@ class Harvest:
 
     def to_pandas(self) -> pd.DataFrame:
         """One row a subcomponent: subcomponent, site, mean_importance, density, firings, mean_activation, norm."""
-        parts = [self.packing.at(i) for i in self.chosen.tolist()]
+        parts = [self.site_axis.at(i) for i in self.chosen.tolist()]
         return pd.DataFrame(
             {
                 "subcomponent": [str(part) for part in parts],
@@ -213,13 +213,13 @@ class Harvest:
 
     def _index(self, address: str | Subcomponent) -> int:
         wanted = Subcomponent.parse(address)
-        if wanted.site not in self.packing.slices:
-            raise KeyError(f"{wanted.site!r} is not a decomposed site{nearest(wanted.site, self.packing.names)}.")
-        count = self.packing.counts[wanted.site]
+        if wanted.site not in self.site_axis.slices:
+            raise KeyError(f"{wanted.site!r} is not a decomposed site{nearest(wanted.site, self.site_axis.names)}.")
+        count = self.site_axis.counts[wanted.site]
         if wanted.index >= count:
             raise IndexError(f"{wanted} does not exist: {wanted.site} has {count} subcomponents, 0 to {count - 1}.")
-        packed = self.packing.slices[wanted.site].start + wanted.index
-        found = (self.chosen == packed).nonzero()
+        concatenated = self.site_axis.slices[wanted.site].start + wanted.index
+        found = (self.chosen == concatenated).nonzero()
         if not len(found):
             raise KeyError(f"{wanted} was not harvested; name it in harvest(..., subcomponents=[...]).")
         return int(found[0, 0])

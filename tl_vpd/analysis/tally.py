@@ -90,7 +90,7 @@ class Tally:
             [decomposition.V[s].norm(dim=0) * decomposition.U[s].norm(dim=-1) for s in decomposition.sites]
         )
         return Harvest(
-            packing=decomposition.packing,
+            site_axis=decomposition.site_axis,
             chosen=chosen,
             mean_importance=(self.g / self.n).float(),
             density=(self.positive / self.n).float(),

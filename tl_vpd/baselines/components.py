@@ -19,7 +19,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter
-from tl_vpd.hooks.tapped import frozen, users_hooks_aside
+from tl_vpd.forward.masked_model import frozen, users_hooks_aside
 
 
 class FullComponents(nn.Module):

@@ -23,7 +23,7 @@ from typing import Any
 from torch import nn
 
 from tl_vpd.baselines.apd import APDConfig, apd
-from tl_vpd.baselines.found import RankOne
+from tl_vpd.baselines.rank_one import RankOne
 from tl_vpd.evaluation.ground_truth import Found
 from tl_vpd.importance import GammaConfig
 from tl_vpd.training import Coefficients, VPDConfig, decompose

@@ -1,128 +1,23 @@
-"""The model and decomposition that ship: a two-layer GPT-NeoX of the standard library's source, taken apart.
+"""The model and decomposition that ship: a two-layer GPT-NeoX of the standard library's source, taken apart."""
 
-    >>> model = bundled.model()                      # doctest: +SKIP
-    >>> vpd = bundled.decomposition()                # doctest: +SKIP
-    >>> tokens = bundled.tokens("validation")        # doctest: +SKIP
+from tl_vpd.bundled.loading import (
+    DECOMPOSITION,
+    MODEL,
+    decomposition,
+    evaluation,
+    hooked_transformer,
+    model,
+    tokens,
+    training_record,
+)
 
-The model is a HookedTransformer where the installed TransformerLens has one, else a TransformerBridge; the decomposition fits
-both. The weights lie in the layout of transformers and are loaded without any processing (no folded norms, no centring).
-"""
-
-from __future__ import annotations
-
-import json
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-import numpy as np
-import torch
-from jaxtyping import Int
-from safetensors.numpy import load_file
-from torch import Tensor
-
-from tl_vpd.adapters.loading import Kind, converted_neox_weights, default_kind, load_model
-from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
-from tl_vpd.decomposition import Decomposition
-
-if TYPE_CHECKING:
-    from tl_vpd.evaluation import Evaluation
-
-MODEL = Path(__file__).parent / "model"
-DECOMPOSITION = Path(__file__).parent / "decomposition"
-
-
-def model(*, kind: Kind | None = None, device: str | torch.device = "cpu", folder: Path = MODEL) -> Any:
-    """The bundled model: 2 layers, d_model 96, 4 heads, d_mlp 384, vocabulary 768, context 128.
-
-    ``kind``: ``hooked_transformer`` or ``bridge`` (None: HookedTransformer where the installed TransformerLens has it).
-
-    Raises:
-        ImportError: the installed TransformerLens has no such class.
-    """
-    if (kind or default_kind()) == "bridge":
-        with _quiet_transformers():
-            bridge: Any = load_model(str(folder), kind="bridge", device=device)
-        bridge.cfg.default_prepend_bos = True  # as the model was trained, and as the HookedTransformer reads strings
-        return bridge
-    return hooked_transformer(folder, device=device)
-
-
-def decomposition(*, device: str | torch.device = "cpu") -> Decomposition:
-    """The finished decomposition of the bundled model."""
-    return Decomposition.load(DECOMPOSITION, device=device)
-
-
-def tokens(part: Literal["validation", "training"], folder: Path = MODEL) -> Int[Tensor, "window pos"]:
-    """Token windows of the model's own text, each opened by BOS: 256 of validation or 2,000 of training files."""
-    return torch.from_numpy(load_file(folder / "tokens.safetensors")[part].astype(np.int64))
-
-
-def training_record(folder: Path = MODEL) -> dict[str, Any]:
-    """How the model was trained, with its validation ``curve`` of (step, cross-entropy in nats)."""
-    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
-
-
-def hooked_transformer(folder: Path, *, device: str | torch.device = "cpu") -> Any:
-    """A GPT-NeoX folder of transformers as an unprocessed HookedTransformer.
-
-    Raises:
-        ImportError: the installed TransformerLens has none.
-    """
-    if HookedTransformer is None:
-        raise ImportError("This TransformerLens has no HookedTransformer: use kind='bridge', or install 3.x.")
-    from transformers import AutoTokenizer, GPTNeoXForCausalLM
-
-    with _quiet_transformers():
-        source = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    own = source.config
-    cfg = HookedTransformerConfig(
-        n_layers=own.num_hidden_layers,
-        d_model=own.hidden_size,
-        n_heads=own.num_attention_heads,
-        d_head=own.hidden_size // own.num_attention_heads,
-        d_mlp=own.intermediate_size,
-        d_vocab=own.vocab_size,
-        n_ctx=own.max_position_embeddings,
-        act_fn="gelu",
-        eps=own.layer_norm_eps,
-        normalization_type="LN",
-        positional_embedding_type="rotary",
-        rotary_dim=own.hidden_size // own.num_attention_heads,
-        rotary_adjacent_pairs=False,
-        original_architecture="GPTNeoXForCausalLM",
-        default_prepend_bos=True,
-        device=str(device),
-        seed=None,
-    )
-    tokenizer = AutoTokenizer.from_pretrained(folder, add_bos_token=True)
-    hooked = HookedTransformer(cfg, tokenizer=tokenizer, move_to_device=False)
-    with torch.no_grad():
-        state = {k: v.clone() for k, v in converted_neox_weights(source, cfg).items()}
-    hooked.load_and_process_state_dict(
-        state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
-    )
-    return hooked.to(device, print_details=False)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bar for a file that is read in a moment; the user's setting is put back."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
-
-
-def evaluation() -> Evaluation:
-    """The evaluation of the bundled decomposition on 8,192 validation tokens as first measured: masks, counts, the standard
-    adversary, two controls; none of the further tables."""
-    from tl_vpd.evaluation import Evaluation
-
-    return Evaluation(json.loads((DECOMPOSITION / "metrics.json").read_text(encoding="utf-8")))
+__all__ = [
+    "DECOMPOSITION",
+    "MODEL",
+    "decomposition",
+    "evaluation",
+    "hooked_transformer",
+    "model",
+    "tokens",
+    "training_record",
+]

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_vpd.site import Packing, Site
+from tl_vpd.site import ConcatenatedAxis, Site
 
 
 class _BySite(Mapping[str, Tensor]):
@@ -52,7 +52,7 @@ class Components(nn.Module):
         for name in self.sites:
             if counts[name] < 1:
                 raise ValueError(f"C of {name} is {counts[name]}; a site needs at least one subcomponent.")
-        self.packing = Packing({name: counts[name] for name in self.sites})
+        self.site_axis = ConcatenatedAxis({name: counts[name] for name in self.sites})
         self._V, self._U = nn.ParameterDict(), nn.ParameterDict()
         for name, site in self.sites.items():
             C = counts[name]

@@ -24,8 +24,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.components.masked import masked_output
-
 
 @dataclass(frozen=True)
 class Layout:
@@ -79,44 +77,18 @@ class Layout:
             return torch.einsum("...hd,hdc->...hc", x, V.unflatten(0, (self.n_heads, -1)))
         return x @ V
 
-    def output(
-        self,
-        y: Float[Tensor, "*batch d_y"],
-        acts: Float[Tensor, "*batch C"],
-        U: Float[Tensor, "C d_out"],
-        bias: Float[Tensor, " d_out"] | None,
-        *,
-        mask: Tensor | None = None,
-        delta_mask: Tensor | None = None,
-        routed: Tensor | None = None,
-        patched_acts: Float[Tensor, "*batch C"] | None = None,
-    ) -> Float[Tensor, "*batch d_y"]:
-        """``masked_output`` in this layout; masks come without a head axis."""
-        if self.by_head:
-            mask, delta_mask = (None if m is None else m.unsqueeze(axis) for m, axis in ((mask, -2), (delta_mask, -1)))
-            routed = None if routed is None else routed.unsqueeze(-1)
-        return masked_output(
-            y,
-            acts,
-            self._write(U),
-            None if bias is None or self.kind == "result" else self._bias(bias),
-            mask=mask,
-            delta_mask=delta_mask,
-            routed=routed,
-            patched_acts=patched_acts,
-            overwrite=True,
-        )
-
     def _repeat(self, by_head: Tensor, axis: int) -> Tensor:
         return by_head.repeat_interleave(self.repeats, dim=axis) if self.repeats > 1 else by_head
 
-    def _write(self, U: Float[Tensor, "C d_out"]) -> Tensor:
+    def write_directions(self, U: Float[Tensor, "C d_out"]) -> Float[Tensor, "*head C d_write"]:
+        """U as the pass writes it: with a leading head axis where the product is by head, key/value heads repeated."""
         if self.kind == "result" or (self.kind == "whole" and self.repeats == 1):
             return U
         by_head = self._repeat(U.unflatten(1, (self.n_heads, -1)), 1)  # [C, head, d_head]
         return by_head.transpose(0, 1) if self.kind == "split" else by_head.flatten(1)
 
-    def _bias(self, bias: Float[Tensor, " d_out"]) -> Tensor:
+    def site_bias(self, bias: Float[Tensor, " d_out"]) -> Float[Tensor, "*head d_write"]:
+        """The bias in the shape of ``write_directions``."""
         if self.kind == "whole" and self.repeats == 1:
             return bias
         by_head = self._repeat(bias.unflatten(0, (self.n_heads, -1)), 0)

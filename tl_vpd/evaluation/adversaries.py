@@ -118,7 +118,9 @@ def union_of(weights: Float[Tensor, "*batch K"], sets: Bool[Tensor, "K C_total"]
 @torch.no_grad()
 def explanations(sample: Sample, n: int, *, threshold: float = 0.0) -> Bool[Tensor, "_ C_total"]:
     """The important sets of n real tokens drawn from a sample (of all, if it has fewer)."""
-    real = torch.cat([g.flatten(0, -2) if k is None else g[k] for g, k in zip(sample.g, sample.keep, strict=True)])
+    real = torch.cat(
+        [g.flatten(0, -2) if k is None else g[k] for g, k in zip(sample.g, sample.token_mask, strict=True)]
+    )
     chosen = torch.randperm(len(real), generator=sample.generator(7), device=real.device)[:n]
     return real[chosen] > threshold
 
@@ -141,7 +143,7 @@ def attack(sample: Sample, adversary: Adversary, *, span: Bool[Tensor, "K C_tota
     rows = sum(len(t) for t in sample.tokens)
     own_rows = adversary.scope == "token"
     shape = [rows if own_rows else 1, *[1 if adversary.scope == "shared" else n for n in lead[1:]]]
-    width = sample.packing.total + len(sample.packing.names) if span is None else len(span)
+    width = sample.site_axis.total + len(sample.site_axis.names) if span is None else len(span)
     like = sample.g[0]
 
     def start(number: int) -> Tensor:
@@ -150,10 +152,10 @@ def attack(sample: Sample, adversary: Adversary, *, span: Bool[Tensor, "K C_tota
 
     def masks(i: int, sources: Tensor) -> Masks:
         if span is None:
-            return masks_from_sources(sample.g[i], sources, sample.packing)
+            return masks_from_sources(sample.g[i], sources, sample.site_axis)
         union = union_of(sources, span)
-        no_delta = union.new_zeros(*union.shape[:-1], len(sample.packing.names))
-        return masks_from_sources(sample.g[i], torch.cat([union, no_delta], dim=-1), sample.packing)
+        no_delta = union.new_zeros(*union.shape[:-1], len(sample.site_axis.names))
+        return masks_from_sources(sample.g[i], torch.cat([union, no_delta], dim=-1), sample.site_axis)
 
     def loss(sources: Tensor) -> Tensor:
         value = torch.zeros(())

@@ -18,28 +18,28 @@ from torch import Tensor
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.sample import Importances, learned
-from tl_vpd.site import Packing, Site
+from tl_vpd.site import ConcatenatedAxis, Site
 
 
 def random_importances(
     g: Float[Tensor, "batch pos C_total"],
     alive: Bool[Tensor, " C_total"],
-    packing: Packing,
+    site_axis: ConcatenatedAxis,
     generator: torch.Generator,
 ) -> Float[Tensor, "batch pos C_total"]:
     """Every token's importances handed to alive subcomponents of the same site at random."""
     chosen = []
-    for name, own in packing.unpack(g).items():
+    for name, own in site_axis.split_sites(g).items():
         draw = torch.rand(own.shape, generator=generator, device=own.device)
-        chosen.append(hand_over(own, draw.masked_fill(~alive[packing.slices[name]], -1.0)))
+        chosen.append(hand_over(own, draw.masked_fill(~alive[site_axis.slices[name]], -1.0)))
     return torch.cat(chosen, dim=-1)
 
 
 def shuffled_importances(
-    g: Float[Tensor, "*batch C_total"], keep: Bool[Tensor, "*batch"] | None, generator: torch.Generator
+    g: Float[Tensor, "*batch C_total"], token_mask: Bool[Tensor, "*batch"] | None, generator: torch.Generator
 ) -> Float[Tensor, "*batch C_total"]:
     """Every real token's importances handed to another real token of the batch, all of its sites together."""
-    real = torch.ones(g.shape[:-1], dtype=torch.bool, device=g.device) if keep is None else keep
+    real = torch.ones(g.shape[:-1], dtype=torch.bool, device=g.device) if token_mask is None else token_mask
     own = g[real]
     shuffled = g.clone()
     shuffled[real] = own[torch.randperm(len(own), generator=generator, device=g.device)]
@@ -59,13 +59,13 @@ def singular_components(sites: Mapping[str, Site], weights: Mapping[str, Float[T
 
 def singular_importances(
     g: Float[Tensor, "batch pos C_total"],
-    packing: Packing,
+    site_axis: ConcatenatedAxis,
     inputs: Mapping[str, Float[Tensor, "batch pos _"]],
     singular: Components,
 ) -> Float[Tensor, "batch pos rank_total"]:
     """Every token's importances handed to the singular directions that are strongest there."""
     chosen = []
-    for name, own in packing.unpack(g).items():
+    for name, own in site_axis.split_sites(g).items():
         strength = (inputs[name] @ singular.V[name]).abs() * singular.write_norms(name)
         chosen.append(hand_over(own, strength))
     return torch.cat(chosen, dim=-1)
@@ -88,19 +88,19 @@ def controls_of(
     seed: int,
 ) -> dict[str, tuple[Decomposition | Components, Importances]]:
     """The controls by name: which pieces, and how they get their importances."""
-    packing, own = decomposition.packing, learned(decomposition)
+    site_axis, own = decomposition.site_axis, learned(decomposition)
     singular = singular_components(decomposition.sites, weights)
 
-    def at_random(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
+    def at_random(index: int, inputs: Mapping[str, Tensor], token_mask: Tensor | None) -> Tensor:
         generator = torch.Generator(alive.device).manual_seed(seed * 1_000_003 + index)
-        return random_importances(own(index, inputs, keep), alive, packing, generator)
+        return random_importances(own(index, inputs, token_mask), alive, site_axis, generator)
 
-    def by_strength(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
-        return singular_importances(own(index, inputs, keep), packing, inputs, singular)
+    def by_strength(index: int, inputs: Mapping[str, Tensor], token_mask: Tensor | None) -> Tensor:
+        return singular_importances(own(index, inputs, token_mask), site_axis, inputs, singular)
 
-    def at_other_tokens(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
+    def at_other_tokens(index: int, inputs: Mapping[str, Tensor], token_mask: Tensor | None) -> Tensor:
         generator = torch.Generator(alive.device).manual_seed(seed * 1_000_003 + 900_000 + index)
-        return shuffled_importances(own(index, inputs, keep), keep, generator)
+        return shuffled_importances(own(index, inputs, token_mask), token_mask, generator)
 
     return {
         "random": (decomposition, at_random),

@@ -3,7 +3,7 @@
     >>> report = evaluate(vpd, model, tokens)               # doctest: +SKIP
     >>> report.warnings                                     # doctest: +SKIP
     >>> report.table()                                      # doctest: +SKIP
-    >>> report.save("metrics.json"); report.save_html("report.html")             # doctest: +SKIP
+    >>> report.save("metrics.json")                            # doctest: +SKIP
 
 What it cannot say: that a subcomponent *is* a mechanism. It says how well the output survives these maskings on these tokens.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.components import Components
+from tl_vpd.components.storage import library_versions
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.adversaries import EXPLANATIONS
 from tl_vpd.evaluation.consistency import check_same_sites
@@ -28,9 +29,8 @@ from tl_vpd.evaluation.record import record_of
 from tl_vpd.evaluation.report import Evaluation
 from tl_vpd.evaluation.sample import ALIVE, Importances, Sample, learned
 from tl_vpd.evaluation.tables import Scope, named, plain, tables_of_decomposition, tables_of_sample
-from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.site import nearest
-from tl_vpd.storage import library_versions
 
 BUDGETS = (20, 40, 80, 160, 320)
 MEASURES = (
@@ -99,8 +99,8 @@ def evaluate(
 
     def measured(pieces: str, parts: Decomposition | Components, importances: Importances) -> dict[str, Any]:
         own = pieces == "learned"
-        with TappedModel(parts, model) as tapped:
-            sample = Sample(parts, tapped, importances, tokens, batch_size, seed)
+        with MaskedModel(parts, model) as masked_model:
+            sample = Sample(parts, masked_model, importances, tokens, batch_size, seed)
             record, attacks = record_of(
                 sample,
                 budgets=budgets if own else control_budgets,

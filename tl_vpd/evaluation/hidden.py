@@ -23,7 +23,7 @@ from torch import Tensor
 
 from tl_vpd.evaluation.replacement import masked_product, replaced
 from tl_vpd.evaluation.sample import Sample
-from tl_vpd.hooks.modes import masks_of_mode
+from tl_vpd.masking.modes import masks_of_mode
 
 
 class Unexplained:
@@ -54,15 +54,15 @@ class Unexplained:
 def pattern_kl(
     target: Float[Tensor, "batch head query key"],
     own: Float[Tensor, "batch head query key"],
-    keep: Bool[Tensor, "batch query"] | None = None,
+    token_mask: Bool[Tensor, "batch query"] | None = None,
 ) -> Float[Tensor, " head"]:
     """KL(target ‖ own) of attention patterns by head, averaged over rows and real queries; keys without attention count 0."""
     p, q = target.double(), own.double()
     tiny = torch.finfo(target.dtype).tiny
     kl = torch.special.xlogy(p, p / q.clamp_min(tiny)).sum(-1)
-    if keep is None:
+    if token_mask is None:
         return kl.mean((0, 2))
-    weights = keep[:, None].to(kl)
+    weights = token_mask[:, None].to(kl)
     return (kl * weights).sum((0, 2)) / weights.sum((0, 2))
 
 
@@ -72,15 +72,15 @@ def hidden_errors(sample: Sample, *, threshold: float = 0.0) -> pd.DataFrame:
 
     Columns: ``kind`` (site, residual, pattern), ``error`` (unexplained share of variance; of patterns the KL in nats).
     """
-    model: Any = sample.tapped.model
+    model: Any = sample.masked_model.model
     points = _points(model, sample)
     sums: dict[str, Unexplained] = {}
     patterns: dict[str, list[Tensor]] = {}
     for i in range(len(sample.tokens)):
-        masks = masks_of_mode("rounded", sample.g[i], sample.packing, threshold=threshold)
+        masks = masks_of_mode("rounded", sample.g[i], sample.site_axis, threshold=threshold)
 
         def write(own: dict[str, Tensor], masks_: Any, name: str, x: Tensor, y: Tensor) -> Tensor | None:
-            output = None if masks_ is None else masked_product(sample.tapped, name, x, y, masks_[name])
+            output = None if masks_ is None else masked_product(sample.masked_model, name, x, y, masks_[name])
             own[name] = y if output is None else output
             return output
 
@@ -88,7 +88,7 @@ def hidden_errors(sample: Sample, *, threshold: float = 0.0) -> pd.DataFrame:
         for chosen in (None, masks):
             own: dict[str, Tensor] = {}
             with model.hooks(fwd_hooks=[(name, partial(_note, own, name)) for name in points]):
-                replaced(sample.tapped, sample.tokens[i], sample.keep[i], partial(write, own, chosen))
+                replaced(sample.masked_model, sample.tokens[i], sample.token_mask[i], partial(write, own, chosen))
             passes.append(own)
         _add(sums, patterns, passes[0], passes[1], points, sample, i)
     rows: list[dict[str, Any]] = [
@@ -103,7 +103,7 @@ def hidden_errors(sample: Sample, *, threshold: float = 0.0) -> pd.DataFrame:
 
 def _points(model: Any, sample: Sample) -> dict[str, str]:
     """HookPoints of the residual stream behind each block that is decomposed and of its attention patterns -> kind."""
-    layers = sorted({s.layer for s in sample.parts.sites.values() if s.layer is not None and s.home != s.name})
+    layers = sorted({s.layer for s in sample.weights.sites.values() if s.layer is not None and s.home != s.name})
     wanted = {f"blocks.{n}.hook_resid_post": "residual" for n in layers}
     wanted |= {f"blocks.{n}.attn.hook_pattern": "pattern" for n in layers}
     return {name: kind for name, kind in wanted.items() if name in model.hook_dict}
@@ -122,13 +122,13 @@ def _add(
     sample: Sample,
     i: int,
 ) -> None:
-    keep = sample.keep[i]
+    token_mask = sample.token_mask[i]
     for name, target in clean.items():
         if points.get(name) == "pattern":
-            patterns.setdefault(name, []).append(pattern_kl(target, masked[name], keep))
+            patterns.setdefault(name, []).append(pattern_kl(target, masked[name], token_mask))
             continue
         lead = sample.g[i].shape[:-1]
         rows, own = (t.reshape(*lead, -1) for t in (target, masked[name]))
-        if keep is not None:
-            rows, own = rows[keep], own[keep]
+        if token_mask is not None:
+            rows, own = rows[token_mask], own[token_mask]
         sums.setdefault(name, Unexplained()).add(rows.flatten(0, -2), own.flatten(0, -2))

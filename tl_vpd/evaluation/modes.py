@@ -15,9 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tl_vpd.hooks.modes import Mode, masks_of_mode
 from tl_vpd.masking import Masks, constant_masks
-from tl_vpd.site import Packing
+from tl_vpd.masking.modes import Mode, masks_of_mode
+from tl_vpd.site import ConcatenatedAxis
 
 ROWS: dict[str, tuple[Mode | Literal["partial"], float]] = {
     "unmasked": ("unmasked", 0.0),
@@ -32,13 +32,13 @@ ROWS: dict[str, tuple[Mode | Literal["partial"], float]] = {
 """Row of the table -> (mode, threshold). What a row draws depends on its place: new ones go to the end."""
 
 
-def row_masks(row: str, g: Tensor, packing: Packing, generator: torch.Generator) -> Masks:
+def row_masks(row: str, g: Tensor, site_axis: ConcatenatedAxis, generator: torch.Generator) -> Masks:
     """The masks of a row of the table from importances ``[batch, pos, C_total]``."""
     mode, threshold = ROWS[row]
     if mode == "partial":
         kept = torch.rand(g.shape, generator=generator, device=generator.device) < 0.5
-        return constant_masks(((g > threshold) | kept.to(g.device)).to(g.dtype), 0.0, packing)
-    return masks_of_mode(mode, g, packing, threshold=threshold, generator=generator)
+        return constant_masks(((g > threshold) | kept.to(g.device)).to(g.dtype), 0.0, site_axis)
+    return masks_of_mode(mode, g, site_axis, threshold=threshold, generator=generator)
 
 
 def compute_recovered(ce: float, curve: Sequence[Sequence[int | float]]) -> float:

@@ -71,30 +71,30 @@ def _bounds(found: PerRow, sample: Sample) -> list[float] | None:
 def _row(sample: Sample, row: str, number: int) -> tuple[PerRow, PerRow | None]:
     """(distance, cross-entropy) in one row of the mode table."""
     return sample.outcome(
-        lambda i: row_masks(row, sample.g[i], sample.packing, sample.generator(1000 * number + i)),
+        lambda i: row_masks(row, sample.g[i], sample.site_axis, sample.generator(1000 * number + i)),
     )
 
 
 def _l0(sample: Sample, i: int) -> PerRow:
-    g, keep = sample.g[i], sample.keep[i]
+    g, token_mask = sample.g[i], sample.token_mask[i]
     on = (g > 0).sum(-1).reshape(len(g), -1).double()  # 0 at padding
-    n = torch.full((len(g),), on.shape[1], device=on.device) if keep is None else keep.sum(1)
+    n = torch.full((len(g),), on.shape[1], device=on.device) if token_mask is None else token_mask.sum(1)
     return PerRow((on.sum(1) / n.clamp(min=1)).cpu().numpy(), n.double().cpu().numpy())
 
 
 def _counts(sample: Sample) -> dict[str, Any]:
-    packing, total, mean_g = sample.packing, sample.tokens_total, sample.mean_importances()
+    site_axis, total, mean_g = sample.site_axis, sample.tokens_total, sample.mean_importances()
     l0 = torch.stack([(g > 0).flatten(0, -2).sum(0) for g in sample.g]).sum(0) / total
-    by_site = {name: mean_g[where] for name, where in packing.slices.items()}
+    by_site = {name: mean_g[where] for name, where in site_axis.slices.items()}
     return {
         "l0": float(l0.sum()),
-        "l0_by_site": {name: float(l0[where].sum()) for name, where in packing.slices.items()},
+        "l0_by_site": {name: float(l0[where].sum()) for name, where in site_axis.slices.items()},
         "alive": int((mean_g > ALIVE).sum()),
         "alive_1e-4": int((mean_g > 1e-4).sum()),
         "alive_by_site": {name: int((own > ALIVE).sum()) for name, own in by_site.items()},
-        "built": packing.total,
-        "built_by_site": dict(packing.counts),
-        "summed_rank": sum(site.rank for site in sample.parts.sites.values()),
+        "built": site_axis.total,
+        "built_by_site": dict(site_axis.counts),
+        "summed_rank": sum(site.rank for site in sample.weights.sites.values()),
         "tokens": total,
         "rows": sum(len(t) for t in sample.tokens),
     }
@@ -108,13 +108,13 @@ def importance_shape(sample: Sample) -> dict[str, float]:
     """
     positive = sure = tokens = 0
     largest = 0.0
-    in_rows = torch.zeros(sample.packing.total, dtype=torch.long, device=sample.g[0].device)
+    in_rows = torch.zeros(sample.site_axis.total, dtype=torch.long, device=sample.g[0].device)
     for g in sample.g:
         positive += int((g > 0).sum())
         sure += int((g >= SURE).sum())
         tokens += int((g >= SURE).any(-1).sum())
         largest = max(largest, float(g.max()))
-        in_rows += (g > 0).reshape(len(g), -1, sample.packing.total).any(1).sum(0)
+        in_rows += (g > 0).reshape(len(g), -1, sample.site_axis.total).any(1).sum(0)
     mean = sample.mean_importances()
     mass = float(mean.sum())
     return {

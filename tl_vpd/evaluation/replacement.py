@@ -1,47 +1,32 @@
 """Passes in which the output of chosen sites is put in by hand: what a pass under masks computed from another input.
 
 ``seen`` collects every site's input and output as the model passes them; ``replaced`` sends every site's through a function.
-Both act beside a TappedModel, whose context has set users' hooks aside and frozen the model.
+Both act beside a MaskedModel, whose context has set users' hooks aside and frozen the model.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from contextlib import ExitStack
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor
 
-from tl_vpd.hooks.product import Product
-from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.forward import MaskedModel, SiteFunction, SitePass
 from tl_vpd.masking import SiteMask
-
-Replace = Callable[[str, Tensor, Tensor], Tensor | None]
-"""Takes a site's name, its input and its output as the model passes them; gives another output, or None."""
 
 
 @torch.no_grad()
 def replaced(
-    tapped: TappedModel, tokens: Shaped[Tensor, "batch ..."], keep: Bool[Tensor, "batch pos"] | None, replace: Replace
+    masked_model: MaskedModel,
+    tokens: Shaped[Tensor, "batch ..."],
+    token_mask: Bool[Tensor, "batch pos"] | None,
+    function: SiteFunction,
 ) -> Shaped[Tensor, "batch ..."]:
-    """The model's output with every site's output sent through ``replace``."""
-    inputs: dict[str, Tensor] = {}
-
-    def write(name: str, y: Tensor) -> Tensor | None:
-        x = inputs.pop(name, None)  # None: a second HookPoint for the same product, as some versions fire
-        return None if x is None else replace(name, x, y)
-
-    with ExitStack() as stack:
-        for name in tapped.names:
-            for handle in tapped.adapter.tap(name, partial(inputs.__setitem__, name), partial(write, name)):
-                stack.callback(handle.remove)
-        return tapped.adapter.run(tokens, keep)
+    """The model's output with every site's output sent through ``function``."""
+    return masked_model.run(tokens, SitePass(function), token_mask)
 
 
-def seen(
-    tapped: TappedModel, tokens: Shaped[Tensor, "batch ..."], keep: Bool[Tensor, "batch pos"] | None
+def inputs_and_outputs(
+    masked_model: MaskedModel, tokens: Shaped[Tensor, "batch ..."], token_mask: Bool[Tensor, "batch pos"] | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every site's input and output in a clean pass, as the model passes them."""
     inputs: dict[str, Tensor] = {}
@@ -50,11 +35,10 @@ def seen(
     def note(name: str, x: Tensor, y: Tensor) -> None:
         inputs[name], outputs[name] = x, y
 
-    replaced(tapped, tokens, keep, note)
+    replaced(masked_model, tokens, token_mask, note)
     return inputs, outputs
 
 
-def masked_product(tapped: TappedModel, name: str, x: Tensor, y: Tensor, mask: SiteMask) -> Tensor:
+def masked_product(masked_model: MaskedModel, name: str, x: Tensor, y: Tensor, mask: SiteMask) -> Tensor:
     """A site's output under a mask, from an input and the output that the model computed of it."""
-    product = Product(name, tapped.adapter, tapped.parts, x, y)
-    return product.masked(product.acts(), mask)
+    return masked_model.product(name, x, y).masked(mask)

@@ -15,10 +15,10 @@ from typing import Any
 
 import pandas as pd
 
+from tl_vpd.components.storage import write_json
 from tl_vpd.evaluation.modes import ROWS
 from tl_vpd.evaluation.verdict import checks, warnings_of
 from tl_vpd.site import nearest
-from tl_vpd.storage import write_json
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,3 @@ class Evaluation:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the record as JSON."""
         write_json(Path(path), self.record)
-
-    def save_html(self, path: str | os.PathLike[str], *, title: str = "Evaluation of a decomposition") -> Path:
-        """Writes one self-contained page, which opens offline."""
-        from tl_vpd.viz.evaluation import evaluation_page
-
-        return evaluation_page(self, path, title=title)

@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.divergence import kl_divergence, squared_error
 from tl_vpd.evaluation.intervals import PerRow
+from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.hooks.importances import zero_padding
-from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance import lower_leaky
+from tl_vpd.losses.divergence import kl_divergence, squared_error
 from tl_vpd.masking import Masks
 
 ALIVE = 1e-6
 """Mean importance above which a subcomponent counts as alive."""
 
 Importances = Callable[[int, Mapping[str, Tensor], Tensor | None], Tensor]
-"""(batch index, clean site inputs, padding) -> packed importances."""
+"""(batch index, clean site inputs, padding) -> concatenated importances."""
 MasksOf = Callable[[int], Masks]
 """Batch index -> masks."""
 
@@ -39,8 +39,8 @@ MasksOf = Callable[[int], Masks]
 def learned(decomposition: Decomposition) -> Importances:
     """The importances that Γ gives, 0 at padding."""
 
-    def importances(index: int, inputs: Mapping[str, Tensor], keep: Tensor | None) -> Tensor:
-        return zero_padding(lower_leaky(decomposition.pre_sigmoid(inputs, keep)), keep)
+    def importances(index: int, inputs: Mapping[str, Tensor], token_mask: Tensor | None) -> Tensor:
+        return zero_padding(lower_leaky(decomposition.pre_sigmoid(inputs, token_mask)), token_mask)
 
     return importances
 
@@ -58,27 +58,27 @@ class Sample:
     def __init__(
         self,
         parts: Decomposition | Components,
-        tapped: TappedModel,
+        masked_model: MaskedModel,
         importances: Importances,
         tokens: Shaped[Tensor, "n ..."],
         batch_size: int,
         seed: int,
     ) -> None:
-        self.parts, self.tapped, self.packing, self.seed = parts, tapped, parts.packing, seed
+        self.weights, self.masked_model, self.site_axis, self.seed = parts, masked_model, parts.site_axis, seed
         self.tokens = list(tokens.split(batch_size))
-        self.keep = [tapped.adapter.padding(t, None) for t in self.tokens]
-        self.logits = tapped.adapter.return_types
+        self.token_mask = [masked_model.adapter.padding(t, None) for t in self.tokens]
+        self.logits = masked_model.adapter.return_types
         self.target: list[Tensor] = []
         self.g: list[Tensor] = []
         self.target_ce: list[PerRow] = []
-        for i, (t, k) in enumerate(zip(self.tokens, self.keep, strict=True)):
-            output, inputs = tapped.clean(t, k)
+        for i, (t, k) in enumerate(zip(self.tokens, self.token_mask, strict=True)):
+            output, inputs = masked_model.clean(t, k)
             self.target.append(output.float().log_softmax(-1) if self.logits else output.float())
             self.g.append(importances(i, inputs, k))
             if self.logits:
                 self.target_ce.append(ce_by_row(output, t, k))
         self.positions = [
-            int(g[..., 0].numel() if k is None else k.sum()) for g, k in zip(self.g, self.keep, strict=True)
+            int(g[..., 0].numel() if k is None else k.sum()) for g, k in zip(self.g, self.token_mask, strict=True)
         ]
 
     @property
@@ -92,7 +92,7 @@ class Sample:
         return sum(self.positions)
 
     def mean_importances(self) -> Float[Tensor, " C_total"]:
-        """Every subcomponent's mean importance over real tokens, packed."""
+        """Every subcomponent's mean importance over real tokens, concatenated."""
         return torch.stack([g.flatten(0, -2).sum(0) for g in self.g]).sum(0) / self.tokens_total
 
     def first(self, rows: int | None) -> Sample:
@@ -113,9 +113,9 @@ class Sample:
             n = min(rows - sum(len(u) for u in own.tokens), len(t))
             if n <= 0:
                 break
-            k = self.keep[i]
+            k = self.token_mask[i]
             own.tokens.append(t[:n])
-            own.keep.append(None if k is None else k[:n])
+            own.token_mask.append(None if k is None else k[:n])
             own.target.append(self.target[i][:n])
             own.g.append(self.g[i][:n])
             if self.logits:
@@ -133,17 +133,17 @@ class Sample:
     def output(self, i: int, masks: Masks) -> Tensor:
         """The masked model's output on a batch, without gradients."""
         with torch.no_grad():
-            return self.tapped.masked(self.tokens[i], masks, self.keep[i])
+            return self.masked_model.masked(self.tokens[i], masks, self.token_mask[i])
 
     def loss(self, i: int, masks: Masks) -> Float[Tensor, ""]:
         """The mean distance on a batch, with gradients to the masks."""
-        output = self.tapped.masked(self.tokens[i], masks, self.keep[i], constant_parts=True)
+        output = self.masked_model.masked(self.tokens[i], masks, self.token_mask[i], constant_weights=True)
         divergence = kl_divergence if self.logits else squared_error
-        return divergence(self.target[i], output, self.keep[i])
+        return divergence(self.target[i], output, self.token_mask[i])
 
     def distance(self, i: int, output: Tensor) -> PerRow:
         """The distance of an output of batch i from the target's, by row."""
-        return distance_by_row(self.target[i], output, self.keep[i], logits=self.logits)
+        return distance_by_row(self.target[i], output, self.token_mask[i], logits=self.logits)
 
     def distances(self, masks_of: MasksOf) -> PerRow:
         """The same over all batches under masks."""
@@ -156,7 +156,7 @@ class Sample:
             output = self.output(i, masks_of(i))
             distances.append(self.distance(i, output))
             if self.logits:
-                losses.append(ce_by_row(output, self.tokens[i], self.keep[i]))
+                losses.append(ce_by_row(output, self.tokens[i], self.token_mask[i]))
         return PerRow.joined(distances), PerRow.joined(losses) if losses else None
 
 
@@ -179,16 +179,16 @@ def sampled(
     Raises:
         ValueError: the tokens or the decomposition do not fit the model.
     """
-    with torch.no_grad(), TappedModel(decomposition, model) as tapped:
-        rows = tapped.adapter.tokens(tokens)
-        yield Sample(decomposition, tapped, importances or learned(decomposition), rows, batch_size, seed)
+    with torch.no_grad(), MaskedModel(decomposition, model) as masked_model:
+        rows = masked_model.adapter.tokens(tokens)
+        yield Sample(decomposition, masked_model, importances or learned(decomposition), rows, batch_size, seed)
 
 
 @torch.no_grad()
 def distance_by_row(
     target: Float[Tensor, "row ..."],
     output: Float[Tensor, "row ..."],
-    keep: Bool[Tensor, "row pos"] | None,
+    token_mask: Bool[Tensor, "row pos"] | None,
     *,
     logits: bool,
 ) -> PerRow:
@@ -196,7 +196,7 @@ def distance_by_row(
     divergence = kl_divergence if logits else squared_error
     values, counts = [], []
     for row in range(len(target)):
-        part = None if keep is None else keep[row : row + 1]
+        part = None if token_mask is None else token_mask[row : row + 1]
         n = target[row, ..., 0].numel() if part is None else int(part.sum())
         values.append(float(divergence(target[row : row + 1], output[row : row + 1], part)) if n else 0.0)
         counts.append(n)
@@ -205,10 +205,16 @@ def distance_by_row(
 
 @torch.no_grad()
 def ce_by_row(
-    logits: Float[Tensor, "row pos vocab"], tokens: Shaped[Tensor, "row pos"], keep: Bool[Tensor, "row pos"] | None
+    logits: Float[Tensor, "row pos vocab"],
+    tokens: Shaped[Tensor, "row pos"],
+    token_mask: Bool[Tensor, "row pos"] | None,
 ) -> PerRow:
     """Mean cross-entropy of the next token of every row, over pairs of real tokens."""
-    pairs = torch.ones_like(tokens[:, 1:], dtype=torch.bool) if keep is None else keep[:, :-1] & keep[:, 1:]
+    pairs = (
+        torch.ones_like(tokens[:, 1:], dtype=torch.bool)
+        if token_mask is None
+        else token_mask[:, :-1] & token_mask[:, 1:]
+    )
     losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
     kept = losses.view(pairs.shape).double() * pairs
     counts = pairs.sum(1).double()

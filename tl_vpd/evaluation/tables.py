@@ -13,16 +13,16 @@ from torch import Tensor, nn
 from tl_vpd.adapters import adapt
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.adversaries import STANDARD, adversaries
-from tl_vpd.evaluation.aggregation import aggregation
 from tl_vpd.evaluation.cancelling import cancelling_pairs
 from tl_vpd.evaluation.consistency import consistency
-from tl_vpd.evaluation.foresight import foresight, in_the_way
+from tl_vpd.evaluation.feature_splitting import alive_of, sizes
+from tl_vpd.evaluation.future_leakage import foresight, in_the_way
 from tl_vpd.evaluation.hidden import hidden_errors
-from tl_vpd.evaluation.resolution import THRESHOLDS, resolution
+from tl_vpd.evaluation.mask_transfer import transfer
+from tl_vpd.evaluation.off_distribution import scrambled, slices
 from tl_vpd.evaluation.sample import Sample
-from tl_vpd.evaluation.slices import scrambled, slices
-from tl_vpd.evaluation.splitting import alive_of, sizes
-from tl_vpd.evaluation.transfer import transfer
+from tl_vpd.evaluation.sparsity_sweep import THRESHOLDS, resolution
+from tl_vpd.evaluation.union_test import aggregation
 
 CONTROL_THRESHOLDS = (0.0, 0.1, 0.5, 0.9)
 """Where the controls' curves of resolution are taken."""

@@ -13,20 +13,17 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.hooks.plans import MaskFunction, check_mask, unrouted
-from tl_vpd.hooks.registry import attachments
+from tl_vpd.forward.attachments import attachments
+from tl_vpd.hooks.mask_spec import MaskFunction, check_mask, unrouted
 from tl_vpd.hooks.sparse import Ablate, Positions, Replace, rows_of
 from tl_vpd.masking import SiteMask
 from tl_vpd.site import Subcomponent, nearest, select
-
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
 
 FwdHooks = list[tuple[str, Callable[..., Any]]]
 Subcomponents = str | Subcomponent | Sequence[str | Subcomponent]
@@ -87,7 +84,7 @@ class Computed:
         return tensor if self.own.delta is None else self.own.delta.unsqueeze(-1).to(tensor).expand_as(tensor)
 
 
-def require_points(decomposition: Decomposition, function: str, wanted: Sequence[tuple[str, str]]) -> None:
+def require_points(decomposition: DecomposedWeights, function: str, wanted: Sequence[tuple[str, str]]) -> None:
     """Raises unless the decomposition is attached somewhere with these (site, kind) HookPoints.
 
     Raises:
@@ -107,7 +104,7 @@ def require_points(decomposition: Decomposition, function: str, wanted: Sequence
             )
 
 
-def indices_by_site(decomposition: Decomposition, subcomponents: Subcomponents) -> dict[str, tuple[int, ...]]:
+def indices_by_site(decomposition: DecomposedWeights, subcomponents: Subcomponents) -> dict[str, tuple[int, ...]]:
     """Indices of subcomponents by site, each once.
 
     Raises:
@@ -122,7 +119,7 @@ def indices_by_site(decomposition: Decomposition, subcomponents: Subcomponents) 
     return {site: tuple(indices) for site, indices in found.items()}
 
 
-def mask_hooks(decomposition: Decomposition, masks: Mapping[str, SiteMask] | MaskFunction) -> FwdHooks:
+def mask_hooks(decomposition: DecomposedWeights, masks: Mapping[str, SiteMask] | MaskFunction) -> FwdHooks:
     """``fwd_hooks`` that set the masks (and Δ's) of every site in ``masks``; the other sites stay as they are.
 
     Args:
@@ -157,7 +154,7 @@ def mask_hooks(decomposition: Decomposition, masks: Mapping[str, SiteMask] | Mas
 
 
 def delta_hooks(
-    decomposition: Decomposition,
+    decomposition: DecomposedWeights,
     value: float,
     *,
     sites: str | Sequence[str] | None = None,
@@ -179,7 +176,7 @@ def delta_hooks(
 
 
 def ablation_hooks(
-    decomposition: Decomposition,
+    decomposition: DecomposedWeights,
     subcomponents: Subcomponents,
     *,
     pos: Positions = None,

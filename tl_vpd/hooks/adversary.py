@@ -8,30 +8,27 @@ with one source r a subcomponent and Δ, shared over batch and positions (``tl_v
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tl_vpd.divergence import kl_divergence, squared_error
+from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.hooks.ablations import Subcomponents, indices_by_site
 from tl_vpd.hooks.importances import zero_padding
-from tl_vpd.hooks.plans import Plan
-from tl_vpd.hooks.tapped import TappedModel
-from tl_vpd.importance import lower_leaky
-from tl_vpd.masking import Masks, fresh_pgd, masks_from_sources
+from tl_vpd.hooks.mask_spec import MaskSpec
+from tl_vpd.importance import DecomposedWeights, lower_leaky
+from tl_vpd.losses import Reconstruction
+from tl_vpd.masking import Masks, attacked_masks
 from tl_vpd.site import select
-
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
 
 
 def adversarial_masks(
-    decomposition: Decomposition,
+    decomposition: DecomposedWeights,
     model: nn.Module,
     prompts: Any,
     *,
-    kept: Subcomponents | None = None,
+    node_set: Subcomponents | None = None,
     sites: str | Sequence[str] | None = None,
     steps: int = 20,
     step_size: float | None = None,
@@ -42,7 +39,7 @@ def adversarial_masks(
 
     Args:
         prompts: a string, strings, or tokens ``[batch, pos]``.
-        kept: subcomponents that may not be ablated at all, all others being free (None: Γ's importances say how far).
+        node_set: subcomponents that may not be ablated at all, all others being free (None: Γ's importances say how far).
         sites: patterns of the sites that are attacked (None: all).
         steps, step_size: of the attack (None: ``2 / steps``). seed: of its start (None: torch's own state).
         attention_mask: 0 at padding (None: found as TransformerLens finds it).
@@ -51,30 +48,26 @@ def adversarial_masks(
         KeyError, IndexError, ValueError: a site or subcomponent does not exist; the prompts do not fit the model.
     """
     names = select(sites, decomposition.sites)
-    indices = None if kept is None else indices_by_site(decomposition, kept)
-    packing = decomposition.packing
-    with torch.inference_mode(False), TappedModel(decomposition, model) as tapped:
-        adapter = tapped.adapter
+    indices = None if node_set is None else indices_by_site(decomposition, node_set)
+    site_axis = decomposition.site_axis
+    with torch.inference_mode(False), MaskedModel(decomposition, model) as masked_model:
+        adapter = masked_model.adapter
         tokens = adapter.tokens(prompts)
-        keep = adapter.padding(tokens, attention_mask)
-        logits, inputs = tapped.clean(tokens, keep)
+        token_mask = adapter.padding(tokens, attention_mask)
+        logits, inputs = masked_model.clean(tokens, token_mask)
         with torch.no_grad():
             if indices is None:
-                g = zero_padding(lower_leaky(decomposition.pre_sigmoid(inputs, keep)), keep)
+                g = zero_padding(lower_leaky(decomposition.pre_sigmoid(inputs, token_mask)), token_mask)
             else:
                 like = next(iter(inputs.values()))
-                g = Plan("adversarial", None, frozenset(names), kept=indices).indicator(
-                    like.new_zeros(*like.shape[:-1], packing.total), packing
+                g = MaskSpec("adversarial", None, frozenset(names), node_set=indices).indicator(
+                    like.new_zeros(*like.shape[:-1], site_axis.total), site_axis
                 )
-        target = logits.float().log_softmax(-1) if adapter.return_types else logits.float()
-        divergence = kl_divergence if adapter.return_types else squared_error
+        distance = Reconstruction(logits, "kl" if adapter.return_types else "mse", token_mask)
 
-        def loss(sources: Tensor) -> Tensor:
-            masks = masks_from_sources(g, sources, packing).only(names)
-            return divergence(target, tapped.masked(tokens, masks, keep, constant_parts=True), keep)
+        def loss(masks: Masks) -> Tensor:
+            return distance(masked_model.masked(tokens, masks.only(names), token_mask, constant_weights=True))
 
         generator = None if seed is None else torch.Generator(g.device).manual_seed(seed)
-        shape = (*[1] * (g.ndim - 1), packing.total + len(packing.names))
-        start = torch.rand(*shape, generator=generator, device=g.device).to(g.dtype)
-        found = fresh_pgd(loss, start, steps=steps, step_size=step_size)
-        return masks_from_sources(g, found.sources, packing).only(names)
+        masks = attacked_masks(g, site_axis, loss, steps=steps, step_size=step_size, generator=generator)
+        return masks.only(names)

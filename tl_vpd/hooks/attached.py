@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any, Literal, cast
 
 import torch
@@ -23,20 +22,32 @@ from torch import Tensor, nn
 from tl_vpd.adapters import adapt
 from tl_vpd.adapters.taps import Handle
 from tl_vpd.adapters.versions import HookPoint
-from tl_vpd.decomposition import Decomposition
-from tl_vpd.fingerprint import compare
-from tl_vpd.hooks import registry
+from tl_vpd.components.fingerprint import compare
+from tl_vpd.forward import CastWeights, attachments
 from tl_vpd.hooks.ablations import ablation_hooks, indices_by_site
-from tl_vpd.hooks.modes import Delta, Mode, check_mode
-from tl_vpd.hooks.names import CheckedNames
-from tl_vpd.hooks.parts import Parts
-from tl_vpd.hooks.passes import Passes
-from tl_vpd.hooks.plans import MaskFunction, Plan
+from tl_vpd.hooks.attached_forward import AttachedForward
+from tl_vpd.hooks.checked_names import CheckedNames
+from tl_vpd.hooks.mask_spec import MaskFunction, MaskSpec
 from tl_vpd.hooks.sparse import Positions, SparsePoint
+from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks, SiteMask
+from tl_vpd.masking.modes import Delta, Mode, check_mode
 from tl_vpd.site import Subcomponent, nearest, select
 
 KINDS = ("component_acts", "ci", "mask", "delta_mask")
+
+
+def attached_to(model: nn.Module) -> Attached | None:
+    """What is attached to this model, if anything."""
+    return cast("Attached | None", attachments.attached_to(model))
+
+
+def attachment_of(decomposition: DecomposedWeights, model: nn.Module) -> Attached | None:
+    """This decomposition's attachment to this model, if it is attached; raises ValueError if another one is."""
+    attached = attached_to(model)
+    if attached is not None and attached.decomposition is not decomposition:
+        raise ValueError("Another decomposition is attached to this model: detach it first.")
+    return attached
 
 
 class Attached:
@@ -57,14 +68,14 @@ class Attached:
 
     def __init__(
         self,
-        decomposition: Decomposition,
+        decomposition: DecomposedWeights,
         model: nn.Module,
         *,
         sites: str | Sequence[str] | None = None,
         hooks: str | Sequence[str] = KINDS,
         check_weights: bool = True,
     ) -> None:
-        if registry.attached_to(model) is not None:
+        if attachments.attached_to(model) is not None:
             raise ValueError("A decomposition is attached to this model already: detach it first.")
         hooks = [hooks] if isinstance(hooks, str) else list(hooks)
         for kind in hooks:
@@ -77,17 +88,17 @@ class Attached:
         self.sites = select(sites, decomposition.sites)
         self.hook_points: dict[str, dict[str, HookPoint]] = {}
         self._handles: list[Handle] = []
-        parts = Parts(decomposition, self.adapter.device, self.adapter.dtype)
-        self._passes = Passes(self.adapter, parts, self.hook_points)
-        self._passes.check_weights = check_weights
+        weights = CastWeights(decomposition, self.adapter.device, self.adapter.dtype)
+        self._forward = AttachedForward(self.adapter, weights, self.hook_points)
+        self._forward.check_weights = check_weights
         self._own_forward = self.model.__dict__.get("forward")
         try:
             self._put_on(hooks)
         except BaseException:
             self.detach()
             raise
-        self._passes.owner = self
-        registry.add(self)
+        self._forward.owner = self
+        attachments.add(self)
 
     # -- putting on and taking off ---------------------------------------------------------------------------------
 
@@ -141,14 +152,12 @@ class Attached:
                 hook_point.training = home.training
                 home.add_module(attribute, hook_point)
                 self.hook_points[name][kind] = hook_point
-        for name in self.decomposition.sites:
-            passes = self._passes
-            self._handles += self.adapter.tap(name, partial(passes.read, name), partial(passes.write, name))
-        self._handles += self.adapter.tap_inputs(self._passes.see_tokens, self._passes.see_attention_mask)
+        self._handles += self._forward.taps.put_on()
+        self._handles += self.adapter.tap_inputs(self._forward.see_tokens, self._forward.see_attention_mask)
         # ``run_with_hooks`` and ``generate`` call ``forward`` past the module's own hooks.
-        self.model.__dict__["forward"] = self._passes.forward
+        self.model.__dict__["forward"] = self._forward.forward
         own_names = [self.decomposition.sites[n].hook_name(k) for n, points in self.hook_points.items() for k in points]
-        self._handles.append(CheckedNames(self.model, own_names, self._passes))
+        self._handles.append(CheckedNames(self.model, own_names, self._forward))
         self.adapter.hook_points_changed()
 
     def detach(self) -> None:
@@ -156,8 +165,8 @@ class Attached:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._passes.on = False
-        if self.model.__dict__.get("forward") == self._passes.forward:
+        self._forward.on = False
+        if self.model.__dict__.get("forward") == self._forward.forward:
             if self._own_forward is None:
                 del self.model.__dict__["forward"]
             else:
@@ -169,8 +178,8 @@ class Attached:
         if self.hook_points:
             self.hook_points.clear()
             self.adapter.hook_points_changed()
-        self._passes.plans.clear()
-        registry.discard(self)
+        self._forward.specs.clear()
+        attachments.discard(self)
 
     def __enter__(self) -> Attached:
         return self
@@ -196,7 +205,7 @@ class Attached:
         """Every call of the model inside runs masked. The innermost context counts.
 
         Args:
-            mode: a mode of ``tl_vpd.hooks.modes``, masks by site, or a function ``(site, acts) -> mask``.
+            mode: a mode of ``tl_vpd.masking.modes``, masks by site, or a function ``(site, acts) -> mask``.
             threshold: for ``rounded``: importances above it stay.
             delta: factor of Δ: a number, ``"drawn"``, or None for the mode's default.
             sites: patterns of the sites to mask (None: all that are attached); the others run unmasked.
@@ -222,7 +231,7 @@ class Attached:
         else:
             given = mode
         with self._planned(
-            Plan(
+            MaskSpec(
                 name,
                 given,
                 self._chosen(sites),
@@ -237,7 +246,7 @@ class Attached:
             yield self
 
     @contextmanager
-    def kept(
+    def keep_only(
         self,
         subcomponents: str | Subcomponent | Sequence[str | Subcomponent],
         *,
@@ -266,7 +275,7 @@ class Attached:
             raise ValueError(f"rest={rest!r}{nearest(rest, modes)}: choose zero, stochastic or adversarial.")
         check_mode(modes[rest], delta)
         with self._planned(
-            Plan(
+            MaskSpec(
                 modes[rest],
                 None,
                 self._chosen(sites),
@@ -275,7 +284,7 @@ class Attached:
                 steps=steps,
                 step_size=step_size,
                 pos=pos,
-                kept=indices_by_site(self.decomposition, subcomponents),
+                node_set=indices_by_site(self.decomposition, subcomponents),
             )
         ):
             yield self
@@ -294,9 +303,14 @@ class Attached:
         with self.model.hooks(fwd_hooks=hooks):  # type: ignore[operator]
             yield self
 
+    @property
+    def runs_masked(self) -> bool:
+        """Whether calls of the model run masked now."""
+        return bool(self._forward.specs)
+
     def paused(self) -> AbstractContextManager[None]:
         """Inside, the model runs as if nothing were attached, even from a hook in the middle of a forward pass."""
-        return self._passes.paused()
+        return self._forward.paused()
 
     def _chosen(self, sites: str | Sequence[str] | None) -> frozenset[str]:
         return frozenset(select(sites, self.sites))
@@ -305,12 +319,12 @@ class Attached:
         return None if seed is None else torch.Generator(self.adapter.device).manual_seed(seed)
 
     @contextmanager
-    def _planned(self, plan: Plan) -> Iterator[None]:
+    def _planned(self, spec: MaskSpec) -> Iterator[None]:
         if not self._handles:
             raise RuntimeError("This decomposition has been detached, so nothing would be masked: attach it again.")
-        passes = self._passes
-        passes.plans.append(plan)
+        specs = self._forward.specs
+        specs.append(spec)
         try:
             yield
         finally:
-            passes.plans[:] = [p for p in passes.plans if p is not plan]
+            specs[:] = [s for s in specs if s is not spec]

@@ -42,10 +42,10 @@ class ChunkedTransformers(nn.Module):
         )
 
     def forward(
-        self, inputs: Mapping[str, Float[Tensor, "batch pos _"]], keep: Bool[Tensor, "batch pos"] | None = None
+        self, inputs: Mapping[str, Float[Tensor, "batch pos _"]], token_mask: Bool[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos C_total"]:
         """Pre-sigmoid values of all sites, in their order."""
-        return torch.cat([part(inputs, keep) for part in self.parts], dim=-1)
+        return torch.cat([part(inputs, token_mask) for part in self.parts], dim=-1)
 
     def output_biases(self) -> list[Tensor]:
         """The biases that are added last."""

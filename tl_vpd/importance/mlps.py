@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tl_vpd.importance.transformer import rms_norm
-from tl_vpd.site import Packing
+from tl_vpd.site import ConcatenatedAxis
 
 _BLOCK = 1 << 17
 """Elements of the hidden layer made at once."""
@@ -138,8 +138,8 @@ class PerSubcomponentMLPs(nn.Module):
 
     def __init__(self, counts: Mapping[str, int], *, hidden: int, rising: bool = False) -> None:
         super().__init__()
-        self.packing = Packing(counts)
-        total = self.packing.total
+        self.site_axis = ConcatenatedAxis(counts)
+        total = self.site_axis.total
         self.w_in = nn.Parameter(torch.randn(total, hidden))
         self.b_in = nn.Parameter(torch.zeros(total, hidden))
         self.w_out = nn.Parameter(torch.randn(total, hidden) / hidden**0.5)
@@ -151,15 +151,15 @@ class PerSubcomponentMLPs(nn.Module):
                 self.w_out.abs_()
 
     def forward(
-        self, acts: Mapping[str, Float[Tensor, "*batch _"]], keep: Bool[Tensor, "*batch"] | None = None
+        self, acts: Mapping[str, Float[Tensor, "*batch _"]], token_mask: Bool[Tensor, "*batch"] | None = None
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid values from inner activations."""
-        packed = torch.cat([acts[name].to(self.w_in.dtype) for name in self.packing.slices], dim=-1)
-        rows = packed.flatten(0, -2)
+        concatenated = torch.cat([acts[name].to(self.w_in.dtype) for name in self.site_axis.slices], dim=-1)
+        rows = concatenated.flatten(0, -2)
         tensors = (rows.T.contiguous(), self.w_in, self.b_in, self.w_out, self.b_out)
         with torch.autocast(rows.device.type, enabled=False):
             z = _SmallMLPs.apply(*tensors) if self._run is None else _RunMLPs.apply(self._run, *tensors)
-        return z.T.reshape(packed.shape)
+        return z.T.reshape(concatenated.shape)
 
     @contextmanager
     def computed_by(self, run: Run) -> Iterator[None]:
@@ -188,7 +188,7 @@ class PerSiteMLPs(nn.Module):
         )
 
     def forward(
-        self, inputs: Mapping[str, Float[Tensor, "*batch _"]], keep: Bool[Tensor, "*batch"] | None = None
+        self, inputs: Mapping[str, Float[Tensor, "*batch _"]], token_mask: Bool[Tensor, "*batch"] | None = None
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid values from site inputs."""
         dtype = self.mlps[0][0].bias.dtype  # type: ignore[index]

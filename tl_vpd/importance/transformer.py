@@ -89,9 +89,9 @@ class SharedTransformer(nn.Module):
         self.unembed = nn.Linear(d_ci, sum(counts.values()))
 
     def forward(
-        self, inputs: Mapping[str, Float[Tensor, "batch pos _"]], keep: Bool[Tensor, "batch pos"] | None = None
+        self, inputs: Mapping[str, Float[Tensor, "batch pos _"]], token_mask: Bool[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos C_total"]:
-        """Pre-sigmoid values; ``keep`` is False at padding, which no other position then attends to."""
+        """Pre-sigmoid values; ``token_mask`` is False at padding, which no other position then attends to."""
         # Q, K and V usually share one input tensor: normalise it once. (Under sharding, to read the bias is cheaper.)
         normed: dict[int, Tensor] = {}
         dtype = self.embed.bias.dtype
@@ -101,10 +101,10 @@ class SharedTransformer(nn.Module):
                 normed[id(x)] = rms_norm(x.to(dtype))
         x = self.embed(torch.cat([normed[id(inputs[name])] for name in self.names], dim=-1))
         attend = None
-        if keep is not None:
+        if token_mask is not None:
             # A padded query attends to itself, so that no row of the softmax is empty.
-            eye = torch.eye(keep.shape[-1], dtype=torch.bool, device=keep.device)
-            attend = keep[:, None, None, :] | eye
+            eye = torch.eye(token_mask.shape[-1], dtype=torch.bool, device=token_mask.device)
+            attend = token_mask[:, None, None, :] | eye
         for block in self.blocks:
             x = block(x, attend)
         return self.unembed(x)

@@ -1,6 +1,6 @@
 """Sources become masks: ``m = g + (1 − g) · r`` for subcomponents, the source itself for Δ; and who chooses the sources."""
 
-from tl_vpd.masking.fresh import AttackResult, fresh_pgd, restarted_pgd
+from tl_vpd.masking.fresh import AttackResult, attacked_masks, fresh_pgd, restarted_pgd, shared_start
 from tl_vpd.masking.masks import Masks, SiteMask, constant_masks, masks_from_sources
 from tl_vpd.masking.persistent import PersistentSources, taken_rows
 from tl_vpd.masking.routing import uniform_k_routing
@@ -10,10 +10,12 @@ __all__ = [
     "Masks",
     "PersistentSources",
     "SiteMask",
+    "attacked_masks",
     "constant_masks",
     "fresh_pgd",
     "masks_from_sources",
     "restarted_pgd",
+    "shared_start",
     "taken_rows",
     "uniform_k_routing",
 ]

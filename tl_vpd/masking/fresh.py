@@ -20,6 +20,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.masking.masks import Masks, masks_from_sources
+from tl_vpd.site import ConcatenatedAxis
+
 
 @dataclass(frozen=True)
 class AttackResult:
@@ -79,6 +82,42 @@ def fresh_pgd(
     with torch.no_grad():
         losses.append(float(loss(sources)))
     return AttackResult(sources, losses)
+
+
+def shared_start(
+    g: Float[Tensor, "*batch C_total"], site_axis: ConcatenatedAxis, generator: torch.Generator | None = None
+) -> Float[Tensor, "*ones C_and_deltas"]:
+    """Random sources, one a subcomponent and Δ, shared over batch and positions; ``generator`` None: torch's global one."""
+    width = site_axis.total + len(site_axis.names)
+    return torch.rand(*[1] * (g.ndim - 1), width, generator=generator, device=g.device).to(g.dtype)
+
+
+def attacked_masks(
+    g: Float[Tensor, "*batch C_total"],
+    site_axis: ConcatenatedAxis,
+    loss: Callable[[Masks], Float[Tensor, ""]],
+    *,
+    steps: int = 20,
+    step_size: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Masks:
+    """The worst masks that an attack on a loss of masks reaches from importances ``g``; sources are shared.
+
+    Args:
+        g: importances; what is 1 cannot be ablated.
+        site_axis: the sites on g's last axis.
+        loss: differentiable in the masks.
+        steps: of the attack.
+        step_size: length of each (None: ``2 / steps``).
+        generator: of the random start (None: torch's global one).
+    """
+    result = fresh_pgd(
+        lambda sources: loss(masks_from_sources(g, sources, site_axis)),
+        shared_start(g, site_axis, generator),
+        steps=steps,
+        step_size=step_size,
+    )
+    return masks_from_sources(g, result.sources, site_axis)
 
 
 def restarted_pgd(

@@ -3,7 +3,7 @@
     m = g + (1 − g) · r          a subcomponent of importance 1 is never ablated, one of importance 0 is masked by r
     m_Δ = r_Δ                    Δ's importance is 0 by definition
 
-The packed axis holds all sites' subcomponents one after the other (``tl_vpd.site.Packing``); a packed *source* has one
+The concatenated axis holds all sites' subcomponents one after the other (``tl_vpd.site.ConcatenatedAxis``); a concatenated *source* has one
 more entry a site behind them, for the Δs.
 """
 
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.site import Packing
+from tl_vpd.site import ConcatenatedAxis
 
 
 @dataclass(frozen=True)
@@ -86,23 +86,23 @@ class _FromSources(torch.autograd.Function):
 def masks_from_sources(
     g: Float[Tensor, "*batch C_total"],
     sources: Float[Tensor, "*#batch C_and_deltas"],
-    packing: Packing,
+    site_axis: ConcatenatedAxis,
     routing: Mapping[str, Bool[Tensor, "*batch"]] | None = None,
 ) -> Masks:
-    """Masks ``g + (1 − g) · r`` of every site, Δ's from the last entries of the packed sources."""
+    """Masks ``g + (1 − g) · r`` of every site, Δ's from the last entries of the concatenated sources."""
     mask, delta = _FromSources.apply(g, sources)
-    by_site, deltas = packing.unpack(mask), delta.unbind(-1)
+    by_site, deltas = site_axis.split_sites(mask), delta.unbind(-1)
     return Masks(
         {
             name: SiteMask(by_site[name], deltas[i], None if routing is None else routing[name])
-            for i, name in enumerate(packing.names)
+            for i, name in enumerate(site_axis.names)
         }
     )
 
 
 def constant_masks(
-    mask: Float[Tensor, "*batch C_total"], delta: float | Float[Tensor, "*#batch"], packing: Packing
+    mask: Float[Tensor, "*batch C_total"], delta: float | Float[Tensor, "*#batch"], site_axis: ConcatenatedAxis
 ) -> Masks:
     """Masks given outright, with one factor for every site's Δ."""
     factor = torch.as_tensor(delta, dtype=mask.dtype, device=mask.device).expand(mask.shape[:-1])
-    return Masks({name: SiteMask(own, factor) for name, own in packing.unpack(mask).items()})
+    return Masks({name: SiteMask(own, factor) for name, own in site_axis.split_sites(mask).items()})

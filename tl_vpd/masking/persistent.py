@@ -22,7 +22,7 @@ _BLOCK = 1 << 17
 
 
 class PersistentSources:
-    """Packed sources ``[rows, slots, C_total + n_sites]`` with their own Adam; a slot is a position, or one of a pool.
+    """Concatenated sources ``[rows, slots, C_total + n_sites]`` with their own Adam; a slot is a position, or one of a pool.
 
     Args:
         values: where they start, in [0, 1].

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_vpd.divergence import kl_divergence
 from tl_vpd.evaluation.truth import Truth
+from tl_vpd.losses.divergence import kl_divergence
 from tl_vpd.toys.toy import TargetTraining, Toy
 from tl_vpd.toys.transformers import accuracy_at, cross_entropy_at, small_transformer
 from tl_vpd.training.data import Batches
@@ -165,10 +165,10 @@ def _only_where(model: Any, needed: Mapping[str, Bool[Tensor, "batch pos"]]) -> 
     """Hooks that leave of every weight's output the bias alone, except where the weight is needed."""
 
     def hook(where: Bool[Tensor, "batch pos"], bias: Tensor) -> Callable[..., Tensor]:
-        def keep(y: Tensor, hook: Any) -> Tensor:
+        def token_mask(y: Tensor, hook: Any) -> Tensor:
             return torch.where(where.reshape(*where.shape, *[1] * (y.ndim - 2)), y, bias.expand_as(y))
 
-        return keep
+        return token_mask
 
     hooks = []
     for site, where in needed.items():

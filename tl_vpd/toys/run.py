@@ -22,8 +22,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tl_vpd.baselines import METHODS
+from tl_vpd.components.storage import library_versions, write_atomically, write_json
 from tl_vpd.evaluation.ground_truth import GroundTruth, ground_truth
-from tl_vpd.storage import library_versions, write_atomically, write_json
 from tl_vpd.toys.recipes import TOYS, recipe
 from tl_vpd.toys.toy import Toy, train
 

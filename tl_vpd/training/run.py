@@ -5,7 +5,7 @@
 
 In the folder ``out``: ``metrics.jsonl`` (one line a logged step), ``state/`` (for resuming), and at the end
 ``decomposition/``. Ctrl-C and SIGTERM finish the step at hand, save, and return what there is. Under ``torchrun`` every process
-trains on its share of the batch (``tl_vpd.training.processes``); the first writes the files.
+trains on its share of the batch (``tl_vpd.training.distributed.processes``); the first writes the files.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
+from tl_vpd.components.fingerprint import Fingerprint
 from tl_vpd.components.initialise import start_at_channels
+from tl_vpd.components.storage import library_versions, write_json
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.fingerprint import Fingerprint
-from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.site import select
-from tl_vpd.storage import library_versions, write_json
 from tl_vpd.training.config import VPDConfig, counts_for
-from tl_vpd.training.data import OwnBatches, batches_of
-from tl_vpd.training.passes import Precision
-from tl_vpd.training.processes import World, world
-from tl_vpd.training.sharding import Kind, sharding_of
+from tl_vpd.training.data import ProcessBatches, batches_of
+from tl_vpd.training.distributed.processes import World, world
+from tl_vpd.training.distributed.sharding import Kind, sharding_of
+from tl_vpd.training.engine.eager import Precision
 from tl_vpd.training.state import latest_state, load_state, save_state
 from tl_vpd.training.ties import Ties, check_ties
 from tl_vpd.training.trainer import StepMetrics, Trainer
@@ -126,14 +126,14 @@ def decompose(
         resume: go on from the newest state in ``out`` (there must be one).
         micro_batch: rows run at once, to save memory; the result is that of the whole batch (None: all of them).
         sharding: what each process of a run under ``torchrun`` keeps a share of instead of the whole: ``none``, the
-            ``optimizer``'s moments, or V, U, Γ, gradients and moments (``full``; ``tl_vpd.training.sharding``).
+            ``optimizer``'s moments, or V, U, Γ, gradients and moments (``full``; ``tl_vpd.training.distributed.sharding``).
         precision: of matrix products: ``float32``, or ``bfloat16`` by autocast. What is learned stays float32.
         checkpoint: compute a layer's activations again in backward, to save memory; the result is the same.
         joined: run the stochastic and the adversarial masks in one pass of twice the rows: fewer operations, more memory, and
             the same result to rounding.
         blocked_logits: make logits for a few tokens at a time, in each loss, to save memory; the same to rounding (None: where
             those of the rows run at once would take more than 128 MiB).
-        compile: run the step's passes as compiled graphs (``tl_vpd.training.compiled``): the same to rounding, and faster, after
+        compile: run the step's passes as compiled graphs (``tl_vpd.training.engine.compiled``): the same to rounding, and faster, after
             some minutes of compilation. Needs a C++ compiler, or Triton on a GPU. A name: a backend of ``torch.compile``, or
             ``recorded`` for graphs that need no compiler.
         context: length of the rows that a dataset of text is cut into (None: the model's context).
@@ -164,14 +164,14 @@ def decompose(
         shares = sharding_of(sharding, processes)
         shares.start(decomposition)
         with (
-            TappedModel(decomposition, model, fused_attention=True) as tapped,
+            MaskedModel(decomposition, model, fused_attention=True) as masked_model,
             shares.regathering(),
             _interruptible() as interrupted,
         ):
-            shares.serve(tapped.parts)
+            shares.serve(masked_model.weights)
             shape = (config.batch_size, batches.context)
             trainer = Trainer(
-                tapped,
+                masked_model,
                 config,
                 shape,
                 micro_batch=micro_batch,
@@ -205,7 +205,7 @@ def decompose(
     return Run(decomposition, pd.DataFrame([asdict(m) for m in history]), finished, config)
 
 
-def _batches(adapter: Adapter, data: Any, config: VPDConfig, context: int | None, processes: World) -> OwnBatches:
+def _batches(adapter: Adapter, data: Any, config: VPDConfig, context: int | None, processes: World) -> ProcessBatches:
     text = isinstance(data, str) or (isinstance(data, list) and bool(data) and isinstance(data[0], str))
     if text or isinstance(data, Tensor):
         data = adapter.tokens(data)
@@ -245,7 +245,7 @@ class _Files:
 
 def _train(
     trainer: Trainer,
-    batches: OwnBatches,
+    batches: ProcessBatches,
     adapter: Adapter,
     files: _Files | None,
     history: list[StepMetrics],

@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tl_vpd.fingerprint import TOLERANCE, Fingerprint, compare
-from tl_vpd.storage import write_atomically
+from tl_vpd.components.fingerprint import TOLERANCE, Fingerprint, compare
+from tl_vpd.components.storage import write_atomically
 from tl_vpd.training.config import VPDConfig
-from tl_vpd.training.sharding import parameter_names
+from tl_vpd.training.distributed.sharding import parameter_names
 from tl_vpd.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def _write(trainer: Trainer, path: Path, whole: dict[str, Tensor], keep: int) ->
     metadata = {
         "config": trainer.config.model_dump_json(),
         "fingerprints": json.dumps(fingerprints),
-        "precision": trainer.passes.precision,
+        "precision": trainer.engine.precision,
         "how": json.dumps(trainer.how),
     }
     size = sum(t.numel() * t.element_size() for t in whole.values())
@@ -196,7 +196,7 @@ def _check_config(trainer: Trainer, path: Path, saved: dict[str, Any]) -> None:
 
 
 def _check_precision(trainer: Trainer, path: Path, saved: str) -> None:
-    now = trainer.passes.precision
+    now = trainer.engine.precision
     if saved != now:
         raise _Refused(
             f"{path} was written with products in {saved}, this run's are in {now}: pass precision={saved!r}."

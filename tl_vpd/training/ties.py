@@ -35,7 +35,7 @@ class Ties:
         """Names of the tensors that follow."""
         self._pairs: list[tuple[Tensor, Tensor]] = []
         for first, second in pairs:
-            C = [components.packing.counts[name] for name in (first, second)]
+            C = [components.site_axis.counts[name] for name in (first, second)]
             if C[0] != C[1]:
                 raise ValueError(f"{first} and {second} are tied and need the same C; it is {C[0]} and {C[1]}.")
             self._pairs.append((components.U[first], components.V[second]))

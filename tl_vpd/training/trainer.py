@@ -4,7 +4,7 @@ Order of a step, as in the paper's own code: clean forward, Γ, the adversary's 
 losses, one backward (which also gives the adversary's last gradient), clip V and U, AdamW, and then the adversary's last
 update with the gradient from before the weights moved.
 
-A batch may be run in parts (``micro_batch``) and shared by processes (``tl_vpd.training.processes``). Means over tokens are then
+A batch may be run in parts (``micro_batch``) and shared by processes (``tl_vpd.training.distributed.processes``). Means over tokens are then
 weighted by the parts' real tokens, and the minimality losses, which are no sums over tokens, are differentiated once, in
 the sums ``s_c`` of the whole batch:
 
@@ -25,22 +25,22 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
-from tl_vpd.hooks.tapped import TappedModel
-from tl_vpd.masking import PersistentSources, taken_rows
-from tl_vpd.training.compiled import CompiledPasses
-from tl_vpd.training.config import VPDConfig
-from tl_vpd.training.draws import Drawn, Draws, expected_share
-from tl_vpd.training.losses import (
+from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.losses import (
     Penalty,
     RunningFrequency,
     frequency_minimality,
     importance_minimality,
 )
-from tl_vpd.training.parts import Part, joined_routing, routed_rows, share
-from tl_vpd.training.passes import Passes, Precision, Seen, Share, Taken
-from tl_vpd.training.processes import World
+from tl_vpd.masking import PersistentSources, taken_rows
+from tl_vpd.training.config import VPDConfig
+from tl_vpd.training.distributed.processes import World
+from tl_vpd.training.distributed.sharding import FullSharding, Sharding
+from tl_vpd.training.engine.compiled import CompiledEngine
+from tl_vpd.training.engine.eager import CleanForward, EagerEngine, LossTerm, MaskInputs, Precision
+from tl_vpd.training.micro_batch import MicroBatch, joined_routing, routed_rows, share
 from tl_vpd.training.schedules import Schedule
-from tl_vpd.training.sharding import FullSharding, Sharding
+from tl_vpd.training.step_samples import StepSampler, StepSamples, expected_share
 from tl_vpd.training.ties import Ties
 
 LOSSES = ("faithfulness", "importance", "frequency", "stochastic", "adversarial", "layerwise")
@@ -72,7 +72,7 @@ class Trainer:
     """V, U and Γ of a decomposition under training, with both optimizers, the adversary and the random state.
 
     Args:
-        tapped: an entered ``TappedModel`` of the decomposition and its target.
+        tapped: an entered ``MaskedModel`` of the decomposition and its target.
         shape: (batch, pos) of every batch, over all processes; pos is 1 for inputs ``[batch, d]``.
         micro_batch: rows that are run at once (None: all of a process's).
         world: the processes that share the batch. sharding: what each of them keeps of V, U, Γ and moments (None: all).
@@ -81,7 +81,7 @@ class Trainer:
         checkpoint: whether a layer's activations are computed again in backward instead of kept.
         joined: whether the stochastic and the adversarial pass are one of twice the rows (always so in the merged recipe).
         blocked_logits: whether logits are made for a few tokens at a time (None: where there are many of them).
-        compile: whether passes are compiled graphs (``tl_vpd.training.compiled``); a name: its backend, or ``recorded``.
+        compile: whether passes are compiled graphs (``tl_vpd.training.engine.compiled``); a name: its backend, or ``recorded``.
 
     Raises:
         ValueError: the batch cannot be shared out, or the options do not go together.
@@ -91,7 +91,7 @@ class Trainer:
 
     def __init__(
         self,
-        tapped: TappedModel,
+        masked_model: MaskedModel,
         config: VPDConfig,
         shape: tuple[int, int],
         *,
@@ -104,7 +104,7 @@ class Trainer:
         blocked_logits: bool | None = None,
         compile: bool | str = False,
     ) -> None:
-        self.tapped, self.config, self.world, self.joined = tapped, config, world or World(), joined
+        self.masked_model, self.config, self.world, self.joined = masked_model, config, world or World(), joined
         self.sharding = sharding or Sharding(self.world)
         self.how = {
             "compile": compile,
@@ -115,17 +115,17 @@ class Trainer:
             "sharding": type(self.sharding).__name__,
         }
         """What changes results to rounding only."""
-        own = tapped, config.output, config.forward_slope
-        self.passes: Passes
+        own = masked_model, config.output, config.forward_slope
+        self.engine: EagerEngine
         if compile:
             if checkpoint or isinstance(self.sharding, FullSharding):
                 raise ValueError("compile=True goes neither with checkpoint=True nor with sharding='full': choose one.")
             backend = "inductor" if compile is True else compile
-            self.passes = CompiledPasses(*own, precision=precision, blocked_logits=blocked_logits, backend=backend)
+            self.engine = CompiledEngine(*own, precision=precision, blocked_logits=blocked_logits, backend=backend)
         else:
-            self.passes = Passes(*own, precision=precision, blocked_logits=blocked_logits, checkpoint=checkpoint)
-        self.decomposition = self.passes.decomposition
-        self.weights = {name: tapped.adapter.weight(name) for name in self.decomposition.sites}
+            self.engine = EagerEngine(*own, precision=precision, blocked_logits=blocked_logits, checkpoint=checkpoint)
+        self.decomposition = self.engine.decomposition
+        self.weights = {name: masked_model.adapter.weight(name) for name in self.decomposition.sites}
         self.ties = Ties(self.decomposition.components, config.tied)
         if config.tied and self.sharding.kind != "none":
             raise ValueError(
@@ -142,12 +142,12 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.pos = shape[1]
         self.shares = share(self.world.rows(shape[0]), micro_batch, merged=config.merged)
-        packing, device = self.decomposition.packing, self.decomposition.device
-        self.draws = Draws(config, self.shares, pos=self.pos, packing=packing, device=device)
+        site_axis, device = self.decomposition.site_axis, self.decomposition.device
+        self.draws = StepSampler(config, self.shares, pos=self.pos, site_axis=site_axis, device=device)
         self.sources = PersistentSources(self.draws.start(), betas=config.adversary.betas, eps=config.adversary.eps)
         self.frequencies: RunningFrequency | None = None
         if config.frequency_half_life is not None:
-            self.frequencies = RunningFrequency(packing.total, config.frequency_half_life, device=device)
+            self.frequencies = RunningFrequency(site_axis.total, config.frequency_half_life, device=device)
         self.done = 0
 
     def warm_up(self) -> float:
@@ -162,8 +162,10 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         return float(self._faithfulness(0.0))
 
-    def step(self, tokens: Shaped[Tensor, "batch ..."], keep: Bool[Tensor, "batch pos"] | None = None) -> StepMetrics:
-        """One update of V, U, Γ and the adversary on this process's rows; ``keep`` is False at padding.
+    def step(
+        self, tokens: Shaped[Tensor, "batch ..."], token_mask: Bool[Tensor, "batch pos"] | None = None
+    ) -> StepMetrics:
+        """One update of V, U, Γ and the adversary on this process's rows; ``token_mask`` is False at padding.
 
         Tokens are ``[batch, pos]``; models of people's own may take vectors, ``[batch, pos, d]`` or ``[batch, d]``.
 
@@ -176,10 +178,10 @@ class Trainer:
         config, c = self.config, self.config.coefficients
         now = Schedule.at(self.done, config)
         draws = self.draws.at(self.done)
-        counts = self._count(tokens, keep)
-        parts = self.shares.parts
-        alone = self.passes.clean(parts[0], tokens, keep, self._penalty(now)) if len(parts) == 1 else None
-        sums, l0 = self._sums(tokens, keep, now) if alone is None else (alone.sums.detach().clone(), alone.l0)
+        counts = self._count(tokens, token_mask)
+        parts = self.shares.micro_batches
+        alone = self.engine.clean(parts[0], tokens, token_mask, self._penalty(now)) if len(parts) == 1 else None
+        sums, l0 = self._sums(tokens, token_mask, now) if alone is None else (alone.sums.detach().clone(), alone.l0)
         values, slope = self._minimality(self.world.add(sums), int(counts[0]), now)
         self.world.add(l0)
 
@@ -189,19 +191,19 @@ class Trainer:
         values["faithfulness"] = self._faithfulness(c.delta / self.world.size)
         before = self.sources.updates
         reconstruction = torch.zeros(3, device=slope.device)
-        waiting: list[tuple[Part, Tensor]] = []
+        waiting: list[tuple[MicroBatch, Tensor]] = []
         for part in parts:
-            own = alone or self.passes.clean(part, tokens, keep, self._penalty(now))
+            own = alone or self.engine.clean(part, tokens, token_mask, self._penalty(now))
             for k in range(config.adversary.inner_steps if c.adversarial else 0):
                 self._ascend(own, draws, counts, now.adversary_lr, before + k + 1)
-            grad_g = self.passes.workspace("grad_g", own.z.shape, own.z.dtype).zero_()
+            grad_g = self.engine.workspace("grad_g", own.z.shape, own.z.dtype).zero_()
             for losses, of_sources in self._reconstruct(own, grad_g, draws, counts):
                 # Γ's own gradients come last, from what all passes left in grad_g.
                 for k, loss in losses.items():
                     reconstruction[k] += loss
                 if of_sources is not None:
                     waiting.append((part, of_sources if len(parts) == 1 else of_sources.clone()))
-            self.passes.into_gamma(own, grad_g, slope, self._penalty(now))
+            self.engine.into_gamma(own, grad_g, slope, self._penalty(now))
             del own
             alone = None
         values["stochastic"], values["adversarial"], values["layerwise"] = self.world.add(reconstruction)
@@ -224,14 +226,14 @@ class Trainer:
 
     def draw_sources(self, what: str, rows: Sequence[int]) -> Float[Tensor, "tokens C_and_deltas"]:
         """This step's ``stochastic`` or ``layerwise`` sources of some rows, in a tensor that the next call may use again."""
-        out = self.passes.workspace("sources", (len(rows), self.pos, self.draws.width))
+        out = self.engine.workspace("sources", (len(rows), self.pos, self.draws.width))
         return self.draws.sources(what, self.done, rows, out).flatten(0, 1)
 
     # -- parts of a step -------------------------------------------------------------------------------------------
 
-    def _count(self, tokens: Tensor, keep: Tensor | None) -> Float[Tensor, "3"]:
+    def _count(self, tokens: Tensor, token_mask: Tensor | None) -> Float[Tensor, "3"]:
         """Real tokens of the whole batch: of all rows, of the attacked, of those with stochastic masks."""
-        real = torch.full(tokens.shape[:1], float(self.pos)) if keep is None else keep.sum(1).float().cpu()
+        real = torch.full(tokens.shape[:1], float(self.pos)) if token_mask is None else token_mask.sum(1).float().cpu()
         first = self.shares.rows[0]
         of = [real, *(real[[r - first for r in rows]] for rows in (self.shares.attacked, self.shares.drawn))]
         counts = torch.stack([own.sum() for own in of]).to(self.decomposition.device)
@@ -242,11 +244,11 @@ class Trainer:
         return Penalty(kind, now.p if kind == "power" else now.smooth)
 
     @torch.no_grad()
-    def _sums(self, tokens: Tensor, keep: Tensor | None, now: Schedule) -> tuple[Tensor, Tensor]:
+    def _sums(self, tokens: Tensor, token_mask: Tensor | None, now: Schedule) -> tuple[Tensor, Tensor]:
         """What minimality and L0 need of the whole batch, part by part, before any part's gradients."""
-        sums, l0 = torch.zeros(self.decomposition.packing.total, device=self.decomposition.device), None
-        for part in self.shares.parts:
-            own = self.passes.clean(part, tokens, keep, self._penalty(now))
+        sums, l0 = torch.zeros(self.decomposition.site_axis.total, device=self.decomposition.device), None
+        for part in self.shares.micro_batches:
+            own = self.engine.clean(part, tokens, token_mask, self._penalty(now))
             sums = sums + own.sums
             l0 = own.l0 if l0 is None else l0 + own.l0
         assert l0 is not None
@@ -264,59 +266,66 @@ class Trainer:
         (slope,) = torch.autograd.grad(weighted, leaf)
         return {name: value.detach() for name, value in values.items()}, slope
 
-    def _attacked(self, own: Seen, draws: Drawn) -> Taken:
+    def _attacked(self, own: CleanForward, draws: StepSamples) -> MaskInputs:
         """What a part's attacked rows take."""
         at = own.part.attacked
         values = self.sources.values[at]
         rows = None if draws.slots is None else taken_rows(draws.slots[at], values.shape[1])
         routing = routed_rows(draws.adversarial_routing, at)
-        return Taken(values.flatten(0, 1), rows, routing, expected=expected_share(routing))
+        return MaskInputs(values.flatten(0, 1), rows, routing, expected=expected_share(routing))
 
-    def _ascend(self, own: Seen, draws: Drawn, counts: Tensor, lr: float, update: int) -> None:
+    def _ascend(self, own: CleanForward, draws: StepSamples, counts: Tensor, lr: float, update: int) -> None:
         """One of the adversary's own steps, on a part's attacked rows."""
         attacked = self._attacked(own, draws)
         gradient = self._of_sources(attacked)
-        self.passes.attack(own, own.attacked, attacked, counts[1], grad_sources=gradient)
+        self.engine.attack(own, own.attacked, attacked, counts[1], grad_sources=gradient)
         self._update_sources(own.part, gradient, lr, update)
 
-    def _of_sources(self, attacked: Taken) -> Tensor:
-        return self.passes.workspace("sources", attacked.sources.shape, attacked.sources.dtype).zero_()
+    def _of_sources(self, attacked: MaskInputs) -> Tensor:
+        return self.engine.workspace("sources", attacked.sources.shape, attacked.sources.dtype).zero_()
 
-    def _update_sources(self, part: Part, gradient: Tensor, lr: float, update: int) -> None:
+    def _update_sources(self, part: MicroBatch, gradient: Tensor, lr: float, update: int) -> None:
         values = self.sources.values[part.attacked]
-        self.passes.ascend(self.sources, gradient.view_as(values), lr, part.attacked, update)
+        self.engine.ascend(self.sources, gradient.view_as(values), lr, part.attacked, update)
 
-    def _reconstruct(self, own: Seen, grad_g: Tensor, draws: Drawn, counts: Tensor) -> Iterator[Reconstructed]:
+    def _reconstruct(
+        self, own: CleanForward, grad_g: Tensor, draws: StepSamples, counts: Tensor
+    ) -> Iterator[Reconstructed]:
         """A part's shares of the stochastic (0), the adversarial (1) and the layerwise loss (2), pass by pass."""
-        c, run = self.config.coefficients, self.passes.reconstruct
+        c, run = self.config.coefficients, self.engine.reconstruct
         if c.layerwise:
             drawn = self.draw_sources("layerwise", own.part.numbers(self.shares.rows))
-            names = self.decomposition.packing.names
-            share = Share(len(names) * counts[0], c.layerwise)
+            names = self.decomposition.site_axis.names
+            share = LossTerm(len(names) * counts[0], c.layerwise)
             for name in names:
-                yield dict(zip((2,), run(own, Taken(drawn, sites=(name,)), [share], grad_g=grad_g), strict=True)), None
+                yield (
+                    dict(zip((2,), run(own, MaskInputs(drawn, sites=(name,)), [share], grad_g=grad_g), strict=True)),
+                    None,
+                )
         if self.config.merged:
             yield self._both(own, slice(own.attacked.stop, None), grad_g, draws, counts)
             return
         if self.joined and c.stochastic and c.adversarial:
-            twice = self.passes.twice(own)
-            of_both = self.passes.workspace("grad_g twice", twice.z.shape, grad_g.dtype).zero_()
+            twice = self.engine.twice(own)
+            of_both = self.engine.workspace("grad_g twice", twice.z.shape, grad_g.dtype).zero_()
             yield self._both(twice, slice(None), of_both, draws, counts)
             for half in of_both.chunk(2):
                 grad_g += half
             return
         if c.stochastic:
             routing = routed_rows(draws.stochastic_routing, own.part.drawn)
-            free = Taken(self._drawn(own.part), routing=routing, expected=expected_share(routing))
-            (loss,) = run(own, free, [Share(counts[2], c.stochastic)], grad_g=grad_g)
+            free = MaskInputs(self._drawn(own.part), routing=routing, expected=expected_share(routing))
+            (loss,) = run(own, free, [LossTerm(counts[2], c.stochastic)], grad_g=grad_g)
             yield {0: loss}, None
         if c.adversarial:
             attacked = self._attacked(own, draws)
             gradient = self._of_sources(attacked)
-            (loss,) = run(own, attacked, [Share(counts[1], c.adversarial)], grad_g=grad_g, grad_sources=gradient)
+            (loss,) = run(own, attacked, [LossTerm(counts[1], c.adversarial)], grad_g=grad_g, grad_sources=gradient)
             yield {1: loss}, gradient
 
-    def _both(self, own: Seen, compared: slice, grad_g: Tensor, draws: Drawn, counts: Tensor) -> Reconstructed:
+    def _both(
+        self, own: CleanForward, compared: slice, grad_g: Tensor, draws: StepSamples, counts: Tensor
+    ) -> Reconstructed:
         """One pass of attacked rows followed by rows with drawn sources, which are compared with some rows of the target."""
         c, rows, attacked = self.config.coefficients, own.attacked, self._attacked(own, draws)
         drawn, free = self._drawn(own.part), routed_rows(draws.stochastic_routing, own.part.drawn)
@@ -324,26 +333,26 @@ class Trainer:
         if taken is not None:
             taken = torch.cat([taken, len(attacked.sources) + torch.arange(len(drawn), device=drawn.device)])
         expected = rows.stop * attacked.expected + (len(own.tokens) - rows.stop) * expected_share(free)
-        both = Taken(
+        both = MaskInputs(
             torch.cat([attacked.sources, drawn]),
             taken,
             joined_routing(attacked.routing, free, rows),
             expected=expected / len(own.tokens),
         )
         shares = [
-            Share(counts[1], c.adversarial, rows, rows),
-            Share(counts[2], c.stochastic, slice(rows.stop, None), compared),
+            LossTerm(counts[1], c.adversarial, rows, rows),
+            LossTerm(counts[2], c.stochastic, slice(rows.stop, None), compared),
         ]
         gradient = self._of_sources(attacked) if c.adversarial else None
-        adversarial, stochastic = self.passes.reconstruct(own, both, shares, grad_g=grad_g, grad_sources=gradient)
+        adversarial, stochastic = self.engine.reconstruct(own, both, shares, grad_g=grad_g, grad_sources=gradient)
         return {0: stochastic, 1: adversarial}, gradient
 
-    def _drawn(self, part: Part) -> Float[Tensor, "tokens C_and_deltas"]:
+    def _drawn(self, part: MicroBatch) -> Float[Tensor, "tokens C_and_deltas"]:
         return self.draw_sources("stochastic", self.shares.drawn[part.drawn])
 
     def _faithfulness(self, coefficient: float) -> Float[Tensor, ""]:
         """The loss; its gradients, times the coefficient, go to V and U."""
-        return self.passes.faithfulness(self.weights, coefficient, relative=self.config.faithfulness == "relative")
+        return self.engine.faithfulness(self.weights, coefficient, relative=self.config.faithfulness == "relative")
 
     def _total(self, values: dict[str, Tensor], now: Schedule) -> Tensor:
         c = self.config.coefficients

@@ -49,10 +49,10 @@ def importances(
     if len(g.tokens) != 1:
         raise ValueError(f"{len(g.tokens)} prompts were given; one is shown at a time.")
     if subcomponents is None:
-        often = (g.packed[0] > 0.5).float().mean(0) >= 0.5
-        mean = g.packed[0].mean(0).masked_fill(often, 0)
+        often = (g.concatenated[0] > 0.5).float().mean(0) >= 0.5
+        mean = g.concatenated[0].mean(0).masked_fill(often, 0)
         best = mean.topk(min(k, len(mean)))
-        chosen = [g.packing.at(i) for i, m in zip(best.indices.tolist(), best.values.tolist(), strict=True) if m > 0]
+        chosen = [g.site_axis.at(i) for i, m in zip(best.indices.tolist(), best.values.tolist(), strict=True) if m > 0]
     else:
         chosen = [decomposition.subcomponent(c) for c in subcomponents]
     if not chosen:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 
+from tl_vpd.evaluation import Evaluation
 from tl_vpd.viz.panel import Panel, page
 from tl_vpd.viz.svg import svg
 from tl_vpd.viz.tables import table
 from tl_vpd.viz.text import escape
-
-if TYPE_CHECKING:
-    from tl_vpd.evaluation import Evaluation
 
 COLOURS = {"learned": "#1f5fd0", "random": "#c2185b", "singular": "#e07b00", "shuffled": "#6b7484"}
 """Colour of each kind of pieces in the curves."""

@@ -5,10 +5,10 @@ from tl_vpd.analysis.attention.mean import MeanStrengths, mean_strengths
 from tl_vpd.analysis.attention.norms import HeadNorms, head_norms, spread_over_heads
 from tl_vpd.analysis.attention.offsets import AttentionByOffset, attention_by_offset
 from tl_vpd.analysis.attention.ov import OVOverlap, ov_overlap, random_overlap
+from tl_vpd.analysis.attention.pair_ablation import pair_ablation_hooks
+from tl_vpd.analysis.attention.score_terms import ScoreTerms, pattern_of, score_terms
 from tl_vpd.analysis.attention.static import StaticStrengths, static_strengths, strongest_static
-from tl_vpd.analysis.attention.terms import ScoreTerms, pattern_of, score_terms
 from tl_vpd.analysis.attention.values import ValueGivenKey, head_alignment, value_given_key
-from tl_vpd.analysis.attention.without import pair_ablation_hooks
 
 __all__ = [
     "AttentionByOffset",

@@ -23,8 +23,8 @@ from torch import Tensor
 
 from tl_vpd.adapters import Adapter, Unsupported
 from tl_vpd.adapters.taps import tap_output
-from tl_vpd.hooks.registry import attached_to
-from tl_vpd.hooks.tapped import frozen, users_hooks_aside
+from tl_vpd.forward.masked_model import frozen, users_hooks_aside
+from tl_vpd.hooks import attached_to
 
 TOLERANCE = 1e-3
 """Allowed difference between scores and those of the measured kernel, over the largest score (half precision: 30 times)."""
@@ -168,12 +168,12 @@ def scores_of(
     q: Float[Tensor, "batch query head d_head"],
     k: Float[Tensor, "batch key some_heads d_head"],
     tokens: Int[Tensor, "batch query"] | None = None,
-    keep: Bool[Tensor, "batch query"] | None = None,
+    token_mask: Bool[Tensor, "batch query"] | None = None,
 ) -> Float[Tensor, "batch head query key"]:
     """A layer's scores with these queries and keys in the place of its own (a key head axis of 1: all the same)."""
     if tokens is None:
         tokens = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
-        keep = torch.ones_like(tokens, dtype=torch.bool)
+        token_mask = torch.ones_like(tokens, dtype=torch.bool)
     found: list[Tensor] = []
 
     def put(value: Tensor, y: Tensor) -> Tensor:
@@ -196,7 +196,7 @@ def scores_of(
                 taps.callback(handle.remove)
         taps.callback(tap_output(point, see).remove)
         with suppress(_Seen):
-            adapter.run(tokens, keep)
+            adapter.run(tokens, token_mask)
     if not found:
         raise Unsupported(f"Block {layer} ran without passing its scores through {adapter.scores_hook(layer)}.")
     return found[0]

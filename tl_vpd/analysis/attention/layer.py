@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from tl_vpd.adapters import Adapter, Unsupported, adapt
 from tl_vpd.adapters.taps import tap_output
 from tl_vpd.analysis.attention.kernel import ScoreKernel, measured_kernel
+from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.hooks.importances import zero_padding
-from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.importance import lower_leaky
 from tl_vpd.site import Site, Subcomponent, nearest
 
@@ -36,10 +36,10 @@ Pairs = Sequence[tuple[str | Subcomponent, str | Subcomponent]]
 
 @dataclass(frozen=True)
 class Seen:
-    """What one clean pass over prompts shows of a layer: activations, importances and scores; ``keep`` is False at padding."""
+    """What one clean pass over prompts shows of a layer: activations, importances and scores; ``token_mask`` is False at padding."""
 
     tokens: Int[Tensor, "batch pos"]
-    keep: Bool[Tensor, "batch pos"] | None
+    token_mask: Bool[Tensor, "batch pos"] | None
     inputs: dict[str, Float[Tensor, "batch pos _"]]
     scores: Float[Tensor, "batch head query key"]
     importances: Float[Tensor, "batch pos C_total"]
@@ -128,17 +128,17 @@ class AttentionLayer:
             ValueError: the prompts are empty, too long, or not this model's tokens.
         """
         found: list[Tensor] = []
-        with TappedModel(self.decomposition, self.model) as tapped:
+        with MaskedModel(self.decomposition, self.model) as masked_model:
             name = self.adapter.scores_hook(self.index)
             handle = tap_output(self.adapter.model.get_submodule(name), lambda scores: found.append(scores.clone()))
             try:
-                tokens, keep, inputs = tapped.clean_prompts(prompts, attention_mask)
+                tokens, token_mask, inputs = masked_model.clean_prompts(prompts, attention_mask)
             finally:
                 handle.remove()
         if not found:
             raise Unsupported(f"Block {self.index} ran without passing its scores through {name}.")
-        g = zero_padding(lower_leaky(self.decomposition.pre_sigmoid(inputs, keep)), keep)
-        return Seen(tokens, keep, inputs, found[0], g)
+        g = zero_padding(lower_leaky(self.decomposition.pre_sigmoid(inputs, token_mask)), token_mask)
+        return Seen(tokens, token_mask, inputs, found[0], g)
 
 
 def with_one(acts: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C_and_bias"]:

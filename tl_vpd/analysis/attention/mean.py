@@ -124,16 +124,16 @@ def mean_products(
     q: Float[Tensor, "batch pos query_c"],
     k: Float[Tensor, "batch pos key_c"],
     offset: int,
-    keep: Bool[Tensor, "batch pos"] | None = None,
+    token_mask: Bool[Tensor, "batch pos"] | None = None,
 ) -> tuple[Float[Tensor, "query_c key_c"], int]:
     """``E_t[q(t) k(t − τ)]`` over real tokens, and over how many."""
     n = q.shape[1]
     t = torch.arange(max(0, offset), min(n, n + offset), device=q.device)
     later, earlier = q[:, t], k[:, t - offset]
-    if keep is None:
+    if token_mask is None:
         count = later.shape[0] * later.shape[1]
     else:
-        both = keep[:, t] & keep[:, t - offset]
+        both = token_mask[:, t] & token_mask[:, t - offset]
         later, count = later * both[..., None], int(both.sum())
     return torch.einsum("btq,btk->qk", later, earlier) / max(count, 1), count
 
@@ -167,7 +167,7 @@ def mean_strengths(
     q_acts, k_acts = own.acts(own.q, seen.inputs)[..., q_chosen], own.acts(own.k, seen.inputs)[..., k_chosen]
     values, counts = [], []
     for offset, K in zip(kernel.offsets.tolist(), kernel.values, strict=True):
-        together, count = mean_products(q_acts, k_acts, offset, seen.keep)
+        together, count = mean_products(q_acts, k_acts, offset, seen.token_mask)
         values.append(together[..., None] * torch.einsum("qhd,de,khe->qkh", q_writes, K, k_writes))
         counts.append(count)
     return MeanStrengths(

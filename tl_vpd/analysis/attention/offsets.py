@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import Unsupported, adapt
 from tl_vpd.analysis.attention.layer import Pairs
-from tl_vpd.analysis.attention.without import pair_ablation_hooks
+from tl_vpd.analysis.attention.pair_ablation import pair_ablation_hooks
+from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.ablations import FwdHooks
-from tl_vpd.hooks.registry import own_attachment
 from tl_vpd.site import Subcomponent
 
 if TYPE_CHECKING:
@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 
 def mean_by_offset(
-    pattern: Float[Tensor, "batch head query key"], max_offset: int, keep: Bool[Tensor, "batch query"] | None = None
+    pattern: Float[Tensor, "batch head query key"],
+    max_offset: int,
+    token_mask: Bool[Tensor, "batch query"] | None = None,
 ) -> Float[Tensor, "head offset"]:
     """The mean attention paid at each offset ``query − key`` 0 … ``max_offset``; NaN where no real tokens are so far apart."""
     n = pattern.shape[-1]
@@ -38,8 +40,8 @@ def mean_by_offset(
     for offset in range(min(max_offset, n - 1) + 1):
         paid = pattern.diagonal(-offset, dim1=-2, dim2=-1)  # [batch, head, query]
         both = torch.ones_like(paid[:, 0], dtype=torch.bool)
-        if keep is not None:
-            both = keep[:, offset:] & keep[:, : n - offset]
+        if token_mask is not None:
+            both = token_mask[:, offset:] & token_mask[:, : n - offset]
         found.append((paid * both[:, None]).sum((0, 2)) / both.sum())
     return torch.stack(found, dim=-1)
 
@@ -96,18 +98,18 @@ def attention_by_offset(
         KeyError, IndexError, ValueError: a block, subcomponent, pair or prompt does not exist; another decomposition is attached.
     """
     adapter = adapt(model)
-    attached = own_attachment(decomposition, model)
+    attached = attachment_of(decomposition, model)
     tokens = adapter.tokens(prompts)
-    keep = adapter.padding(tokens, attention_mask)
+    token_mask = adapter.padding(tokens, attention_mask)
 
     def run(hooks: FwdHooks) -> Tensor:
         name = f"blocks.{layer}.attn.hook_pattern"
         found: list[Tensor] = []
         with model.hooks(fwd_hooks=[*hooks, (name, lambda pattern, hook: found.append(pattern.detach()))]):  # type: ignore[operator]
-            adapter.run(tokens, keep)
+            adapter.run(tokens, token_mask)
         if not found:
             raise Unsupported(f"Block {layer} ran without passing its pattern through {name}.")
-        return mean_by_offset(found[-1], max_offset, keep)
+        return mean_by_offset(found[-1], max_offset, token_mask)
 
     before = run([])
     if not ablate and not pairs:

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.analysis.attention.layer import attention_site
+from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.hooks.importances import causal_importances
-from tl_vpd.hooks.tapped import TappedModel
 from tl_vpd.site import Subcomponent
 
 if TYPE_CHECKING:
@@ -144,9 +144,9 @@ def ov_overlap(
     adapter = adapt(model)
     W = ov_matrices(adapter, layer)
     site = attention_site(decomposition, layer, "W_V")
-    with TappedModel(decomposition, model) as tapped:
-        tokens, keep, inputs = tapped.clean_prompts(prompts, attention_mask)
-    counted = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device) if keep is None else keep
+    with MaskedModel(decomposition, model) as masked_model:
+        tokens, token_mask, inputs = masked_model.clean_prompts(prompts, attention_mask)
+    counted = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device) if token_mask is None else token_mask
     if key is not None:
         address = decomposition.subcomponent(key)
         g = causal_importances(decomposition, model, tokens, attention_mask=attention_mask)

@@ -181,7 +181,7 @@ def _signed(
 
 def _scaled(own: AttentionLayer, site: Site, writes: Tensor, seen: Seen) -> Tensor:
     C = own.decomposition.counts[site.name]
-    g = seen.importances[..., own.decomposition.packing.slices[site.name]]
+    g = seen.importances[..., own.decomposition.site_axis.slices[site.name]]
     sigma = usual_signs(own.acts(site, seen.inputs)[..., :C], g.to(writes))
     norms = own.decomposition.V[site.name].detach().to(writes).norm(dim=0)
     return writes[:C] * (sigma * norms)[:, None, None]

@@ -106,7 +106,9 @@ def value_given_key(
     """
     k, v = (attention_site(decomposition, layer, weight) for weight in ("W_K", "W_V"))
     g = causal_importances(decomposition, model, prompts, attention_mask=attention_mask)
-    real = torch.ones(g.tokens.shape, dtype=torch.bool, device=g.tokens.device) if g.keep is None else g.keep
+    real = (
+        torch.ones(g.tokens.shape, dtype=torch.bool, device=g.tokens.device) if g.token_mask is None else g.token_mask
+    )
     both, keys, values = together(g[k.name][real] > above, g[v.name][real] > above)
     return ValueGivenKey(
         tuple(Subcomponent(k.name, i) for i in range(len(keys))),

@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.analysis.audit.places import Place, Universe
-from tl_vpd.hooks.registry import attached_to, own_attachment
-from tl_vpd.hooks.tapped import frozen, users_hooks_aside
+from tl_vpd.analysis.audit.node_set import HookSite, NodeSet
+from tl_vpd.forward.masked_model import frozen, users_hooks_aside
+from tl_vpd.hooks import attached_to, attachment_of
 
 if TYPE_CHECKING:
     from tl_vpd.decomposition import Decomposition
@@ -30,7 +30,7 @@ Reference = Literal["zero", "mean", "resample"]
 
 
 def between(
-    own: Float[Tensor, "batch pos *rest"], ablated: Tensor, m: Float[Tensor, "#batch #pos piece"], place: Place
+    own: Float[Tensor, "batch pos *rest"], ablated: Tensor, m: Float[Tensor, "#batch #pos piece"], place: HookSite
 ) -> Float[Tensor, "batch pos *rest"]:
     """``ablated + m (own − ablated)`` with the pieces' factors where they lie; at m = 1 ``own`` to the bit."""
     if place.kind == "delta":
@@ -50,7 +50,7 @@ def _by_head(z: Tensor, heads: int) -> Tensor:
 class _Hook:
     """Puts one place's pieces where ``m`` says; counts how often it ran."""
 
-    place: Place
+    place: HookSite
     ablated: Tensor
     m: Tensor = field(default_factory=lambda: torch.ones(1, 1, 1))
     fired: int = 0
@@ -71,25 +71,25 @@ class AblatedModel:
     def __init__(
         self,
         model: nn.Module,
-        universe: Universe,
+        node_set: NodeSet,
         tokens: Int[Tensor, "batch pos"],
-        keep: Bool[Tensor, "batch pos"] | None,
+        token_mask: Bool[Tensor, "batch pos"] | None,
         decomposition: Decomposition | None = None,
     ) -> None:
-        self.model, self.universe, self.tokens, self.keep = model, universe, tokens, keep
+        self.model, self.node_set, self.tokens, self.token_mask = model, node_set, tokens, token_mask
         self.decomposition = decomposition
         self.adapter = adapt(model)
         self._stack = ExitStack()
-        self._slices = universe.slices()
+        self._slices = node_set.slices()
 
     def __enter__(self) -> AblatedModel:
         if self.decomposition is None:
             if (other := attached_to(self.model)) is not None:
                 self._stack.enter_context(other.paused())
-        elif (attached := own_attachment(self.decomposition, self.model)) is None:
+        elif (attached := attachment_of(self.decomposition, self.model)) is None:
             self._stack.enter_context(self.decomposition.attach(self.model, hooks=("component_acts", "delta_mask")))
-        elif attached._passes.plans:
-            raise ValueError("The model runs masked here: audit it outside of masked() and kept().")
+        elif attached.runs_masked:
+            raise ValueError("The model runs masked here: audit it outside of masked() and keep_only().")
         # After attaching: what is put aside comes back as the dictionaries it was in.
         self._stack.enter_context(frozen(self.adapter))
         self._stack.enter_context(users_hooks_aside(self.adapter))
@@ -98,14 +98,18 @@ class AblatedModel:
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
-    def clean(self, tokens: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def clean(self, tokens: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
         """Logits of the model as it is (on its own prompts unless others are given)."""
         with torch.no_grad():
-            return self.adapter.run(self.tokens, self.keep) if tokens is None else self.adapter.run(tokens, keep)
+            return (
+                self.adapter.run(self.tokens, self.token_mask)
+                if tokens is None
+                else self.adapter.run(tokens, token_mask)
+            )
 
     @torch.no_grad()
     def references(
-        self, reference: Reference, tokens: Tensor, keep: Tensor | None, generator: torch.Generator
+        self, reference: Reference, tokens: Tensor, token_mask: Tensor | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
         """Ablated values of every place, by hook.
 
@@ -114,25 +118,27 @@ class AblatedModel:
         """
         zero = torch.zeros((), device=tokens.device)
         if reference == "zero":
-            return {p.hook: zero for p in self.universe.places}
+            return {p.hook: zero for p in self.node_set.places}
         found: dict[str, Tensor] = {}
 
         def see(name: str, own: Tensor, hook: Any) -> None:
             found[name] = own.detach().clone()
 
-        hooks = [(p.hook, partial(see, p.hook)) for p in self.universe.places if p.kind != "delta"]
+        hooks = [(p.hook, partial(see, p.hook)) for p in self.node_set.places if p.kind != "delta"]
         with self.model.hooks(fwd_hooks=hooks):  # type: ignore[operator]
-            self.clean(tokens, keep)
+            self.clean(tokens, token_mask)
         self._require([h for h, _ in hooks if h not in found])
         if reference == "mean":
-            real = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device) if keep is None else keep
+            real = (
+                torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device) if token_mask is None else token_mask
+            )
             values = {h: own[real].mean(0)[None, None] for h, own in found.items()}
         else:
-            rows = self._others(tokens, keep, generator)
+            rows = self._others(tokens, token_mask, generator)
             values = {h: own[rows] for h, own in found.items()}
-        return {p.hook: values.get(p.hook, zero) for p in self.universe.places}
+        return {p.hook: values.get(p.hook, zero) for p in self.node_set.places}
 
-    def _others(self, tokens: Tensor, keep: Tensor | None, generator: torch.Generator) -> Int[Tensor, " batch"]:
+    def _others(self, tokens: Tensor, token_mask: Tensor | None, generator: torch.Generator) -> Int[Tensor, " batch"]:
         """For each prompt another row of the reference prompts, one that is real wherever the prompt is."""
         batch, n = len(self.tokens), len(tokens)
         if tokens.shape[1] != self.tokens.shape[1]:
@@ -143,9 +149,9 @@ class AblatedModel:
         same = tokens is self.tokens or (tokens.shape == self.tokens.shape and bool((tokens == self.tokens).all()))
         if same and n < 2:
             raise ValueError("There is one prompt, and resampling needs another: give more, or reference=...")
-        if keep is not None:
-            here = torch.ones_like(self.tokens, dtype=torch.bool) if self.keep is None else self.keep
-            fits = (keep[None] | ~here[:, None]).all(-1).float().cpu()
+        if token_mask is not None:
+            here = torch.ones_like(self.tokens, dtype=torch.bool) if self.token_mask is None else self.token_mask
+            fits = (token_mask[None] | ~here[:, None]).all(-1).float().cpu()
             if same:
                 fits.fill_diagonal_(0)
             alone = (fits.sum(1) == 0).nonzero().flatten().tolist()
@@ -170,10 +176,10 @@ class AblatedModel:
         """
         hooks = [
             _Hook(place, ablated[place.hook], m[..., own])
-            for place, own in zip(self.universe.places, self._slices, strict=True)
+            for place, own in zip(self.node_set.places, self._slices, strict=True)
         ]
         with self.model.hooks(fwd_hooks=[(h.place.hook, h) for h in hooks]):  # type: ignore[operator]
-            logits = self.adapter.run(self.tokens, self.keep)
+            logits = self.adapter.run(self.tokens, self.token_mask)
         self._require([h.place.hook for h in hooks if h.fired != 1])
         return logits
 

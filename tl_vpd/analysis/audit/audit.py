@@ -27,8 +27,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_vpd.analysis.audit.ablate import Reference
-from tl_vpd.analysis.audit.places import Universe
-from tl_vpd.analysis.audit.runs import Metric, auditor, random_circuit
+from tl_vpd.analysis.audit.auditor import Metric, auditor, random_circuit
+from tl_vpd.analysis.audit.node_set import NodeSet
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.site import Subcomponent, nearest
 
@@ -47,11 +47,11 @@ class CircuitAudit:
     ``recovered = (circuit − nothing) / (whole − nothing)``; and what it is to be compared with: ``nothing`` (every piece ablated
     to the reference), ``complement`` (the circuit ablated to it, all else kept), ``random_mean`` and ``random_best`` (circuits of
     as many pieces of the same kinds, under the same ablation; with several budgets, the first). ``worst`` holds the
-    worst sources found, by number of steps, on the packed axis of ``universe``.
+    worst sources found, by number of steps, on the concatenated axis of ``node_set``.
     """
 
     nodes: tuple[Node, ...]
-    universe: Universe
+    node_set: NodeSet
     whole: float
     rows: pd.DataFrame
     worst: dict[int, Float[Tensor, "pos total"]]
@@ -86,7 +86,7 @@ class CircuitAudit:
             raise KeyError("No adversary was run: audit with ablations that include 'adversarial'.")
         sources = self.worst[max(self.worst) if steps is None else steps].mean(0)
         best = sources.topk(min(k, len(sources))).indices.tolist()
-        labels = self.universe.labels()
+        labels = self.node_set.labels()
         return pd.DataFrame({"piece": [labels[i] for i in best], "kept": sources[best].tolist()})
 
 
@@ -152,7 +152,7 @@ def audit_circuit(
         seed=seed,
     ) as audit:
         kept, whole, sign = audit.kept, audit.whole, audit.sign
-        random = [random_circuit(audit.universe, kept, audit.generator) for _ in range(controls)]
+        random = [random_circuit(audit.node_set, kept, audit.generator) for _ in range(controls)]
         rows, worst = [], {}
         compared: dict[Reference, tuple[float, float]] = {}
         for ablation in ablations:
@@ -181,7 +181,7 @@ def audit_circuit(
                 )
         table = pd.DataFrame(rows)
         table["steps"] = table["steps"].astype("Int64")
-        return CircuitAudit(audit.circuit, audit.universe, whole, table, worst, lower_is_better)
+        return CircuitAudit(audit.circuit, audit.node_set, whole, table, worst, lower_is_better)
 
 
 def recovered(circuit: float, nothing: float, whole: float) -> float:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tl_vpd.analysis.audit.ablate import Reference
 from tl_vpd.analysis.audit.audit import recovered
-from tl_vpd.analysis.audit.runs import Auditor, Metric, auditor, factors
+from tl_vpd.analysis.audit.auditor import Auditor, Metric, auditor, factors
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.site import Subcomponent
 
@@ -128,8 +128,8 @@ def repair_circuit(
 
 def _addable(audit: Auditor) -> Bool[Tensor, " total"]:
     """Every piece but Δ, which is no node."""
-    out = torch.ones(audit.universe.total, dtype=torch.bool, device=audit.kept.device)
-    for place, own in zip(audit.universe.places, audit.universe.slices(), strict=True):
+    out = torch.ones(audit.node_set.total, dtype=torch.bool, device=audit.kept.device)
+    for place, own in zip(audit.node_set.places, audit.node_set.slices(), strict=True):
         if place.kind == "delta":
             out[own] = False
     return out
@@ -147,12 +147,12 @@ def _best(
     best: tuple[float, Node, Tensor] | None = None
     flat = gains.flatten()
     for entry in flat.topk(min(candidates, int((flat > -torch.inf).sum()))).indices.tolist():
-        pos, packed = divmod(entry, gains.shape[1])
+        pos, concatenated = divmod(entry, gains.shape[1])
         trial = kept.clone()
-        trial[pos, packed] = True
+        trial[pos, concatenated] = True
         value = audit.sign * audit.at(trial, sources, against)
         if best is None or value > best[0]:
-            place, index = audit.universe.at(packed)
+            place, index = audit.node_set.at(concatenated)
             best = value, place.node(index, pos if kept.shape[0] > 1 else None), trial
     assert best is not None, "nothing is left to add"
     return best[1], best[2]

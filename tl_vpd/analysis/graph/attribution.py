@@ -70,7 +70,7 @@ def attribution_graph(
     with DirectModel(decomposition, model, held=held) as direct:
         tokens = one_prompt(direct, prompt)
         logits, inputs = direct.clean(tokens)
-        g = lower_leaky(direct.parts.pre_sigmoid(inputs, None))[0].detach()
+        g = lower_leaky(direct.weights.pre_sigmoid(inputs, None))[0].detach()
         chosen = logit_targets(direct.adapter, logits[0], targets, pos)
         nodes = Candidates(direct, tokens, inputs, g.to(logits), chosen, logits[0], threshold if importances else None)
         found = _Edges(direct, nodes, tokens, min_weight, importances)
@@ -104,7 +104,7 @@ class _Edges:
         self.direct, self.nodes, self.tokens, self.min_weight = direct, nodes, tokens, min_weight
         self.importances = importances
         self.strength = nodes.activation * nodes.importance if importances else nodes.activation
-        self.writes = {n: direct.parts.U[n].detach()[nodes.index[n]] for n in direct.names}
+        self.writes = {n: direct.weights.U[n].detach()[nodes.index[n]] for n in direct.names}
         self.starts = {
             n: torch.searchsorted(nodes.pos[n], torch.arange(tokens.shape[1] + 1, device=tokens.device)).tolist()
             for n in direct.names

@@ -33,17 +33,17 @@ class Candidates:
         threshold: float | None,
     ) -> None:
         self.direct, self.chosen, self.n_embeddings = direct, list(chosen), tokens.shape[1]
-        packing = direct.parts.packing
+        site_axis = direct.weights.site_axis
         self.pos: dict[str, Tensor] = {}
         self.index: dict[str, Tensor] = {}
         self.first: dict[str, int] = {}
         activations, own_g = [], []
         total = self.n_embeddings
         for name in direct.names:
-            of_site = g[:, packing.slices[name]]
+            of_site = g[:, site_axis.slices[name]]
             taken = torch.ones_like(of_site, dtype=torch.bool) if threshold is None else of_site > threshold
             self.pos[name], self.index[name] = taken.nonzero(as_tuple=True)
-            acts = inputs[name][0] @ direct.parts.V[name].detach()
+            acts = inputs[name][0] @ direct.weights.V[name].detach()
             activations.append(acts[taken])
             own_g.append(of_site[taken])
             self.first[name] = total
@@ -62,7 +62,7 @@ class Candidates:
                 for name in family:
                     here = (self.pos[name] == pos).nonzero().flatten()
                     nodes.append(here + self.first[name])
-                    reads.append(self.direct.parts.V[name].detach().T[self.index[name][here]])
+                    reads.append(self.direct.weights.V[name].detach().T[self.index[name][here]])
                 ids = torch.cat(nodes)
                 if len(ids):
                     found.append(Block.of(family[0], pos, ids, torch.cat(reads)))

@@ -35,7 +35,7 @@ class DatasetGraph:
     """Attributions among chosen subcomponents; the first source is the embeddings.
 
     Attributes:
-        nodes: the subcomponents, in packed order.
+        nodes: the subcomponents, in concatenated order.
         signed, absolute: ``[target, source]``; sources are the embeddings and then ``nodes`` (absolute None: not asked for).
         mean_importance: of each node over tokens. rms: of its inner activation. tokens: how many were summed over.
     """
@@ -121,8 +121,8 @@ def dataset_graph(
     """
     with DirectModel(decomposition, model) as direct:
         tokens = direct.adapter.tokens(prompts)
-        keep = direct.adapter.padding(tokens, attention_mask)
-        own = _Sums(direct, tokens, keep, batch_size, progress)
+        token_mask = direct.adapter.padding(tokens, attention_mask)
+        own = _Sums(direct, tokens, token_mask, batch_size, progress)
         own.look(None if subcomponents is None else [decomposition.subcomponent(c) for c in subcomponents])
         return own.run(absolute)
 
@@ -130,9 +130,11 @@ def dataset_graph(
 class _Sums:
     """Sums over the batches of a data set."""
 
-    def __init__(self, direct: DirectModel, tokens: Tensor, keep: Tensor | None, size: int, progress: bool) -> None:
-        self.direct, self.tokens, self.keep, self.size, self.progress = direct, tokens, keep, size, progress
-        self.n = tokens.numel() if keep is None else int(keep.sum())
+    def __init__(
+        self, direct: DirectModel, tokens: Tensor, token_mask: Tensor | None, size: int, progress: bool
+    ) -> None:
+        self.direct, self.tokens, self.token_mask, self.size, self.progress = direct, tokens, token_mask, size, progress
+        self.n = tokens.numel() if token_mask is None else int(token_mask.sum())
         self.columns: dict[str, Tensor] = {}
         self.families: list[tuple[str, ...]] = []
 
@@ -140,48 +142,48 @@ class _Sums:
         """Tokens, where they are real, every site's input, and importances (0 at padding)."""
         for start in range(0, len(self.tokens), self.size):
             rows = slice(start, start + self.size)
-            keep = None if self.keep is None else self.keep[rows]
-            keep = None if keep is None or bool(keep.all()) else keep
-            _, inputs = self.direct.clean(self.tokens[rows], keep)
-            g = lower_leaky(self.direct.parts.pre_sigmoid(inputs, keep)).detach()
-            yield self.tokens[rows], keep, inputs, g if keep is None else g * keep[..., None]
+            token_mask = None if self.token_mask is None else self.token_mask[rows]
+            token_mask = None if token_mask is None or bool(token_mask.all()) else token_mask
+            _, inputs = self.direct.clean(self.tokens[rows], token_mask)
+            g = lower_leaky(self.direct.weights.pre_sigmoid(inputs, token_mask)).detach()
+            yield self.tokens[rows], token_mask, inputs, g if token_mask is None else g * token_mask[..., None]
 
     @torch.no_grad()
     def look(self, chosen: list[Subcomponent] | None) -> None:
         """Importances and squared activations over all tokens, and the nodes."""
-        packing, parts = self.direct.parts.packing, self.direct.parts
-        importance = squares = torch.zeros(packing.total, dtype=torch.float64, device=self.tokens.device)
-        for _, keep, inputs, g in self.batches():
-            acts = torch.cat([inputs[n] @ parts.V[n].detach() for n in packing.names], -1)
-            acts = acts if keep is None else acts * keep[..., None]
+        site_axis, parts = self.direct.weights.site_axis, self.direct.weights
+        importance = squares = torch.zeros(site_axis.total, dtype=torch.float64, device=self.tokens.device)
+        for _, token_mask, inputs, g in self.batches():
+            acts = torch.cat([inputs[n] @ parts.V[n].detach() for n in site_axis.names], -1)
+            acts = acts if token_mask is None else acts * token_mask[..., None]
             importance = importance + g.double().sum((0, 1))
             squares = squares + acts.double().square().sum((0, 1))
             if not self.families:
-                self.families = shared_inputs(packing.names, inputs)
+                self.families = shared_inputs(site_axis.names, inputs)
         self.importance, self.rms = importance, (squares / self.n).sqrt()
         taken = importance / self.n > 1e-6
         if chosen is not None:
             taken = torch.zeros_like(taken)
-            taken[[packing.slices[c.site].start + c.index for c in chosen]] = True
+            taken[[site_axis.slices[c.site].start + c.index for c in chosen]] = True
         if not bool(taken.any()):
             raise ValueError("No subcomponent is important on these prompts: there is nothing to attribute.")
         self.taken = taken.nonzero().flatten()
-        self.columns = {n: taken[packing.slices[n]].nonzero().flatten() for n in packing.names}
+        self.columns = {n: taken[site_axis.slices[n]].nonzero().flatten() for n in site_axis.names}
 
     def run(self, absolute: bool) -> DatasetGraph:
         """All batches' attributions, normalised."""
-        packing, n = self.direct.parts.packing, len(self.taken)
+        site_axis, n = self.direct.weights.site_axis, len(self.taken)
         signed = torch.zeros(n, n + 1, dtype=torch.float64, device=self.tokens.device)
         by_size = torch.zeros_like(signed) if absolute else None
         total = -(-len(self.tokens) // self.size) * len(self.families)
         with tqdm(total=total, disable=not self.progress, desc="attributing") as bar:
-            for tokens, keep, inputs, g in self.batches():
-                self._batch(tokens, keep, inputs, g, signed, by_size, bar)
+            for tokens, token_mask, inputs, g in self.batches():
+                self._batch(tokens, token_mask, inputs, g, signed, by_size, bar)
         importance = torch.cat([self.importance.new_full((1,), self.n), self.importance[self.taken]])
         scale = (importance[None] * self.rms[self.taken, None]).clamp_min(1e-300)
         dtype = self.direct.adapter.dtype
         return DatasetGraph(
-            nodes=tuple(packing.at(i) for i in self.taken.tolist()),
+            nodes=tuple(site_axis.at(i) for i in self.taken.tolist()),
             signed=(signed / scale).to(dtype),
             absolute=None if by_size is None else (by_size / scale).to(dtype),
             mean_importance=(self.importance[self.taken] / self.n).to(dtype),
@@ -192,28 +194,28 @@ class _Sums:
     def _batch(
         self,
         tokens: Tensor,
-        keep: Tensor | None,
+        token_mask: Tensor | None,
         inputs: dict[str, Tensor],
         g: Tensor,
         signed: Tensor,
         by_size: Tensor | None,
         bar: tqdm,  # type: ignore[type-arg]
     ) -> None:
-        direct, parts = self.direct, self.direct.parts
+        direct, parts = self.direct, self.direct.weights
         # Every family's x is wanted, so the pass goes on to the last; its gradients are taken from there backwards.
-        run = direct.direct(tokens, until={family[0] for family in self.families}, keep=keep)
-        by_site = parts.packing.unpack(g)
+        run = direct.direct(tokens, until={family[0] for family in self.families}, token_mask=token_mask)
+        by_site = parts.site_axis.split_sites(g)
         strengths = {
             n: (inputs[n] @ parts.V[n].detach()[:, own] * by_site[n][..., own]).flatten(0, 1)
             for n, own in self.columns.items()
         }
-        rows = {n: int((self.taken < parts.packing.slices[n].start).sum()) for n in self.columns}
+        rows = {n: int((self.taken < parts.site_axis.slices[n].start).sum()) for n in self.columns}
         for family in self.families:
             reads = torch.cat([parts.V[n].detach().T[self.columns[n]] for n in family])
             if len(reads):
                 ids = torch.cat([rows[n] + torch.arange(len(self.columns[n]), device=g.device) for n in family])
                 acts = inputs[family[0]] @ reads.T
-                real = 1.0 if keep is None else keep[..., None].to(acts)
+                real = 1.0 if token_mask is None else token_mask[..., None].to(acts)
                 ones = torch.ones_like(acts[..., :1]) * real
                 direct_rows = len(reads) <= reads.shape[1]
                 basis = reads if direct_rows else torch.eye(reads.shape[1]).to(reads)
@@ -247,7 +249,7 @@ class _Sums:
             out[0] = (of_embeddings * run.embeddings.detach()).double().sum()[None]
         for n, own in self.columns.items():
             if n in of_outputs:
-                effects = of_outputs[n].flatten(0, 1) @ self.direct.parts.U[n].detach()[own].T
+                effects = of_outputs[n].flatten(0, 1) @ self.direct.weights.U[n].detach()[own].T
                 out.append((effects * strengths[n]).double().sum(0))
             else:
                 out.append(seed.new_zeros(len(own), dtype=torch.float64))

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.forward import MaskedModel, SitePass
 
 Held = Literal["norms", "deltas", "patterns"]
 """What may be held fixed: norms' scales, Δs' outputs, attention patterns."""
@@ -90,8 +91,8 @@ class DirectPass:
         return of_outputs, found[len(wanted)], list(found[len(wanted) + 1 :])
 
 
-class DirectModel(TappedModel):
-    """A model whose passes stop gradients at subcomponents. A context manager, as ``TappedModel`` is.
+class DirectModel(MaskedModel):
+    """A model whose passes stop gradients at subcomponents. A context manager, as ``MaskedModel`` is.
 
     Raises:
         ValueError: attention is computed head by head, or what is to be held fixed is unknown.
@@ -104,7 +105,6 @@ class DirectModel(TappedModel):
         super().__init__(decomposition, model, fused_attention="patterns" not in held)
         self.held = frozenset(held)
         self._pass: DirectPass | None = None
-        self._until: frozenset[str] | None = None
         self._deltas: dict[str, Tensor] = {}
 
     def __enter__(self) -> DirectModel:
@@ -119,7 +119,7 @@ class DirectModel(TappedModel):
         try:
             with torch.no_grad():
                 for name in self.names:
-                    product = self.parts.V[name].detach() @ self.parts.U[name].detach()
+                    product = self.weights.V[name].detach() @ self.weights.U[name].detach()
                     self._deltas[name] = self.adapter.weight(name).to(product) - product
             self._stack.callback(self._deltas.clear)
             for handle in self.adapter.tap_residual(self._embed):
@@ -138,21 +138,23 @@ class DirectModel(TappedModel):
         tokens: Int[Tensor, "batch pos"],
         *,
         until: Collection[str] | None = None,
-        keep: Bool[Tensor, "batch pos"] | None = None,
+        token_mask: Bool[Tensor, "batch pos"] | None = None,
     ) -> DirectPass:
         """Runs tokens; ``until``: the sites whose inputs are all that is wanted (None: on to the logits)."""
-        with self._collecting(until) as run, torch.inference_mode(False), torch.enable_grad(), suppress(_Through):
-            run.logits = self._run(tokens, keep)
-        return run
+        direct = DirectPass()
+        wanted = None if until is None else frozenset(until)
+        run = SitePass(partial(self._stopped, direct), read=partial(self._noted, direct, wanted))
+        with self._collecting(direct), torch.inference_mode(False), torch.enable_grad(), suppress(_Through):
+            direct.logits = self.run(tokens, run, token_mask)
+        return direct
 
     @contextmanager
-    def _collecting(self, until: Collection[str] | None) -> Iterator[DirectPass]:
-        self._pass, self._until = DirectPass(), None if until is None else frozenset(until)
+    def _collecting(self, direct: DirectPass) -> Iterator[None]:
+        self._pass = direct
         try:
-            yield self._pass
+            yield
         finally:
             self._pass = None
-            self._x.clear()
 
     def delta_output(self, name: str, x: Float[Tensor, "*batch d_in"]) -> Float[Tensor, "*batch d_out"]:
         """What Δ writes."""
@@ -168,23 +170,16 @@ class DirectModel(TappedModel):
         if self._pass is not None:
             self._pass.norms.append((y, bias))
 
-    def _read(self, name: str, x: Tensor) -> None:
-        super()._read(name, x)
-        if self._pass is not None:
-            self._pass.inputs[name] = x
-            if self._until is not None and self._until <= self._pass.inputs.keys():
-                raise _Through
+    @staticmethod
+    def _noted(direct: DirectPass, until: frozenset[str] | None, name: str, x: Tensor) -> None:
+        direct.inputs[name] = x
+        if until is not None and until <= direct.inputs.keys():
+            raise _Through
 
-    def _write(self, name: str, y: Tensor) -> Tensor | None:
-        if self._pass is None:
-            return super()._write(name, y)
-        x = self._x.pop(name, None)
-        if x is None:
-            return None
-        self._fired[name] += 1
+    def _stopped(self, direct: DirectPass, name: str, x: Tensor, y: Tensor) -> Tensor:
         delta = None if "deltas" in self.held else self._deltas[name]
         output = y.detach().requires_grad_() if delta is None else _Stopped.apply(x, y.detach(), delta)
-        self._pass.outputs[name] = output
+        direct.outputs[name] = output
         return output
 
 

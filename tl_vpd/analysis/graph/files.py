@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tl_vpd.analysis.graph.result import AttributionGraph
 from tl_vpd.analysis.graph.targets import LogitTarget
-from tl_vpd.storage import library_versions, write_atomically, write_json
+from tl_vpd.components.storage import library_versions, write_atomically, write_json
 
 FORMAT_VERSION = 1
 TENSORS, TABLE = "graph.safetensors", "graph.json"

@@ -230,7 +230,7 @@ class AttributionGraph:
         return replace(
             self,
             **kept_values,
-            logits=tuple(t for t, keep in zip(self.logits, flags, strict=True) if keep),
+            logits=tuple(t for t, token_mask in zip(self.logits, flags, strict=True) if token_mask),
             source=numbers[source[edges]].int(),
             target=numbers[target[edges]].int(),
             weight=self.weight[edges],

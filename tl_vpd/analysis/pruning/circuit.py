@@ -15,10 +15,10 @@ from tl_vpd.analysis.nodes import Node
 from tl_vpd.analysis.pruning.attack import attack, draw
 from tl_vpd.analysis.pruning.behaviours import Behaviour, behaviour_of
 from tl_vpd.analysis.pruning.config import PruneConfig
-from tl_vpd.analysis.pruning.masked import MaskedModel
+from tl_vpd.analysis.pruning.masked import PromptModel
 from tl_vpd.analysis.pruning.recorded import running
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.site import Packing, Subcomponent
+from tl_vpd.site import ConcatenatedAxis, Subcomponent
 
 FRESH_STEPS, FRESH_STARTS, DRAWS = 20, 8, 64
 
@@ -42,7 +42,7 @@ class PrunedCircuit:
     behaviour: str
     pos: int
     importances: Float[Tensor, "pos C_total"]
-    packing: Packing
+    site_axis: ConcatenatedAxis
     alive: int
     coefficient: float
     probabilities: Mapping[str, float]
@@ -58,7 +58,7 @@ class PrunedCircuit:
     @property
     def nodes(self) -> list[Node]:
         """The nodes by position and site, for graphs, audits and ablations."""
-        at = [(pos, self.packing.at(i)) for pos, i in (self.importances > 0).nonzero().tolist()]
+        at = [(pos, self.site_axis.at(i)) for pos, i in (self.importances > 0).nonzero().tolist()]
         return [Node(c.site, c.index, pos) for pos, c in at]
 
     def to_pandas(self) -> pd.DataFrame:
@@ -82,7 +82,7 @@ class PrunedCircuit:
 
 @torch.no_grad()
 def probabilities(
-    masked: MaskedModel,
+    masked: PromptModel,
     tokens: Tensor,
     g: Float[Tensor, "pos C_total"],
     alive: Bool[Tensor, "pos C_total"],
@@ -143,17 +143,17 @@ def ablate_nodes(
     Raises:
         KeyError, IndexError, ValueError: a node is no subcomponent of this decomposition, or its position is outside the prompt.
     """
-    packing = decomposition.packing
+    site_axis = decomposition.site_axis
     wheres = {name: _where(decomposition, circuit, nodes) for name, nodes in groups.items()}
     rows = [torch.zeros_like(circuit.importances, dtype=torch.bool), *wheres.values()]
-    with MaskedModel(decomposition, model) as masked:
+    with PromptModel(decomposition, model) as masked:
         tokens = masked.adapter.tokens(circuit.tokens)
         logits, _ = masked.clean(tokens)
         chosen = behaviour_of(masked.adapter, logits[0], behaviour, circuit.pos)
         out = torch.stack(rows)
         ones = torch.ones_like(circuit.importances).expand(len(rows), -1, -1)
         g = circuit.importances.expand(len(rows), -1, -1)
-        deltas = [g.new_full((*g.shape[:2], len(packing.names)), value) for value in (1.0, 0.0)]
+        deltas = [g.new_full((*g.shape[:2], len(site_axis.names)), value) for value in (1.0, 0.0)]
         found = [
             chosen.probability(masked.logits(tokens, own.masked_fill(out, 0), delta, chosen.pos)[0]).tolist()
             for own, delta in zip((ones, g), deltas, strict=True)
@@ -173,5 +173,5 @@ def _where(
         if node.pos is not None and node.pos >= len(found):
             raise IndexError(f"{node} is outside the {len(found)} positions of the prompt.")
         rows = slice(None) if node.pos is None else node.pos
-        found[rows, decomposition.packing.slices[part.site].start + part.index] = True
+        found[rows, decomposition.site_axis.slices[part.site].start + part.index] = True
     return found

@@ -2,13 +2,14 @@
 
     m = g + (1 − g) r,      y = b + m_Δ (y₀ − b) + (a ⊙ (m − m_Δ)) @ U
 
-Masks of all sites are made at once on the packed axis; backward leaves ∂m and ∂m_Δ there too. (``SourcedPass`` works in
+Masks of all sites are made at once on the concatenated axis; backward leaves ∂m and ∂m_Δ there too. (``BlockedMasks`` works in
 blocks, for long batches whose masks would fill the memory; here the number of operations is what costs time.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.hooks.tapped import TappedModel
+from tl_vpd.forward import MaskedModel, SitePass
 
 
 class _Run:
@@ -66,8 +67,8 @@ class _Masked(torch.autograd.Function):
         return None, of_y, of_x, *[None] * 6
 
 
-class MaskedModel(TappedModel):
-    """A model for masked passes of one prompt. A context manager, as ``TappedModel`` is.
+class PromptModel(MaskedModel):
+    """A model for masked passes of one prompt. A context manager, as ``MaskedModel`` is.
 
     Raises:
         ValueError: attention is computed head by head.
@@ -75,13 +76,12 @@ class MaskedModel(TappedModel):
 
     def __init__(self, decomposition: Decomposition, model: nn.Module) -> None:
         super().__init__(decomposition, model, fused_attention=True)
-        self.run_now: _Run | None = None
-        packing = self.parts.packing
-        counts = torch.tensor(list(packing.counts.values()), device=self.adapter.device)
+        site_axis = self.weights.site_axis
+        counts = torch.tensor(list(site_axis.counts.values()), device=self.adapter.device)
         self.site_of = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)
         self.fixed: dict[str, tuple[Tensor, Tensor, Tensor | None, slice, int]] = {}
 
-    def __enter__(self) -> MaskedModel:
+    def __enter__(self) -> PromptModel:
         for i, name in enumerate(self.names):
             layout = self.adapter.layout(name)
             if layout.by_head or layout.repeats > 1:
@@ -89,8 +89,8 @@ class MaskedModel(TappedModel):
                     f"{name} is computed head by head here: switch use_split_qkv_input, use_attn_in, use_attn_result and "
                     "ungroup_grouped_query_attention off for pruning."
                 )
-            V, U, bias = self.parts.V[name].detach(), self.parts.U[name].detach(), self.adapter.bias(name)
-            self.fixed[name] = V, U, None if bias is None else bias.detach(), self.parts.packing.slices[name], i
+            V, U, bias = self.weights.V[name].detach(), self.weights.U[name].detach(), self.adapter.bias(name)
+            self.fixed[name] = V, U, None if bias is None else bias.detach(), self.weights.site_axis.slices[name], i
         super().__enter__()
         return self
 
@@ -105,13 +105,9 @@ class MaskedModel(TappedModel):
     ) -> tuple[Float[Tensor, "rows vocab"], _Run]:
         """Logits at a position under masks, and the pass, whose gradients a backward through its ``handle`` fills in."""
         run = _Run(mask.detach().flatten(0, 1), delta.detach().flatten(0, 1), self.site_of, gradients)
-        self.run_now = run
-        try:
-            with torch.inference_mode(False), torch.set_grad_enabled(gradients):
-                return self._run(tokens.expand(len(mask), -1), None)[:, pos], run
-        finally:
-            self.run_now = None
-            self._x.clear()
+        site_pass = SitePass(partial(self._masked_site, run))
+        with torch.inference_mode(False), torch.set_grad_enabled(gradients):
+            return self.run(tokens.expand(len(mask), -1), site_pass)[:, pos], run
 
     def gradients(
         self, losses: Callable[[Tensor], Tensor], logits: Float[Tensor, "rows vocab"], run: _Run, shape: tuple[int, int]
@@ -123,16 +119,8 @@ class MaskedModel(TappedModel):
         assert run.grad_delta is not None
         return run.grad_mask.view(*shape, -1), run.grad_delta.view(*shape, -1)
 
-    def _write(self, name: str, y: Tensor) -> Tensor | None:
-        if self.run_now is None:
-            return super()._write(name, y)
-        x = self._x.pop(name, None)
-        if x is None:
-            return None
-        self._fired[name] += 1
+    def _masked_site(self, run: _Run, name: str, x: Tensor, y: Tensor) -> Tensor:
         V, U, bias, at, site = self.fixed[name]
-        rows = len(self.run_now.delta)
-        own = _Masked.apply(
-            self.run_now.handle, y.reshape(rows, -1), x.reshape(rows, -1), V, U, bias, self.run_now, at, site
-        )
-        return own.view(y.shape)
+        rows = len(run.delta)
+        output = _Masked.apply(run.handle, y.reshape(rows, -1), x.reshape(rows, -1), V, U, bias, run, at, site)
+        return output.view(y.shape)

@@ -29,10 +29,10 @@ from tl_vpd.analysis.pruning.attack import Sources, attack, draw
 from tl_vpd.analysis.pruning.behaviours import Behaviour, behaviour_of
 from tl_vpd.analysis.pruning.circuit import PrunedCircuit, probabilities
 from tl_vpd.analysis.pruning.config import PruneConfig
-from tl_vpd.analysis.pruning.masked import MaskedModel
+from tl_vpd.analysis.pruning.masked import PromptModel
 from tl_vpd.analysis.pruning.recorded import Gradients, Recorded, running
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.training.losses.minimality import Penalty
+from tl_vpd.losses.minimality import Penalty
 from tl_vpd.training.schedules import cosine, warm_up
 
 
@@ -107,7 +107,7 @@ def prune_sweep(
     config = config or PruneConfig()
     if not coefficients:
         raise ValueError("A sweep needs at least one coefficient.")
-    with torch.inference_mode(False), MaskedModel(decomposition, model) as masked:
+    with torch.inference_mode(False), PromptModel(decomposition, model) as masked:
         if not masked.adapter.return_types:
             raise ValueError(f"A {type(model).__name__} puts out no logits of tokens: pruning is for language models.")
         tokens = masked.adapter.tokens(prompt)
@@ -116,7 +116,7 @@ def prune_sweep(
                 f"Pruning takes one prompt without padding; tokens of shape {tuple(tokens.shape)} were given."
             )
         logits, inputs = masked.clean(tokens)
-        z = masked.parts.pre_sigmoid(inputs, None)[0].detach().to(logits)
+        z = masked.weights.pre_sigmoid(inputs, None)[0].detach().to(logits)
         if not bool((z > 0).any()):
             raise ValueError("No subcomponent is important at any token of this prompt: there is nothing to prune.")
         chosen = behaviour_of(masked.adapter, logits[0], behaviour, pos)
@@ -133,7 +133,7 @@ def prune_sweep(
                     behaviour=chosen.text,
                     pos=chosen.pos,
                     importances=g,
-                    packing=masked.parts.packing,
+                    site_axis=masked.weights.site_axis,
                     alive=int((z > 0).sum()),
                     coefficient=float(coefficient),
                     probabilities={"target": target, **scores},
@@ -152,7 +152,7 @@ class _Pruning:
 
     def __init__(
         self,
-        masked: MaskedModel,
+        masked: PromptModel,
         tokens: Tensor,
         z: Float[Tensor, "pos C_total"],
         behaviour: Behaviour,

@@ -17,13 +17,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.analysis.pruning.behaviours import Behaviour
-from tl_vpd.analysis.pruning.masked import MaskedModel
+from tl_vpd.analysis.pruning.masked import PromptModel
 
 Gradients = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """From masks ``[rows, pos, C_total]`` and Δs' ``[rows, pos, sites]`` to the gradients of the rows' summed losses in both."""
 
 
-def running(masked: MaskedModel, tokens: Tensor, behaviour: Behaviour) -> Gradients:
+def running(masked: PromptModel, tokens: Tensor, behaviour: Behaviour) -> Gradients:
     """Gradients by running the model."""
 
     def gradients(mask: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
@@ -39,7 +39,7 @@ class Recorded:
     Warns (RuntimeWarning) where a model's passes cannot be recorded, and runs the model itself then.
     """
 
-    def __init__(self, masked: MaskedModel, tokens: Tensor, behaviour: Behaviour) -> None:
+    def __init__(self, masked: PromptModel, tokens: Tensor, behaviour: Behaviour) -> None:
         self.model = running(masked, tokens, behaviour)
         self.made: dict[int, Gradients] = {}
 

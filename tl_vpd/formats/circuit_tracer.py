@@ -1,0 +1,137 @@
+"""Attribution graphs as the JSON that the viewers of circuit-tracer and Neuronpedia open.
+
+Those viewers know features of layers, not subcomponents of matrices, so every site is a row of ``layer`` of its own, and its name
+stands in ``clerp``. Node ids are integers joined by underscores: ``{layer}_{feature}_{pos}``, ``E_{vocab}_{pos}`` for embeddings,
+``{layers}_{vocab}_{pos}`` for logits. A difference of two logits has the first's token, and both in ``clerp``.
+
+    >>> to_circuit_tracer(graph.pruned(nodes=200), "graphs", slug="closing-a-bracket", scan="my-model")      # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from tl_vpd.analysis.graph import AttributionGraph
+from tl_vpd.components.storage import write_json
+
+_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+METADATA = "graph-metadata.json"
+
+
+def to_circuit_tracer(
+    graph: AttributionGraph,
+    folder: str | os.PathLike[str],
+    *,
+    slug: str,
+    scan: str = "tl_vpd",
+    prompt: str | None = None,
+) -> Path:
+    """Writes ``{slug}.json`` and lists it in the folder's ``graph-metadata.json``, beside graphs that are there already.
+
+    Args:
+        slug: the graph's name in the viewer and of its file. scan: the model's name there.
+        prompt: shown as the prompt (None: the tokens' text joined).
+
+    Returns:
+        The graph's file.
+
+    Raises:
+        ValueError: the slug is no plain file name, two targets fall on one token and position, or the metadata file is damaged.
+    """
+    if not _SLUG.fullmatch(slug):
+        raise ValueError(f"slug={slug!r}: letters, digits, '.', '_' and '-' make the name of a file.")
+    if f"{slug}.json" == METADATA:
+        raise ValueError(f"slug={slug!r}: {METADATA} is the folder's list of graphs; choose another name.")
+    content = as_json(graph, slug=slug, scan=scan, prompt=prompt)
+    folder = Path(folder)
+    listed = _listed(folder / METADATA)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{slug}.json"
+    write_json(path, content)
+    others = [own for own in listed if own.get("slug") != slug]
+    write_json(folder / METADATA, {"graphs": [*others, content["metadata"]]})
+    return path
+
+
+def as_json(graph: AttributionGraph, *, slug: str, scan: str, prompt: str | None = None) -> dict[str, Any]:
+    """The content of the graph's file: ``metadata``, ``qParams``, ``nodes``, ``links``."""
+    metadata = {
+        "slug": slug,
+        "scan": scan,
+        "prompt_tokens": list(graph.words),
+        "prompt": "".join(graph.words) if prompt is None else prompt,
+        "node_threshold": 1.0,
+        "schema_version": 1,
+    }
+    ids = node_ids(graph)
+    if len(set(ids)) < len(ids):
+        raise ValueError("Two targets of this graph share a token and a position, which the format cannot tell apart.")
+    links = zip(graph.source.tolist(), graph.target.tolist(), graph.weight.tolist(), strict=True)
+    return {
+        "metadata": metadata,
+        "qParams": {"linkType": "both", "pinnedIds": [], "clickedId": "", "supernodes": [], "sg_pos": ""},
+        "nodes": _nodes(graph, ids),
+        "links": [{"source": ids[s], "target": ids[t], "weight": w} for s, t, w in links],
+    }
+
+
+def node_ids(graph: AttributionGraph) -> list[str]:
+    """Every node's id in the viewers."""
+    last = len(graph.names) - 1
+    found = []
+    for kind, index, pos in zip(graph.kind.tolist(), graph.index.tolist(), graph.pos.tolist(), strict=True):
+        # Sites are rows 0, 1, …; logits the row above the last.
+        found.append(f"{'E' if kind == 0 else last - 1 if kind == last else kind - 1}_{index}_{pos}")
+    return found
+
+
+def _nodes(graph: AttributionGraph, ids: list[str]) -> list[dict[str, Any]]:
+    last, of_logits = len(graph.names) - 1, iter(graph.logits)
+    cumulative = _cumulative(graph)
+    kinds, positions = graph.kind.tolist(), graph.pos.tolist()
+    indices, activations = graph.index.tolist(), graph.activation.tolist()
+    found = []
+    for i, id_ in enumerate(ids):
+        kind, pos = kinds[i], positions[i]
+        own: dict[str, Any] = {
+            "node_id": id_,
+            "feature": indices[i],
+            "layer": id_.split("_")[0],
+            "ctx_idx": pos,
+            "jsNodeId": f"{id_.rpartition('_')[0]}-{pos}",
+            "influence": cumulative[i],
+        }
+        if kind == 0:
+            own |= {"feature_type": "embedding", "clerp": f'Emb: "{graph.words[pos]}"'}
+        elif kind == last:
+            target = next(of_logits)
+            own |= {"feature_type": "logit", "clerp": f'Output "{target.text}" (p={target.probability:.3f})'}
+            own |= {"is_target_logit": True, "token_prob": target.probability}
+        else:
+            own |= {"feature_type": "cross layer transcoder", "clerp": f"{graph.names[kind]}:{indices[i]}"}
+            own |= {"activation": activations[i]}
+        found.append(own)
+    return found
+
+
+def _cumulative(graph: AttributionGraph) -> list[float]:
+    """The share of all influence held by a node and those of more: small is important."""
+    order = graph.influence.argsort(descending=True, stable=True)
+    total = graph.influence.sum().clamp_min(1e-30)
+    shares = graph.influence.new_zeros(len(graph))
+    shares[order] = graph.influence[order].cumsum(0) / total
+    return shares.clamp(max=1).tolist()
+
+
+def _listed(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["graphs"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is no list of graphs: move it away, or write elsewhere.") from error
+    return list(found)

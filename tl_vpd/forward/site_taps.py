@@ -1,0 +1,112 @@
+"""Taps on every site of a model, and one forward pass as they see it.
+
+Users' hooks (``tl_vpd.hooks``) and training (``MaskedModel``) read inputs, replace outputs and check that every site ran exactly
+once in the same way: a ``SitePass`` is made for a forward pass, handed to the taps while the pass runs, and dropped.
+
+    >>> taps = SiteTaps(adapter, names)                                # doctest: +SKIP
+    >>> handles = taps.put_on()                                        # doctest: +SKIP
+    >>> with taps.during(SitePass(lambda name, x, y: 2 * y)) as run:   # doctest: +SKIP
+    ...     model(tokens)
+    >>> taps.check_each_once(run)                                      # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+from torch import Tensor
+
+from tl_vpd.adapters import Adapter
+from tl_vpd.adapters.taps import Handle
+
+SiteFunction = Callable[[str, Tensor, Tensor], Tensor | None]
+"""Takes a site's name, its input and its output as the model passes them; gives another output, or None for the model's own."""
+
+
+class SitePass:
+    """What one forward pass reads at the sites, what it puts in the place of their outputs, and how often each ran.
+
+    Args:
+        function: of the sites' outputs (None: the model's own).
+        read: is called with each site's name and input, as the model passes it, before the output is there.
+        collect: whether ``inputs`` gathers every site's input, without a head axis.
+
+    Attributes:
+        inputs: by site ``[batch, pos, d_in]``; sites that read the same tensor share it.
+        times: how often each site ran.
+    """
+
+    def __init__(
+        self,
+        function: SiteFunction | None = None,
+        *,
+        read: Callable[[str, Tensor], None] | None = None,
+        collect: bool = False,
+    ) -> None:
+        self.function, self.read, self.collect = function, read, collect
+        self.inputs: dict[str, Tensor] = {}
+        self.times: Counter[str] = Counter()
+        self.waiting: dict[str, Tensor] = {}
+
+
+class SiteTaps:
+    """Taps on sites. Nothing is kept here but which pass runs now (None: the taps do nothing).
+
+    Args:
+        adapter: of the model.
+        names: the sites that are tapped.
+    """
+
+    def __init__(self, adapter: Adapter, names: Sequence[str]) -> None:
+        self.adapter, self.names = adapter, list(names)
+        self.current: SitePass | None = None
+
+    def put_on(self) -> list[Handle]:
+        """Taps every site."""
+        return [
+            handle
+            for name in self.names
+            for handle in self.adapter.tap(name, partial(self._read, name), partial(self._write, name))
+        ]
+
+    @contextmanager
+    def during(self, run: SitePass | None) -> Iterator[SitePass | None]:
+        """Inside, forward passes of the model are this one."""
+        before, self.current = self.current, run
+        try:
+            yield run
+        finally:
+            self.current = before
+
+    def check_each_once(self, run: SitePass) -> None:
+        """Raises RuntimeError unless every site ran exactly once: masks would not act on the others."""
+        wrong = {name: run.times[name] for name in self.names if run.times[name] != 1}
+        if wrong:
+            raise RuntimeError(
+                f"In one forward pass these sites ran another number of times than once: {wrong}. The model does not "
+                "compute them the way its adapter expects, so masks and hooks would not act."
+            )
+
+    def _read(self, name: str, x: Tensor) -> None:
+        run = self.current
+        if run is None:
+            return
+        run.waiting[name] = x
+        if run.collect:
+            layout = self.adapter.layout(name)
+            run.inputs[name] = layout.input_of_site(x) if layout.by_head or layout.x_has_heads else x
+        if run.read is not None:
+            run.read(name, x)
+
+    def _write(self, name: str, y: Tensor) -> Tensor | None:
+        run = self.current
+        if run is None:
+            return None
+        x = run.waiting.pop(name, None)
+        if x is None:  # a second HookPoint for the same product, as some versions fire
+            return None
+        run.times[name] += 1
+        return None if run.function is None else run.function(name, x, y)

@@ -1,0 +1,73 @@
+"""Inner activations of prompts, and their means: what mean- and resample-ablation put in the place of an activation.
+
+>>> acts = vpd.component_acts(model, tokens)                                          # doctest: +SKIP
+>>> vpd.ablation_hooks(["blocks.1.attn.W_Q:3"], values=acts.mean())                   # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.site import nearest
+
+
+@dataclass(frozen=True)
+class ComponentActs(Mapping[str, Tensor]):
+    """Activations ``x @ V`` by site, each ``[batch, pos, C]``; ``token_mask`` is False at padding (None: no padding)."""
+
+    by_site: dict[str, Float[Tensor, "batch *pos C"]]
+    token_mask: Bool[Tensor, "batch pos"] | None = None
+
+    def __getitem__(self, site: str) -> Float[Tensor, "batch *pos C"]:
+        if site not in self.by_site:
+            raise KeyError(f"{site!r} is not a decomposed site{nearest(site, self.by_site)}.")
+        return self.by_site[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_site)
+
+    def __len__(self) -> int:
+        return len(self.by_site)
+
+    def mean(self, *, by_position: bool = False) -> dict[str, Float[Tensor, "*pos C"]]:
+        """Means over real tokens ``[C]``, or over the batch at each position ``[pos, C]``.
+
+        Raises:
+            ValueError: a position has no real token in any row, so that it has no mean.
+        """
+        if self.token_mask is None:
+            axes = 0 if by_position else None
+            return {n: a.mean(0) if axes == 0 else a.flatten(0, -2).mean(0) for n, a in self.by_site.items()}
+        if not by_position:
+            return {name: a[self.token_mask].mean(0) for name, a in self.by_site.items()}
+        real = self.token_mask.sum(0)
+        if bool((real == 0).any()):
+            raise ValueError(
+                "Some positions are padding in every row, so that they have no mean: pass by_position=False."
+            )
+        return {n: (a * self.token_mask[..., None]).sum(0) / real[:, None] for n, a in self.by_site.items()}
+
+
+@torch.no_grad()
+def component_acts(
+    decomposition: DecomposedWeights, model: nn.Module, prompts: Any, *, attention_mask: Tensor | None = None
+) -> ComponentActs:
+    """The inner activations of every subcomponent at every token of the prompts, in the model's dtype on its device.
+
+    Args:
+        prompts: a string, strings, or tokens ``[batch, pos]``.
+        attention_mask: 0 at padding (None: found as TransformerLens finds it).
+
+    Raises:
+        ValueError: the prompts are empty, too long, or not this model's tokens.
+    """
+    with MaskedModel(decomposition, model) as masked_model:
+        _, token_mask, inputs = masked_model.clean_prompts(prompts, attention_mask)
+        return ComponentActs({name: x @ masked_model.weights.V[name] for name, x in inputs.items()}, token_mask)

@@ -1,0 +1,48 @@
+"""Which Γ, and how large."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class GammaConfig(BaseModel):
+    """Which Γ, and how large."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps"] = (
+        "shared_transformer"
+    )
+    d_ci: int | None = Field(None, gt=0)
+    """Width of the transformer (None: twice ``d_model``, rounded to whole heads)."""
+    n_blocks: int = Field(2, gt=0)
+    """Depth of the transformer; a rule of thumb is half to twice the target's depth."""
+    n_heads: int = Field(4, gt=0)
+    """Attention heads of the transformer."""
+    d_mlp: int | None = Field(None, gt=0)
+    """MLP width of the transformer (None: four times ``d_ci``)."""
+    chunk: int = Field(8, gt=0)
+    """Sites a transformer reads, for ``chunked_transformers``."""
+    hidden: int = Field(16, gt=0)
+    """Hidden units, for the MLP kinds."""
+    rising: bool = False
+    """For ``per_subcomponent_mlps``: whether every importance starts as a rising function of its inner activation. Otherwise it
+    starts as likely to be large on both sides of 0, and a subcomponent may come to serve two features, one on each side."""
+    output_bias: float = 0.0
+    """Added to every pre-sigmoid value at the start. Near 1, every subcomponent starts important and is trimmed from there
+    under full gradients; at 0, half start at importance 0, where only a hundredth of the gradient leads back."""
+
+    @model_validator(mode="after")
+    def _rising_where_it_can(self) -> GammaConfig:
+        if self.rising and self.kind != "per_subcomponent_mlps":
+            raise ValueError(f"rising=True goes with kind='per_subcomponent_mlps', and kind is {self.kind!r}.")
+        return self
+
+    def resolved(self, d_model: int) -> GammaConfig:
+        """The config with the width filled in for a model of width ``d_model``."""
+        if self.d_ci is not None:
+            return self
+        whole = 2 * self.n_heads
+        return self.model_copy(update={"d_ci": max(whole, round(2 * d_model / whole) * whole)})

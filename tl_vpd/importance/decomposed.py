@@ -1,0 +1,227 @@
+"""V, U and Γ of a set of sites, with what identifies the weights they belong to: the numbers of a decomposition.
+
+Nothing here knows of models or hooks; ``tl_vpd.Decomposition`` adds the methods that put these numbers on a model.
+
+On disk (``tl_vpd.components.storage``), keys of the tensor file are ``V/{site}``, ``U/{site}`` and ``gamma/{parameter}``. The
+config holds sites and shapes, Γ's config, fingerprints of the target's weights, and what is known of the making (training
+config, metrics, versions).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Bool, Float
+from pydantic import ValidationError
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from tl_vpd.components.components import Components
+from tl_vpd.components.fingerprint import Fingerprint
+from tl_vpd.components.storage import TENSORS, check_tensors, fill, library_versions, read_config, write_folder
+from tl_vpd.importance.build import build
+from tl_vpd.importance.config import GammaConfig
+from tl_vpd.site import ConcatenatedAxis, Site, Subcomponent, nearest
+
+D = TypeVar("D", bound="DecomposedWeights")
+
+
+class DecomposedWeights(nn.Module):
+    """V, U and Γ for a set of sites of one target model.
+
+    Args:
+        sites: the decomposed weights.
+        counts: number of subcomponents C by site.
+        gamma: which Γ (its width must be resolved).
+        fingerprints: of the target's weights by site, compared with a model's before it is used.
+        record: what is known of its making: ``training`` (config), ``metrics``, ``target`` (name and settings), ``versions``.
+        seed: initialisation is drawn from it.
+
+    Raises:
+        ValueError: a site's C is below 1, or Γ's widths do not fit together.
+    """
+
+    def __init__(
+        self,
+        sites: Sequence[Site],
+        counts: Mapping[str, int],
+        gamma: GammaConfig,
+        *,
+        fingerprints: Mapping[str, Fingerprint],
+        record: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.components = Components(sites, counts, generator=generator)
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs' generators too
+            self.gamma = build(gamma, {s.name: s.d_in for s in sites}, self.counts)
+        self.gamma_config = gamma
+        self.fingerprints = dict(fingerprints)
+        self.record = dict(record or {})
+
+    # -- what it consists of -----------------------------------------------------------------------------------------
+
+    @property
+    def sites(self) -> dict[str, Site]:
+        """The decomposed sites by name, in the order of the model's forward pass."""
+        return self.components.sites
+
+    @property
+    def site_axis(self) -> ConcatenatedAxis:
+        """Where each site lies on the concatenated axis."""
+        return self.components.site_axis
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of subcomponents C by site."""
+        return self.site_axis.counts
+
+    @property
+    def V(self) -> Mapping[str, Tensor]:
+        """Read directions ``[d_in, C]`` by site."""
+        return self.components.V
+
+    @property
+    def U(self) -> Mapping[str, Tensor]:
+        """Write directions ``[C, d_out]`` by site."""
+        return self.components.U
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decomposition's tensors are."""
+        return next(self.parameters()).device
+
+    def __repr__(self) -> str:
+        rows = "".join(f"\n  {s.name} [{s.d_in} -> {s.d_out}] C={self.counts[s.name]}" for s in self.sites.values())
+        return (
+            f"{type(self).__name__}({len(self.sites)} sites, {self.site_axis.total} subcomponents, "
+            f"{self.gamma_config.kind}){rows}"
+        )
+
+    def subcomponent(self, address: str | Subcomponent) -> Subcomponent:
+        """Reads ``site:index``; raises KeyError (with the nearest site) or IndexError if it is not in this decomposition."""
+        parsed = Subcomponent.parse(address)
+        if parsed.site not in self.sites:
+            raise KeyError(f"{parsed.site!r} is not a decomposed site{nearest(parsed.site, self.sites)}.")
+        if not 0 <= parsed.index < self.counts[parsed.site]:
+            raise IndexError(
+                f"{parsed} does not exist: {parsed.site} has {self.counts[parsed.site]} subcomponents, 0 to "
+                f"{self.counts[parsed.site] - 1}."
+            )
+        return parsed
+
+    # -- Γ -----------------------------------------------------------------------------------------------------------
+
+    def pre_sigmoid(
+        self, inputs: Mapping[str, Float[Tensor, "batch *pos _"]], token_mask: Bool[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch *pos C_total"]:
+        """Γ's values before squashing, concatenated over sites, from the clean inputs of every site (detached here).
+
+        ``token_mask`` is False at padding. Inputs without positions ``[batch, d_in]`` are read as sequences of one.
+
+        Raises:
+            ValueError: some inputs have positions and others none, or their axes are others.
+        """
+        ranks = {x.ndim for x in inputs.values()}
+        if len(ranks) > 1 or not ranks <= {2, 3}:
+            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
+            raise ValueError(
+                f"The sites' inputs are {shapes}: Γ reads all sites of a token together, so they must all be [batch, pos, d_in] "
+                "or all [batch, d_in]. Decompose the sites of one kind (VPDConfig(sites=...))."
+            )
+        if ranks == {2}:
+            return self.pre_sigmoid(_with_positions(inputs), token_mask).squeeze(1)
+        clean = {name: inputs[name].detach() for name in self.sites}
+        device = next(iter(clean.values())).device
+        if device != self.device:
+            # A decomposition on the CPU serves a model on a GPU: a copy of it goes there for the call.
+            tensors = {f"weights.{name}": t.to(device) for name, t in self.state_dict(keep_vars=True).items()}
+            return functional_call(_PreSigmoid(self), tensors, (inputs, token_mask))
+        if self.gamma.needs == "acts":
+            clean = {name: x @ self.V[name].detach().to(x.dtype) for name, x in clean.items()}
+        elif len({id(inputs[name]) for name in self.sites}) < len(clean):
+            # Sites that share one input tensor go on sharing it, so that Γ normalises it once.
+            shared = {id(inputs[name]): x for name, x in clean.items()}
+            clean = {name: shared[id(inputs[name])] for name in clean}
+        return self.gamma(clean, token_mask)
+
+    # -- files -------------------------------------------------------------------------------------------------------
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """All tensors under the keys of the file."""
+        tensors: dict[str, Tensor] = {}
+        for name in self.sites:
+            tensors[f"V/{name}"] = self.V[name]
+            tensors[f"U/{name}"] = self.U[name]
+        tensors.update({f"gamma/{name}": p for name, p in self.gamma.named_parameters()})
+        return {key: t.detach() for key, t in tensors.items()}
+
+    def write(self, folder: Path, *, dtype: torch.dtype | None = None) -> Path:
+        """Writes the folder; ``dtype`` stores in another precision.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        config = {
+            "sites": [
+                {"name": s.name, "d_in": s.d_in, "d_out": s.d_out, "n_heads": s.n_heads, "d_head": s.d_head}
+                for s in self.sites.values()
+            ],
+            "C": self.counts,
+            "gamma": self.gamma_config.model_dump(),
+            "fingerprints": {name: f.model_dump() for name, f in self.fingerprints.items()},
+            "versions": library_versions(),
+            **self.record,
+        }
+        tensors = {key: t.to("cpu", dtype or t.dtype).contiguous() for key, t in self.file_tensors().items()}
+        return write_folder(folder, config, tensors)
+
+    @classmethod
+    def read(cls: type[D], folder: Path, *, device: torch.device, dtype: torch.dtype) -> D:
+        """Reads a folder straight to a device and dtype.
+
+        Raises:
+            FileNotFoundError: there is no such folder, or it is not a decomposition.
+            ValueError: a file is damaged, or a key or shape is wrong; the message names it.
+        """
+        config = read_config(folder)
+        try:
+            sites = [Site(**s) for s in config.pop("sites")]
+            counts = config.pop("C")
+            gamma = GammaConfig(**config.pop("gamma"))
+            fingerprints = {name: Fingerprint(**f) for name, f in config.pop("fingerprints").items()}
+            checksum = config.pop("sha256")
+            names = {s.name for s in sites}
+            missing = names ^ set(counts) or names ^ set(fingerprints)
+            if missing:
+                raise ValueError(f"sites, C and fingerprints disagree about {', '.join(sorted(missing))}")
+            with torch.device("meta"):
+                weights = cls(sites, counts, gamma, fingerprints=fingerprints, record=config)
+        except (KeyError, TypeError, ValueError, ValidationError) as error:
+            raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
+        check_tensors(folder, checksum)
+        weights.to_empty(device=device).to(dtype)
+        fill(weights.file_tensors(), folder / TENSORS)
+        return weights
+
+
+class _PreSigmoid(nn.Module):
+    """``DecomposedWeights.pre_sigmoid`` as a ``forward``."""
+
+    def __init__(self, weights: DecomposedWeights) -> None:
+        super().__init__()
+        self.weights = weights
+
+    def forward(self, inputs: Mapping[str, Tensor], token_mask: Tensor | None) -> Tensor:
+        return self.weights.pre_sigmoid(inputs, token_mask)
+
+
+def _with_positions(inputs: Mapping[str, Float[Tensor, "batch _"]]) -> dict[str, Float[Tensor, "batch 1 _"]]:
+    """Inputs as sequences of one; tensors that were shared go on being shared."""
+    shared = {id(x): x.unsqueeze(1) for x in inputs.values()}
+    return {name: shared[id(x)] for name, x in inputs.items()}

@@ -1,5 +1,0 @@
-"""Formats of other tools."""
-
-from tl_vpd.io.circuit_tracer import to_circuit_tracer
-
-__all__ = ["to_circuit_tracer"]
