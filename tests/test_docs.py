@@ -1,0 +1,58 @@
+"""Every Python block of README and docs runs as it stands, from the top of its page to the bottom in one namespace.
+
+Trainings are cut to two steps of two rows, so that a page costs seconds; nothing else is changed.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tl_vpd
+from tl_vpd.adapters.versions import HookedTransformer
+from tl_vpd.toys import toy as toy_module
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path) -> list[tuple[int, str]]:
+    """The first line and the text of every Python block."""
+    text = page.read_text(encoding="utf-8")
+    return [(text[: match.start(1)].count("\n"), match[1]) for match in BLOCK.finditer(text)]
+
+
+@pytest.fixture
+def short_trainings(monkeypatch):
+    """``decompose`` with two steps of two rows."""
+    decompose = tl_vpd.decompose
+
+    def short(model, tokens, config=None, **options):
+        config = (config or tl_vpd.VPDConfig()).model_copy(update={"steps": 2, "batch_size": 2, "C": 4})
+        return decompose(model, tokens, config, **{**options, "progress": False})
+
+    monkeypatch.setattr(tl_vpd, "decompose", short)
+    monkeypatch.setattr(toy_module, "STEPS", 2, raising=False)
+
+
+@pytest.mark.skipif(
+    HookedTransformer is None, reason="the pages speak of HookedTransformer, which TransformerLens 4 does not have"
+)
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: p.stem)
+def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch, short_trainings):
+    monkeypatch.chdir(tmp_path)
+    grad = torch.is_grad_enabled()
+    namespace: dict[str, object] = {"__name__": "page"}
+    for line, text in blocks(page):
+        exec(compile("\n" * line + text, str(page), "exec"), namespace)
+    assert torch.is_grad_enabled() == grad
+
+
+def test_every_page_is_linked_from_the_readme_or_another_page():
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    for page in PAGES[1:]:
+        assert any(page.name in text for other, text in texts.items() if other != page), page.name
