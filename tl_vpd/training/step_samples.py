@@ -15,10 +15,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_vpd.masking.routing import uniform_k, uniform_k_share
+from tl_vpd.masking.row_random import RowRandom
 from tl_vpd.site import ConcatenatedAxis
 from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.micro_batch import BatchSplit, Routing
-from tl_vpd.training.row_random import START, RowRandom
+
+START = -1
+"""The step of what is drawn before the first one."""
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tl_vpd.training import row_random as module
-from tl_vpd.training.row_random import RowRandom
+from tl_vpd.masking import row_random as module
+from tl_vpd.masking.row_random import RowRandom
 
 
 @pytest.fixture
