@@ -17,7 +17,18 @@ from tl_vpd.hooks import Attached, CausalImportances
 from tl_vpd.importance import GammaConfig
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.site import Site, Subcomponent
-from tl_vpd.training import AdversaryConfig, Coefficients, Run, VPDConfig, decompose
+from tl_vpd.training import (
+    AdversaryConfig,
+    Coefficients,
+    ExecutionConfig,
+    FaithfulnessConfig,
+    MinimalityConfig,
+    OptimizerConfig,
+    Run,
+    SavingConfig,
+    VPDConfig,
+    decompose,
+)
 
 __all__ = [
     "AdversaryConfig",
@@ -26,9 +37,14 @@ __all__ = [
     "Coefficients",
     "Decomposition",
     "Evaluation",
+    "ExecutionConfig",
+    "FaithfulnessConfig",
     "GammaConfig",
     "Masks",
+    "MinimalityConfig",
+    "OptimizerConfig",
     "Run",
+    "SavingConfig",
     "Site",
     "SiteMask",
     "Subcomponent",

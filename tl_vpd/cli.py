@@ -68,7 +68,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_command
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, algorithm, output.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, vpd, execution, saving.")],
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the output folder.")] = False,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows run at once, to save memory.")] = None,
     sharding: Annotated[str | None, typer.Option(help="Under torchrun: none, optimizer or full.")] = None,
@@ -82,31 +82,23 @@ def train(
 
     own = Recipe.read(recipe)
     keep_freed_memory()
-    own = own.changed("runtime", micro_batch=micro_batch, sharding=sharding)
-    own = own.changed("data", context=context).changed("output", keep_states=keep_states)
+    own = own.changed("execution", micro_batch=micro_batch, sharding=sharding)
+    own = own.changed("data", context=context).changed("saving", keep_states=keep_states)
+    if own.saving.folder is None:
+        raise ValueError(f"{recipe}: saving.folder is missing; say where the decomposition goes.")
     model = own.model.load()
     tokens = own.data.load(model)
-    output = own.output
     run = decompose(
         model,
         tokens,
-        own.algorithm,
-        out=output.folder,
+        own.vpd,
+        execution=own.execution,
+        saving=own.saving,
         resume=resume,
-        micro_batch=own.runtime.micro_batch,
-        sharding=own.runtime.sharding,
-        precision=own.runtime.precision,
-        checkpoint=own.runtime.checkpoint,
-        joined=own.runtime.joined,
-        blocked_logits=own.runtime.blocked_logits,
-        compile=own.runtime.compile,
         context=own.data.context,
-        save_every=output.save_every,
-        keep_states=output.keep_states,
-        log_every=output.log_every,
     )
     if run.finished:
-        out.print(f"Finished: {output.folder / 'decomposition'}", markup=False)
+        out.print(f"Finished: {own.saving.folder / 'decomposition'}", markup=False)
     else:
         out.print(f"Stopped and saved; go on with: tl-vpd train {recipe} --resume", markup=False)
         raise typer.Exit(130)
@@ -139,7 +131,7 @@ def plan(
     from tl_vpd.recipe import Recipe
 
     own = Recipe() if recipe is None else Recipe.read(recipe)
-    own = own.changed("runtime", micro_batch=micro_batch, sharding=sharding)
+    own = own.changed("execution", micro_batch=micro_batch, sharding=sharding)
     numbers = {"layers": layers, "d_model": d_model, "heads": heads, "d_mlp": d_mlp, "vocabulary": vocabulary}
     given = {name: value for name, value in numbers.items() if value is not None}
     more = {"kv_heads": kv_heads, "gated": gated or None, "itemsize": None if itemsize == 4 else itemsize}
@@ -158,21 +150,10 @@ def plan(
     context = context or own.data.context or length
     if not context:
         raise ValueError("Give --context: the tokens in a row.")
-    gamma = own.algorithm.gamma.model_copy(
-        update={k: v for k, v in {"d_ci": d_ci, "n_blocks": n_blocks}.items() if v is not None}
-    )
-    found = footprint(
-        target,
-        c,
-        gamma,
-        batch=batch or own.algorithm.batch_size,
-        context=context,
-        micro_batch=own.runtime.micro_batch,
-        processes=processes,
-        sharding=own.runtime.sharding,
-        config=own.algorithm,
-    )
-    for line in plan_lines(found, own.algorithm.steps, tflops):
+    gamma = {name: value for name, value in {"d_ci": d_ci, "n_blocks": n_blocks}.items() if value is not None}
+    own = own.changed("vpd", C=c, batch_size=batch, gamma={**own.vpd.gamma.model_dump(), **gamma})
+    found = footprint(target, own.vpd, context=context, execution=own.execution, processes=processes)
+    for line in plan_lines(found, own.vpd.steps, tflops):
         out.print(line, markup=False, highlight=False)
 
 
@@ -269,7 +250,7 @@ def evaluate_command(
 @app.command("feature-splitting")
 @_command
 def feature_splitting_command(
-    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, algorithm, output.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, vpd, execution, saving.")],
     factors: Annotated[str, typer.Option(help="Times the recipe's C, with commas.")] = "0.5,1,2,4",
     rows: Annotated[int, typer.Option(min=1, help="Rows that the counts are taken on.")] = 64,
     save: Annotated[Path | None, typer.Option("--out", help="Write the table here (.csv).")] = None,
@@ -284,10 +265,13 @@ def feature_splitting_command(
         raise ValueError(f"--factors {factors!r}: give numbers with commas, such as 0.5,1,2,4.") from error
     given = Recipe.read(recipe)
     model = given.model.load()
-    output = given.output
-    options = {**given.runtime.model_dump(), **output.model_dump(include={"save_every", "keep_states", "log_every"})}
     decompositions = train_sizes(
-        model, given.data.load(model), given.algorithm, factors=times, out=output.folder, **options
+        model,
+        given.data.load(model),
+        given.vpd,
+        factors=times,
+        execution=given.execution,
+        saving=given.saving,
     )
     table = sizes(decompositions, model, given.data.first(model, rows))
     out.print(table.round(4).to_string(), markup=False, highlight=False)

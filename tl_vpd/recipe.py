@@ -1,12 +1,12 @@
-"""Files that describe a run: which model, which tokens, which algorithm, where the output goes.
+"""Files that describe a run: which model, which tokens, and the three configs of ``tl_vpd.decompose``.
 
     model: {name: bundled}                 # or a name that TransformerLens knows, with kind and options
     data: {tokens: bundled}                # or a .npy / .safetensors of tokens [n, pos], or text files
-    algorithm: {steps: 2000, C: 128}       # tl_vpd.VPDConfig
-    runtime: {micro_batch: 4}              # how it is carried out; the result is the same
-    output: {folder: runs/first}
+    vpd: {steps: 2000, C: 128}             # tl_vpd.VPDConfig: what is learned
+    execution: {micro_batch: 4}            # tl_vpd.ExecutionConfig: how it runs
+    saving: {folder: runs/first}           # tl_vpd.SavingConfig: what is written
 
-Algorithm, runtime and output are apart; unknown keys are refused. Under ``torchrun`` every process reads the same recipe.
+Unknown keys are refused. Under ``torchrun`` every process reads the same recipe.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from glob import glob
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,9 +26,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from tl_vpd.adapters.loading import Kind, load_model
-from tl_vpd.training import VPDConfig
-from tl_vpd.training.distributed.sharding import Kind as ShardingKind
-from tl_vpd.training.engine.eager import Precision
+from tl_vpd.training import ExecutionConfig, SavingConfig, VPDConfig
 
 
 class _Frozen(BaseModel):
@@ -102,43 +100,14 @@ class DataRecipe(_Frozen):
         return rows if isinstance(rows, Tensor) else torch.from_numpy(rows.astype(np.int64))
 
 
-class RuntimeRecipe(_Frozen):
-    """How a run is carried out, which does not change what it computes."""
-
-    micro_batch: int | None = Field(None, ge=1)
-    """Rows run at once (None: all of a process's)."""
-    sharding: ShardingKind = "none"
-    """What each process of ``torchrun`` keeps a share of: ``none``, ``optimizer`` or ``full`` (``tl_vpd.training.distributed.sharding``)."""
-    precision: Precision = "float32"
-    """Of matrix products: ``float32``, or ``bfloat16`` by autocast (which does change what is computed, to its rounding)."""
-    checkpoint: bool = False
-    """Compute a layer's activations again in backward instead of keeping them."""
-    joined: bool = False
-    """Run the stochastic and the adversarial masks in one pass of twice the rows."""
-    blocked_logits: bool | None = None
-    """Make logits for a few tokens at a time (None: where there are many of them)."""
-    compile: bool | Literal["recorded"] = False
-    """Run the step's passes as compiled graphs, or as recorded ones (``tl_vpd.training.engine.compiled``)."""
-
-
-class OutputRecipe(_Frozen):
-    """Where the output goes."""
-
-    folder: Path = Path("runs/vpd")
-    save_every: int = Field(500, ge=1)
-    keep_states: int = Field(2, ge=1)
-    """The newest states that stay on the disk."""
-    log_every: int = Field(10, ge=1)
-
-
 class Recipe(_Frozen):
     """A whole run."""
 
     model: ModelRecipe = ModelRecipe()
     data: DataRecipe = DataRecipe()
-    algorithm: VPDConfig = VPDConfig()
-    runtime: RuntimeRecipe = RuntimeRecipe()
-    output: OutputRecipe = OutputRecipe()
+    vpd: VPDConfig = VPDConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    saving: SavingConfig = SavingConfig()
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -149,7 +118,7 @@ class Recipe(_Frozen):
         """
         if not path.is_file():
             raise FileNotFoundError(
-                f"{path} does not exist: give a YAML file with model, data, algorithm, runtime and output."
+                f"{path} does not exist: give a YAML file with model, data, vpd, execution and saving."
             )
         try:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -157,7 +126,7 @@ class Recipe(_Frozen):
             raise ValueError(f"{path} is not YAML: {error}") from error
         if not isinstance(content, dict):
             raise ValueError(
-                f"{path} holds a {type(content).__name__}; keys model, data, algorithm, runtime and output are needed."
+                f"{path} holds a {type(content).__name__}; keys model, data, vpd, execution and saving are needed."
             )
         try:
             return cls.model_validate(content)

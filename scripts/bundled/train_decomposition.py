@@ -19,7 +19,7 @@ from tl_vpd import bundled
 from tl_vpd.bundled.recipe import CONFIG
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import evaluate
-from tl_vpd.training import decompose
+from tl_vpd.training import SavingConfig, decompose
 
 CONTEXT = 128
 ROWS = 40_000
@@ -40,7 +40,7 @@ def main() -> None:
     rows = torch.from_numpy(corpus.windows(stream, CONTEXT, ROWS, seed=3).astype(np.int64))
     config = CONFIG.model_copy(update={"steps": arguments.steps})
     model = bundled.model(folder=arguments.model)
-    run = decompose(model, rows, config, out=arguments.out, resume=arguments.resume)
+    run = decompose(model, rows, config, saving=SavingConfig(folder=arguments.out), resume=arguments.resume)
     if run.finished:
         finish(run.decomposition, model, arguments.model, arguments.out)
 

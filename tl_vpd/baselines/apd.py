@@ -30,7 +30,7 @@ from tqdm.auto import trange
 
 from tl_vpd.adapters import adapt
 from tl_vpd.baselines.components import FullComponents, on_components, output_gradients
-from tl_vpd.losses.divergence import squared_error
+from tl_vpd.losses import squared_error
 from tl_vpd.training.data import Batches
 from tl_vpd.training.schedules import cosine, warm_up
 from tl_vpd.training.ties import check_ties

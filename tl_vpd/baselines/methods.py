@@ -24,9 +24,9 @@ from torch import nn
 
 from tl_vpd.baselines.apd import APDConfig, apd
 from tl_vpd.baselines.rank_one import RankOne
+from tl_vpd.baselines.spd import SPDConfig
 from tl_vpd.evaluation.ground_truth import Found
-from tl_vpd.importance import GammaConfig
-from tl_vpd.training import Coefficients, VPDConfig, decompose
+from tl_vpd.training import ExecutionConfig, SavingConfig, VPDConfig, decompose
 from tl_vpd.training.data import Batches
 
 
@@ -43,30 +43,6 @@ class Method:
     run: Callable[..., Found]
 
 
-def spd_config(**settings: Any) -> VPDConfig:
-    """SPD's recipe for toys as a VPDConfig, with ``settings`` in the place of its own.
-
-    Differences from the paper: what the subcomponents leave over is masked too, and masks are not negative
-    (``forward_slope=0.01`` makes them so).
-    """
-    base: dict[str, Any] = {
-        "steps": 40_000,
-        "gamma": GammaConfig(kind="per_subcomponent_mlps", hidden=16),
-        "coefficients": Coefficients(
-            delta=1.0, stochastic=1.0, layerwise=1.0, adversarial=0.0, importance=3e-3, frequency=0.0
-        ),
-        "p_start": 1.0,
-        "p_end": 1.0,
-        "lr": 1e-3,
-        "lr_final": 0.0,
-        "stochastic_routing": "all",
-        "clip": None,
-        "warm_up_steps": 0,
-        "output": "mse",
-    }
-    return VPDConfig(**{**base, **settings})
-
-
 def _vpd(
     model: nn.Module,
     data: Batches,
@@ -81,19 +57,17 @@ def _vpd(
         model,
         data,
         config,
-        out=out,
+        execution=ExecutionConfig(compile=compile),
+        saving=None if out is None else SavingConfig(folder=out, save_every=1_000, keep_states=1),
         resume=resume,
-        save_every=1_000,
-        keep_states=1,
         progress=progress,
-        compile=compile,
     )
     if not run.finished:
         raise KeyboardInterrupt
     return RankOne(run.decomposition, model)
 
 
-def _spd(model: nn.Module, data: Batches, config: VPDConfig, **how: Any) -> RankOne:
+def _spd(model: nn.Module, data: Batches, config: SPDConfig, **how: Any) -> RankOne:
     if config.coefficients.adversarial:
         raise ValueError("SPD has no adversary: set coefficients.adversarial to 0, or ask for vpd.")
     return _vpd(model, data, config, **how)
@@ -115,6 +89,6 @@ def _apd(
 
 METHODS = {
     "vpd": Method("vpd", VPDConfig, _vpd),
-    "spd": Method("spd", VPDConfig, _spd),
+    "spd": Method("spd", SPDConfig, _spd),
     "apd": Method("apd", APDConfig, _apd),
 }

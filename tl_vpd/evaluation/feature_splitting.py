@@ -3,7 +3,7 @@
 One model is taken apart with 0.5, 1, 2 and 4 times as many subcomponents a site. Where they stand for what the model has, the
 alive count stays flat; where a direction is split among whatever there is, it grows with C.
 
-    >>> found = train_sizes(model, tokens, VPDConfig(steps=2_000), out="runs/sizes")          # doctest: +SKIP
+    >>> found = train_sizes(model, tokens, VPDConfig(steps=2_000), saving=SavingConfig(folder="runs/sizes"))  # doctest: +SKIP
     >>> sizes(found, model, validation)                                                       # doctest: +SKIP
 
 On the command line: ``tl-vpd feature-splitting recipe.yaml --factors 0.5,1,2,4 --out sizes.csv``.
@@ -12,7 +12,6 @@ On the command line: ``tl-vpd feature-splitting recipe.yaml --factors 0.5,1,2,4 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -25,8 +24,8 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.sample import ALIVE, sampled
 from tl_vpd.masking.modes import masks_of_mode
 from tl_vpd.site import select
-from tl_vpd.training import VPDConfig, decompose
-from tl_vpd.training.config import counts_for
+from tl_vpd.training import ExecutionConfig, SavingConfig, VPDConfig, decompose
+from tl_vpd.training.config import counts_for, upgraded
 from tl_vpd.training.state import latest_state
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
@@ -73,18 +72,24 @@ def train_sizes(
     config: VPDConfig,
     *,
     factors: Sequence[int | float] = FACTORS,
-    out: Path | str | None = None,
-    **options: Any,
+    execution: ExecutionConfig | None = None,
+    saving: SavingConfig | None = None,
+    progress: bool = True,
 ) -> dict[int | float, Decomposition]:
     """Decompositions with ``factor`` times the config's subcomponents at each site (at least one), all else alike.
 
     Args:
-        out: folder for the runs, each in ``C-{factor}``; runs that are there and finished are read, others gone on with.
-        options: of ``decompose``.
+        model: the target.
+        tokens: as for ``decompose``.
+        config: of each run, but for C.
+        factors: of the config's C at each site.
+        execution: how each run is carried out.
+        saving: its ``folder`` holds each run in ``C-{factor}``; finished runs are read, others resumed.
+        progress: show a bar for each run.
 
     Raises:
         ValueError: a folder holds a finished run with other settings.
-        InterruptedError: a run was stopped; call again to go on (with ``out``).
+        InterruptedError: a run was stopped; call again to go on (with ``saving``).
     """
     sites = adapt(model).sites
     chosen = {name: sites[name] for name in select(config.sites, list(sites))}
@@ -92,14 +97,16 @@ def train_sizes(
     found: dict[int | float, Decomposition] = {}
     for factor in factors:
         scaled = config.model_copy(update={"C": {name: max(1, round(factor * n)) for name, n in counts.items()}})
-        folder = None if out is None else Path(out) / f"C-{factor:g}"
+        saving = saving or SavingConfig()
+        folder = None if saving.folder is None else saving.folder / f"C-{factor:g}"
         if folder is not None and (folder / "decomposition" / "config.json").is_file():
             found[factor] = Decomposition.load(folder / "decomposition", device=adapt(model).device)
-            if found[factor].record.get("training") != scaled.model_dump(mode="json"):
-                raise ValueError(f"{folder} holds a run with other settings: choose another folder with out=.")
+            if VPDConfig(**upgraded(found[factor].record["training"])) != VPDConfig(**scaled.model_dump()):
+                raise ValueError(f"{folder} holds a run with other settings: choose another folder.")
             continue
         resume = folder is not None and latest_state(folder / "state") is not None
-        run = decompose(model, tokens, scaled, out=folder, resume=resume, **options)
+        each = saving.model_copy(update={"folder": folder})
+        run = decompose(model, tokens, scaled, execution=execution, saving=each, resume=resume, progress=progress)
         if not run.finished:
             raise InterruptedError(f"The run with {factor:g} times C was stopped: call again to go on.")
         found[factor] = run.decomposition

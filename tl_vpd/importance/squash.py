@@ -37,25 +37,33 @@ class _LowerLeaky(torch.autograd.Function):
 
 
 def lower_leaky_pullback(
-    z: Float[Tensor, "*batch"],
-    grad: Float[Tensor, "*batch"],
-    out: Float[Tensor, "*batch"] | None = None,
-    *,
-    forward_slope: float = 0.0,
+    z: Float[Tensor, "*batch"], grad: Float[Tensor, "*batch"], out: Float[Tensor, "*batch"] | None = None
 ) -> Float[Tensor, "*batch"]:
-    """The gradient in z from the gradient in g (``out`` may be ``grad``).
-
-    With a ``forward_slope``, g went on below 0 with that slope, as in SPD, and the gradient passes there whatever its sign.
-    """
-    leaked = grad * forward_slope if forward_slope else grad.clamp(max=0).mul_(LEAK)
+    """The gradient in z from the gradient in g (``out`` may be ``grad``)."""
+    leaked = grad.clamp(max=0).mul_(LEAK)
     out = torch.where(z > 0, grad, leaked) if out is None else torch.where(z > 0, grad, leaked, out=out)
     return out.masked_fill_(z > 1, 0)
 
 
-def importances_of(z: Float[Tensor, "*batch"], forward_slope: float = 0.0) -> Float[Tensor, "*batch"]:
-    """Importances for masks as constants: ``clamp(z, 0, 1)``, which goes on below 0 with a ``forward_slope``."""
-    g = z.clamp(0, 1)
-    return g.add_(z.clamp(max=0), alpha=forward_slope) if forward_slope else g
+class Squash:
+    """The lower-leaky squashing as training's passes use it: values without autograd, and the gradient written out.
+
+    Baselines with another squashing override both methods.
+    """
+
+    def importances(self, z: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """Importances for masks, as constants."""
+        return z.clamp(0, 1)
+
+    def pullback(
+        self, z: Float[Tensor, "*batch"], grad: Float[Tensor, "*batch"], out: Float[Tensor, "*batch"] | None = None
+    ) -> Float[Tensor, "*batch"]:
+        """The gradient in z from the gradient in g (``out`` may be ``grad``)."""
+        return lower_leaky_pullback(z, grad, out)
+
+
+LOWER_LEAKY = Squash()
+"""The paper's."""
 
 
 def lower_leaky(z: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:

@@ -1,8 +1,9 @@
 """What decomposing a model costs: bytes by part, and FLOPs of the matrix products of a step, from shapes alone.
 
     >>> gpt2 = transformer(layers=12, d_model=768, heads=12, d_mlp=3072, vocabulary=50257, others=768 * 1024)
-    >>> found = footprint(gpt2, gamma={"d_ci": 1536, "n_blocks": 6, "n_heads": 16}, batch=64, context=512, micro_batch=4)
-    >>> round(found.bytes["moments"] / 2**30, 1), round(found.total / 2**30)
+    >>> config = VPDConfig(batch_size=64, gamma={"d_ci": 1536, "n_blocks": 6, "n_heads": 16})
+    >>> cost = footprint(gpt2, config, context=512, execution=ExecutionConfig(micro_batch=4))
+    >>> round(cost.bytes["moments"] / 2**30, 1), round(cost.total / 2**30)
     (6.3, 79)
 
 With ``N`` tokens run at once, ``C`` subcomponents in all and ``P`` numbers in V, U and Γ, a process holds
@@ -23,19 +24,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
 
 from tl_vpd.importance import GammaConfig
 from tl_vpd.importance import build as build_gamma
-from tl_vpd.losses.divergence import MADE
+from tl_vpd.losses.unembedding import LOGITS_AT_ONCE
 from tl_vpd.masking.routing import uniform_k_share
 from tl_vpd.planning.target import Target, transformer
-from tl_vpd.site import Site, by_pattern, select
-from tl_vpd.training.config import VPDConfig, default_count
-from tl_vpd.training.distributed.sharding import Kind
+from tl_vpd.site import Site, select
+from tl_vpd.training.config import ExecutionConfig, ShardingKind, VPDConfig, counts_for
 from tl_vpd.training.engine.eager import LOGITS
 
 __all__ = ["Footprint", "Target", "footprint", "transformer"]
@@ -76,51 +75,45 @@ class Footprint:
 
 def footprint(
     target: Target,
-    C: int | Mapping[str, int] | None = None,
-    gamma: GammaConfig | Mapping[str, Any] | None = None,
-    *,
-    batch: int,
-    context: int,
-    micro_batch: int | None = None,
-    processes: int = 1,
-    sharding: Kind = "none",
     config: VPDConfig | None = None,
+    *,
+    context: int,
+    execution: ExecutionConfig | None = None,
+    processes: int = 1,
 ) -> Footprint:
-    """What one process of a run holds and computes.
+    """What one process of a run stores and computes.
 
     Args:
-        C: subcomponents a site, as in ``VPDConfig`` (None: the config's). gamma: which Γ (None: the config's).
-        batch, context: of the whole batch. micro_batch: rows run at once. processes: that share the batch.
-        config: the rest of the algorithm: adversary, routing, which losses there are (None: ``VPDConfig()``).
+        target: shapes of the model.
+        config: what is learned (None: ``VPDConfig()``).
+        context: tokens per row.
+        execution: how it runs; ``micro_batch`` and ``sharding`` matter here (None: ``ExecutionConfig()``).
+        processes: how many split the batch.
 
     Raises:
-        ValueError: the batch cannot be shared out. KeyError: C does not fit the sites.
+        ValueError: the batch cannot be split equally.
+        KeyError: ``sites`` or ``C`` does not fit the target.
     """
-    config = config or VPDConfig()
-    if batch % processes:
-        raise ValueError(f"batch {batch} cannot be shared by {processes} processes: make it a multiple.")
+    config, execution = config or VPDConfig(), execution or ExecutionConfig()
+    if config.batch_size % processes:
+        raise ValueError(
+            f"batch_size {config.batch_size} cannot be split among {processes} processes: make it a multiple."
+        )
     names = select(config.sites, [s.name for s in target.sites])
-    own = C if C is not None else config.C
     sites = {s.name: s for s in target.sites if s.name in names}
-    if own is None:
-        counts = {name: default_count(site) for name, site in sites.items()}
-    else:
-        counts = dict.fromkeys(sites, own) if isinstance(own, int) else by_pattern(own, list(sites), what="C")
-    which = config.gamma if gamma is None else gamma
-    which = which if isinstance(which, GammaConfig) else GammaConfig(**which)
-    rows = batch // processes
+    rows = config.batch_size // processes
     shape = _Shape(
         target,
         sites,
-        counts,
-        which.resolved(target.d_model),
+        counts_for(config, sites),
+        config.gamma.resolved(target.d_model),
         config,
         rows,
         context,
-        min(rows, micro_batch or rows),
+        min(rows, execution.micro_batch or rows),
     )
-    split = 1 if sharding == "none" else processes
-    return Footprint(_bytes(shape, split, sharding), _flops(shape), _counts(shape))
+    split = 1 if execution.sharding == "none" else processes
+    return Footprint(_bytes(shape, split, execution.sharding), _flops(shape), _counts(shape))
 
 
 @dataclass(frozen=True)
@@ -174,7 +167,7 @@ def _gamma_parameters(shape: _Shape) -> list[int]:
 # -- bytes -----------------------------------------------------------------------------------------------------------
 
 
-def _bytes(shape: _Shape, split: int, sharding: Kind) -> dict[str, int]:
+def _bytes(shape: _Shape, split: int, sharding: ShardingKind) -> dict[str, int]:
     counts = _counts(shape)
     P = counts["components"] + counts["gamma"]
     share = math.ceil(P / split)
@@ -204,7 +197,7 @@ def _logits(shape: _Shape) -> int:
     N, t = _tokens(shape), shape.target
     if not _blocked(shape):
         return N * t.vocabulary * (FLOAT + 2 * t.itemsize)
-    return 3 * FLOAT * max(MADE, t.vocabulary) + 3 * t.itemsize * N * t.d_model
+    return 3 * FLOAT * max(LOGITS_AT_ONCE, t.vocabulary) + 3 * t.itemsize * N * t.d_model
 
 
 def _blocked(shape: _Shape) -> bool:

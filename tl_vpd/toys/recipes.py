@@ -15,7 +15,14 @@ from tl_vpd.toys.grammar import Grammar
 from tl_vpd.toys.induction import Induction
 from tl_vpd.toys.tms import TMS
 from tl_vpd.toys.toy import TargetTraining, Toy
-from tl_vpd.training import AdversaryConfig, Coefficients, VPDConfig
+from tl_vpd.training import (
+    AdversaryConfig,
+    Coefficients,
+    FaithfulnessConfig,
+    MinimalityConfig,
+    OptimizerConfig,
+    VPDConfig,
+)
 
 LARGE = TargetTraining(steps=10_000, rows=128, lr=5e-3)
 DEEP = TargetTraining(steps=10_000, rows=32, lr=3e-3, schedule="cosine")
@@ -129,26 +136,28 @@ def _apd(toy: str) -> APDConfig:
 
 def _vpd(toy: str) -> VPDConfig:
     if toy in _SPD:
-        return _sparse({**_SPD[toy], **_GROWN, **_VPD.get(toy, {})}, adversarial=1.0)
+        sparse = _sparse({**_SPD[toy], **_GROWN, **_VPD.get(toy, {})}, adversarial=1.0)
+        return VPDConfig(**sparse.model_dump(exclude={"forward_slope"}))
     return VPDConfig(
         steps=8_000,
         batch_size=32,
         C=64,
         gamma=GammaConfig(d_ci=64, n_blocks=2, n_heads=4, output_bias=1.0),
         init="channels",
-        lr=1e-3,
         coefficients=Coefficients(delta=1e5, importance=2e-3, frequency=1e-3),
-        minimality_warm_up=0.3,
-        warm_up_steps=0,
+        minimality=MinimalityConfig(warm_up=0.3),
+        optimizer=OptimizerConfig(lr=1e-3),
+        faithfulness=FaithfulnessConfig(warm_up_steps=0),
     )
 
 
 def _spd_of_language(vpd: VPDConfig) -> VPDConfig:
     """SPD's losses and Γ with what else VPD has on a transformer: C, steps, rates, start, and the minimality of importances."""
     c = vpd.coefficients
-    kept = vpd.model_dump(include={"steps", "batch_size", "C", "init", "lr", "minimality_warm_up", "p_start", "p_end"})
+    kept = vpd.model_dump(include={"steps", "batch_size", "C", "init", "minimality"})
     return spd_config(
         **kept,
+        optimizer={"lr": vpd.optimizer.lr},
         output="kl",
         gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=16, output_bias=vpd.gamma.output_bias),
         coefficients=Coefficients(
@@ -164,11 +173,13 @@ def _sparse(settings: dict[str, Any], *, adversarial: float) -> VPDConfig:
     hidden, rising = taken.pop("hidden", 16), taken.pop("rising", False)
     p, p_end = taken.pop("p", 1.0), taken.pop("p_end", None)
     importance, frequency = taken.pop("importance"), taken.pop("frequency", 0.0)
+    reference = taken.pop("frequency_reference", None)
+    optimizer = {name: taken.pop(name) for name in ("lr", "lr_final") if name in taken}
     return spd_config(
         **taken,
         gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=hidden, rising=rising),
-        p_start=p,
-        p_end=p if p_end is None else p_end,
+        minimality={"p_start": p, "p_end": p if p_end is None else p_end, "frequency_reference": reference},
+        optimizer=optimizer,
         coefficients=Coefficients(
             delta=1.0,
             stochastic=1.0,

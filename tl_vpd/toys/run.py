@@ -21,11 +21,12 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from tl_vpd.baselines import METHODS
+from tl_vpd.baselines import METHODS, APDConfig
 from tl_vpd.components.storage import library_versions, write_atomically, write_json
 from tl_vpd.evaluation.ground_truth import GroundTruth, ground_truth
 from tl_vpd.toys.recipes import TOYS, recipe
 from tl_vpd.toys.toy import Toy, train
+from tl_vpd.training.config import upgraded
 
 RESULTS = Path("benchmarks/results/ground_truth.json")
 WORK = Path("build/toys")
@@ -156,7 +157,9 @@ def done(path: Path, name: str, method: str, seed: int, settings: dict[str, Any]
     if own is None:
         return False
     # Settings that were added since have their defaults there.
-    same = METHODS[method].config(**own["settings"]).model_dump(mode="json", exclude={"seed"}) == settings
+    config = METHODS[method].config
+    stored = own["settings"] if config is APDConfig else upgraded(own["settings"])
+    same = config(**stored).model_dump(mode="json", exclude={"seed"}) == settings
     if not same:
         raise ValueError(f"{path} holds {name} by {method} with other settings: choose another file with --out.")
     return seed in own["seed"]

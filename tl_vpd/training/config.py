@@ -1,113 +1,174 @@
-"""What a decomposition is trained with: the algorithm (``VPDConfig``), apart from where and how it runs.
+"""The configs of a run: what is learned (``VPDConfig``), how it runs (``ExecutionConfig``), what is written (``SavingConfig``).
 
-Defaults are the paper's, with learning rates and run length for models and budgets far below its 400,000 steps.
+Defaults of what is learned are the VPD paper's (section 3, losses and training), with learning rates and a length for models and
+budgets far below its 400,000 steps. Unknown names are refused.
+
+>>> config = VPDConfig(steps=2_000, C=128, optimizer=OptimizerConfig(lr=1e-3))
+>>> config.minimality.p_end, config.coefficients.importance
+(0.4, 0.0002)
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tl_vpd.importance import GammaConfig
+from tl_vpd.importance.squash import Squash
 from tl_vpd.site import Site, by_pattern
 
+Precision = Literal["float32", "bfloat16"]
+ShardingKind = Literal["none", "optimizer", "full"]
 
-class _Frozen(BaseModel):
+
+class Frozen(BaseModel):
+    """A config: its fields cannot be changed, and unknown ones are refused."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def refuse_unused(self, names: tuple[str, ...], reason: str) -> None:
+        """Raises ValueError if one of these fields differs from its default."""
+        for name in names:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name}={getattr(self, name)!r} would do nothing: {reason}")
 
-class AdversaryConfig(_Frozen):
-    """The persistent adversary of training."""
+
+class AdversaryConfig(Frozen):
+    """The persistent adversary of training (VPD paper, section 3: adversarial reconstruction)."""
 
     inner_steps: int = Field(2, ge=0)
-    """Ascent updates before the main forward, whose own gradient gives one more."""
+    """Ascent updates before the main forward, whose backward gives one more."""
     lr: float = Field(0.01, gt=0)
-    """Adam's rate, constant after the warm-up."""
+    """Adam's learning rate, constant after the warm-up."""
     warm_up: float = Field(0.025, ge=0, le=1)
-    """Share of the run over which the rate rises from 0."""
+    """Fraction of the run over which the learning rate rises from 0."""
     betas: tuple[float, float] = (0.5, 0.99)
+    """Adam's decay rates of both moments."""
     eps: float = Field(1e-8, gt=0)
+    """Adam's ε."""
     routing: Literal["all", "uniform_k"] = "all"
-    """Which sites its masks act on at a token."""
+    """Which sites its masks act on at each token: all of them, or a random subset."""
     pool: int | None = Field(None, ge=1)
-    """Sources a batch element, of which every position takes one at random at each step (None: one for every position): memory
+    """Sources per batch element, of which every position uses one at random in each step (None: one for every position): memory
     ``batch × pool × C`` instead of ``batch × pos × C``."""
 
 
-class Coefficients(_Frozen):
-    """Weights of the losses (the paper's)."""
+class Coefficients(Frozen):
+    """Weights of the losses (VPD paper, section 3: the total loss)."""
 
     delta: float = Field(1e7, ge=0)
-    """Δ-L2, also called faithfulness (about 1e3 where ``faithfulness`` is ``relative``)."""
+    """Faithfulness, the squared norm of Δ (about 1e3 where ``faithfulness.kind`` is ``relative``)."""
     stochastic: float = Field(0.5, ge=0)
+    """Stochastic reconstruction."""
     adversarial: float = Field(0.5, ge=0)
+    """Adversarial reconstruction."""
     layerwise: float = Field(0.0, ge=0)
-    """Stochastic masks on one site at a time, averaged over sites: one more pass a site and step (SPD's recipe has it at 1)."""
+    """Stochastic masks on one site at a time, averaged over sites (SPD paper; 1 there): one more pass per site and step."""
     importance: float = Field(2e-4, ge=0)
-    """The first to tune: too high and importances sink below 1 everywhere, too low and L0 stays dense."""
+    """Importance minimality, the first to tune: too high and importances sink below 1 everywhere, too low and L0 stays dense."""
     frequency: float = Field(1e-4, ge=0)
-    """About half of ``importance``."""
+    """Frequency minimality; about half of ``importance``."""
 
 
-class VPDConfig(_Frozen):
-    """The algorithm's settings; unknown names are refused."""
+class MinimalityConfig(Frozen):
+    """How importances are counted by both minimality losses (VPD paper, section 3: importance and frequency minimality)."""
+
+    kind: Literal["power", "smooth_l0"] = "power"
+    """How much an importance counts: ``(g + ε)^p``, or the newer recipe's ``g² / (g² + γ²)``."""
+    p_start: float = Field(2.0, gt=0)
+    """Exponent of ``power`` at the first step."""
+    p_end: float = Field(0.4, gt=0)
+    """Exponent of ``power`` at the last step, reached linearly."""
+    smooth_start: float = Field(1.0, gt=0)
+    """γ of ``smooth_l0`` at the first step."""
+    smooth_end: float = Field(0.01, gt=0)
+    """γ of ``smooth_l0`` after ``smooth_share`` of the run, reached linearly and then constant."""
+    smooth_share: float = Field(0.9, gt=0, le=1)
+    """Fraction of the run over which γ falls."""
+    frequency_reference: float | None = Field(None, gt=0)
+    """The reference count a in ``f log2(1 + a f)`` (None: the batch's real tokens, the paper's term)."""
+    frequency_half_life: float | None = Field(None, gt=0)
+    """Half-life, in steps, of a running mean at which the frequency loss is evaluated (None: the batch's frequency)."""
+    warm_up: float = Field(0.0, ge=0, le=1)
+    """Fraction of the run over which the coefficients of importance and frequency rise from 0. With a Γ whose ``output_bias`` is
+    near 1, training then starts where nothing is ablated and reconstruction is exact, and gives up the least needed first."""
+
+    @model_validator(mode="after")
+    def _used(self) -> MinimalityConfig:
+        if self.kind == "power":
+            self.refuse_unused(("smooth_start", "smooth_end", "smooth_share"), "it belongs to kind='smooth_l0'.")
+        else:
+            self.refuse_unused(("p_start", "p_end"), "it belongs to kind='power'.")
+        return self
+
+
+class OptimizerConfig(Frozen):
+    """AdamW, without weight decay (VPD paper, section 3: training)."""
+
+    lr: float = Field(5e-4, gt=0)
+    """Learning rate of V and U."""
+    gamma_lr: float | None = Field(None, gt=0)
+    """Learning rate of Γ (None: ``lr``)."""
+    lr_final: float = Field(0.1, ge=0, le=1)
+    """Both learning rates fall on a cosine to this fraction."""
+    clip: float | None = Field(0.01, gt=0)
+    """Largest gradient norm of V and U together; Γ is not clipped (None: no clipping)."""
+
+
+class FaithfulnessConfig(Frozen):
+    """The loss that holds ``V U`` to W (VPD paper, section 3: faithfulness)."""
+
+    kind: Literal["total", "relative"] = "total"
+    """Squared error over all decomposed weights, or the mean over sites of each one's error relative to its norm."""
+    warm_up_steps: int = Field(400, ge=0)
+    """Steps of faithfulness alone, on V and U, before the first step."""
+    warm_up_lr: float = Field(1e-3, gt=0)
+    """AdamW's learning rate in those."""
+
+
+class VPDConfig(Frozen):
+    """What is learned."""
 
     steps: int = Field(20_000, ge=1)
+    """Updates of V, U and Γ."""
     batch_size: int = Field(32, ge=1)
+    """Rows per step, over all processes."""
     seed: int = 0
+    """Of the initialisation, the order of the data and everything drawn."""
     sites: tuple[str, ...] | None = Field(None, min_length=1)
     """Patterns of the sites to decompose (None: all)."""
     C: int | dict[str, int] | None = None
-    """Subcomponents a site: one number, numbers by pattern, or None for the paper's proportions (``default_counts``)."""
+    """Subcomponents per site: one number, numbers by pattern (the more specific pattern wins, ``tl_vpd.site.by_pattern``), or
+    None for the paper's proportions (``default_count``)."""
     tied: tuple[tuple[str, str], ...] = ()
     """Pairs of sites whose weights are each other's transposes, one matrix used twice: the second site's subcomponents are the
-    first's, turned round (``tl_vpd.training.ties``)."""
+    first's, transposed (``tl_vpd.training.ties``)."""
     init: Literal["normal", "channels"] = "normal"
-    """Where V and U start: random directions, or the weight's own neurons and head channels."""
+    """Where V and U start: random directions, or the weight's neurons and head channels."""
     init_scale: float = Field(1.0, gt=0)
     """Factor of V and U at the start. Well below 1 (and without a warm-up), those directions grow that the outputs need first,
     and subcomponents share features less."""
     gamma: GammaConfig = GammaConfig()
-    lr: float = Field(5e-4, gt=0)
-    """AdamW's rate for V and U."""
-    gamma_lr: float | None = Field(None, gt=0)
-    """AdamW's rate for Γ (None: ``lr``)."""
-    lr_final: float = Field(0.1, ge=0, le=1)
-    """Both rates fall on a cosine to this share."""
+    """The causal-importance function Γ (VPD paper, section 2)."""
     coefficients: Coefficients = Coefficients()
-    p_start: float = Field(2.0, gt=0)
-    p_end: float = Field(0.4, gt=0)
-    """Exponent of the minimality losses, linear over the run."""
-    minimality: Literal["power", "smooth_l0"] = "power"
-    """How much an importance counts: ``(g + ε)^p``, or the newer recipe's ``g² / (g² + γ²)``."""
-    smooth_start: float = Field(1.0, gt=0)
-    smooth_end: float = Field(0.01, gt=0)
-    """γ of ``smooth_l0``, linear over the first ``smooth_share`` of the run and then held."""
-    smooth_share: float = Field(0.9, gt=0, le=1)
-    frequency_reference: float | None = Field(None, gt=0)
-    """The count a in ``f log2(1 + a f)`` (None: the batch's real tokens, the paper's term)."""
-    frequency_half_life: float | None = Field(None, gt=0)
-    """Half-life, in steps, of a running mean at which the frequency loss is taken (None: the batch's own frequency)."""
-    forward_slope: float = Field(0.0, ge=0, le=1)
-    """Slope, below 0, of the squashing that makes masks: 0, or SPD's 0.01, which lets masks be negative. To compare with SPD."""
-    minimality_warm_up: float = Field(0.0, ge=0, le=1)
-    """Share of the run over which the coefficients of importance and frequency rise from 0. With a Γ whose ``output_bias`` is
-    near 1, training then starts where nothing is ablated and reconstruction is exact, and gives up the least needed first."""
     stochastic_routing: Literal["all", "uniform_k"] = "uniform_k"
+    """Which sites stochastic masks act on at each token: all, or k random ones (VPD paper, section 3: subset routing)."""
     merged: bool = False
-    """One masked forward a step instead of two: adversarial masks on every other row, stochastic ones on the rest."""
+    """One masked forward per step instead of two: adversarial masks on even rows, stochastic ones on odd rows."""
     adversary: AdversaryConfig = AdversaryConfig()
-    faithfulness: Literal["total", "relative"] = "total"
-    """Squared error over all decomposed weights, or each site's relative to its own norm."""
-    clip: float | None = Field(0.01, gt=0)
-    """Gradient norm of V and U together (Γ is not clipped; None: no clipping)."""
-    warm_up_steps: int = Field(400, ge=0)
-    """Steps of faithfulness alone, on V and U, before the first."""
-    warm_up_lr: float = Field(1e-3, gt=0)
+    minimality: MinimalityConfig = MinimalityConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    faithfulness: FaithfulnessConfig = FaithfulnessConfig()
     output: Literal["kl", "mse"] = "kl"
-    """Distance of outputs: KL for logits, squared error for others."""
+    """Distance between outputs: KL for logits, squared error for others."""
+
+    @property
+    def squash(self) -> Squash:
+        """How pre-sigmoid values become the importances that make masks."""
+        return Squash()
 
     @field_validator("sites", mode="before")
     @classmethod
@@ -116,18 +177,98 @@ class VPDConfig(_Frozen):
 
     @model_validator(mode="after")
     def _positive_counts(self) -> VPDConfig:
-        given = {"every site": self.C} if isinstance(self.C, int) else self.C or {}
-        for where, count in given.items():
+        counts = {"every site": self.C} if isinstance(self.C, int) else self.C or {}
+        for where, count in counts.items():
             if count < 1:
                 raise ValueError(f"C of {where} is {count}; a site needs at least one subcomponent.")
         return self
+
+
+class ExecutionConfig(Frozen):
+    """How a run is carried out; but for ``precision``, results are the same to rounding."""
+
+    micro_batch: int | None = Field(None, ge=1)
+    """Rows run at once, to save memory (None: all of a process's rows)."""
+    sharding: ShardingKind = "none"
+    """What each process of a run under ``torchrun`` stores a part of instead of the whole: ``none``, the ``optimizer``'s moments,
+    or V, U, Γ, gradients and moments (``full``)."""
+    precision: Precision = "float32"
+    """Of matrix products: ``float32``, or ``bfloat16`` by autocast. What is learned stays in the decomposition's dtype."""
+    checkpoint: bool = False
+    """Compute a layer's activations again in backward instead of keeping them, to save memory."""
+    blocked_logits: bool | None = None
+    """Make logits for a few tokens at a time, in each loss, to save memory (None: where those of the rows run at once would take
+    more than 128 MiB)."""
+    compile: bool | str = False
+    """Run the step's passes as compiled graphs (``tl_vpd.training.engine.compiled``): faster, after some minutes of compilation;
+    needs a C++ compiler, or Triton on a GPU. A name: a backend of ``torch.compile``, or ``recorded`` for graphs that need no
+    compiler."""
+
+    @model_validator(mode="after")
+    def _together(self) -> ExecutionConfig:
+        if self.compile and (self.checkpoint or self.sharding == "full"):
+            raise ValueError("compile=True goes neither with checkpoint=True nor with sharding='full': choose one.")
+        return self
+
+
+class SavingConfig(Frozen):
+    """What a run writes."""
+
+    folder: Path | None = None
+    """For metrics, states and the result (None: nothing is written)."""
+    save_every: int = Field(500, ge=1)
+    """Steps between states."""
+    keep_states: int = Field(2, ge=1)
+    """The newest states that stay on the disk."""
+    log_every: int = Field(10, ge=1)
+    """Steps between rows of metrics."""
+
+    @model_validator(mode="after")
+    def _used(self) -> SavingConfig:
+        if self.folder is None:
+            self.refuse_unused(("save_every", "keep_states"), "without folder nothing is written.")
+        return self
+
+
+_MOVED = {
+    "minimality": ("minimality", "kind"),
+    "minimality_warm_up": ("minimality", "warm_up"),
+    **{name: ("minimality", name) for name in MinimalityConfig.model_fields if name not in ("kind", "warm_up")},
+    **{name: ("optimizer", name) for name in OptimizerConfig.model_fields},
+    "faithfulness": ("faithfulness", "kind"),
+    "warm_up_steps": ("faithfulness", "warm_up_steps"),
+    "warm_up_lr": ("faithfulness", "warm_up_lr"),
+}
+"""Where the fields of a flat config, as states and records once had them, stand now."""
+
+
+def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a stored ``VPDConfig`` as they are named now, whether they were stored flat or nested.
+
+    >>> upgraded({"steps": 5, "lr": 1e-3, "minimality": "power", "p_end": 0.5, "forward_slope": 0.0})
+    {'steps': 5, 'optimizer': {'lr': 0.001}, 'minimality': {'kind': 'power', 'p_end': 0.5}}
+    """
+    nested: dict[str, Any] = {}
+    smooth = config.get("minimality") == "smooth_l0"
+    for name, value in config.items():
+        if name == "forward_slope" and not value:
+            continue  # of masks that could be negative: SPD's alone
+        if name.startswith("p_" if smooth else "smooth_"):
+            continue  # of the other kind of minimality, and therefore without effect
+        if name in _MOVED and not isinstance(value, Mapping):
+            section, field = _MOVED[name]
+            nested.setdefault(section, {})[field] = value
+        else:
+            nested[name] = value
+    return nested
 
 
 def counts_for(config: VPDConfig, sites: Mapping[str, Site]) -> dict[str, int]:
     """C of every site.
 
     Raises:
-        KeyError: a pattern matches no site, or a site is left without. ValueError: two patterns disagree.
+        KeyError: a pattern matches no site, or no pattern matches a site.
+        ValueError: two equally specific patterns give a site different numbers.
     """
     if isinstance(config.C, int):
         return dict.fromkeys(sites, config.C)
@@ -138,5 +279,5 @@ def counts_for(config: VPDConfig, sites: Mapping[str, Site]) -> dict[str, int]:
 
 def default_count(site: Site) -> int:
     """The paper's proportions: Q and K two thirds of the matrix's larger dimension, V and O four thirds, MLP in once, out 7/6."""
-    share = {"q": 2 / 3, "k": 2 / 3, "v": 4 / 3, "o": 4 / 3, "out": 7 / 6}.get(site.short, 1.0)
-    return max(1, round(share * max(site.d_in, site.d_out)))
+    ratio = {"q": 2 / 3, "k": 2 / 3, "v": 4 / 3, "o": 4 / 3, "out": 7 / 6}.get(site.short, 1.0)
+    return max(1, round(ratio * max(site.d_in, site.d_out)))

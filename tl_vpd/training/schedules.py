@@ -44,11 +44,11 @@ class Schedule:
     @classmethod
     def at(cls, step: int, config: VPDConfig) -> Schedule:
         """The schedule of a config at a step."""
-        steps = config.steps
+        steps, minimality = config.steps, config.minimality
         return cls(
-            p=linear(step, steps, config.p_start, config.p_end),
-            smooth=linear(step, round(config.smooth_share * steps), config.smooth_start, config.smooth_end),
-            minimality=warm_up(step, steps, config.minimality_warm_up),
-            rate=cosine(step, steps, config.lr_final),
+            p=linear(step, steps, minimality.p_start, minimality.p_end),
+            smooth=linear(step, round(minimality.smooth_share * steps), minimality.smooth_start, minimality.smooth_end),
+            minimality=warm_up(step, steps, minimality.warm_up),
+            rate=cosine(step, steps, config.optimizer.lr_final),
             adversary_lr=config.adversary.lr * warm_up(step, steps, config.adversary.warm_up),
         )

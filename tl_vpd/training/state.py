@@ -13,7 +13,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tl_vpd.components.fingerprint import TOLERANCE, Fingerprint, compare
 from tl_vpd.components.storage import write_atomically
-from tl_vpd.training.config import VPDConfig
+from tl_vpd.training.config import upgraded
 from tl_vpd.training.distributed.sharding import parameter_names
 from tl_vpd.training.trainer import Trainer
 
@@ -134,7 +134,7 @@ def load_state(trainer: Trainer, path: Path) -> None:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            saved = _with_defaults(json.loads(file.metadata()["config"]))
+            saved = json.loads(file.metadata()["config"])
             fingerprints = json.loads(file.metadata().get("fingerprints", "{}"))
             _check_config(trainer, path, saved)
             _check_precision(trainer, path, file.metadata().get("precision", "float32"))
@@ -185,27 +185,34 @@ def _fill(trainer: Trainer, path: Path, file: Any) -> None:
     trainer.done = int(file.get_tensor("step"))
 
 
-def _check_config(trainer: Trainer, path: Path, saved: dict[str, Any]) -> None:
-    now = json.loads(trainer.config.model_dump_json())
-    changed = [k for k in now if saved.get(k) != now[k]]
+def _check_config(trainer: Trainer, path: Path, saved: Mapping[str, Any]) -> None:
+    # Settings that are newer than the file have their defaults there.
+    then, now = (
+        _flat(config.model_dump(mode="json")) for config in (type(trainer.config)(**upgraded(saved)), trainer.config)
+    )
+    changed = [f"{name}: {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
     if changed:
         raise _Refused(
-            f"{path} was written with another config ({', '.join(f'{k}: {saved.get(k)} then, {now[k]} now' for k in changed)}). "
-            "Resume with the config the run was started with, or choose another folder."
+            f"{path} was written with another config ({', '.join(changed)}). Resume with the config the run was started with, "
+            "or choose another folder."
         )
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted names; C by pattern is one of them."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        nested = isinstance(value, Mapping) and name != "C"
+        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
+    return flat
 
 
 def _check_precision(trainer: Trainer, path: Path, saved: str) -> None:
     now = trainer.engine.precision
     if saved != now:
         raise _Refused(
-            f"{path} was written with products in {saved}, this run's are in {now}: pass precision={saved!r}."
+            f"{path} was written with products in {saved}, this run's are in {now}: pass ExecutionConfig(precision={saved!r})."
         )
-
-
-def _with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
-    """A saved config with the defaults of settings that were added after it was written."""
-    return VPDConfig(**saved).model_dump(mode="json")
 
 
 def _check_target(trainer: Trainer, path: Path, stored: dict[str, Fingerprint]) -> None:

@@ -33,11 +33,11 @@ from tl_vpd.losses import (
     importance_minimality,
 )
 from tl_vpd.masking import PersistentSources, taken_rows
-from tl_vpd.training.config import VPDConfig
+from tl_vpd.training.config import ExecutionConfig, VPDConfig
 from tl_vpd.training.distributed.processes import World
-from tl_vpd.training.distributed.sharding import FullSharding, Sharding
+from tl_vpd.training.distributed.sharding import Sharding
 from tl_vpd.training.engine.compiled import CompiledEngine
-from tl_vpd.training.engine.eager import CleanForward, EagerEngine, LossTerm, MaskInputs, Precision
+from tl_vpd.training.engine.eager import CleanForward, EagerEngine, LossTerm, MaskInputs
 from tl_vpd.training.micro_batch import MicroBatch, joined_routing, routed_rows, share
 from tl_vpd.training.schedules import Schedule
 from tl_vpd.training.step_samples import StepSampler, StepSamples, expected_share
@@ -72,19 +72,15 @@ class Trainer:
     """V, U and Γ of a decomposition under training, with both optimizers, the adversary and the random state.
 
     Args:
-        tapped: an entered ``MaskedModel`` of the decomposition and its target.
+        masked_model: an entered ``MaskedModel`` of the decomposition and its target.
+        config: what is learned.
         shape: (batch, pos) of every batch, over all processes; pos is 1 for inputs ``[batch, d]``.
-        micro_batch: rows that are run at once (None: all of a process's).
-        world: the processes that share the batch. sharding: what each of them keeps of V, U, Γ and moments (None: all).
-        precision: of matrix products in the target, in masked passes and in Γ (``bfloat16``: by autocast). V, U, Γ and their
-            moments, importances, sources and losses stay float32.
-        checkpoint: whether a layer's activations are computed again in backward instead of kept.
-        joined: whether the stochastic and the adversarial pass are one of twice the rows (always so in the merged recipe).
-        blocked_logits: whether logits are made for a few tokens at a time (None: where there are many of them).
-        compile: whether passes are compiled graphs (``tl_vpd.training.engine.compiled``); a name: its backend, or ``recorded``.
+        execution: how it runs (None: ``ExecutionConfig()``).
+        world: the processes that split the batch (None: one).
+        sharding: what each of them stores of V, U, Γ and moments (None: all).
 
     Raises:
-        ValueError: the batch cannot be shared out, or the options do not go together.
+        ValueError: the batch cannot be split.
         Unsupported: ``checkpoint`` with a model that is no stack of layers, ``blocked_logits`` with one whose logits are more
             than a product (said by the first step), or ``compile`` with one not in V's and U's dtype.
     """
@@ -95,35 +91,27 @@ class Trainer:
         config: VPDConfig,
         shape: tuple[int, int],
         *,
-        micro_batch: int | None = None,
+        execution: ExecutionConfig | None = None,
         world: World | None = None,
         sharding: Sharding | None = None,
-        precision: Precision = "float32",
-        checkpoint: bool = False,
-        joined: bool = False,
-        blocked_logits: bool | None = None,
-        compile: bool | str = False,
     ) -> None:
-        self.masked_model, self.config, self.world, self.joined = masked_model, config, world or World(), joined
+        self.masked_model, self.config, self.world = masked_model, config, world or World()
+        self.execution = execution = execution or ExecutionConfig()
         self.sharding = sharding or Sharding(self.world)
         self.how = {
-            "compile": compile,
-            "joined": joined,
-            "micro_batch": micro_batch,
-            "blocked_logits": blocked_logits,
+            **execution.model_dump(include={"compile", "micro_batch", "blocked_logits"}),
             "processes": self.world.size,
             "sharding": type(self.sharding).__name__,
         }
         """What changes results to rounding only."""
-        own = masked_model, config.output, config.forward_slope
+        passes = masked_model, config.output, config.squash
+        options = execution.model_dump(include={"precision", "blocked_logits"})
         self.engine: EagerEngine
-        if compile:
-            if checkpoint or isinstance(self.sharding, FullSharding):
-                raise ValueError("compile=True goes neither with checkpoint=True nor with sharding='full': choose one.")
-            backend = "inductor" if compile is True else compile
-            self.engine = CompiledEngine(*own, precision=precision, blocked_logits=blocked_logits, backend=backend)
+        if execution.compile:
+            backend = "inductor" if execution.compile is True else execution.compile
+            self.engine = CompiledEngine(*passes, **options, backend=backend)
         else:
-            self.engine = EagerEngine(*own, precision=precision, blocked_logits=blocked_logits, checkpoint=checkpoint)
+            self.engine = EagerEngine(*passes, **options, checkpoint=execution.checkpoint)
         self.decomposition = self.engine.decomposition
         self.weights = {name: masked_model.adapter.weight(name) for name in self.decomposition.sites}
         self.ties = Ties(self.decomposition.components, config.tied)
@@ -133,27 +121,29 @@ class Trainer:
             )
         self.matrices = self.ties.free(self.sharding.kept(self.decomposition.components))
         gamma = self.sharding.kept(self.decomposition.gamma)
-        gamma_lr = config.gamma_lr or config.lr
+        lr, gamma_lr = config.optimizer.lr, config.optimizer.gamma_lr or config.optimizer.lr
         groups = [
-            {"params": self.matrices, "lr": config.lr, "peak": config.lr},
+            {"params": self.matrices, "lr": lr, "peak": lr},
             {"params": gamma, "lr": gamma_lr, "peak": gamma_lr},
         ]
         self.parameters = [*self.matrices, *gamma]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         self.pos = shape[1]
-        self.shares = share(self.world.rows(shape[0]), micro_batch, merged=config.merged)
+        self.shares = share(self.world.rows(shape[0]), execution.micro_batch, merged=config.merged)
         site_axis, device = self.decomposition.site_axis, self.decomposition.device
         self.draws = StepSampler(config, self.shares, pos=self.pos, site_axis=site_axis, device=device)
         self.sources = PersistentSources(self.draws.start(), betas=config.adversary.betas, eps=config.adversary.eps)
         self.frequencies: RunningFrequency | None = None
-        if config.frequency_half_life is not None:
-            self.frequencies = RunningFrequency(site_axis.total, config.frequency_half_life, device=device)
+        if config.minimality.frequency_half_life is not None:
+            self.frequencies = RunningFrequency(site_axis.total, config.minimality.frequency_half_life, device=device)
         self.done = 0
 
     def warm_up(self) -> float:
         """Faithfulness alone, on V and U, with an AdamW of its own; gives the last loss."""
-        optimizer = torch.optim.AdamW(self.matrices, lr=self.config.warm_up_lr, weight_decay=0.0, fused=True)
-        for _ in range(self.config.warm_up_steps):
+        optimizer = torch.optim.AdamW(
+            self.matrices, lr=self.config.faithfulness.warm_up_lr, weight_decay=0.0, fused=True
+        )
+        for _ in range(self.config.faithfulness.warm_up_steps):
             optimizer.zero_grad(set_to_none=True)
             self._faithfulness(1 / self.world.size)
             self._collect(self.matrices)
@@ -217,7 +207,7 @@ class Trainer:
             total=float(self._total(values, now)),
             l0=float(l0) / float(counts[0]),
             p=now.p,
-            lr=config.lr * now.rate,
+            lr=config.optimizer.lr * now.rate,
             grad_norm=norm,
             **{name: float(values[name]) for name in LOSSES},
         )
@@ -240,7 +230,7 @@ class Trainer:
         return self.world.add(counts)
 
     def _penalty(self, now: Schedule) -> Penalty:
-        kind = self.config.minimality
+        kind = self.config.minimality.kind
         return Penalty(kind, now.p if kind == "power" else now.smooth)
 
     @torch.no_grad()
@@ -260,7 +250,7 @@ class Trainer:
         at = None if self.frequencies is None else self.frequencies.update(sums.detach() / n)
         values = {
             "importance": importance_minimality(leaf, n),
-            "frequency": frequency_minimality(leaf, n, reference=self.config.frequency_reference, at=at),
+            "frequency": frequency_minimality(leaf, n, reference=self.config.minimality.frequency_reference, at=at),
         }
         weighted = now.minimality * (c.importance * values["importance"] + c.frequency * values["frequency"])
         (slope,) = torch.autograd.grad(weighted, leaf)
@@ -303,14 +293,7 @@ class Trainer:
                     None,
                 )
         if self.config.merged:
-            yield self._both(own, slice(own.attacked.stop, None), grad_g, draws, counts)
-            return
-        if self.joined and c.stochastic and c.adversarial:
-            twice = self.engine.twice(own)
-            of_both = self.engine.workspace("grad_g twice", twice.z.shape, grad_g.dtype).zero_()
-            yield self._both(twice, slice(None), of_both, draws, counts)
-            for half in of_both.chunk(2):
-                grad_g += half
+            yield self._both(own, grad_g, draws, counts)
             return
         if c.stochastic:
             routing = routed_rows(draws.stochastic_routing, own.part.drawn)
@@ -323,10 +306,8 @@ class Trainer:
             (loss,) = run(own, attacked, [LossTerm(counts[1], c.adversarial)], grad_g=grad_g, grad_sources=gradient)
             yield {1: loss}, gradient
 
-    def _both(
-        self, own: CleanForward, compared: slice, grad_g: Tensor, draws: StepSamples, counts: Tensor
-    ) -> Reconstructed:
-        """One pass of attacked rows followed by rows with drawn sources, which are compared with some rows of the target."""
+    def _both(self, own: CleanForward, grad_g: Tensor, draws: StepSamples, counts: Tensor) -> Reconstructed:
+        """The merged recipe's one pass: attacked rows followed by rows with stochastic sources."""
         c, rows, attacked = self.config.coefficients, own.attacked, self._attacked(own, draws)
         drawn, free = self._drawn(own.part), routed_rows(draws.stochastic_routing, own.part.drawn)
         taken = attacked.rows
@@ -341,7 +322,7 @@ class Trainer:
         )
         shares = [
             LossTerm(counts[1], c.adversarial, rows, rows),
-            LossTerm(counts[2], c.stochastic, slice(rows.stop, None), compared),
+            LossTerm(counts[2], c.stochastic, slice(rows.stop, None), slice(rows.stop, None)),
         ]
         gradient = self._of_sources(attacked) if c.adversarial else None
         adversarial, stochastic = self.engine.reconstruct(own, both, shares, grad_g=grad_g, grad_sources=gradient)
@@ -352,7 +333,7 @@ class Trainer:
 
     def _faithfulness(self, coefficient: float) -> Float[Tensor, ""]:
         """The loss; its gradients, times the coefficient, go to V and U."""
-        return self.engine.faithfulness(self.weights, coefficient, relative=self.config.faithfulness == "relative")
+        return self.engine.faithfulness(self.weights, coefficient, relative=self.config.faithfulness.kind == "relative")
 
     def _total(self, values: dict[str, Tensor], now: Schedule) -> Tensor:
         c = self.config.coefficients
@@ -371,7 +352,7 @@ class Trainer:
             wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
             raise FloatingPointError(f"Step {self.done}: not finite: {', '.join(wrong) or 'total'} ({numbers}).")
         self._collect(self.parameters)
-        norm = self.sharding.clip(self.matrices, self.config.clip)
+        norm = self.sharding.clip(self.matrices, self.config.optimizer.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * now.rate
         self.optimizer.step()

@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Shaped
@@ -33,9 +33,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from tl_vpd.forward.cast_weights import CastWeights, _Cast
+from tl_vpd.training.config import ShardingKind
 from tl_vpd.training.distributed.processes import World
-
-Kind = Literal["none", "optimizer", "full"]
 
 
 @dataclass(frozen=True)
@@ -83,7 +82,7 @@ class Sharding:
     and ``spread`` in every step, all inside ``regathering``; ``end`` when training is over.
     """
 
-    kind: Kind = "none"
+    kind: ShardingKind = "none"
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -152,7 +151,7 @@ class _Shared(Sharding):
 class OptimizerSharding(_Shared):
     """``optimizer``: AdamW sees views of this process's entries alone; gradients are summed straight into its share."""
 
-    kind: Kind = "optimizer"
+    kind: ShardingKind = "optimizer"
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -185,7 +184,7 @@ class OptimizerSharding(_Shared):
 class FullSharding(_Shared):
     """``full``: a parameter is whole only while it is used."""
 
-    kind: Kind = "full"
+    kind: ShardingKind = "full"
 
     def __init__(self, world: World) -> None:
         super().__init__(world)
@@ -240,11 +239,11 @@ class FullSharding(_Shared):
         return _Packed(again, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
-def sharding_of(kind: Kind, world: World) -> Sharding:
+def sharding_of(kind: ShardingKind, world: World) -> Sharding:
     """The sharding of a kind; a process alone has nothing to share."""
     if kind not in ("none", "optimizer", "full"):
         raise ValueError(f"sharding is {kind!r}: give 'none', 'optimizer' or 'full'.")
-    kinds: dict[Kind, type[Sharding]] = {"none": Sharding, "optimizer": OptimizerSharding, "full": FullSharding}
+    kinds: dict[ShardingKind, type[Sharding]] = {"none": Sharding, "optimizer": OptimizerSharding, "full": FullSharding}
     return kinds[kind if world.size > 1 else "none"](world)
 
 

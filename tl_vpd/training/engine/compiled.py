@@ -36,10 +36,10 @@ from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.forward.traceable import Slots, TraceableMasks, slots
 from tl_vpd.importance.chunked import ChunkedTransformers
 from tl_vpd.importance.mlps import PerSubcomponentMLPs
-from tl_vpd.importance.squash import importances_of
+from tl_vpd.importance.squash import LOWER_LEAKY, Squash
 from tl_vpd.importance.transformer import SharedTransformer
-from tl_vpd.losses import Penalty, faithfulness
-from tl_vpd.losses.divergence import unembedded_kl
+from tl_vpd.losses import Penalty, faithfulness, unembedded_kl
+from tl_vpd.losses.precision import at_least_float32
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training.engine.eager import EVERY, CleanForward, EagerEngine, LossTerm, MaskInputs, Precision
 from tl_vpd.training.engine.recording import TOLERANCE, Function, compiled
@@ -80,7 +80,7 @@ class CompiledEngine(EagerEngine):
     """``EagerEngine`` that run compiled graphs.
 
     Args:
-        tapped, kind, forward_slope, precision, blocked_logits: as there. backend: of ``torch.compile``, or ``recorded``.
+        masked_model, kind, squash, precision, blocked_logits: as there. backend: of ``torch.compile``, or ``recorded``.
 
     Raises:
         Unsupported: the model's dtype is not that of V and U.
@@ -90,13 +90,13 @@ class CompiledEngine(EagerEngine):
         self,
         masked_model: MaskedModel,
         kind: Literal["kl", "mse"] = "kl",
-        forward_slope: float = 0.0,
+        squash: Squash = LOWER_LEAKY,
         *,
         precision: Precision = "float32",
         blocked_logits: bool | None = None,
         backend: str = "inductor",
     ) -> None:
-        super().__init__(masked_model, kind, forward_slope, precision=precision, blocked_logits=blocked_logits)
+        super().__init__(masked_model, kind, squash, precision=precision, blocked_logits=blocked_logits)
         own = next(self.decomposition.components.parameters()).dtype
         if masked_model.adapter.dtype != own:
             raise Unsupported(
@@ -125,7 +125,8 @@ class CompiledEngine(EagerEngine):
                 into += gradient
             return value.detach()
 
-        c = torch.tensor(coefficient, device=self.decomposition.device)
+        W = next(iter(weights.values()))
+        c = torch.tensor(coefficient, dtype=W.dtype, device=W.device)
         found: Tensor = self._run("weights", squares, c, *weights.values(), *self._gradients_of_parts(self.names))
         return found
 
@@ -226,7 +227,7 @@ class CompiledEngine(EagerEngine):
             kept = None if token_mask is None else token_mask.flatten()
             of_g = grad_g.flatten(0, -2).clone()
             rows = Penalty(penalty.kind, parameter, WHOLE)
-            return rows.pullback(z.flatten(0, -2), slope, kept, of_g=of_g, forward_slope=self.forward_slope).view_as(z)
+            return rows.pullback(z.flatten(0, -2), slope, kept, grad_g=of_g, squash=self.squash).view_as(z)
 
         return pullback
 
@@ -298,7 +299,7 @@ class CompiledEngine(EagerEngine):
             return by_token if at_slots is None else by_token[at_slots[name].token]
 
         leaves = {
-            "g": [importances_of(held(name, rows[:, at]), self.forward_slope) for name, at in columns.items()],
+            "g": [self.squash.importances(held(name, rows[:, at])) for name, at in columns.items()],
             "r": [held(name, own[:, at]).detach() for name, at in columns.items()],
             "delta": [held(n, own[:, at : at + 1]).detach() for n, at in zip(sites, places, strict=True)],
         }
@@ -352,9 +353,9 @@ class CompiledEngine(EagerEngine):
             n = output[..., 0].numel() if token_mask is None else token_mask.sum()
             return unembedded_kl(target, output, self.unembedding, token_mask) * n
         if self.kind == "kl":
-            each = (target.exp() * (target - output.float().log_softmax(-1))).sum(-1)
+            each = (target.exp() * (target - at_least_float32(output).log_softmax(-1))).sum(-1)
         else:
-            each = (output.float() - target.float()).square().mean(-1)
+            each = (at_least_float32(output) - target).square().mean(-1)
         return (each if token_mask is None else each * token_mask).sum()
 
     def _packed_sources(
@@ -380,7 +381,8 @@ class CompiledEngine(EagerEngine):
         return sdpa_kernel(SDPBackend.MATH) if short else nullcontext()
 
     def _parameter(self, penalty: Penalty) -> Tensor:
-        return torch.tensor(float(penalty.parameter), device=self.decomposition.device)
+        dtype = next(self.decomposition.components.parameters()).dtype
+        return torch.tensor(float(penalty.parameter), dtype=dtype, device=self.decomposition.device)
 
     def _run(self, what: Any, function: Function, *arguments: Tensor | None, gradients: bool = False) -> Any:
         """What a function gives, from its compiled graph; made at the first call with arguments of these shapes."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -24,12 +24,12 @@ from tl_vpd.adapters import Unsupported
 from tl_vpd.forward.blocked import BlockedMasks
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.importance import DecomposedWeights
-from tl_vpd.losses import Penalty, Reconstruction, faithfulness_terms
-from tl_vpd.losses.unembedding import Unembedding
+from tl_vpd.importance.squash import LOWER_LEAKY, Squash
+from tl_vpd.losses import Penalty, Reconstruction, Unembedding, faithfulness_terms
 from tl_vpd.masking import PersistentSources
+from tl_vpd.training.config import Precision
 from tl_vpd.training.micro_batch import MicroBatch, Routing
 
-Precision = Literal["float32", "bfloat16"]
 EVERY = slice(None)
 LOGITS = 1 << 27
 """Bytes of a part's logits in float32 above which they are made in blocks, unless asked otherwise."""
@@ -90,7 +90,7 @@ class EagerEngine:
     """Runs a tapped decomposition.
 
     Args:
-        kind: of distance between outputs. forward_slope: of importances below 0.
+        kind: of distance between outputs. squash: makes importances from pre-sigmoid values.
         precision: of matrix products. checkpoint: whether a layer's activations are computed again in backward.
         blocked_logits: whether logits are made for a few tokens at a time, in each loss, and never for all of them (None: where
             those of the rows run at once would take more than ``LOGITS`` bytes, and the model lets itself be cut before them).
@@ -105,7 +105,7 @@ class EagerEngine:
         self,
         masked_model: MaskedModel,
         kind: Literal["kl", "mse"] = "kl",
-        forward_slope: float = 0.0,
+        squash: Squash = LOWER_LEAKY,
         *,
         precision: Precision = "float32",
         checkpoint: bool = False,
@@ -117,7 +117,7 @@ class EagerEngine:
         if checkpoint:
             masked_model.adapter.blocks()
         self.masked_model, self.decomposition = masked_model, decomposition
-        self.kind, self.forward_slope = kind, forward_slope
+        self.kind, self.squash = kind, squash
         self.precision, self.checkpoint = precision, checkpoint
         if blocked_logits and kind != "kl":
             raise ValueError("blocked_logits=True goes with output='kl': leave it out where outputs are no logits.")
@@ -137,7 +137,7 @@ class EagerEngine:
         self, weights: Mapping[str, Float[Tensor, "_ _"]], coefficient: float, *, relative: bool = False
     ) -> Float[Tensor, ""]:
         """The loss; its gradients, times the coefficient, go to V and U. One site at a time, so that one Δ is held at once."""
-        value = torch.zeros((), device=self.decomposition.device)
+        value = torch.zeros((), dtype=next(iter(weights.values())).dtype, device=self.decomposition.device)
         with torch.set_grad_enabled(coefficient != 0):
             for term in faithfulness_terms(self.decomposition.components, weights, relative=relative):
                 if coefficient:
@@ -161,13 +161,6 @@ class EagerEngine:
         important = torch.linalg.vector_norm(z.detach().clamp(min=0), ord=0, dim=-1)
         l0 = (important if kept is None else important * kept).sum()
         return CleanForward(part, own, kept, self._distance(output, kept), z, sums, l0)
-
-    def twice(self, seen: CleanForward) -> CleanForward:
-        """A part's rows, and the same rows again below them, to be run at once."""
-        z = seen.z.detach()
-        both = torch.cat([z, z], out=self.workspace("z twice", (2 * len(z), *z.shape[1:]), z.dtype))
-        token_mask = None if seen.token_mask is None else torch.cat([seen.token_mask, seen.token_mask])
-        return replace(seen, tokens=torch.cat([seen.tokens, seen.tokens]), token_mask=token_mask, z=both)
 
     def attack(
         self,
@@ -208,7 +201,7 @@ class EagerEngine:
         """Γ's gradients, from those of the importances (used up) and of the sums that minimality counts."""
         token_mask = None if seen.token_mask is None else seen.token_mask.flatten()
         rows = seen.z.detach().flatten(0, -2)
-        penalty.pullback(rows, slope, token_mask, of_g=grad_g.flatten(0, -2), forward_slope=self.forward_slope)
+        penalty.pullback(rows, slope, token_mask, grad_g=grad_g.flatten(0, -2), squash=self.squash)
         seen.z.backward(grad_g)
 
     def ascend(self, sources: PersistentSources, gradient: Tensor, lr: float, rows: slice, update: int) -> None:
@@ -235,7 +228,7 @@ class EagerEngine:
             grad_g=None if grad_g is None else grad_g[rows],
             grad_sources=grad_sources,
             sites=taken.sites,
-            forward_slope=self.forward_slope,
+            squash=self.squash,
         )
         token_mask = None if seen.token_mask is None else seen.token_mask[rows]
         constant = grad_g is None
@@ -290,4 +283,4 @@ class EagerEngine:
 def weighted(distance: Reconstruction, output: Tensor, total: Tensor) -> Float[Tensor, ""]:
     """A mean over these rows' real tokens, as their share of the mean over ``total`` tokens."""
     n = output[..., 0].numel() if distance.token_mask is None else distance.token_mask.sum()
-    return distance(output) * (n / total)
+    return distance(output) * (n / total.clamp(min=1))

@@ -1,0 +1,67 @@
+"""A freshly initialised decomposition of a model, as training starts from it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from tl_vpd.adapters import adapt
+from tl_vpd.components.fingerprint import Fingerprint
+from tl_vpd.components.initialise import start_at_channels
+from tl_vpd.components.storage import library_versions
+from tl_vpd.decomposition import Decomposition
+from tl_vpd.site import select
+from tl_vpd.training.config import VPDConfig, counts_for
+from tl_vpd.training.ties import Ties, check_ties
+
+
+def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
+    """A freshly initialised decomposition of a model, on its device.
+
+    Args:
+        model: the target.
+        config: what is learned; ``sites``, ``C``, ``gamma``, ``init`` and ``seed`` matter here.
+
+    Raises:
+        Unsupported: the model has a layer or flag that cannot be decomposed.
+        TypeError: it is not a model that an adapter knows.
+        KeyError: a pattern of ``sites``, ``C`` or ``tied`` matches no site.
+        ValueError: C or ties do not fit the model, or a weight is not finite.
+    """
+    adapter = adapt(model)
+    names = select(config.sites, adapter.sites)
+    sites = [adapter.sites[name] for name in names]
+    check_ties(config.tied, {name: adapter.weight(name) for name in names})
+    decomposition = Decomposition(
+        sites,
+        counts_for(config, {s.name: s for s in sites}),
+        config.gamma.resolved(adapter.d_model),
+        fingerprints={name: Fingerprint.of(_finite(name, adapter.weight(name))) for name in names},
+        record={
+            "training": config.model_dump(mode="json"),
+            "target": {
+                "class": type(model).__name__,
+                "name": str(getattr(getattr(model, "cfg", None), "model_name", "")),
+                "processing": adapter.processing(),
+            },
+            "versions": library_versions(),
+        },
+        seed=config.seed,
+    ).to(adapter.device)
+    if config.init == "channels":
+        for name in names:
+            start_at_channels(decomposition.components, name, adapter.weight(name))
+    if config.init_scale != 1:
+        with torch.no_grad():
+            for parameter in decomposition.components.parameters():
+                parameter.mul_(config.init_scale)
+    Ties(decomposition.components, config.tied).follow()
+    return decomposition
+
+
+def _finite(name: str, W: Tensor) -> Tensor:
+    if not bool(W.isfinite().all()):
+        raise ValueError(
+            f"The weight of {name} holds values that are not finite; a model with NaNs cannot be decomposed."
+        )
+    return W
