@@ -15,7 +15,7 @@ from tl_vpd.adapters import adapt
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.attached import KINDS
 from tl_vpd.importance import lower_leaky
-from tl_vpd.losses.divergence import squared_error
+from tl_vpd.losses import squared_error
 from tl_vpd.masking import Masks, SiteMask
 
 from .own import MLPS, SITE_MLPS, TRANSFORMER, Wrapped, normal, seeded, two_layers, untrained

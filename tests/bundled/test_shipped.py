@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
 from tl_vpd import Decomposition, bundled, evaluate
-from tl_vpd.losses.divergence import next_token_ce
+from tl_vpd.losses import next_token_ce
 
 
 @pytest.fixture(scope="module")

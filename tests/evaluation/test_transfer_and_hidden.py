@@ -17,7 +17,7 @@ from tl_vpd.adapters import adapt
 from tl_vpd.evaluation import hidden_errors, resolution, sampled, transfer
 from tl_vpd.evaluation.hidden import Unexplained, pattern_kl
 from tl_vpd.evaluation.sample import Sample
-from tl_vpd.losses.divergence import kl_divergence
+from tl_vpd.losses import kl_divergence
 
 
 def always_on(vpd: Any, kept: torch.Tensor) -> Any:

@@ -11,7 +11,7 @@ from tests.evaluation import handmade
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd.evaluation import aggregation, aggregation_pairs, sampled
 from tl_vpd.evaluation.union_test import aggregation_by_row, union_of_groups, with_random_partners
-from tl_vpd.losses.divergence import kl_divergence
+from tl_vpd.losses import kl_divergence
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.site import ConcatenatedAxis
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests.hooks.test_clean import assert_same, snapshot
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import bundled
-from tl_vpd.losses.divergence import kl_divergence
+from tl_vpd.losses import kl_divergence
 from tl_vpd.masking import masks_from_sources
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import edited, some_tokens
-from tl_vpd.losses.divergence import kl_divergence
+from tl_vpd.losses import kl_divergence
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.site import Subcomponent
 

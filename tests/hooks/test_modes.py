@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tl_vpd.losses.divergence import kl_divergence
+from tl_vpd.losses import kl_divergence
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.masking.modes import MODES, NEED_IMPORTANCES, masks_of_mode
 from tl_vpd.site import ConcatenatedAxis

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests.reference.conftest import MODULES, Reference, by_site, pack, pack_sources, read
 from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import lower_leaky, upper_leaky
-from tl_vpd.losses.divergence import kl_divergence, next_token_ce
+from tl_vpd.losses import kl_divergence, next_token_ce
 from tl_vpd.masking import constant_masks, masks_from_sources
 
 

@@ -21,7 +21,7 @@ from tl_vpd.adapters.logits import left_out, unembedding_of
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_argument
 from tl_vpd.adapters.versions import get_attention_mask
 from tl_vpd.components import WHOLE, Layout
-from tl_vpd.losses.unembedding import Unembedding
+from tl_vpd.losses import Unembedding
 from tl_vpd.site import Site
 
 Arguments = tuple[Any, ...]

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tl_vpd.losses.unembedding import Unembedding
+from tl_vpd.losses import Unembedding
 
 
 def unembedding_of(module: Any) -> Unembedding | None:

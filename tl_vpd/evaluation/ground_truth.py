@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from tl_vpd.adapters import adapt
 from tl_vpd.evaluation.evaluate import ALIVE
 from tl_vpd.evaluation.truth import SiteTruth, Truth
-from tl_vpd.losses.divergence import kl_divergence, squared_error
+from tl_vpd.losses import kl_divergence, squared_error
 from tl_vpd.masking import fresh_pgd
 
 TOLERANCE = 0.1

@@ -24,7 +24,7 @@ from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.hooks.importances import zero_padding
 from tl_vpd.importance import lower_leaky
-from tl_vpd.losses.divergence import kl_divergence, squared_error
+from tl_vpd.losses import kl_divergence, squared_error
 from tl_vpd.masking import Masks
 
 ALIVE = 1e-6

@@ -1,25 +1,32 @@
-"""The losses of VPD: faithfulness, minimality (importance and frequency), reconstruction (stochastic and adversarial).
+"""The five losses of VPD, one equation per file (VPD paper, section "Summary of loss terms"):
 
-L = c_stoch · L_stoch + c_adv · L_adv + c_imp · L_imp + c_freq · L_freq + c_Δ · L_Δ
+    L = c_adv · L_adversarial + c_stoch · L_stochastic + c_imp · L_importance + c_freq · L_frequency + c_Δ · L_faithfulness
+
+The first two are one distance between outputs (``reconstruction``) under two kinds of masks.
 """
 
+from tl_vpd.losses.cross_entropy import next_token_ce
 from tl_vpd.losses.faithfulness import faithfulness, faithfulness_terms
-from tl_vpd.losses.minimality import (
-    Penalty,
-    RunningFrequency,
-    frequency_minimality,
-    importance_minimality,
-    penalty_sums,
-)
+from tl_vpd.losses.frequency_minimality import RunningFrequency, frequency_minimality
+from tl_vpd.losses.importance_minimality import importance_minimality
+from tl_vpd.losses.kl import kl_divergence
+from tl_vpd.losses.penalty import Penalty, penalty_sums
 from tl_vpd.losses.reconstruction import Reconstruction
+from tl_vpd.losses.squared_error import squared_error
+from tl_vpd.losses.unembedding import Unembedding, unembedded_kl
 
 __all__ = [
     "Penalty",
     "Reconstruction",
     "RunningFrequency",
+    "Unembedding",
     "faithfulness",
     "faithfulness_terms",
     "frequency_minimality",
     "importance_minimality",
+    "kl_divergence",
+    "next_token_ce",
     "penalty_sums",
+    "squared_error",
+    "unembedded_kl",
 ]

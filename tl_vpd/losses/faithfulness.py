@@ -1,7 +1,7 @@
-"""Faithfulness (Δ-L2): the subcomponents must sum to the weights.
+"""Faithfulness: the subcomponents of each site must sum to its weight (VPD paper, section "Enforcing parameter faithfulness").
 
-L_Δ = Σ_sites ‖W − V U‖² / number of decomposed weights
-L_Δ = mean over sites of ‖W − V U‖² / ‖W‖²                   relative: comparable between models
+L_faithfulness = Σ_sites ‖W − V U‖² / number of decomposed weights      ``total``: the paper's L_Delta-L2
+L_faithfulness = mean over sites of ‖W − V U‖² / ‖W‖²                   ``relative``: comparable between models
 """
 
 from __future__ import annotations
@@ -18,9 +18,12 @@ from tl_vpd.components import Components
 def faithfulness(
     components: Components, weights: Mapping[str, Float[Tensor, "_ _"]], *, relative: bool = False
 ) -> Float[Tensor, ""]:
-    """Squared error of ``V @ U`` against the target's weights, divided by how many weights there are.
+    """Squared error of ``V @ U`` against the target's weights.
 
-    ``relative``: each site's by its own squared norm instead, averaged over sites.
+    Args:
+        components: V and U of every site.
+        weights: W ``[d_in, d_out]`` by site.
+        relative: divide each site's error by ``‖W‖²`` and average over sites; otherwise divide by the number of weights.
     """
     return torch.stack(list(faithfulness_terms(components, weights, relative=relative))).sum()
 
@@ -28,7 +31,7 @@ def faithfulness(
 def faithfulness_terms(
     components: Components, weights: Mapping[str, Float[Tensor, "_ _"]], *, relative: bool = False
 ) -> Iterator[Float[Tensor, ""]]:
-    """The terms of ``faithfulness`` site by site: with a backward after each, one site's Δ is held at once."""
+    """The terms of ``faithfulness``, one per site: with a backward after each, only one Δ is in memory at a time."""
     total = sum(W.numel() for W in weights.values())
     for name, W in weights.items():
         yield components.delta(name, W).square().sum() / (len(weights) * W.square().sum() if relative else total)

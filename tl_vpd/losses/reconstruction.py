@@ -1,7 +1,9 @@
-"""Reconstruction: the masked model's output must be the target's.
+"""Reconstruction: the masked model's final output must be the target's.
 
-For logits the KL divergence KL(target ‖ masked) averaged over positions, in float32; for other outputs the squared error.
-Always on the model's final output.
+    L_recon = mean over real positions of D(target output, masked output)       D: KL divergence of logits, or squared error
+
+Source: VPD paper, section "Optimizing for mechanistic faithfulness". With masks drawn uniformly between importance and 1 it is the
+stochastic loss, with the adversary's masks the adversarial one.
 """
 
 from __future__ import annotations
@@ -12,14 +14,20 @@ from typing import Literal
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.losses.divergence import kl_divergence, squared_error, unembedded_kl
-from tl_vpd.losses.unembedding import Unembedding
+from tl_vpd.losses.kl import kl_divergence
+from tl_vpd.losses.precision import at_least_float32
+from tl_vpd.losses.squared_error import squared_error
+from tl_vpd.losses.unembedding import Unembedding, unembedded_kl
 
 
 class Reconstruction:
-    """The distance of masked outputs from one batch's target output, whose softmax is taken once.
+    """The distance of masked outputs from one batch's target output, whose softmax is computed once.
 
-    With an ``unembedding``, outputs are what it reads, and logits are made for a few tokens at a time.
+    Args:
+        target: output of the target model; with ``unembedding``, the input of its unembedding.
+        kind: ``kl`` for logits (nats), ``mse`` for other outputs.
+        token_mask: False at padding, which the mean leaves out (None: no padding).
+        unembedding: makes logits of outputs, a block of tokens at a time (None: outputs are compared directly).
     """
 
     def __init__(
@@ -33,17 +41,18 @@ class Reconstruction:
         if unembedding is not None:
             self.target = target
         else:
-            self.target = target.float().log_softmax(-1) if kind == "kl" else target.float()
+            target = at_least_float32(target)
+            self.target = target.log_softmax(-1) if kind == "kl" else target
 
     def rows(self, rows: slice) -> Reconstruction:
-        """The distance for some rows of the batch."""
-        own = copy.copy(self)
-        own.target = self.target[rows]
-        own.token_mask = None if self.token_mask is None else self.token_mask[rows]
-        return own
+        """The distance for a slice of the batch."""
+        part = copy.copy(self)
+        part.target = self.target[rows]
+        part.token_mask = None if self.token_mask is None else self.token_mask[rows]
+        return part
 
     def __call__(self, output: Float[Tensor, "batch *pos d"]) -> Float[Tensor, ""]:
-        """KL in nats, or the mean squared error."""
+        """The distance of an output: KL divergence in nats, or mean squared error."""
         if self.unembedding is not None:
             return unembedded_kl(self.target, output, self.unembedding, self.token_mask)
         if self.kind == "kl":

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_vpd.evaluation.truth import Truth
-from tl_vpd.losses.divergence import kl_divergence
+from tl_vpd.losses import kl_divergence
 from tl_vpd.toys.toy import TargetTraining, Toy
 from tl_vpd.toys.transformers import accuracy_at, cross_entropy_at, small_transformer
 from tl_vpd.training.data import Batches

@@ -1,0 +1,137 @@
+"""The penalty φ on an importance, which both minimality losses sum over tokens.
+
+    φ(g) = (g + ε)^p                  ``power``: VPD paper, section "Optimizing for minimality"; p falls over the run
+    φ(g) = g² / (g² + γ²)             ``smooth_l0``: the authors' later code; γ falls over the run
+    s_c = Σ_n φ(g_upper)              over the real tokens n of the batch
+
+g_upper is the upper-leaky squashing of Γ's pre-sigmoid values z (``tl_vpd.importance.squash``), which still has a slope above 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_vpd.importance.squash import LEAK, LOWER_LEAKY, Squash
+
+EPS = 1e-12
+_BLOCK = 1 << 16
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """φ and its gradients.
+
+    ``kind``: ``power`` or ``smooth_l0``. ``parameter``: the exponent p, or the width γ. ``block``: how many importances are
+    processed at once; few enough to stay in the processor's cache.
+    """
+
+    kind: Literal["power", "smooth_l0"]
+    parameter: float | Float[Tensor, ""]
+    block: int = _BLOCK
+
+    def value(self, g: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """φ(g); g is overwritten."""
+        if self.kind == "power":
+            return g.add_(EPS).pow_(self.parameter)
+        squared = g.square_()
+        return squared.div_(squared + self.parameter**2)
+
+    def slope(self, g: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """φ'(g); g is overwritten."""
+        if self.kind == "power":
+            return g.add_(EPS).pow_(self.parameter - 1).mul_(self.parameter)
+        return g.mul(2 * self.parameter**2).div_(g.square_().add_(self.parameter**2).square_())
+
+    @torch.no_grad()
+    def sums(
+        self, z: Float[Tensor, "tokens C_total"], token_mask: Bool[Tensor, " tokens"] | None = None
+    ) -> Float[Tensor, " C_total"]:
+        """``s_c``; no intermediate tensor of z's size is made.
+
+        Args:
+            z: pre-sigmoid values.
+            token_mask: False at padding, which is not counted (None: no padding).
+        """
+        total = z.new_zeros(z.shape[-1])
+        for rows, real in self._blocks(z, token_mask):
+            penalties = self.value(_upper_leaky(z[rows]))
+            total += (penalties if real is None else penalties.mul_(real.unsqueeze(-1))).sum(0)
+        return total
+
+    @torch.no_grad()
+    def pullback(
+        self,
+        z: Float[Tensor, "tokens C_total"],
+        grad_sums: Float[Tensor, " C_total"],
+        token_mask: Bool[Tensor, " tokens"] | None = None,
+        *,
+        grad_g: Float[Tensor, "tokens C_total"] | None = None,
+        squash: Squash = LOWER_LEAKY,
+    ) -> Float[Tensor, "tokens C_total"]:
+        """The gradient in z, from that in ``s_c`` and, through ``squash``, that in the importances g.
+
+        Args:
+            z: pre-sigmoid values.
+            grad_sums: gradient in ``s_c``.
+            token_mask: False at padding, which is not counted (None: no padding).
+            grad_g: gradient in the importances that make masks; overwritten with the result (None: zero).
+            squash: makes those importances from z.
+        """
+        out = torch.empty_like(z) if grad_g is None else grad_g
+        for rows, real in self._blocks(z, token_mask):
+            values = z[rows]
+            grad_upper = self.slope(_upper_leaky(values)).mul_(grad_sums)
+            torch.where(values > 1, grad_upper * LEAK, grad_upper, out=grad_upper).masked_fill_(values < 0, 0)
+            if real is not None:
+                grad_upper.mul_(real.unsqueeze(-1))
+            if grad_g is None:
+                out[rows] = grad_upper
+            else:
+                squash.pullback(values, out[rows], out[rows]).add_(grad_upper)
+        return out
+
+    def _blocks(self, z: Tensor, token_mask: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
+        n = max(1, self.block // max(1, z.shape[-1]))
+        for start in range(0, len(z), n):
+            rows = slice(start, start + n)
+            yield rows, None if token_mask is None else token_mask[rows]
+
+
+class _Sums(torch.autograd.Function):
+    """``Penalty.sums``; only z is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, penalty: Penalty, token_mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(z, token_mask)
+        ctx.penalty = penalty
+        return penalty.sums(z, token_mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        z, token_mask = ctx.saved_tensors
+        return ctx.penalty.pullback(z, grad, token_mask), None, None
+
+
+def _upper_leaky(z: Tensor) -> Tensor:
+    """``upper_leaky`` without gradients, in fewer operations."""
+    return z.clamp(0, 1).add_((z - 1).clamp_(min=0), alpha=LEAK)
+
+
+def penalty_sums(
+    z: Float[Tensor, "batch *pos C_total"], penalty: Penalty, token_mask: Bool[Tensor, "batch pos"] | None = None
+) -> tuple[Float[Tensor, " C_total"], int]:
+    """``s_c``, differentiable in z, and the number of real tokens.
+
+    Args:
+        z: pre-sigmoid values.
+        penalty: φ.
+        token_mask: False at padding, which is not counted (None: no padding).
+    """
+    rows, real = z.flatten(0, -2), None if token_mask is None else token_mask.flatten()
+    return _Sums.apply(rows, penalty, real), len(rows) if real is None else int(real.sum())
