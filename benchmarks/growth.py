@@ -78,7 +78,7 @@ def predicted(size: Size, sites: tuple[str, ...]) -> dict[str, float]:
         C={name: C for name, C in zip(SITES, size.C, strict=True) if name in sites},
         gamma={"d_ci": size.d_gamma, "d_mlp": size.d_gamma_mlp, "n_blocks": size.blocks, "n_heads": 4},
     )
-    found = footprint(target, config=config, batch=size.batch, context=size.context)
+    found = footprint(target, config, context=size.context)
     return {"predicted_gflop": round(found.step_flops / 1e9, 2), "predicted_mb": round(found.total / 2**20, 1)}
 
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from tl_vpd.bundled.recipe import CONFIG
-from tl_vpd.training import AdversaryConfig, Coefficients, VPDConfig
+from tl_vpd.training import AdversaryConfig, Coefficients, SavingConfig, VPDConfig
 
 RESULT = Path(__file__).parent / "results" / "recipes.json"
 IMPORTANCE = {"paper": (3e-4, 1.2e-3), "newer": (3e-4, 1.2e-3)}
@@ -37,10 +37,13 @@ def config_of(recipe: str, importance: float, steps: int) -> VPDConfig:
     else:
         own = {
             "merged": True,
-            "minimality": "smooth_l0",
-            "frequency_reference": 1024.0,
-            "frequency_half_life": 200.0,
-            "faithfulness": "relative",
+            "minimality": {
+                "kind": "smooth_l0",
+                "frequency_reference": 1024.0,
+                "frequency_half_life": 200.0,
+                "warm_up": CONFIG.minimality.warm_up,
+            },
+            "faithfulness": {"kind": "relative"},
             "adversary": AdversaryConfig(lr=0.02, pool=8),
             "coefficients": Coefficients(delta=1e3, importance=importance, frequency=importance / 2),
         }
@@ -73,7 +76,7 @@ def one(recipe: str, importance: float, minutes: float, folder: Path) -> dict[st
     seconds = sorted(times[2:])[5]
     config = config_of(recipe, importance, max(1, int(minutes * 60 / seconds)))
     start = time.perf_counter()
-    run = decompose(model, rows, config, progress=False, log_every=100)
+    run = decompose(model, rows, config, saving=SavingConfig(log_every=100), progress=False)
     taken = time.perf_counter() - start
     run.decomposition.save(folder)
     found = evaluate(

@@ -25,6 +25,7 @@ from tl_vpd.evaluation.consistency import consistency
 from tl_vpd.evaluation.feature_splitting import FACTORS, alive_of, sizes, train_sizes
 from tl_vpd.toys import TOYS, recipe
 from tl_vpd.toys.run import ROWS, WORK, target_of
+from tl_vpd.training import ExecutionConfig, SavingConfig
 
 RESULT = Path(__file__).parent / "results" / "stability.json"
 
@@ -34,8 +35,9 @@ def of_sizes(name: str, work: Path, factors: list[float], *, compile: bool) -> d
     toy, model, config = TOYS[name], target_of(name, 0, work), recipe(name, "vpd")
     data = toy.batches(config.batch_size, seed=0)
     folder = work / f"{name}-sizes"
-    options = {"progress": False, "compile": compile, "save_every": 1_000, "keep_states": 1}
-    found = train_sizes(model, data, config, factors=factors, out=folder, **options)
+    saving = SavingConfig(folder=folder, save_every=1_000, keep_states=1)
+    execution = ExecutionConfig(compile=compile)
+    found = train_sizes(model, data, config, factors=factors, execution=execution, saving=saving, progress=False)
     return plain(sizes(found, model, toy.batches(ROWS, seed=-3).at(0)))
 
 

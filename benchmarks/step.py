@@ -67,9 +67,8 @@ SIZES = {
 }
 MERGED: dict[str, Any] = {
     "merged": True,
-    "minimality": "smooth_l0",
-    "frequency_reference": 1024.0,
-    "faithfulness": "relative",
+    "minimality": {"kind": "smooth_l0", "frequency_reference": 1024.0},
+    "faithfulness": {"kind": "relative"},
     "adversary": {"pool": 4},
     "coefficients": {"delta": 1e3},
 }
@@ -79,14 +78,13 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "bfloat16": ({}, {"precision": "bfloat16"}),
     "merged_bfloat16": (MERGED, {"precision": "bfloat16"}),
     "checkpoint": ({}, {"checkpoint": True}),
-    "joined": ({}, {"joined": True}),
     "whole_logits": ({}, {"blocked_logits": False}),
     "compiled": ({}, {"compile": True}),
     "compiled_bfloat16": ({}, {"compile": True, "precision": "bfloat16"}),
     "compiled_merged": (MERGED, {"compile": True}),
     "compiled_merged_bfloat16": (MERGED, {"compile": True, "precision": "bfloat16"}),
 }
-"""Settings of ``VPDConfig`` and of ``Trainer``."""
+"""Settings of ``VPDConfig`` and of ``ExecutionConfig``."""
 
 
 def plain_step(size: Size) -> Callable[[], object]:
@@ -107,7 +105,7 @@ def own_step(size: Size, variant: str = "paper", sites: tuple[str, ...] = SITES)
     """A step of ``tl_vpd``'s trainer on a HookedTransformer of the same shape."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
-    from tl_vpd import VPDConfig
+    from tl_vpd import ExecutionConfig, VPDConfig
     from tl_vpd.forward import MaskedModel
     from tl_vpd.training import Trainer, new_decomposition
 
@@ -140,7 +138,7 @@ def own_step(size: Size, variant: str = "paper", sites: tuple[str, ...] = SITES)
     )
     masked_model = MaskedModel(new_decomposition(model, config), model, fused_attention=True)
     masked_model.__enter__()  # for as long as the benchmark runs
-    trainer = Trainer(masked_model, config, (size.batch, size.context), **how)
+    trainer = Trainer(masked_model, config, (size.batch, size.context), execution=ExecutionConfig(**how))
     tokens = some_tokens(size).to(device)
     return lambda: trainer.step(tokens)
 

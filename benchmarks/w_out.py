@@ -49,7 +49,8 @@ def row(method: str, importance: float, slope: float, steps: int | None, compile
     """One run and what became of W_in and W_out."""
     toy, model, own = TOYS[TOY], target_of(TOY, 0, WORK), recipe(TOY, method, steps=steps)
     coefficients = own.coefficients.model_copy(update={"importance": importance})
-    config = own.model_copy(update={"coefficients": coefficients, "forward_slope": slope})
+    sloped = {"forward_slope": slope} if method == "spd" else {}
+    config = own.model_copy(update={"coefficients": coefficients, **sloped})
     # The recipe's own run is the one that ``tl_vpd.toys.run`` keeps.
     other = "" if config == own else f"-{importance:g}-{slope:g}"
     folder = WORK / f"{TOY}-{method}-0{other}-target0-{config.steps}"

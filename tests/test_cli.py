@@ -13,21 +13,21 @@ import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from tl_vpd import Decomposition, bundled
+from tl_vpd import Decomposition, ExecutionConfig, VPDConfig, bundled
 from tl_vpd.cli import app
 from tl_vpd.planning.footprint import Target, footprint, transformer
 from tl_vpd.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-ALGORITHM = "{steps: 2, batch_size: 2, C: 4, gamma: {d_ci: 8, n_blocks: 1, n_heads: 2}, warm_up_steps: 2}"
+VPD = "{steps: 2, batch_size: 2, C: 4, gamma: {d_ci: 8, n_blocks: 1, n_heads: 2}, faithfulness: {warm_up_steps: 2}}"
 
 
 def call(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(a) for a in arguments])
 
 
-def recipe(folder: Path, **parts: str) -> Path:
-    lines = {"algorithm": ALGORITHM, "data": "{context: 16}", "output": f"{{folder: {folder / 'run'}}}", **parts}
+def recipe(folder: Path, **sections: str) -> Path:
+    lines = {"vpd": VPD, "data": "{context: 16}", "saving": f"{{folder: {folder / 'run'}}}", **sections}
     path = folder / "recipe.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
     return path
@@ -56,16 +56,16 @@ def test_train_then_eval(tmp_path: Path):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"algorithm": "{stepz: 2}"}, "algorithm.stepz"),
-        ({"algorithm": "{steps: 0}"}, "algorithm.steps"),
-        ({"algorithm": "{C: 0}"}, "at least one subcomponent"),
-        ({"algorithm": "{sites: [blocks.7.*]}"}, "No site matches 'blocks.7.*'"),
+        ({"vpd": "{stepz: 2}"}, "vpd.stepz"),
+        ({"vpd": "{steps: 0}"}, "vpd.steps"),
+        ({"vpd": "{C: 0}"}, "at least one subcomponent"),
+        ({"vpd": "{sites: [blocks.7.*]}"}, "No site matches 'blocks.7.*'"),
         ({"data": "{tokens: nowhere/*.txt}"}, "No file matches"),
         ({"data": "{key: test}"}, "'training' and 'validation'"),
         ({"modle": "{}"}, "modle"),
-        ({"runtime": "{micro_batches: 2}"}, "runtime.micro_batches"),
-        ({"runtime": "{sharding: most}"}, "runtime.sharding: Input should be 'none', 'optimizer' or 'full'"),
-        ({"output": "{keep_states: 0}"}, "output.keep_states"),
+        ({"execution": "{micro_batches: 2}"}, "execution.micro_batches"),
+        ({"execution": "{sharding: most}"}, "execution.sharding: Input should be 'none', 'optimizer' or 'full'"),
+        ({"saving": "{keep_states: 0}"}, "saving.keep_states"),
         ({"data": "{contxt: 8}"}, "data.contxt"),
     ],
 )
@@ -82,7 +82,7 @@ def test_options_of_train_reach_the_run(tmp_path: Path):
     own = recipe(
         tmp_path,
         data=f"{{tokens: {tmp_path / 'rows.npy'}, context: 9}}",
-        output=f"{{folder: {tmp_path / 'run'}, save_every: 1}}",
+        saving=f"{{folder: {tmp_path / 'run'}, save_every: 1}}",
     )
     trained = call("train", "--micro-batch", 1, "--context", 8, "--keep-states", 1, "--sharding", "full", own)
     assert trained.exit_code == 0, trained.output
@@ -98,7 +98,7 @@ def test_under_torchrun_the_first_process_writes_and_speaks_alone(tmp_path: Path
     assert call("train", recipe(one)).exit_code == 0
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     done = subprocess.run(
-        [*launcher, "-m", "tl_vpd.cli", "train", str(recipe(two, runtime="{sharding: full}"))],
+        [*launcher, "-m", "tl_vpd.cli", "train", str(recipe(two, execution="{sharding: full}"))],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -125,25 +125,25 @@ NUMBERS = ("--layers", 2, "--d-model", 8, "--heads", 2, "--d-mlp", 12, "--vocabu
 
 
 def test_plan_prints_the_footprint_of_numbers():
-    found = call("plan", *NUMBERS, "--C", 5, "--d-ci", 8, "--batch", 4, "--context", 6, "--tflops", 0.001)
+    found = call("plan", *NUMBERS, "--C", 5, "--d-ci", 8, "--batch-size", 4, "--context", 6, "--tflops", 0.001)
     assert found.exit_code == 0, found.output
     target = transformer(layers=2, d_model=8, heads=2, d_mlp=12, vocabulary=11)
-    expected = footprint(target, 5, {"d_ci": 8}, batch=4, context=6)
+    expected = footprint(target, VPDConfig(C=5, gamma={"d_ci": 8}, batch_size=4), context=6)
     rows = [line.split() for line in found.output.splitlines()]
     assert ["step", str(round(expected.step_flops / 1e9, 3))] in rows
     assert f"components: {expected.counts['components']:,}, gamma: {expected.counts['gamma']:,}" in found.output
     assert f"{expected.step_flops / 1e9:.3g} s a step" in found.output
-    half = call("plan", *NUMBERS, "--context", 6, "--batch", 4, "--processes", 2, "--sharding", "full")
+    half = call("plan", *NUMBERS, "--context", 6, "--batch-size", 4, "--processes", 2, "--sharding", "full")
     assert half.exit_code == 0, half.output
 
 
 def test_plan_takes_a_recipe_and_loads_its_model(tmp_path: Path):
-    own = recipe(tmp_path, runtime="{micro_batch: 1}")
+    own = recipe(tmp_path, execution="{micro_batch: 1}")
     found = call("plan", own)
     assert found.exit_code == 0, found.output
     model = bundled.model()
-    config = Recipe.read(own).algorithm
-    expected = footprint(Target.of(model), config=config, batch=2, context=16, micro_batch=1)
+    config = Recipe.read(own).vpd
+    expected = footprint(Target.of(model), config, context=16, execution=ExecutionConfig(micro_batch=1))
     assert f"gamma: {expected.counts['gamma']:,}" in found.output
     assert not (tmp_path / "run").exists()
 
@@ -154,8 +154,11 @@ def test_plan_takes_a_recipe_and_loads_its_model(tmp_path: Path):
         ((), "Give a recipe, or the model's numbers too: --layers, --d-model"),
         (NUMBERS[:8], "numbers too: --vocabulary"),
         (NUMBERS, "Give --context"),
-        ((*NUMBERS, "--context", 6, "--sharding", "most"), "runtime.sharding"),
-        ((*NUMBERS, "--context", 6, "--batch", 5, "--processes", 2), "batch 5 cannot be shared by 2 processes"),
+        ((*NUMBERS, "--context", 6, "--sharding", "most"), "execution.sharding"),
+        (
+            (*NUMBERS, "--context", 6, "--batch-size", 5, "--processes", 2),
+            "batch_size 5 cannot be split among 2 processes",
+        ),
         (("recipe.yaml", "--layers", 2), "does not exist"),
     ],
 )
@@ -195,6 +198,6 @@ def test_options_that_a_recipe_or_a_folder_rules_out_are_refused(tmp_path: Path)
 
 def test_a_folder_whose_name_looks_like_markup_is_printed_as_it_is(tmp_path: Path):
     folder = tmp_path / "a[" / "b]"
-    found = call("train", recipe(tmp_path, output=f"{{folder: '{folder}'}}"))
+    found = call("train", recipe(tmp_path, saving=f"{{folder: '{folder}'}}"))
     assert found.exit_code == 0, found.output
     assert f"Finished: {folder / 'decomposition'}" in found.output

@@ -15,7 +15,7 @@ from tl_vpd.recipe import DataRecipe, ModelRecipe, Recipe, own_device, text_wind
 def test_example_recipe_is_valid():
     path = Path(__file__).parent.parent / "examples" / "recipe.yaml"
     own = Recipe.read(path)
-    assert own.algorithm.init == "channels"
+    assert own.vpd.init == "channels"
     assert own.model.name == "bundled"
 
 
@@ -66,11 +66,11 @@ def test_a_file_larger_than_memory_is_not_read(tmp_path: Path):
 
 
 def test_sections_can_be_changed_and_values_that_are_not_allowed_are_named():
-    own = Recipe().changed("runtime", micro_batch=2, sharding=None)
-    assert own.runtime.micro_batch == 2
-    assert own.runtime.sharding == "none"
-    with pytest.raises(ValueError, match=r"runtime\.sharding: Input should be 'none', 'optimizer' or 'full'"):
-        own.changed("runtime", sharding="most")
+    own = Recipe().changed("execution", micro_batch=2, sharding=None)
+    assert own.execution.micro_batch == 2
+    assert own.execution.sharding == "none"
+    with pytest.raises(ValueError, match=r"execution\.sharding: Input should be 'none', 'optimizer' or 'full'"):
+        own.changed("execution", sharding="most")
 
 
 def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch):

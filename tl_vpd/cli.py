@@ -119,7 +119,7 @@ def plan(
     c: Annotated[int | None, typer.Option("--C", min=1, help="Subcomponents a site (default: the recipe's).")] = None,
     d_ci: Annotated[int | None, typer.Option(min=1, help="Width of Γ.")] = None,
     n_blocks: Annotated[int | None, typer.Option(min=1, help="Depth of Γ.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Rows of a batch.")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows of a batch.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in a row.")] = None,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows run at once.")] = None,
     processes: Annotated[int, typer.Option(min=1, help="Processes that share the batch.")] = 1,
@@ -151,7 +151,7 @@ def plan(
     if not context:
         raise ValueError("Give --context: the tokens in a row.")
     gamma = {name: value for name, value in {"d_ci": d_ci, "n_blocks": n_blocks}.items() if value is not None}
-    own = own.changed("vpd", C=c, batch_size=batch, gamma={**own.vpd.gamma.model_dump(), **gamma})
+    own = own.changed("vpd", C=c, batch_size=batch_size, gamma={**own.vpd.gamma.model_dump(), **gamma})
     found = footprint(target, own.vpd, context=context, execution=own.execution, processes=processes)
     for line in plan_lines(found, own.vpd.steps, tflops):
         out.print(line, markup=False, highlight=False)

@@ -9,12 +9,13 @@ from tl_vpd import VPDConfig
 from tl_vpd.baselines import METHODS, APDConfig, spd_config
 from tl_vpd.evaluation.ground_truth import ground_truth
 from tl_vpd.toys import TMS
-from tl_vpd.training import Coefficients
 
 TOY = TMS(3, 2)
 SHORT = dict(steps=3, batch_size=2, C=4, seed=1)
 CONFIGS = {
-    "vpd": VPDConfig(**SHORT, gamma=dict(kind="per_subcomponent_mlps", hidden=4), output="mse", warm_up_steps=2),
+    "vpd": VPDConfig(
+        **SHORT, gamma=dict(kind="per_subcomponent_mlps", hidden=4), output="mse", faithfulness={"warm_up_steps": 2}
+    ),
     "spd": spd_config(**SHORT),
     "apd": APDConfig(**SHORT),
 }
@@ -36,15 +37,6 @@ def test_every_method_gives_pieces_importances_and_masked_outputs(name):
     torch.testing.assert_close(found.output(x, ones), expected, atol=1e-5, rtol=1e-4)
     measured = ground_truth(found, model, TOY.truth(model), x)
     assert measured.sites["site"].tolist() == ["embed", "unembed"]
-
-
-def test_spd_has_no_adversary_and_masks_all_sites_and_each_alone():
-    config = spd_config(C=5)
-    c = config.coefficients
-    assert (c.adversarial, c.frequency, c.stochastic, c.layerwise) == (0, 0, 1, 1)
-    assert config.stochastic_routing == "all" and config.gamma.kind == "per_subcomponent_mlps"
-    with pytest.raises(ValueError, match="SPD has no adversary"):
-        METHODS["spd"].run(TOY.build(0), TOY.batches(2), spd_config(**SHORT, coefficients=Coefficients()))
 
 
 def test_a_run_of_vpd_goes_on_where_it_was_interrupted(tmp_path):

@@ -15,7 +15,7 @@ from tl_vpd.bundled.recipe import CONFIG
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import Evaluation, checks
 from tl_vpd.forward import MaskedModel
-from tl_vpd.training import Coefficients, Trainer
+from tl_vpd.training import Coefficients, MinimalityConfig, Trainer
 
 STEPS, ROWS, CONTEXT = 60, 8, 32
 
@@ -33,10 +33,7 @@ def trained_on(model: Any, *, adversarial: float) -> Decomposition:
     own = {
         "steps": STEPS,
         "batch_size": ROWS,
-        "warm_up_steps": 0,
-        "minimality_warm_up": 0.0,
-        "p_start": 1.0,
-        "p_end": 1.0,
+        "minimality": MinimalityConfig(p_start=1.0, p_end=1.0),
     }
     with MaskedModel(vpd, model, fused_attention=True) as masked_model:
         trainer = Trainer(masked_model, CONFIG.model_copy(update={**own, "coefficients": weights}), (ROWS, CONTEXT))

@@ -11,7 +11,7 @@ import torch
 from tests.evaluation import handmade
 from tests.evaluation.handmade import KNOWN, VOCABULARY, one_token_rows
 from tests.tiny import GAMMA, decomposition_of, some_tokens, tiny_model
-from tl_vpd import VPDConfig
+from tl_vpd import SavingConfig, VPDConfig
 from tl_vpd.evaluation import (
     aggregation,
     alive_of,
@@ -83,15 +83,15 @@ def test_sizes_count_the_living():
 
 def test_train_sizes_scales_C_goes_on_and_refuses_other_settings(tmp_path: Path):
     model, tokens = tiny_model(torch.float32), some_tokens(shape=(4, 6))
-    config = VPDConfig(steps=1, batch_size=2, C=4, gamma=GAMMA, warm_up_steps=0, sites=("blocks.0.mlp.*",))
-    found = train_sizes(model, tokens, config, factors=(0.1, 0.5, 2), out=tmp_path, progress=False)
+    config = VPDConfig(steps=1, batch_size=2, C=4, gamma=GAMMA, faithfulness={"warm_up_steps": 0}, sites=("blocks.0.mlp.*",))
+    found = train_sizes(model, tokens, config, factors=(0.1, 0.5, 2), saving=SavingConfig(folder=tmp_path), progress=False)
     assert [set(own.counts.values()) for own in found.values()] == [{1}, {2}, {8}]
-    again = train_sizes(model, tokens, config, factors=(0.5,), out=tmp_path, progress=False)
+    again = train_sizes(model, tokens, config, factors=(0.5,), saving=SavingConfig(folder=tmp_path), progress=False)
     for name in again[0.5].sites:
         assert torch.equal(again[0.5].V[name], found[0.5].V[name])
     other = config.model_copy(update={"steps": 2})
     with pytest.raises(ValueError, match="other settings"):
-        train_sizes(model, tokens, other, factors=(0.5,), out=tmp_path, progress=False)
+        train_sizes(model, tokens, other, factors=(0.5,), saving=SavingConfig(folder=tmp_path), progress=False)
     table = sizes(found, model, tokens)
     assert list(table["built"]) == [2, 4, 16]
 
@@ -115,8 +115,8 @@ def test_no_row_to_attack_is_refused():
 
 def test_sizes_go_on_where_a_first_state_was_cut_off(tmp_path: Path):
     model = tiny_model(torch.float32)
-    config = VPDConfig(steps=2, batch_size=2, C=2, gamma=GAMMA, warm_up_steps=0)
+    config = VPDConfig(steps=2, batch_size=2, C=2, gamma=GAMMA, faithfulness={"warm_up_steps": 0})
     (tmp_path / "C-1" / "state").mkdir(parents=True)
     (tmp_path / "C-1" / "state" / ".step-00000000.safetensors.1.tmp").write_bytes(b"cut")
-    found = train_sizes(model, some_tokens(shape=(4, 6)), config, factors=[1], out=tmp_path, progress=False)
+    found = train_sizes(model, some_tokens(shape=(4, 6)), config, factors=[1], saving=SavingConfig(folder=tmp_path), progress=False)
     assert list(found) == [1]

@@ -7,9 +7,10 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import decomposition_of, draw, some_tokens, tiny_model
+from tl_vpd.baselines import SlopedSquash
 from tl_vpd.forward import BlockedMasks, MaskedModel, masked_output
 from tl_vpd.forward import blocked as module
-from tl_vpd.importance.squash import importances_of
+from tl_vpd.importance.squash import LOWER_LEAKY
 from tl_vpd.masking import masks_from_sources
 from tl_vpd.site import ConcatenatedAxis
 
@@ -38,7 +39,7 @@ TAKEN = torch.tensor([0, 2, 1, 1, 0, 2, 2, 0, 0, 1, 2, 1, 0, 0])
 """Which of three shared sources each token takes."""
 
 
-def pass_of(t, routing=None, shared=False, some=None, forward_slope=None):
+def pass_of(t, routing=None, shared=False, some=None, squash=None):
     """A pass that leaves the gradients of g and of the sources (or the first ``some``) where the leaves have theirs."""
     t["g"].grad, t["sources"].grad = torch.zeros_like(t["g"]), torch.zeros_like(t["sources"])
     grad_sources = t["sources"].grad[:some]
@@ -50,7 +51,7 @@ def pass_of(t, routing=None, shared=False, some=None, forward_slope=None):
         taken=TAKEN if shared else None,
         grad_g=t["g"].grad,
         grad_sources=grad_sources,
-        forward_slope=forward_slope,
+        squash=squash,
     )
 
 
@@ -96,17 +97,17 @@ def test_values_and_gradients_are_those_of_masks_made_one_by_one(shared, bias, r
             assert_close(tensor.grad, other[name].grad, rtol=1e-9, atol=1e-12, msg=name)
 
 
-@pytest.mark.parametrize("slope", [0.0, 0.1])
+@pytest.mark.parametrize("squash", [LOWER_LEAKY, SlopedSquash(0.1)])
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
-def test_importances_made_in_the_product_are_those_made_before(shared, routed, slope, monkeypatch):
+def test_importances_made_in_the_product_are_those_made_before(shared, routed, squash, monkeypatch):
     monkeypatch.setattr(module, "_BLOCK", 8)
     routing = {n: draw(2, 7, seed=60 + i) < 0.5 for i, n in enumerate(SHAPES)} if routed else None
     z = 3 * draw(2, 7, PACKING.total, seed=70) - 1
     found = []
-    for g, forward_slope in ((importances_of(z, slope), None), (z, slope)):
+    for g, made in ((squash.importances(z), None), (z, squash)):
         t = {**leaves(shared, bias=False), "g": g}
-        run = pass_of(t, routing, shared, forward_slope=forward_slope)
+        run = pass_of(t, routing, shared, squash=made)
         chain(t, lambda n, y, x, t=t, run=run: run.product(n, y, x, t[f"V{n}"], t[f"U{n}"], None)).backward()
         found.append([*(own.grad for own in t.values() if own.grad is not None), run.mask("a")[0]])
     for given, made in zip(*found, strict=True):

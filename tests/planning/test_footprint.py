@@ -7,12 +7,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from tests.tiny import GAMMA, some_tokens, tiny_model
-from tl_vpd import VPDConfig
+from tl_vpd import ExecutionConfig, VPDConfig
 from tl_vpd.forward import MaskedModel
 from tl_vpd.planning.footprint import Target, footprint, transformer
 from tl_vpd.training import Trainer, new_decomposition
 
 CONFIG = VPDConfig(steps=9, batch_size=4, C=5, gamma=GAMMA, stochastic_routing="all")
+WIDE = VPDConfig(C=64, batch_size=8)
 ATEN = torch.ops.aten
 OPERATIONS = {
     ATEN.addmm_: lambda own, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1],
@@ -28,13 +29,13 @@ def trained(config: VPDConfig, micro_batch: int | None = None, **flags):
     """A trainer after one step, the FLOPs of the next, and the footprint of its shapes."""
     model = tiny_model(dtype=torch.float32, **flags)
     decomposition = new_decomposition(model, config)
-    tokens = some_tokens(shape=(4, 6))
+    tokens, execution = some_tokens(shape=(4, 6)), ExecutionConfig(micro_batch=micro_batch)
     with MaskedModel(decomposition, model) as masked_model:
-        trainer = Trainer(masked_model, config, (4, 6), micro_batch=micro_batch)
+        trainer = Trainer(masked_model, config, (4, 6), execution=execution)
         trainer.step(tokens)
         with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
             trainer.step(tokens)
-    found = footprint(Target.of(model), config=config, batch=4, context=6, micro_batch=micro_batch)
+    found = footprint(Target.of(model), config, context=6, execution=execution)
     return trainer, counter.get_total_flops(), found
 
 
@@ -75,24 +76,26 @@ def test_flops_and_bytes_are_those_of_a_step(config, micro_batch, flags):
 
 @pytest.mark.parametrize(("config", "micro_batch"), [(CONFIG, None), (CONFIG, 2), (changed(merged=True), None)])
 def test_flops_are_those_of_a_step_with_logits_in_blocks(config, micro_batch, monkeypatch):
-    for module in ("footprint", "passes"):
-        monkeypatch.setattr(f"tl_vpd.training.{module}.LOGITS", 0)
+    for module in ("planning.footprint", "training.engine.eager"):
+        monkeypatch.setattr(f"tl_vpd.{module}.LOGITS", 0)
     trainer, flops, found = trained(config, micro_batch)
     assert trainer.engine.unembedding is not None
     assert found.step_flops == flops
 
 
 def test_logits_in_blocks_do_not_grow_with_the_tokens():
-    small, large = (footprint(gpt2(), C=8, batch=n, context=512).bytes["logits"] for n in (4, 64))
+    small, large = (footprint(gpt2(), VPDConfig(C=8, batch_size=n), context=512).bytes["logits"] for n in (4, 64))
     assert small == 3 * 4 * (2**24 + 4 * 512 * 768)
     assert large - small == 3 * 4 * 60 * 512 * 768
-    below = footprint(gpt2(), C=8, batch=1, context=512).bytes["logits"]
+    below = footprint(gpt2(), VPDConfig(C=8, batch_size=1), context=512).bytes["logits"]
     assert below == 512 * 50257 * 12
 
 
 def test_uniform_k_routing_costs_its_expected_share():
-    routed = changed(stochastic_routing="uniform_k")
-    everywhere, some = (footprint(gpt2(), C=8, config=c, batch=2, context=8).flops for c in (CONFIG, routed))
+    gpt = {"C": 8, "batch_size": 2}
+    everywhere, some = (
+        footprint(gpt2(), c, context=8).flops for c in (changed(**gpt), changed(**gpt, stochastic_routing="uniform_k"))
+    )
     products = 3 * 2 * 16 * 8 * sum(s.d_in + s.d_out for s in gpt2().sites)
     first = 2 * 16 * 8 * 3 * 768  # what Q, K and V of block 0 read wants no gradient
     assert everywhere["stochastic pass"] - some["stochastic pass"] == pytest.approx((products - first) * (1 - 73 / 144))
@@ -109,7 +112,7 @@ def test_shapes_of_a_model_and_numbers_given_outright_agree():
     numbers = dict(layers=2, d_model=8, heads=2, d_mlp=12, vocabulary=11, kv_heads=1, gated=True, itemsize=2)
     given = transformer(**numbers, others=own.parameters - weights)
     assert {s.name: (s.d_in, s.d_out) for s in given.sites} == {s.name: (s.d_in, s.d_out) for s in own.sites}
-    one, other = (footprint(t, C=4, gamma=GAMMA, batch=2, context=5) for t in (own, given))
+    one, other = (footprint(t, VPDConfig(C=4, gamma=GAMMA, batch_size=2), context=5) for t in (own, given))
     assert one.bytes == other.bytes
     assert one.step_flops == other.step_flops
 
@@ -122,8 +125,8 @@ def test_gpt2_has_as_many_parameters_as_it_has():
 
 @pytest.mark.parametrize("sharding", ["none", "optimizer", "full"])
 def test_processes_divide_what_they_share(sharding):
-    one = footprint(gpt2(), C=64, batch=8, context=32)
-    four = footprint(gpt2(), C=64, batch=8, context=32, processes=4, sharding=sharding)
+    one = footprint(gpt2(), WIDE, context=32)
+    four = footprint(gpt2(), WIDE, context=32, processes=4, execution=ExecutionConfig(sharding=sharding))
     assert four.bytes["sources"] * 4 == one.bytes["sources"]
     assert four.bytes["target"] == one.bytes["target"]
     divided = {"none": (), "optimizer": ("moments",), "full": ("moments", "parameters", "gradients")}[sharding]
@@ -133,20 +136,20 @@ def test_processes_divide_what_they_share(sharding):
             assert one.bytes[part] / 4 <= four.bytes[part] <= one.bytes[part] / 4 + whole
         else:
             assert four.bytes[part] == one.bytes[part]
-    with pytest.raises(ValueError, match="batch 8 cannot be shared by 3 processes"):
-        footprint(gpt2(), C=64, batch=8, context=32, processes=3)
+    with pytest.raises(ValueError, match="batch_size 8 cannot be split among 3 processes"):
+        footprint(gpt2(), WIDE, context=32, processes=3)
 
 
 def test_micro_batches_save_memory_and_cost_a_second_look():
-    whole = footprint(gpt2(), C=64, batch=8, context=32)
-    parts = footprint(gpt2(), C=64, batch=8, context=32, micro_batch=2)
+    whole = footprint(gpt2(), WIDE, context=32)
+    parts = footprint(gpt2(), WIDE, context=32, execution=ExecutionConfig(micro_batch=2))
     for part in ("values of gamma", "logits", "masked pass", "gamma's activations"):
         assert parts.bytes[part] < 0.5 * whole.bytes[part] + 2 * 4 * sum(s.d_in * s.d_out for s in gpt2().sites)
     assert parts.flops["clean pass"] == 2 * whole.flops["clean pass"]
 
 
 def test_the_table_has_a_row_a_part():
-    table = footprint(gpt2(), C=64, batch=8, context=32).table().set_index("part")
+    table = footprint(gpt2(), WIDE, context=32).table().set_index("part")
     parts = table.index.get_loc("memory")
     assert table["GiB"][:parts].sum() == pytest.approx(table["GiB"]["memory"])
     assert table["GFLOP"][parts + 1 : -1].sum() == pytest.approx(table["GFLOP"]["step"])

@@ -177,10 +177,9 @@ def test_three_training_steps(reference: Reference):
     config = VPDConfig(
         steps=1000,
         batch_size=3,
-        lr=5e-5,
+        optimizer={"lr": 5e-5, "clip": 0.01},
         coefficients=Coefficients(delta=1e7, stochastic=0.5, adversarial=0.5, importance=2e-4, frequency=1e-4),
         adversary=AdversaryConfig(inner_steps=2, lr=0.01, warm_up=0.025),
-        clip=0.01,
     )
     draws = read("train_draws")
     with MaskedModel(reference.decomposition, reference.model) as masked_model:

@@ -12,7 +12,7 @@ from tl_vpd.evaluation.ground_truth import GroundTruth, ground_truth
 from tl_vpd.importance import GammaConfig
 from tl_vpd.toys import TMS, TargetTraining, Toy, recipe, train
 
-QUICK = dict(C=6, batch_size=8, lr=1e-2, init_scale=0.3, gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=8))
+QUICK = dict(C=6, batch_size=8, init_scale=0.3, gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=8))
 SMALL = {identity: TMS(3, 2, identity=identity, training=TargetTraining(600, 4, 1e-2)) for identity in (False, True)}
 target = functools.cache(train)
 
@@ -21,7 +21,8 @@ def taken_apart(toy: TMS, method: str, steps: int) -> GroundTruth:
     name = "tms_5_2_id" if toy.identity else "tms_5_2"
     config = recipe(name, method, steps=steps).model_copy(update=QUICK)
     coefficients = config.coefficients.model_copy(update={"importance": 3e-3})
-    config = config.model_copy(update={"coefficients": coefficients})
+    optimizer = config.optimizer.model_copy(update={"lr": 1e-2})
+    config = config.model_copy(update={"coefficients": coefficients, "optimizer": optimizer})
     return measured(toy, METHODS[method].run(target(toy), toy.batches(8, seed=0), config))
 
 
@@ -43,9 +44,10 @@ def test_lengths_and_outputs_come_closer_to_the_truth(method, identity):
 
 @functools.cache
 def induction(adversarial: bool) -> GroundTruth:
-    config = recipe("induction", "vpd", steps=200).model_copy(
-        update=dict(C=16, lr=3e-3, batch_size=16, gamma=GammaConfig(d_ci=32, n_blocks=1, n_heads=2, output_bias=1.0))
-    )
+    gamma = GammaConfig(d_ci=32, n_blocks=1, n_heads=2, output_bias=1.0)
+    config = recipe("induction", "vpd", steps=200)
+    optimizer = config.optimizer.model_copy(update={"lr": 3e-3})
+    config = config.model_copy(update=dict(C=16, batch_size=16, gamma=gamma, optimizer=optimizer))
     if not adversarial:
         without = config.coefficients.model_copy(update={"adversarial": 0.0})
         config = config.model_copy(update={"coefficients": without})

@@ -105,7 +105,7 @@ def test_every_toy_has_a_recipe_of_vpd_and_its_steps_and_seed_can_be_set():
     for name in ("induction", "grammar"):
         own = recipe(name, "spd")
         assert own.output == "kl" and own.coefficients.layerwise == 1 and own.coefficients.adversarial == 0
-    assert recipe("tms_5_2", "spd").coefficients.adversarial == 0 and recipe("compressed", "spd").p_end == 2
+    assert recipe("tms_5_2", "spd").coefficients.adversarial == 0 and recipe("compressed", "spd").minimality.p_end == 2
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 under torchrun.
 
 Keys: ``resume``, ``slow`` (sleeps in every step), ``until`` (asks itself to stop after so many steps), ``sharding``,
-``micro_batch``, ``gamma`` (a kind of Γ), ``dtype`` (the target's), ``precision``, ``merged``, ``joined``, ``data`` (``tensor``,
+``micro_batch``, ``gamma`` (a kind of Γ), ``dtype`` (the target's), ``precision``, ``merged``, ``data`` (``tensor``,
 ``mapped`` or ``rows``), ``tied`` (the first MLP's W_out is its W_in, turned round, and so are its subcomponents).
 """
 
@@ -22,11 +22,19 @@ import torch
 from torch import Tensor
 
 from tests.tiny import GAMMA, some_tokens, tiny_model
-from tl_vpd import VPDConfig
+from tl_vpd import ExecutionConfig, SavingConfig, VPDConfig
 from tl_vpd.training import Trainer, decompose
 
-CONFIG = VPDConfig(steps=8, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=2, frequency_half_life=4.0)
+CONFIG = VPDConfig(
+    steps=8,
+    batch_size=4,
+    C=5,
+    gamma=GAMMA,
+    faithfulness={"faithfulness": {"warm_up_steps": 2}},
+    minimality={"frequency_half_life": 4.0},
+)
 ROWS = (12, 6)
+EXECUTION = ("micro_batch", "sharding", "precision")
 TIED = ("blocks.0.mlp.W_in", "blocks.0.mlp.W_out")
 PLAIN_STEP = Trainer.step
 
@@ -65,16 +73,10 @@ def main(folder: Path, given: dict[str, str]) -> None:
         model,
         data(folder, given.get("data", "tensor")),
         config,
-        out=folder,
+        execution=ExecutionConfig(**{name: given[name] for name in EXECUTION if name in given}),
+        saving=SavingConfig(folder=folder, save_every=1, log_every=1, keep_states=3),
         resume="resume" in given,
-        save_every=1,
-        log_every=1,
-        keep_states=3,
         progress=False,
-        micro_batch=int(given["micro_batch"]) if "micro_batch" in given else None,
-        sharding=given.get("sharding", "none"),  # type: ignore[arg-type]
-        precision=given.get("precision", "float32"),  # type: ignore[arg-type]
-        joined="joined" in given,
     )
 
 

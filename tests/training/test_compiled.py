@@ -16,10 +16,11 @@ from tests.training.test_trainer import SETTINGS, Double
 from tl_vpd import VPDConfig, bundled, decompose
 from tl_vpd.adapters import Unsupported
 from tl_vpd.adapters.versions import HookedRootModule, HookPoint
+from tl_vpd.baselines import SPDConfig
 from tl_vpd.forward import MaskedModel
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training import Trainer, new_decomposition
-from tl_vpd.training.config import Coefficients
+from tl_vpd.training.config import Coefficients, ExecutionConfig, SavingConfig
 from tl_vpd.training.engine.compiled import CompiledEngine
 from tl_vpd.training.engine.recording import RECORDED, compiled
 
@@ -27,7 +28,7 @@ SOME = ("*W_Q", "*W_V", "*W_out")
 MORE = {
     "all sites": {"sites": None},
     "layerwise": {"coefficients": Coefficients(layerwise=1.0)},
-    "a forward slope": {"forward_slope": 0.1, "gamma": {**GAMMA, "output_bias": -0.5}},
+    "a forward slope": {"kind": SPDConfig, "forward_slope": 0.1, "gamma": {**GAMMA, "output_bias": -0.5}},
     "two chunks of Γ": {"gamma": {**GAMMA, "kind": "chunked_transformers", "chunk": 4}},
     "small MLPs": {"gamma": {"kind": "per_subcomponent_mlps", "hidden": 3}},
 }
@@ -38,11 +39,21 @@ def steps(compile, token_mask=None, model=None, how=None, batches=None, **settin
     model = model or tiny_model()
     batches = batches or [some_tokens(seed=i, shape=(4, 6)) for i in range(2)]
     rows = len(batches[0])
-    own = {"steps": 10, "batch_size": rows, "C": 5, "gamma": GAMMA, "warm_up_steps": 1, "sites": SOME, **settings}
-    config = VPDConfig(**own)
+    own = {
+        "steps": 10,
+        "batch_size": rows,
+        "C": 5,
+        "gamma": GAMMA,
+        "faithfulness": {"warm_up_steps": 1},
+        "sites": SOME,
+        **settings,
+    }
+    config = own.pop("kind", VPDConfig)(**own)
     vpd = new_decomposition(model, config).double()
     with MaskedModel(vpd, model) as masked_model:
-        trainer = Double(masked_model, config, (rows, batches[0].shape[1]), compile=compile, **(how or {}))
+        trainer = Double(
+            masked_model, config, (rows, batches[0].shape[1]), execution=ExecutionConfig(compile=compile, **(how or {}))
+        )
         trainer.sources = PersistentSources(trainer.sources.values.double())
         trainer.warm_up()
         metrics = [trainer.step(tokens, token_mask) for tokens in batches]
@@ -92,9 +103,7 @@ def masked_graphs(engine):
 ROUTED = {
     "the paper's": ({}, {}),
     "in parts": ({}, {"micro_batch": 3}),
-    "joined": ({}, {"joined": True}),
     "the adversary's too": (EVERYWHERE, {}),
-    "the adversary's too, joined": (EVERYWHERE, {"joined": True}),
     "merged": ({"merged": True, "adversary": {"pool": 2}}, {}),
 }
 
@@ -124,8 +133,8 @@ def test_a_pass_with_more_routed_tokens_than_slots_runs_as_it_is(monkeypatch):
     assert len(masked_graphs(recorded[3])) == 6  # layerwise ones alone
 
 
-@pytest.mark.parametrize("how", [{"micro_batch": 3}, {"joined": True}])
-def test_parts_joined_passes_and_padding_are_recorded_too(how):
+def test_micro_batches_and_padding_are_recorded_too():
+    how = {"micro_batch": 3}
     token_mask = torch.ones(4, 6, dtype=torch.bool)
     token_mask[0, :3] = token_mask[3, :1] = False
     same(steps(False, token_mask, how=how), steps(RECORDED, token_mask, how=how))
@@ -216,13 +225,14 @@ def test_what_does_not_go_with_compiling_is_said(how, settings, message):
     config = VPDConfig(steps=2, batch_size=4, C=5, gamma=GAMMA)
     vpd = new_decomposition(model, config)
     with MaskedModel(vpd, model) as masked_model, pytest.raises((ValueError, Unsupported), match=message):
-        Trainer(masked_model, config, (4, 6), compile=True, **how)
+        Trainer(masked_model, config, (4, 6), execution=ExecutionConfig(compile=True, **how))
 
 
 def test_a_compiled_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
     rows = some_tokens(shape=(12, 6))
-    config = VPDConfig(steps=4, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=2)
-    options = {"compile": RECORDED, "save_every": 2, "progress": False}
+    config = VPDConfig(steps=4, batch_size=4, C=5, gamma=GAMMA, faithfulness={"faithfulness": {"warm_up_steps": 2}})
+    options = {"execution": ExecutionConfig(compile=RECORDED), "progress": False}
+    saving = SavingConfig(folder=tmp_path, save_every=2)
     whole = decompose(tiny_model(dtype=torch.float32), rows, config, **options)
     step = Trainer.step
 
@@ -233,8 +243,8 @@ def test_a_compiled_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched, pytest.raises(SystemError):
         patched.setattr(Trainer, "step", killed)
-        decompose(tiny_model(dtype=torch.float32), rows, config, out=tmp_path, **options)
-    again = decompose(tiny_model(dtype=torch.float32), rows, config, out=tmp_path, resume=True, **options)
+        decompose(tiny_model(dtype=torch.float32), rows, config, saving=saving, **options)
+    again = decompose(tiny_model(dtype=torch.float32), rows, config, saving=saving, resume=True, **options)
     for a, b in zip(whole.decomposition.parameters(), again.decomposition.parameters(), strict=True):
         assert torch.equal(a, b)
 
@@ -242,9 +252,23 @@ def test_a_compiled_run_goes_on_bit_for_bit(tmp_path, monkeypatch):
 @needs_bridge
 def test_a_bridge_is_recorded_too():
     rows = bundled.tokens("validation")[:8, :12]
-    config = VPDConfig(steps=2, batch_size=4, C=8, gamma=GAMMA, warm_up_steps=1, sites=("*blocks.1*",))
+    config = VPDConfig(
+        steps=2,
+        batch_size=4,
+        C=8,
+        gamma=GAMMA,
+        faithfulness={"faithfulness": {"warm_up_steps": 1}},
+        sites=("*blocks.1*",),
+    )
     plain, recorded = (
-        decompose(bundled.model(kind="bridge"), rows, config, compile=compile, log_every=1, progress=False).history
+        decompose(
+            bundled.model(kind="bridge"),
+            rows,
+            config,
+            execution=ExecutionConfig(compile=compile),
+            saving=SavingConfig(log_every=1),
+            progress=False,
+        ).history
         for compile in (False, RECORDED)
     )
     for column in ("total", "stochastic", "adversarial", "importance", "l0"):

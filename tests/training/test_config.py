@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
 from tests.tiny import tiny_model
 from tl_vpd import VPDConfig
 from tl_vpd.adapters import adapt
+from tl_vpd.baselines import SPDConfig
 from tl_vpd.site import Site
-from tl_vpd.training.config import AdversaryConfig, Coefficients, counts_for, default_count
+from tl_vpd.training.config import (
+    AdversaryConfig,
+    Coefficients,
+    ExecutionConfig,
+    FaithfulnessConfig,
+    MinimalityConfig,
+    OptimizerConfig,
+    SavingConfig,
+    counts_for,
+    default_count,
+    upgraded,
+)
 
 
 @pytest.mark.parametrize(
@@ -21,8 +35,11 @@ from tl_vpd.training.config import AdversaryConfig, Coefficients, counts_for, de
         ({"batch_size": 0}, "greater than or equal to 1"),
         ({"C": 0}, "C of every site is 0"),
         ({"C": {"*.W_Q": 0}}, r"C of \*\.W_Q is 0"),
-        ({"lr": 0.0}, "greater than 0"),
-        ({"lr_final": 2.0}, "less than or equal to 1"),
+        ({"lr": 1e-3}, "lr\n.*Extra inputs"),
+        ({"optimizer": {"lr": 0.0}}, "optimizer.lr\n.*greater than 0"),
+        ({"optimizer": {"lr_final": 2.0}}, "less than or equal to 1"),
+        ({"minimality": {"smooth_end": 0.1}}, "smooth_end=0.1 would do nothing: it belongs to kind='smooth_l0'"),
+        ({"minimality": {"kind": "smooth_l0", "p_end": 1.0}}, "p_end=1.0 would do nothing: it belongs to kind='power'"),
         ({"stochastic_routing": "some"}, "'all' or 'uniform_k'"),
         ({"gamma": {"kind": "oracle"}}, "shared_transformer"),
         ({"sites": ()}, "sites"),
@@ -31,6 +48,97 @@ from tl_vpd.training.config import AdversaryConfig, Coefficients, counts_for, de
 def test_wrong_fields_are_refused_by_name(fields, message):
     with pytest.raises(ValidationError, match=message):
         VPDConfig(**fields)
+
+
+@pytest.mark.parametrize("name", ["save_every", "log_every", "keep_states"])
+def test_saving_needs_counts_of_at_least_1(name):
+    with pytest.raises(ValidationError, match=f"{name}\n.*greater than or equal to 1"):
+        SavingConfig(folder="somewhere", **{name: 0})
+
+
+@pytest.mark.parametrize("name", ["save_every", "keep_states"])
+def test_saving_without_a_folder_would_do_nothing(name):
+    with pytest.raises(ValidationError, match=f"{name}=7 would do nothing: without folder nothing is written"):
+        SavingConfig(**{name: 7})
+    assert SavingConfig(log_every=7).folder is None  # rows of metrics are returned too
+
+
+@pytest.mark.parametrize("other", [{"checkpoint": True}, {"sharding": "full"}])
+def test_compiled_passes_go_with_neither_checkpoint_nor_full_sharding(other):
+    with pytest.raises(
+        ValidationError, match="compile=True goes neither with checkpoint=True nor with sharding='full'"
+    ):
+        ExecutionConfig(compile=True, **other)
+    with pytest.raises(ValidationError, match="greater than or equal to 1"):
+        ExecutionConfig(micro_batch=0)
+
+
+OLD: dict[str, Any] = {
+    "steps": 7000,
+    "batch_size": 8,
+    "seed": 3,
+    "sites": ["*.attn.*"],
+    "C": {"*.W_[QK]": 96, "*.W_[VO]": 128},
+    "tied": [["a", "b"]],
+    "init": "channels",
+    "init_scale": 0.5,
+    "gamma": {"kind": "shared_transformer", "d_ci": 192, "n_blocks": 2, "n_heads": 4, "output_bias": 0.8},
+    "lr": 0.001,
+    "gamma_lr": 0.002,
+    "lr_final": 0.2,
+    "coefficients": {"delta": 1e5, "importance": 6e-4, "frequency": 3e-4},
+    "p_start": 2.5,
+    "p_end": 0.5,
+    "minimality": "power",
+    "smooth_start": 1.0,
+    "smooth_end": 0.01,
+    "smooth_share": 0.9,
+    "frequency_reference": 32.0,
+    "frequency_half_life": 200.0,
+    "forward_slope": 0.0,
+    "minimality_warm_up": 0.3,
+    "stochastic_routing": "all",
+    "merged": True,
+    "adversary": {"inner_steps": 1, "lr": 0.02, "pool": 4},
+    "faithfulness": "relative",
+    "clip": None,
+    "warm_up_steps": 40,
+    "warm_up_lr": 0.003,
+    "output": "mse",
+}
+"""A flat config, as states and records once held it; every field differs from its default, but for those without effect."""
+
+
+def test_a_flat_config_of_an_old_state_is_read():
+    config = VPDConfig(**upgraded(OLD))
+    assert config.minimality == MinimalityConfig(
+        p_start=2.5, p_end=0.5, frequency_reference=32.0, frequency_half_life=200.0, warm_up=0.3
+    )
+    assert config.optimizer == OptimizerConfig(lr=1e-3, gamma_lr=2e-3, lr_final=0.2, clip=None)
+    assert config.faithfulness == FaithfulnessConfig(kind="relative", warm_up_steps=40, warm_up_lr=3e-3)
+    assert (config.steps, config.seed, config.init_scale, config.merged, config.output) == (7000, 3, 0.5, True, "mse")
+    assert config.adversary == AdversaryConfig(inner_steps=1, lr=0.02, pool=4) and config.tied == (("a", "b"),)
+    assert config.coefficients.importance == 6e-4 and config.gamma.d_ci == 192 and config.C["*.W_[QK]"] == 96
+
+
+def test_what_had_no_effect_in_a_flat_config_is_left_out():
+    smooth = VPDConfig(**upgraded({**OLD, "minimality": "smooth_l0", "smooth_end": 0.1})).minimality
+    assert (smooth.kind, smooth.smooth_end, smooth.p_end) == ("smooth_l0", 0.1, 0.4)
+    assert VPDConfig(**upgraded({**OLD, "smooth_end": 0.1})).minimality.smooth_end == 0.01
+
+
+def test_nested_configs_and_those_of_few_settings_are_read_as_they_are():
+    config = VPDConfig(steps=3, minimality={"kind": "smooth_l0", "smooth_end": 0.1}, optimizer={"lr": 1e-2})
+    assert VPDConfig(**upgraded(config.model_dump(mode="json"))) == config
+    assert VPDConfig(**upgraded({"steps": 5})) == VPDConfig(steps=5)
+    assert SPDConfig(**upgraded({"forward_slope": 0.01, "lr": 1e-2})).forward_slope == 0.01
+
+
+def test_a_setting_that_never_was_is_refused():
+    with pytest.raises(ValidationError, match="forward_slope"):
+        VPDConfig(**upgraded({**OLD, "forward_slope": 0.01}))
+    with pytest.raises(ValidationError, match="joined"):
+        VPDConfig(**upgraded({**OLD, "joined": True}))
 
 
 def test_configs_are_frozen_and_come_back_from_json():

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import GAMMA, tiny_model
-from tl_vpd import VPDConfig, bundled, decompose
+from tl_vpd import SavingConfig, VPDConfig, bundled, decompose
 from tl_vpd.training.data.batches import TokenBatches, batches_of
 
 
@@ -221,7 +221,12 @@ def test_tokens_of_a_file_that_do_not_fit_the_model_are_found_before_anything_is
     np.save(tmp_path / "tokens.npy", np.full((20, 6), 11))
     config = VPDConfig(steps=1, batch_size=4, C=3, gamma=GAMMA)
     with pytest.raises(ValueError, match=r"outside the vocabulary 0\.\.10"):
-        decompose(tiny_model(), np.load(tmp_path / "tokens.npy", mmap_mode="r"), config, out=tmp_path / "run")
+        decompose(
+            tiny_model(),
+            np.load(tmp_path / "tokens.npy", mmap_mode="r"),
+            config,
+            saving=SavingConfig(folder=tmp_path / "run"),
+        )
     assert not (tmp_path / "run").exists()
 
 

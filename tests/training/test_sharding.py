@@ -148,7 +148,7 @@ def test_a_kind_that_does_not_exist_is_refused_and_one_process_shares_nothing():
         inspect.unwrap(sharding_of)("most", World())  # past the type checker of the tests
 
 
-LOW = ("precision=bfloat16", "joined")
+LOW = ("precision=bfloat16",)
 HARD = ("micro_batch=1", "gamma=chunked_transformers", "dtype=bfloat16")
 
 
@@ -195,7 +195,7 @@ def test_shares_work_with_micro_batches_other_gammas_and_targets_in_bfloat16(run
     assert_alike(runs / "hard-alone", runs / "hard-full", rel=2e-2, atol=2e-3)
 
 
-def test_shares_work_with_products_in_bfloat16_and_joined_passes(runs):
+def test_shares_work_with_products_in_bfloat16(runs):
     assert_alike(runs / "low-alone", runs / "low-full", rel=2e-2, atol=2e-3)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tests.tiny import GAMMA, some_tokens, tiny_model
 from tl_vpd import VPDConfig, decompose
 from tl_vpd.forward import MaskedModel
-from tl_vpd.training import StepMetrics, Trainer, new_decomposition
+from tl_vpd.training import ExecutionConfig, SavingConfig, StepMetrics, Trainer, new_decomposition
 from tl_vpd.training import state as state_module
 from tl_vpd.training.state import latest_state, load_state, save_state
 
@@ -33,9 +33,8 @@ CONFIG = VPDConfig(
     batch_size=4,
     C=5,
     gamma=GAMMA,
-    warm_up_steps=2,
-    frequency_half_life=3.0,
-    minimality_warm_up=0.5,
+    faithfulness={"warm_up_steps": 2},
+    minimality={"frequency_half_life": 3.0, "warm_up": 0.5},
     adversary={"pool": 3, "routing": "uniform_k"},
 )
 ROWS = some_tokens(shape=(12, 6))
@@ -46,7 +45,7 @@ def trainer(seed_of_init: int = 0, config: VPDConfig = CONFIG, **how: Any) -> It
     model = tiny_model(dtype=torch.float32)
     decomposition = new_decomposition(model, config.model_copy(update={"seed": seed_of_init}))
     with MaskedModel(decomposition, model) as masked_model:
-        yield Trainer(masked_model, config, (4, 6), **how)
+        yield Trainer(masked_model, config, (4, 6), execution=ExecutionConfig(**how))
 
 
 def tokens(step: int) -> Tensor:
@@ -107,7 +106,7 @@ def test_a_state_is_not_taken_on_in_another_precision(tmp_path):
     with trainer() as one, trainer(precision="bfloat16") as other:
         steps(one, 1)
         path = save_state(one, tmp_path)
-        with pytest.raises(ValueError, match="in float32, this run's are in bfloat16: pass precision='float32'"):
+        with pytest.raises(ValueError, match="in float32, this run's are in bfloat16: pass ExecutionConfig"):
             load_state(other, path)
         assert other.done == 0
 
@@ -126,14 +125,14 @@ def test_a_run_that_is_carried_out_in_another_way_says_that_it_goes_on_to_roundi
 
 def test_the_newest_states_stay(tmp_path):
     with trainer() as own:
-        for token_mask in (3, 3, 3, 3, 1):
+        for keep in (3, 3, 3, 3, 1):
             steps(own, 1)
-            save_state(own, tmp_path, token_mask=token_mask)
+            save_state(own, tmp_path, keep=keep)
             names = sorted(p.name for p in tmp_path.iterdir())
-            first = max(1, own.done - token_mask + 1)
+            first = max(1, own.done - keep + 1)
             assert names == [f"step-{n:08d}.safetensors" for n in range(first, own.done + 1)]
         with pytest.raises(ValueError, match="keep_states is 0: at least one"):
-            save_state(own, tmp_path, token_mask=0)
+            save_state(own, tmp_path, keep=0)
 
 
 KILLED = """
@@ -258,7 +257,7 @@ def test_another_failure_of_the_disk_is_an_os_error_too(tmp_path, monkeypatch):
 
 def test_a_run_keeps_as_many_states_as_it_is_told(tmp_path):
     model = tiny_model(dtype=torch.float32)
-    decompose(model, ROWS, CONFIG, out=tmp_path, save_every=2, keep_states=4, progress=False)
+    decompose(model, ROWS, CONFIG, saving=SavingConfig(folder=tmp_path, save_every=2, keep_states=4), progress=False)
     names = sorted(p.name for p in (tmp_path / "state").iterdir())
     assert names == [f"step-{n:08d}.safetensors" for n in (4, 6, 8, 10)]
 

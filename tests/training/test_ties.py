@@ -11,7 +11,7 @@ from tl_vpd.components import Components
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.site import Site
 from tl_vpd.toys import TMS
-from tl_vpd.training import Coefficients, Trainer, new_decomposition
+from tl_vpd.training import Coefficients, ExecutionConfig, SavingConfig, Trainer, new_decomposition
 from tl_vpd.training.distributed.processes import World
 from tl_vpd.training.distributed.sharding import OptimizerSharding
 from tl_vpd.training.ties import Ties
@@ -25,7 +25,8 @@ PAIR = (("embed", "unembed"),)
 
 def config(**settings) -> VPDConfig:
     gamma = dict(kind="per_subcomponent_mlps", hidden=4, output_bias=0.5)
-    given = dict(steps=6, batch_size=2, C=5, gamma=gamma, warm_up_steps=3, output="mse", tied=PAIR, lr=1e-2)
+    given = dict(steps=6, batch_size=2, C=5, gamma=gamma, output="mse", tied=PAIR)
+    given |= dict(faithfulness={"warm_up_steps": 3}, optimizer={"lr": 1e-2})
     return VPDConfig(**{**given, **settings})
 
 
@@ -66,7 +67,7 @@ def test_a_follower_alone_gives_its_gradient_to_what_it_follows():
 def test_training_moves_both_and_keeps_them_tied(compile, init):
     model, own = TOY.build(0), config(init=init, init_scale=0.5)
     before = new_decomposition(model, own)
-    run = decompose(model, TOY.batches(2, seed=1), own, compile=compile, progress=False)
+    run = decompose(model, TOY.batches(2, seed=1), own, execution=ExecutionConfig(compile=compile), progress=False)
     assert tied(before) and tied(run.decomposition)
     assert not torch.allclose(before.V["embed"], run.decomposition.V["embed"], atol=1e-3)
     apart = decompose(model, TOY.batches(2, seed=1), config(tied=(), init=init), progress=False).decomposition
@@ -78,9 +79,8 @@ def test_parts_of_a_batch_give_the_step_of_the_whole():
     for micro_batch in (None, 1):
         model = TOY.build(0)
         with MaskedModel(vpd := new_decomposition(model, config()), model) as masked_model:
-            metrics = Trainer(masked_model, config(), (2, 64), micro_batch=micro_batch).step(
-                TOY.batches(2, seed=1).at(0)
-            )
+            trainer = Trainer(masked_model, config(), (2, 64), execution=ExecutionConfig(micro_batch=micro_batch))
+            metrics = trainer.step(TOY.batches(2, seed=1).at(0))
         found.append((metrics.grad_norm, vpd.V["unembed"].detach().clone()))
         assert tied(vpd)
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-4)
@@ -90,10 +90,11 @@ def test_parts_of_a_batch_give_the_step_of_the_whole():
 def test_a_resumed_run_is_the_undisturbed_one(tmp_path):
     data = TOY.batches(2, seed=1)
     whole = decompose(TOY.build(0), data, config(), progress=False).decomposition
-    decompose(TOY.build(0), data, config(), out=tmp_path, save_every=4, keep_states=9, progress=False)
+    saving = SavingConfig(folder=tmp_path, save_every=4, keep_states=9)
+    decompose(TOY.build(0), data, config(), saving=saving, progress=False)
     for path in (tmp_path / "state").glob("step-00000006*"):
         path.unlink()
-    again = decompose(TOY.build(0), data, config(), out=tmp_path, resume=True, progress=False).decomposition
+    again = decompose(TOY.build(0), data, config(), saving=saving, resume=True, progress=False).decomposition
     assert tied(again) and all(torch.equal(whole.V[site], again.V[site]) for site in whole.sites)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
 

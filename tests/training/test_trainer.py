@@ -11,10 +11,11 @@ from torch.testing import assert_close
 from tests.tiny import GAMMA, decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd import VPDConfig
 from tl_vpd.adapters import Unsupported
+from tl_vpd.baselines import SPDConfig
 from tl_vpd.forward import BlockedMasks, MaskedModel
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training import Trainer, new_decomposition
-from tl_vpd.training.config import AdversaryConfig, Coefficients
+from tl_vpd.training.config import AdversaryConfig, Coefficients, ExecutionConfig
 from tl_vpd.training.engine.eager import MaskInputs
 
 SETTINGS = {
@@ -22,10 +23,8 @@ SETTINGS = {
     "merged": {"merged": True},
     "pooled": {"adversary": AdversaryConfig(pool=2)},
     "smooth, running frequency": {
-        "minimality": "smooth_l0",
-        "frequency_reference": 50.0,
-        "frequency_half_life": 3.0,
-        "faithfulness": "relative",
+        "minimality": {"kind": "smooth_l0", "frequency_reference": 50.0, "frequency_half_life": 3.0},
+        "faithfulness": {"kind": "relative", "warm_up_steps": 1},
         "coefficients": Coefficients(delta=1e3),
     },
     "adversary routed": {"adversary": AdversaryConfig(routing="uniform_k"), "merged": True},
@@ -40,13 +39,15 @@ class Double(Trainer):
         return super().draw_sources(what, rows).double()
 
 
-def run(steps=3, micro_batch=None, token_mask=None, joined=False, **settings):
+def run(steps=3, micro_batch=None, token_mask=None, **settings):
     """A few steps in float64; gives metrics, parameters and sources."""
     model = tiny_model()
-    config = VPDConfig(**{"steps": 10, "batch_size": 4, "C": 5, "gamma": GAMMA, "warm_up_steps": 1, **settings})
+    config = VPDConfig(
+        **{"steps": 10, "batch_size": 4, "C": 5, "gamma": GAMMA, "faithfulness": {"warm_up_steps": 1}, **settings}
+    )
     vpd = new_decomposition(model, config).double()
     with MaskedModel(vpd, model) as masked_model:
-        trainer = Double(masked_model, config, (4, 6), micro_batch=micro_batch, joined=joined)
+        trainer = Double(masked_model, config, (4, 6), execution=ExecutionConfig(micro_batch=micro_batch))
         trainer.sources = PersistentSources(trainer.sources.values.double())
         trainer.warm_up()
         metrics = [trainer.step(some_tokens(seed=i, shape=(4, 6)), token_mask) for i in range(steps)]
@@ -63,7 +64,7 @@ def test_a_batch_in_parts_gives_the_losses_and_weights_of_the_whole(name, token_
     whole, weights, sources = run(token_mask=real, **SETTINGS[name])
     others = [{"micro_batch": 2}]
     if not SETTINGS[name].get("merged"):
-        others += [{"micro_batch": 3}, {"joined": True}, {"joined": True, "micro_batch": 3}]
+        others += [{"micro_batch": 3}]
     for how in others:
         parts, own, own_sources = run(token_mask=real, **how, **SETTINGS[name])
         for a, b in zip(parts, whole, strict=True):
@@ -142,9 +143,14 @@ def test_what_cannot_be_shared_out_is_said(merged):
     with MaskedModel(new_decomposition(model, config), model) as masked_model:
         if merged:
             with pytest.raises(ValueError, match="rows of both kinds"):
-                Trainer(masked_model, config, (3, 6), micro_batch=1)
+                Trainer(masked_model, config, (3, 6), execution=ExecutionConfig(micro_batch=1))
         else:
-            assert len(Trainer(masked_model, config, (3, 6), micro_batch=2).shares.micro_batches) == 2
+            assert (
+                len(
+                    Trainer(masked_model, config, (3, 6), execution=ExecutionConfig(micro_batch=2)).shares.micro_batches
+                )
+                == 2
+            )
 
 
 def test_copies_of_a_trainer_draw_alike():
@@ -156,10 +162,17 @@ def test_copies_of_a_trainer_draw_alike():
 def some_steps(steps=3, dtype=torch.float32, **how):
     """Metrics and V of a few steps of a float32 run."""
     model = tiny_model(dtype=dtype)
-    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=200, merged=how.pop("merged", False))
+    config = VPDConfig(
+        steps=10,
+        batch_size=4,
+        C=5,
+        gamma=GAMMA,
+        faithfulness={"faithfulness": {"warm_up_steps": 200}},
+        merged=how.pop("merged", False),
+    )
     vpd = new_decomposition(model, config)
     with MaskedModel(vpd, model) as masked_model:
-        trainer = Trainer(masked_model, config, (4, 6), **how)
+        trainer = Trainer(masked_model, config, (4, 6), execution=ExecutionConfig(**how))
         trainer.warm_up()
         metrics = [trainer.step(some_tokens(seed=i, shape=(4, 6))) for i in range(steps)]
     assert "forward" not in model.blocks[0].__dict__
@@ -168,7 +181,7 @@ def some_steps(steps=3, dtype=torch.float32, **how):
 
 def test_a_forward_slope_makes_masks_negative_and_moves_values_below_zero_both_ways(monkeypatch):
     model = tiny_model(dtype=torch.float32)
-    config = VPDConfig(steps=10, batch_size=4, C=5, gamma={**GAMMA, "output_bias": -0.5}, forward_slope=0.1)
+    config = SPDConfig(steps=10, batch_size=4, C=5, gamma={**GAMMA, "output_bias": -0.5}, forward_slope=0.1)
     vpd = new_decomposition(model, config)
     with MaskedModel(vpd, model) as masked_model:
         trainer = Trainer(masked_model, config, (4, 6))
@@ -190,23 +203,8 @@ def test_a_forward_slope_makes_masks_negative_and_moves_values_below_zero_both_w
     assert metrics.l0 == pytest.approx(float((z > 0).sum()) / 24)
     below = z < -1e-3
     assert bool((of_g[below] > 0).any()) and bool((of_g[below] < 0).any())
-    moved = penalty.pullback(z.flatten(0, 1), slope, of_g=of_g.clone().flatten(0, 1), forward_slope=0.1)
+    moved = penalty.pullback(z.flatten(0, 1), slope, grad_g=of_g.clone().flatten(0, 1), squash=config.squash)
     assert_close(moved.view_as(of_g)[below], 0.1 * of_g[below])
-
-
-def test_joined_passes_run_the_model_once_for_both_kinds_of_rows(monkeypatch):
-    rows, masked = [], MaskedModel.masked
-
-    def recorded(self, tokens, *arguments, **how):
-        rows.append(len(tokens))
-        return masked(self, tokens, *arguments, **how)
-
-    monkeypatch.setattr(MaskedModel, "masked", recorded)
-    some_steps(steps=1, joined=True)
-    assert rows == [4, 4, 8]
-    rows.clear()
-    some_steps(steps=1)
-    assert rows == [4, 4, 4, 4]
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -243,7 +241,7 @@ def test_a_model_that_is_no_stack_of_layers_cannot_compute_its_activations_again
         MaskedModel(new_decomposition(model, config), model) as masked_model,
         pytest.raises(Unsupported, match="checkpoint=False"),
     ):
-        Trainer(masked_model, config, (4, 1), checkpoint=True)
+        Trainer(masked_model, config, (4, 1), execution=ExecutionConfig(checkpoint=True))
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -265,7 +263,7 @@ def test_bfloat16_products_stay_near_float32_and_everything_kept_is_float32(merg
 
 def test_a_step_with_another_number_of_rows_is_refused():
     model = tiny_model()
-    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, warm_up_steps=1)
+    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, faithfulness={"faithfulness": {"warm_up_steps": 1}})
     with MaskedModel(new_decomposition(model, config), model) as masked_model:
         trainer = Trainer(masked_model, config, (4, 6))
         with pytest.raises(ValueError, match="takes 4 rows a step, and was given 3"):

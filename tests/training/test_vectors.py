@@ -13,7 +13,7 @@ from tests.adapters.own import TwoLayers, normal, seeded
 from tl_vpd import Decomposition, VPDConfig
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.importance import lower_leaky
-from tl_vpd.training import Coefficients, Trainer, decompose, new_decomposition
+from tl_vpd.training import Coefficients, ExecutionConfig, SavingConfig, Trainer, decompose, new_decomposition
 from tl_vpd.training.data import batches_of
 
 GAMMA = dict(kind="per_subcomponent_mlps", hidden=4, output_bias=0.5)
@@ -21,7 +21,19 @@ ALONE = Coefficients(delta=0, stochastic=0, adversarial=0, importance=0, frequen
 
 
 def config(**settings) -> VPDConfig:
-    return VPDConfig(**{**dict(steps=4, batch_size=3, C=5, gamma=GAMMA, warm_up_steps=0, output="mse"), **settings})
+    return VPDConfig(
+        **{
+            **dict(
+                steps=4,
+                batch_size=3,
+                C=5,
+                gamma=GAMMA,
+                faithfulness={"faithfulness": {"warm_up_steps": 0}},
+                output="mse",
+            ),
+            **settings,
+        }
+    )
 
 
 def one_site_masked(
@@ -66,7 +78,7 @@ def test_parts_of_a_batch_give_the_layerwise_loss_of_the_whole(merged):
     for micro_batch in (None, 2):
         model = seeded(TwoLayers).float()
         with MaskedModel(vpd := new_decomposition(model, own), model) as masked_model:
-            metrics = Trainer(masked_model, own, (4, 2), micro_batch=micro_batch).step(x)
+            metrics = Trainer(masked_model, own, (4, 2), execution=ExecutionConfig(micro_batch=micro_batch)).step(x)
         found.append((metrics.layerwise, metrics.total, metrics.grad_norm, vpd.V["fc"].detach().clone()))
     assert found[0][:3] == pytest.approx(found[1][:3], rel=1e-4)
     assert_close(found[0][3], found[1][3], atol=2e-3, rtol=0)
@@ -90,7 +102,7 @@ def test_vectors_without_positions_are_sequences_of_one(settings):
     data = normal(own.batch_size * 2, 4).float()
     for rows in (data, data[:, None]):
         model = seeded(TwoLayers).float()
-        run = decompose(model, rows, own, progress=False, log_every=1)
+        run = decompose(model, rows, own, saving=SavingConfig(log_every=1), progress=False)
         results.append((run.history, run.decomposition))
     assert_close(results[0][0].to_numpy(), results[1][0].to_numpy(), rtol=1e-4, atol=1e-7)
     assert_close(results[0][1].V["fc"], results[1][1].V["fc"], rtol=0, atol=1e-3)
@@ -123,10 +135,12 @@ class Endless:
 def test_data_without_end_give_the_batch_of_each_step_and_a_run_resumes_on_them(tmp_path):
     model, own = seeded(TwoLayers).float(), config(coefficients=Coefficients(layerwise=1))
     whole = decompose(copy.deepcopy(model), Endless(), own, progress=False)
-    half = decompose(model, Endless(), own, out=tmp_path, save_every=2, keep_states=5, progress=False)
+    half = decompose(
+        model, Endless(), own, saving=SavingConfig(folder=tmp_path, save_every=2, keep_states=5), progress=False
+    )
     for late in tmp_path.glob("state/*0004*"):
         late.unlink()
-    resumed = decompose(model, Endless(), own, out=tmp_path, resume=True, progress=False)
+    resumed = decompose(model, Endless(), own, saving=SavingConfig(folder=tmp_path), resume=True, progress=False)
     for a, b, c in zip(*(r.decomposition.parameters() for r in (whole, half, resumed)), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
     with pytest.raises(ValueError, match="batches of 3 rows and batch_size is 4: set either"):
@@ -154,7 +168,9 @@ def test_a_state_written_before_a_setting_existed_can_be_resumed(tmp_path, monke
 
     with monkeypatch.context() as patch:
         patch.setattr(VPDConfig, "model_dump_json", older)
-        decompose(model, Endless(), own, out=tmp_path, save_every=2, keep_states=5, progress=False)
+        decompose(
+            model, Endless(), own, saving=SavingConfig(folder=tmp_path, save_every=2, keep_states=5), progress=False
+        )
     for late in tmp_path.glob("state/*0004*"):
         late.unlink()
-    assert decompose(model, Endless(), own, out=tmp_path, resume=True, progress=False).finished
+    assert decompose(model, Endless(), own, saving=SavingConfig(folder=tmp_path), resume=True, progress=False).finished
