@@ -33,7 +33,7 @@ demo: $(VENV)/.installed
 test: test-main test-others
 
 test-main: $(VENV)/.installed
-	$(OFFLINE) $(BIN)/python -m pytest
+	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile
 
 test-others: $(OTHER_ENVIRONMENTS)
 	set -e; for version in $(OTHERS); do $(OFFLINE) $(VENV)-$$version/bin/python -m pytest $(EVERYWHERE); done
