@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -77,7 +79,7 @@ def test_flops_and_bytes_are_those_of_a_step(config, micro_batch, flags):
 @pytest.mark.parametrize(("config", "micro_batch"), [(CONFIG, None), (CONFIG, 2), (changed(merged=True), None)])
 def test_flops_are_those_of_a_step_with_logits_in_blocks(config, micro_batch, monkeypatch):
     for module in ("planning.footprint", "training.engine.eager"):
-        monkeypatch.setattr(f"tl_vpd.{module}.LOGITS", 0)
+        monkeypatch.setattr(importlib.import_module(f"tl_vpd.{module}"), "LOGITS", 0)
     trainer, flops, found = trained(config, micro_batch)
     assert trainer.engine.unembedding is not None
     assert found.step_flops == flops

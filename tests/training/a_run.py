@@ -30,7 +30,7 @@ CONFIG = VPDConfig(
     batch_size=4,
     C=5,
     gamma=GAMMA,
-    faithfulness={"faithfulness": {"warm_up_steps": 2}},
+    faithfulness={"warm_up_steps": 2},
     minimality={"frequency_half_life": 4.0},
 )
 ROWS = (12, 6)

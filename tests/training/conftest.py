@@ -26,4 +26,4 @@ def rows() -> Tensor:
 @pytest.fixture
 def config() -> VPDConfig:
     """Six steps of four rows after two of warm-up."""
-    return VPDConfig(steps=6, batch_size=4, C=5, gamma=GAMMA, faithfulness={"faithfulness": {"warm_up_steps": 2}})
+    return VPDConfig(steps=6, batch_size=4, C=5, gamma=GAMMA, faithfulness={"warm_up_steps": 2})

@@ -24,7 +24,7 @@ from ..hooks.test_clean import assert_same, snapshot
 
 def run(target, rows, config, folder=None, resume=False, **saving):
     how = SavingConfig(folder=folder, **{"log_every": 1, **saving})
-    return run(target, rows, config, saving=how, resume=resume, progress=False)
+    return decompose(target, rows, config, saving=how, resume=resume, progress=False)
 
 
 def changed(config, **update):

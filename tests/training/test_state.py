@@ -196,12 +196,12 @@ def test_a_full_disk_is_named_and_the_state_before_stays_valid(tmp_path, monkeyp
         assert str(folder) in str(none_yet.value) and list(folder.iterdir()) == []
         monkeypatch.undo()
         steps(own, 1)
-        before = save_state(own, folder, token_mask=1)
+        before = save_state(own, folder, keep=1)
         held = load_file(before)
         steps(own, 1)
         monkeypatch.setattr(state_module, "save_file", writer)
         with pytest.raises(OSError, match=r"No space left on the disk of .* for a state of 0\.\d MB") as found:
-            save_state(own, folder, token_mask=1)
+            save_state(own, folder, keep=1)
         assert str(folder) in str(found.value) and "step-00000001.safetensors is intact" in str(found.value)
         assert list(folder.iterdir()) == [before]
         assert all(torch.equal(t, load_file(before)[k]) for k, t in held.items())

@@ -167,7 +167,7 @@ def some_steps(steps=3, dtype=torch.float32, **how):
         batch_size=4,
         C=5,
         gamma=GAMMA,
-        faithfulness={"faithfulness": {"warm_up_steps": 200}},
+        faithfulness={"warm_up_steps": 200},
         merged=how.pop("merged", False),
     )
     vpd = new_decomposition(model, config)
@@ -263,7 +263,7 @@ def test_bfloat16_products_stay_near_float32_and_everything_kept_is_float32(merg
 
 def test_a_step_with_another_number_of_rows_is_refused():
     model = tiny_model()
-    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, faithfulness={"faithfulness": {"warm_up_steps": 1}})
+    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, faithfulness={"warm_up_steps": 1})
     with MaskedModel(new_decomposition(model, config), model) as masked_model:
         trainer = Trainer(masked_model, config, (4, 6))
         with pytest.raises(ValueError, match="takes 4 rows a step, and was given 3"):

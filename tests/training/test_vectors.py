@@ -28,7 +28,7 @@ def config(**settings) -> VPDConfig:
                 batch_size=3,
                 C=5,
                 gamma=GAMMA,
-                faithfulness={"faithfulness": {"warm_up_steps": 0}},
+                faithfulness={"warm_up_steps": 0},
                 output="mse",
             ),
             **settings,
