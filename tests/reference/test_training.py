@@ -167,7 +167,7 @@ class Given(StepSampler):
     def at(self, step: int) -> StepSamples:
         return StepSamples(by_site(self.tensors, f"step{step - 500}/routing"), None)
 
-    def sources(self, what: str, step: int, rows: list[int], out: Tensor | None = None) -> Tensor:
+    def sources(self, what: str, step: int, rows: list[int]) -> Tensor:
         prefix = f"step{step - 500}"
         deltas = [by_site(self.tensors, f"{prefix}/src_delta")[n][..., None] for n in self.site_axis.names]
         return torch.cat([pack(self.tensors, f"{prefix}/src"), *deltas], -1)
@@ -184,9 +184,9 @@ def test_three_training_steps(reference: Reference):
     draws = read("train_draws")
     with MaskedModel(reference.decomposition, reference.model) as masked_model:
         trainer = Trainer(masked_model, config, (3, 12))
-        own = trainer.draws
-        trainer.draws = Given(config, own.shares, pos=12, site_axis=own.site_axis, device="cpu")
-        trainer.draws.tensors, trainer.done = draws, 500
+        sampler = trainer.sampler
+        trainer.sampler = Given(config, sampler.split, pos=12, site_axis=sampler.site_axis, device="cpu")
+        trainer.sampler.tensors, trainer.done = draws, 500
         trainer.sources.values = pack_sources(reference.inputs, "ppgd_src")
         ascents = []
         ascend = trainer.sources.ascend

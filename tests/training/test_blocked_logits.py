@@ -88,9 +88,9 @@ def test_logits_never_stand_whole():
 
 def test_they_are_made_in_blocks_where_there_are_many(monkeypatch):
     assert steps(False)[3].unembedding is None
-    monkeypatch.setattr("tl_vpd.training.engine.eager.LOGITS", 4 * 6 * 11 * 4 - 1)
+    monkeypatch.setattr("tl_vpd.training.engine.left_out_logits.LARGE", 4 * 6 * 11 * 4 - 1)
     assert steps(False)[3].unembedding is not None
-    monkeypatch.setattr("tl_vpd.training.engine.eager.LOGITS", 4 * 6 * 11 * 4)
+    monkeypatch.setattr("tl_vpd.training.engine.left_out_logits.LARGE", 4 * 6 * 11 * 4)
     assert steps(False)[3].unembedding is None
 
 
@@ -109,7 +109,7 @@ def test_logits_that_are_more_than_a_product_are_left_whole(make, monkeypatch):
     with pytest.raises(Unsupported, match=r"blocked_logits=True needs a model whose logits are unembed's product"):
         steps(False, model=make(), how={"blocked_logits": True})
     whole = steps(False, model=make())
-    monkeypatch.setattr("tl_vpd.training.engine.eager.LOGITS", 0)
+    monkeypatch.setattr("tl_vpd.training.engine.left_out_logits.LARGE", 0)
     unasked = steps(False, model=make())
     assert unasked[3].unembedding is None
     same(whole, unasked)
@@ -133,7 +133,7 @@ def test_in_bfloat16_it_is_the_same_to_its_rounding():
     losses = []
     for blocked in (False, True):
         model = tiny_model(dtype=torch.float32)
-        config = VPDConfig(steps=2, batch_size=4, C=5, gamma=GAMMA, faithfulness={"faithfulness": {"warm_up_steps": 0}})
+        config = VPDConfig(steps=2, batch_size=4, C=5, gamma=GAMMA, faithfulness={"warm_up_steps": 0})
         with MaskedModel(new_decomposition(model, config), model) as masked_model:
             trainer = Trainer(
                 masked_model, config, (4, 6), execution=ExecutionConfig(precision="bfloat16", blocked_logits=blocked)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from tl_vpd.training.distributed.processes import World
-from tl_vpd.training.micro_batch import share
+from tl_vpd.training.micro_batch import split_batch
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
@@ -80,17 +80,20 @@ def test_a_run_that_is_ended_goes_on_bit_for_bit(undisturbed, tmp_path, number):
     assert history(folder) == history(undisturbed)
 
 
-def test_rows_are_shared_out_evenly_or_not_at_all():
+def test_rows_are_split_evenly_or_not_at_all():
     assert list(World(1, 4).rows(8)) == [2, 3]
-    with pytest.raises(ValueError, match="batch_size 6 cannot be shared by 4 processes"):
+    with pytest.raises(ValueError, match="batch_size 6 cannot be split evenly over 4 processes"):
         World(0, 4).rows(6)
 
 
 def test_what_a_row_is_does_not_depend_on_how_the_batch_is_split():
-    whole = share(range(8), None, merged=True)
-    halves = [share(World(rank, 2).rows(8), 2, merged=True) for rank in (0, 1)]
+    whole = split_batch(range(8), None, merged=True)
+    halves = [split_batch(World(rank, 2).rows(8), 2, merged=True) for rank in (0, 1)]
     assert [*halves[0].attacked, *halves[1].attacked] == whole.attacked == [0, 2, 4, 6]
-    assert [*halves[0].drawn, *halves[1].drawn] == whole.drawn == [1, 3, 5, 7]
-    assert whole.parts[0].order.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-    assert [p.order.tolist() for p in halves[1].parts] == [[0, 1], [2, 3]]
-    assert [(p.attacked, p.drawn) for p in halves[1].parts] == [(slice(0, 1), slice(0, 1)), (slice(1, 2), slice(1, 2))]
+    assert [*halves[0].stochastic, *halves[1].stochastic] == whole.stochastic == [1, 3, 5, 7]
+    assert whole.micro_batches[0].order.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
+    assert [p.order.tolist() for p in halves[1].micro_batches] == [[0, 1], [2, 3]]
+    assert [(p.attacked, p.stochastic) for p in halves[1].micro_batches] == [
+        (slice(0, 1), slice(0, 1)),
+        (slice(1, 2), slice(1, 2)),
+    ]

@@ -12,8 +12,6 @@ from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.site import Site
 from tl_vpd.toys import TMS
 from tl_vpd.training import Coefficients, ExecutionConfig, SavingConfig, Trainer, new_decomposition
-from tl_vpd.training.distributed.processes import World
-from tl_vpd.training.distributed.sharding import OptimizerSharding
 from tl_vpd.training.ties import Ties
 
 from .a_run import TIED
@@ -117,7 +115,7 @@ def test_shares_of_tied_sites_are_refused():
     model = TOY.build(0)
     refused = pytest.raises(ValueError, match="sharding='optimizer' needs tied=")
     with MaskedModel(new_decomposition(model, config()), model) as masked_model, refused:
-        Trainer(masked_model, config(), (2, 64), sharding=OptimizerSharding(World()))
+        Trainer(masked_model, config(), (2, 64), execution=ExecutionConfig(sharding="optimizer"))
 
 
 def test_two_processes_keep_sites_tied_and_give_what_one_gives(tmp_path):

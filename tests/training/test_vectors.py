@@ -60,7 +60,7 @@ def test_the_layerwise_loss_is_the_mean_over_sites_of_the_error_with_that_site_m
     x = normal(3, 1, 4).float()
     with MaskedModel(vpd, model) as masked_model:
         trainer = Trainer(masked_model, config(coefficients=ALONE), (3, 1))
-        drawn = trainer.draw_sources("layerwise", range(3))
+        drawn = trainer.sampler.sources("layerwise", 0, range(3)).flatten(0, 1)
         sources = {"fc": drawn[:, [*range(5), 10]], "head.out": drawn[:, [*range(5, 10), 11]]}
         target = model(x[:, 0])
         errors = [
@@ -88,8 +88,8 @@ def test_without_the_coefficient_nothing_is_drawn_for_it():
     model = seeded(TwoLayers).float()
     with MaskedModel(new_decomposition(model, config()), model) as masked_model:
         trainer = Trainer(masked_model, config(), (3, 1))
-        drawn, draw = [], trainer.draw_sources
-        trainer.draw_sources = lambda what, rows: drawn.append(what) or draw(what, rows)
+        drawn, draw = [], trainer.sampler.sources
+        trainer.sampler.sources = lambda what, *rest: drawn.append(what) or draw(what, *rest)
         assert trainer.step(normal(3, 1, 4).float()).layerwise == 0
     assert drawn == ["stochastic"]
 
@@ -174,3 +174,14 @@ def test_a_state_written_before_a_setting_existed_can_be_resumed(tmp_path, monke
     for late in tmp_path.glob("state/*0004*"):
         late.unlink()
     assert decompose(model, Endless(), own, saving=SavingConfig(folder=tmp_path), resume=True, progress=False).finished
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_vectors_in_another_dtype_than_the_models_are_refused(as_array, tmp_path):
+    x = normal(8, 4)
+    saving = SavingConfig(folder=tmp_path / "run")
+    message = r"vectors in torch.float64 and the model is in torch.float32: convert either, such as with data.astype"
+    with pytest.raises(ValueError, match=message):
+        decompose(seeded(TwoLayers).float(), x.numpy() if as_array else x, config(), saving=saving, progress=False)
+    assert not (tmp_path / "run").exists()
+    assert decompose(seeded(TwoLayers), x, config(), progress=False).finished

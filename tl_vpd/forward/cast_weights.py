@@ -1,13 +1,12 @@
 """A decomposition in the dtype and on the device of the model it acts on.
 
-V and U are cast to the model's dtype; Γ keeps its own, so that importances do not depend on the model's precision. Casts are
-part of the graph: gradients reach the decomposition itself, wherever it lies.
+V and U are cast to the model's dtype; Γ keeps its dtype, so that importances do not depend on the model's precision. Casts are
+part of autograd's graph: gradients reach the decomposition itself, on whatever device it is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,34 +17,36 @@ from tl_vpd.importance import DecomposedWeights
 from tl_vpd.site import ConcatenatedAxis, Site
 
 
-class _Cast(Mapping[str, Tensor]):
-    """Tensors by site in another dtype or place; a cast without gradients is kept until the tensor changes."""
+class CastTensors(Mapping[str, Tensor]):
+    """Tensors by site in another dtype or on another device. A cast without gradients is reused until its tensor changes.
+
+    Args:
+        tensors: by site.
+        device: of the casts.
+        dtype: of the casts.
+    """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
         self.tensors, self.device, self.dtype = tensors, device, dtype
-        self.constant = False
-        self._kept: dict[str, tuple[tuple[int, int], Tensor]] = {}
+        self._casts: dict[str, tuple[tuple[int, int], Tensor]] = {}
 
     def follow(self, device: torch.device, dtype: torch.dtype) -> None:
-        """From now on in another place or dtype."""
+        """Changes the device and dtype of all casts from now on."""
         self.device, self.dtype = device, dtype
-        self._kept.clear()
+        self._casts.clear()
 
     def __getitem__(self, site: str) -> Tensor:
-        own = self.tensors[site].detach() if self.constant else self.tensors[site]
-        if own.dtype == self.dtype and own.device == self.device:
-            return own
-        if own.requires_grad and torch.is_grad_enabled():
-            return own.to(device=self.device, dtype=self.dtype)
-        if own.is_inference():  # it does not say when it changes
-            return own.to(device=self.device, dtype=self.dtype)
-        mark = (own.data_ptr(), own._version)
-        kept = self._kept.get(site)
-        if kept is None or kept[0] != mark:
-            # Outside inference mode, so that a later pass with gradients may use it.
-            with torch.inference_mode(False):
-                kept = self._kept[site] = (mark, own.detach().to(device=self.device, dtype=self.dtype))
-        return kept[1]
+        tensor = self.tensors[site]
+        same = tensor.dtype == self.dtype and tensor.device == self.device
+        if same or (tensor.requires_grad and torch.is_grad_enabled()):
+            return tensor.to(device=self.device, dtype=self.dtype)
+        return self._reused(site, tensor)
+
+    def constant(self, site: str) -> Tensor:
+        """One site's tensor without gradients."""
+        tensor = self.tensors[site].detach()
+        same = tensor.dtype == self.dtype and tensor.device == self.device
+        return tensor if same else self._reused(site, tensor)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.tensors)
@@ -53,21 +54,34 @@ class _Cast(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.tensors)
 
+    def _reused(self, site: str, tensor: Tensor) -> Tensor:
+        """A cast without gradients, from the call before if the tensor has not changed since."""
+        if tensor.is_inference():  # its changes are not counted
+            return tensor.to(device=self.device, dtype=self.dtype)
+        mark = (tensor.data_ptr(), tensor._version)
+        stored = self._casts.get(site)
+        if stored is None or stored[0] != mark:
+            # Outside inference mode, so that a later pass with gradients can use it.
+            with torch.inference_mode(False):
+                stored = self._casts[site] = (mark, tensor.detach().to(device=self.device, dtype=self.dtype))
+        return stored[1]
+
 
 class CastWeights:
     """V, U and Γ as a model's passes use them.
 
     Args:
-        weights: Components will do, which have no Γ.
+        weights: the decomposition, or ``Components``, which have no Γ.
         device: of the model.
         dtype: of the model.
     """
 
     def __init__(self, weights: DecomposedWeights | Components, device: torch.device, dtype: torch.dtype) -> None:
         self.weights = weights
+        self.components = weights if isinstance(weights, Components) else weights.components
         self.device = device
-        self.V = _Cast(weights.V, device, dtype)
-        self.U = _Cast(weights.U, device, dtype)
+        self.V = CastTensors(weights.V, device, dtype)
+        self.U = CastTensors(weights.U, device, dtype)
 
     def follow(self, device: torch.device, dtype: torch.dtype) -> None:
         """Goes with a model that has been moved or cast."""
@@ -76,16 +90,6 @@ class CastWeights:
         self.device = device
         self.V.follow(device, dtype)
         self.U.follow(device, dtype)
-
-    @contextmanager
-    def constant(self) -> Iterator[None]:
-        """Inside, V and U collect no gradients."""
-        before = self.V.constant, self.U.constant
-        self.V.constant = self.U.constant = True
-        try:
-            yield
-        finally:
-            self.V.constant, self.U.constant = before
 
     @property
     def sites(self) -> dict[str, Site]:

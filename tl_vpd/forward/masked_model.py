@@ -1,11 +1,11 @@
-"""A model run with masks, without HookPoints: what training, evaluation and adversaries stand on.
+"""A model run with masks, without HookPoints: for training, evaluation and adversaries.
 
     >>> with MaskedModel(decomposition, model) as masked_model:     # doctest: +SKIP
     ...     logits, inputs = masked_model.clean(tokens)             # the target itself, and every site's input
     ...     masked = masked_model.masked(tokens, masks)             # the same model with masked subcomponents
 
 Hooks that users left on the model are set aside during these runs (permanent ones stay: they are part of the model) and
-the target's weights collect no gradients. Masks travel with each call; nothing of a pass is kept after it.
+the target's weights collect no gradients. Masks are arguments of each call; nothing of a pass is stored after it.
 """
 
 from __future__ import annotations
@@ -23,18 +23,14 @@ from torch import Tensor, nn
 from tl_vpd.adapters import adapt
 from tl_vpd.components import Components
 from tl_vpd.forward.attachments import attached_to
-from tl_vpd.forward.blocked import BlockedMasks
 from tl_vpd.forward.cast_weights import CastWeights
+from tl_vpd.forward.pass_masks import PassMasks
 from tl_vpd.forward.quiet import frozen, users_hooks_aside
 from tl_vpd.forward.site_product import SiteProduct
 from tl_vpd.forward.site_taps import SitePass, SiteTaps
-from tl_vpd.forward.traceable import TraceableMasks
+from tl_vpd.forward.target_check import check_target
 from tl_vpd.importance import DecomposedWeights
-from tl_vpd.masking import Masks, SiteMask
-from tl_vpd.site import nearest
-
-AnyMasks = Masks | BlockedMasks | TraceableMasks
-"""Masks as tensors (the definition), made block by block inside each product, or as operations of a graph."""
+from tl_vpd.masking import Masks
 
 
 class MaskedModel:
@@ -44,23 +40,26 @@ class MaskedModel:
         weights: V and U are read at every pass, so that training sees its updates (Components will do: they have no Γ).
         model: the target.
         fused_attention: whether attention that nobody hooks may be computed in one call (the same to rounding, not to the bit).
+        check_weights: refuse a model with other weights than the decomposed ones.
 
     Raises:
-        KeyError: the model does not have a site of the decomposition.
+        ValueError: the model is not the target of the decomposition (``target_check``).
     """
 
     def __init__(
-        self, weights: DecomposedWeights | Components, model: nn.Module, *, fused_attention: bool = False
+        self,
+        weights: DecomposedWeights | Components,
+        model: nn.Module,
+        *,
+        fused_attention: bool = False,
+        check_weights: bool = True,
     ) -> None:
         self.model = model
         self.fused_attention = fused_attention
         self.adapter = adapt(model)
+        check_target(weights, self.adapter, check_weights=check_weights)
         self.weights = CastWeights(weights, self.adapter.device, self.adapter.dtype)
         self.names = list(self.weights.sites)
-        for name in self.names:
-            if name not in self.adapter.sites:
-                near = nearest(name, self.adapter.sites)
-                raise KeyError(f"This model has no {name}{near} to take apart: the decomposition is of another model.")
         self.taps = SiteTaps(self.adapter, self.names)
         self._stack = ExitStack()
 
@@ -89,7 +88,7 @@ class MaskedModel:
     def clean_prompts(
         self, prompts: Any, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, dict[str, Float[Tensor, "batch ..."]]]:
-        """Prompts as tokens, where they are real (None: everywhere), and every site's input on them.
+        """Prompts as tokens, which of them are real (None: all), and every site's input on them.
 
         Raises:
             ValueError: the prompts are empty, too long, or not this model's tokens.
@@ -101,7 +100,7 @@ class MaskedModel:
     def masked(
         self,
         tokens: Shaped[Tensor, "batch ..."],
-        masks: AnyMasks,
+        masks: Masks | PassMasks,
         token_mask: Bool[Tensor, "batch pos"] | None = None,
         *,
         constant_weights: bool = False,
@@ -111,17 +110,17 @@ class MaskedModel:
 
         Args:
             tokens: ``[batch, pos]``, or the input of a custom model.
-            masks: of the sites that are masked; the others run as they are.
+            masks: of the sites that are masked, as tensors or made inside each product; the other sites run unmasked.
             token_mask: False at padding (None: no padding).
             constant_weights: gradients reach the masks but not V and U (an adversary's steps).
-            checkpoint: a layer's activations are not kept for backward but computed again in it.
+            checkpoint: a layer's activations are not stored for backward but computed again in it.
         """
         function = partial(self._output, masks, constant_weights)
         with self._recomputing(function, token_mask) if checkpoint else nullcontext():
             return self.run(tokens, SitePass(function), token_mask)
 
     def run(self, tokens: Tensor, run: SitePass, token_mask: Tensor | None = None) -> Tensor:
-        """The model's output in a pass of the caller's: its sites are read and replaced as ``run`` says."""
+        """The model's output in a pass whose sites are read and replaced as ``run`` says."""
         with self._paused(), self._fused(token_mask), self.taps.during(run):
             logits = self.adapter.run(tokens, token_mask)
         self.taps.check_each_once(run)
@@ -129,26 +128,29 @@ class MaskedModel:
 
     def product(self, name: str, x: Tensor, y: Tensor) -> SiteProduct:
         """A site's product, from its input and output as the model passes them."""
-        return SiteProduct(name, self.adapter, self.weights, x, y)
+        return SiteProduct(name, self.adapter, x, y, self.weights.V[name], self.weights.U[name])
 
-    def _output(self, masks: AnyMasks, constant_weights: bool, name: str, x: Tensor, y: Tensor) -> Tensor | None:
+    def _output(self, masks: Masks | PassMasks, constant: bool, name: str, x: Tensor, y: Tensor) -> Tensor | None:
         """One site's output under masks."""
         if name not in masks:
             return None
-        with self.weights.constant() if constant_weights else nullcontext():
-            product = self.product(name, x, y)
-            if isinstance(masks, Masks):
-                return product.masked(masks[name])
-            if not product.plain:
-                routed = None if masks.routing is None else masks.routing[name]
-                return product.masked(SiteMask(*masks.mask(name), routed))
-            return masks.product(name, product.y, product.x, product.V, product.U, product.bias).reshape(y.shape)
+        if isinstance(masks, Masks):
+            V, U = self.weights.V, self.weights.U
+            matrices = (V.constant(name), U.constant(name)) if constant else (V[name], U[name])
+            return SiteProduct(name, self.adapter, x, y, *matrices).masked(masks[name])
+
+        def masked(V: Tensor, U: Tensor, x: Tensor, y: Tensor) -> Tensor:
+            V, U = (V.detach(), U.detach()) if constant else (V, U)
+            return SiteProduct(name, self.adapter, x, y, V.to(x.device), U.to(x.device)).masked_by(masks)
+
+        output: Tensor = self.weights.components.by_site[name](masked, x, y)
+        return output
 
     @contextmanager
     def _recomputing(
         self, function: Callable[[str, Tensor, Tensor], Tensor | None], token_mask: Tensor | None
     ) -> Iterator[None]:
-        """Layers that keep only their inputs; computed again, they see the masks of the pass they belong to."""
+        """Layers that store only their inputs; computed again, they see the masks of the pass they belong to."""
 
         @contextmanager
         def again() -> Iterator[None]:

@@ -7,43 +7,37 @@ from torch import Tensor
 
 from tl_vpd.adapters import Adapter
 from tl_vpd.components import Layout
-from tl_vpd.forward.cast_weights import CastWeights
+from tl_vpd.forward.pass_masks import PassMasks
 from tl_vpd.forward.product import masked_output
 from tl_vpd.masking import SiteMask
 
 
 class SiteProduct:
-    """A site's product: x and y as the model passes them, V and U in the model's dtype.
+    """A site's product in one pass.
 
     Args:
         name: of the site.
         adapter: of the model.
-        weights: V and U in the model's dtype and on its device.
-        x: the site's input.
-        y: the output that the model computed.
+        x: the site's input, as the model passes it.
+        y: the output that the model computed, as the model passes it.
+        V: read directions.
+        U: write directions.
     """
 
-    def __init__(self, name: str, adapter: Adapter, weights: CastWeights, x: Tensor, y: Tensor) -> None:
-        self.name, self.adapter, self.weights = name, adapter, weights
+    def __init__(
+        self,
+        name: str,
+        adapter: Adapter,
+        x: Tensor,
+        y: Tensor,
+        V: Float[Tensor, "d_in C"],
+        U: Float[Tensor, "C d_out"],
+    ) -> None:
+        self.name, self.adapter, self.V, self.U = name, adapter, V, U
         self.layout: Layout = adapter.layout(name)
         self.shape = y.shape
         self.x = self.layout.aligned(x, has_heads=self.layout.x_has_heads)
         self.y = self.layout.aligned(y, has_heads=self.layout.y_has_heads)
-
-    @property
-    def plain(self) -> bool:
-        """Whether the product is one of ``[*batch, d_in]`` with ``[d_in, d_out]``, with no head axis and no repeated head."""
-        return not self.layout.by_head and self.layout.repeats == 1
-
-    @property
-    def V(self) -> Float[Tensor, "d_in C"]:
-        """Read directions."""
-        return self.weights.V[self.name]
-
-    @property
-    def U(self) -> Float[Tensor, "C d_out"]:
-        """Write directions."""
-        return self.weights.U[self.name]
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
@@ -51,8 +45,9 @@ class SiteProduct:
         return self.adapter.bias(self.name)
 
     def acts(self, columns: Tensor | None = None) -> Float[Tensor, "*batch C"]:
-        """Inner activations ``x @ V`` in the pass's layout, of all subcomponents or of some."""
-        return self.layout.acts(self.x, self.V if columns is None else self.V[:, columns])
+        """Inner activations ``x @ V`` in the layout of the pass, of all subcomponents or of ``columns``."""
+        V = self.V if columns is None else self.V[:, columns]
+        return self.layout.acts(self.x, V.to(self.x.dtype))
 
     def masked(
         self,
@@ -66,7 +61,7 @@ class SiteProduct:
 
         Args:
             mask: without a head axis.
-            acts: inner activations where they are at hand (None: computed here).
+            acts: inner activations, where they have been computed already.
             patched_acts: activations after users' hooks, if they changed them.
             columns: the subcomponents that ``acts`` and ``mask`` are of (None: all); the others are left unmasked.
         """
@@ -79,10 +74,11 @@ class SiteProduct:
             delta = None if delta is None else delta.unsqueeze(-1)
             routed = None if routed is None else routed.unsqueeze(-1)
         bias = None if delta is None else self.bias
+        U = self.U if columns is None else self.U[columns]
         output = masked_output(
             self.y,
             acts,
-            self.layout.write_directions(self.U if columns is None else self.U[columns]),
+            self.layout.write_directions(U.to(acts.dtype)),
             None if bias is None or self.layout.kind == "result" else self.layout.site_bias(bias),
             mask=factor,
             delta_mask=delta,
@@ -91,3 +87,10 @@ class SiteProduct:
             overwrite=True,
         )
         return output.reshape(self.shape)
+
+    def masked_by(self, masks: PassMasks) -> Tensor:
+        """The output under masks that are made inside the product, in the shape in which the model passes it."""
+        if not self.layout.by_head and self.layout.repeats == 1:
+            return masks.product(self.name, self.y, self.x, self.V, self.U, self.bias).reshape(self.shape)
+        routed = None if masks.routing is None else masks.routing[self.name]
+        return self.masked(SiteMask(*masks.mask(self.name), routed))

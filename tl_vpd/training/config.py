@@ -206,8 +206,8 @@ class ExecutionConfig(Frozen):
 
     @model_validator(mode="after")
     def _together(self) -> ExecutionConfig:
-        if self.compile and (self.checkpoint or self.sharding == "full"):
-            raise ValueError("compile=True goes neither with checkpoint=True nor with sharding='full': choose one.")
+        if self.compile and (self.checkpoint or self.sharding != "none"):
+            raise ValueError("compile=True goes neither with checkpoint=True nor with sharding: choose one.")
         return self
 
 

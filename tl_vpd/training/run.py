@@ -25,9 +25,9 @@ from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.training.config import ExecutionConfig, SavingConfig, VPDConfig
-from tl_vpd.training.data import ProcessBatches, batches_of
+from tl_vpd.training.data import ProcessBatches, batches_of, is_dataset, token_column
 from tl_vpd.training.distributed.processes import World, world
-from tl_vpd.training.distributed.sharding import sharding_of
+from tl_vpd.training.distributed.sharding import shard, unshard
 from tl_vpd.training.interrupts import interruptible
 from tl_vpd.training.new_decomposition import new_decomposition
 from tl_vpd.training.run_files import RunFiles
@@ -85,23 +85,19 @@ def decompose(
     files = None if saving.folder is None else RunFiles(saving.folder, saving)
     adapter = adapt(model)
     with world(adapter.device) as processes, closing(_batches(adapter, tokens, config, context, processes)) as batches:
-        adapter.tokens(batches.sample())
         decomposition = new_decomposition(model, config)
         state = None if files is None else files.state_to_resume(resume)
         if files is not None and state is not None:
             files.check_tokens(batches.describe())
         processes.wait()  # nobody writes before all have looked
         history: list[StepMetrics] = []
-        sharding = sharding_of(execution.sharding, processes)
-        sharding.start(decomposition)
+        shard(decomposition, execution.sharding, processes)
         with (
             MaskedModel(decomposition, model, fused_attention=True) as masked_model,
-            sharding.regathering(),
             interruptible() as interrupted,
         ):
-            sharding.serve(masked_model.weights)
             shape = (config.batch_size, batches.context)
-            trainer = Trainer(masked_model, config, shape, execution=execution, world=processes, sharding=sharding)
+            trainer = Trainer(masked_model, config, shape, execution=execution, world=processes)
             if files is not None and state is not None:
                 load_state(trainer, state)
                 history = files.history(before=trainer.done)
@@ -112,7 +108,7 @@ def decompose(
                 files.start(trainer, batches.describe(), history)
             loop = _Loop(trainer, batches, files, saving.log_every, interrupted)
             loop.train(history, progress=progress and processes.first)
-        sharding.end(decomposition)
+        unshard(decomposition)
         finished = trainer.done >= config.steps
         if finished and not all(bool(p.isfinite().all()) for p in decomposition.parameters()):
             raise FloatingPointError("The last update gave values that are not finite; no result was written.")
@@ -123,14 +119,29 @@ def decompose(
 
 
 def _batches(adapter: Adapter, data: Any, config: VPDConfig, context: int | None, processes: World) -> ProcessBatches:
+    """This process's rows of each batch, after a look at some of them."""
+    if context is not None and not (is_dataset(data) and token_column(data) is None):
+        raise ValueError(f"context={context} would do nothing: only datasets of text are cut into rows.")
     text = isinstance(data, str) or (isinstance(data, list) and bool(data) and isinstance(data[0], str))
     if text or isinstance(data, Tensor):
         data = adapter.tokens(data)
-    length = context or getattr(getattr(adapter.model, "cfg", None), "n_ctx", None)
-    tokenizer = getattr(adapter.model, "tokenizer", None)
     rows = processes.rows(config.batch_size)
-    rows_here = slice(rows.start, rows.stop)
-    return batches_of(data, config.batch_size, config.seed, tokenizer=tokenizer, context=length, own=rows_here)
+    batches = batches_of(
+        data,
+        config.batch_size,
+        config.seed,
+        tokenizer=getattr(adapter.model, "tokenizer", None),
+        context=context or getattr(getattr(adapter.model, "cfg", None), "n_ctx", None),
+        row_slice=slice(rows.start, rows.stop),
+    )
+    sample = batches.sample()
+    if sample.is_floating_point() and sample.dtype != adapter.dtype:
+        raise ValueError(
+            f"The data holds vectors in {sample.dtype} and the model is in {adapter.dtype}: convert either, such as with "
+            f"data.astype('float32') or model.double()."
+        )
+    adapter.tokens(sample)
+    return batches
 
 
 @dataclass(frozen=True)

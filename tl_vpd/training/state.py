@@ -16,17 +16,17 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tl_vpd.components.fingerprint import TOLERANCE, Fingerprint, compare
 from tl_vpd.components.storage import write_atomically
 from tl_vpd.training.config import upgraded
-from tl_vpd.training.distributed.sharding import parameter_names
+from tl_vpd.training.distributed.sharding import copy_whole, whole
 from tl_vpd.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -44,11 +44,11 @@ def save_state(trainer: Trainer, folder: Path, *, keep: int = 2) -> Path:
     if keep < 1:
         raise ValueError(f"keep_states is {keep}: at least one state must stay.")
     path = folder / f"step-{trainer.done:08d}.safetensors"
-    whole = _gathered(trainer)
+    tensors = _gathered(trainer)
     failure: OSError | None = None
     if trainer.world.first:
         try:
-            _write(trainer, path, whole, keep)
+            _write(trainer, path, tensors, keep)
         except OSError as error:
             failure = error
     if trainer.world.add(torch.tensor(float(failure is not None), device=trainer.decomposition.device)) > 0:
@@ -59,17 +59,15 @@ def save_state(trainer: Trainer, folder: Path, *, keep: int = 2) -> Path:
 def _gathered(trainer: Trainer) -> dict[str, Tensor]:
     """The whole state on the CPU, tensor by tensor; only the first process keeps it."""
     _start_moments(trainer)
-    whole: dict[str, Tensor] = {}
-    for key, own in _entries(trainer).items():
-        tensor = own.tensor if own.kept is None else trainer.sharding.whole(own.kept, own.tensor)
-        if key in SHARED:
-            tensor = trainer.world.gather_rows(tensor)
+    tensors: dict[str, Tensor] = {}
+    for key, entry in _entries(trainer).items():
+        tensor = trainer.world.gather_rows(entry) if key in SHARED else whole(entry)
         if trainer.world.first:
-            whole[key] = tensor.detach().cpu().contiguous()
-    return whole
+            tensors[key] = tensor.cpu().contiguous()
+    return tensors
 
 
-def _write(trainer: Trainer, path: Path, whole: dict[str, Tensor], keep: int) -> None:
+def _write(trainer: Trainer, path: Path, tensors: dict[str, Tensor], keep: int) -> None:
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
     for left in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
@@ -81,9 +79,9 @@ def _write(trainer: Trainer, path: Path, whole: dict[str, Tensor], keep: int) ->
         "precision": trainer.engine.precision,
         "how": json.dumps(trainer.how),
     }
-    size = sum(t.numel() * t.element_size() for t in whole.values())
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
     with _saying_which_disk(folder, size):
-        write_atomically(path, lambda p: save_file(whole, p, metadata=metadata))
+        write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
         _sync(folder)
     for old in _states(folder)[:-keep]:
         old.unlink()
@@ -163,25 +161,23 @@ class _Refused(ValueError):
 def _fill(trainer: Trainer, path: Path, file: Any) -> None:
     """Copies a file's tensors, one at a time, into what this process keeps of them."""
     keys = set(file.keys())
-    for key, own in _entries(trainer).items():
+    for key, entry in _entries(trainer).items():
         if key not in keys:
             raise _Refused(f"{path}: {key} is missing.")
         stored = file.get_tensor(key)
         if key in SHARED:
-            n = len(trainer.shares.attacked)
+            n = len(trainer.split.attacked)
             stored = stored[trainer.world.rank * n : (trainer.world.rank + 1) * n]
-        if own.kept is not None:
-            stored = trainer.sharding.own(own.kept, stored)
-        if stored.shape != own.tensor.shape:
+        if stored.shape != entry.shape:
             raise _Refused(
-                f"{path}: {key} is {tuple(stored.shape)}, this run's is {tuple(own.tensor.shape)}: resume with the batch size, "
+                f"{path}: {key} is {tuple(stored.shape)}, this run's is {tuple(entry.shape)}: resume with the batch size, "
                 "sequence length and subcomponents that the run was started with."
             )
-        own.tensor.copy_(stored)
-    trainer.spread(trainer.parameters)
+        copy_whole(entry, stored)
+    trainer.after_update()
     trainer.sources.updates = int(file.get_tensor("sources/updates"))
-    if trainer.frequencies is not None:
-        trainer.frequencies.updates = int(file.get_tensor("frequencies/updates"))
+    if trainer.minimality.frequencies is not None:
+        trainer.minimality.frequencies.updates = int(file.get_tensor("frequencies/updates"))
     trainer.done = int(file.get_tensor("step"))
 
 
@@ -229,32 +225,24 @@ def _states(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"))
 
 
-class _Entry(NamedTuple):
-    """A tensor of the state, and the parameter whose shape it has as a whole (None: no parameter's)."""
-
-    tensor: Tensor
-    kept: nn.Parameter | None = None
-
-
-def _entries(trainer: Trainer) -> dict[str, _Entry]:
+def _entries(trainer: Trainer) -> dict[str, Tensor]:
     """Everything that the next step depends on, by its key in the file."""
-    own = trainer.decomposition
-    names = [f"{kind}/{site}" for kind in ("V", "U") for site in own.sites]
+    decomposition, frequencies = trainer.decomposition, trainer.minimality.frequencies
+    names = [f"{kind}/{site}" for kind in ("V", "U") for site in decomposition.sites]
     names = [name for name in names if name not in trainer.ties.followers]
-    names += [f"gamma/{name}" for name in parameter_names(own.gamma)]
-    found: dict[str, _Entry] = {}
+    names += [f"gamma/{name}" for name, _ in decomposition.gamma.named_parameters()]
+    entries: dict[str, Tensor] = {}
     for i, (name, p) in enumerate(zip(names, trainer.parameters, strict=True)):
         moments = trainer.optimizer.state[p]
-        found[f"parts/{name}"] = _Entry(p, p)
-        found[f"adamw/{i}/step"] = _Entry(moments["step"])
-        for key in ("exp_avg", "exp_avg_sq"):
-            found[f"adamw/{i}/{key}"] = _Entry(moments[key], p)
-    found.update({f"sources/{k}": _Entry(t) for k, t in trainer.sources.state_dict().items()})
-    if trainer.frequencies is not None:
-        found["frequencies/mean"] = _Entry(trainer.frequencies.mean)
-        found["frequencies/updates"] = _Entry(torch.tensor(trainer.frequencies.updates))
-    found["step"] = _Entry(torch.tensor(trainer.done))
-    return found
+        entries[f"parts/{name}"] = p
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            entries[f"adamw/{i}/{key}"] = moments[key]
+    entries.update({f"sources/{key}": tensor for key, tensor in trainer.sources.state_dict().items()})
+    if frequencies is not None:
+        entries["frequencies/mean"] = frequencies.mean
+        entries["frequencies/updates"] = torch.tensor(frequencies.updates)
+    entries["step"] = torch.tensor(trainer.done)
+    return entries
 
 
 def _start_moments(trainer: Trainer) -> None:

@@ -1,8 +1,8 @@
-"""The random choices of a step, for this process's rows: where masks act, which sources are taken, and the sources themselves.
+"""The random choices of a step for this process's rows: routing, slots of the pool, and sources.
 
->>> draws = Draws(config, shares, pos=64, packing=packing, device=device)      # doctest: +SKIP
->>> now = draws.at(step)                                                     # doctest: +SKIP
->>> draws.sources("stochastic", step, rows, out)                             # doctest: +SKIP
+>>> sampler = StepSampler(config, split, pos=64, site_axis=site_axis, device=device)      # doctest: +SKIP
+>>> samples = sampler.at(step)                                                           # doctest: +SKIP
+>>> sources = sampler.sources("stochastic", step, rows)                                  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -21,12 +21,18 @@ from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.micro_batch import BatchSplit, Routing
 
 START = -1
-"""The step of what is drawn before the first one."""
+"""The step of what is drawn before the first step."""
 
 
 @dataclass(frozen=True)
 class StepSamples:
-    """What one step has drawn but for sources: routing by kind of row, and which slot of the pool each attacked token takes."""
+    """A step's random choices except sources.
+
+    Attributes:
+        stochastic_routing: of the rows with stochastic masks.
+        adversarial_routing: of the attacked rows.
+        slots: which slot of the pool each attacked token uses (None: there is no pool).
+    """
 
     stochastic_routing: Routing
     adversarial_routing: Routing
@@ -34,58 +40,62 @@ class StepSamples:
 
 
 class StepSampler:
-    """What a run draws, step by step.
+    """Draws a run's random numbers, step by step; each row's depend on seed, step and row alone.
 
     Args:
-        shares: this process's rows. pos: positions of a row. packing: of all subcomponents.
+        config: of the run.
+        split: this process's rows.
+        pos: positions of a row.
+        site_axis: of all subcomponents.
+        device: where numbers are drawn.
+        dtype: of sources, which are drawn in float32.
     """
 
     def __init__(
         self,
         config: VPDConfig,
-        shares: BatchSplit,
+        split: BatchSplit,
         *,
         pos: int,
         site_axis: ConcatenatedAxis,
         device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.config, self.shares, self.pos, self.site_axis = config, shares, pos, site_axis
+        self.config, self.split, self.pos, self.site_axis, self.dtype = config, split, pos, site_axis, dtype
         self.random = RowRandom(config.seed, torch.device(device))
         self.width = site_axis.total + len(site_axis.names)
-        """Sources of a token: one a subcomponent, one a Δ."""
+        """Sources per token: one for each subcomponent and each Δ."""
 
     def start(self) -> Float[Tensor, "attacked slots C_and_deltas"]:
-        """Where the adversary's sources start."""
+        """The adversary's first sources."""
         slots = self.config.adversary.pool or self.pos
-        return self.random.uniform("sources", START, self.shares.attacked, (slots, self.width))
+        return self.random.uniform("sources", START, self.split.attacked, (slots, self.width)).to(self.dtype)
 
     def at(self, step: int) -> StepSamples:
-        """All of a step's choices but sources."""
-        shares, pool = self.shares, self.config.adversary.pool
+        """All of a step's choices except sources."""
+        split, pool = self.split, self.config.adversary.pool
         slots = None
         if pool is not None:
-            uniform = self.random.uniform("slots", step, shares.attacked, (self.pos,))
+            uniform = self.random.uniform("slots", step, split.attacked, (self.pos,))
             slots = (uniform * pool).long().clamp_(max=pool - 1)
         return StepSamples(
-            stochastic_routing=self._routing("routing", step, shares.drawn, self.config.stochastic_routing),
-            adversarial_routing=self._routing("attacked", step, shares.attacked, self.config.adversary.routing),
+            stochastic_routing=self._routing("routing", step, split.stochastic, self.config.stochastic_routing),
+            adversarial_routing=self._routing("attacked", step, split.attacked, self.config.adversary.routing),
             slots=slots,
         )
 
-    def sources(
-        self, what: str, step: int, rows: Sequence[int], out: Float[Tensor, "rows pos C_and_deltas"] | None = None
-    ) -> Float[Tensor, "rows pos C_and_deltas"]:
-        """A step's ``stochastic`` or ``layerwise`` sources of some rows, into ``out`` where it is given."""
-        return self.random.uniform(what, step, rows, (self.pos, self.width), out=out)
+    def sources(self, what: str, step: int, rows: Sequence[int]) -> Float[Tensor, "rows pos C_and_deltas"]:
+        """A step's ``stochastic`` or ``layerwise`` sources of rows."""
+        return self.random.uniform(what, step, rows, (self.pos, self.width)).to(self.dtype)
 
     def _routing(self, what: str, step: int, rows: Sequence[int], kind: str) -> Routing:
         if kind == "all":
             return None
         names = self.site_axis.names
-        drawn = self.random.rows(what, step, rows, lambda g: uniform_k(len(names), (self.pos,), generator=g))
-        return dict(zip(names, drawn.unbind(1), strict=True))
+        routed = self.random.rows(what, step, rows, lambda g: uniform_k(len(names), (self.pos,), generator=g))
+        return dict(zip(names, routed.unbind(1), strict=True))
 
 
-def expected_share(routing: Routing) -> float:
-    """The share of tokens at which a site is expected to be routed."""
+def routed_share(routing: Routing) -> float:
+    """The share of tokens at which a site is expected to be masked."""
     return 1.0 if routing is None else uniform_k_share(len(routing))

@@ -1,11 +1,11 @@
-"""Data parallel training on ``torch.distributed``: each process holds a share of every batch's rows.
+"""Data parallel training on ``torch.distributed``: each process runs some rows of every batch.
 
 Losses keep the meaning they have for the whole batch: sums are added over processes before anything that is not linear in them
 (the frequency loss's logarithm, means over real tokens), and gradients are added, not averaged. Start with ``torchrun``::
 
     torchrun --nproc-per-node 2 -m tl_vpd.cli train recipe.yaml
 
-What each process keeps of V, U, Γ and their moments is ``tl_vpd.training.distributed.sharding``'s matter.
+What each process stores of V, U, Γ and AdamW's moments: ``tl_vpd.training.distributed.sharding``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float, Shaped
 from torch import Tensor
-
-# Renamed in PyTorch 2.13; the older names warn there.
-_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_ADD = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -38,15 +33,17 @@ class World:
         return self.rank == 0
 
     def rows(self, batch: int) -> range:
-        """The rows of a batch that this process handles.
+        """The rows of a batch that this process runs.
 
         Raises:
-            ValueError: the batch cannot be shared out evenly.
+            ValueError: the batch cannot be split evenly.
         """
         if batch % self.size:
-            raise ValueError(f"batch_size {batch} cannot be shared by {self.size} processes: make it a multiple.")
-        each = batch // self.size
-        return range(self.rank * each, (self.rank + 1) * each)
+            raise ValueError(
+                f"batch_size {batch} cannot be split evenly over {self.size} processes: make it a multiple."
+            )
+        n = batch // self.size
+        return range(self.rank * n, (self.rank + 1) * n)
 
     def add(self, tensor: Tensor) -> Tensor:
         """The sum over processes, in place."""
@@ -59,44 +56,29 @@ class World:
         if self.size == 1:
             return
         gradients = [p.grad for p in parameters if p.grad is not None]
-        for waiting in [dist.all_reduce(g, async_op=True) for g in gradients]:
-            waiting.wait()
-
-    def gather_runs(self, run: Shaped[Tensor, " each"]) -> Shaped[Tensor, " all"]:
-        """The equally long runs of all processes one after the other."""
-        if self.size == 1:
-            return run
-        whole = run.new_empty(self.size * len(run))
-        _GATHER(whole, run.contiguous())
-        return whole
-
-    def add_runs(self, whole: Float[Tensor, " all"]) -> Float[Tensor, " each"]:
-        """This process's run of the sum over processes; the length must be a multiple of ``size``."""
-        if self.size == 1:
-            return whole
-        run = whole.new_empty(len(whole) // self.size)
-        _ADD(run, whole.contiguous())
-        return run
+        for work in [dist.all_reduce(g, async_op=True) for g in gradients]:
+            work.wait()
 
     def gather_rows(self, tensor: Tensor) -> Tensor:
         """The rows of all processes one after the other."""
         if self.size == 1:
             return tensor
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous())
-        return torch.cat(parts)
+        blocks = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(blocks, tensor.contiguous())
+        return torch.cat(blocks)
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Until every process has come to this point."""
         if self.size > 1:
             dist.barrier()
 
 
 @contextmanager
 def world(device: torch.device | None = None) -> Iterator[World]:
-    """The processes that ``torchrun`` or the caller started; a group made here is taken down again.
+    """The processes that ``torchrun`` or the caller started; a process group that is made for them is destroyed again.
 
-    ``device``: where the model is, which decides what carries the messages (``nccl`` between GPUs, else ``gloo``).
+    Args:
+        device: where the model is, which decides what carries the messages (``nccl`` between GPUs, else ``gloo``).
     """
     if dist.is_available() and dist.is_initialized():
         yield World(dist.get_rank(), dist.get_world_size())

@@ -1,0 +1,61 @@
+"""The adversary of training: sources that live from step to step and ascend the reconstruction loss.
+
+One source for each attacked row, position (or slot of a pool), subcomponent and Δ (VPD paper, section 3: adversarial
+reconstruction, persistent projected gradient ascent). Each step ascends a few times with V, U and Γ constant, and once more with
+the gradient that the main backward gives.
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_vpd.masking import PersistentSources, rows_of_slots
+from tl_vpd.training.engine import CleanForward, EagerEngine, MaskInputs
+from tl_vpd.training.micro_batch import MicroBatch, select_rows
+from tl_vpd.training.step_samples import StepSamples, routed_share
+
+
+class Adversary:
+    """The sources of a process's attacked rows.
+
+    Args:
+        engine: runs the passes.
+        sources: with their Adam moments.
+    """
+
+    def __init__(self, engine: EagerEngine, sources: PersistentSources) -> None:
+        self.engine, self.sources = engine, sources
+
+    def inputs(self, micro_batch: MicroBatch, samples: StepSamples) -> MaskInputs:
+        """What the masks of a micro-batch's attacked rows are made from."""
+        values = self.sources.values[micro_batch.attacked]
+        slots = samples.slots
+        source_rows = None if slots is None else rows_of_slots(slots[micro_batch.attacked], values.shape[1])
+        routing = select_rows(samples.adversarial_routing, micro_batch.attacked)
+        return MaskInputs(values.flatten(0, 1), source_rows, routing, routed_share=routed_share(routing))
+
+    def ascend_alone(
+        self, clean: CleanForward, samples: StepSamples, total: Float[Tensor, ""], lr: float, update: int
+    ) -> None:
+        """One ascent on a micro-batch, with V, U and Γ constant.
+
+        Args:
+            clean: the micro-batch.
+            samples: the step's.
+            total: attacked real tokens of the whole batch.
+            lr: Adam's learning rate.
+            update: the number of this ascent, from 1.
+        """
+        inputs = self.inputs(clean.micro_batch, samples)
+        gradient = torch.zeros_like(inputs.sources)
+        self.engine.attack(clean, inputs, total, grad_sources=gradient)
+        self.ascend(clean.micro_batch, gradient, lr, update)
+
+    def ascend(
+        self, micro_batch: MicroBatch, gradient: Float[Tensor, "rows C_and_deltas"], lr: float, update: int
+    ) -> None:
+        """Moves a micro-batch's sources along the gradient of the adversarial loss; arguments as in ``ascend_alone``."""
+        values = self.sources.values[micro_batch.attacked]
+        self.engine.ascend(self.sources, gradient.view_as(values), lr, micro_batch.attacked, update)
