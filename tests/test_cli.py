@@ -9,13 +9,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from tl_vpd import Decomposition, ExecutionConfig, VPDConfig, bundled
 from tl_vpd.cli import app
-from tl_vpd.planning.footprint import Target, footprint, transformer
+from tl_vpd.planning import Target, TransformerShape, footprint
 from tl_vpd.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
@@ -63,6 +64,7 @@ def test_train_then_eval(tmp_path: Path):
         ({"data": "{tokens: nowhere/*.txt}"}, "No file matches"),
         ({"data": "{key: test}"}, "'training' and 'validation'"),
         ({"modle": "{}"}, "modle"),
+        ({"saving": "{log_every: 5}"}, "saving.folder is missing"),
         ({"execution": "{micro_batches: 2}"}, "execution.micro_batches"),
         ({"execution": "{sharding: most}"}, "execution.sharding: Input should be 'none', 'optimizer' or 'full'"),
         ({"saving": "{keep_states: 0}"}, "saving.keep_states"),
@@ -127,12 +129,12 @@ NUMBERS = ("--layers", 2, "--d-model", 8, "--heads", 2, "--d-mlp", 12, "--vocabu
 def test_plan_prints_the_footprint_of_numbers():
     found = call("plan", *NUMBERS, "--C", 5, "--d-ci", 8, "--batch-size", 4, "--context", 6, "--tflops", 0.001)
     assert found.exit_code == 0, found.output
-    target = transformer(layers=2, d_model=8, heads=2, d_mlp=12, vocabulary=11)
+    target = Target.of(TransformerShape(layers=2, d_model=8, heads=2, d_mlp=12, vocabulary=11))
     expected = footprint(target, VPDConfig(C=5, gamma={"d_ci": 8}, batch_size=4), context=6)
     rows = [line.split() for line in found.output.splitlines()]
     assert ["step", str(round(expected.step_flops / 1e9, 3))] in rows
     assert f"components: {expected.counts['components']:,}, gamma: {expected.counts['gamma']:,}" in found.output
-    assert f"{expected.step_flops / 1e9:.3g} s a step" in found.output
+    assert f"{expected.step_flops / 1e9:.3g} s per step" in found.output
     half = call("plan", *NUMBERS, "--context", 6, "--batch-size", 4, "--processes", 2, "--sharding", "full")
     assert half.exit_code == 0, half.output
 
@@ -166,6 +168,23 @@ def test_plan_says_what_is_missing(arguments: tuple[object, ...], message: str):
     found = call("plan", *arguments)  # type: ignore[arg-type]
     assert found.exit_code == 2
     assert message in found.output
+
+
+def test_feature_splitting_trains_each_size_and_writes_the_table(tmp_path: Path):
+    found = call(
+        "feature-splitting", recipe(tmp_path), "--factors", "0.5,2", "--rows", 1, "--out", tmp_path / "sizes.csv"
+    )
+    assert found.exit_code == 0, found.output
+    table = pd.read_csv(tmp_path / "sizes.csv", index_col=0)
+    assert table["built"].tolist() == [12 * 2, 12 * 8]
+    for factor, C in (("0.5", 2), ("2", 8)):
+        trained = Decomposition.load(tmp_path / "run" / f"C-{factor}" / "decomposition")
+        assert set(trained.counts.values()) == {C}
+    assert "alive_growth" in found.output and "built" in found.output
+    wrong = call("feature-splitting", tmp_path / "recipe.yaml", "--factors", "half")
+    assert wrong.exit_code == 2 and "--factors 'half': give numbers with commas" in wrong.output
+    missing = call("feature-splitting", tmp_path / "recipe.yaml", "--out", tmp_path / "nowhere" / "sizes.csv")
+    assert missing.exit_code == 2 and "cannot be written" in missing.output
 
 
 def test_missing_and_broken_files(tmp_path: Path):

@@ -9,14 +9,14 @@ from safetensors.numpy import save_file
 
 from tests.tiny import tiny_model
 from tl_vpd import bundled
-from tl_vpd.recipe import DataRecipe, ModelRecipe, Recipe, own_device, text_windows
+from tl_vpd.recipe import DataRecipe, ModelRecipe, Recipe, text_windows, usable_device
 
 
 def test_example_recipe_is_valid():
     path = Path(__file__).parent.parent / "examples" / "recipe.yaml"
-    own = Recipe.read(path)
-    assert own.vpd.init == "channels"
-    assert own.model.name == "bundled"
+    recipe = Recipe.read(path)
+    assert recipe.vpd.init == "channels" and recipe.vpd.minimality.warm_up == 0.3
+    assert recipe.model.name == "bundled" and recipe.saving.folder == Path("runs/example")
 
 
 def test_tokens_from_files(tmp_path: Path):
@@ -65,28 +65,49 @@ def test_a_file_larger_than_memory_is_not_read(tmp_path: Path):
     assert found[2**29].tolist() == [1, 2, 3, 0, 0, 0]
 
 
-def test_sections_can_be_changed_and_values_that_are_not_allowed_are_named():
-    own = Recipe().changed("execution", micro_batch=2, sharding=None)
-    assert own.execution.micro_batch == 2
-    assert own.execution.sharding == "none"
+def test_sections_can_be_changed_value_by_value_and_what_is_not_allowed_is_named():
+    changed = Recipe(vpd={"gamma": {"n_blocks": 3}}).changed(
+        execution={"micro_batch": 2, "sharding": None}, vpd={"C": None, "gamma": {"d_ci": 64, "n_blocks": None}}
+    )
+    assert (changed.execution.micro_batch, changed.execution.sharding) == (2, "none")
+    assert (changed.vpd.C, changed.vpd.gamma.d_ci, changed.vpd.gamma.n_blocks) == (None, 64, 3)
+    assert Recipe(vpd={"C": {"*": 3}}).changed(vpd={"C": 5}).vpd.C == 5
     with pytest.raises(ValueError, match=r"execution\.sharding: Input should be 'none', 'optimizer' or 'full'"):
-        own.changed("execution", sharding="most")
+        changed.changed(execution={"sharding": "most"})
 
 
-def test_each_process_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch):
+def test_cuda_is_the_device_of_each_process(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    assert own_device("cuda") == "cuda"
+    assert usable_device("cuda") == "cuda"
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert own_device("cuda") == "cuda:3"
-    assert own_device("cpu") == "cpu"
-    assert own_device("cuda:1") == "cuda:1"
+    assert [usable_device(d) for d in ("cuda", "cpu", "cuda:1")] == ["cuda:3", "cpu", "cuda:1"]
+
+
+def test_a_recipe_without_a_folder_is_not_trained():
+    with pytest.raises(ValueError, match=r"saving\.folder is missing: name the folder"):
+        Recipe().train()
+
+
+def test_a_key_where_there_are_no_tensors_by_name_is_refused(tmp_path: Path):
+    np.save(tmp_path / "rows.npy", np.zeros((2, 3), dtype=np.int64))
+    with pytest.raises(ValueError, match=r"data\.key is 'training', and .*rows\.npy has no tensors by name"):
+        DataRecipe(tokens=str(tmp_path / "rows.npy"), key="training").load(tiny_model())
+
+
+def test_the_default_key_depends_on_what_the_tokens_are_for():
+    model = bundled.model()
+    validation = DataRecipe().first(model, 2, default_key="validation")
+    assert torch.equal(validation, bundled.tokens("validation")[:2])
+    assert torch.equal(DataRecipe().first(model, 2), bundled.tokens("training")[:2])
+    assert torch.equal(DataRecipe(key="validation").first(model, 2), validation)
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "damaged, or no .npy file of numbers"),
-        (b"garbage", "damaged, or no .npy file of numbers"),
+        (b"", "damaged, or not a .npy file of numbers"),
+        (b"garbage", "damaged, or not a .npy file of numbers"),
     ],
 )
 def test_damaged_arrays_are_named(tmp_path: Path, content: bytes, message: str):
@@ -101,7 +122,7 @@ def test_several_arrays_and_text_of_another_encoding_are_refused(tmp_path: Path)
     with pytest.raises(ValueError, match="matches 2 files of arrays: give one"):
         DataRecipe(tokens=str(tmp_path / "shard-*.npy")).load(tiny_model())
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin.txt is no UTF-8 text"):
+    with pytest.raises(ValueError, match=r"latin.txt is not UTF-8 text"):
         DataRecipe(tokens=str(tmp_path / "latin.txt")).load(bundled.model())
 
 
@@ -109,7 +130,7 @@ def test_devices_and_options_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="device is 'gpu': give cpu, cuda"):
         ModelRecipe(device="gpu").load()
     if not torch.cuda.is_available():
-        with pytest.raises(ValueError, match="PyTorch sees no GPU here"):
+        with pytest.raises(ValueError, match="PyTorch sees no GPU on this machine"):
             ModelRecipe(device="cuda").load()
     with pytest.raises(ValueError, match=r"model.options \(fold_ln\): the bundled model takes none"):
         ModelRecipe(options={"fold_ln": False}).load()

@@ -67,10 +67,25 @@ def test_an_exact_name_beats_a_pattern_in_either_order():
     assert by_pattern({"*": 2, NAMES[0]: 1}, NAMES, what="C") == expected
 
 
-def test_patterns_that_disagree_are_ambiguous_and_those_that_agree_are_not():
-    with pytest.raises(ValueError, match=r"C of blocks\.0\.attn\.W_Q is ambiguous.*says 1.*says 2"):
-        by_pattern({"*.W_Q": 1, "blocks.*": 2}, NAMES, what="C")
-    assert set(by_pattern({"*.W_Q": 2, "*": 2}, NAMES, what="C").values()) == {2}
+@pytest.mark.parametrize("reverse", [False, True])
+def test_the_pattern_that_matches_fewer_sites_wins_in_any_order(reverse):
+    values = {"*.W_[QK]": 64, "*": 256, "blocks.1.attn.*": 8}  # 3, 5 and 1 of the names
+    if reverse:
+        values = dict(reversed(values.items()))
+    expected = {name: 64 if name.endswith(("W_Q", "W_K")) else 256 for name in NAMES} | {"blocks.1.attn.W_Q": 8}
+    assert by_pattern(values, NAMES, what="C") == expected
+    assert list(by_pattern(values, NAMES, what="C")) == NAMES
+
+
+def test_equally_specific_patterns_that_disagree_are_ambiguous_and_those_that_agree_are_not():
+    disagree = {"*.W_Q": 1, "blocks.0.attn.*": 2, "*": 3}
+    with pytest.raises(
+        ValueError, match=r"C of blocks\.0\.attn\.W_Q is ambiguous: '\*\.W_Q' says 1.*each matches 2 sites"
+    ):
+        by_pattern(disagree, NAMES, what="C")
+    named = by_pattern({**disagree, "blocks.0.attn.W_Q": 4}, NAMES, what="C")
+    assert [named[name] for name in NAMES[:3]] == [4, 2, 3]
+    assert set(by_pattern({"*.W_Q": 2, "blocks.0.attn.*": 2, "*": 2}, NAMES, what="C").values()) == {2}
 
 
 def test_a_site_left_without_a_value_is_named():

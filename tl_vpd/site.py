@@ -112,28 +112,41 @@ def select(patterns: str | Iterable[str] | None, names: Iterable[str]) -> list[s
 
 
 def by_pattern(values: Mapping[str, T], names: Sequence[str], *, what: str) -> dict[str, T]:
-    """Resolves ``{pattern: value}`` to ``{name: value}``.
+    """Resolves ``{pattern: value}`` to ``{name: value}``; the more specific pattern wins.
 
-    An exact name beats a pattern; two patterns that give one name different values are ambiguous (ValueError); a pattern
-    that matches nothing, or a name that no pattern matches, raises KeyError.
+    A name itself is the most specific; of two patterns, the one that matches fewer of the names. Equally specific patterns must
+    agree.
+
+    >>> by_pattern({"*.W_[QK]": 64, "*": 256}, ["b.W_Q", "b.W_K", "b.W_O"], what="C")
+    {'b.W_Q': 64, 'b.W_K': 64, 'b.W_O': 256}
+
+    Args:
+        values: by shell-style pattern.
+        names: of all sites.
+        what: the values are, for messages.
+
+    Raises:
+        KeyError: a pattern matches nothing, or no pattern matches a name.
+        ValueError: equally specific patterns give one name different values.
     """
-    chosen: dict[str, tuple[str, T]] = {}
-    for pattern, value in values.items():
-        for name in select(pattern, names):
-            if name in chosen:
-                other, before = chosen[name]
-                if name == other or before == value:
-                    continue
-                if name != pattern:
-                    raise ValueError(
-                        f"{what} of {name} is ambiguous: {other!r} says {before}, {pattern!r} says {value}. "
-                        "Name the site itself, or make the patterns disjoint."
-                    )
-            chosen[name] = (pattern, value)
-    missing = [name for name in names if name not in chosen]
+    matches = {pattern: select(pattern, names) for pattern in values}
+    result: dict[str, T] = {}
+    for name in names:
+        patterns = sorted((p for p in values if name in matches[p]), key=lambda p: (p != name, len(matches[p])))
+        if not patterns:
+            continue
+        first = patterns[0]
+        for other in patterns[1:]:
+            if first != name and len(matches[other]) == len(matches[first]) and values[other] != values[first]:
+                raise ValueError(
+                    f"{what} of {name} is ambiguous: {first!r} says {values[first]}, {other!r} says {values[other]}, and each "
+                    f"matches {len(matches[first])} sites. Name the site itself, or make one pattern narrower."
+                )
+        result[name] = values[first]
+    missing = [name for name in names if name not in result]
     if missing:
         raise KeyError(f"No {what} is given for {', '.join(missing)}; patterns given: {', '.join(values)}.")
-    return {name: chosen[name][1] for name in names}
+    return result
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

@@ -16,22 +16,28 @@ def call(*arguments: str | Path | int) -> Result:
     return CliRunner().invoke(app, ["eval", *(str(a) for a in arguments)])
 
 
-def test_a_report_with_slices_and_another_decomposition(tmp_path: Path):
+def test_a_report_with_other_data_and_another_decomposition(tmp_path: Path):
     (tmp_path / "prose.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     bundled.decomposition().save(tmp_path / "other")
     found = call(
         "bundled", "--rows", 2, "--budgets", "1", "--attack-rows", 1, "--no-controls",
-        "--measures", "adversaries,aggregation,off_distribution",
-        "--slice", f"prose={tmp_path / 'prose.txt'}", "--other", f"seed1={tmp_path / 'other'}",
+        "--measures", "adversaries,union_test,off_distribution",
+        "--off-distribution", f"prose={tmp_path / 'prose.txt'}", "--others", f"seed1={tmp_path / 'other'}",
         "--out", tmp_path / "metrics.json", "--html", tmp_path / "report.html",
     )  # fmt: skip
     assert found.exit_code == 0, found.output
     record = json.loads((tmp_path / "metrics.json").read_text())
-    assert [row["slice"] for row in record["tables"]["slices"]] == ["these rows", "scrambled", "prose"]
-    assert set(record["tables"]) == {"adversaries", "aggregation", "slices", "sizes", "consistency"}
+    assert [row["data"] for row in record["tables"]["off_distribution"]] == ["these rows", "scrambled", "prose"]
+    assert set(record["tables"]) == {
+        "adversaries",
+        "union_test",
+        "off_distribution",
+        "feature_splitting",
+        "consistency",
+    }
     assert record["tables"]["consistency"][-1]["rank_one"] == pytest.approx(1.0, abs=1e-3)
     assert record["pgd_tokens"] == 128 and record["tokens"] == 256 and "controls" not in record
-    for text in ("partial", "adversaries", "slices", "L0"):
+    for text in ("partial", "adversaries", "off_distribution", "L0"):
         assert text in found.output
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
@@ -39,10 +45,10 @@ def test_a_report_with_slices_and_another_decomposition(tmp_path: Path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--measures", "transfr"), "did you mean 'transfer'"),
-        (("--slice", "prose"), "--slice 'prose': give a name and a path"),
-        (("--other", "x=/nowhere/at/all"), "does not exist"),
-        (("--out", "/nowhere/at/all.json"), "is no folder"),
+        (("--measures", "mask_transfr"), "did you mean 'mask_transfer'"),
+        (("--off-distribution", "prose"), "--off-distribution 'prose': give a name and a path"),
+        (("--others", "x=/nowhere/at/all"), "does not exist"),
+        (("--out", "/nowhere/at/all.json"), "is not a folder"),
         (("--budgets", "few"), "whole numbers"),
     ],
 )
@@ -56,4 +62,4 @@ def test_mistakes_end_in_one_sentence(arguments: tuple[str, ...], message: str):
 def test_nothing_but_the_mode_table():
     found = call("bundled", "--rows", 1, "--budgets", "", "--measures", "none", "--no-controls")
     assert found.exit_code == 0, found.output
-    assert "rounded_0.5" in found.output and "resolution" not in found.output
+    assert "rounded_0.5" in found.output and "sparsity_sweep" not in found.output

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
@@ -11,8 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from tests.tiny import GAMMA, some_tokens, tiny_model
 from tl_vpd import ExecutionConfig, VPDConfig
 from tl_vpd.forward import MaskedModel
-from tl_vpd.planning.footprint import Target, footprint, transformer
+from tl_vpd.planning import Target, TransformerShape, footprint
 from tl_vpd.training import Trainer, new_decomposition
+from tl_vpd.training.engine import left_out_logits
 
 CONFIG = VPDConfig(steps=9, batch_size=4, C=5, gamma=GAMMA, stochastic_routing="all")
 WIDE = VPDConfig(C=64, batch_size=8)
@@ -78,8 +77,7 @@ def test_flops_and_bytes_are_those_of_a_step(config, micro_batch, flags):
 
 @pytest.mark.parametrize(("config", "micro_batch"), [(CONFIG, None), (CONFIG, 2), (changed(merged=True), None)])
 def test_flops_are_those_of_a_step_with_logits_in_blocks(config, micro_batch, monkeypatch):
-    for module in ("planning.footprint", "training.engine.eager"):
-        monkeypatch.setattr(importlib.import_module(f"tl_vpd.{module}"), "LOGITS", 0)
+    monkeypatch.setattr(left_out_logits, "LARGE", 0)
     trainer, flops, found = trained(config, micro_batch)
     assert trainer.engine.unembedding is not None
     assert found.step_flops == flops
@@ -104,7 +102,7 @@ def test_uniform_k_routing_costs_its_expected_share():
 
 
 def gpt2() -> Target:
-    return transformer(layers=12, d_model=768, heads=12, d_mlp=3072, vocabulary=50257)
+    return Target.of(TransformerShape(layers=12, d_model=768, heads=12, d_mlp=3072, vocabulary=50257))
 
 
 def test_shapes_of_a_model_and_numbers_given_outright_agree():
@@ -112,7 +110,7 @@ def test_shapes_of_a_model_and_numbers_given_outright_agree():
     own = Target.of(model)
     weights = sum(s.d_in * s.d_out for s in own.sites) + 2 * 8 * 11
     numbers = dict(layers=2, d_model=8, heads=2, d_mlp=12, vocabulary=11, kv_heads=1, gated=True, itemsize=2)
-    given = transformer(**numbers, others=own.parameters - weights)
+    given = Target.of(TransformerShape(**numbers, others=own.parameters - weights))
     assert {s.name: (s.d_in, s.d_out) for s in given.sites} == {s.name: (s.d_in, s.d_out) for s in own.sites}
     one, other = (footprint(t, VPDConfig(C=4, gamma=GAMMA, batch_size=2), context=5) for t in (own, given))
     assert one.bytes == other.bytes
@@ -121,7 +119,7 @@ def test_shapes_of_a_model_and_numbers_given_outright_agree():
 
 def test_gpt2_has_as_many_parameters_as_it_has():
     assert sum(s.d_in * s.d_out for s in gpt2().sites) == 12 * 12 * 768**2
-    with pytest.raises(TypeError, match="Linear is no transformer"):
+    with pytest.raises(TypeError, match="Linear is not a transformer"):
         Target.of(torch.nn.Linear(2, 2))
 
 

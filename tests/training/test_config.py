@@ -63,11 +63,9 @@ def test_saving_without_a_folder_would_do_nothing(name):
     assert SavingConfig(log_every=7).folder is None  # rows of metrics are returned too
 
 
-@pytest.mark.parametrize("other", [{"checkpoint": True}, {"sharding": "full"}])
-def test_compiled_passes_go_with_neither_checkpoint_nor_full_sharding(other):
-    with pytest.raises(
-        ValidationError, match="compile=True goes neither with checkpoint=True nor with sharding='full'"
-    ):
+@pytest.mark.parametrize("other", [{"checkpoint": True}, {"sharding": "full"}, {"sharding": "optimizer"}])
+def test_compiled_passes_go_with_neither_checkpoint_nor_sharding(other):
+    with pytest.raises(ValidationError, match="compile=True goes neither with checkpoint=True nor with sharding"):
         ExecutionConfig(compile=True, **other)
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
         ExecutionConfig(micro_batch=0)
@@ -156,6 +154,9 @@ def test_counts_by_number_pattern_and_proportion():
     by_pattern = counts_for(VPDConfig(C={"*.attn.*": 3, "*.mlp.*": 5, "blocks.1.mlp.W_in": 9}), sites)
     assert by_pattern["blocks.0.attn.W_O"] == 3 and by_pattern["blocks.0.mlp.W_in"] == 5
     assert by_pattern["blocks.1.mlp.W_in"] == 9
+    specific = counts_for(VPDConfig(C={"*.W_[QK]": 64, "*": 256}), sites)
+    assert {C for name, C in specific.items() if name.endswith(("W_Q", "W_K"))} == {64}
+    assert {C for name, C in specific.items() if not name.endswith(("W_Q", "W_K"))} == {256}
     assert counts_for(VPDConfig(), sites)["blocks.0.mlp.W_in"] == 12
 
 

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from tests.tiny import GAMMA, tiny_model
 from tl_vpd import SavingConfig, VPDConfig, bundled, decompose
-from tl_vpd.training.data.batches import TokenBatches, batches_of
+from tl_vpd.training.data import batches_of
+from tl_vpd.training.data.token_batches import TokenBatches
 
 
 @settings(deadline=None, max_examples=50)
@@ -120,7 +121,7 @@ def test_an_error_while_fetching_is_raised_at_the_step_that_needs_it():
 @pytest.mark.parametrize(
     ("data", "error", "message"),
     [
-        ((r for r in rows()), ValueError, "only once"),
+        ((r for r in rows()), ValueError, "read only once"),
         ([], ValueError, "no rows"),
         ([{"text": "x"}], ValueError, "A row has text"),
         ([torch.zeros(3)], ValueError, r"float32 of shape \(3,\)"),
@@ -150,9 +151,8 @@ def test_datasets_of_tokens_and_of_text_streamed_or_not():
         assert torch.equal(streamed.at(1), torch.stack(rows(8)[4:]))
         assert torch.equal(streamed.at(3), torch.stack(rows(8)[4:]))
     text = datasets.Dataset.from_dict({"text": ["import os\nimport sys\n" * 30] * 3})
-    own = batches_of(text.to_iterable_dataset(), 2, seed=0, tokenizer=tokenizer, context=16)
-    with closing(own):
-        batch = own.at(0)
+    with closing(batches_of(text.to_iterable_dataset(), 2, seed=0, tokenizer=tokenizer, context=16)) as tokenised:
+        batch = tokenised.at(0)
     assert batch.shape == (2, 16) and int(batch.max()) < 768
     assert tokenizer.decode(batch[0, 1:].tolist()).startswith("import os\nimport sys")
     with pytest.raises(ValueError, match="no tokenizer"):
@@ -178,8 +178,8 @@ def sources(folder):
 def test_processes_see_together_what_one_sees_and_after_resuming_too(tmp_path, kind):
     data, tokenizer = sources(tmp_path)[kind], bundled.model().tokenizer
 
-    def found(own, steps):
-        with closing(batches_of(data, 4, seed=2, tokenizer=tokenizer, context=8, own=own)) as batches:
+    def found(row_slice, steps):
+        with closing(batches_of(data, 4, seed=2, tokenizer=tokenizer, context=8, row_slice=row_slice)) as batches:
             return [batches.at(step) for step in steps]
 
     whole = found(slice(None), range(7))
@@ -212,7 +212,7 @@ def test_a_process_reads_its_own_rows_of_a_file_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(
         TokenBatches, "_rows", lambda self, rows: chosen.append(rows) or torch.zeros(len(rows), 3).long()
     )
-    with closing(batches_of(sources(tmp_path)["memory-mapped"], 4, seed=0, own=slice(1, 2))) as batches:
+    with closing(batches_of(sources(tmp_path)["memory-mapped"], 4, seed=0, row_slice=slice(1, 2))) as batches:
         assert batches.at(0).shape == (1, 3)
     assert all(len(rows) == 1 for rows in chosen)
 
@@ -251,3 +251,8 @@ def test_texts_without_a_list_and_datasets_without_text_are_named():
     dataset = datasets.Dataset.from_dict({"content": ["a b c"] * 4})
     with pytest.raises(ValueError, match="The dataset has content; 'tokens', 'input_ids' or 'text' is needed"):
         batches_of(dataset, 1, 0, tokenizer=object(), context=4)
+
+
+def test_a_length_of_rows_that_have_one_already_is_refused():
+    with pytest.raises(ValueError, match="context=5 would do nothing: only datasets of text are cut into rows"):
+        decompose(tiny_model(), torch.zeros(8, 6).long(), VPDConfig(steps=1, batch_size=4, C=3, gamma=GAMMA), context=5)

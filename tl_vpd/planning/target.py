@@ -1,6 +1,6 @@
 """What of a target the cost of decomposing it depends on: its shapes, from a model or from numbers alone.
 
->>> transformer(layers=2, d_model=8, heads=2, d_mlp=32, vocabulary=11).parameters
+>>> Target.of(TransformerShape(layers=2, d_model=8, heads=2, d_mlp=32, vocabulary=11)).parameters
 1712
 """
 
@@ -10,10 +10,52 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import Field
 from torch import nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.site import Site
+from tl_vpd.training.config import Frozen
+
+
+class TransformerShape(Frozen):
+    """The numbers of a transformer that is not loaded."""
+
+    layers: int = Field(ge=1)
+    """Blocks."""
+    d_model: int = Field(ge=1)
+    """Width of the residual stream."""
+    heads: int = Field(ge=1)
+    """Query heads per block."""
+    d_mlp: int = Field(ge=1)
+    """Width of the MLPs."""
+    vocabulary: int = Field(ge=1)
+    """Tokens of the vocabulary."""
+    kv_heads: int | None = Field(None, ge=1)
+    """Key and value heads per block (None: as many as query heads)."""
+    gated: bool = False
+    """Whether MLPs have a gate."""
+    itemsize: int = Field(4, ge=1)
+    """Bytes of a number (bfloat16: 2)."""
+    others: int = Field(0, ge=0)
+    """Parameters beyond blocks' weights, embedding and unembedding."""
+
+    def sites(self) -> list[Site]:
+        """All weights in blocks."""
+        d, d_head, kv_heads = self.d_model, self.d_model // self.heads, self.kv_heads or self.heads
+        kv = kv_heads * d_head
+        sites = []
+        for i in range(self.layers):
+            sites += [
+                Site(f"blocks.{i}.attn.W_Q", d, d, self.heads, d_head),
+                Site(f"blocks.{i}.attn.W_K", d, kv, kv_heads, d_head),
+                Site(f"blocks.{i}.attn.W_V", d, kv, kv_heads, d_head),
+                Site(f"blocks.{i}.attn.W_O", d, d, self.heads, d_head),
+                *([Site(f"blocks.{i}.mlp.W_gate", d, self.d_mlp)] if self.gated else []),
+                Site(f"blocks.{i}.mlp.W_in", d, self.d_mlp),
+                Site(f"blocks.{i}.mlp.W_out", self.d_mlp, d),
+            ]
+        return sites
 
 
 @dataclass(frozen=True)
@@ -34,15 +76,26 @@ class Target:
     itemsize: int = 4
 
     @classmethod
-    def of(cls, model: nn.Module) -> Target:
-        """A model's; its weights are not read.
+    def of(cls, model: nn.Module | TransformerShape) -> Target:
+        """The shapes of a model, whose weights are not read, or of numbers alone.
 
         Raises:
-            TypeError: the model is no transformer of TransformerLens's.
+            TypeError: the model is not a transformer of TransformerLens.
         """
+        if isinstance(model, TransformerShape):
+            sites = model.sites()
+            parameters = sum(s.d_in * s.d_out for s in sites) + 2 * model.d_model * model.vocabulary + model.others
+            return cls(
+                sites=sites,
+                parameters=parameters,
+                d_head=model.d_model // model.heads,
+                **model.model_dump(include={"d_model", "vocabulary", "layers", "heads", "itemsize"}),
+            )
         cfg: Any = getattr(model, "cfg", None)
         if cfg is None or not hasattr(cfg, "n_heads"):
-            raise TypeError(f"{type(model).__name__} is no transformer of TransformerLens's: give its numbers instead.")
+            raise TypeError(
+                f"{type(model).__name__} is not a transformer of TransformerLens: give a TransformerShape instead."
+            )
         adapter = adapt(model)
         return cls(
             sites=list(adapter.sites.values()),
@@ -54,33 +107,3 @@ class Target:
             d_head=cfg.d_head,
             itemsize=adapter.dtype.itemsize,
         )
-
-
-def transformer(
-    *,
-    layers: int,
-    d_model: int,
-    heads: int,
-    d_mlp: int,
-    vocabulary: int,
-    kv_heads: int | None = None,
-    gated: bool = False,
-    itemsize: int = 4,
-    others: int = 0,
-) -> Target:
-    """A transformer from its numbers; ``others``: parameters beyond blocks' weights, embedding and unembedding."""
-    d_head = d_model // heads
-    kv = (kv_heads or heads) * d_head
-    sites = []
-    for i in range(layers):
-        sites += [
-            Site(f"blocks.{i}.attn.W_Q", d_model, d_model, heads, d_head),
-            Site(f"blocks.{i}.attn.W_K", d_model, kv, kv_heads or heads, d_head),
-            Site(f"blocks.{i}.attn.W_V", d_model, kv, kv_heads or heads, d_head),
-            Site(f"blocks.{i}.attn.W_O", d_model, d_model, heads, d_head),
-            *([Site(f"blocks.{i}.mlp.W_gate", d_model, d_mlp)] if gated else []),
-            Site(f"blocks.{i}.mlp.W_in", d_model, d_mlp),
-            Site(f"blocks.{i}.mlp.W_out", d_mlp, d_model),
-        ]
-    parameters = sum(s.d_in * s.d_out for s in sites) + 2 * d_model * vocabulary + others
-    return Target(sites, parameters, d_model, vocabulary, layers, heads, d_head, itemsize)

@@ -1,5 +1,7 @@
-"""Token batches in an order that follows from seed and step alone."""
+"""What a run trains on, batch by batch."""
 
-from tl_vpd.training.data.batches import Batches, ProcessBatches, batches_of
+from tl_vpd.training.data.batches import ProcessBatches, batches_of
+from tl_vpd.training.data.datasets import is_dataset, token_column
+from tl_vpd.training.data.protocol import Batches
 
-__all__ = ["Batches", "ProcessBatches", "batches_of"]
+__all__ = ["Batches", "ProcessBatches", "batches_of", "is_dataset", "token_column"]

@@ -1,10 +1,10 @@
-"""Batches made by a thread, ahead of the steps that need them, so that reading and tokenising take no time of a step's.
+"""Batches made by a thread ahead of the steps that need them, so that reading and tokenising take no time of a step.
 
 >>> import torch
->>> ahead = Ahead(lambda step: (torch.full((2, 3), i) for i in range(step, 100)))
->>> int(ahead.at(5)[0, 0]), int(ahead.at(6)[0, 0])
+>>> prefetcher = Prefetcher(lambda step: (torch.full((2, 3), i) for i in range(step, 100)))
+>>> int(prefetcher.at(5)[0, 0]), int(prefetcher.at(6)[0, 0])
 (5, 6)
->>> ahead.close()
+>>> prefetcher.close()
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from typing import Any
 
 from torch import Tensor
 
-AHEAD = 4
-"""Batches that are fetched before they are asked for."""
-Make = Callable[[int], Iterator[Tensor]]
+DEPTH = 4
+"""Batches that are made before they are needed."""
+BatchesFrom = Callable[[int], Iterator[Tensor]]
 """The batches from a step on, without end."""
 
 
-class Ahead:
-    """Batches of steps that follow one another; any other step starts afresh there."""
+class Prefetcher:
+    """Batches of consecutive steps; any other step starts again there."""
 
-    def __init__(self, make: Make) -> None:
-        self._make = make
+    def __init__(self, batches_from: BatchesFrom) -> None:
+        self._batches_from = batches_from
         self._next: int | None = None
-        self._queue: queue.Queue[Tensor | BaseException] = queue.Queue(AHEAD)
+        self._queue: queue.Queue[Tensor | BaseException] = queue.Queue(DEPTH)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
     def at(self, step: int) -> Tensor:
-        """The batch of a step; an error while it was made is raised here."""
+        """The batch of a step; an error of the thread is raised by the step that needs the batch."""
         if self._next != step:
             self.close()
             self._start(step)
-        found = self._queue.get()
-        if isinstance(found, BaseException):
-            raise found
+        batch = self._queue.get()
+        if isinstance(batch, BaseException):
+            raise batch
         self._next = step + 1
-        return found
+        return batch
 
     def close(self) -> None:
         """Ends the thread."""
@@ -53,15 +53,17 @@ class Ahead:
         self._thread, self._next = None, None
 
     def _start(self, step: int) -> None:
-        self._stop, self._queue = threading.Event(), queue.Queue(AHEAD)
-        arguments = (self._make, step, self._queue, self._stop)
-        self._thread = threading.Thread(target=_fetch, args=arguments, daemon=True)
+        self._stop, self._queue = threading.Event(), queue.Queue(DEPTH)
+        arguments = (self._batches_from, step, self._queue, self._stop)
+        self._thread = threading.Thread(target=_fill, args=arguments, daemon=True)
         self._thread.start()
 
 
-def _fetch(make: Make, step: int, out: queue.Queue[Tensor | BaseException], stop: threading.Event) -> None:
+def _fill(
+    batches_from: BatchesFrom, step: int, out: queue.Queue[Tensor | BaseException], stop: threading.Event
+) -> None:
     try:
-        for batch in make(step):
+        for batch in batches_from(step):
             while not stop.is_set():
                 try:
                     out.put(batch, timeout=0.1)
@@ -70,7 +72,7 @@ def _fetch(make: Make, step: int, out: queue.Queue[Tensor | BaseException], stop
                     continue
             if stop.is_set():
                 return
-    except BaseException as error:  # it is raised where the batch is asked for
+    except BaseException as error:
         out.put(error)
 
 

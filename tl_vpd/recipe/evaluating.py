@@ -1,0 +1,126 @@
+"""``tl-vpd eval``: a decomposition, a model and tokens by name, and the report as text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+from jaxtyping import Int
+from torch import Tensor
+
+from tl_vpd import bundled
+from tl_vpd.decomposition import Decomposition
+from tl_vpd.evaluation import MEASURES, Evaluation, EvaluationConfig, evaluate
+from tl_vpd.recipe.data import DataRecipe
+from tl_vpd.recipe.model import ModelRecipe, usable_device
+
+N = TypeVar("N", int, float)
+
+
+def evaluate_by_name(
+    decomposition: str,
+    model: ModelRecipe,
+    data: DataRecipe,
+    config: EvaluationConfig,
+    *,
+    rows: int,
+    off_distribution: Mapping[str, str],
+    others: Mapping[str, str],
+) -> Evaluation:
+    """Evaluates a decomposition.
+
+    Args:
+        decomposition: a folder, or ``bundled``.
+        model: its target.
+        data: the tokens.
+        config: what is measured.
+        rows: of tokens, of this data and of each in ``off_distribution``.
+        off_distribution: files of other text, as in ``data``, by name.
+        others: folders of other decompositions of the model, by name.
+    """
+    device = usable_device(model.device)
+
+    def load(name: str) -> Decomposition:
+        return bundled.decomposition(device=device) if name == "bundled" else Decomposition.load(name, device=device)
+
+    vpd, target = load(decomposition), model.load()
+
+    def tokens(recipe: DataRecipe) -> Int[Tensor, "_ pos"]:
+        return recipe.first(target, rows, default_key="validation")
+
+    def text(files: str) -> DataRecipe:
+        return DataRecipe(tokens=files, key=data.key if files.endswith(".safetensors") else None)
+
+    return evaluate(
+        vpd,
+        target,
+        tokens(data),
+        config,
+        off_distribution={name: tokens(text(files)) for name, files in off_distribution.items()},
+        others={name: load(folder) for name, folder in others.items()},
+    )
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """An evaluation's verdict and tables as text."""
+    record = evaluation.record
+    lines = [f"! {warning}" for warning in evaluation.warnings] or ["No known fault was found."]
+    lines.append("\n" + evaluation.table().round(4).to_string())
+    for name, rows in record["tables"].items():
+        if rows:
+            lines.append(f"\n{name}\n" + evaluation.to_pandas(name).round(4).to_string(index=False))
+    lines.append("\n" + evaluation.sites_table().round(3).to_string())
+    target = f"target CE {record['target_ce']:.4f}   " if record.get("target_ce") is not None else ""
+    lines.append(
+        f"{target}L0 {record['l0']:.1f} per token of {record['alive']} alive, "
+        f"{record['built']} built, {record['summed_rank']} summed ranks   {record['tokens']} tokens"
+    )
+    return lines + [f"{name} left out: {reason}" for name, reason in record["left_out"].items()]
+
+
+def measures_of(text: str) -> Sequence[str]:
+    """``all``, ``none``, or names with commas."""
+    return {"all": MEASURES, "none": ()}.get(text) or [name for name in text.split(",") if name not in ("", "none")]
+
+
+def numbers(option: str, text: str, kind: type[N]) -> list[N]:
+    """Numbers with commas.
+
+    Raises:
+        ValueError: one is not a number of that kind.
+    """
+    try:
+        return [kind(number) for number in text.split(",") if number.strip()]
+    except ValueError as error:
+        which = "whole numbers with commas, such as 20,320" if kind is int else "numbers with commas, such as 0.5,1,2"
+        raise ValueError(f"{option} {text!r}: give {which}.") from error
+
+
+def by_name(option: str, texts: Sequence[str] | None) -> dict[str, str]:
+    """``NAME=VALUE`` options.
+
+    Raises:
+        ValueError: one has no name or no value.
+    """
+    result = {}
+    for text in texts or ():
+        name, _, value = text.partition("=")
+        if not (name and value):
+            raise ValueError(f"{option} {text!r}: give a name and a path, such as {option} prose=text.txt.")
+        result[name] = value
+    return result
+
+
+def check_writable(*paths: Path | None) -> None:
+    """Refuses paths of files that could not be written, before anything is computed.
+
+    Raises:
+        FileNotFoundError: a folder does not exist.
+        IsADirectoryError: a path is a folder.
+    """
+    for path in paths:
+        if path is not None and not path.parent.is_dir():
+            raise FileNotFoundError(f"{path} cannot be written: {path.parent} is not a folder.")
+        if path is not None and path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder: give the name of a file.")

@@ -1,0 +1,158 @@
+"""A run as one file: which model, which tokens, and the three configs of ``tl_vpd.decompose``.
+
+    model: {name: bundled}                 # or a name that TransformerLens knows, with kind and options
+    data: {tokens: bundled}                # or a .npy / .safetensors of tokens [n, pos], or text files
+    vpd: {steps: 2000, C: 128}             # tl_vpd.VPDConfig: what is learned
+    execution: {micro_batch: 4}            # tl_vpd.ExecutionConfig: how it runs
+    saving: {folder: runs/first}           # tl_vpd.SavingConfig: what is written
+
+Unknown keys are refused. Under ``torchrun`` every process reads the same recipe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml
+from pydantic import ValidationError
+
+from tl_vpd.evaluation.feature_splitting import decompose_at_sizes, feature_splitting
+from tl_vpd.planning import Footprint, Target, TransformerShape, footprint
+from tl_vpd.recipe.data import DataRecipe
+from tl_vpd.recipe.model import ModelRecipe
+from tl_vpd.training import ExecutionConfig, Run, SavingConfig, VPDConfig, decompose
+from tl_vpd.training.config import Frozen
+
+
+class Recipe(Frozen):
+    """A whole run."""
+
+    model: ModelRecipe = ModelRecipe()
+    data: DataRecipe = DataRecipe()
+    vpd: VPDConfig = VPDConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    saving: SavingConfig = SavingConfig()
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Reads a YAML file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a recipe; the message names each wrong key.
+        """
+        sections = "model, data, vpd, execution and saving"
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist: give a YAML file with {sections}.")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"{path} holds a {type(content).__name__}; keys {sections} are needed.")
+        try:
+            return cls.model_validate(content)
+        except ValidationError as error:
+            raise ValueError(f"{path}: {_sentence(error)}") from error
+
+    def changed(self, **sections: Mapping[str, Any]) -> Recipe:
+        """The recipe with other values in sections; values of None leave the recipe's.
+
+        >>> Recipe().changed(vpd={"C": 8, "gamma": {"d_ci": 64}}, execution={"micro_batch": None}).vpd.gamma.d_ci
+        64
+
+        Raises:
+            ValueError: a value is not allowed.
+        """
+        try:
+            return Recipe.model_validate(_merged(self.model_dump(), sections))
+        except ValidationError as error:
+            raise ValueError(_sentence(error)) from error
+
+    def train(self, *, resume: bool = False) -> Run:
+        """Trains the decomposition.
+
+        Raises:
+            ValueError: no folder is named.
+        """
+        if self.saving.folder is None:
+            raise ValueError("saving.folder is missing: name the folder that the decomposition goes to.")
+        model = self.model.load()
+        configs = {"execution": self.execution, "saving": self.saving}
+        return decompose(model, self.data.load(model), self.vpd, **configs, resume=resume)  # type: ignore[arg-type]
+
+    def feature_splitting(self, factors: Sequence[float], *, rows: int) -> pd.DataFrame:
+        """Trains decompositions with other numbers of subcomponents, and counts how many of each are alive.
+
+        Args:
+            factors: of the recipe's C.
+            rows: of tokens that the counts are measured on.
+        """
+        model = self.model.load()
+        tokens = self.data.load(model)
+        runs = decompose_at_sizes(
+            model, tokens, self.vpd, factors=factors, execution=self.execution, saving=self.saving
+        )
+        return feature_splitting(runs, model, self.data.first(model, rows))
+
+    def footprint(self, shape: TransformerShape | None = None, *, processes: int = 1) -> Footprint:
+        """What one process of the run stores and computes.
+
+        Args:
+            shape: of a transformer that is not loaded (None: the recipe's model).
+            processes: how many split the batch.
+
+        Raises:
+            ValueError: the length of rows is not known, or the batch cannot be split equally.
+        """
+        model = self.model.load() if shape is None else None
+        context = self.data.context or (0 if model is None else model.cfg.n_ctx)
+        if not context:
+            raise ValueError("Give --context: the tokens in a row.")
+        target = Target.of(model if shape is None else shape)
+        return footprint(target, self.vpd, context=context, execution=self.execution, processes=processes)
+
+
+def recipe_and_shape(path: Path | None, numbers: Mapping[str, Any]) -> tuple[Recipe, TransformerShape | None]:
+    """A recipe from a file, or an empty one for the numbers of a transformer.
+
+    Args:
+        path: of a recipe (None: there are numbers).
+        numbers: by field of ``TransformerShape``; None where a number is left out.
+
+    Raises:
+        ValueError: both are given, or neither, or a number is missing.
+    """
+    options = {name: value for name, value in numbers.items() if value is not None}
+    if path is not None:
+        if options:
+            raise ValueError(f"{path} says which model: leave out {_options(options)}.")
+        return Recipe.read(path), None
+    missing = [
+        name for name, field in TransformerShape.model_fields.items() if field.is_required() and name not in options
+    ]
+    if missing:
+        raise ValueError(f"Give a recipe, or the model's numbers too: {_options(missing)}.")
+    return Recipe(), TransformerShape(**options)
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested values with those of ``changes`` that are not None."""
+    result = dict(values)
+    for name, change in changes.items():
+        if isinstance(change, Mapping) and isinstance(result.get(name), Mapping):
+            result[name] = _merged(result[name], change)
+        elif change is not None:
+            result[name] = change
+    return result
+
+
+def _sentence(error: ValidationError) -> str:
+    return "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+
+
+def _options(names: Any) -> str:
+    return ", ".join("--" + name.replace("_", "-") for name in names)
