@@ -9,25 +9,18 @@ From a base size (2 layers, d_model 128, 4 x 64 tokens) one thing is changed at 
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
-import torch
+from benchmarks import harness
+from benchmarks.models import SITES, Size, config_of, trainer_step
 
-from benchmarks.step import SITES, Size, high_water, own_step
-from benchmarks.timing import machine
-
-RESULT = Path(__file__).parent / "results" / "growth.json"
-BASE = Size(128, 512, 512, 4, 64, (128, 128, 256, 256, 512, 512), 128, 512, float("nan"))
+BASE = Size(128, 512, 512, 4, 64, (128, 128, 256, 256, 512, 512), 128, 512)
 QUERIES_KEYS, ATTENTION, EVERY = SITES[:2], SITES[:4], SITES
 
 Setting = tuple[Size, tuple[str, ...]]
@@ -53,40 +46,29 @@ def measure(setting: Setting, steps: int) -> dict[str, float]:
     from tl_vpd.training import Trainer  # noqa: F401 (imports are not part of it)
 
     size, sites = setting
-    before = high_water()
-    step = own_step(size, sites=sites)
-    taken = []
-    for _ in range(steps + 3):
-        start = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - start)
-    found = {"seconds": round(statistics.median(taken[3:]), 4), "peak_mb": round((high_water() - before) / 1024, 1)}
-    return found | predicted(size, sites)
+    before = harness.peak_mb()
+    step = trainer_step(size, sites=sites)
+    seconds = [harness.seconds_of(step) for _ in range(steps + 3)][3:]
+    peak = harness.peak_mb() - before
+    return {"seconds": round(statistics.median(seconds), 4), "peak_mb": round(peak, 1)} | predicted(size, sites)
 
 
 def predicted(size: Size, sites: tuple[str, ...]) -> dict[str, float]:
     """GFLOP of a step's products and MB at its peak, from shapes."""
     from tl_vpd.planning.footprint import footprint, transformer
-    from tl_vpd.training import VPDConfig
 
     target = transformer(
         layers=size.layers, d_model=size.d_model, heads=size.heads, d_mlp=size.d_mlp, vocabulary=size.vocabulary
     )
-    config = VPDConfig(
-        batch_size=size.batch,
-        sites=sites,
-        C={name: C for name, C in zip(SITES, size.C, strict=True) if name in sites},
-        gamma={"d_ci": size.d_gamma, "d_mlp": size.d_gamma_mlp, "n_blocks": size.blocks, "n_heads": 4},
-    )
-    found = footprint(target, config, context=size.context)
-    return {"predicted_gflop": round(found.step_flops / 1e9, 2), "predicted_mb": round(found.total / 2**20, 1)}
+    needs = footprint(target, config_of(size, sites), context=size.context)
+    return {"predicted_gflop": round(needs.step_flops / 1e9, 2), "predicted_mb": round(needs.total / 2**20, 1)}
 
 
 def main() -> None:
     """Measures and writes the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser = harness.parser("growth", __doc__)
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--only", choices=list(settings()), help="change this alone")
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "VALUE"), help="measure one setting in this process")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -95,20 +77,13 @@ def main() -> None:
         print(json.dumps(measure(settings()[what][value], arguments.steps)))
         return
     record: dict[str, Any] = {}
-    for what, values in settings().items():
-        for value in values:
+    for what in [arguments.only] if arguments.only else settings():
+        for value in settings()[what]:
             command = [sys.executable, "-m", "benchmarks.growth", "--steps", str(arguments.steps), "--one", what, value]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            record.setdefault(what, {})[value] = json.loads(done.stdout.splitlines()[-1])
+            output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            record.setdefault(what, {})[value] = json.loads(output.splitlines()[-1])
             print(what, value, record[what][value], flush=True)
-    record["settings"] = {
-        "command": "python -m benchmarks.growth",
-        "base": "2 layers, d_model 128, 4 x 64 tokens",
-        "transformer_lens": version("transformer_lens"),
-        "torch_threads": torch.get_num_threads(),
-        **machine(),
-    }
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    harness.write(arguments.out, record, "growth", base="2 layers, d_model 128, 4 x 64 tokens")
 
 
 if __name__ == "__main__":

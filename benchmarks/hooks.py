@@ -2,7 +2,7 @@
 
     python -m benchmarks.hooks                       # writes benchmarks/results/hooks.json (about five minutes on two cores)
 
-``idle``                      attached, nobody listening
+``idle``                      attached, no hook listening
 ``read_one_site``             one site's activations cached (``read_one_site_product_only``: the plain model and that one product)
 ``ablate_8``                  eight subcomponents of one site ablated (``ablate_8_sites``: one of each of eight sites)
 ``all_masked``                every site masked with a mask for every token and subcomponent, Δ's too
@@ -13,45 +13,30 @@ The model is a random HookedTransformer (or TransformerBridge) of four GPT-2-sma
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import machine, ratio, seconds_in_turn
+from benchmarks import harness
+from benchmarks.harness import ratio, seconds_in_turn
+from benchmarks.models import hooked_transformer
 from tl_vpd import Decomposition, VPDConfig
 from tl_vpd.adapters import adapt
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.training import new_decomposition
 
 LAYERS, D_MODEL, HEADS, VOCABULARY = 4, 768, 12, 5000
-RESULT = Path(__file__).parent / "results" / "hooks.json"
 
 
-def hooked_transformer(context: int) -> Any:
+def transformer(context: int) -> Any:
     """Four layers of GPT-2 small's shape with random weights."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-
-    return HookedTransformer(
-        HookedTransformerConfig(
-            n_layers=LAYERS,
-            d_model=D_MODEL,
-            n_heads=HEADS,
-            d_head=D_MODEL // HEADS,
-            d_mlp=4 * D_MODEL,
-            d_vocab=VOCABULARY,
-            n_ctx=context,
-            act_fn="gelu_new",
-            normalization_type="LN",
-            seed=0,
-        )
+    return hooked_transformer(
+        layers=LAYERS, d_model=D_MODEL, heads=HEADS, vocabulary=VOCABULARY, context=context, act_fn="gelu_new"
     )
 
 
@@ -74,7 +59,7 @@ def bridge(context: int) -> Any:
 
 
 class _ProductsOnly:
-    """Taps that compute ``(x @ V) @ U`` at every site and throw it away."""
+    """Taps that compute ``(x @ V) @ U`` at every site and discard it."""
 
     def __init__(self, model: Any, vpd: Decomposition) -> None:
         self.handles: list[Any] = []
@@ -92,14 +77,14 @@ class _ProductsOnly:
             self.handles += self.adapter.tap(name, read, write)
 
     def remove(self) -> None:
-        """Takes the taps off."""
+        """Removes the taps."""
         for handle in self.handles:
             handle.remove()
 
 
 @torch.no_grad()
 def measure(build: Callable[[int], Any], batch: int, context: int, rounds: int) -> dict[str, Any]:
-    """All ratios for one class of models; each variant has a model of its own, so that none sees another's hooks."""
+    """All ratios for one class of models; each variant has another model, so that none runs another's hooks."""
     tokens = torch.randint(0, VOCABULARY, (batch, context), generator=torch.Generator().manual_seed(0))
     models = {name: build(context) for name in ("plain", "attached", "products")}
     adapter = adapt(models["plain"])
@@ -145,39 +130,24 @@ def measure(build: Callable[[int], Any], batch: int, context: int, rounds: int) 
         x = torch.randn(batch, context, D_MODEL)
         product = seconds_in_turn({"one": lambda: x @ vpd.V[one], "plain": lambda: plain(tokens)}, rounds=rounds)
     products.remove()
-    found: dict[str, Any] = {name: round(ratio(seconds, name, "plain"), 4) for name in seconds if name != "plain"}
-    found["read_one_site_product_only"] = round(1 + ratio(product, "one", "plain"), 4)
-    found["all_masked_over_products_only"] = round(ratio(seconds, "all_masked", "all_masked_products_only"), 4)
-    found["plain_seconds"] = round(statistics.median(seconds["plain"]), 4)
-    return found
+    figures: dict[str, Any] = {name: round(ratio(seconds, name, "plain"), 4) for name in seconds if name != "plain"}
+    figures["read_one_site_product_only"] = round(1 + ratio(product, "one", "plain"), 4)
+    figures["all_masked_over_products_only"] = round(ratio(seconds, "all_masked", "all_masked_products_only"), 4)
+    figures["plain_seconds"] = round(statistics.median(seconds["plain"]), 4)
+    return figures
 
 
 def main() -> None:
     """Measures and writes the record."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=RESULT)
+    parser = harness.parser("hooks", __doc__)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=21)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", DeprecationWarning)
-    shape = (arguments.batch, arguments.context, arguments.rounds)
-    record = {
-        **measure(hooked_transformer, *shape),
-        "bridge": measure(bridge, *shape),
-        "settings": {
-            "command": "python -m benchmarks.hooks",
-            "layers": LAYERS,
-            "d_model": D_MODEL,
-            "C": "2 * min(d_in, d_out)",
-            "batch": arguments.batch,
-            "context": arguments.context,
-            "rounds": arguments.rounds,
-            "transformer_lens": version("transformer_lens"),
-            **machine(),
-        },
-    }
-    arguments.out.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    sizes = {name: getattr(arguments, name) for name in ("batch", "context", "rounds")}
+    record = {**measure(transformer, **sizes), "bridge": measure(bridge, **sizes)}
+    harness.write(arguments.out, record, "hooks", layers=LAYERS, d_model=D_MODEL, C="2 * min(d_in, d_out)", **sizes)
     print(json.dumps(record, indent=2))
 
 

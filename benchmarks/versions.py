@@ -1,10 +1,10 @@
 """Steps of several versions of this repository in turn: what a change brought, on a machine whose speed wanders.
 
-    python -m benchmarks.versions HEAD~3:compiled HEAD:compiled HEAD:plain --size S --rounds 50
+    python -m benchmarks.versions HEAD~3:compiled HEAD:compiled .:reference --size S --rounds 50
 
-A version is a commit, or ``.`` for the files as they are now, and behind a colon one of ``benchmarks.step``'s variants or
-``plain``. Each runs in a process of its own; a round is one step of each, in random order. Printed: median seconds, and the
-median over rounds of the ratio to the first one.
+A version is a commit, or ``.`` for the files in the working tree, and behind a colon one of that version's variants
+(``benchmarks.models``) or ``reference``. Each runs in its own process; a round is one step of each, in random order. Printed:
+median seconds, and the median over rounds of the ratio to the first one.
 """
 
 from __future__ import annotations
@@ -78,16 +78,16 @@ def measure(names: list[str], size: str, rounds: int) -> dict[str, tuple[float, 
             for version in versions:
                 for _ in range(WARM_UP):
                     version.step()
-            found: list[dict[str, float]] = []
+            seconds: list[dict[str, float]] = []
             for _ in range(rounds):
                 order = random.sample(versions, len(versions))
-                found.append({version.name: version.step() for version in order})
+                seconds.append({version.name: version.step() for version in order})
         finally:
             for version in versions:
                 version.process.kill()
                 version.process.wait()
     return {
-        name: (statistics.median(r[name] for r in found), statistics.median(r[name] / r[names[0]] for r in found))
+        name: (statistics.median(r[name] for r in seconds), statistics.median(r[name] / r[names[0]] for r in seconds))
         for name in names
     }
 

@@ -1,0 +1,140 @@
+"""What benchmarks share: variants timed in turn, this process's memory, the machine's name, and records in ``results/``.
+
+On a noisy machine only ratios mean something: variants run in turn, round after round, and medians over rounds are compared.
+
+    >>> seconds = seconds_in_turn({"sum": lambda: sum(range(1000)), "max": lambda: max(range(1000))}, rounds=5)
+    >>> 0 < ratio(seconds, "sum", "max") < 1000
+    True
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+Variant = Callable[[], object]
+
+
+def parser(name: str, documentation: str | None) -> argparse.ArgumentParser:
+    """A benchmark's command line, with the file of its record as ``--out``.
+
+    Args:
+        name: of the benchmark.
+        documentation: shown by ``--help``: the module's docstring.
+    """
+    made = argparse.ArgumentParser(description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--out", type=Path, default=RESULTS / f"{name}.json", help="the file of the record")
+    return made
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A record that another run has written; empty if there is none."""
+    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return record
+
+
+def write(path: Path, record: Mapping[str, Any], name: str, **settings: Any) -> None:
+    """Writes a record with what it was measured with.
+
+    Args:
+        path: the file.
+        record: figures by name.
+        name: of the benchmark.
+        settings: to be noted beside command, versions and machine.
+    """
+    noted = {"command": f"python -m benchmarks.{name}", **settings, **machine()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**record, "settings": noted}, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures were measured on, and with which versions."""
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
+        "cores": os.cpu_count() or 0,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformer_lens": version("transformer_lens"),
+    }
+
+
+def processor() -> str:
+    """The processor's name."""
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def seconds_of(function: Variant) -> float:
+    """Seconds that a call takes, on a GPU up to its last operation."""
+    _wait()
+    start = time.perf_counter()
+    function()
+    _wait()
+    return time.perf_counter() - start
+
+
+def seconds_in_turn(variants: Mapping[str, Variant], *, rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of every variant in each round; a round runs each once, every other round in reverse order.
+
+    Args:
+        variants: what is timed, by name.
+        rounds: that count.
+        warm_up: rounds before those.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    order = list(variants)
+    for i in range(warm_up + rounds):
+        for name in order if i % 2 else reversed(order):
+            taken = seconds_of(variants[name])
+            if i >= warm_up:
+                seconds[name].append(taken)
+    return seconds
+
+
+def ratio(seconds: Mapping[str, list[float]], name: str, base: str) -> float:
+    """The median over rounds of one variant's time over another's in the same round."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[base], strict=True))
+
+
+def resident_mb() -> float:
+    """Memory of this process now, in MB."""
+    return _status("VmRSS")
+
+
+def peak_mb() -> float:
+    """The most memory that this process has had, or has had since ``restart_peak``, in MB."""
+    return _status("VmHWM")  # resource.ru_maxrss would count the parent's
+
+
+def restart_peak() -> None:
+    """Frees what is free, and counts the peak from here."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+
+def _status(field: str) -> float:
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
