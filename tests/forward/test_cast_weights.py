@@ -85,7 +85,7 @@ def step_foreach(vpd):
 
 def load(vpd):
     state = {k: v.clone() for k, v in vpd.state_dict().items()}
-    key = next(k for k in state if k.endswith("_U.blocks/1/mlp/W_in"))
+    key = next(k for k, p in vpd.named_parameters() if p is vpd.U[IN])
     state[key] *= 3
     vpd.load_state_dict(state)
 
@@ -153,18 +153,15 @@ def test_one_that_was_made_under_inference_mode_can_be_used(case):
         assert bool(model(tokens).isfinite().all())
 
 
-def test_constant_weights_collect_no_gradient_and_casts_are_kept(case):
+def test_constant_weights_collect_no_gradient_and_their_casts_are_reused(case):
     model, vpd, _ = case
-    parts = CastWeights(vpd, torch.device("cpu"), model.cfg.dtype)
-    assert parts.V[IN].requires_grad and parts.V[IN].dtype == model.cfg.dtype
-    with parts.constant():
-        once = parts.V[IN]
-        assert not once.requires_grad and parts.V[IN] is once
-        with parts.constant():
-            pass
-        assert parts.V[IN] is once
-    assert parts.V[IN].requires_grad
+    weights = CastWeights(vpd, torch.device("cpu"), model.cfg.dtype)
+    assert weights.V[IN].requires_grad and weights.V[IN].dtype == model.cfg.dtype
+    once = weights.V.constant(IN)
+    assert not once.requires_grad and weights.V.constant(IN) is once
+    assert weights.V[IN].requires_grad
     with torch.no_grad():
-        assert parts.V[IN] is once and torch.equal(once, vpd.V[IN].to(model.cfg.dtype))
+        assert weights.V[IN] is once and torch.equal(once, vpd.V[IN].to(model.cfg.dtype))
     same = CastWeights(vpd.to(model.cfg.dtype), torch.device("cpu"), model.cfg.dtype)
     assert same.V[IN] is vpd.V[IN] and list(same.V) == list(vpd.sites) and len(same.U) == 12
+    assert not same.V.constant(IN).requires_grad and same.V.constant(IN).data_ptr() == vpd.V[IN].data_ptr()

@@ -99,7 +99,7 @@ def test_a_model_without_the_sites_is_refused_and_left_as_it_was(vpd, tokens):
     other = tiny_model(n_layers=1)
     other.add_hook("hook_embed", lambda x, hook: x * 2)
     before = snapshot(other)
-    with pytest.raises(KeyError, match=r"This model has no blocks\.1\.attn\.W_Q.*of another model"):
+    with pytest.raises(ValueError, match=r"This model has no blocks\.1\.attn\.W_Q.*of another model"):
         vpd.causal_importances(other, tokens)
     assert_same(before, snapshot(other))
 

@@ -1,13 +1,13 @@
-"""Short runs as a program of their own: ``python -m tests.training.a_run FOLDER [KEY=VALUE ...] [-- FOLDER ...]``, alone or
-under torchrun.
+"""Short runs as a program: ``python -m tests.training.a_run FOLDER [KEY=VALUE ...] [-- FOLDER ...]``, with torchrun or without.
 
-Keys: ``resume``, ``slow`` (sleeps in every step), ``until`` (asks itself to stop after so many steps), ``sharding``,
-``micro_batch``, ``gamma`` (a kind of Γ), ``dtype`` (the target's), ``precision``, ``merged``, ``data`` (``tensor``,
-``mapped`` or ``rows``), ``tied`` (the first MLP's W_out is its W_in, turned round, and so are its subcomponents).
+Keys: ``resume``, ``slow`` (sleeps in every step), ``until`` (interrupts itself after so many steps), ``sharding``,
+``micro_batch``, ``checkpoint``, ``gamma`` (a kind of Γ), ``dtype`` (the target's), ``precision``, ``merged``, ``data``
+(``tensor``, ``mapped`` or ``rows``), ``tied`` (the first MLP's W_out is the transpose of its W_in, and so are its subcomponents).
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -20,10 +20,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from tests.tiny import GAMMA, some_tokens, tiny_model
 from tl_vpd import ExecutionConfig, SavingConfig, VPDConfig
 from tl_vpd.training import Trainer, decompose
+from tl_vpd.training.masked_passes import MaskedPasses
 
 CONFIG = VPDConfig(
     steps=8,
@@ -34,21 +37,28 @@ CONFIG = VPDConfig(
     minimality={"frequency_half_life": 4.0},
 )
 ROWS = (12, 6)
-EXECUTION = ("micro_batch", "sharding", "precision")
+EXECUTION = ("micro_batch", "sharding", "precision", "checkpoint")
 TIED = ("blocks.0.mlp.W_in", "blocks.0.mlp.W_out")
-PLAIN_STEP = Trainer.step
+PLAIN_STEP, PLAIN_PASSES = Trainer.step, MaskedPasses.run
 
 
 def main(folder: Path, given: dict[str, str]) -> None:
-    """Eight steps, saved after each; what each process holds at the end is in ``bytes-RANK.json``."""
+    """Eight steps, saved after each; the bytes that each process stores are in ``bytes-RANK.json``."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    bytes_of: dict[str, int] = {}
+
+    def watched_passes(self: MaskedPasses, *arguments: Any) -> Any:
+        for result in PLAIN_PASSES(self, *arguments):
+            bytes_of["parameters after a pass"] = size_of(list(self.engine.decomposition.parameters()))
+            yield result
 
     def watched(self: Trainer, *arguments: Any) -> Any:
         found = PLAIN_STEP(self, *arguments)
         folder.mkdir(parents=True, exist_ok=True)
-        held = folder / f"bytes-{self.world.rank}.json"
-        held.write_text(json.dumps(bytes_of(self)))
+        bytes_of["parameters"] = size_of(list(self.decomposition.parameters()))
+        bytes_of["moments"] = size_of([t for s in self.optimizer.state.values() for t in s.values() if t.ndim])
+        (folder / f"bytes-{self.world.rank}.json").write_text(json.dumps(bytes_of))
         if "slow" in given:
             sys.stdout.write(f"{self.done}\n")
             sys.stdout.flush()
@@ -57,7 +67,7 @@ def main(folder: Path, given: dict[str, str]) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return found
 
-    Trainer.step = watched  # type: ignore[method-assign]
+    Trainer.step, MaskedPasses.run = watched, watched_passes  # type: ignore[method-assign]
     model = tiny_model(dtype=getattr(torch, given.get("dtype", "float32")))
     config = CONFIG.model_copy(
         update={
@@ -69,7 +79,7 @@ def main(folder: Path, given: dict[str, str]) -> None:
     if "tied" in given:
         with torch.no_grad():
             model.blocks[0].mlp.W_out.copy_(model.blocks[0].mlp.W_in.T)
-    decompose(
+    run = decompose(
         model,
         data(folder, given.get("data", "tensor")),
         config,
@@ -78,6 +88,8 @@ def main(folder: Path, given: dict[str, str]) -> None:
         resume="resume" in given,
         progress=False,
     )
+    decomposition = copy.deepcopy(run.decomposition)  # which sharded modules cannot be
+    assert not any(isinstance(module, FSDPModule) for module in decomposition.modules())
 
 
 def data(folder: Path, kind: str) -> Any:
@@ -90,18 +102,10 @@ def data(folder: Path, kind: str) -> Any:
     return tokens
 
 
-def bytes_of(trainer: Trainer) -> dict[str, int]:
-    """Bytes of a process's parameters between steps, and of AdamW's moments."""
-    moments = [t for own in trainer.optimizer.state.values() for t in own.values() if t.ndim]
-    return {
-        "parameters": size_of(list(trainer.decomposition.parameters())),
-        "moments": size_of(moments),
-    }
-
-
 def size_of(tensors: list[Tensor]) -> int:
-    """Bytes of tensors."""
-    return sum(t.numel() * t.element_size() for t in tensors)
+    """Bytes of what this process stores of tensors."""
+    stored = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    return sum(t.numel() * t.element_size() for t in stored)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which decompositions are attached to which models now. Held weakly: a model holds what is attached to it."""
+"""Which decompositions are attached to which models now. References are weak: the model has the strong one."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
 
 
 def attached_to(model: nn.Module) -> Attachment | None:
-    """What is attached to this model, if anything."""
+    """The attachment of this model, if there is one."""
     return next((a for a in _attached if a.model is model), None)
 
 
 def attachments(decomposition: DecomposedWeights) -> list[Attachment]:
-    """Where the decomposition is attached now."""
+    """All attachments of a decomposition."""
     return [a for a in _attached if a.decomposition is decomposition]
 
 
 def add(attached: Attachment) -> None:
-    """Notes that it is attached."""
+    """Registers an attachment."""
     _attached.add(attached)
 
 
 def discard(attached: Attachment) -> None:
-    """Notes that it is attached no longer."""
+    """Removes an attachment."""
     _attached.discard(attached)

@@ -10,7 +10,7 @@ importances g (or the pre-sigmoid values of g), which all sites store on one con
 
 Products are carried out in the precision of y₀ (under autocast lower than that of V, U, g and r, where gradients return).
 Only routed tokens are computed: elsewhere the output is y₀ and gradients pass to it. ∂g and ∂r do not travel through autograd:
-each block adds to, or writes into, two concatenated tensors that all sites share (``grad_g``, ``grad_sources``), so that no
+each block adds to, or writes into, two concatenated tensors of all sites (``grad_g``, ``grad_sources``), so that no
 tensor of the size of ∂m is ever made (``tl_vpd.forward.site_columns``).
 """
 
@@ -40,8 +40,8 @@ class BlockedMasks:
         values: importances of all sites, concatenated; or, with ``squash``, the pre-sigmoid values they are made from.
         sources: in [0, 1], concatenated, Δ's behind.
         site_axis: the sites on the last axis.
-        routing: by site, where the masked path is taken (None: everywhere).
-        source_rows: the row of the sources that each token uses, tokens in the order of the values' rows (None: its own).
+        routing: by site, where the masked path is computed (None: everywhere).
+        source_rows: the row of the sources that each token uses, tokens in the order of the values' rows (None: the same row).
         grad_g: where backward adds the gradient of the importances (None: it is not computed).
         grad_sources: where backward leaves the gradient of the sources, or of the first of them: zero at the start, and right
             after one backward (None: it is not computed).

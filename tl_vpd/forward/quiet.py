@@ -1,4 +1,4 @@
-"""Runs on the package's own behalf: the model in eval mode, its weights without gradients, users' hooks set aside."""
+"""Internal runs of a model: in eval mode, its weights without gradients, users' hooks set aside."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tl_vpd.adapters import Adapter
 
 @contextmanager
 def frozen(adapter: Adapter) -> Iterator[None]:
-    """The model in eval mode and without gradients for its weights; both are put back as they were."""
+    """Inside, the model is in eval mode and its weights have no gradients; both are restored afterwards."""
     modes = [(m, m.training) for m in adapter.modules()]
     parameters = [(p, p.requires_grad) for m, _ in modes for p in m.parameters(recurse=False)]
     try:
@@ -32,7 +32,7 @@ def frozen(adapter: Adapter) -> Iterator[None]:
 
 @contextmanager
 def users_hooks_aside(adapter: Adapter) -> Iterator[None]:
-    """Sets aside every HookPoint's hooks that are not permanent, and puts back the very same dictionaries.
+    """Sets aside every HookPoint's hooks that are not permanent, and restores the same dictionaries afterwards.
 
     A clean pass must see the target, not the user's patches. Hooks on other modules (the decomposition's taps among them)
     are left alone.

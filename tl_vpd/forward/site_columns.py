@@ -23,7 +23,7 @@ class SiteColumns:
         values: importances, or with ``squash`` pre-sigmoid values.
         sources: of the subcomponents.
         delta: Δ's.
-        source_rows: the row of the sources that each token uses (None: its own).
+        source_rows: the row of the sources that each token uses (None: the same row).
         squash: makes importances from the values (None: they are importances).
         grad_g: where the gradient of the importances is added (None: nowhere).
         grad_sources: where the gradients of sources and of Δ's source, or of the first rows of them, go (None: nowhere).

@@ -1,7 +1,7 @@
 """Taps on every site of a model, and one forward pass as they see it.
 
 Users' hooks (``tl_vpd.hooks``) and training (``MaskedModel``) read inputs, replace outputs and check that every site ran exactly
-once in the same way: a ``SitePass`` is made for a forward pass, handed to the taps while the pass runs, and dropped.
+once in the same way: a ``SitePass`` is made for a forward pass, given to the taps while the pass runs, and dropped.
 
     >>> taps = SiteTaps(adapter, names)                                # doctest: +SKIP
     >>> handles = taps.put_on()                                        # doctest: +SKIP
@@ -23,15 +23,15 @@ from tl_vpd.adapters import Adapter
 from tl_vpd.adapters.taps import Handle
 
 SiteFunction = Callable[[str, Tensor, Tensor], Tensor | None]
-"""Takes a site's name, its input and its output as the model passes them; gives another output, or None for the model's own."""
+"""From a site's name, its input and its output as the model passes them to another output (None: the model's stays)."""
 
 
 class SitePass:
-    """What one forward pass reads at the sites, what it puts in the place of their outputs, and how often each ran.
+    """What one forward pass reads at the sites, what it replaces their outputs with, and how often each ran.
 
     Args:
-        function: of the sites' outputs (None: the model's own).
-        read: is called with each site's name and input, as the model passes it, before the output is there.
+        function: replaces the sites' outputs (None: the model's stay).
+        read: is called with each site's name and input, as the model passes it, before the output is computed.
         collect: whether ``inputs`` gathers every site's input, without a head axis.
 
     Attributes:
@@ -53,7 +53,7 @@ class SitePass:
 
 
 class SiteTaps:
-    """Taps on sites. Nothing is kept here but which pass runs now (None: the taps do nothing).
+    """Taps on sites. They store nothing but the pass that is running, while it runs (None: the taps do nothing).
 
     Args:
         adapter: of the model.
@@ -65,12 +65,16 @@ class SiteTaps:
         self.current: SitePass | None = None
 
     def put_on(self) -> list[Handle]:
-        """Taps every site."""
-        return [
-            handle
-            for name in self.names
-            for handle in self.adapter.tap(name, partial(self._read, name), partial(self._write, name))
-        ]
+        """Taps every site; if one cannot be tapped, none is."""
+        handles: list[Handle] = []
+        try:
+            for name in self.names:
+                handles += self.adapter.tap(name, partial(self._read, name), partial(self._write, name))
+        except BaseException:
+            for handle in handles:
+                handle.remove()
+            raise
+        return handles
 
     @contextmanager
     def during(self, run: SitePass | None) -> Iterator[SitePass | None]:

@@ -30,7 +30,7 @@ class TraceableMasks:
         masks: by masked site; gradients reach them.
         deltas: Δ's masks by site.
         batch: the shape that tokens have in the model.
-        slots: by site, where the masked path is taken (None: everywhere); elsewhere the output of a site is the model's.
+        slots: by site, where the masked path is computed (None: everywhere); elsewhere the output of a site is the model's.
     """
 
     def __init__(

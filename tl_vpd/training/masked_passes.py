@@ -37,7 +37,7 @@ class TokenCounts(NamedTuple):
 
 
 class PassResult(NamedTuple):
-    """A pass's losses by name (their parts of the means over the whole batch), and the gradient of the adversary's sources."""
+    """A pass's losses by name (summed, with the whole batch's denominators), and the gradient of the adversary's sources."""
 
     losses: Losses
     grad_sources: Tensor | None = None

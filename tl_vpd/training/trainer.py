@@ -69,7 +69,7 @@ class Trainer:
         world: the processes that split the batch (None: one).
 
     Raises:
-        ValueError: the batch cannot be split, or tied sites are sharded.
+        ValueError: the batch cannot be split, tied sites are sharded, or V, U and Γ are in less than float32.
         Unsupported: ``checkpoint`` with a model that is not a stack of layers, ``blocked_logits`` with one whose logits are more
             than a product (raised by the first step), or ``compile`` with one in another dtype than V and U.
     """
@@ -193,7 +193,7 @@ class Trainer:
         return metrics
 
     def after_update(self) -> None:
-        """Lets tied sites, and processes that share parameters, have what has changed."""
+        """Copies what has changed to tied sites, and discards what processes have gathered of it."""
         after_update(self.decomposition)
         self.ties.follow()
 
@@ -266,6 +266,9 @@ class Trainer:
 
 def _engine(masked_model: MaskedModel, config: VPDConfig, execution: ExecutionConfig) -> EagerEngine:
     """What runs the passes."""
+    dtype = next(masked_model.weights.weights.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"V, U and Γ are in {dtype}, in which small updates are lost: train with decomposition.float().")
     passes = masked_model, config.output, config.squash
     options = execution.model_dump(include={"precision", "blocked_logits"})
     if not execution.compile:

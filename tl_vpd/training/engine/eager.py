@@ -5,7 +5,7 @@
     >>> (loss,) = engine.reconstruct(clean, inputs, [term], grad_g=grad_g)                    # doctest: +SKIP
     >>> engine.backward_into_gamma(clean, grad_g, grad_sums, penalty)                         # doctest: +SKIP
 
-What is drawn, what losses weigh and in which order passes run is the trainer's matter.
+The trainer decides which random numbers and weights there are, and in which order passes run.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     tokens, z, sources → losses;      gradients of the sources are written, those of g, V and U added, into tensors of the caller
 
-Routed tokens have a fixed number of slots (``tl_vpd.forward.slots``): a pass with more routed tokens cannot run here.
+Routed tokens have a fixed number of slots (``tl_vpd.forward.slots``): passes with more routed tokens run eagerly.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class MaskedGraph:
         return (distances if token_mask is None else distances * token_mask).sum()
 
     def _write_sources(self, tensors: PassTensors, gradients: Mapping[Leaf, Tensor]) -> None:
-        """The gradients of sources and Δ's sources, concatenated as sources are; added up where tokens share a row."""
+        """The gradients of sources and Δ's sources, concatenated as sources are; added up where tokens use the same row."""
         target, source_rows = tensors.grad_sources, tensors.source_rows
         if target is None:
             return

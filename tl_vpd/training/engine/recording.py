@@ -1,7 +1,7 @@
 """A function of tensors as one compiled graph, checked before it is used.
 
-The function runs once under ``make_fx``, which writes down every operation, those of backward passes inside it too; the graph is
-compiled (``torch.compile``) for arguments of these shapes, and its results on other numbers are compared with the function's own.
+The function runs once under ``make_fx``, which records every operation, also of backward passes inside it; the graph is compiled
+(``torch.compile``) for arguments of these shapes, and its results on other numbers are compared with those of the function.
 
     >>> double = compiled(lambda x: x * 2, [torch.ones(3)], RECORDED, TOLERANCE["float32"], gradients=False)
     >>> double(torch.tensor([1.0, 2.0, 3.0]))
@@ -20,7 +20,7 @@ from tl_vpd.adapters import Unsupported
 
 Function = Callable[..., Any]
 RECORDED = "recorded"
-"""In the place of a backend of ``torch.compile``: graphs run as they were written down, which needs no compiler."""
+"""In the place of a backend of ``torch.compile``: graphs run as they were recorded, which needs no compiler."""
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """How far a compiled graph may be from the model itself, as a share of the norm of each result."""
 
@@ -28,10 +28,17 @@ TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 def compiled(
     function: Function, arguments: Sequence[Tensor | None], backend: str, tolerance: float, *, gradients: bool
 ) -> Function:
-    """A function of the tensors among some arguments, compiled for their shapes; the others stay None.
+    """A function of those arguments that are tensors, compiled for their shapes; the others stay None.
+
+    Args:
+        function: of all arguments; returns a tensor, several, or None.
+        arguments: with which it is recorded.
+        backend: of ``torch.compile``, or ``recorded``.
+        tolerance: how far its results may be from the function's.
+        gradients: whether it runs with gradients on.
 
     Raises:
-        Unsupported: its operations cannot be written down, or what was written down gives something else.
+        Unsupported: its operations cannot be recorded, or the graph gives other results.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -45,10 +52,9 @@ def compiled(
             graph: Any = make_fx(filled)(*(t.clone() for t in tensors))
             graph.graph.eliminate_dead_code()
             graph.recompile()
-            made = graph if backend == RECORDED else _optimised(graph, backend, tensors[0].device)
-            error = max(
-                _apart(a, b) for a, b in zip(_on_others(made, tensors), _on_others(filled, tensors), strict=True)
-            )
+            optimised = graph if backend == RECORDED else _optimised(graph, backend, tensors[0].device)
+            results = zip(_on_other_numbers(optimised, tensors), _on_other_numbers(filled, tensors), strict=True)
+            error = max(_relative_error(a, b) for a, b in results)
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as failure:
         instead = "leave compile out" if backend == RECORDED else f"use compile={RECORDED!r}, or leave compile out"
         reason = str(failure).strip().splitlines()[0]
@@ -58,7 +64,7 @@ def compiled(
             f"A compiled pass of this model is off by {error:.1e} on other data (its operations depend on the data): "
             "leave compile out."
         )
-    return made
+    return optimised
 
 
 def _optimised(graph: Function, backend: str, device: torch.device) -> Function:
@@ -67,18 +73,15 @@ def _optimised(graph: Function, backend: str, device: torch.device) -> Function:
     return torch.compile(graph, dynamic=False, backend=backend, options=options)
 
 
-def _on_others(function: Function, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What a function gives for other numbers of the same shapes, and those numbers after it: some are written into."""
+def _on_other_numbers(function: Function, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """A function's results for other numbers of the same shapes, and those numbers after it: it writes into some of them."""
     others = [t.detach().flip(0) if t.ndim else t * 2 for t in tensors]
-    return [*_as_list(function(*others)), *others]
+    results = function(*others)
+    return [*([results] if isinstance(results, Tensor) else results or ()), *others]
 
 
-def _as_list(found: Any) -> list[Tensor]:
-    return [found] if isinstance(found, Tensor) else list(found or ())
-
-
-def _apart(a: Tensor, b: Tensor) -> float:
-    """How far a is from b, as a share of b's norm; where b is not finite, only whether a is not either."""
+def _relative_error(a: Tensor, b: Tensor) -> float:
+    """The distance of a from b divided by the norm of b; where b is not finite, only whether a is not either."""
     a, b = a.detach().double(), b.detach().double()
     if not bool(b.isfinite().all()):
         return 0.0 if torch.equal(a.isfinite(), b.isfinite()) else float("inf")

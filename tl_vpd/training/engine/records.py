@@ -1,4 +1,4 @@
-"""What the parts of a training step pass to each other."""
+"""What trainer and engine pass to each other in a step."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class MaskInputs:
 
     Attributes:
         sources: in [0, 1], Δ's behind.
-        source_rows: the row of the sources that each token uses (None: its own).
+        source_rows: the row of the sources that each token uses (None: the same row).
         routing: where the masked path is computed (None: everywhere).
         sites: the sites that are masked (None: all).
         routed_share: the share of tokens at which a site is expected to be routed.
