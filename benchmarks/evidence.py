@@ -41,7 +41,12 @@ def rows(results: dict[str, Any]) -> list[str]:
 
 def distances(results: dict[str, Any]) -> list[str]:
     """Distances of outputs under masks, one row per toy and method: means over seeds, the adversary's largest."""
-    columns = {"unmasked": "all subcomponents", "importances": "importances", "rounded": "rounded", "stochastic": "random"}
+    columns = {
+        "unmasked": "all subcomponents",
+        "importances": "importances",
+        "rounded": "rounded",
+        "stochastic": "random",
+    }
     lines = [f"| toy | method | {' | '.join(columns.values())} | adversary | none |", "| --- " * 8 + "|"]
     for name, methods in results.items():
         for method, figures in methods.items():

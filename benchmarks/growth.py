@@ -2,7 +2,7 @@
 
     python -m benchmarks.growth                      # writes benchmarks/results/growth.json (a few minutes on two cores)
 
-From a base size (2 layers, d_model 128, 4 x 64 tokens) one thing is changed at a time. Each setting has a process of its own:
+From a base size (2 layers, d_model 128, 4 x 64 tokens) one thing is changed at a time. Each setting runs in a separate process:
 ``seconds`` (median of steps) and ``peak_mb`` (above what imports take), and the GFLOP and MB that
 ``tl_vpd.planning.footprint`` predicts from shapes alone.
 """

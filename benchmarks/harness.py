@@ -102,9 +102,9 @@ def seconds_in_turn(variants: Mapping[str, Variant], *, rounds: int, warm_up: in
     order = list(variants)
     for i in range(warm_up + rounds):
         for name in order if i % 2 else reversed(order):
-            taken = seconds_of(variants[name])
+            duration = seconds_of(variants[name])
             if i >= warm_up:
-                seconds[name].append(taken)
+                seconds[name].append(duration)
     return seconds
 
 

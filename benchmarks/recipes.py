@@ -75,7 +75,7 @@ def one(recipe: str, importance: float, minutes: float, folder: Path) -> dict[st
     config = config_of(recipe, importance, max(1, int(minutes * 60 / seconds)))
     start = time.perf_counter()
     run = decompose(model, rows, config, saving=SavingConfig(log_every=100), progress=False)
-    taken = time.perf_counter() - start
+    duration = time.perf_counter() - start
     run.decomposition.save(folder)
     record = evaluate(
         run.decomposition,
@@ -88,7 +88,7 @@ def one(recipe: str, importance: float, minutes: float, folder: Path) -> dict[st
         "recipe": recipe,
         "importance": importance,
         "steps": config.steps,
-        "minutes": round(taken / 60, 2),
+        "minutes": round(duration / 60, 2),
         "l0": round(float(record["l0"]), 1),
         "pgd_20_kl": round(float(record["pgd_kl"]["20"]), 4),
         **{f"{mode}_kl": round(float(value), 4) for mode, value in kl.items()},
@@ -130,7 +130,7 @@ def main() -> None:
 def _finish(running: list[subprocess.Popen[bytes]]) -> None:
     while running:
         if running.pop(0).wait():
-            raise SystemExit("A run has failed; the others' results are kept.")
+            raise SystemExit("A run has failed; the others' results stay.")
 
 
 if __name__ == "__main__":

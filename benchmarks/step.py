@@ -2,12 +2,12 @@
 
     python -m benchmarks.step                        # writes benchmarks/results/step.json (about half an hour on two cores)
 
-The trainer and the reference take turns, each in a process of its own (the trainer's keeps freed memory, as ``tl-vpd train``
+The trainer and the reference take turns, each in a separate process (the trainer's keeps freed memory, as ``tl-vpd train``
 does). For each size: ``trainer_s`` and ``reference_s`` (medians of rounds), ``ratio`` (reference over trainer, median over
 rounds), ``executed_gflop`` (matrix products that the trainer executes, as torch counts them, which leaves out ``addmm_``),
 ``floor_s`` (the mathematics' matrix products at this machine's rate of large float32 products in the same run),
-``floor_share`` (floor over trainer), ``peak_mb`` and ``reference_peak_mb`` (above what imports take, in a process of their
-own; ``settled_mb`` without the first steps, in which compiled passes are made). The same for the other ``VARIANTS`` of
+``floor_share`` (floor over trainer), ``peak_mb`` and ``reference_peak_mb`` (above what imports take, in separate processes;
+``settled_mb`` without the first steps, in which compiled passes are made). The same for the other ``VARIANTS`` of
 ``benchmarks.models``, under their names; ``checkpoint`` has the peak alone. ``--sizes V`` is M with the vocabulary of GPT-2,
 where logits are made in blocks, beside ``whole_logits``. ``--variants compiled`` measures that and the paper's recipe alone.
 Size L needs a GPU.
@@ -96,9 +96,9 @@ def measure(name: str, rounds: int, variants: Sequence[str]) -> dict[str, dict[s
     seconds: dict[str, list[float]] = {which: [] for which in names}
     for i in range(rounds + 2):
         for which in names if i % 2 else reversed(names):
-            taken = workers[which].ask("step")
+            step_s = workers[which].ask("step")
             if i >= 2:
-                seconds[which].append(taken)
+                seconds[which].append(step_s)
     rates.append(gemm_rate())
     figures: dict[str, dict[str, float]] = {}
     for which in variants:

@@ -3,8 +3,8 @@
     python -m benchmarks.versions HEAD~3:compiled HEAD:compiled .:reference --size S --rounds 50
 
 A version is a commit, or ``.`` for the files in the working tree, and behind a colon one of that version's variants
-(``benchmarks.models``) or ``reference``. Each runs in its own process; a round is one step of each, in random order. Printed:
-median seconds, and the median over rounds of the ratio to the first one.
+(``benchmarks.models``) or ``reference``. Each runs in a separate process; a round is one step of each, in random order.
+Printed: median seconds, and the median over rounds of the ratio to the first one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP = 6
-"""Steps before any is timed: graphs are made, memory is taken."""
+"""Steps before any is timed: graphs are made, memory is allocated."""
 
 
 class Version:
