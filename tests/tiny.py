@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tl_vpd import Decomposition, VPDConfig
 from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
+from tl_vpd.masking.modes import MODES_OF_OPTION
 from tl_vpd.training import new_decomposition
 
 GAMMA = dict(d_ci=8, n_blocks=1, n_heads=2)
@@ -82,6 +83,12 @@ def some_tokens(seed: int = 0, shape: tuple[int, int] = (2, 7), d_vocab: int = 1
 def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
     """Uniform numbers in [0, 1]."""
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def options_of(mode: str, **options: Any) -> dict[str, Any]:
+    """Those of the options that a mode (or a ``rest`` of ``keep_only``) takes; the others raise there."""
+    seeded = options.get("delta") == "drawn"
+    return {k: v for k, v in options.items() if mode in MODES_OF_OPTION[k] or (k == "seed" and seeded)}
 
 
 def weight_of(model: HookedTransformer, site: str) -> Tensor:

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from tests.tiny import ARCHITECTURES, decomposition_of, matrix_of, some_tokens, tiny_model
 from tl_vpd.adapters import adapt, sites
-from tl_vpd.adapters.base import check_tokens
+from tl_vpd.adapters.prompts import check_tokens
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -87,9 +87,11 @@ def test_tokens_that_do_not_fit_are_refused(tokens, message):
 def test_prompts_of_another_type_are_refused_and_one_row_becomes_a_batch():
     adapter = adapt(tiny_model())
     assert adapter.tokens(torch.tensor([1, 2])).tolist() == [[1, 2]]
-    for prompts in (3, [1, 2], [], None):
+    for prompts in (3, [1, 2], None):
         with pytest.raises(TypeError, match="pass a string, a list of strings or a tensor"):
             adapter.tokens(prompts)
+    with pytest.raises(ValueError, match="the list is empty"):
+        adapter.tokens([])
 
 
 def test_taps_come_off():

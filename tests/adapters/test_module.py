@@ -10,7 +10,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import tl_vpd
-from tests.tiny import draw
+from tests.tiny import draw, options_of
 from tl_vpd.adapters import adapt
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.attached import KINDS
@@ -64,7 +64,7 @@ def test_sites_bear_the_layers_paths_and_weights_are_read_and_written():
     adapter.set_weight(OUT, W)
     assert torch.equal(model.head.out.weight, W.T) and adapter.bias(OUT) is None
     assert torch.equal(adapter.bias(FC), model.fc.bias)
-    with pytest.raises(ValueError, match=r"head\.out is 6x3; a \(3, 6\) was given"):
+    with pytest.raises(ValueError, match=r"head\.out is 6x3, and the matrix is \(3, 6\)"):
         adapter.set_weight(OUT, W.T)
     table = tl_vpd.sites(model).set_index("site")
     assert table.d_in.to_dict() == {FC: 4, OUT: 6} and (table.refused == "").all() and table["rank"][OUT] == 3
@@ -133,8 +133,8 @@ def test_every_mode_is_the_formula_under_its_masks(case, x):
     ci = vpd.causal_importances(model, x)
     with torch.no_grad(), vpd.attach(model) as attached:
         for mode in ("unmasked", "stochastic", "rounded", "ci", "zero"):
-            own = {n: (m.mask, m.delta) for n, m in ci.masks(mode, seed=2, threshold=0.2).items()}
-            with attached.masked(mode, seed=2, threshold=0.2):
+            own = {n: (m.mask, m.delta) for n, m in ci.masks(mode, **options_of(mode, seed=2, threshold=0.2)).items()}
+            with attached.masked(mode, **options_of(mode, seed=2, threshold=0.2)):
                 assert_close(model(x), by_hand(model, vpd, x, own), rtol=1e-9, atol=1e-10, msg=mode)
 
 
@@ -157,7 +157,7 @@ def test_the_adversary_attacks_the_squared_error(case, x):
             assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
         with attached.keep_only([f"{FC}:0"], rest="adversarial", seed=3, steps=4):
             expected = model(x)
-        with attached.masked(vpd.adversarial_masks(model, x, kept=f"{FC}:0", seed=3, steps=4)):
+        with attached.masked(vpd.adversarial_masks(model, x, node_set=f"{FC}:0", seed=3, steps=4)):
             assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
 
 
@@ -209,10 +209,10 @@ def test_positions_are_asked_for_only_where_there_are_some():
             vpd.ablation_hooks(f"{FC}:1", pos=[0], values=values),
             vpd.delta_hooks(0.0, pos=1),
         ):
-            with pytest.raises(IndexError, match=r"was given, and .*hook_.* has no positions"):
+            with pytest.raises(IndexError, match=r"needs positions, and .*hook_.* has none"):
                 model.run_with_hooks(x, fwd_hooks=hooks)
         for mode in ("zero", "rounded"):
-            with pytest.raises(IndexError, match="no positions"), attached.masked(mode, pos=1):
+            with pytest.raises(IndexError, match="needs positions"), attached.masked(mode, pos=1):
                 model(x)
 
 

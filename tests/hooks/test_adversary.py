@@ -17,7 +17,7 @@ def kl_under(model, attached, masks, tokens):
     with torch.no_grad():
         target = model(tokens).log_softmax(-1)
         with attached.masked(masks):
-            return float(kl_divergence(target.float(), model(tokens)))
+            return float(kl_divergence(target, model(tokens)))
 
 
 def test_they_are_worse_than_any_random_source_and_with_more_steps_worse_still(model, vpd, tokens):
@@ -81,14 +81,14 @@ def test_seeds_reproduce_and_without_one_torchs_own_state_counts(model, vpd, tok
 
 def test_what_is_kept_is_one_and_all_others_are_free(model, vpd, tokens):
     kept = [str(s) for s in vpd.site_axis.subcomponents() if s.index != 2]
-    found = vpd.adversarial_masks(model, tokens, kept=kept, seed=0, steps=4, step_size=1.0)
+    found = vpd.adversarial_masks(model, tokens, node_set=kept, seed=0, steps=4, step_size=1.0)
     values = set()
     for own in found.values():
         assert bool((own.mask[..., [0, 1, 3, 4, 5]] == 1).all())
         assert own.mask[..., 2].unique().numel() == 1
         values |= {float(own.mask[0, 0, 2]), float(own.delta[0, 0])}
     assert values == {0.0, 1.0}  # steps as long as the interval end in its corners
-    one = vpd.adversarial_masks(model, tokens, kept="blocks.0.mlp.W_in:1", seed=0, steps=1)
+    one = vpd.adversarial_masks(model, tokens, node_set="blocks.0.mlp.W_in:1", seed=0, steps=1)
     assert bool((one["blocks.0.mlp.W_in"].mask[..., 1] == 1).all())
     assert not any(bool((own.mask == 1).all()) for own in one.values())
 
@@ -145,7 +145,7 @@ def test_other_precisions_keep_what_is_kept(tokens, dtype):
     model = tiny_model(dtype=dtype)
     vpd = decomposition_of(model)
     kept = [f"{n}:0" for n in vpd.sites]
-    found = vpd.adversarial_masks(model, tokens, kept=kept, seed=0, steps=3)
+    found = vpd.adversarial_masks(model, tokens, node_set=kept, seed=0, steps=3)
     with torch.no_grad(), vpd.attach(model) as attached, attached.masked(found):
         assert model(tokens).dtype == dtype
     assert all(bool((own.mask[..., 0] == 1).all()) for own in found.values())
@@ -156,8 +156,8 @@ def test_what_does_not_exist_is_said(model, vpd):
     with pytest.raises(KeyError, match=r"did you mean 'blocks\.0\.mlp\.W_in'"):
         vpd.adversarial_masks(model, tokens, sites="blocks.0.mlp.W_ni")
     with pytest.raises(KeyError, match=r"did you mean 'blocks\.0\.mlp\.W_in'"):
-        vpd.adversarial_masks(model, tokens, kept="blocks.0.mlp.W_ni:0")
+        vpd.adversarial_masks(model, tokens, node_set="blocks.0.mlp.W_ni:0")
     with pytest.raises(IndexError, match="0 to 5"):
-        vpd.adversarial_masks(model, tokens, kept="blocks.0.mlp.W_in:6")
+        vpd.adversarial_masks(model, tokens, node_set="blocks.0.mlp.W_in:6")
     with pytest.raises(ValueError, match="outside the vocabulary"):
         vpd.adversarial_masks(model, tokens + 10)

@@ -9,7 +9,7 @@ import weakref
 import pytest
 import torch
 
-from tests.tiny import decomposition_of, tiny_model
+from tests.tiny import decomposition_of, options_of, tiny_model
 
 
 def snapshot(model):
@@ -61,7 +61,7 @@ def test_leaving_by_the_door(lived_in, vpd, tokens):
     with vpd.attach(lived_in) as attached:
         assert torch.equal(lived_in(tokens), clean)
         for mode in ("stochastic", "rounded", "zero"):
-            with attached.masked(mode, seed=0):
+            with attached.masked(mode, **options_of(mode, seed=0)):
                 assert not torch.equal(lived_in(tokens), clean)
         with attached.masked("adversarial", steps=2), attached.ablated("blocks.0.mlp.W_in:1"):
             lived_in(tokens)
@@ -94,7 +94,7 @@ def test_an_exception_in_a_pass_does_not_poison_the_next(model, vpd, tokens, whe
     def run():
         if mode is None:
             return model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_ci"))
-        with attached.masked(mode, seed=3, steps=2):
+        with attached.masked(mode, **options_of(mode, seed=3, steps=2)):
             return model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_ci"))
 
     with vpd.attach(model) as attached:
@@ -103,7 +103,7 @@ def test_an_exception_in_a_pass_does_not_poison_the_next(model, vpd, tokens, whe
             if mode is None:
                 model.run_with_hooks(tokens, fwd_hooks=[(where, stop)])
             else:
-                with attached.masked(mode, seed=3, steps=2):
+                with attached.masked(mode, **options_of(mode, seed=3, steps=2)):
                     model.run_with_hooks(tokens, fwd_hooks=[(where, stop)])
         again, cache_again = run()
         assert torch.equal(again, expected)

@@ -55,14 +55,19 @@ def test_one_site_alone_and_broadcast_masks(model, vpd, tokens):
     m, d = draw(6), 0.3
     expected = edited(model, vpd, {site: (m, d)})(tokens)
     shapes = [
-        SiteMask(m, torch.tensor(d)),
-        SiteMask(m[None, None], torch.full((1, 7), d)),
-        SiteMask(m.expand(7, 6), torch.tensor(d)),
+        SiteMask(m, d),
+        SiteMask(m, torch.tensor(d, dtype=torch.float64)),
+        SiteMask(m[None, None], torch.full((1, 7), d, dtype=torch.float64)),
+        SiteMask(m.expand(1, 7, 6), torch.full((2, 1), d, dtype=torch.float64)),
+        SiteMask(m.expand(2, 1, 6), d),
     ]
     with vpd.attach(model, sites=site) as attached:
-        for own in shapes:
-            with attached.masked({site: own}):
-                assert_close(model(tokens), expected, rtol=1e-7, atol=1e-7)
+        for mask in shapes:
+            with attached.masked({site: mask}):
+                assert_close(model(tokens), expected, rtol=1e-10, atol=1e-10)
+            assert_close(
+                model.run_with_hooks(tokens, fwd_hooks=vpd.mask_hooks({site: mask})), expected, rtol=1e-10, atol=1e-10
+            )
 
 
 def test_every_other_activation_is_the_edited_models_too(model, vpd, tokens):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.tiny import options_of
 from tl_vpd.masking.modes import NEED_IMPORTANCES
 
 
@@ -48,11 +49,11 @@ def test_ablations_everywhere_work_with_a_kv_cache(model, vpd, tokens):
 def test_modes_that_need_importances_refuse_a_kv_cache_and_recompute_without(model, vpd, tokens, mode):
     with torch.no_grad(), vpd.attach(model) as attached:
         message = f"The mode '{mode}' needs the whole prefix.*use_past_kv_cache=False"
-        with pytest.raises(ValueError, match=message), attached.masked(mode, steps=1, seed=0):
+        with pytest.raises(ValueError, match=message), attached.masked(mode, **options_of(mode, steps=1, seed=0)):
             generate(model, tokens)
-        with attached.masked(mode, steps=1, seed=0):
+        with attached.masked(mode, **options_of(mode, steps=1, seed=0)):
             expected = greedy(model, tokens)
-        with attached.masked(mode, steps=1, seed=0):
+        with attached.masked(mode, **options_of(mode, steps=1, seed=0)):
             assert torch.equal(generate(model, tokens, use_past_kv_cache=False), expected)
 
 

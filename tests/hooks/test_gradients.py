@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.tiny import options_of
+
 IN, OUT = "blocks.1.mlp.W_in", "blocks.1.mlp.W_out"
 
 
@@ -80,7 +82,7 @@ def test_training_signal_reaches_v_and_u(model, vpd, tokens, mode):
     step = 1e-5
 
     def loss():
-        with attached.masked(mode, seed=0, sites=[IN]):
+        with attached.masked(mode, sites=[IN], **options_of(mode, seed=0)):
             return model(tokens, return_type="loss")
 
     with vpd.attach(model) as attached:

@@ -165,8 +165,14 @@ def test_what_a_function_gives_that_does_not_fit_is_said(model, vpd, tokens):
         with pytest.raises(ValueError, match=message):
             model.run_with_hooks(tokens, fwd_hooks=vpd.mask_hooks(lambda site, acts: acts[:, :3]))
         hooks = vpd.mask_hooks(lambda site, acts: SiteMask(None, torch.ones(6)))
-        with pytest.raises(ValueError, match=r"Δ's mask for blocks\.0\.attn\.W_Q is \(6,\).*needs \(2, 7\)"):
+        with pytest.raises(ValueError, match=r"Δ's mask for blocks\.0\.attn\.W_Q is \(6,\).*\(2, 7\)"):
             model.run_with_hooks(tokens, fwd_hooks=hooks)
+        for result, kind in ((None, "NoneType"), (0.5, "float")):
+            message = rf"The mask of blocks\.0\.attn\.W_Q is a {kind}: give a tensor"
+            with pytest.raises(TypeError, match=message), attached.masked(lambda site, acts, result=result: result):
+                model(tokens)
+            with pytest.raises(TypeError, match=message):
+                model.run_with_hooks(tokens, fwd_hooks=vpd.mask_hooks(lambda site, acts, result=result: result))
 
 
 def test_a_backward_hook_on_a_mask_shows_each_subcomponents_attribution(model, vpd, tokens):

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import decomposition_of, some_tokens, tiny_model
-from tl_vpd import bundled, evaluate
+from tl_vpd import EvaluationConfig, bundled, evaluate
 from tl_vpd.analysis import harvest
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks import CausalImportances
@@ -44,7 +44,7 @@ def test_masks_follow_the_mode_and_seed(ci):
     assert torch.equal(ci.masks("rounded", threshold=0.3)["a"].mask[0, :, 0], torch.tensor([0.0, 1.0, 0.0]))
     one, same, other = (ci.masks("stochastic", seed=s)["a"].mask for s in (0, 0, 1))
     assert torch.equal(one, same) and not torch.equal(one, other)
-    with pytest.raises(ValueError, match="is no mask mode"):
+    with pytest.raises(ValueError, match="is not a mask mode"):
         ci.masks("round")
 
 
@@ -122,10 +122,10 @@ def test_inputs_elsewhere_are_served_there(model, vpd, tokens):
 )
 def test_a_decomposition_on_the_cpu_serves_a_model_on_a_gpu():
     model, vpd = tiny_model(torch.float32), decomposition_of(tiny_model(torch.float32))
-    expected = evaluate(vpd, model, some_tokens(), budgets=(2,), measures=()).record
+    expected = evaluate(vpd, model, some_tokens(), EvaluationConfig(budgets=(2,), measures=())).record
     ci, harvested = vpd.causal_importances(model, some_tokens()), harvest(vpd, model, some_tokens()).to_pandas()
     model.to("cuda")
     assert_close(vpd.causal_importances(model, some_tokens()).concatenated.cpu(), ci.concatenated, atol=1e-4, rtol=1e-3)
     assert len(harvest(vpd, model, some_tokens()).to_pandas()) == len(harvested)
-    found = evaluate(vpd, model, some_tokens(), budgets=(2,), measures=()).record
+    found = evaluate(vpd, model, some_tokens(), EvaluationConfig(budgets=(2,), measures=())).record
     assert found["l0"] == pytest.approx(expected["l0"], abs=0.1) and vpd.device.type == "cpu"

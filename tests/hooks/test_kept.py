@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.tiny import edited, some_tokens
+from tests.tiny import edited, options_of, some_tokens
 from tl_vpd.losses import kl_divergence
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.site import Subcomponent
@@ -103,7 +103,7 @@ def test_the_drawn_masks_are_the_ones_that_act(model, vpd, tokens):
 @pytest.mark.parametrize("rest", ["stochastic", "adversarial"])
 def test_seeds_reproduce(model, vpd, tokens, rest):
     def run(seed):
-        with torch.no_grad(), attached.keep_only(KEPT, rest=rest, seed=seed, steps=1):
+        with torch.no_grad(), attached.keep_only(KEPT, rest=rest, **options_of(rest, seed=seed, steps=1)):
             return [model(tokens) for _ in range(2)]
 
     with vpd.attach(model) as attached:
@@ -120,7 +120,7 @@ def test_the_adversary_finds_something_worse_than_zero_or_chance_and_leaves_what
 
         def kl(rest, **how):
             with attached.keep_only(kept, rest=rest, **how):
-                return float(kl_divergence(target.float(), model(tokens)))
+                return float(kl_divergence(target, model(tokens)))
 
         chance = [kl("stochastic", seed=s) for s in range(5)]
         attacked = kl("adversarial", seed=0, steps=10)
@@ -138,7 +138,7 @@ def test_the_adversarial_rest_is_the_masks_that_adversarial_masks_finds(model, v
     with torch.no_grad(), vpd.attach(model) as attached:
         with attached.keep_only(KEPT, rest="adversarial", seed=4, steps=3, step_size=0.2, sites="*.mlp.*"):
             expected = model(tokens)
-        found = vpd.adversarial_masks(model, tokens, kept=KEPT, seed=4, steps=3, step_size=0.2, sites="*.mlp.*")
+        found = vpd.adversarial_masks(model, tokens, node_set=KEPT, seed=4, steps=3, step_size=0.2, sites="*.mlp.*")
         with attached.masked(found):
             assert_close(model(tokens), expected, rtol=1e-9, atol=1e-9)
 
@@ -161,9 +161,17 @@ def test_a_kv_cache_works_without_an_adversary_and_is_refused_with_one(model, vp
 @pytest.mark.parametrize("rest", ["zero", "stochastic", "adversarial"])
 def test_importances_can_be_listened_to_and_are_the_prompts(model, vpd, tokens, rest):
     ci = vpd.causal_importances(model, tokens)
-    with torch.no_grad(), vpd.attach(model) as attached, attached.keep_only(KEPT, rest=rest, seed=1, steps=1):
+    with (
+        torch.no_grad(),
+        vpd.attach(model) as attached,
+        attached.keep_only(KEPT, rest=rest, **options_of(rest, seed=1, steps=1)),
+    ):
         plain = model(tokens)
-    with torch.no_grad(), vpd.attach(model) as attached, attached.keep_only(KEPT, rest=rest, seed=1, steps=1):
+    with (
+        torch.no_grad(),
+        vpd.attach(model) as attached,
+        attached.keep_only(KEPT, rest=rest, **options_of(rest, seed=1, steps=1)),
+    ):
         logits, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_ci"))
         assert torch.equal(logits, plain)
     for n, site in vpd.sites.items():
@@ -185,9 +193,9 @@ def test_nothing_but_the_masked_pass_runs_without_an_adversary(model, vpd, token
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_with_and_without_gradients_it_is_the_same(model, vpd, tokens, rest, context):
     with vpd.attach(model) as attached:
-        with torch.no_grad(), attached.keep_only(KEPT, rest=rest, seed=0, steps=2):
+        with torch.no_grad(), attached.keep_only(KEPT, rest=rest, **options_of(rest, seed=0, steps=2)):
             expected = model(tokens)
-        with context(), attached.keep_only(KEPT, rest=rest, seed=0, steps=2):
+        with context(), attached.keep_only(KEPT, rest=rest, **options_of(rest, seed=0, steps=2)):
             assert_close(model(tokens.clone()), expected, rtol=1e-12, atol=1e-12)
     assert all(p.grad is None for p in [*model.parameters(), *vpd.parameters()])
 

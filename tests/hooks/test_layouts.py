@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.tiny import decomposition_of, draw, edited, some_tokens
+from tests.tiny import decomposition_of, draw, edited, options_of, some_tokens
 from tl_vpd.forward import MaskedModel
 from tl_vpd.masking import Masks, SiteMask
 
@@ -71,7 +71,7 @@ def test_every_mode_is_the_one_with_the_flags_off(case):
     model, flags, vpd, tokens = case
 
     def run(mode):
-        with torch.no_grad(), vpd.attach(model) as attached, attached.masked(mode, seed=3, steps=2):
+        with torch.no_grad(), vpd.attach(model) as attached, attached.masked(mode, **options_of(mode, seed=3, steps=2)):
             return model(tokens)
 
     modes = ("stochastic", "rounded", "ci", "adversarial", "zero")

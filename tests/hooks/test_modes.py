@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.tiny import options_of
 from tl_vpd.losses import kl_divergence
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.masking.modes import MODES, NEED_IMPORTANCES, masks_of_mode
@@ -42,23 +43,23 @@ def test_a_mode_is_the_forward_under_its_masks(model, vpd, tokens, mode):
     ci = vpd.causal_importances(model, tokens)
     with torch.no_grad(), vpd.attach(model) as attached:
         for delta in (None, 1.0, 0.5):
-            with attached.masked(mode, seed=4, delta=delta, threshold=0.2):
+            with attached.masked(mode, **options_of(mode, seed=4, delta=delta, threshold=0.2)):
                 got = model(tokens)
             if mode == "stochastic":
                 continue
-            masks = ci.masks(mode, delta=delta, threshold=0.2)
+            masks = ci.masks(mode, **options_of(mode, delta=delta, threshold=0.2))
             assert_close(got, model.run_with_hooks(tokens, fwd_hooks=vpd.mask_hooks(masks)), rtol=1e-10, atol=1e-10)
         if mode == "stochastic":
-            with attached.masked(mode, seed=4):
+            with attached.masked(mode, **options_of(mode, seed=4)):
                 got = model(tokens)
-            with attached.masked(ci.masks(mode, seed=4)):
+            with attached.masked(ci.masks(mode, **options_of(mode, seed=4))):
                 assert_close(got, model(tokens), rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("mode", ["stochastic", "adversarial"])
 def test_seeds_reproduce_and_draws_differ_between_passes(model, vpd, tokens, mode):
     def run(seed, n=2):
-        with torch.no_grad(), attached.masked(mode, seed=seed, steps=1):
+        with torch.no_grad(), attached.masked(mode, **options_of(mode, seed=seed, steps=1)):
             return [model(tokens) for _ in range(n)]
 
     with vpd.attach(model) as attached:
@@ -76,8 +77,8 @@ def test_the_adversary_is_at_least_as_bad_as_chance_and_worse_with_more_steps(mo
         target = model(tokens).log_softmax(-1)
 
         def kl(mode, seed=0, **more):
-            with attached.masked(mode, seed=seed, **more):
-                return float(kl_divergence(target.float(), model(tokens)))
+            with attached.masked(mode, **options_of(mode, seed=seed, **more)):
+                return float(kl_divergence(target, model(tokens)))
 
         chance = [kl("stochastic", seed) for seed in range(5)]
         attacked = kl("adversarial", steps=8)
@@ -88,16 +89,16 @@ def test_the_adversary_is_at_least_as_bad_as_chance_and_worse_with_more_steps(mo
 def test_every_mode_gives_the_same_with_and_without_gradients(model, vpd, tokens, context):
     with vpd.attach(model) as attached:
         for mode in MODES:
-            with torch.no_grad(), attached.masked(mode, seed=0, steps=2):
+            with torch.no_grad(), attached.masked(mode, **options_of(mode, seed=0, steps=2)):
                 expected = model(tokens)
-            with context(), attached.masked(mode, seed=0, steps=2):
+            with context(), attached.masked(mode, **options_of(mode, seed=0, steps=2)):
                 assert_close(model(tokens.clone()), expected, rtol=1e-12, atol=1e-12, msg=mode)
 
 
 def test_no_mode_leaves_gradients_behind(model, vpd, tokens):
     with vpd.attach(model) as attached:
         for mode in MODES:
-            with attached.masked(mode, steps=2):
+            with attached.masked(mode, **options_of(mode, steps=2)):
                 model(tokens)
     assert all(p.grad is None for p in [*model.parameters(), *vpd.parameters()])
 
@@ -137,7 +138,7 @@ def test_every_way_of_calling_the_model_runs_masked(model, vpd, tokens, mode):
         ]
         results = []
         for way in ways:
-            with attached.masked(mode, seed=0, steps=2):
+            with attached.masked(mode, **options_of(mode, seed=0, steps=2)):
                 results.append(way())
         assert all(torch.equal(r, results[0]) for r in results) and not torch.equal(results[0], model(tokens))
 
@@ -191,7 +192,7 @@ def test_idle_importances_are_those_of_the_prompt(model, vpd, tokens):
 def test_sites_of_a_mode_are_masked_and_the_others_run_as_they_are(model, vpd, tokens):
     with torch.no_grad(), vpd.attach(model) as attached:
         for mode in (*NEED_IMPORTANCES, "zero"):
-            with attached.masked(mode, sites="*.W_in", seed=0, steps=1):
+            with attached.masked(mode, sites="*.W_in", **options_of(mode, seed=0, steps=1)):
                 _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_mask"))
             touched = {n for n, m in cache.items() if not bool((m == 1).all())}
             masks, deltas = ({f"blocks.{i}.hook_in_{k}" for i in range(2)} for k in ("mask", "delta_mask"))
@@ -223,7 +224,7 @@ def test_impossible_requests_say_what_is_possible(model, vpd, tokens):
             (
                 ("roundd",),
                 ValueError,
-                r"'roundd' is no mask mode \(did you mean 'rounded'\?\)\. Modes: unmasked, stochastic",
+                r"'roundd' is not a mask mode \(did you mean 'rounded'\?\)\. Modes: unmasked, stochastic",
             ),
             (
                 ({"blocks.0.mlp.W_x": SiteMask(None, None)},),
@@ -240,22 +241,34 @@ def test_impossible_requests_say_what_is_possible(model, vpd, tokens):
         nearest = r"did you mean 'blocks\.0\.mlp\.W_in'"
         with pytest.raises(KeyError, match=nearest), attached.masked("zero", sites="blocks.0.mlp.W_In"):
             pass
-        for shape in ((2, 6, 6), (5,), (3, 2, 7, 6)):
+        for shape, message in (
+            ((2, 6, 6), r"is .*, this forward pass needs \(2, 7, 6\)"),
+            ((5,), r"is .*, this forward pass needs \(2, 7, 6\)"),
+            (
+                (2, 6),
+                r"leaves open what its axes are: give \[C\] for all tokens, or \[batch, pos, C\].*\(2, 7, 6\): unsqueeze",
+            ),
+            ((7, 6), "leaves open what its axes are"),
+            ((3, 2, 7, 6), "leaves open what its axes are"),
+        ):
             wrong = Masks({IN: SiteMask(torch.ones(shape), None)})
-            message = rf"The mask for {IN} is .* this forward pass needs \(2, 7, 6\)"
-            with pytest.raises(ValueError, match=message), attached.masked(wrong):
+            with pytest.raises(ValueError, match=rf"The mask for {IN} .*{message}"), attached.masked(wrong):
                 model(tokens)
-        message = r"Δ's mask for blocks\.1\.mlp\.W_in is \(6,\).*needs \(2, 7\)"
-        with pytest.raises(ValueError, match=message), attached.masked({IN: SiteMask(None, torch.ones(6))}):
-            model(tokens)
-        with pytest.raises(ValueError, match="found by running the model"):
+        for shape, message in (
+            ((6,), r"is \(6,\), which leaves open what its axes are: give a number for all tokens, or \[batch, pos\]"),
+            ((2, 6), r"is \(2, 6\), this forward pass needs \(2, 7\)"),
+        ):
+            wrong = {IN: SiteMask(None, torch.ones(shape))}
+            with pytest.raises(ValueError, match=rf"Δ's mask for {IN} {message}"), attached.masked(wrong):
+                model(tokens)
+        with pytest.raises(ValueError, match="need runs of the model"):
             vpd.causal_importances(model, tokens).masks("adversarial")
 
 
 @pytest.mark.parametrize("mode", NEED_IMPORTANCES)
 def test_what_skips_blocks_is_refused_where_importances_are_needed(model, vpd, tokens, mode):
     with vpd.attach(model) as attached:
-        with attached.masked(mode, steps=1):
+        with attached.masked(mode, **options_of(mode, steps=1)):
             with pytest.raises(ValueError, match=f"{mode}' needs every site's input, and stop_at_layer skips blocks"):
                 model(tokens, stop_at_layer=1)
             with pytest.raises(ValueError, match="start_at_layer skips blocks"):

@@ -11,8 +11,8 @@ from torch.testing import assert_close
 from transformer_lens import patching
 from transformer_lens.utils import get_act_name
 
-from tests.tiny import some_tokens, tiny_model
-from tl_vpd.components import layout as layout_module
+from tests.tiny import options_of, some_tokens, tiny_model
+from tl_vpd.forward import site_product
 from tl_vpd.hooks import attached_to
 
 
@@ -37,8 +37,8 @@ def test_component_acts_are_x_at_v(model, vpd, tokens):
 
 def test_a_names_filter_computes_what_it_names_and_no_more(model, vpd, tokens, monkeypatch):
     calls = []
-    original = layout_module.masked_output
-    monkeypatch.setattr(layout_module, "masked_output", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = site_product.masked_output
+    monkeypatch.setattr(site_product, "masked_output", lambda *a, **k: calls.append(1) or original(*a, **k))
     products = []
     gamma = vpd.gamma.forward
     monkeypatch.setattr(vpd.gamma, "forward", lambda *a, **k: products.append(1) or gamma(*a, **k))
@@ -180,7 +180,7 @@ def test_each_hook_point_fires_once_a_pass(model, vpd, tokens, where):
         assert sorted(fired) == sorted(name for name, _ in hooks)
         for mode in ("stochastic", "adversarial", "zero"):
             fired.clear()
-            with attached.masked(mode, steps=1):
+            with attached.masked(mode, **options_of(mode, steps=1)):
                 model.run_with_hooks(tokens, fwd_hooks=hooks)
             assert sorted(fired) == sorted(name for name, _ in hooks), mode
 

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from tests.tiny import GAMMA
 from tl_vpd import VPDConfig, bundled
 from tl_vpd.forward import MaskedModel
+from tl_vpd.hooks import mode_masks
 from tl_vpd.training import new_decomposition
 
 PROMPTS = ["import os", "def forward(self, x):\n    return x"]
@@ -60,17 +61,18 @@ def test_an_attached_pass_and_its_modes_leave_padding_out_too(padded):
 
 
 def test_the_adversary_attacks_real_tokens_alone(padded, monkeypatch):
-    from tl_vpd.hooks import passes as module
-
     model, vpd, tokens, _, _ = padded
-    kept = []
-    original = module.kl_divergence
+    token_masks = []
+    original = mode_masks.Reconstruction
     monkeypatch.setattr(
-        module, "kl_divergence", lambda t, q, token_mask=None: kept.append(token_mask) or original(t, q, token_mask)
+        mode_masks,
+        "Reconstruction",
+        lambda target, kind, token_mask: token_masks.append(token_mask) or original(target, kind, token_mask),
     )
     with torch.no_grad(), vpd.attach(model) as attached, attached.masked("adversarial", steps=1):
         model(tokens)
-    assert len(kept) == 2 and all(torch.equal(k, vpd.causal_importances(model, tokens).token_mask) for k in kept)
+    (token_mask,) = token_masks
+    assert torch.equal(token_mask, vpd.causal_importances(model, tokens).token_mask)
 
 
 def test_an_explicit_attention_mask_says_what_is_padding(shipped):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.tiny import tiny_model
+from tests.tiny import options_of, tiny_model
 from tl_vpd.masking import Masks, SiteMask
 
 from .test_edited import by_token
@@ -98,7 +98,7 @@ def test_stochastic_and_adversarial_masks_at_some_positions(model, vpd, tokens):
     with torch.no_grad(), vpd.attach(model) as attached:
         clean = model(tokens)
         for mode in ("stochastic", "adversarial"):
-            with attached.masked(mode, pos=[4], seed=2, steps=2):
+            with attached.masked(mode, pos=[4], **options_of(mode, seed=2, steps=2)):
                 got, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_mask"))
             assert torch.equal(got[:, :4], clean[:, :4]) and not torch.equal(got[:, 4], clean[:, 4])
             others = [0, 1, 2, 3, 5, 6]
@@ -123,7 +123,7 @@ def test_a_position_that_does_not_exist_is_said(model, vpd, tokens):
         for mode in ("zero", "rounded", "adversarial", by_size):
             with (
                 pytest.raises(IndexError, match="pos=7 is outside the 7 positions"),
-                attached.masked(mode, pos=7, steps=1),
+                attached.masked(mode, pos=7, **options_of(mode, steps=1)),
             ):
                 model(tokens)
         with pytest.raises(IndexError, match=r"outside the 7 positions at blocks\.0\.hook_q_delta_mask"):

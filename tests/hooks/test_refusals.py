@@ -85,7 +85,7 @@ def test_another_shape_is_refused_by_name(vpd):
 
 
 def test_near_misses_are_suggested(model, vpd):
-    with pytest.raises(KeyError, match=r"'component_act' is no kind of hook \(did you mean 'component_acts'\?\)"):
+    with pytest.raises(KeyError, match=r"'component_act' is not a kind of hook \(did you mean 'component_acts'\?\)"):
         vpd.attach(model, hooks=["component_act"])
     with pytest.raises(
         KeyError, match=r"No site matches 'blocks\.0\.attn\.W_q' \(did you mean 'blocks\.0\.attn\.W_Q'\?\)"

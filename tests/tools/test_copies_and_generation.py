@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.tiny import options_of
 from tests.tools.conftest import case_of
 from tests.tools.models import KINDS
 from tests.tools.models import tokens as some_tokens
@@ -55,7 +56,7 @@ def test_generation_is_the_plain_models_when_attached_and_an_edited_models_when_
 @pytest.mark.parametrize("kind", WITH_KV_CACHE)
 def test_modes_that_need_importances_refuse_a_kv_cache_and_generate_without_one(kind, mode):
     case, prompt = case_of(kind), PROMPTS[0]
-    with case.vpd.attach(case.model) as attached, attached.masked(mode, seed=0, steps=2):
+    with case.vpd.attach(case.model) as attached, attached.masked(mode, **options_of(mode, seed=0, steps=2)):
         with pytest.raises(ValueError, match="generate with use_past_kv_cache=False"):
             continued(case.model, prompt, use_past_kv_cache=True)
         assert continued(case.model, prompt, use_past_kv_cache=False).shape == (1, 9)

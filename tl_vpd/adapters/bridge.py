@@ -2,7 +2,7 @@
 
 Every site is a ``LinearBridge`` (``blocks.{i}.attn.q``, ``blocks.{i}.mlp.in``, ...) around the module that holds the weight,
 ``original_component``: one hook there sees x and y = x @ W + b, after users' hooks on the way in and before those on the way out.
-Three ways of the bridge pass these modules by, and are tapped where they go instead:
+Three ways of the bridge bypass these modules, and are tapped elsewhere:
 
 ===================================================  ===========================================  =======================
 way                                                  input x                                      output y
@@ -23,8 +23,19 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_vpd.adapters.base import Adapter, Arguments, Keywords, centred
-from tl_vpd.adapters.linearised import See, at_fixed_scale, constant, norm_modules, pattern_points
+from tl_vpd.adapters.base import Adapter, centred
+from tl_vpd.adapters.bridge_taps import (
+    BatchedRows,
+    HeadInputTap,
+    flag_is_on,
+    norm_at_fixed_scale,
+    product_of,
+    projects_per_head,
+    splits_inputs,
+    uses_processed_weights,
+)
+from tl_vpd.adapters.calls import Arguments, Keywords
+from tl_vpd.adapters.linearised import SeeNorm, constant, norm_modules, pattern_points
 from tl_vpd.adapters.linears import oriented, overwrite, why_not
 from tl_vpd.adapters.scores import bilinear_scores
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_output, tap_product, tap_result
@@ -32,15 +43,15 @@ from tl_vpd.adapters.versions import transformer_lens_version
 from tl_vpd.components import WHOLE, Layout
 from tl_vpd.site import SHORT, Site
 
-PARTS = {short: weight for weight, short in SHORT.items()}
-_PER_HEAD = "_project_per_head_qkv"
+WEIGHTS = {short: weight for weight, short in SHORT.items()}
+"""The short name of a site -> TransformerLens's name of the weight."""
 
 
 class BridgeAdapter(Adapter):
     """A TransformerBridge as sites, weights and taps."""
 
     def __init__(self, model: Any) -> None:
-        self._batch: int | None = None
+        self.batch: int | None = None
         self._completed = True
         super().__init__(model)
 
@@ -50,20 +61,20 @@ class BridgeAdapter(Adapter):
             raise Unsupported("This bridge has no `blocks`: decoder-only transformers can be decomposed.")
         for block in self.model.blocks:
             attn, mlp = block._modules.get("attn"), block._modules.get("mlp")
-            if attn is not None and _splits(attn) and not hasattr(type(attn), _PER_HEAD):
-                flag = "use_split_qkv_input" if _flag(attn, "use_split_qkv_input") else "use_attn_in"
+            if attn is not None and splits_inputs(attn) and not projects_per_head(attn):
+                flag = "use_split_qkv_input" if flag_is_on(attn, "use_split_qkv_input") else "use_attn_in"
                 raise Unsupported(
                     f"cfg.{flag} is on, which cannot be decomposed with a {type(attn).__name__}: call "
                     f"model.set_{flag}(False) first."
                 )
-            if mlp is not None and _functional(mlp) and transformer_lens_version() < (3, 7, 3):
+            if mlp is not None and uses_processed_weights(mlp) and transformer_lens_version() < (3, 7, 3):
                 raise Unsupported(
                     "This TransformerLens computes gated MLPs with processed weights past every hook: update it to 3.7.3 or "
                     "later, or load the model without enable_compatibility_mode()."
                 )
 
     def find_sites(self) -> None:
-        """The products inside every block's ``attn`` and ``mlp``; what is no plain product is refused."""
+        """The products inside every block's ``attn`` and ``mlp``; what is not a plain product is refused."""
         if len({p.device for p in self.model.parameters()}) > 1:
             raise Unsupported("This model lies on several devices: load it on one.")
         for layer, block in enumerate(self.model.blocks):
@@ -76,23 +87,23 @@ class BridgeAdapter(Adapter):
             return
         d_head = self.model.cfg.d_head
         for short in ("q", "k", "v", "o"):
-            name, product = f"{path}.{PARTS[short]}", _product_of(attn, short)
+            name, product = f"{path}.{WEIGHTS[short]}", product_of(attn, short)
             reason = why_not(product)
             if reason is None:
                 d_in, d_out = oriented(product).shape  # type: ignore[arg-type]
-                heads, over = divmod(d_in if short == "o" else d_out, d_head)
-                if not over:
+                heads, remainder = divmod(d_in if short == "o" else d_out, d_head)
+                if not remainder:
                     self.add(Site(name, d_in, d_out, heads, d_head))
                     continue
-                reason = f"its {d_in if short == 'o' else d_out} channels are no heads of {d_head}"
+                reason = f"its {d_in if short == 'o' else d_out} channels do not divide into heads of {d_head}"
             self.refused[name] = f"{reason} ({type(attn).__name__})"
 
     def _add_mlp(self, path: str, mlp: nn.Module | None) -> None:
         if mlp is None:
             return  # attention only
-        gated = _product_of(mlp, "gate") is not None
+        gated = product_of(mlp, "gate") is not None
         for short in ("gate", "in", "out") if gated else ("in", "out"):
-            name, product = f"{path}.{PARTS[short]}", _product_of(mlp, short)
+            name, product = f"{path}.{WEIGHTS[short]}", product_of(mlp, short)
             if (reason := why_not(product)) is not None:
                 self.refused[name] = f"{reason} ({type(mlp).__name__})"
                 continue
@@ -104,23 +115,22 @@ class BridgeAdapter(Adapter):
         return self.model.cfg.d_model
 
     def modules(self) -> Iterator[nn.Module]:
-        """Every module the model runs, each once: the bridge's own and the wrapped model's."""
-        seen = {id(m): m for m in self.model.modules()}
-        seen.update((id(m), m) for m in self.model.original_model.modules())
-        return iter(seen.values())
+        """Every module the model runs, each once: the bridge's and the wrapped model's."""
+        modules = {id(m): m for m in self.model.modules()}
+        modules.update((id(m), m) for m in self.model.original_model.modules())
+        return iter(modules.values())
 
     def processing(self) -> dict[str, bool]:
         """``fold_ln`` and ``center_writing_weights`` as the weights show them."""
-        found: dict[str, bool] = {}
+        flags: dict[str, bool] = {}
         ln = getattr(self.model.blocks[0]._modules.get("ln1"), "original_component", None)
         if isinstance(getattr(ln, "weight", None), Tensor):
-            neutral = (
-                0 if getattr(self.model.cfg, "rmsnorm_uses_offset", False) else 1
-            )  # Gemma's norms multiply by 1 + w
-            found["fold_ln"] = bool((ln.weight == neutral).all())  # type: ignore[union-attr]
+            # Gemma's norms multiply by 1 + w.
+            neutral = 0 if getattr(self.model.cfg, "rmsnorm_uses_offset", False) else 1
+            flags["fold_ln"] = bool((ln.weight == neutral).all())  # type: ignore[union-attr]
         if "blocks.0.attn.W_O" in self.sites:
-            found["center_writing_weights"] = centred(self.weight("blocks.0.attn.W_O"))
-        return found
+            flags["center_writing_weights"] = centred(self.weight("blocks.0.attn.W_O"))
+        return flags
 
     @property
     def processed(self) -> bool:
@@ -129,36 +139,36 @@ class BridgeAdapter(Adapter):
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    def _parts(self, name: str) -> tuple[nn.Module, str, nn.Module]:
+    def _modules_of(self, name: str) -> tuple[nn.Module, str, nn.Module]:
         """A site's ``attn`` or ``mlp``, its short name, and the module of its weight."""
         owner = self.model.get_submodule(name.rpartition(".")[0])
         short = self.sites[name].short
-        product = _product_of(owner, short)
+        product = product_of(owner, short)
         assert product is not None
         return owner, short, product
 
     def _processed(self, name: str, what: str) -> Tensor | None:
-        """The processed weight or bias that 3.x's gated MLPs compute with, beside the module's own."""
-        owner, short, _ = self._parts(name)
-        return getattr(owner, f"_processed_{what}_{short}", None) if _functional(owner) else None
+        """The processed weight or bias that 3.x's gated MLPs compute with, beside the one of the module."""
+        owner, short, _ = self._modules_of(name)
+        return getattr(owner, f"_processed_{what}_{short}", None) if uses_processed_weights(owner) else None
 
     def weight(self, name: str) -> Float[Tensor, "d_in d_out"]:
-        """The site's weight as it stands in the model (detached, a view)."""
+        """The site's weight in the model (detached, a view)."""
         processed = self._processed(name, "W")
-        return oriented(self._parts(name)[2]) if processed is None else processed.detach().T
+        return oriented(self._modules_of(name)[2]) if processed is None else processed.detach().T
 
     @torch.no_grad()
     def set_weight(self, name: str, W: Float[Tensor, "d_in d_out"]) -> None:
         """Writes the site's weight into the model, in place; raises ValueError if the shape is another."""
         self.check_shape(name, W)
-        overwrite(self._parts(name)[2], W)
+        overwrite(self._modules_of(name)[2], W)
         processed = self._processed(name, "W")
         if processed is not None:
             processed.copy_(W.T)
 
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
         """The bias that is part of the site's output (None: there is none)."""
-        owner, _, product = self._parts(name)
+        owner, _, product = self._modules_of(name)
         bias = self._processed(name, "b") if hasattr(owner, "_processed_W_in") else getattr(product, "bias", None)
         return None if bias is None else bias.reshape(-1)
 
@@ -167,28 +177,30 @@ class BridgeAdapter(Adapter):
         site = self.sites[name]
         if site.n_heads is None:
             return WHOLE
-        attn, short, _ = self._parts(name)
+        attn, short, _ = self._modules_of(name)
         if short == "o":
-            return Layout("result", site.n_heads, y_has_heads=True) if _flag(attn, "use_attn_result") else WHOLE
-        return Layout("split", site.n_heads, x_has_heads=True) if _splits(attn) else WHOLE
+            return Layout("result", site.n_heads, y_has_heads=True) if flag_is_on(attn, "use_attn_result") else WHOLE
+        return Layout("split", site.n_heads, x_has_heads=True) if splits_inputs(attn) else WHOLE
 
     def scores_hook(self, layer: int) -> str:
         """``blocks.{layer}.attn.hook_attn_scores``; raises Unsupported where scores are not bilinear in queries and keys."""
         attn = self.model.blocks[layer].attn
-        own = getattr(attn, "original_component", None)
-        normed = any(getattr(own, n, None) is not None for n in ("q_norm", "q_layernorm"))
+        wrapped = getattr(attn, "original_component", None)
+        normed = any(getattr(wrapped, n, None) is not None for n in ("q_norm", "q_layernorm"))
         return bilinear_scores(
             layer,
             qk_norm=normed,
-            softcap=getattr(own, "attn_logit_softcapping", None),
-            clip=getattr(getattr(own, "config", None), "clip_qkv", None),
+            softcap=getattr(wrapped, "attn_logit_softcapping", None),
+            clip=getattr(getattr(wrapped, "config", None), "clip_qkv", None),
         )
 
-    def held_fixed(self, *, norms: bool, patterns: bool, see: See) -> list[Handle]:
-        """Keeps gradients from passing norms' scales and attention patterns; ``see`` gets every norm's output and bias."""
+    def linearised(self, *, norms: bool, patterns: bool, see: SeeNorm) -> list[Handle]:
+        """Cuts gradients at norms' scales and attention patterns."""
         handles: list[Handle] = []
         for module in norm_modules(self.modules()) if norms else []:
-            handles.append(module.register_forward_hook(partial(_norm_held, see), prepend=True, with_kwargs=True))
+            handles.append(
+                module.register_forward_hook(partial(norm_at_fixed_scale, see), prepend=True, with_kwargs=True)
+            )
         for point in pattern_points(self.modules()) if patterns else []:
             handles.append(point.register_forward_hook(constant))
         return handles
@@ -201,8 +213,8 @@ class BridgeAdapter(Adapter):
         self.model._initialize_hook_registry()
 
     def truncation(self, arguments: Arguments, keywords: Keywords) -> str | None:
-        """``stop_at_layer``, if it is given to this call (``run_with_cache`` stops by a hook: see ``completed``)."""
-        return "stop_at_layer" if self.given(arguments, keywords).get("stop_at_layer") is not None else None
+        """``stop_at_layer``, if the call has it (``run_with_cache`` stops by a hook: see ``completed``)."""
+        return "stop_at_layer" if self.by_name(arguments, keywords).get("stop_at_layer") is not None else None
 
     def completed(self, arguments: Arguments, keywords: Keywords) -> bool:
         """Whether the wrapped model came to its end."""
@@ -210,19 +222,19 @@ class BridgeAdapter(Adapter):
 
     def run(self, tokens: Tensor, token_mask: Bool[Tensor, "batch pos"] | None) -> Tensor:
         """Logits of the model on tokens; ``token_mask`` is False at padding."""
-        self._batch = len(tokens)  # taps may be on without ``tap_inputs``
+        self.batch = len(tokens)  # taps may be on without ``tap_inputs``
         return super().run(tokens, token_mask)
 
     def kv_cache(self, arguments: Arguments, keywords: Keywords) -> Any:
-        """The KV cache handed to this call, if any."""
-        return self.given(arguments, keywords).get("past_key_values")
+        """The KV cache passed to a call, if any."""
+        return self.by_name(arguments, keywords).get("past_key_values")
 
     # -- taps ----------------------------------------------------------------------------------------------------
 
     def tap_inputs(
         self, see_tokens: Callable[[Tensor | None], None], see_attention_mask: Callable[[Tensor | None], None]
     ) -> list[Handle]:
-        """Tokens and attention mask as the wrapped model is given them."""
+        """Tokens and attention mask as the wrapped model gets them."""
         source = self.model.original_model
         begin = partial(self._begin, see_tokens, see_attention_mask)
         return [
@@ -241,7 +253,7 @@ class BridgeAdapter(Adapter):
         tokens = arguments[0] if arguments else keywords.get("input_ids")
         shaped = keywords.get("inputs_embeds") if tokens is None else tokens
         mask = keywords.get("attention_mask")
-        self._batch, self._completed = (None if shaped is None else len(shaped)), False
+        self.batch, self._completed = (None if shaped is None else len(shaped)), False
         see_tokens(tokens)
         see_attention_mask(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
 
@@ -250,109 +262,23 @@ class BridgeAdapter(Adapter):
 
     def tap(self, name: str, read: Read, write: Write) -> list[Handle]:
         """Sends a site's input to ``read`` and its output through ``write`` in every forward pass."""
-        owner, short, product = self._parts(name)
+        owner, short, product = self._modules_of(name)
         bridge: Any = owner._modules[short]
-        flat = _Rows(self, read, write)
-        handles: list[Handle] = [tap_product(product, flat.read, flat.write)]
+        rows = BatchedRows(self, read, write)
+        handles: list[Handle] = [tap_product(product, rows.read, rows.write)]
         if short in ("q", "k", "v"):
-            if hasattr(type(owner), _PER_HEAD):
-                handles.append(_tap_head_inputs(owner, short, read))
-                handles.append(tap_output(bridge.hook_out, write, partial(_splits, owner)))
+            if projects_per_head(owner):
+                handles.append(HeadInputTap(owner, short, read))
+                handles.append(tap_output(bridge.hook_out, write, partial(splits_inputs, owner)))
         elif short == "o":
             result = getattr(owner, "hook_result", None)
             if isinstance(result, nn.Module):
-                by_head = partial(_flag, owner, "use_attn_result")
+                by_head = partial(flag_is_on, owner, "use_attn_result")
                 handles.append(tap_result(bridge.hook_in, read, by_head))
                 handles.append(tap_output(result, write, by_head))
         else:
-            past = partial(_functional, owner)
+            bypassed = partial(uses_processed_weights, owner)
             source: Any = bridge.hook_in if short == "out" else owner.hook_in
-            handles.append(tap_result(source, read, past))
-            handles.append(tap_output(bridge.hook_out, write, past))
+            handles.append(tap_result(source, read, bypassed))
+            handles.append(tap_output(bridge.hook_out, write, bypassed))
         return handles
-
-
-class _Rows:
-    """Gives the batch axis back to layers that are run on all tokens as rows (OPT's MLP), and takes it away again."""
-
-    def __init__(self, adapter: BridgeAdapter, read: Read, write: Write) -> None:
-        self.adapter, self.onward, self.change = adapter, read, write
-
-    def _batched(self, rows: Tensor) -> Tensor:
-        batch = self.adapter._batch
-        return rows.unflatten(0, (batch, -1)) if rows.ndim == 2 and batch is not None else rows
-
-    def read(self, x: Tensor) -> None:
-        """Sends ``[batch, pos, d_in]`` onward."""
-        self.onward(self._batched(x))
-
-    def write(self, y: Tensor) -> Tensor | None:
-        """Sends ``[batch, pos, d_out]`` through ``write``."""
-        changed = self.change(self._batched(y))
-        return None if changed is None else changed.reshape(y.shape)
-
-
-class _HeadInputs:
-    """Stands in for an attention's ``_project_per_head_qkv`` and shows what it is given."""
-
-    def __init__(self, attn: nn.Module) -> None:
-        self.attn = attn
-        self.readers: dict[str, Read] = {}
-
-    def __call__(self, product: nn.Module, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        for short, read in self.readers.items():
-            if product is self.attn._modules[short]:
-                read(x)
-        return getattr(type(self.attn), _PER_HEAD)(self.attn, product, x, *arguments, **keywords)
-
-
-class _HeadTap:
-    """One reader of the inputs per head."""
-
-    def __init__(self, attn: nn.Module, short: str, read: Read) -> None:
-        self.attn, self.short = attn, short
-        attn.__dict__.setdefault(_PER_HEAD, _HeadInputs(attn)).readers[short] = read
-
-    def remove(self) -> None:
-        """Takes the reader off; without any, the attention's own method is back."""
-        stand_in = self.attn.__dict__.get(_PER_HEAD)
-        if stand_in is None:
-            return
-        stand_in.readers.pop(self.short, None)
-        if not stand_in.readers:
-            del self.attn.__dict__[_PER_HEAD]
-
-
-def _tap_head_inputs(attn: nn.Module, short: str, read: Read) -> _HeadTap:
-    return _HeadTap(attn, short, read)
-
-
-def _product_of(owner: nn.Module, short: str) -> nn.Module | None:
-    """The module that holds the weight of ``q``, ``in``, ... inside an ``attn`` or ``mlp``."""
-    return getattr(owner._modules.get(short), "original_component", None)
-
-
-def _flag(attn: nn.Module, flag: str) -> bool:
-    return bool(getattr(attn.config, flag, False))
-
-
-def _splits(attn: nn.Module) -> bool:
-    return _flag(attn, "use_split_qkv_input") or _flag(attn, "use_attn_in")
-
-
-def _functional(mlp: nn.Module) -> bool:
-    """Whether a gated MLP computes with its processed weights, past its modules."""
-    return bool(getattr(mlp, "_use_processed_weights", False))
-
-
-def _norm_held(see: See, module: Any, arguments: Arguments, keywords: Keywords, output: Tensor) -> Tensor:
-    """A NormalizationBridge's output at a fixed scale."""
-    x = arguments[0] if arguments else next(iter(keywords.values()))
-    bare = "Pre" in type(module).__name__
-    weight = None if bare else module.weight
-    if weight is not None and getattr(module.config, "rmsnorm_uses_offset", False):
-        weight = 1 + weight
-    bias = None if bare or module.uses_rms_norm else getattr(module.original_component, "bias", None)
-    held = at_fixed_scale(x, output, weight, bias, centred=not module.uses_rms_norm)
-    see(held, bias)
-    return held

@@ -1,8 +1,8 @@
 """Caches of passes whose W_O or W_out was not the stored one: ``ActivationCache`` would compute with the stored weight.
 
-``stack_head_results`` takes every head's write into the residual stream from ``z @ W_O`` unless ``attn.hook_result`` was cached,
-and ``stack_neuron_results`` takes every neuron's from ``post * W_out``. Where those sites were masked, ablated or patched in the
-cached pass, the cache uses what was cached or refuses; all else is ``ActivationCache``.
+``stack_head_results`` computes every head's write into the residual stream as ``z @ W_O`` unless ``attn.hook_result`` was cached,
+and ``stack_neuron_results`` every neuron's as ``post * W_out``. Where those sites were masked, ablated or patched in the
+cached pass, the cache uses what was cached or refuses; everything else is ``ActivationCache``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,11 @@ from transformer_lens import ActivationCache
 class MaskedCache(ActivationCache):
     """The cache of a pass in which some sites put out something else than their stored weight would.
 
-    ``masked_sites``: those of them that write into the residual stream (W_O, W_out).
+    Args:
+        cache_dict: as ActivationCache's.
+        model: as ActivationCache's.
+        has_batch_dim: as ActivationCache's.
+        masked_sites: those of the sites that write into the residual stream (W_O, W_out).
     """
 
     def __init__(self, cache_dict: Any, model: Any, has_batch_dim: bool, masked_sites: Collection[str]) -> None:
@@ -26,8 +30,8 @@ class MaskedCache(ActivationCache):
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> MaskedCache:
         """As ActivationCache's."""
-        own = super().apply_slice_to_batch_dim(batch_slice)
-        return MaskedCache(own.cache_dict, own.model, own.has_batch_dim, self.masked_sites)
+        cache = super().apply_slice_to_batch_dim(batch_slice)
+        return MaskedCache(cache.cache_dict, cache.model, cache.has_batch_dim, self.masked_sites)
 
     def compute_head_results(self) -> None:
         """As ActivationCache's, without computing with a stored W_O that was masked.
@@ -72,7 +76,7 @@ class MaskedCache(ActivationCache):
         return super().stack_neuron_results(layer, *arguments, **keywords)
 
     def _refuse_neurons(self) -> None:
-        remedy = "take component_acts of that site times its U, or mask the other sites alone (sites=...)"
+        remedy = "use component_acts of that site times its U, or mask the other sites alone (sites=...)"
         self._refuse_of("W_out", "The results of neurons", remedy)
 
     def _refuse_of(self, weight: str, what: str, remedy: str) -> None:

@@ -1,9 +1,9 @@
-"""A HookedTransformer's attention in one call, where nobody can tell.
+"""A HookedTransformer's attention in one call, where no hook sees a difference.
 
 TransformerLens forms scores and pattern as tensors, so that they can be hooked. Where neither is hooked and the layer is no more
 than ``softmax(Q Kᵀ / scale + causal mask) V``, PyTorch's ``scaled_dot_product_attention`` gives the same z to rounding, in fewer
-operations and without a tensor of ``[batch, head, pos, pos]``. For the time of a context the layer's own methods are replaced:
-scores and pattern become a single number, and z is computed from the queries and keys put by.
+operations and without a tensor of ``[batch, head, pos, pos]``. For the time of a context the layer's methods are replaced:
+scores and pattern become a single number, and z is computed from the queries and keys that were set aside.
 """
 
 from __future__ import annotations
@@ -48,21 +48,21 @@ def fused_attention(layers: Iterable[Any]) -> Iterator[None]:
 
 
 def _replace(attn: Any) -> None:
-    put_by: list[tuple[Tensor, Tensor]] = []
+    aside: list[tuple[Tensor, Tensor]] = []
     causal = (getattr(attn, "_attention_dir_override", None) or attn.cfg.attention_dir) == "causal"
 
     def scores(q: Float[Tensor, "batch pos head d_head"], k: Float[Tensor, "batch pos kv_head d_head"]) -> Tensor:
-        put_by.append((q, k))
+        aside.append((q, k))
         return q.new_zeros(1, 1, 1, 1)
 
-    def mask(attn_scores: Tensor, *rest: Any, **more: Any) -> Tensor:
+    def mask(attn_scores: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         return attn_scores
 
     def z(v: Float[Tensor, "batch pos kv_head d_head"], pattern: Tensor) -> Float[Tensor, "batch pos head d_head"]:
-        q, k = put_by.pop()
+        q, k = aside.pop()
         q, k, v = (_all_heads(t, q.shape[2]).transpose(1, 2).to(v.dtype) for t in (q, k, v))
-        found = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1 / float(attn.attn_scale))
-        return attn.hook_z(found.transpose(1, 2))
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1 / float(attn.attn_scale))
+        return attn.hook_z(heads.transpose(1, 2))
 
     attn.__dict__.update(zip(METHODS, (scores, mask, z), strict=True))
 

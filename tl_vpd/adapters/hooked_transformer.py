@@ -10,8 +10,8 @@ W_gate        input of ``mlp``                          ``mlp.hook_pre``
 W_out         ``mlp.hook_post`` after all its hooks     output of ``mlp``
 ============  ========================================  ==========================================
 
-Where a site's output is changed, the tap stands before users' hooks, so that they see the decomposed value; where its input
-is read, after them, so that what they patched is read (``taps`` says how). The flags that give Q, K and V an input for every
+A tap that changes a site's output runs before users' hooks, so that they see the decomposed value; a tap that reads its input
+runs after them, so that it reads what they patched (see ``taps``). The flags that give Q, K and V an input for every
 head (``use_split_qkv_input``, ``use_attn_in``) or W_O a result for every head (``use_attn_result``) change the layout, and may be
 switched while a decomposition is attached.
 """
@@ -27,9 +27,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_vpd.adapters.base import Adapter, Arguments, Keywords, centred
+from tl_vpd.adapters.base import Adapter, centred
+from tl_vpd.adapters.calls import Arguments, Keywords
 from tl_vpd.adapters.fused import fused_attention
-from tl_vpd.adapters.linearised import See, constant, norm_modules, pattern_points
+from tl_vpd.adapters.linearised import SeeNorm, constant, norm_modules, pattern_points
 from tl_vpd.adapters.scores import bilinear_scores
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_input, tap_keyword, tap_output, tap_result
 from tl_vpd.components import WHOLE, Layout
@@ -53,12 +54,12 @@ class HookedTransformerAdapter(Adapter):
         """Inside, attention whose scores and pattern nobody hooks is computed in one call; for runs without padding."""
         return fused_attention(block.attn for block in self.model.blocks)
 
-    def held_fixed(self, *, norms: bool, patterns: bool, see: See) -> list[Handle]:
-        """Keeps gradients from passing norms' scales and attention patterns; ``see`` gets every norm's output and bias."""
+    def linearised(self, *, norms: bool, patterns: bool, see: SeeNorm) -> list[Handle]:
+        """Cuts gradients at norms' scales and attention patterns."""
         handles: list[Handle] = []
         for module in norm_modules(self.modules()) if norms else []:
             handles.append(module.hook_scale.register_forward_hook(constant))  # type: ignore[union-attr, operator]
-            handles.append(module.register_forward_hook(partial(_seen_norm, see)))
+            handles.append(module.register_forward_hook(partial(_show_norm, see)))
         for point in pattern_points(self.modules()) if patterns else []:
             handles.append(point.register_forward_hook(constant))
         return handles
@@ -99,11 +100,11 @@ class HookedTransformerAdapter(Adapter):
     def _parameter(self, site: Site) -> tuple[nn.Module, str]:
         owner, weight = site.name.rsplit(".", 1)
         module = self.model.get_submodule(owner)
-        grouped = hasattr(module, "_" + weight)  # grouped query attention keeps its own K and V under _W_K, _W_V
+        grouped = hasattr(module, "_" + weight)  # grouped query attention stores its K and V as _W_K, _W_V
         return module, "_" + weight if grouped else weight
 
     def weight(self, name: str) -> Float[Tensor, "d_in d_out"]:
-        """The site's weight as it stands in the model, heads flattened (detached; a view where possible)."""
+        """The site's weight in the model, heads flattened (detached; a view where possible)."""
         site = self.sites[name]
         module, attribute = self._parameter(site)
         W = getattr(module, attribute).detach()
@@ -145,12 +146,12 @@ class HookedTransformerAdapter(Adapter):
 
     @contextmanager
     def lengths_forgotten(self) -> Iterator[None]:
-        """Puts back the ALiBi biases that layers keep of the longest pass so far, whose length shifts scores by a constant."""
-        kept = [(block.attn, block.attn.__dict__.get("alibi")) for block in self.model.blocks]
+        """Restores the ALiBi biases that layers store of the longest pass so far, whose length shifts scores by a constant."""
+        stored = [(block.attn, block.attn.__dict__.get("alibi")) for block in self.model.blocks]
         try:
             yield
         finally:
-            for attn, alibi in kept:
+            for attn, alibi in stored:
                 if "alibi" in attn.__dict__:
                     attn.alibi = alibi
 
@@ -168,22 +169,22 @@ class HookedTransformerAdapter(Adapter):
     # -- calls ---------------------------------------------------------------------------------------------------
 
     def truncation(self, arguments: Arguments, keywords: Keywords) -> str | None:
-        """The argument that makes this call skip blocks, if any (``generate`` starts at layer 0, from embeddings)."""
-        given = self.given(arguments, keywords)
-        if given.get("start_at_layer") not in (None, 0, -self.model.cfg.n_layers):
+        """The argument that makes a call skip blocks, if any (``generate`` starts at layer 0, from embeddings)."""
+        named = self.by_name(arguments, keywords)
+        if named.get("start_at_layer") not in (None, 0, -self.model.cfg.n_layers):
             return "start_at_layer"
-        return "stop_at_layer" if given.get("stop_at_layer") is not None else None
+        return "stop_at_layer" if named.get("stop_at_layer") is not None else None
 
     def kv_cache(self, arguments: Arguments, keywords: Keywords) -> Any:
-        """The KV cache handed to this call, if any."""
-        return self.given(arguments, keywords).get("past_kv_cache")
+        """The KV cache passed to a call, if any."""
+        return self.by_name(arguments, keywords).get("past_kv_cache")
 
     # -- taps ----------------------------------------------------------------------------------------------------
 
     def tap_inputs(
         self, see_tokens: Callable[[Tensor | None], None], see_attention_mask: Callable[[Tensor | None], None]
     ) -> list[Handle]:
-        """Tokens as they reach the embedding; the attention mask the first block is given."""
+        """Tokens as they reach the embedding; the attention mask that the first block gets."""
         return [
             tap_input(self.model.embed, see_tokens),
             tap_keyword(self.model.blocks[0], "attention_mask", see_attention_mask),
@@ -218,5 +219,5 @@ class HookedTransformerAdapter(Adapter):
         return bool(self.model.cfg.use_attn_result) is on
 
 
-def _seen_norm(see: See, module: nn.Module, arguments: Any, output: Tensor) -> None:
+def _show_norm(see: SeeNorm, module: nn.Module, arguments: Any, output: Tensor) -> None:
     see(output, getattr(module, "b", None))

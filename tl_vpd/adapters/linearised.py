@@ -1,7 +1,7 @@
-"""Parts of a forward pass held fixed, so that what is left of it is linear.
+"""A forward pass with norms' scales and attention patterns as constants, so that the rest of it is linear.
 
 A norm at a fixed scale is ``w ⊙ (x − x̄) / s + b`` with s a constant, an attention layer at a fixed pattern ``Σ pattern · v``.
-Values do not change (of a bridge's norms not beyond rounding); only gradients no longer pass through s and the pattern.
+Values do not change (a bridge's norms change by rounding only); gradients no longer pass through s and the pattern.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-See = Callable[[Tensor, Tensor | None], None]
-"""Takes a norm's output and its bias (None: there is none)."""
+SeeNorm = Callable[[Tensor, Tensor | None], None]
+"""Is called with a norm's output and its bias (None: it has none)."""
 
 
 def norm_modules(modules: Iterator[nn.Module]) -> list[nn.Module]:
@@ -24,8 +24,8 @@ def norm_modules(modules: Iterator[nn.Module]) -> list[nn.Module]:
 
 def pattern_points(modules: Iterator[nn.Module]) -> list[nn.Module]:
     """The HookPoints that attention patterns pass."""
-    found = (module._modules.get("hook_pattern") for module in modules)
-    return list({id(point): point for point in found if isinstance(point, nn.Module)}.values())
+    points = (module._modules.get("hook_pattern") for module in modules)
+    return list({id(point): point for point in points if isinstance(point, nn.Module)}.values())
 
 
 def constant(module: nn.Module, arguments: Any, output: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ def at_fixed_scale(
     with torch.no_grad():
         # Squares of half-precision streams overflow in their own dtype.
         exact = torch.promote_types(y.dtype, torch.float32)
-        own, along = (y if bias is None else y - bias).to(exact), linear.to(exact)
-        inverse = (own * along).sum(-1, keepdim=True) / along.square().sum(-1, keepdim=True).clamp_min(1e-30)
-    scaled = linear * inverse.to(linear.dtype)
-    return scaled if bias is None else scaled + bias
+        scaled, unscaled = (y if bias is None else y - bias).to(exact), linear.to(exact)
+        inverse = (scaled * unscaled).sum(-1, keepdim=True) / unscaled.square().sum(-1, keepdim=True).clamp_min(1e-30)
+    output = linear * inverse.to(linear.dtype)
+    return output if bias is None else output + bias

@@ -17,7 +17,7 @@ def why_not(module: nn.Module | None) -> str | None:
     if module is None:
         return "there is no such layer"
     if not (isinstance(module, nn.Linear) or is_conv1d(module)):
-        return f"a {type(module).__name__}, which is no nn.Linear"
+        return f"a {type(module).__name__}, which is not an nn.Linear"
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 2 or not weight.is_floating_point():
         kind = weight.dtype if isinstance(weight, Tensor) else type(weight).__name__

@@ -1,4 +1,4 @@
-"""Models by name, as the class that the installed TransformerLens has: HookedTransformer to 3.x, else TransformerBridge."""
+"""Models by name, as the class that the installed TransformerLens has: HookedTransformer up to 3.x, else TransformerBridge."""
 
 from __future__ import annotations
 
@@ -28,12 +28,15 @@ def load_model(
     """A model by a name or folder that TransformerLens knows.
 
     Args:
+        name: of a model, or a folder.
         kind: ``hooked_transformer`` or ``bridge`` (None: what the installed TransformerLens has).
+        device: where the model goes.
         compatibility_mode: of a bridge: process its weights as HookedTransformer does.
         options: of ``HookedTransformer.from_pretrained`` or ``TransformerBridge.boot_transformers``.
 
     Raises:
-        ImportError: the installed TransformerLens has no such class. ValueError: an option of the other class.
+        ImportError: the installed TransformerLens has no such class.
+        ValueError: an option of the other class.
     """
     kind = kind or default_kind()
     if kind == "bridge":

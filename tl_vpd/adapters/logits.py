@@ -1,4 +1,4 @@
-"""A model's unembedding taken out of it: the product by itself, and the model without it."""
+"""A model's unembedding: the product by itself, and the model without it."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def _hooked(module: nn.Module) -> bool:
 
 
 @contextmanager
-def left_out(module: nn.Module) -> Iterator[None]:
-    """Inside, a module gives what it is given."""
-    module.__dict__["forward"] = _given
+def without(module: nn.Module) -> Iterator[None]:
+    """Inside, a module returns its input."""
+    module.__dict__["forward"] = _identity
     try:
         yield
     finally:
         del module.__dict__["forward"]
 
 
-def _given(x: Tensor, *rest: Any, **more: Any) -> Tensor:
+def _identity(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
     return x

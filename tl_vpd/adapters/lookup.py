@@ -32,7 +32,7 @@ def adapt(model: nn.Module) -> Adapter:
         return ModuleAdapter(model)
     raise TypeError(
         f"A {type(model).__name__} cannot be decomposed. Pass a transformer_lens HookedTransformer or TransformerBridge, or a "
-        "HookedRootModule of your own with nn.Linear layers."
+        "custom HookedRootModule with nn.Linear layers."
     )
 
 
@@ -43,7 +43,8 @@ def sites(model: nn.Module) -> pd.DataFrame:
     (the reason, or "").
 
     Raises:
-        TypeError, Unsupported: the model as a whole cannot be decomposed.
+        TypeError: no adapter knows the model's class.
+        Unsupported: the model as a whole cannot be decomposed.
     """
     adapter = adapt(model)
     rows = [(s.name, s.d_in, s.d_out, s.rank, s.n_heads or 0, "") for s in adapter.sites.values()]

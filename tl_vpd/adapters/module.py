@@ -1,7 +1,7 @@
-"""Any HookedRootModule with ``nn.Linear``s in it: toys, and models of people's own.
+"""Any HookedRootModule with ``nn.Linear``s in it: toys and custom models.
 
 A site bears the path of its ``nn.Linear`` (``encoder.linear1``); its HookPoints stand on it
-(``encoder.linear1.hook_component_acts``). Inputs are whatever the model takes: there are no tokens and no padding here.
+(``encoder.linear1.hook_component_acts``). Inputs are whatever the model takes: there are no tokens and no padding.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_vpd.adapters.base import Adapter, savable
+from tl_vpd.adapters.base import Adapter
 from tl_vpd.adapters.linears import oriented, overwrite, why_not
+from tl_vpd.adapters.prompts import savable
 from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_product
 from tl_vpd.site import Site
 
@@ -41,7 +42,7 @@ class ModuleAdapter(Adapter):
                 self.add(Site(path, module.in_features, module.out_features))
 
     def _first(self) -> Tensor:
-        """The first site's weight (the model's own first parameter may be of another kind)."""
+        """The first site's weight (the model's first parameter may be of another kind)."""
         return self.model.get_submodule(next(iter(self.sites))).weight
 
     @property
@@ -73,36 +74,35 @@ class ModuleAdapter(Adapter):
         return self.model.get_submodule(name).bias
 
     def run(self, tokens: Tensor, token_mask: Bool[Tensor, "batch pos"] | None) -> Tensor:
-        """The model's output on an input; raises TypeError if it is no tensor."""
+        """The model's output on an input; raises TypeError if it is not a tensor."""
         output = self.model(tokens)
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"A {type(self.model).__name__} puts out a {type(output).__name__}; one tensor is needed here: wrap it in a "
-                "HookedRootModule that gives one."
+                f"A {type(self.model).__name__} puts out a {type(output).__name__}; one tensor is needed: wrap it in a "
+                "HookedRootModule that returns one."
             )
         return output
 
     def tokens(self, prompts: Any) -> Tensor:
-        """The model's input as it is, on its device; raises TypeError if it is no tensor."""
+        """The model's input, on its device; raises TypeError if it is not a tensor."""
         if not isinstance(prompts, Tensor):
-            raise TypeError(
-                f"The input is a {type(prompts).__name__}; a {type(self.model).__name__} takes a tensor here."
-            )
+            raise TypeError(f"The input is a {type(prompts).__name__}; a {type(self.model).__name__} takes a tensor.")
         return savable(prompts).to(self.device)
 
     def padding(self, tokens: Tensor | None, attention_mask: Tensor | None) -> None:
         """Nothing is padded."""
 
+    def padding_of_call(self, tokens: Tensor | None, attention_mask: Tensor | None, *, by_user: bool) -> None:
+        """Nothing is padded."""
+
     def tap_residual(self, change: Write) -> list[Handle]:
-        """Raises Unsupported: such a model's embeddings are not known."""
-        raise Unsupported(
-            f"A {type(self.model).__name__} has no embeddings that are known: graphs are of transformers."
-        )
+        """Raises Unsupported: which tensor holds such a model's embeddings is not known."""
+        raise Unsupported(f"A {type(self.model).__name__} has no known embeddings: graphs are of transformers.")
 
     def tap_inputs(
         self, see_tokens: Callable[[Tensor | None], None], see_attention_mask: Callable[[Tensor | None], None]
     ) -> list[Handle]:
-        """There are none to see."""
+        """Such a model has neither."""
         return []
 
     def tap(self, name: str, read: Read, write: Write) -> list[Handle]:

@@ -1,9 +1,9 @@
-"""Which attention layers have scores that come apart into products of a query's and a key's pieces.
+"""Which attention layers have scores that are sums of products of a query's and a key's terms.
 
     score(t, t') = q(t)ᵀ R_{t−t'} k(t') / scale + what does not depend on q and k
 
-holds with rotary, learned and no positions, grouped queries, ALiBi, relative biases and windows. It does not where queries and
-keys are normalised or clipped on the way, or the scores pressed under a cap: then no sum over pairs equals the score.
+holds with rotary, learned and no positions, grouped queries, ALiBi, relative biases and windows. It does not hold where queries
+and keys are normalised or clipped, or scores are capped: then no sum over pairs equals the score.
 """
 
 from __future__ import annotations
@@ -13,6 +13,12 @@ from tl_vpd.adapters.taps import Unsupported
 
 def bilinear_scores(layer: int, *, qk_norm: bool, softcap: float | None, clip: float | None) -> str:
     """The name of the hook that sees a layer's scores.
+
+    Args:
+        layer: index of the block.
+        qk_norm: whether queries and keys are normalised.
+        softcap: cap of the scores (None or 0: none).
+        clip: bound of queries and keys (None: none).
 
     Raises:
         Unsupported: queries and keys are normalised or clipped, or scores are capped.
@@ -28,7 +34,7 @@ def bilinear_scores(layer: int, *, qk_norm: bool, softcap: float | None, clip: f
     ]
     if why:
         raise Unsupported(
-            f"Attention of block {layer} does not come apart into pairs of subcomponents: {' and '.join(why)}. Norms, OV "
-            "overlap, attention by offset and ablations work all the same."
+            f"Attention of block {layer} is not a sum over pairs of subcomponents: {' and '.join(why)}. Norms, OV overlap, "
+            "attention by offset and ablations work nevertheless."
         )
     return f"blocks.{layer}.attn.hook_attn_scores"

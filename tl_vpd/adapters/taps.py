@@ -12,17 +12,17 @@ from torch.utils.hooks import RemovableHandle
 from tl_vpd.adapters.versions import HookPoint
 
 Read = Callable[[Tensor], None]
-"""Takes a site's input as the model passes it (``tl_vpd.components.Layout`` says in what shape)."""
+"""Is called with a site's input as the model passes it (``tl_vpd.components.Layout`` says in what shape)."""
 Write = Callable[[Tensor], Tensor | None]
-"""Takes a site's output as the model passes it and gives it back changed, or None for unchanged."""
+"""Is called with a site's output as the model passes it; returns another one, or None to leave it."""
 
 
 @runtime_checkable
 class Handle(Protocol):
-    """Something put on a model that can be taken off."""
+    """Something put on a model that can be removed."""
 
     def remove(self) -> None:
-        """Takes it off."""
+        """Removes it."""
 
 
 class Unsupported(ValueError):
@@ -46,8 +46,7 @@ def tap_input(module: nn.Module, read: Read) -> RemovableHandle:
 def _changed_argument(
     change: Write, module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-    given = arguments[0] if arguments else next(iter(keywords.values()))
-    changed = change(given)
+    changed = change(arguments[0] if arguments else next(iter(keywords.values())))
     if changed is None:
         return None
     if arguments:
@@ -67,7 +66,7 @@ def _keyword(
 
 
 def tap_keyword(module: nn.Module, keyword: str, see: Callable[[Any], None]) -> RemovableHandle:
-    """Sends a keyword argument of a module (None: not given) to ``see``."""
+    """Sends a keyword argument of a module (None: it is missing) to ``see``."""
     return module.register_forward_pre_hook(partial(_keyword, keyword, see), with_kwargs=True)
 
 
@@ -81,10 +80,10 @@ def tap_output(module: nn.Module, write: Write, when: Callable[[], bool] = alway
 
 
 class _TappedCall:
-    """Calls a HookPoint and shows what it hands on to every reader, after every hook on it.
+    """Calls a HookPoint and shows its output, after every hook on it, to every reader.
 
-    A forward hook, even the last, sees the tensor before the node that torch adds for backward hooks; what a reader's branch
-    sends back would then be missing from the gradients those are shown. So the call itself is wrapped, on the instance.
+    A forward hook, even the last, sees the tensor before the node that torch adds for backward hooks; a gradient from a
+    reader's branch would then be missing in those hooks. So the call itself is wrapped, on the instance.
     """
 
     def __init__(self, hook_point: HookPoint) -> None:
@@ -108,7 +107,7 @@ class _ResultTap:
         call.readers.append((read, when))
 
     def remove(self) -> None:
-        """Takes the reader off; without any, the HookPoint's own call is back."""
+        """Removes the reader; after the last one, the HookPoint's call is as before."""
         call = self.hook_point.__dict__.get("_call_impl")
         if call is None:
             return
@@ -118,7 +117,7 @@ class _ResultTap:
 
 
 def tap_result(hook_point: HookPoint, read: Read, when: Callable[[], bool] = always) -> _ResultTap:
-    """Sends what a HookPoint hands on, after all its hooks, to ``read`` while ``when()`` holds."""
+    """Sends a HookPoint's output, after all its hooks, to ``read`` while ``when()`` holds."""
     return _ResultTap(hook_point, read, when)
 
 

@@ -52,7 +52,7 @@ def is_hooked_transformer(model: nn.Module) -> bool:
 
 
 def is_bridge(model: nn.Module) -> bool:
-    """Whether the model is a TransformerBridge (found by name: importing the class takes seconds in some versions)."""
+    """Whether the model is a TransformerBridge (compared by name: importing the class takes seconds in some versions)."""
     return any(
         c.__name__ == "TransformerBridge" and c.__module__.startswith("transformer_lens") for c in type(model).__mro__
     )

@@ -1,4 +1,4 @@
-"""Telling one model's weights from another's: a norm and 16 seeded projections a site.
+"""Telling one model's weights from another's: a norm and 16 seeded projections per site.
 
     p_k = r_kᵀ W s_k / ‖W‖,     r_k, s_k ~ N(0, 1)
 
@@ -20,7 +20,7 @@ TOLERANCE = 2e-2
 
 
 class Fingerprint(BaseModel):
-    """A site's weight, recognisably."""
+    """What identifies a site's weight."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,7 +32,7 @@ class Fingerprint(BaseModel):
     @classmethod
     def of(cls, W: Float[Tensor, "d_in d_out"], n: int = 16) -> Fingerprint:
         """The fingerprint of a weight, computed in float64."""
-        # RandomState's stream is frozen for good, so that a file made today is recognised by every later version.
+        # NumPy guarantees RandomState's stream, so that every later version recognises the files of this one.
         draw = np.random.RandomState(0)
         left = torch.from_numpy(draw.standard_normal((n, W.shape[0])))
         right = torch.from_numpy(draw.standard_normal((n, W.shape[1])))
@@ -49,5 +49,5 @@ class Fingerprint(BaseModel):
 
 def compare(stored: Mapping[str, Fingerprint], weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> dict[str, float]:
     """Mismatch by site, for sites that differ by more than the tolerance."""
-    found = {name: stored[name].mismatch(Fingerprint.of(W)) for name, W in weights.items()}
-    return {name: size for name, size in found.items() if not size <= TOLERANCE}
+    sizes = {name: stored[name].mismatch(Fingerprint.of(W)) for name, W in weights.items()}
+    return {name: size for name, size in sizes.items() if not size <= TOLERANCE}

@@ -1,4 +1,4 @@
-"""Where subcomponents start: random directions, or the weight's own channels.
+"""Where subcomponents start: random directions, or the weight's channels.
 
 *normal* (the paper): V and U normal with standard deviation ``1/√d_in`` and ``1/√C``.
 
@@ -8,8 +8,8 @@ so that the sum is the weight itself and a subcomponent starts as something that
     Q, K, V, in, gate   channel i of the output:   V[:, i] = W[:, i] / √‖W[:, i]‖,    U[i] = √‖W[:, i]‖ · e_i
     O, out              channel i of the input:    V[:, i] = √‖W[i]‖ · e_i,           U[i] = W[i] / √‖W[i]‖
 
-With fewer subcomponents than channels the largest channels are taken; what is over starts as random directions that write
-(almost) nothing.
+With fewer subcomponents than channels, the largest channels are used; subcomponents beyond the channels start as random
+directions that write (almost) nothing.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ result     ``[*batch, head, d_head]``     ``[*batch, head, C]``         ``[*batc
 Head by head the same identity holds for every head with its own rows of V (result) or columns of U (split), so a mask
 ``[*batch, C]`` acts on all heads alike. The site's activations are shown without a head axis in every layout: the sum of the
 heads' (result), or their mean (split, where all are the same unless a hook made their inputs differ); what a hook adds to
-them is shared out evenly (result) or given to every head (split). ``repeats`` above 1 is grouped query attention
-computed ungrouped: every key/value head stands that many times in y.
+them is divided evenly among heads (result) or added to every head (split). ``repeats`` above 1 is grouped query attention
+computed ungrouped: every key/value head appears that many times in y.
 """
 
 from __future__ import annotations
@@ -29,8 +29,12 @@ from torch import Tensor
 class Layout:
     """The shape of one site's product in a pass.
 
-    ``n_heads``: the heads of V or U as stored. ``x_has_heads``, ``y_has_heads``: whether the tensors that the model passes bear
-    a head axis, which a whole product flattens away.
+    Attributes:
+        kind: see above.
+        n_heads: the heads of V or U as stored.
+        repeats: how often each head appears in y.
+        x_has_heads: whether the model's x has a head axis, which a whole product flattens.
+        y_has_heads: whether the model's y has one.
     """
 
     kind: Literal["whole", "split", "result"] = "whole"
@@ -45,7 +49,7 @@ class Layout:
         return self.kind != "whole"
 
     def input_of_site(self, x: Float[Tensor, "*batch d_x"]) -> Float[Tensor, "*rows d_in"]:
-        """The site's one input ``[*batch, d_in]`` from what the model passes (of split inputs the mean over heads)."""
+        """The site's input ``[*batch, d_in]`` from the model's x (of split inputs the mean over heads)."""
         if self.kind == "split":
             return x.mean(-2)
         return x.flatten(-2) if self.x_has_heads else x
@@ -62,8 +66,8 @@ class Layout:
         """Activations in this layout after a hook turned ``shown`` into ``patched``."""
         if self.kind == "whole":
             return patched
-        share = (patched - shown).unsqueeze(-2)
-        return acts + (share if self.kind == "split" else share / self.n_heads)
+        change = (patched - shown).unsqueeze(-2)
+        return acts + (change if self.kind == "split" else change / self.n_heads)
 
     def aligned(self, tensor: Float[Tensor, "*batch d"], *, has_heads: bool) -> Float[Tensor, "*rows d_aligned"]:
         """x or y with a head axis where the product is by head, and without where it is whole."""
@@ -81,7 +85,7 @@ class Layout:
         return by_head.repeat_interleave(self.repeats, dim=axis) if self.repeats > 1 else by_head
 
     def write_directions(self, U: Float[Tensor, "C d_out"]) -> Float[Tensor, "*head C d_write"]:
-        """U as the pass writes it: with a leading head axis where the product is by head, key/value heads repeated."""
+        """U in the layout of y: with a leading head axis where the product is by head, key/value heads repeated."""
         if self.kind == "result" or (self.kind == "whole" and self.repeats == 1):
             return U
         by_head = self._repeat(U.unflatten(1, (self.n_heads, -1)), 1)  # [C, head, d_head]

@@ -1,7 +1,7 @@
-"""How a decomposition lies on disk: a folder with ``decomposition.safetensors`` and ``config.json``.
+"""A decomposition on disk: a folder with ``decomposition.safetensors`` and ``config.json``.
 
-Loading executes nothing. This file knows the two files and their checksum; what the config and the tensors mean is known to
-``tl_vpd.importance.decomposed``.
+Loading executes nothing. This module knows the two files and their checksum; ``tl_vpd.importance.decomposed`` knows what the
+config and the tensors mean.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 
     Raises:
         OSError: the folder cannot be written.
-        TypeError, ValueError: the config is not JSON; nothing has been written then.
+        TypeError: the config is not JSON; nothing has been written then.
+        ValueError: the same.
     """
     json.dumps(config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,9 +73,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such folder, or it does not hold both files.
         ValueError: the config is not JSON, or of another format.
     """
-    for part in (CONFIG, TENSORS):
-        if not (folder / part).is_file():
-            reason = "does not exist" if not folder.is_dir() else f"holds no {part}"
+    for name in (CONFIG, TENSORS):
+        if not (folder / name).is_file():
+            reason = "does not exist" if not folder.is_dir() else f"has no {name}"
             raise FileNotFoundError(
                 f"{folder} {reason}, so it is not a decomposition: give the folder that Decomposition.save wrote "
                 f"({CONFIG} and {TENSORS})."
@@ -86,7 +87,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     stored = config.pop("format_version", None) if isinstance(config, dict) else None
     if stored != FORMAT_VERSION:
-        hint = "update tl_vpd" if isinstance(stored, int) and stored > FORMAT_VERSION else "is it a decomposition's?"
+        hint = (
+            "update tl_vpd"
+            if isinstance(stored, int) and stored > FORMAT_VERSION
+            else "is it the config of a decomposition?"
+        )
         raise ValueError(f"{path}: format version {stored!r}, this tl_vpd reads {FORMAT_VERSION}; {hint}")
     return config
 

@@ -1,4 +1,4 @@
-"""Decomposed models in a researcher's hands: attach, modes, ablations, importances."""
+"""What users get on a model: attached HookPoints, masked modes, ablations, importances."""
 
 from tl_vpd.hooks.ablations import ablation_hooks, delta_hooks, mask_hooks
 from tl_vpd.hooks.adversary import adversarial_masks

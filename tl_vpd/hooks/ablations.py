@@ -1,11 +1,11 @@
 """Masks and ablations as lists of ``fwd_hooks``, for ``run_with_hooks`` and everything else that takes them.
 
 They act on the HookPoints that ``Decomposition.attach`` puts on the model, so the model must be attached. ``mask_hooks`` and
-``delta_hooks`` set masks; ``ablation_hooks`` multiplies into whatever masks stand, or moves activations to other values, so that
-several lists compose in the order given:
+``delta_hooks`` set masks; ``ablation_hooks`` multiplies the masks that earlier hooks set, or moves activations to other values,
+so that several lists compose in their order:
 
-    y = y₀ − Σ_{c ∈ S} amount · a_c U[c]                  out of the target (other masks and Δ at 1)
-    y = y₀ − Σ_{c ∈ S} amount · (a_c − v_c) U[c]          mean- and resample-ablation, v the values instead
+    y = y₀ − Σ_{c ∈ S} amount · a_c U[c]                  removed from the target (other masks and Δ at 1)
+    y = y₀ − Σ_{c ∈ S} amount · (a_c − v_c) U[c]          mean- and resample-ablation, with the values v
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.forward.attachments import attachments
-from tl_vpd.hooks.mask_spec import MaskFunction, check_mask, unrouted
-from tl_vpd.hooks.sparse import Ablate, Positions, Replace, rows_of
+from tl_vpd.hooks.mask_spec import MaskFunction, mask_from_function, unrouted
+from tl_vpd.hooks.sparse import Ablate, Positions, Replace, check_axes, position_indices
+from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import SiteMask
 from tl_vpd.site import Subcomponent, nearest, select
 
@@ -31,64 +32,62 @@ Subcomponents = str | Subcomponent | Sequence[str | Subcomponent]
 
 @dataclass(frozen=True)
 class SetTo:
-    """A hook that puts a given tensor in the place of the mask."""
+    """A hook that replaces the mask by a tensor."""
 
     value: Float[Tensor, "*batch"] = field(repr=False)  # TransformerLens names hooks by their repr
 
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
-        try:
-            return self.value.to(tensor).expand_as(tensor)
-        except RuntimeError as error:
-            raise ValueError(
-                f"The mask for {hook.name} is {tuple(self.value.shape)}, this forward pass needs {tuple(tensor.shape)}: "
-                "masks belong to the prompt they were made for (generation with a KV cache sees one position at a time)."
-            ) from error
+        check_axes(f"The mask for {hook.name}", self.value, tensor.shape, shared=1)
+        return self.value.to(tensor).expand_as(tensor)
 
 
 @dataclass(frozen=True)
 class SetDelta:
-    """A hook that sets Δ's factor at some positions."""
+    """A hook that sets Δ's factor at positions."""
 
     value: float
     pos: Positions
 
     def __call__(self, tensor: Float[Tensor, "batch *pos 1"], hook: Any) -> Float[Tensor, "batch *pos 1"]:
-        """Δ's factors with some of them set."""
+        """Δ's factors with those of the positions set."""
         if self.pos is None:
             return torch.full_like(tensor, self.value)
         if tensor.ndim < 3:
-            raise IndexError(f"pos={self.pos} was given, and {hook.name} has no positions.")
-        return tensor.index_fill(1, rows_of(self.pos, tensor.shape[1], tensor.device, hook.name), self.value)
+            raise IndexError(f"pos={self.pos} needs positions, and {hook.name} has none.")
+        return tensor.index_fill(1, position_indices(self.pos, tensor.shape[1], tensor.device, hook.name), self.value)
 
 
 class Computed:
-    """Three hooks that call a function ``(site, acts) -> mask`` once in each pass and set what it gives."""
+    """Three hooks that call a function ``(site, acts) -> mask`` once in each pass and set the mask it returns."""
 
     def __init__(self, site: str, function: MaskFunction) -> None:
         self.site, self.function = site, function
-        self.own = SiteMask(None, None)
+        self._mask = SiteMask(None, None)
 
     def acts(self, tensor: Tensor, hook: Any) -> None:
         """On ``component_acts``: computes the masks."""
-        given = self.function(self.site, tensor)
-        self.own = given if isinstance(given, SiteMask) else SiteMask(given, None)
-        check_mask(self.site, self.own, tensor)
-        self.own = unrouted(self.own)
+        self._mask = unrouted(mask_from_function(self.function, self.site, tensor))
 
     def mask(self, tensor: Tensor, hook: Any) -> Tensor:
         """On ``mask``: sets it."""
-        return tensor if self.own.mask is None else self.own.mask.to(tensor).expand_as(tensor)
+        return tensor if self._mask.mask is None else self._mask.mask.to(tensor).expand_as(tensor)
 
     def delta(self, tensor: Tensor, hook: Any) -> Tensor:
         """On ``delta_mask``: sets it."""
-        return tensor if self.own.delta is None else self.own.delta.unsqueeze(-1).to(tensor).expand_as(tensor)
+        return tensor if self._mask.delta is None else self._mask.delta.unsqueeze(-1).to(tensor).expand_as(tensor)
 
 
-def require_points(decomposition: DecomposedWeights, function: str, wanted: Sequence[tuple[str, str]]) -> None:
-    """Raises unless the decomposition is attached somewhere with these (site, kind) HookPoints.
+def require_points(decomposition: DecomposedWeights, function: str, points: Sequence[tuple[str, str]]) -> None:
+    """Checks that the decomposition is attached to a model with these HookPoints.
+
+    Args:
+        decomposition: of the hooks.
+        function: that makes the hooks, for messages.
+        points: (site, kind) of each.
 
     Raises:
-        RuntimeError: it is attached to no model. KeyError: it is attached without one of the HookPoints.
+        RuntimeError: it is attached to no model.
+        KeyError: it is attached without one of the HookPoints.
     """
     attached = attachments(decomposition)
     if not attached:
@@ -96,7 +95,7 @@ def require_points(decomposition: DecomposedWeights, function: str, wanted: Sequ
             f"{function} makes hooks for an attached model, and this decomposition is attached to none: call "
             "`with vpd.attach(model):` first."
         )
-    for site, kind in wanted:
+    for site, kind in points:
         if not any(kind in a.hook_points.get(site, {}) for a in attached):
             raise KeyError(
                 f"{function} needs {decomposition.sites[site].hook_name(kind)}, which is not on the model: attach with "
@@ -108,26 +107,30 @@ def indices_by_site(decomposition: DecomposedWeights, subcomponents: Subcomponen
     """Indices of subcomponents by site, each once.
 
     Raises:
-        KeyError, IndexError, ValueError: a subcomponent does not exist or is not written ``site:index``.
+        KeyError: a site does not exist.
+        IndexError: a site has no such subcomponent.
+        ValueError: an address is not written ``site:index``.
     """
     if isinstance(subcomponents, str | Subcomponent):
         subcomponents = [subcomponents]
-    found: dict[str, dict[int, None]] = defaultdict(dict)
+    by_site: dict[str, dict[int, None]] = defaultdict(dict)
     for address in subcomponents:
-        own = decomposition.subcomponent(address)
-        found[own.site][own.index] = None
-    return {site: tuple(indices) for site, indices in found.items()}
+        subcomponent = decomposition.subcomponent(address)
+        by_site[subcomponent.site][subcomponent.index] = None
+    return {site: tuple(indices) for site, indices in by_site.items()}
 
 
-def mask_hooks(decomposition: DecomposedWeights, masks: Mapping[str, SiteMask] | MaskFunction) -> FwdHooks:
-    """``fwd_hooks`` that set the masks (and Δ's) of every site in ``masks``; the other sites stay as they are.
+def mask_hooks(decomposition: DecomposedWeights, masks: Mapping[str, SiteMask | Tensor] | MaskFunction) -> FwdHooks:
+    """``fwd_hooks`` that set the masks (and Δ's) of every site in ``masks``; the other sites are left unmasked.
 
     Args:
+        decomposition: attached to the model that the hooks are for.
         masks: masks by site, or a function ``(site, acts) -> mask`` for every site, called in each pass.
 
     Raises:
         RuntimeError: the decomposition is attached to no model.
         KeyError: the masks name a site that is not decomposed, or the model was attached without its HookPoints.
+        TypeError: a mask is neither a tensor nor a SiteMask.
     """
     sites = decomposition.sites
     if not isinstance(masks, Mapping):
@@ -137,18 +140,18 @@ def mask_hooks(decomposition: DecomposedWeights, masks: Mapping[str, SiteMask] |
         computed = [(sites[name], Computed(name, masks)) for name in names]
         return [
             (site.hook_name(kind), hook)
-            for site, own in computed
-            for kind, hook in zip(kinds, (own.acts, own.mask, own.delta), strict=True)
+            for site, hooks_of_site in computed
+            for kind, hook in zip(kinds, (hooks_of_site.acts, hooks_of_site.mask, hooks_of_site.delta), strict=True)
         ]
     hooks: list[tuple[str, str, SetTo]] = []
-    for name, given in masks.items():
+    for name, value in masks.items():
         if name not in sites:
             raise KeyError(f"The masks name {name!r}, which this decomposition does not have{nearest(name, sites)}.")
-        own = unrouted(given)
-        if own.mask is not None:
-            hooks.append((name, "mask", SetTo(own.mask)))
-        if own.delta is not None:
-            hooks.append((name, "delta_mask", SetTo(own.delta.unsqueeze(-1))))
+        mask = unrouted(SiteMask.of(value, name))
+        if mask.mask is not None:
+            hooks.append((name, "mask", SetTo(mask.mask)))
+        if mask.delta is not None:
+            hooks.append((name, "delta_mask", SetTo(mask.delta.unsqueeze(-1))))
     require_points(decomposition, "mask_hooks", [(name, kind) for name, kind, _ in hooks])
     return [(sites[name].hook_name(kind), hook) for name, kind, hook in hooks]
 
@@ -160,14 +163,17 @@ def delta_hooks(
     sites: str | Sequence[str] | None = None,
     pos: Positions = None,
 ) -> FwdHooks:
-    """``fwd_hooks`` that set the factor of Δ: 0 takes it out, 1 leaves it.
+    """``fwd_hooks`` that set the factor of Δ: 0 removes it, 1 leaves it.
 
     Args:
-        sites: patterns (None: all that are attached). pos: positions of each forward pass (None: all).
+        decomposition: attached to the model that the hooks are for.
+        value: the factor.
+        sites: patterns (None: all that are attached).
+        pos: positions of each forward pass (None: all).
 
     Raises:
-        RuntimeError: the decomposition is attached to no model. KeyError: a pattern matches nothing, or the model was attached
-            without ``delta_mask``.
+        RuntimeError: the decomposition is attached to no model.
+        KeyError: a pattern matches nothing, or the model was attached without ``delta_mask``.
     """
     names = [n for n in decomposition.sites if any(n in a.sites for a in attachments(decomposition))]
     names = select(sites, names) if names else []
@@ -183,22 +189,27 @@ def ablation_hooks(
     amount: float = 1.0,
     values: Mapping[str, Tensor] | None = None,
 ) -> FwdHooks:
-    """``fwd_hooks`` that take subcomponents out of the target. Taking out k of C costs k of C.
+    """``fwd_hooks`` that remove subcomponents from the target. To remove k of C costs k of C.
 
     Args:
+        decomposition: attached to the model that the hooks are for.
         subcomponents: ``"blocks.1.attn.W_Q:316"`` or ``Subcomponent``s.
         pos: an index, indices or slice of positions of each forward pass (None: all). Generation with a KV cache sees one
             position at a time, so an index acts on every new token there.
         amount: 1 removes, 0.5 halves, 0 leaves, 2 reverses the contribution.
-        values: by site, what the activations become instead of 0, broadcasting to ``[batch, pos, C]``: means
+        values: by site, what the activations become instead of 0, ``[C]`` or ``[batch or 1, pos or 1, C]``: means
             (``component_acts(...).mean()``) or those of other prompts (``component_acts(...)``).
 
     Raises:
         RuntimeError: the decomposition is attached to no model.
-        KeyError, IndexError, ValueError: a subcomponent does not exist or is not written ``site:index``; ``values`` lacks a
-            site or has another number of subcomponents; the model was attached without the HookPoint.
+        KeyError: a site does not exist, ``values`` lacks it, or the model was attached without the HookPoint.
+        IndexError: a site has no such subcomponent.
+        ValueError: there are no subcomponents, an address is not written ``site:index``, or ``values`` has another number of
+            subcomponents.
     """
     chosen = indices_by_site(decomposition, subcomponents)
+    if not chosen:
+        raise ValueError("There are no subcomponents to ablate: the list is empty. Name one or more, as 'site:index'.")
     kind = "mask" if values is None else "component_acts"
     require_points(decomposition, "ablation_hooks", [(site, kind) for site in chosen])
     hooks: FwdHooks = []
@@ -209,11 +220,10 @@ def ablation_hooks(
             continue
         if site not in values:
             raise KeyError(f"values has nothing for {site}{nearest(site, values)}.")
-        own = values[site]
-        if own.shape[-1] != decomposition.counts[site]:
+        if values[site].shape[-1] != decomposition.counts[site]:
             raise ValueError(
-                f"values of {site} has {own.shape[-1]} subcomponents on its last axis, the site has "
+                f"values of {site} has {values[site].shape[-1]} subcomponents on its last axis, the site has "
                 f"{decomposition.counts[site]}."
             )
-        hooks.append((name, Replace(indices, pos, own[..., list(indices)], amount)))
+        hooks.append((name, Replace(indices, pos, values[site][..., list(indices)], amount)))
     return hooks

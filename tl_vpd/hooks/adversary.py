@@ -1,8 +1,9 @@
-"""Adversarial masks of a prompt: found by running the model, kept as masks to hand on to ``mask_hooks`` or ``masked``.
+"""Adversarial masks of a prompt, by running the model: masks to pass on to ``mask_hooks`` or ``masked``.
 
     m = g + (1 − g) · r,      r ← clamp(r + step · sign(∇_r KL(target ‖ masked)), 0, 1)
 
-with one source r a subcomponent and Δ, shared over batch and positions (``tl_vpd.masking.fresh``).
+with one source r per subcomponent and Δ, shared over batch and positions (VPD paper, section on evaluation: fresh PGD;
+``tl_vpd.masking.fresh``).
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.ablations import Subcomponents, indices_by_site
 from tl_vpd.hooks.importances import zero_padding
 from tl_vpd.hooks.mask_spec import MaskSpec
 from tl_vpd.importance import DecomposedWeights, lower_leaky
 from tl_vpd.losses import Reconstruction
 from tl_vpd.masking import Masks, attacked_masks
+from tl_vpd.masking.modes import ModeOptions
 from tl_vpd.site import select
 
 
@@ -30,23 +32,28 @@ def adversarial_masks(
     *,
     node_set: Subcomponents | None = None,
     sites: str | Sequence[str] | None = None,
-    steps: int = 20,
-    step_size: float | None = None,
-    seed: int | None = None,
     attention_mask: Tensor | None = None,
+    **options: Any,
 ) -> Masks:
-    """The worst masks an adversary finds for these prompts.
+    """The worst masks that an adversary reaches for these prompts; padding runs unmasked.
 
     Args:
+        decomposition: of this model.
+        model: the target; its parameters and hooks are left unchanged.
         prompts: a string, strings, or tokens ``[batch, pos]``.
         node_set: subcomponents that may not be ablated at all, all others being free (None: Γ's importances say how far).
         sites: patterns of the sites that are attacked (None: all).
-        steps, step_size: of the attack (None: ``2 / steps``). seed: of its start (None: torch's own state).
-        attention_mask: 0 at padding (None: found as TransformerLens finds it).
+        attention_mask: 0 at padding (None: the tokens tell, see ``tl_vpd.adapters.prompts``).
+        **options: ``steps`` of the attack (20), ``step_size`` (``2 / steps``), and ``seed`` of its start (None: torch's global
+            generator).
 
     Raises:
-        KeyError, IndexError, ValueError: a site or subcomponent does not exist; the prompts do not fit the model.
+        KeyError: a site does not exist.
+        IndexError: a site has no such subcomponent.
+        ValueError: an option is impossible, the prompts do not fit the model, or the model is not the decomposed one.
+        TypeError: there is no such option.
     """
+    attack = ModeOptions.of("adversarial", options, label="adversarial_masks")
     names = select(sites, decomposition.sites)
     indices = None if node_set is None else indices_by_site(decomposition, node_set)
     site_axis = decomposition.site_axis
@@ -65,9 +72,12 @@ def adversarial_masks(
                 )
         distance = Reconstruction(logits, "kl" if adapter.return_types else "mse", token_mask)
 
-        def loss(masks: Masks) -> Tensor:
-            return distance(masked_model.masked(tokens, masks.only(names), token_mask, constant_weights=True))
+        def at_names(masks: Masks) -> Masks:
+            return masks.only(names).at_tokens(token_mask)
 
-        generator = None if seed is None else torch.Generator(g.device).manual_seed(seed)
-        masks = attacked_masks(g, site_axis, loss, steps=steps, step_size=step_size, generator=generator)
-        return masks.only(names)
+        def loss(masks: Masks) -> Tensor:
+            return distance(masked_model.masked(tokens, at_names(masks), token_mask, constant_weights=True))
+
+        generator = None if attack.seed is None else torch.Generator(g.device).manual_seed(attack.seed)
+        masks = attacked_masks(g, site_axis, loss, steps=attack.steps, step_size=attack.step_size, generator=generator)
+        return at_names(masks)

@@ -18,23 +18,24 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from tl_vpd.adapters import adapt
 from tl_vpd.adapters.taps import Handle
 from tl_vpd.adapters.versions import HookPoint
-from tl_vpd.components.fingerprint import compare
 from tl_vpd.forward import CastWeights, attachments
-from tl_vpd.hooks.ablations import ablation_hooks, indices_by_site
+from tl_vpd.forward.target_check import accept_target, check_target
+from tl_vpd.hooks import hook_points
+from tl_vpd.hooks.ablations import Subcomponents, ablation_hooks, indices_by_site
 from tl_vpd.hooks.attached_forward import AttachedForward
 from tl_vpd.hooks.checked_names import CheckedNames
+from tl_vpd.hooks.hook_points import KINDS
 from tl_vpd.hooks.mask_spec import MaskFunction, MaskSpec
-from tl_vpd.hooks.sparse import Positions, SparsePoint
+from tl_vpd.hooks.sparse import Positions
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks, SiteMask
-from tl_vpd.masking.modes import Delta, Mode, check_mode
-from tl_vpd.site import Subcomponent, nearest, select
-
-KINDS = ("component_acts", "ci", "mask", "delta_mask")
+from tl_vpd.masking.modes import Mode, ModeKeywords, ModeOptions
+from tl_vpd.site import nearest, select
 
 
 def attached_to(model: nn.Module) -> Attached | None:
@@ -51,18 +52,19 @@ def attachment_of(decomposition: DecomposedWeights, model: nn.Module) -> Attache
 
 
 class Attached:
-    """A decomposition on a model. A context manager; ``detach()`` or leaving it puts the model back as it was.
+    """A decomposition on a model. A context manager; ``detach()`` or leaving it restores the model.
 
     Args:
         decomposition: V and U are used in the model's dtype and on its device; gradients reach them wherever they are.
         model: a HookedTransformer, a TransformerBridge, or a HookedRootModule with ``nn.Linear`` layers.
         sites: patterns of the sites to expose and mask (None: all).
         hooks: which of ``component_acts``, ``ci``, ``mask``, ``delta_mask`` get HookPoints.
-        check_weights: refuse a model with other weights than the decomposition was made from.
+        check_weights: refuse a model with other weights than the decomposed ones. A model attached without this check counts as
+            accepted for this decomposition: no function compares its weights again.
 
     Raises:
-        ValueError: the weights differ (the message gives the size of the mismatch), a flag is not supported, or another
-            decomposition is attached already.
+        ValueError: the weights differ (the message gives the size of the mismatch), a flag is not supported, or a decomposition
+            is attached already.
         KeyError: a site pattern or hook kind matches nothing.
     """
 
@@ -77,104 +79,54 @@ class Attached:
     ) -> None:
         if attachments.attached_to(model) is not None:
             raise ValueError("A decomposition is attached to this model already: detach it first.")
-        hooks = [hooks] if isinstance(hooks, str) else list(hooks)
-        for kind in hooks:
-            if kind not in KINDS:
-                raise KeyError(f"{kind!r} is no kind of hook{nearest(kind, KINDS)}. Kinds: {', '.join(KINDS)}.")
+        kinds = hook_points.check_kinds(hooks)
         self.decomposition = decomposition
         self.model = model
         self.adapter = adapt(model)
-        self._check_target(check_weights)
+        check_target(decomposition, self.adapter, check_weights=check_weights)
+        if not check_weights:
+            accept_target(decomposition, model)
         self.sites = select(sites, decomposition.sites)
         self.hook_points: dict[str, dict[str, HookPoint]] = {}
         self._handles: list[Handle] = []
         weights = CastWeights(decomposition, self.adapter.device, self.adapter.dtype)
         self._forward = AttachedForward(self.adapter, weights, self.hook_points)
-        self._forward.check_weights = check_weights
-        self._own_forward = self.model.__dict__.get("forward")
+        self._forward_before = self.model.__dict__.get("forward")
         try:
-            self._put_on(hooks)
+            self._put_on(kinds)
         except BaseException:
             self.detach()
             raise
         self._forward.owner = self
         attachments.add(self)
 
-    # -- putting on and taking off ---------------------------------------------------------------------------------
-
-    def _check_target(self, check_weights: bool) -> None:
-        stored, here = self.decomposition.sites, self.adapter.sites
-        for name, site in stored.items():
-            if name not in here:
-                owner = name.rpartition(".")[0]
-                reason = self.adapter.refused.get(name) or self.adapter.refused.get(owner)
-                raise ValueError(
-                    f"This model has no {name} that can be decomposed: {reason}."
-                    if reason
-                    else f"This model has no {name}{nearest(name, here)}: the decomposition is of another model."
-                )
-            if (site.d_in, site.d_out) != (here[name].d_in, here[name].d_out):
-                raise ValueError(
-                    f"{name} is {here[name].d_in}x{here[name].d_out} in this model and {site.d_in}x{site.d_out} in the "
-                    "decomposition: it is of another model."
-                )
-        if not check_weights:
-            return
-        wrong = compare(self.decomposition.fingerprints, {name: self.adapter.weight(name) for name in stored})
-        if wrong:
-            worst = max(wrong, key=lambda name: wrong[name])
-            raise ValueError(
-                f"This model's weights are not the decomposed ones: {len(wrong)} of {len(stored)} sites differ, {worst} by "
-                f"{wrong[worst]:.3g} (allowed 0.02). {self._processed()}Load the model with the settings the decomposition was "
-                "made with (fold_ln, center_writing_weights, enable_compatibility_mode and so on), or pass check_weights=False "
-                "to attach all the same."
-            )
-
-    def _processed(self) -> str:
-        """What of the weights' processing is known to differ, as a sentence."""
-        then: dict[str, bool] = self.decomposition.record.get("target", {}).get("processing", {})
-        now = self.adapter.processing()
-        differ = [flag for flag in then if flag in now and then[flag] != now[flag]]
-        if not differ:
-            return ""
-        was, is_now = (", ".join(f"{flag}={flags[flag]}" for flag in differ) for flags in (then, now))
-        return f"They look processed differently: the decomposition was made with {was}, this model has {is_now}. "
+    # -- putting on and removing -----------------------------------------------------------------------------------
 
     def _put_on(self, kinds: Sequence[str]) -> None:
         for name in self.sites:
-            home, site = self.adapter.home(name), self.decomposition.sites[name]
             self.hook_points[name] = {}
-            for kind in kinds:
-                attribute = site.hook_name(kind).rpartition(".")[2]
-                if hasattr(home, attribute):
-                    raise ValueError(f"The model has a {site.hook_name(kind)} already, which attaching would hide.")
-                hook_point = SparsePoint() if kind in ("component_acts", "mask") else HookPoint()
-                hook_point.training = home.training
-                home.add_module(attribute, hook_point)
-                self.hook_points[name][kind] = hook_point
+            hook_points.put_on(self.adapter, self.decomposition.sites[name], kinds, self.hook_points[name])
         self._handles += self._forward.taps.put_on()
         self._handles += self.adapter.tap_inputs(self._forward.see_tokens, self._forward.see_attention_mask)
-        # ``run_with_hooks`` and ``generate`` call ``forward`` past the module's own hooks.
+        # ``run_with_hooks`` and ``generate`` call ``forward`` past the module's hooks.
         self.model.__dict__["forward"] = self._forward.forward
-        own_names = [self.decomposition.sites[n].hook_name(k) for n, points in self.hook_points.items() for k in points]
-        self._handles.append(CheckedNames(self.model, own_names, self._forward))
+        names = [self.decomposition.sites[n].hook_name(k) for n, points in self.hook_points.items() for k in points]
+        self._handles.append(CheckedNames(self.model, names, self._forward))
         self.adapter.hook_points_changed()
 
     def detach(self) -> None:
-        """Takes the HookPoints and taps off; hooks that users put on these HookPoints go with them."""
+        """Removes the HookPoints and taps; hooks that users put on these HookPoints go with them."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._forward.on = False
         if self.model.__dict__.get("forward") == self._forward.forward:
-            if self._own_forward is None:
+            if self._forward_before is None:
                 del self.model.__dict__["forward"]
             else:
-                self.model.__dict__["forward"] = self._own_forward
+                self.model.__dict__["forward"] = self._forward_before
         for name, points in self.hook_points.items():
-            for kind in points:
-                attribute = self.decomposition.sites[name].hook_name(kind).rpartition(".")[2]
-                self.adapter.home(name)._modules.pop(attribute, None)
+            hook_points.remove(self.adapter, self.decomposition.sites[name], points)
         if self.hook_points:
             self.hook_points.clear()
             self.adapter.hook_points_changed()
@@ -192,107 +144,86 @@ class Attached:
     @contextmanager
     def masked(
         self,
-        mode: Mode | str | Mapping[str, SiteMask] | MaskFunction,
+        mode: Mode | str | Mapping[str, SiteMask | Tensor] | MaskFunction,
         *,
-        threshold: float = 0.0,
-        delta: Delta | str = None,
         sites: str | Sequence[str] | None = None,
         pos: Positions = None,
-        seed: int | None = None,
-        steps: int = 20,
-        step_size: float | None = None,
+        **options: Unpack[ModeKeywords],
     ) -> Iterator[Attached]:
         """Every call of the model inside runs masked. The innermost context counts.
 
         Args:
-            mode: a mode of ``tl_vpd.masking.modes``, masks by site, or a function ``(site, acts) -> mask``.
-            threshold: for ``rounded``: importances above it stay.
-            delta: factor of Δ: a number, ``"drawn"``, or None for the mode's default.
+            mode: a mode of ``tl_vpd.masking.modes``, masks by site, or a function ``(site, acts) -> mask``. Modes leave padding
+                unmasked.
             sites: patterns of the sites to mask (None: all that are attached); the others run unmasked.
             pos: positions of each forward pass to mask (None: all); the others run unmasked.
-            seed: for what is drawn (None: torch's own state).
-            steps, step_size: budget of the ``adversarial`` mode (None: ``2 / steps``), whose sources are shared over
-                batch and positions and attack the KL to the target at every real token.
+            **options: of the mode: ``threshold`` of ``rounded`` (0: importances above it give mask 1); ``delta``, the factor of Δ
+                (a number or ``"drawn"``); ``seed`` of what is random (torch's global generator); ``steps`` (20) and
+                ``step_size`` (``2 / steps``) of ``adversarial``, whose sources are shared over batch and positions and attack
+                the KL to the target at every real token.
 
         Raises:
-            ValueError: unknown mode or impossible delta. KeyError: a site pattern that matches nothing. RuntimeError:
-                the decomposition has been detached.
+            ValueError: the mode is unknown or does not take an option, or an option is impossible.
+            TypeError: there is no such option, or a mask is neither a tensor nor a SiteMask.
+            KeyError: a site pattern that matches nothing.
+            RuntimeError: the decomposition has been detached.
         """
-        name: Mode | None = None
-        given: Masks | MaskFunction | None = None
         if isinstance(mode, str):
-            check_mode(mode, delta)
-            name = cast(Mode, mode)
-        elif isinstance(mode, Mapping):
-            for site in mode:
-                if site not in self.decomposition.sites:
-                    raise KeyError(f"The masks name {site!r}, which is not decomposed{nearest(site, self.sites)}.")
-            given = mode if isinstance(mode, Masks) else Masks(mode)
+            checked = ModeOptions.of(mode, options)
+            spec = self._spec(cast(Mode, mode), None, checked, sites, pos)
         else:
-            given = mode
-        with self._planned(
-            MaskSpec(
-                name,
-                given,
-                self._chosen(sites),
-                threshold=threshold,
-                delta=cast(Delta, delta),
-                generator=self._generator(seed),
-                steps=steps,
-                step_size=step_size,
-                pos=pos,
-            )
-        ):
+            for name, value in options.items():
+                if value is not None:
+                    raise ValueError(
+                        f"{name}={value!r} does nothing with masks or a function: {name} belongs to a mode. "
+                        "A SiteMask(mask, delta) carries the factor of Δ."
+                    )
+            if isinstance(mode, Mapping):
+                for site in mode:
+                    if site not in self.decomposition.sites:
+                        raise KeyError(f"The masks name {site!r}, which is not decomposed{nearest(site, self.sites)}.")
+                mode = mode if isinstance(mode, Masks) else Masks(mode)
+            spec = self._spec(None, mode, ModeOptions(), sites, pos)
+        with self._running(spec):
             yield self
 
     @contextmanager
     def keep_only(
         self,
-        subcomponents: str | Subcomponent | Sequence[str | Subcomponent],
+        subcomponents: Subcomponents,
         *,
         rest: Literal["zero", "stochastic", "adversarial"] | str = "zero",
-        delta: Delta | str = None,
         sites: str | Sequence[str] | None = None,
         pos: Positions = None,
-        seed: int | None = None,
-        steps: int = 20,
-        step_size: float | None = None,
+        **options: Unpack[ModeKeywords],
     ) -> Iterator[Attached]:
-        """Every call of the model inside keeps these subcomponents alone; the rest of every site is masked.
+        """Every call of the model inside runs with these subcomponents alone; the rest of every site is masked.
 
         Args:
-            subcomponents: what stays, with mask 1.
-            rest: the masks of all others: 0, drawn from [0, 1], or found by an adversary that attacks Δ too.
-            delta: factor of Δ (None: 0, drawn or attacked, as the rest is).
-            sites: patterns of the sites that are cut down (None: all); the others run unmasked.
-            pos, seed, steps, step_size: as in ``masked``.
+            subcomponents: those with mask 1.
+            rest: the masks of all others: 0, uniform in [0, 1], or by an adversary that attacks Δ too.
+            sites: patterns of the sites that are masked (None: all); the others run unmasked.
+            pos: as in ``masked``.
+            **options: ``delta`` (0, drawn or attacked, as the rest is), ``seed``, ``steps``, ``step_size``: as in ``masked``.
 
         Raises:
-            ValueError, KeyError, IndexError: an unknown ``rest``, site or subcomponent.
+            ValueError: ``rest`` is unknown, or does not take an option.
+            TypeError: there is no such option.
+            KeyError: a site does not exist.
+            IndexError: a site has no such subcomponent.
         """
         modes: dict[str, Mode] = {"zero": "ci", "stochastic": "stochastic", "adversarial": "adversarial"}
         if rest not in modes:
             raise ValueError(f"rest={rest!r}{nearest(rest, modes)}: choose zero, stochastic or adversarial.")
-        check_mode(modes[rest], delta)
-        with self._planned(
-            MaskSpec(
-                modes[rest],
-                None,
-                self._chosen(sites),
-                delta=cast(Delta, delta),
-                generator=self._generator(seed),
-                steps=steps,
-                step_size=step_size,
-                pos=pos,
-                node_set=indices_by_site(self.decomposition, subcomponents),
-            )
-        ):
+        checked = ModeOptions.of(modes[rest], options, label=f"keep_only with rest={rest!r}")
+        node_set = indices_by_site(self.decomposition, subcomponents)
+        with self._running(self._spec(modes[rest], None, checked, sites, pos, node_set)):
             yield self
 
     @contextmanager
     def ablated(
         self,
-        subcomponents: str | Subcomponent | Sequence[str | Subcomponent],
+        subcomponents: Subcomponents,
         *,
         pos: Positions = None,
         amount: float = 1.0,
@@ -312,14 +243,21 @@ class Attached:
         """Inside, the model runs as if nothing were attached, even from a hook in the middle of a forward pass."""
         return self._forward.paused()
 
-    def _chosen(self, sites: str | Sequence[str] | None) -> frozenset[str]:
-        return frozenset(select(sites, self.sites))
-
-    def _generator(self, seed: int | None) -> torch.Generator | None:
-        return None if seed is None else torch.Generator(self.adapter.device).manual_seed(seed)
+    def _spec(
+        self,
+        mode: Mode | None,
+        masks: Masks | MaskFunction | None,
+        options: ModeOptions,
+        sites: str | Sequence[str] | None,
+        pos: Positions,
+        node_set: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> MaskSpec:
+        seed = options.seed
+        generator = None if seed is None else torch.Generator(self.adapter.device).manual_seed(seed)
+        return MaskSpec(mode, masks, frozenset(select(sites, self.sites)), options, generator, pos, node_set)
 
     @contextmanager
-    def _planned(self, spec: MaskSpec) -> Iterator[None]:
+    def _running(self, spec: MaskSpec) -> Iterator[None]:
         if not self._handles:
             raise RuntimeError("This decomposition has been detached, so nothing would be masked: attach it again.")
         specs = self._forward.specs

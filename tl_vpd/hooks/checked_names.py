@@ -1,8 +1,8 @@
-"""The hook names that callers give an attached model: one that does not exist raises, with the nearest that does.
+"""Hook names in calls of an attached model: one that does not exist raises, with the nearest that does.
 
 TransformerLens itself raises a bare KeyError for an unknown name in ``fwd_hooks``, or, in ``TransformerBridge`` before 4.0, runs
-without the hook; a ``names_filter`` that matches nothing caches nothing. While a decomposition is attached, the model's methods
-that take names stand behind a ``Checked``, put on the instance and taken off again.
+without the hook; a ``names_filter`` that matches nothing caches nothing. While a decomposition is attached, a ``Checked`` on
+the instance replaces each of the model's methods that take names.
 """
 
 from __future__ import annotations
@@ -18,22 +18,26 @@ from tl_vpd.adapters.caches import MaskedCache
 from tl_vpd.hooks.attached_forward import AttachedForward
 from tl_vpd.site import nearest
 
-KINDS_OF_OURS = ("_component_acts", "_ci", "_mask")
+OUR_ENDINGS = ("_component_acts", "_ci", "_mask")
 METHODS = ("hooks", "run_with_hooks", "add_hook", "run_with_cache")
 
 
 class Checked:
-    """Stands in for a method of a model that takes hook names.
+    """Replaces a method of a model that takes hook names.
 
-    ``own_names``: of this package's HookPoints on the model.
+    Args:
+        model: whose method it is.
+        method: its name.
+        our_names: of this package's HookPoints on the model.
+        passes: notes which sites put out something else than the model computed.
     """
 
-    def __init__(self, model: nn.Module, method: str, own_names: Iterable[str], passes: AttachedForward) -> None:
+    def __init__(self, model: nn.Module, method: str, our_names: Iterable[str], passes: AttachedForward) -> None:
         self.before = model.__dict__.get(method)
         self.plain = getattr(model, method)
         functools.update_wrapper(self, self.plain)
         self.model, self.method = model, method
-        self.own_names, self.passes = frozenset(own_names), passes
+        self.our_names, self.passes = frozenset(our_names), passes
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """The method, after its names have been checked."""
@@ -48,15 +52,15 @@ class Checked:
 
     def _check(self, *arguments: Any, **keywords: Any) -> None:
         try:
-            given = inspect.signature(self.plain).bind(*arguments, **keywords).arguments
+            bound = inspect.signature(self.plain).bind(*arguments, **keywords).arguments
         except TypeError:
-            return  # the method says it better
-        given = {**given, **given.get("model_kwargs", {}), **given.get("kwargs", {})}
+            return  # the method's message is better
+        bound = {**bound, **bound.get("model_kwargs", {}), **bound.get("kwargs", {})}
         if self.method == "add_hook":
-            self._check_names([given["name"]])
+            self._check_names([bound["name"]])
         else:
-            self._check_names([name for key in ("fwd_hooks", "bwd_hooks") for name, _ in given.get(key) or ()])
-        self._check_filter(given.get("names_filter"))
+            self._check_names([name for key in ("fwd_hooks", "bwd_hooks") for name, _ in bound.get(key) or ()])
+        self._check_filter(bound.get("names_filter"))
 
     def _check_names(self, names: Iterable[Any]) -> None:
         for name in _unknown(self.model, names):
@@ -65,18 +69,18 @@ class Checked:
             raise KeyError(f"This model has no hook point {name!r}{self._nearest(name)}.")
 
     def _check_filter(self, names_filter: Any) -> None:
-        """TransformerLens's own names may be absent from a model, and a filter leaves them out; ours are a slip."""
+        """A filter may name HookPoints of TransformerLens that a model lacks; a missing one of ours is a mistake."""
         names = [names_filter] if isinstance(names_filter, str) else names_filter
         if not isinstance(names, list):
             return
         for name in _unknown(self.model, names):
             near = self._nearest(name)
-            if any(f"{own!r}?" in near for own in self.own_names):
-                raise KeyError(f"names_filter asks for {name!r}, which is no hook point of this model{near}.")
+            if any(f"{ours!r}?" in near for ours in self.our_names):
+                raise KeyError(f"names_filter asks for {name!r}, which is not a hook point of this model{near}.")
 
     def _nearest(self, name: str) -> str:
-        ours = name.endswith(KINDS_OF_OURS)
-        return nearest(name, sorted(self.own_names) if ours else self.model.hook_dict)  # type: ignore[arg-type]
+        ours = name.endswith(OUR_ENDINGS)
+        return nearest(name, sorted(self.our_names) if ours else self.model.hook_dict)  # type: ignore[arg-type]
 
 
 def _unknown(model: Any, names: Iterable[Any]) -> Iterator[str]:
@@ -94,21 +98,27 @@ def _by_path(model: Any, name: str) -> bool:
 
 
 class CheckedNames:
-    """``Checked`` methods on a model. ``remove()`` takes off those that are still there."""
+    """``Checked`` methods on a model; ``remove()`` removes those that are still there.
 
-    def __init__(self, model: nn.Module, own_names: Iterable[str], passes: AttachedForward) -> None:
+    Args:
+        model: whose methods they are.
+        our_names: of this package's HookPoints on the model.
+        passes: notes which sites put out something else than the model computed.
+    """
+
+    def __init__(self, model: nn.Module, our_names: Iterable[str], passes: AttachedForward) -> None:
         self.model = model
-        names = list(own_names)
+        names = list(our_names)
         self.checked = {method: Checked(model, method, names, passes) for method in METHODS}
         model.__dict__.update(self.checked)
 
     def remove(self) -> None:
-        """Puts the methods back as they were."""
-        own = self.model.__dict__
+        """Restores the methods."""
+        attributes = self.model.__dict__
         for method, checked in self.checked.items():
-            if own.get(method) is not checked:
-                continue  # somebody has put another in its place since
+            if attributes.get(method) is not checked:
+                continue  # somebody has replaced it since
             if checked.before is None:
-                del own[method]
+                del attributes[method]
             else:
-                own[method] = checked.before
+                attributes[method] = checked.before

@@ -1,4 +1,4 @@
-"""Inner activations of prompts, and their means: what mean- and resample-ablation put in the place of an activation.
+"""Inner activations of prompts, and their means: the values of mean- and resample-ablation.
 
 >>> acts = vpd.component_acts(model, tokens)                                          # doctest: +SKIP
 >>> vpd.ablation_hooks(["blocks.1.attn.W_Q:3"], values=acts.mean())                   # doctest: +SKIP
@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.forward import MaskedModel
+from tl_vpd.importance import DecomposedWeights
 from tl_vpd.site import nearest
 
 
@@ -37,22 +38,29 @@ class ComponentActs(Mapping[str, Tensor]):
         return len(self.by_site)
 
     def mean(self, *, by_position: bool = False) -> dict[str, Float[Tensor, "*pos C"]]:
-        """Means over real tokens ``[C]``, or over the batch at each position ``[pos, C]``.
+        """Means over real tokens ``[C]``, or over the batch at each position ``[1, pos, C]``.
+
+        Args:
+            by_position: whether each position has its mean.
 
         Raises:
-            ValueError: a position has no real token in any row, so that it has no mean.
+            ValueError: a position is padding in every row, so that it has no mean.
         """
         if self.token_mask is None:
-            axes = 0 if by_position else None
-            return {n: a.mean(0) if axes == 0 else a.flatten(0, -2).mean(0) for n, a in self.by_site.items()}
+            return {
+                name: acts.mean(0, keepdim=True) if by_position else acts.flatten(0, -2).mean(0)
+                for name, acts in self.by_site.items()
+            }
         if not by_position:
-            return {name: a[self.token_mask].mean(0) for name, a in self.by_site.items()}
-        real = self.token_mask.sum(0)
+            return {name: acts[self.token_mask].mean(0) for name, acts in self.by_site.items()}
+        real = self.token_mask.sum(0, keepdim=True)[..., None]
         if bool((real == 0).any()):
             raise ValueError(
                 "Some positions are padding in every row, so that they have no mean: pass by_position=False."
             )
-        return {n: (a * self.token_mask[..., None]).sum(0) / real[:, None] for n, a in self.by_site.items()}
+        return {
+            name: (acts * self.token_mask[..., None]).sum(0, keepdim=True) / real for name, acts in self.by_site.items()
+        }
 
 
 @torch.no_grad()
@@ -62,11 +70,13 @@ def component_acts(
     """The inner activations of every subcomponent at every token of the prompts, in the model's dtype on its device.
 
     Args:
+        decomposition: of this model.
+        model: the target; its parameters and hooks are left unchanged.
         prompts: a string, strings, or tokens ``[batch, pos]``.
-        attention_mask: 0 at padding (None: found as TransformerLens finds it).
+        attention_mask: 0 at padding (None: the tokens tell, see ``tl_vpd.adapters.prompts``).
 
     Raises:
-        ValueError: the prompts are empty, too long, or not this model's tokens.
+        ValueError: there are no tokens, too many, or not this model's; or the model is not the decomposed one.
     """
     with MaskedModel(decomposition, model) as masked_model:
         _, token_mask, inputs = masked_model.clean_prompts(prompts, attention_mask)

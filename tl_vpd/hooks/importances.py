@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from tl_vpd.forward.masked_model import MaskedModel
-from tl_vpd.importance import lower_leaky
+from tl_vpd.forward import MaskedModel
+from tl_vpd.importance import DecomposedWeights, lower_leaky
 from tl_vpd.masking import Masks
-from tl_vpd.masking.modes import Delta, Mode, check_mode, masks_of_mode
+from tl_vpd.masking.modes import Delta, Mode, ModeOptions, masks_of_mode
 from tl_vpd.site import ConcatenatedAxis, nearest
 
 
@@ -28,7 +28,11 @@ from tl_vpd.site import ConcatenatedAxis, nearest
 class CausalImportances(Mapping[str, Tensor]):
     """Importances in [0, 1] by site, each ``[batch, pos, C]`` (``[batch, C]`` for models without positions); 0 at padding.
 
-    ``concatenated`` holds all sites on one axis, ``token_mask`` is False at padding (None: no padding), ``tokens`` is the model's input.
+    Attributes:
+        concatenated: all sites on one axis.
+        site_axis: where each site lies on it.
+        tokens: the model's input.
+        token_mask: False at padding (None: no padding).
     """
 
     concatenated: Float[Tensor, "batch *pos C_total"]
@@ -48,21 +52,39 @@ class CausalImportances(Mapping[str, Tensor]):
         return len(self.site_axis.names)
 
     def masks(
-        self, mode: Mode | str, *, threshold: float = 0.0, delta: Delta | str = None, seed: int | None = None
+        self,
+        mode: Mode | str,
+        *,
+        threshold: float | None = None,
+        delta: Delta | str = None,
+        seed: int | None = None,
     ) -> Masks:
-        """Masks for this prompt in one of the modes of ``tl_vpd.masking.modes`` (``seed``: None draws on torch's state).
+        """Masks for this prompt in one of the modes of ``tl_vpd.masking.modes``; padding runs unmasked.
+
+        Args:
+            mode: any but ``adversarial``, which has to run the model.
+            threshold: of ``rounded``: importances above it give mask 1 (None: 0).
+            delta: factor of Δ: a number, ``"drawn"``, or None for the mode's default.
+            seed: of the random numbers of ``stochastic`` and of ``delta="drawn"`` (None: torch's global generator).
 
         Raises:
-            ValueError: the mode is unknown, or is ``adversarial``, which has to run the model.
+            ValueError: the mode is unknown or ``adversarial``, or does not take an option.
         """
-        check_mode(mode, delta)
         if mode == "adversarial":
-            raise ValueError("Adversarial masks are found by running the model: use attached.masked('adversarial').")
+            raise ValueError(
+                "Adversarial masks need runs of the model: use vpd.adversarial_masks(model, prompts), or "
+                "attached.masked('adversarial')."
+            )
+        options = ModeOptions.of(mode, {"threshold": threshold, "delta": delta, "seed": seed})
         generator = None if seed is None else torch.Generator(self.concatenated.device).manual_seed(seed)
-        chosen, of_delta = cast(Mode, mode), cast(Delta, delta)
         return masks_of_mode(
-            chosen, self.concatenated, self.site_axis, threshold=threshold, delta=of_delta, generator=generator
-        )
+            cast(Mode, mode),
+            self.concatenated,
+            self.site_axis,
+            threshold=options.threshold,
+            delta=options.delta,
+            generator=generator,
+        ).at_tokens(self.token_mask)
 
     @property
     def l0(self) -> Int[Tensor, "batch *pos"]:
@@ -70,17 +92,14 @@ class CausalImportances(Mapping[str, Tensor]):
         return (self.concatenated > 0).sum(-1)
 
     def to_pandas(self, *, above: float = 0.0) -> pd.DataFrame:
-        """One row for every importance above a threshold: batch, pos and token (of models that have them), subcomponent, ci."""
-        *where, concatenated = (self.concatenated > above).nonzero(as_tuple=True)
-        columns: dict[str, Any] = dict(zip(("batch", "pos"), (w.tolist() for w in where), strict=False))
-        if (
-            self.tokens.shape == self.concatenated.shape[:-1]
-            and not self.tokens.is_floating_point()
-            and len(where) == 2
-        ):
-            columns["token"] = self.tokens[where[0], where[1]].tolist()
-        columns["subcomponent"] = [str(self.site_axis.at(i)) for i in concatenated.tolist()]
-        index = (*where, concatenated)
+        """One row per importance above a threshold: batch, pos and token (of models that have them), subcomponent, ci."""
+        index = (self.concatenated > above).nonzero(as_tuple=True)
+        *rows, subcomponents = index
+        columns: dict[str, Any] = dict(zip(("batch", "pos"), (axis.tolist() for axis in rows), strict=False))
+        same_shape = self.tokens.shape == self.concatenated.shape[:-1]
+        if same_shape and not self.tokens.is_floating_point() and len(rows) == 2:
+            columns["token"] = self.tokens[rows[0], rows[1]].tolist()
+        columns["subcomponent"] = [str(self.site_axis.at(i)) for i in subcomponents.tolist()]
         columns["ci"] = self.concatenated[index].tolist()
         return pd.DataFrame(columns)
 
@@ -105,11 +124,13 @@ def causal_importances(
     """The importances of every subcomponent at every token of the prompts, on the model's device.
 
     Args:
-        prompts: a string, strings, or tokens ``[batch, pos]``.
-        attention_mask: 0 at padding (None: found as TransformerLens finds it).
+        decomposition: of this model.
+        model: the target; its parameters and hooks are left unchanged.
+        prompts: a string (the empty one is BOS alone, where the model prepends it), strings, or tokens ``[batch, pos]``.
+        attention_mask: 0 at padding (None: the tokens tell, see ``tl_vpd.adapters.prompts``).
 
     Raises:
-        ValueError: the prompts are empty, too long, or not this model's tokens.
+        ValueError: there are no tokens, too many, or not this model's; or the model is not the decomposed one.
     """
     with MaskedModel(decomposition, model) as masked_model:
         tokens, token_mask, inputs = masked_model.clean_prompts(prompts, attention_mask)

@@ -1,50 +1,53 @@
-"""What a masked context asks of every forward pass, and whether given masks fit one."""
+"""What a masked context does in every forward pass, and whether masks fit the activations of one.
+
+A mask has one axis ``[C]`` (the same for all tokens) or all axes of the activations, ``[batch or 1, pos or 1, C]``. Two axes of
+three are refused: ``[batch, C]`` and ``[pos, C]`` cannot be told apart where a batch has as many rows as positions.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.hooks.sparse import Positions, rows_of
+from tl_vpd.hooks.sparse import Positions, check_axes, position_indices
 from tl_vpd.masking import Masks, SiteMask
-from tl_vpd.masking.modes import NEED_IMPORTANCES, Delta, Mode
+from tl_vpd.masking.modes import NEED_IMPORTANCES, Mode, ModeOptions
 from tl_vpd.site import ConcatenatedAxis
 
 MaskFunction = Callable[[str, Tensor], Tensor | SiteMask]
-"""Takes a site's name and its inner activations ``[batch, pos, C]``; gives their mask."""
+"""Takes a site's name and its inner activations ``[batch, pos, C]``; returns their mask."""
 
 
 @dataclass(frozen=True, eq=False)
 class MaskSpec:
-    """What a masked context asks of every forward pass.
+    """What a masked context does in every forward pass.
 
-    ``node_set``: indices by site that have importance 1 where all others have 0, in the place of Γ's importances (None: Γ's).
+    Attributes:
+        mode: a mode (None: ``masks``).
+        masks: masks by site, or a function that makes them in each pass.
+        sites: the sites that are masked.
+        options: of the mode.
+        generator: of the mode's random numbers (None: torch's global one).
+        pos: the positions that are masked (None: all).
+        node_set: indices by site that have importance 1 where all others have 0, instead of Γ's importances (None: Γ's).
     """
 
     mode: Mode | None
     masks: Masks | MaskFunction | None
     sites: frozenset[str]
-    threshold: float = 0.0
-    delta: Delta = None
+    options: ModeOptions = field(default_factory=ModeOptions)
     generator: torch.Generator | None = None
-    steps: int = 20
-    step_size: float | None = None
     pos: Positions = None
     node_set: Mapping[str, tuple[int, ...]] | None = None
 
     @property
-    def needs_importances(self) -> bool:
-        """Whether Γ has to be asked first."""
-        return self.mode in NEED_IMPORTANCES and self.node_set is None
-
-    @property
     def needs_clean_pass(self) -> bool:
-        """Whether a clean pass has to come first."""
-        return self.needs_importances or self.mode == "adversarial"
+        """Whether a clean pass has to come first: for Γ's importances, or for the target of an attack."""
+        return self.mode == "adversarial" or (self.mode in NEED_IMPORTANCES and self.node_set is None)
 
     def indicator(
         self, like: Float[Tensor, "*batch C_total"], site_axis: ConcatenatedAxis
@@ -57,43 +60,50 @@ class MaskSpec:
                 g[..., [site_axis.slices[name].start + i for i in indices]] = 1.0
         return g
 
-    def routed(self, name: str, like: Float[Tensor, "*batch C"]) -> Tensor | None:
-        """Where the masked path is taken: at the plan's positions (None: everywhere)."""
+    def limited(
+        self,
+        name: str,
+        mask: SiteMask,
+        acts: Float[Tensor, "*batch C"],
+        token_mask: Bool[Tensor, "batch pos"] | None = None,
+    ) -> SiteMask:
+        """The mask at the spec's positions only, and (of a mode) at real tokens only; elsewhere the site runs as the target."""
+        if self.mode is not None and token_mask is not None:
+            mask = mask.also_routed(token_mask[:, -acts.shape[1] :])  # behind a KV cache the mask covers the prefix too
         if self.pos is None:
-            return None
-        if like.ndim < 3:
-            raise IndexError(f"pos={self.pos} was given, and the activations of {name} have no positions.")
-        at = torch.zeros(1, like.shape[1], dtype=torch.bool, device=like.device)
-        at[:, rows_of(self.pos, like.shape[1], like.device, name)] = True
-        return at
-
-    def at_positions(self, name: str, own: SiteMask, like: Float[Tensor, "*batch C"]) -> SiteMask:
-        """The mask taken at the plan's positions alone, and there where its own routing says."""
-        at = self.routed(name, like)
-        if at is None:
-            return own
-        return replace(own, routed=at if own.routed is None else at & own.routed)
+            return mask
+        if acts.ndim < 3:
+            raise IndexError(f"pos={self.pos} needs positions, and the activations of {name} have none.")
+        where = torch.zeros(1, acts.shape[1], dtype=torch.bool, device=acts.device)
+        where[:, position_indices(self.pos, acts.shape[1], acts.device, name)] = True
+        return mask.also_routed(where)
 
 
-def unrouted(own: SiteMask) -> SiteMask:
-    """The same mask with 1 where the masked path is not taken, which is the target itself."""
-    if own.routed is None:
-        return own
-    mask = None if own.mask is None else torch.where(own.routed[..., None], own.mask, 1.0)
-    return SiteMask(mask, None if own.delta is None else torch.where(own.routed, own.delta, 1.0))
+def unrouted(mask: SiteMask) -> SiteMask:
+    """The same mask with 1 where the masked path is not computed, which is the target itself."""
+    if mask.routed is None:
+        return mask
+    factor = None if mask.mask is None else torch.where(mask.routed[..., None], mask.mask, 1.0)
+    return SiteMask(factor, None if mask.delta is None else torch.where(mask.routed, mask.delta, 1.0))
 
 
-def check_mask(name: str, own: SiteMask, acts: Tensor) -> None:
-    """Raises ValueError unless the site's mask broadcasts to its activations ``[batch, pos, C]``."""
-    for what, given, wanted in (("mask", own.mask, acts.shape), ("Δ's mask", own.delta, acts.shape[:-1])):
-        if given is None:
-            continue
-        try:
-            fits = torch.broadcast_shapes(given.shape, wanted) == wanted
-        except RuntimeError:
-            fits = False
-        if not fits:
-            raise ValueError(
-                f"The {what} for {name} is {tuple(given.shape)}, this forward pass needs {tuple(wanted)}: masks belong to the "
-                "prompt they were made for. Give a function (site, acts) -> mask where the length changes."
-            )
+def mask_from_function(function: MaskFunction, name: str, acts: Float[Tensor, "*batch C"]) -> SiteMask:
+    """What a user's function returns for one site, checked.
+
+    Raises:
+        TypeError: it is neither a tensor nor a SiteMask.
+        ValueError: it does not fit the activations.
+    """
+    mask = SiteMask.of(function(name, acts), name)
+    check_mask(name, mask, acts)
+    return mask
+
+
+def check_mask(name: str, mask: SiteMask, acts: Float[Tensor, "*batch C"]) -> None:
+    """Raises ValueError unless the site's mask has the axes of its activations ``[batch, pos, C]``."""
+    for what, tensor, shape, shared in (
+        ("mask", mask.mask, acts.shape, 1),
+        ("Δ's mask", mask.delta, acts.shape[:-1], 0),
+    ):
+        if tensor is not None:
+            check_axes(f"The {what} for {name}", tensor, shape, shared=shared)

@@ -1,6 +1,6 @@
-"""One site in one attached pass: who listens to its HookPoints, what a mask spec wants, and the output that follows.
+"""One site in one attached pass: its HookPoints, its mask, and its output.
 
-In this order: nobody listens → nothing; only ``Sparse`` hooks → their columns alone; else activations through
+In this order: nobody listens → nothing; only ``Sparse`` hooks → only their columns; otherwise activations through
 ``hook_component_acts``, masks through ``hook_mask`` and ``hook_delta_mask``, and the masked output.
 """
 
@@ -21,7 +21,7 @@ from tl_vpd.masking import SiteMask
 Points = Mapping[str, HookPoint | None]
 """A site's HookPoints by kind, None where nobody listens."""
 MaskOf = Callable[[Tensor], SiteMask]
-"""Takes the site's activations; gives the mask that the innermost mask spec wants."""
+"""Takes the site's activations and returns the mask of the innermost mask spec."""
 
 
 def listening(points: Mapping[str, HookPoint], kind: str) -> HookPoint | None:
@@ -36,21 +36,23 @@ def hooked_output(product: SiteProduct, points: Points, mask_of: MaskOf | None) 
     Args:
         product: the site's in this pass.
         points: its HookPoints that somebody listens to.
-        mask_of: gives the spec's mask from the site's activations (None: no spec is on).
+        mask_of: makes the spec's mask from the site's activations (None: no spec is on).
     """
     layout, acts = product.layout, product.acts()
     after, shown = through(points["component_acts"], layout.shown(acts), lambda: layout.shown(product.acts()))
     acts = acts if layout.by_head else shown
     # Where a spec is not routed its masks are 1, so that hooks act there as well.
-    given = SiteMask(None, None) if mask_of is None else unrouted(mask_of(shown))
-    mask, delta = given.mask, given.delta
+    site_mask = SiteMask(None, None) if mask_of is None else unrouted(mask_of(shown))
+    mask, delta = site_mask.mask, site_mask.delta
     if (point := points["mask"]) is not None:
-        mask = point(_awaited(point, torch.ones_like(shown) if mask is None else mask.expand_as(shown).clone()))
+        mask = point(
+            _as_node(point, torch.ones_like(shown) if mask is None else mask.to(shown).expand_as(shown).clone())
+        )
     if (point := points["delta_mask"]) is not None:
         # With a last axis of one, as TransformerLens's hook_scale has: run_with_cache finds positions by counting from it.
         ones = torch.ones_like(shown[..., :1])
-        sent = ones if delta is None else delta.unsqueeze(-1).expand_as(ones).clone()
-        delta = point(_awaited(point, sent)).squeeze(-1)
+        sent = ones if delta is None else delta.to(ones).unsqueeze(-1).expand_as(ones).clone()
+        delta = point(_as_node(point, sent)).squeeze(-1)
     if after is None and mask is None and delta is None:
         return None
     patched = None if after is None else layout.patched(acts, shown, after)
@@ -58,10 +60,17 @@ def hooked_output(product: SiteProduct, points: Points, mask_of: MaskOf | None) 
 
 
 def sparse_output(product: SiteProduct, on_acts: list[Sparse], on_mask: list[Sparse], points: Points) -> Tensor:
-    """A site's output after hooks that touch only some columns."""
-    touched = sorted({i for hook in (*on_acts, *on_mask) for i in hook.indices})
-    column_of = {c: column for column, c in enumerate(touched)}
-    columns = torch.tensor(touched, device=product.x.device)
+    """A site's output after hooks that touch a few columns.
+
+    Args:
+        product: the site's in this pass.
+        on_acts: the hooks on its activations.
+        on_mask: the hooks on its mask.
+        points: its HookPoints that somebody listens to.
+    """
+    indices = sorted({i for hook in (*on_acts, *on_mask) for i in hook.indices})
+    column_of = {c: column for column, c in enumerate(indices)}
+    columns = torch.tensor(indices, device=product.x.device)
     acts = product.acts(columns)
     shown = product.layout.shown(acts)
     after: Tensor | None = None
@@ -74,8 +83,8 @@ def sparse_output(product: SiteProduct, on_acts: list[Sparse], on_mask: list[Spa
     return product.masked(SiteMask(mask, None), acts=acts, patched_acts=patched, columns=columns)
 
 
-def _awaited(point: HookPoint, sent: Tensor) -> Tensor:
-    """A mask as a node of the graph where a backward hook waits for its gradient."""
+def _as_node(point: HookPoint, sent: Tensor) -> Tensor:
+    """A mask as a node of autograd's graph, if a backward hook needs its gradient."""
     if not point._backward_hooks or not torch.is_grad_enabled() or sent.requires_grad:
         return sent
     return sent.requires_grad_().clone()
@@ -85,24 +94,29 @@ def sparse_hooks(points: Points, C: int) -> tuple[list[Sparse], list[Sparse]] | 
     """The hooks on ``component_acts`` and ``mask``, if there are no others on the site and they touch less than half of C."""
     if points["delta_mask"] is not None:
         return None
-    found: list[list[Sparse]] = []
+    by_kind: list[list[Sparse]] = []
     for kind in ("component_acts", "mask"):
         point = points[kind]
-        own = [] if point is None else point.sparse_hooks() if isinstance(point, SparsePoint) else None
-        if own is None:
+        hooks = [] if point is None else point.sparse_hooks() if isinstance(point, SparsePoint) else None
+        if hooks is None:
             return None
-        found.append(own)
-    if 2 * sum(len(hook.indices) for hooks in found for hook in hooks) > C:
+        by_kind.append(hooks)
+    if 2 * sum(len(hook.indices) for hooks in by_kind for hook in hooks) > C:
         return None
-    return found[0], found[1]
+    return by_kind[0], by_kind[1]
 
 
 def through(
     point: HookPoint | None, acts: Float[Tensor, "*batch C"], again: Callable[[], Tensor]
 ) -> tuple[Tensor | None, Tensor]:
-    """Sends activations through a HookPoint; gives (what came out if it may differ, the activations as they were).
+    """Sends activations through a HookPoint; returns (the result if it may differ, the unchanged activations).
 
-    With gradients on, what came out is its own node of the graph, so that a cached activation has a gradient.
+    With gradients on, the result is a node of autograd's graph, so that a cached activation has a gradient.
+
+    Args:
+        point: None: nobody listens.
+        acts: the activations.
+        again: computes them once more, if a hook has written into them.
     """
     if point is None:
         return None, acts

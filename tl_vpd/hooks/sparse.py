@@ -1,6 +1,6 @@
-"""Hooks that touch a few subcomponents, and HookPoints that know it: taking k of C out costs k of C.
+"""Hooks that touch a few subcomponents, and HookPoints that know it: to ablate k of C costs k of C.
 
-A site with no mode on it and none but such hooks computes ``x @ V[:, S]`` and ``· @ U[S]`` for the union S of what they touch:
+A site without a mode and with such hooks only computes ``x @ V[:, S]`` and ``· @ U[S]`` for the union S of what they touch:
 
     y = y₀ + (a'_S ⊙ m_S − a_S) @ U[S],      a_S = x @ V[:, S]
 
@@ -25,6 +25,31 @@ Positions = int | np.integer | slice | Sequence[int] | Tensor | np.ndarray | Non
 """Positions of each forward pass: an index, a slice, several indices, a mask ``[pos]``, or None for all."""
 
 
+def check_axes(what: str, tensor: Tensor, shape: Sequence[int], *, shared: int) -> None:
+    """Raises ValueError unless a tensor has the last ``shared`` axes of ``shape``, or all of them with 1 where it is shared.
+
+    Args:
+        what: its name, for the message.
+        tensor: a mask, or values for activations.
+        shape: of this forward pass.
+        shared: number of axes of a tensor that is the same for all tokens.
+    """
+    shape = tuple(shape)
+    if tensor.ndim not in (shared, len(shape)):
+        full = ", ".join(["batch", "pos"][: len(shape) - shared] + ["C"] * shared)
+        alone = "[C]" if shared else "a number"
+        raise ValueError(
+            f"{what} is {tuple(tensor.shape)}, which leaves open what its axes are: give {alone} for all tokens, or [{full}] "
+            f"with 1 where it is shared, here {shape}: unsqueeze(1) makes it one per row, unsqueeze(0) one per position."
+        )
+    if any(n not in (1, m) for n, m in zip(reversed(tensor.shape), reversed(shape), strict=False)):
+        raise ValueError(
+            f"{what} is {tuple(tensor.shape)}, this forward pass needs {shape}: masks and values belong to the prompt they were "
+            "made for (generation with a KV cache sees one position at a time). Give a function (site, acts) -> mask where the "
+            "length changes."
+        )
+
+
 @dataclass(frozen=True)
 class Sparse(ABC):
     """A hook on the last axis's ``indices`` alone, at some positions."""
@@ -40,26 +65,33 @@ class Sparse(ABC):
         """The same hook where subcomponent ``c`` stands in column ``columns[c]``."""
         return replace(self, indices=tuple(columns[i] for i in self.indices))
 
-    def rows(self, tensor: Tensor, hook: Any) -> Tensor | slice:
-        """The positions that are touched, as an index of axis 1."""
+    def positions(self, tensor: Tensor, hook: Any) -> Tensor | slice:
+        """The positions that the hook acts on, as an index of axis 1."""
         if self.pos is None:
             return slice(None)
         if tensor.ndim < 3:
-            raise IndexError(f"pos={self.pos} was given, and {hook.name} has no positions.")
-        return rows_of(self.pos, tensor.shape[1], tensor.device, hook.name)
+            raise IndexError(f"pos={self.pos} needs positions, and {hook.name} has none.")
+        return position_indices(self.pos, tensor.shape[1], tensor.device, hook.name)
 
 
-def rows_of(pos: Positions, n: int, device: torch.device, name: str) -> Tensor:
+def position_indices(pos: Positions, n: int, device: torch.device, name: str) -> Tensor:
     """Positions as indices below ``n``.
 
+    Args:
+        pos: what the user asked for.
+        n: number of positions of the pass.
+        device: of the result.
+        name: of the HookPoint or site, for messages.
+
     Raises:
-        IndexError: there is no such position. TypeError: these are no positions.
+        IndexError: there is no such position.
+        TypeError: ``pos`` is something else than positions.
     """
     if pos is None or isinstance(pos, slice):
-        chosen = range(n)[slice(None) if pos is None else pos]
-        return torch.arange(chosen.start, chosen.stop if chosen else chosen.start, chosen.step, device=device)
-    alone = isinstance(pos, int | Tensor | np.ndarray | np.generic)
-    index = torch.as_tensor(pos if alone else list(pos), device=device)  # type: ignore[arg-type]
+        selected = range(n)[slice(None) if pos is None else pos]
+        return torch.arange(selected.start, selected.stop if selected else selected.start, selected.step, device=device)
+    single = isinstance(pos, int | Tensor | np.ndarray | np.generic)
+    index = torch.as_tensor(pos if single else list(pos), device=device)  # type: ignore[arg-type]
     if not index.numel() and index.dtype != torch.bool:
         index = index.long()
     if index.is_floating_point() or index.ndim > 1:
@@ -72,27 +104,27 @@ def rows_of(pos: Positions, n: int, device: torch.device, name: str) -> Tensor:
 
 @dataclass(frozen=True)
 class Ablate(Sparse):
-    """Multiplies some subcomponents' masks by ``1 − amount``."""
+    """Multiplies the masks of subcomponents by ``1 − amount``."""
 
     amount: float
 
     def __call__(self, tensor: Float[Tensor, "batch *pos C"], hook: Any) -> Float[Tensor, "batch *pos C"]:
-        """The mask with some factors lowered."""
+        """The mask with those factors lowered."""
         factor = torch.ones_like(tensor)
         columns = torch.tensor(self.indices, device=tensor.device)
         if self.pos is None:
             factor[..., columns] = 1.0 - self.amount
         else:
-            factor[:, self.rows(tensor, hook)[:, None], columns] = 1.0 - self.amount  # type: ignore[index]
+            factor[:, self.positions(tensor, hook)[:, None], columns] = 1.0 - self.amount  # type: ignore[index]
         return tensor * factor
 
 
 @dataclass(frozen=True)
 class AblateEach(Sparse):
-    """Many ablations in one pass: copy ``copies[i]`` of ``batch`` prompts goes without ``indices[i]``.
+    """Many ablations in one pass: copy ``copies[i]`` of ``batch`` prompts runs without ``indices[i]``.
 
-    On masks, factors become ``1 − amount`` times what they were; with ``values`` (broadcasting to ``[batch, pos, n]``) the
-    hook belongs on activations, which move by ``amount`` of the way to them.
+    On masks, factors are multiplied by ``1 − amount``; with ``values`` (``[n]``, or ``[batch or 1, pos or 1, n]``) the hook
+    belongs on activations, which move by ``amount`` of the way to them.
     """
 
     copies: tuple[int, ...]
@@ -101,46 +133,42 @@ class AblateEach(Sparse):
     values: Float[Tensor, "*rows n"] | None = field(default=None, repr=False)
 
     def __call__(self, tensor: Float[Tensor, "all *pos C"], hook: Any) -> Float[Tensor, "all *pos C"]:
-        """The masks or activations with one column of each copy changed."""
+        """The masks or activations with one column changed per copy."""
         within = torch.arange(self.batch, device=tensor.device)
         rows = (torch.tensor(self.copies, device=tensor.device)[:, None] * self.batch + within).flatten()
         columns = torch.tensor(self.indices, device=tensor.device).repeat_interleave(self.batch)
         index: tuple[Tensor, ...] = (rows, columns)
         if tensor.ndim == 3:
-            pos = rows_of(self.pos, tensor.shape[1], tensor.device, hook.name)
+            pos = position_indices(self.pos, tensor.shape[1], tensor.device, hook.name)
             index = (rows[:, None], pos, columns[:, None])
         else:
-            self.rows(tensor, hook)  # raises if positions were asked for
-        own = tensor[index]
+            self.positions(tensor, hook)  # raises where ``pos`` is not None
+        entries = tensor[index]
         if self.values is None:
-            return tensor.index_put(index, own * (1.0 - self.amount))
-        full = self.values.to(own).expand(self.batch, *tensor.shape[1:-1], len(self.indices))
-        values = full.movedim(-1, 0).flatten(0, 1)  # [n * batch, pos]
-        return tensor.index_put(index, torch.lerp(own, values[:, pos] if tensor.ndim == 3 else values, self.amount))
+            return tensor.index_put(index, entries * (1.0 - self.amount))
+        shape = (self.batch, *tensor.shape[1:-1], len(self.indices))
+        check_axes(f"values for {hook.name}", self.values, shape, shared=1)
+        values = self.values.to(entries).expand(shape).movedim(-1, 0).flatten(0, 1)  # [n * batch, pos]
+        return tensor.index_put(index, torch.lerp(entries, values[:, pos] if tensor.ndim == 3 else values, self.amount))
 
 
 @dataclass(frozen=True)
 class Replace(Sparse):
-    """Moves some activations by ``amount`` of the way to given values: mean- and resample-ablation."""
+    """Moves activations by ``amount`` of the way to values: mean- and resample-ablation."""
 
     values: Float[Tensor, "*rows k"] = field(repr=False)
     amount: float
 
     def __call__(self, tensor: Float[Tensor, "batch *pos C"], hook: Any) -> Float[Tensor, "batch *pos C"]:
-        """The activations with some columns moved; values broadcast to ``[batch, pos, k]``."""
+        """The activations with those columns moved; values are ``[k]``, or ``[batch or 1, pos or 1, k]``."""
         columns = torch.tensor(self.indices, device=tensor.device)
-        own = tensor[..., columns]
-        try:
-            moved = torch.lerp(own, self.values.to(own).expand_as(own), self.amount)
-        except RuntimeError as error:
-            raise ValueError(
-                f"The values for {hook.name} are {tuple(self.values.shape)}, this forward pass needs {tuple(own.shape)}: give "
-                "means, or activations of prompts of the same shape."
-            ) from error
+        acts = tensor[..., columns]
+        check_axes(f"values for {hook.name}", self.values, acts.shape, shared=1)
+        moved = torch.lerp(acts, self.values.to(acts).expand_as(acts), self.amount)
         if self.pos is not None:
-            at = torch.zeros(tensor.shape[1], 1, dtype=torch.bool, device=tensor.device)
-            at[self.rows(tensor, hook)] = True
-            moved = torch.where(at, moved, own)
+            where = torch.zeros(tensor.shape[1], 1, dtype=torch.bool, device=tensor.device)
+            where[self.positions(tensor, hook)] = True
+            moved = torch.where(where, moved, acts)
         return tensor.index_copy(-1, columns, moved)
 
 
@@ -156,7 +184,7 @@ class SparsePoint(HookPoint):
         before = set(self._forward_hooks)
         handle = super().add_hook(hook, *arguments, **keywords)
         if isinstance(hook, Sparse):
-            self._sparse = {key: own for key, own in self._sparse.items() if key in before}
+            self._sparse = {key: other for key, other in self._sparse.items() if key in before}
             self._sparse.update((key, hook) for key in self._forward_hooks if key not in before)
         return handle
 

@@ -1,4 +1,4 @@
-"""Γ, the causal-importance function: clean site inputs in, one importance in [0, 1] a subcomponent and token out."""
+"""Γ, the causal-importance function: from clean site inputs to one importance in [0, 1] per subcomponent and token."""
 
 from tl_vpd.importance.build import Gamma, build
 from tl_vpd.importance.config import GammaConfig

@@ -23,6 +23,11 @@ Gamma = SharedTransformer | ChunkedTransformers | PerSubcomponentMLPs | PerSiteM
 def build(config: GammaConfig, d_in: Mapping[str, int], counts: Mapping[str, int]) -> Gamma:
     """A freshly initialised Γ.
 
+    Args:
+        config: which Γ.
+        d_in: input width by site.
+        counts: number of subcomponents by site.
+
     Raises:
         ValueError: the widths do not fit together, or the config's ``d_ci`` is not resolved.
     """
@@ -38,7 +43,7 @@ def _module(config: GammaConfig, d_in: Mapping[str, int], counts: Mapping[str, i
     if config.kind == "per_site_mlps":
         return PerSiteMLPs(d_in, counts, hidden=config.hidden)
     if config.d_ci is None:
-        raise ValueError("GammaConfig.d_ci is None: call resolved(d_model) first, or give a width.")
+        raise ValueError("GammaConfig.d_ci is None: call resolved(d_model) first, or set a width.")
     d_mlp = config.d_mlp or 4 * config.d_ci
     size = {"d_ci": config.d_ci, "n_blocks": config.n_blocks, "n_heads": config.n_heads, "d_mlp": d_mlp}
     if config.kind == "chunked_transformers":

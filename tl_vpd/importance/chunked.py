@@ -1,4 +1,4 @@
-"""Γ for deep models: one shared transformer for each chunk of sites, none of which sees the others' inputs."""
+"""Γ for deep models: one shared transformer for each chunk of sites, which does not see the other chunks' inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ from tl_vpd.importance.transformer import SharedTransformer
 
 
 class ChunkedTransformers(nn.Module):
-    """``SharedTransformer``s over consecutive runs of ``chunk`` sites (the last may be shorter)."""
+    """``SharedTransformer``s over consecutive chunks of sites (the last may be shorter).
+
+    Args:
+        d_in: input width by site.
+        counts: number of subcomponents by site.
+        chunk: number of sites in one.
+        d_ci: width of each transformer.
+        n_blocks: depth of each.
+        n_heads: attention heads of each.
+        d_mlp: MLP width of each (None: ``4 * d_ci``).
+    """
 
     needs = "inputs"
 
@@ -45,8 +55,8 @@ class ChunkedTransformers(nn.Module):
         self, inputs: Mapping[str, Float[Tensor, "batch pos _"]], token_mask: Bool[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch pos C_total"]:
         """Pre-sigmoid values of all sites, in their order."""
-        return torch.cat([part(inputs, token_mask) for part in self.parts], dim=-1)
+        return torch.cat([transformer(inputs, token_mask) for transformer in self.parts], dim=-1)
 
     def output_biases(self) -> list[Tensor]:
         """The biases that are added last."""
-        return [bias for part in self.parts for bias in part.output_biases()]  # type: ignore[operator, union-attr]
+        return [bias for transformer in self.parts for bias in transformer.output_biases()]  # type: ignore[operator, union-attr]

@@ -1,6 +1,6 @@
-"""Γ as small MLPs: one a subcomponent (SPD's, right for toys), or one a site.
+"""Γ as small MLPs: one per subcomponent (SPD paper, section on causal importances; right for toys), or one per site.
 
-Per subcomponent, on its own inner activation: ``z_c = w₂_c · GELU(w₁_c · a_c + b₁_c) + b₂_c``. Per site, on the site's
+Per subcomponent, on its inner activation: ``z_c = w₂_c · GELU(w₁_c · a_c + b₁_c) + b₂_c``. Per site, on the site's
 RMS-normalised input: ``z = W₂ GELU(W₁ x + b₁) + b₂``. Neither sees other positions or other sites.
 
 The hidden layer of all subcomponents' MLPs, ``[C, tokens, hidden]``, is larger than everything else in a toy's training. It is
@@ -35,37 +35,37 @@ class _SmallMLPs(torch.autograd.Function):
     def forward(ctx: Any, a: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor, b_out: Tensor) -> Tensor:
         ctx.save_for_backward(a, w_in, b_in, w_out)
         z = torch.empty_like(a)
-        for own in _blocks(a, w_in):
-            h = F.gelu(_hidden(a[own], w_in[own], b_in[own]))
-            z[own] = torch.baddbmm(b_out[own, None, None], h, w_out[own, :, None]).squeeze(-1)
+        for block in _blocks(a, w_in):
+            h = F.gelu(_hidden(a[block], w_in[block], b_in[block]))
+            z[block] = torch.baddbmm(b_out[block, None, None], h, w_out[block, :, None]).squeeze(-1)
         return z
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         a, w_in, b_in, w_out = ctx.saved_tensors
-        of_a = torch.empty_like(a) if ctx.needs_input_grad[0] else None
-        of_w_in, of_b_in, of_w_out = (torch.empty_like(w) for w in (w_in, b_in, w_out))
-        for own in _blocks(a, w_in):
-            h = _hidden(a[own], w_in[own], b_in[own])
-            of_w_out[own] = torch.bmm(grad[own, None], F.gelu(h)).squeeze(1)
+        grad_a = torch.empty_like(a) if ctx.needs_input_grad[0] else None
+        grad_w_in, grad_b_in, grad_w_out = (torch.empty_like(w) for w in (w_in, b_in, w_out))
+        for block in _blocks(a, w_in):
+            h = _hidden(a[block], w_in[block], b_in[block])
+            grad_w_out[block] = torch.bmm(grad[block, None], F.gelu(h)).squeeze(1)
             slope = torch.ops.aten.gelu_backward(torch.ones_like(h), h)
             # Both sums over tokens in one product: the gradients of b₁ and w₁, but for w₂.
-            sums = torch.stack([grad[own], grad[own] * a[own]], dim=1) @ slope
-            torch.mul(sums[:, 0], w_out[own], out=of_b_in[own])
-            torch.mul(sums[:, 1], w_out[own], out=of_w_in[own])
-            if of_a is not None:
-                torch.mul((slope @ (w_in[own] * w_out[own])[..., None]).squeeze(-1), grad[own], out=of_a[own])
-        return of_a, of_w_in, of_b_in, of_w_out, grad.sum(-1)
+            sums = torch.stack([grad[block], grad[block] * a[block]], dim=1) @ slope
+            torch.mul(sums[:, 0], w_out[block], out=grad_b_in[block])
+            torch.mul(sums[:, 1], w_out[block], out=grad_w_in[block])
+            if grad_a is not None:
+                torch.mul((slope @ (w_in[block] * w_out[block])[..., None]).squeeze(-1), grad[block], out=grad_a[block])
+        return grad_a, grad_w_in, grad_b_in, grad_w_out, grad.sum(-1)
 
 
 Hidden = Float[Tensor, "C hidden"]
 Run = Callable[..., Any]
-"""``run(name, function, *tensors)``: what the function gives, however it is carried out."""
+"""``run(name, function, *tensors)``: the function's result, however it is computed."""
 
 
 class _RunMLPs(torch.autograd.Function):
-    """The same, by ``run``."""
+    """The same, computed by ``run``."""
 
     @staticmethod
     def forward(ctx: Any, run: Run, *tensors: Tensor) -> Tensor:
@@ -92,17 +92,17 @@ def values(
 def gradients(
     grad: Float[Tensor, "C tokens"], a: Float[Tensor, "C tokens"], w_in: Hidden, b_in: Hidden, w_out: Hidden
 ) -> tuple[Tensor, ...]:
-    """Of a, w₁, b₁, w₂ and b₂, from that of z, in the same manner.  GELU(h) = h Φ(h), GELU'(h) = Φ(h) + h φ(h)."""
-    of_a = torch.zeros_like(a)
-    of_w_in, of_b_in, of_w_out = [], [], []
+    """Gradients of a, w₁, b₁, w₂ and b₂ from that of z, in the same manner.  GELU(h) = h Φ(h), GELU'(h) = Φ(h) + h φ(h)."""
+    grad_a = torch.zeros_like(a)
+    grad_w_in, grad_b_in, grad_w_out = [], [], []
     for h, w, out in _units(a, w_in, b_in, w_out):
         below = _cdf(h)
         slope = grad * torch.addcmul(below, h, torch.exp(-0.5 * h * h), value=(2 * math.pi) ** -0.5)
-        of_a = of_a + slope * (w * out)[:, None]
-        of_w_in.append((slope * a).sum(-1) * out)
-        of_b_in.append(slope.sum(-1) * out)
-        of_w_out.append((grad * h * below).sum(-1))
-    return of_a, *(torch.stack(own, dim=1) for own in (of_w_in, of_b_in, of_w_out)), grad.sum(-1)
+        grad_a = grad_a + slope * (w * out)[:, None]
+        grad_w_in.append((slope * a).sum(-1) * out)
+        grad_b_in.append(slope.sum(-1) * out)
+        grad_w_out.append((grad * h * below).sum(-1))
+    return grad_a, *(torch.stack(units, dim=1) for units in (grad_w_in, grad_b_in, grad_w_out)), grad.sum(-1)
 
 
 def _units(a: Tensor, w_in: Tensor, b_in: Tensor, w_out: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -129,9 +129,12 @@ def _blocks(a: Float[Tensor, "C tokens"], w_in: Float[Tensor, "C hidden"]) -> It
 
 
 class PerSubcomponentMLPs(nn.Module):
-    """One MLP of ``hidden`` GELU units for every subcomponent, reading its inner activation alone.
+    """One MLP of ``hidden`` GELU units for every subcomponent, which reads only its inner activation.
 
-    With ``rising``, weights start positive: z rises with the inner activation (but for the dip of GELU below 0).
+    Args:
+        counts: number of subcomponents by site.
+        hidden: units of each MLP.
+        rising: whether weights start positive: z then rises with the inner activation (except in the dip of GELU below 0).
     """
 
     needs = "acts"
@@ -163,7 +166,7 @@ class PerSubcomponentMLPs(nn.Module):
 
     @contextmanager
     def computed_by(self, run: Run) -> Iterator[None]:
-        """Inside, z is what ``run`` makes of ``values``, and its gradients, whenever they are asked for, of ``gradients``."""
+        """Inside, ``run`` computes z with ``values``, and its gradients, also after the context, with ``gradients``."""
         self._run = run
         try:
             yield
@@ -176,7 +179,13 @@ class PerSubcomponentMLPs(nn.Module):
 
 
 class PerSiteMLPs(nn.Module):
-    """One MLP of ``hidden`` GELU units for every site, reading the site's RMS-normalised input."""
+    """One MLP of ``hidden`` GELU units for every site, which reads the site's RMS-normalised input.
+
+    Args:
+        d_in: input width by site.
+        counts: number of subcomponents by site.
+        hidden: units of each MLP.
+    """
 
     needs = "inputs"
 
@@ -192,8 +201,8 @@ class PerSiteMLPs(nn.Module):
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid values from site inputs."""
         dtype = self.mlps[0][0].bias.dtype  # type: ignore[index]
-        parts = [mlp(rms_norm(inputs[n].to(dtype))) for n, mlp in zip(self.names, self.mlps, strict=True)]
-        return torch.cat(parts, dim=-1)
+        z = [mlp(rms_norm(inputs[n].to(dtype))) for n, mlp in zip(self.names, self.mlps, strict=True)]
+        return torch.cat(z, dim=-1)
 
     def output_biases(self) -> list[Tensor]:
         """The biases that are added last."""

@@ -1,8 +1,8 @@
 """Γ as one transformer shared by all sites (VPD's global shared transformer).
 
-Each site's clean input, RMS-normalised on its own, is concatenated and projected to ``d_ci``; ``n_blocks`` pre-norm blocks
-with bidirectional rotary attention follow; the output is projected to one pre-sigmoid value a subcomponent. No norm has a
-learned scale and none stands before the last projection.
+The sites' clean inputs, each RMS-normalised, are concatenated and projected to ``d_ci``; ``n_blocks`` pre-norm blocks with
+bidirectional rotary attention follow; the output is projected to one pre-sigmoid value per subcomponent. No norm has a learned
+scale and there is none before the last projection (VPD paper, section on the causal-importance function).
 
     z = W_out · blocks(W_in · [rms(x_1), …, rms(x_L)])          z: [batch, pos, C_total]
 """
@@ -61,8 +61,11 @@ class SharedTransformer(nn.Module):
 
     Args:
         d_in: input width by site, in the order in which they are concatenated.
-        counts: number of subcomponents by site, in the order in which they are put out.
-        d_ci: width. n_blocks: depth. n_heads: attention heads. d_mlp: MLP width (None: ``4 * d_ci``).
+        counts: number of subcomponents by site, in the order of the output.
+        d_ci: width.
+        n_blocks: depth.
+        n_heads: attention heads.
+        d_mlp: MLP width (None: ``4 * d_ci``).
 
     Raises:
         ValueError: ``d_ci`` does not divide into heads of even width.

@@ -2,7 +2,7 @@
 
 from tl_vpd.masking.fresh import AttackResult, attacked_masks, fresh_pgd, restarted_pgd, shared_start
 from tl_vpd.masking.masks import Masks, SiteMask, constant_masks, masks_from_sources
-from tl_vpd.masking.persistent import PersistentSources, taken_rows
+from tl_vpd.masking.persistent import PersistentSources, rows_of_slots
 from tl_vpd.masking.routing import uniform_k_routing
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "fresh_pgd",
     "masks_from_sources",
     "restarted_pgd",
+    "rows_of_slots",
     "shared_start",
-    "taken_rows",
     "uniform_k_routing",
 ]

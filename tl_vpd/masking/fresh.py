@@ -1,7 +1,7 @@
 """The evaluation adversary: fresh projected gradient ascent (PGD) with shared sources.
 
-New sources for a batch, one a subcomponent and Δ, shared over batch and positions: an adversary that must find one
-setting that is bad everywhere looks for systematic faults and cannot fit noise.
+New sources for a batch, one per subcomponent and Δ, shared over batch and positions: an adversary that must find one
+setting that is bad everywhere looks for systematic faults and cannot fit noise (VPD paper, section on evaluation).
 
     r ← clamp(r + step · sign(∇_r loss), 0, 1)        from a random start; scored after the last step
 
@@ -26,7 +26,12 @@ from tl_vpd.site import ConcatenatedAxis
 
 @dataclass(frozen=True)
 class AttackResult:
-    """What an attack found: the sources and the losses before each step and after the last."""
+    """The result of an attack.
+
+    Attributes:
+        sources: after the last step.
+        losses: before each step and after the last.
+    """
 
     sources: Float[Tensor, "*ones C_and_deltas"]
     losses: list[float]
@@ -53,7 +58,7 @@ def fresh_pgd(
         start: sources in [0, 1].
         steps: number of updates.
         step_size: length of each (None: ``2 / steps``).
-        momentum: how much of the running sum of gradients is kept, μ in [0, 1).
+        momentum: μ in [0, 1), the factor of the running sum of gradients.
 
     Raises:
         ValueError: the momentum is not in [0, 1).
@@ -87,7 +92,7 @@ def fresh_pgd(
 def shared_start(
     g: Float[Tensor, "*batch C_total"], site_axis: ConcatenatedAxis, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*ones C_and_deltas"]:
-    """Random sources, one a subcomponent and Δ, shared over batch and positions; ``generator`` None: torch's global one."""
+    """Random sources, one per subcomponent and Δ, shared over batch and positions; ``generator`` None: torch's global one."""
     width = site_axis.total + len(site_axis.names)
     return torch.rand(*[1] * (g.ndim - 1), width, generator=generator, device=g.device).to(g.dtype)
 
@@ -130,10 +135,17 @@ def restarted_pgd(
 ) -> list[AttackResult]:
     """``fresh_pgd`` from every start, the worst (of the largest loss) first.
 
+    Args:
+        loss: as in ``fresh_pgd``.
+        starts: sources in [0, 1].
+        steps: number of updates.
+        step_size: length of each (None: ``2 / steps``).
+        momentum: as in ``fresh_pgd``.
+
     Raises:
         ValueError: there is no start, or the momentum is not in [0, 1).
     """
-    found = [fresh_pgd(loss, start, steps=steps, step_size=step_size, momentum=momentum) for start in starts]
-    if not found:
+    results = [fresh_pgd(loss, start, steps=steps, step_size=step_size, momentum=momentum) for start in starts]
+    if not results:
         raise ValueError("There is no start: give one or more sources in [0, 1].")
-    return sorted(found, key=lambda result: result.loss, reverse=True)
+    return sorted(results, key=lambda result: result.loss, reverse=True)

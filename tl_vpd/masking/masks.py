@@ -3,8 +3,8 @@
     m = g + (1 − g) · r          a subcomponent of importance 1 is never ablated, one of importance 0 is masked by r
     m_Δ = r_Δ                    Δ's importance is 0 by definition
 
-The concatenated axis holds all sites' subcomponents one after the other (``tl_vpd.site.ConcatenatedAxis``); a concatenated *source* has one
-more entry a site behind them, for the Δs.
+(VPD paper, section on masked forwards.) The concatenated axis holds all sites' subcomponents one after the other
+(``tl_vpd.site.ConcatenatedAxis``); a concatenated *source* has one more entry per site behind them, for the Δs.
 """
 
 from __future__ import annotations
@@ -20,24 +20,73 @@ from torch import Tensor
 from tl_vpd.site import ConcatenatedAxis
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class SiteMask:
-    """One site's mask.
+    """One site's mask: one factor per subcomponent for all tokens ``[C]``, or with all axes ``[batch or 1, pos or 1, C]``.
 
-    ``mask``: factor of each subcomponent (None: 1). ``delta``: factor of Δ (None: 1). ``routed``: where the masked path is
-    taken at all (None: everywhere).
+    Args:
+        mask: factor of each subcomponent (None: 1).
+        delta: factor of Δ: a number for all tokens, or ``[batch or 1, pos or 1]`` (None: 1).
+        routed: where the masked path is computed, ``[batch or 1, pos or 1]``; elsewhere the site runs as the target (None:
+            everywhere).
+
+    Raises:
+        TypeError: something else than tensors (for ``delta``, a number).
     """
 
     mask: Float[Tensor, "*#batch C"] | None
     delta: Float[Tensor, "*#batch"] | None
-    routed: Bool[Tensor, "*#batch"] | None = None
+    routed: Bool[Tensor, "*#batch"] | None
+
+    def __init__(
+        self,
+        mask: Float[Tensor, "*#batch C"] | None,
+        delta: Float[Tensor, "*#batch"] | float | None,
+        routed: Bool[Tensor, "*#batch"] | None = None,
+    ) -> None:
+        if isinstance(delta, int | float):
+            delta = torch.tensor(float(delta), dtype=torch.float64)
+        for name, value in (("mask", mask), ("delta", delta), ("routed", routed)):
+            if value is not None and not isinstance(value, Tensor):
+                number = ", a number" if name == "delta" else ""
+                raise TypeError(f"SiteMask.{name} is a {type(value).__name__}: give a tensor{number} or None.")
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def of(cls, value: Any, site: str) -> SiteMask:
+        """A site's mask from what a user gives for it: a ``SiteMask``, or a bare tensor of factors.
+
+        Raises:
+            TypeError: it is neither.
+        """
+        if isinstance(value, cls):
+            return value
+        if isinstance(value, Tensor):
+            return cls(value, None)
+        raise TypeError(
+            f"The mask of {site} is a {type(value).__name__}: give a tensor with one factor per subcomponent (1 leaves it "
+            "unmasked), or a SiteMask(mask, delta)."
+        )
+
+    def also_routed(self, where: Bool[Tensor, "*#batch"] | None) -> SiteMask:
+        """The same mask, computed only where ``where`` is True as well (None: no further limit)."""
+        if where is None:
+            return self
+        return replace(self, routed=where if self.routed is None else where & self.routed)
 
 
 class Masks(Mapping[str, SiteMask]):
-    """The masks of a forward pass by site; a site that is not named runs unmasked."""
+    """The masks of a forward pass by site; a site that is not named runs unmasked.
 
-    def __init__(self, by_site: Mapping[str, SiteMask]) -> None:
-        self._by_site = dict(by_site)
+    Args:
+        by_site: a ``SiteMask`` or a bare tensor of factors for each site.
+
+    Raises:
+        TypeError: a mask is neither.
+    """
+
+    def __init__(self, by_site: Mapping[str, SiteMask | Tensor]) -> None:
+        self._by_site = {name: SiteMask.of(value, name) for name, value in by_site.items()}
 
     def __getitem__(self, site: str) -> SiteMask:
         return self._by_site[site]
@@ -56,19 +105,29 @@ class Masks(Mapping[str, SiteMask]):
         return Masks({name: self[name] for name in sites})
 
     def routed(self, routing: Mapping[str, Bool[Tensor, "*batch"]]) -> Masks:
-        """The same masks with the masked path taken only where ``routing`` is True."""
-        return Masks({name: replace(own, routed=routing[name]) for name, own in self._by_site.items()})
+        """The same masks with the masked path computed only where ``routing`` is True."""
+        return Masks({name: replace(mask, routed=routing[name]) for name, mask in self._by_site.items()})
+
+    def at_tokens(self, token_mask: Bool[Tensor, "*batch"] | None) -> Masks:
+        """The same masks at real tokens; padding runs unmasked (None: no token is padding)."""
+        if token_mask is None:
+            return self
+        return Masks({name: mask.also_routed(token_mask) for name, mask in self._by_site.items()})
+
+
+def mask_of(g: Float[Tensor, "*batch C"], r: Float[Tensor, "*#batch C"]) -> Float[Tensor, "*batch C"]:
+    """``g + (1 − g) r``: the masks of importances g and sources r."""
+    return torch.lerp(r, g.new_ones(()), g)
 
 
 class _FromSources(torch.autograd.Function):
-    """``(g + (1 − g) r, r_Δ)``: backward in one pass a tensor, and one gradient for the whole source."""
+    """``(g + (1 − g) r, r_Δ)``: backward in one pass over each tensor, and one gradient for the whole source."""
 
     @staticmethod
     def forward(ctx: Any, g: Tensor, sources: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(g, sources)
         r, delta = sources.split([g.shape[-1], sources.shape[-1] - g.shape[-1]], dim=-1)
-        one = torch.ones((), dtype=g.dtype, device=g.device)
-        return torch.lerp(r, one, g), delta.expand(*g.shape[:-1], -1).clone()
+        return mask_of(g, r), delta.expand(*g.shape[:-1], -1).clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_delta: Tensor) -> tuple[Tensor | None, Tensor | None]:  # type: ignore[override]
@@ -89,7 +148,14 @@ def masks_from_sources(
     site_axis: ConcatenatedAxis,
     routing: Mapping[str, Bool[Tensor, "*batch"]] | None = None,
 ) -> Masks:
-    """Masks ``g + (1 − g) · r`` of every site, Δ's from the last entries of the concatenated sources."""
+    """Masks ``g + (1 − g) · r`` of every site, Δ's from the last entries of the concatenated sources.
+
+    Args:
+        g: importances of all sites.
+        sources: in [0, 1], Δ's behind the subcomponents'.
+        site_axis: the sites on g's last axis.
+        routing: by site, where the masked path is computed (None: everywhere).
+    """
     mask, delta = _FromSources.apply(g, sources)
     by_site, deltas = site_axis.split_sites(mask), delta.unbind(-1)
     return Masks(
@@ -103,6 +169,6 @@ def masks_from_sources(
 def constant_masks(
     mask: Float[Tensor, "*batch C_total"], delta: float | Float[Tensor, "*#batch"], site_axis: ConcatenatedAxis
 ) -> Masks:
-    """Masks given outright, with one factor for every site's Δ."""
+    """Masks from one concatenated tensor of factors, with one factor for every site's Δ."""
     factor = torch.as_tensor(delta, dtype=mask.dtype, device=mask.device).expand(mask.shape[:-1])
-    return Masks({name: SiteMask(own, factor) for name, own in site_axis.split_sites(mask).items()})
+    return Masks({name: SiteMask(site_mask, factor) for name, site_mask in site_axis.split_sites(mask).items()})

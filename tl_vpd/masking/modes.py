@@ -1,28 +1,31 @@
 """Mask modes: from causal importances to the masks of a forward pass.
 
-===========  =======================================================  =============
-mode         mask of a subcomponent of importance g                   Δ by default
-===========  =======================================================  =============
-unmasked     1                                                        0
-stochastic   ``g + (1 − g) r``, r uniform in [0, 1] for every token   drawn alike
-rounded      1 where ``g > threshold``, else 0                        0
-ci           g                                                        0
-adversarial  ``g + (1 − g) r`` with r found by gradient ascent        attacked alike
-zero         0                                                        0
-===========  =======================================================  =============
+===========  ==========================================================  ================  =============================
+mode         mask of a subcomponent of importance g                      Δ by default      options
+===========  ==========================================================  ================  =============================
+unmasked     1                                                           0                 delta
+stochastic   ``g + (1 − g) r``, r uniform in [0, 1] for every token      uniform as well   delta, seed
+rounded      1 where ``g > threshold``, else 0                           0                 delta, threshold
+ci           g                                                           0                 delta
+adversarial  ``g + (1 − g) r``, r by gradient ascent (shared sources)    attacked as well  seed, steps, step_size
+zero         0                                                           0                 delta
+===========  ==========================================================  ================  =============================
 
-``delta`` overrides the last column: a number, or ``"drawn"``.
+``delta`` overrides the third column: a number, or ``"drawn"``, which makes ``seed`` an option of every mode. (VPD paper, section
+on masked forwards; *stochastic* and *rounded* are also the SPD paper's.)
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypedDict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.masking import Masks, constant_masks, masks_from_sources
+from tl_vpd.masking.masks import Masks, constant_masks, masks_from_sources
 from tl_vpd.site import ConcatenatedAxis, nearest
 
 Mode = Literal["unmasked", "stochastic", "rounded", "ci", "adversarial", "zero"]
@@ -30,15 +33,81 @@ MODES: tuple[Mode, ...] = ("unmasked", "stochastic", "rounded", "ci", "adversari
 NEED_IMPORTANCES = ("stochastic", "rounded", "ci", "adversarial")
 Delta = float | Literal["drawn"] | None
 
+MODES_OF_OPTION: dict[str, tuple[Mode, ...]] = {
+    "threshold": ("rounded",),
+    "delta": tuple(mode for mode in MODES if mode != "adversarial"),
+    "seed": ("stochastic", "adversarial"),
+    "steps": ("adversarial",),
+    "step_size": ("adversarial",),
+}
+"""Which modes take an option. Elsewhere it would do nothing, and raises."""
 
-def check_mode(mode: str, delta: Delta | str) -> None:
-    """Raises ValueError for an unknown mode or an impossible ``delta``."""
-    if mode not in MODES:
-        raise ValueError(f"{mode!r} is no mask mode{nearest(mode, MODES)}. Modes: {', '.join(MODES)}.")
-    if isinstance(delta, str) and delta != "drawn":
-        raise ValueError(f"delta={delta!r}: give a number, 'drawn', or None for the mode's default.")
-    if mode == "adversarial" and delta is not None:
-        raise ValueError("The adversarial mode attacks Δ as well; leave delta at None.")
+
+class ModeKeywords(TypedDict, total=False):
+    """The options of a mode as keywords; see ``ModeOptions``."""
+
+    threshold: float | None
+    delta: Delta | str
+    seed: int | None
+    steps: int | None
+    step_size: float | None
+
+
+@dataclass(frozen=True)
+class ModeOptions:
+    """The options of a mode, checked.
+
+    Attributes:
+        threshold: of ``rounded``: importances above it give mask 1.
+        delta: factor of Δ: a number, ``"drawn"``, or None for the mode's default.
+        seed: of every random number (None: torch's global generator).
+        steps: of the adversary's ascent.
+        step_size: length of each step (None: ``2 / steps``).
+    """
+
+    threshold: float = 0.0
+    delta: Delta = None
+    seed: int | None = None
+    steps: int = 20
+    step_size: float | None = None
+
+    @classmethod
+    def of(cls, mode: str, options: Mapping[str, Any], *, label: str | None = None) -> ModeOptions:
+        """The options of a mode from keywords; None stands for the default.
+
+        Args:
+            mode: one of ``MODES``.
+            options: by name, as the caller gave them.
+            label: what the caller calls the mode (None: its name), for messages.
+
+        Raises:
+            ValueError: there is no such mode, the mode does not take an option, or a value is impossible.
+            TypeError: there is no such option.
+        """
+        if mode not in MODES:
+            raise ValueError(f"{mode!r} is not a mask mode{nearest(mode, MODES)}. Modes: {', '.join(MODES)}.")
+        label = label or f"the mode {mode!r}"
+        names = [field.name for field in fields(cls)]
+        for name in options:
+            if name not in names:
+                raise TypeError(f"{name!r} is not an option of a mask mode{nearest(name, names)}: {', '.join(names)}.")
+        options = {name: value for name, value in options.items() if value is not None}
+        delta = options.get("delta")
+        if isinstance(delta, str) and delta != "drawn":
+            raise ValueError(f"delta={delta!r}: give a number, 'drawn', or None for the mode's default.")
+        for name, value in options.items():
+            if mode in MODES_OF_OPTION[name] or (name == "seed" and delta == "drawn"):
+                continue
+            if name == "delta":
+                raise ValueError(f"delta={value!r} does nothing in {label}, which attacks Δ as well: leave delta out.")
+            modes = " and ".join(repr(m) for m in MODES_OF_OPTION[name])
+            raise ValueError(f"{name}={value!r} does nothing in {label}: {name} belongs to {modes}; leave it out.")
+        threshold, steps = options.get("threshold", 0.0), options.get("steps", 0)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold}: importances are in [0, 1], give a number from 0 to 1.")
+        if steps < 0:
+            raise ValueError(f"steps={steps}: give how many steps the adversary makes, 0 or more.")
+        return cls(**options)
 
 
 def masks_of_mode(
@@ -52,7 +121,13 @@ def masks_of_mode(
 ) -> Masks:
     """The masks of every mode but ``adversarial``, which needs a model to attack.
 
-    Draws on ``generator`` (None: torch's global one) for ``stochastic`` and for ``delta="drawn"``.
+    Args:
+        mode: one of ``MODES``.
+        g: importances.
+        site_axis: the sites on g's last axis.
+        threshold: of ``rounded``.
+        delta: factor of Δ (None: the mode's default).
+        generator: of ``stochastic`` and of ``delta="drawn"`` (None: torch's global one).
     """
     if delta is None:
         delta = "drawn" if mode == "stochastic" else 0.0

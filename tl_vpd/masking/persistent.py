@@ -1,9 +1,9 @@
 """The training adversary: sources that live across steps (persistent projected gradient ascent).
 
 One source for every batch element, position, subcomponent and Δ, started uniform in [0, 1]. Adam *ascends* the
-reconstruction loss; after every update the sources are clamped to [0, 1]. As the batch changes from step to step the
-sources find what is wrong with the decomposition in general. *Pooled*, every batch element has a few sources instead, and each
-position takes one of them at random at each step.
+reconstruction loss; after every update the sources are clamped to [0, 1]. As the batch changes from step to step, the
+sources learn what is wrong with the decomposition in general (VPD paper, section on training). *Pooled*, every batch element has
+a few sources instead, and each position uses one of them at random at each step.
 
     m₁ ← β₁ m₁ + (1−β₁) ∇      m₂ ← β₂ m₂ + (1−β₂) ∇²      r ← clamp(r + lr · m̂₁ / (√m̂₂ + ε), 0, 1)
 """
@@ -22,10 +22,12 @@ _BLOCK = 1 << 17
 
 
 class PersistentSources:
-    """Concatenated sources ``[rows, slots, C_total + n_sites]`` with their own Adam; a slot is a position, or one of a pool.
+    """Concatenated sources ``[rows, slots, C_total + n_sites]`` with an Adam of theirs; a slot is a position, or one of a pool.
 
     Args:
         values: where they start, in [0, 1].
+        betas: of Adam.
+        eps: of Adam.
     """
 
     def __init__(
@@ -41,14 +43,14 @@ class PersistentSources:
         self.second = torch.zeros_like(values)
         self.updates = 0
 
-    def leaf(self, rows: slice = ALL) -> Float[Tensor, "some slots C_and_deltas"]:
-        """Sources of some rows as a leaf that collects gradients; the values are shared, not copied."""
+    def leaf(self, rows: slice = ALL) -> Float[Tensor, "rows slots C_and_deltas"]:
+        """Sources of rows as a leaf that collects gradients; the values are shared, not copied."""
         return self.values[rows].detach().requires_grad_()
 
     @torch.no_grad()
     def ascend(
         self,
-        gradient: Float[Tensor, "some slots C_and_deltas"],
+        gradient: Float[Tensor, "rows slots C_and_deltas"],
         lr: float,
         rows: slice = ALL,
         *,
@@ -58,8 +60,11 @@ class PersistentSources:
         """One Adam ascent step along ``gradient``, then the clamp.
 
         Args:
-            rows: whose gradient it is. update: which update this is (None: the next one), where rows are updated in parts.
-            by: carries out ``ascended`` on whole tensors (None: here, in blocks).
+            gradient: of the loss.
+            lr: learning rate.
+            rows: whose gradient it is.
+            update: number of this update, where rows are updated one slice after the other (None: the next one).
+            by: carries out ``ascended`` on whole tensors (None: it runs in blocks).
         """
         self.updates = self.updates + 1 if update is None else update
         scale = (1 - self.betas[1] ** self.updates) ** 0.5
@@ -69,19 +74,19 @@ class PersistentSources:
             numbers = torch.tensor([step, self.eps * scale], dtype=gradient.dtype, device=gradient.device)
             by(*tensors, *numbers.unbind())
             return
-        for values, first, second, own in zip(*(t.flatten().split(_BLOCK) for t in tensors), strict=True):
-            self.ascended(values, first, second, own, step, self.eps * scale)
+        for values, first, second, block in zip(*(t.flatten().split(_BLOCK) for t in tensors), strict=True):
+            self.ascended(values, first, second, block, step, self.eps * scale)
 
     def ascended(
         self,
-        values: Float[Tensor, "*some"],
-        first: Float[Tensor, "*some"],
-        second: Float[Tensor, "*some"],
-        gradient: Float[Tensor, "*some"],
+        values: Float[Tensor, "*block"],
+        first: Float[Tensor, "*block"],
+        second: Float[Tensor, "*block"],
+        gradient: Float[Tensor, "*block"],
         step: float | Float[Tensor, ""],
         eps: float | Float[Tensor, ""],
     ) -> None:
-        """Adam's arithmetic on some sources, in place, its corrections in ``step`` and ``eps``."""
+        """Adam's arithmetic on a block of sources, in place, with its bias corrections in ``step`` and ``eps``."""
         beta1, beta2 = self.betas
         first.lerp_(gradient, 1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -103,12 +108,12 @@ class PersistentSources:
                 f"Saved sources are {tuple(state['values'].shape)}, this run's are {tuple(self.values.shape)}: "
                 "resume with the batch size and sequence length that the run was started with."
             )
-        for own, name in ((self.values, "values"), (self.first, "first"), (self.second, "second")):
-            own.copy_(state[name])
+        for tensor, name in ((self.values, "values"), (self.first, "first"), (self.second, "second")):
+            tensor.copy_(state[name])
         self.updates = int(state["updates"])
 
 
-def taken_rows(slots: Int[Tensor, "rows pos"], n_slots: int) -> Int[Tensor, " tokens"]:
-    """Which of the sources ``[rows · slots, C_and_deltas]`` every token takes, from its batch element's slot that it drew."""
+def rows_of_slots(slots: Int[Tensor, "rows pos"], n_slots: int) -> Int[Tensor, " tokens"]:
+    """Which of the sources ``[rows · slots, C_and_deltas]`` every token uses, from the slot of its batch element."""
     first = torch.arange(len(slots), device=slots.device).unsqueeze(1) * n_slots
     return (first + slots).flatten()

@@ -1,7 +1,7 @@
-"""Subset routing: which sites take the masked path at a token.
+"""Subset routing: which sites are masked at a token.
 
-*Uniform-k*: for each token draw ``k`` uniform in ``1..L`` and let ``k`` sites, chosen at random, be masked; the others run at
-``x @ W``. It asks every subset size of sites to be replaceable and not only all of them at once.
+*Uniform-k* (VPD paper, section on losses): for each token draw ``k`` uniform in ``1..L`` and mask ``k`` random sites; the others
+run at ``x @ W``. So every subset of sites must be replaceable, and not only all of them at once.
 """
 
 from __future__ import annotations

@@ -1,0 +1,115 @@
+"""Taps of a TransformerBridge where it bypasses the modules of its products, and what its modules tell."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from tl_vpd.adapters.calls import Arguments, Keywords
+from tl_vpd.adapters.linearised import SeeNorm, at_fixed_scale
+from tl_vpd.adapters.taps import Read, Write
+
+_PER_HEAD = "_project_per_head_qkv"
+
+
+def product_of(owner: nn.Module, short: str) -> nn.Module | None:
+    """The module that holds the weight of ``q``, ``in``, ... inside an ``attn`` or ``mlp``."""
+    return getattr(owner._modules.get(short), "original_component", None)
+
+
+def flag_is_on(attn: nn.Module, flag: str) -> bool:
+    """Whether an attention has one of TransformerLens's flags on."""
+    return bool(getattr(attn.config, flag, False))
+
+
+def splits_inputs(attn: nn.Module) -> bool:
+    """Whether Q, K and V have an input for every head."""
+    return flag_is_on(attn, "use_split_qkv_input") or flag_is_on(attn, "use_attn_in")
+
+
+def projects_per_head(attn: nn.Module) -> bool:
+    """Whether an attention can compute Q, K and V from an input for every head."""
+    return hasattr(type(attn), _PER_HEAD)
+
+
+def uses_processed_weights(mlp: nn.Module) -> bool:
+    """Whether a gated MLP computes with its processed weights, past its modules."""
+    return bool(getattr(mlp, "_use_processed_weights", False))
+
+
+@runtime_checkable
+class HasBatch(Protocol):
+    """Something that knows the batch size of the pass that runs."""
+
+    batch: int | None
+
+
+class BatchedRows:
+    """Restores the batch axis for layers that run on all tokens as rows (OPT's MLP), and flattens it again.
+
+    Args:
+        adapter: its ``batch`` is the batch size of the pass that runs (None: not known).
+        read: is called with ``[batch, pos, d_in]``.
+        write: is called with ``[batch, pos, d_out]``.
+    """
+
+    def __init__(self, adapter: HasBatch, read: Read, write: Write) -> None:
+        self._adapter, self._read, self._write = adapter, read, write
+
+    def _batched(self, rows: Tensor) -> Tensor:
+        batch = self._adapter.batch
+        return rows.unflatten(0, (batch, -1)) if rows.ndim == 2 and batch is not None else rows
+
+    def read(self, x: Tensor) -> None:
+        """Sends a layer's input to the reader."""
+        self._read(self._batched(x))
+
+    def write(self, y: Tensor) -> Tensor | None:
+        """Sends a layer's output through the writer."""
+        changed = self._write(self._batched(y))
+        return None if changed is None else changed.reshape(y.shape)
+
+
+class _HeadInputs:
+    """Replaces an attention's ``_project_per_head_qkv`` and shows its input to readers."""
+
+    def __init__(self, attn: nn.Module) -> None:
+        self.attn = attn
+        self.readers: dict[str, Read] = {}
+
+    def __call__(self, product: nn.Module, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        for short, read in self.readers.items():
+            if product is self.attn._modules[short]:
+                read(x)
+        return getattr(type(self.attn), _PER_HEAD)(self.attn, product, x, *arguments, **keywords)
+
+
+class HeadInputTap:
+    """One reader of the inputs per head of ``q``, ``k`` or ``v``."""
+
+    def __init__(self, attn: nn.Module, short: str, read: Read) -> None:
+        self.attn, self.short = attn, short
+        attn.__dict__.setdefault(_PER_HEAD, _HeadInputs(attn)).readers[short] = read
+
+    def remove(self) -> None:
+        """Removes the reader; after the last one, the attention's method is as before."""
+        replacement = self.attn.__dict__.get(_PER_HEAD)
+        if replacement is None:
+            return
+        replacement.readers.pop(self.short, None)
+        if not replacement.readers:
+            del self.attn.__dict__[_PER_HEAD]
+
+
+def norm_at_fixed_scale(see: SeeNorm, module: Any, arguments: Arguments, keywords: Keywords, output: Tensor) -> Tensor:
+    """A forward hook: a NormalizationBridge's output at a constant scale."""
+    x = arguments[0] if arguments else next(iter(keywords.values()))
+    bare = "Pre" in type(module).__name__
+    weight = None if bare else module.weight
+    if weight is not None and getattr(module.config, "rmsnorm_uses_offset", False):
+        weight = 1 + weight
+    bias = None if bare or module.uses_rms_norm else getattr(module.original_component, "bias", None)
+    linear = at_fixed_scale(x, output, weight, bias, centred=not module.uses_rms_norm)
+    see(linear, bias)
+    return linear
