@@ -84,7 +84,7 @@ def test_all_pairs_delta_bias_and_position_sum_to_the_models_scores(name):
     terms = score_terms(vpd, model, tokens, 1, pairs)
     scores = own_scores(model, tokens)
     seen = unmasked(scores)
-    assert torch.equal(seen, terms.seen) and bool(seen.any())
+    assert torch.equal(seen, terms.visible) and bool(seen.any())
     assert_close(terms.scores, scores, rtol=0, atol=0)
     assert_close(total(terms)[seen], scores[seen], rtol=0, atol=1e-5)
     assert_close(terms.strengths.sum(0), terms.subcomponents, rtol=0, atol=1e-10)
@@ -141,8 +141,8 @@ def test_padding_is_left_as_the_model_masks_it(model, vpd):
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
     terms = score_terms(vpd, model, tokens, 1, attention_mask=mask)
-    assert not bool(terms.seen[0, :, 3:, :3].any())
-    assert_close(total(terms)[terms.seen], terms.scores[terms.seen], rtol=0, atol=1e-6)
+    assert not bool(terms.visible[0, :, 3:, :3].any())
+    assert_close(total(terms)[terms.visible], terms.scores[terms.visible], rtol=0, atol=1e-6)
 
 
 @needs_bridge
@@ -159,7 +159,7 @@ def test_bridges_scores_are_summed_or_refused(name):
             score_terms(vpd, model, tokens, 1)
         return
     terms = score_terms(vpd, model, tokens, 1, [(f"{Q}:0", f"{K}:1")])
-    assert_close(total(terms)[terms.seen], terms.scores[terms.seen], rtol=0, atol=1e-5)
+    assert_close(total(terms)[terms.visible], terms.scores[terms.visible], rtol=0, atol=1e-5)
     with vpd.attach(model) as attached:
         hooks = pair_ablation_hooks(vpd, model, [(f"{Q}:0", f"{K}:1")], length=7)
         shown = {}
@@ -185,7 +185,7 @@ def test_the_bundled_model_on_both_classes():
         for kind in ("hooked_transformer", "bridge")
     ]
     for terms in found:
-        assert_close(total(terms)[terms.seen], terms.scores[terms.seen], rtol=0, atol=1e-5)
+        assert_close(total(terms)[terms.visible], terms.scores[terms.visible], rtol=0, atol=1e-5)
     assert_close(found[0].strengths, found[1].strengths, rtol=1e-4, atol=1e-4)
 
 
@@ -283,7 +283,7 @@ def test_refused_pairs_leave_the_model_as_it_was():
     vpd, tokens = decomposition_of(model), some_tokens()
     before, hooks = model(tokens), len(list(model.hook_points()))
     with pytest.raises(Unsupported, match="scores are capped"):
-        attention_by_offset(vpd, model, tokens, 1, pairs=[(f"{Q}:1", f"{K}:2")])
+        attention_by_offset(vpd, model, tokens, 1, ablate=[(f"{Q}:1", f"{K}:2")])
     for length in (tokens.shape[1], model.cfg.n_ctx):
         own = some_tokens(shape=(1, length))
         assert torch.equal(model(own), tiny_model(attn_scores_soft_cap=50.0)(own))
@@ -299,5 +299,5 @@ def test_padding_on_either_side_gives_the_same_terms():
         found[side] = terms.to_pandas()[["mean_size", "share"]].to_numpy()
         token_mask = adapt(model).padding(terms.tokens, None)
         assert token_mask is not None
-        assert not terms.seen[(~token_mask)[:, None, :, None].expand_as(terms.seen)].any()
+        assert not terms.visible[(~token_mask)[:, None, :, None].expand_as(terms.visible)].any()
     assert found["left"] == pytest.approx(found["right"], rel=1e-4, abs=1e-6)

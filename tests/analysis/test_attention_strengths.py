@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from tests.tiny import decomposition_of, matrix_of, some_tokens, tiny_model
 from tl_vpd.analysis.attention import (
+    OVConfig,
     attention_by_offset,
     head_alignment,
     head_norms,
@@ -30,7 +31,7 @@ Q, K, V, OUT = (f"blocks.1.attn.W_{x}" for x in "QKVO")
 
 
 def test_static_strengths_are_the_formula(model, vpd, tokens):
-    found = static_strengths(vpd, model, 1, tokens)
+    found = static_strengths(vpd, model, tokens, 1)
     acts, ci = vpd.component_acts(model, tokens), vpd.causal_importances(model, tokens)
     attn = model.blocks[1].attn
     eye = torch.eye(4, dtype=torch.float64)[:, None, None].expand(-1, 7, 1, -1)
@@ -51,13 +52,13 @@ def test_static_strengths_are_the_formula(model, vpd, tokens):
 
 
 def test_some_pairs_are_the_same_pairs_of_all_and_the_strongest_are_the_strongest(model, vpd, tokens, monkeypatch):
-    every = static_strengths(vpd, model, 1, tokens)
-    some = static_strengths(vpd, model, 1, tokens, queries=[f"{Q}:4", f"{Q}:1"], keys=[2], length=3)
-    again = static_strengths(vpd, model, 1, tokens, length=3)
+    every = static_strengths(vpd, model, tokens, 1)
+    some = static_strengths(vpd, model, tokens, 1, subcomponents=[f"{Q}:4", f"{K}:2", f"{Q}:1"], length=3)
+    again = static_strengths(vpd, model, tokens, 1, length=3)
     assert_close(some.values, every.values[[4, 1]][:, [2], :, :3], rtol=0, atol=1e-9)
     assert_close(some.standardised, again.standardised[[4, 1]][:, [2]], rtol=0, atol=1e-9)
-    monkeypatch.setattr("tl_vpd.analysis.attention.static._ENTRIES", 100)  # several parts
-    best = strongest_static(vpd, model, 1, tokens, 7)
+    monkeypatch.setattr("tl_vpd.analysis.attention.static.ENTRIES", 20)  # several blocks of queries and of keys
+    best = strongest_static(vpd, model, tokens, 1, 7)
     whole = every.top(7)
     assert best[["query", "key", "head", "offset"]].equals(whole[["query", "key", "head", "offset"]])
     assert best["standardised"].tolist() == pytest.approx(whole["standardised"].tolist(), abs=1e-9)
@@ -68,7 +69,7 @@ def test_usual_signs():
     acts = torch.tensor([[1.0, -2.0, 5.0], [-3.0, -1.0, 1.0]])
     important = torch.tensor([[1.0, 1.0, 0.0], [0.2, 0.0, 0.0]])
     assert usual_signs(acts, important).tolist() == [-1, -1, 1]
-    assert usual_signs(acts, important, above=0.5).tolist() == [1, -1, 1]
+    assert usual_signs(acts, important, threshold=0.5).tolist() == [1, -1, 1]
 
 
 @pytest.mark.parametrize("flags", [{}, dict(n_heads=4, n_key_value_heads=2, d_head=4)], ids=["all heads", "grouped"])
@@ -77,7 +78,7 @@ def test_mean_strengths_are_the_mean_of_the_summands(flags):
     vpd = decomposition_of(model).double()
     mask = torch.ones_like(tokens)
     mask[1, :2] = 0
-    found = mean_strengths(vpd, model, 1, tokens, attention_mask=mask)
+    found = mean_strengths(vpd, model, tokens, 1, attention_mask=mask)
     pairs = [(f"{Q}:1", f"{K}:5"), (f"{Q}:2", "bias"), ("bias", "bias")]
     terms = score_terms(vpd, model, tokens, 1, pairs, attention_mask=mask)
     at = [(1, 5), (2, 6), (6, 6)]
@@ -125,7 +126,7 @@ def test_spread_is_between_one_head_and_all(norms):
 
 
 def test_ov_overlap_is_that_of_the_papers_column_convention(model, vpd, tokens):
-    found = ov_overlap(vpd, model, tokens, 1, draws=4)
+    found = ov_overlap(vpd, model, tokens, 1, config=OVConfig(draws=4))
     seen = {}
     model.blocks[1].attn.register_forward_pre_hook(lambda m, a, k: seen.update(x=k["value_input"]), with_kwargs=True)
     with torch.no_grad():
@@ -154,7 +155,7 @@ def test_ov_overlap_where_a_key_is_important(model, vpd, tokens):
             ov_overlap(vpd, model, tokens, 1, key=f"{K}:{key}")
         key = int((g > 0).sum((0, 1)).argmax())
         count = int((g[..., key] > 0).sum())
-    assert ov_overlap(vpd, model, tokens, 1, key=f"{K}:{key}", draws=2).tokens == count
+    assert ov_overlap(vpd, model, tokens, 1, config=OVConfig(draws=2), key=f"{K}:{key}").tokens == count
 
 
 def test_random_overlaps_without_weights_are_the_closed_form():
@@ -162,11 +163,11 @@ def test_random_overlaps_without_weights_are_the_closed_form():
     assert read == pytest.approx(random_overlap(24, 6), abs=0.01)
     assert write == pytest.approx(random_overlap(24, 6), abs=0.01)
     steep = torch.diag(0.5 ** torch.arange(24.0))  # one direction dominates the data: all heads read it
-    assert random_overlaps(steep, 24, 6, draws=100, seed=0)[0] > 0.8
+    assert random_overlaps(steep @ steep, 24, 6, draws=100, seed=0)[0] > 0.8
 
 
 def test_values_given_keys_are_counts(model, vpd, tokens):
-    found = value_given_key(vpd, model, tokens, 1, above=0.2)
+    found = value_given_key(vpd, model, tokens, 1, threshold=0.2)
     ci = vpd.causal_importances(model, tokens)
     for k in range(6):
         for v in range(6):
@@ -214,7 +215,7 @@ def test_attention_by_offset_before_and_after(model, vpd, tokens):
             paid = [pattern[b, :, t, t - offset] for b in range(2) for t in range(offset, 7) if mask[b, t - offset]]
             assert_close(shown[:, offset], torch.stack(paid).mean(0), rtol=0, atol=1e-9)
     assert found.ablated == (f"{Q}:2",) and len(found.to_pandas()) == 14 and len(found.top(3)) == 3
-    alone = attention_by_offset(vpd, model, tokens, 1, pairs=[pair])
+    alone = attention_by_offset(vpd, model, tokens, 1, ablate=[pair])
     terms = score_terms(vpd, model, tokens, 1, [pair])
     assert_close(alone.after, mean_by_offset(terms.without().softmax(-1), 16), rtol=0, atol=1e-6)
     assert attention_by_offset(vpd, model, tokens, 1).after is None

@@ -10,11 +10,10 @@ from tests.marks import needs_bridge
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
-from tl_vpd.analysis.audit import audit_circuit
-from tl_vpd.analysis.audit.ablate import AblatedModel, between
+from tl_vpd.analysis.audit import AuditConfig, RepairConfig, audit_circuit, repair_circuit
+from tl_vpd.analysis.audit.ablate import AblatedModel, interpolated
 from tl_vpd.analysis.audit.auditor import random_circuit
 from tl_vpd.analysis.audit.node_set import HookSite, node_set_of
-from tl_vpd.analysis.audit.repair import repair_circuit
 from tl_vpd.analysis.nodes import Node
 
 Z0, Z1, M0, M1 = "blocks.0.attn.hook_z", "blocks.1.attn.hook_z", "blocks.0.hook_mlp_out", "blocks.1.hook_mlp_out"
@@ -51,7 +50,9 @@ def clean_cache(model, tokens):
 
 def test_plain_ablations_are_those_by_hand(model, tokens):
     circuit = [f"{Z0}:1", f"{Z1}:0", M1]
-    found = audit_circuit(model, tokens, circuit, metric, ablations=["zero", "mean", "resample"], **QUICK)
+    found = audit_circuit(
+        None, model, tokens, circuit, metric, config=AuditConfig(ablations=["zero", "mean", "resample"], **QUICK)
+    )
     cache = clean_cache(model, tokens)
     means = {name: own.mean((0, 1), keepdim=True).expand_as(own) for name, own in cache.items()}
     other = {name: own.flip(0) for name, own in cache.items()}  # of two prompts the other
@@ -63,7 +64,7 @@ def test_plain_ablations_are_those_by_hand(model, tokens):
         assert row.complement == pytest.approx(by_hand(model, tokens, rest, value), abs=1e-9)
         assert row.recovered == pytest.approx((row.circuit - row.nothing) / (found.whole - row.nothing))
     assert found.whole == pytest.approx(float(metric(model(tokens)).detach()), abs=1e-12)
-    whole = audit_circuit(model, tokens, everything, metric, **QUICK)
+    whole = audit_circuit(None, model, tokens, everything, metric, config=AuditConfig(**QUICK))
     assert whole.rows["circuit"].tolist() == pytest.approx([whole.whole] * 5, abs=1e-12)
     assert found.to_pandas().iloc[0]["ablation"] == "none" and len(found.to_pandas()) == 4
     assert found.value("mean") == found.rows["circuit"][1]
@@ -75,14 +76,23 @@ def test_the_adversary_is_at_least_as_bad_as_every_corner_when_the_metric_is_lin
         tiny_model(n_layers=1, n_heads=4, d_head=2, attn_only=True, normalization_type=None, rotary_dim=2),
         some_tokens(),
     )
-    found = audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["stochastic", "adversarial"], **QUICK)
+    found = audit_circuit(
+        None, model, tokens, [f"{Z0}:0"], metric, config=AuditConfig(ablations=["stochastic", "adversarial"], **QUICK)
+    )
     corners = [
         by_hand_one_layer(model, tokens, ["0", *(h for h, bit in zip("123", f"{i:03b}", strict=True) if bit == "1")])
         for i in range(8)
     ]
     assert found.value("adversarial") == pytest.approx(min(corners), abs=1e-9)
     assert min(corners) < found.value("stochastic") < max(corners)
-    lower = audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["adversarial"], lower_is_better=True, **QUICK)
+    lower = audit_circuit(
+        None,
+        model,
+        tokens,
+        [f"{Z0}:0"],
+        metric,
+        config=AuditConfig(ablations=["adversarial"], lower_is_better=True, **QUICK),
+    )
     assert lower.value("adversarial") == pytest.approx(max(corners), abs=1e-9)
 
 
@@ -99,34 +109,33 @@ def by_hand_one_layer(model, tokens, kept):
 
 def test_more_freedom_is_never_better_for_the_circuit(model, tokens):
     circuit = [f"{Z0}:1", M1]
-    audit = audit_circuit(model, tokens, circuit, metric, **{**QUICK, "budgets": (2, 8)})
+    audit = audit_circuit(None, model, tokens, circuit, metric, config=AuditConfig(**{**QUICK, "budgets": (2, 8)}))
     zero = audit.value("zero")
     assert audit.value("adversarial", steps=2) <= zero and audit.value("adversarial", steps=8) <= zero
     wide = audit_circuit(
+        None,
         model,
         tokens,
         circuit,
         metric,
-        ablations=["adversarial"],
-        per_position=True,
-        budgets=(8,),
-        restarts=1,
-        controls=0,
+        config=AuditConfig(ablations=["adversarial"], per_position=True, budgets=(8,), restarts=1, controls=0),
     )
     assert wide.worst[8].shape == (7, 6) and audit.worst[8].shape == (1, 6)
     assert wide.value("adversarial") <= zero
-    assert list(audit.top(2)["piece"]) == [audit.node_set.labels()[i] for i in audit.worst[8][0].topk(2).indices]
-    again = audit_circuit(model, tokens, circuit, metric, **{**QUICK, "budgets": (2, 8)})
+    assert list(audit.top(2)["node"]) == [audit.node_set.labels()[i] for i in audit.worst[8][0].topk(2).indices]
+    again = audit_circuit(None, model, tokens, circuit, metric, config=AuditConfig(**{**QUICK, "budgets": (2, 8)}))
     assert again.rows.equals(audit.rows)
 
 
 def test_what_the_worst_sources_give_is_what_is_reported(model, tokens):
     circuit = [f"{Z0}:1", M1]
-    audit = audit_circuit(model, tokens, circuit, metric, reference="mean", ablations=["adversarial"], **QUICK)
+    audit = audit_circuit(
+        None, model, tokens, circuit, metric, config=AuditConfig(reference="mean", ablations=["adversarial"], **QUICK)
+    )
     node_set = audit.node_set
     with AblatedModel(model, node_set, tokens, None) as run:
         values = run.references("mean", tokens, None, torch.Generator())
-        kept = node_set.kept(audit.nodes, 7)
+        kept = node_set.contains(audit.nodes, 7)
         m = torch.where(kept, 1.0, audit.worst[4])
         with torch.no_grad():
             assert float(metric(run.run(m[None], values))) == pytest.approx(audit.value("adversarial"), abs=1e-9)
@@ -136,7 +145,7 @@ def test_what_the_worst_sources_give_is_what_is_reported(model, tokens):
 
 def test_nodes_at_positions_keep_those_positions_alone(model, tokens):
     circuit = [f"{Z0}:1@2", f"{Z1}:0", f"{M0}@6"]
-    found = audit_circuit(model, tokens, circuit, metric, ablations=["zero"], **QUICK)
+    found = audit_circuit(None, model, tokens, circuit, metric, config=AuditConfig(ablations=["zero"], **QUICK))
 
     def heads(z, hook):
         out = torch.zeros_like(z)
@@ -159,7 +168,12 @@ def test_nodes_at_positions_keep_those_positions_alone(model, tokens):
 
 def test_residual_positions_and_neurons(model, tokens):
     found = audit_circuit(
-        model, tokens, ["blocks.1.hook_resid_pre@6", "blocks.0.hook_resid_pre"], metric, ablations=["zero"], **QUICK
+        None,
+        model,
+        tokens,
+        ["blocks.1.hook_resid_pre@6", "blocks.0.hook_resid_pre"],
+        metric,
+        config=AuditConfig(ablations=["zero"], **QUICK),
     )
 
     def only_last(resid, hook):
@@ -170,8 +184,15 @@ def test_residual_positions_and_neurons(model, tokens):
     with torch.no_grad():
         logits = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_pre", only_last)])
     assert found.value("zero") == pytest.approx(float(metric(logits)), abs=1e-9)
-    neurons = audit_circuit(model, tokens, ["blocks.0.mlp.hook_post:3", f"{Z1}:0"], metric, ablations=["zero"], **QUICK)
-    assert [(p.name, p.count) for p in neurons.node_set.places] == [
+    neurons = audit_circuit(
+        None,
+        model,
+        tokens,
+        ["blocks.0.mlp.hook_post:3", f"{Z1}:0"],
+        metric,
+        config=AuditConfig(ablations=["zero"], **QUICK),
+    )
+    assert [(p.name, p.count) for p in neurons.node_set.hook_sites] == [
         (Z0, 2), ("blocks.0.mlp.hook_post", 12), (Z1, 2), (M1, 1)
     ]  # fmt: skip
 
@@ -179,7 +200,7 @@ def test_residual_positions_and_neurons(model, tokens):
 def test_subcomponents_are_audited_as_masks_would(model, vpd, tokens):
     """Zero ablation is keeping these alone (Δ off); sources of 1 for all else give the model back."""
     circuit = ["blocks.0.attn.W_Q:1", "blocks.1.mlp.W_out:4", "blocks.1.attn.W_V:0", "blocks.0.mlp.W_in:2"]
-    found = audit_circuit(model, tokens, circuit, metric, vpd, **QUICK)
+    found = audit_circuit(vpd, model, tokens, circuit, metric, config=AuditConfig(**QUICK))
     with torch.no_grad(), vpd.attach(model) as attached, attached.keep_only(circuit):
         assert found.value("zero") == pytest.approx(float(metric(model(tokens))), abs=1e-9)
     acts = vpd.component_acts(model, tokens)
@@ -192,7 +213,9 @@ def test_subcomponents_are_audited_as_masks_would(model, vpd, tokens):
     assert found.value("adversarial") <= found.value("zero")
     assert found.node_set.total == vpd.site_axis.total + len(vpd.sites)
     at = [f"{name}@6" for name in circuit]
-    placed = audit_circuit(model, tokens, at, metric, vpd, ablations=["zero", "adversarial"], **QUICK)
+    placed = audit_circuit(
+        vpd, model, tokens, at, metric, config=AuditConfig(ablations=["zero", "adversarial"], **QUICK)
+    )
     assert placed.worst[4].shape == (1, found.node_set.total)
     assert not hasattr(model.blocks[0], "hook_q_component_acts") and not any(
         p._forward_hooks for p in model.hook_dict.values()
@@ -203,14 +226,14 @@ def test_controls_are_circuits_of_the_same_kinds():
     model = tiny_model(n_heads=4, d_head=2, rotary_dim=2)
     nodes = [Node.parse(n) for n in (f"{Z0}:1", f"{Z1}:0", f"{Z1}:3", M1)]
     node_set = node_set_of(adapt(model), nodes, None, None)
-    kept = node_set.kept(nodes, 7)
+    kept = node_set.contains(nodes, 7)
     heads = [i for i, name in enumerate(node_set.labels()) if "hook_z" in name]
     mlps = [i for i, name in enumerate(node_set.labels()) if "mlp" in name]
     generator = torch.Generator().manual_seed(0)
     drawn = [random_circuit(node_set, kept, generator) for _ in range(20)]
     assert all(int(d[:, heads].sum()) == 3 and int(d[:, mlps].sum()) == 1 for d in drawn)
     assert len({tuple(d.flatten().tolist()) for d in drawn}) > 5
-    found = audit_circuit(model, some_tokens(), nodes, metric, ablations=["zero"], controls=3)
+    found = audit_circuit(None, model, some_tokens(), nodes, metric, config=AuditConfig(ablations=["zero"], controls=3))
     assert found.rows["random_best"][0] >= found.rows["random_mean"][0]
 
 
@@ -219,22 +242,41 @@ def test_a_repair_adds_until_the_adversary_no_longer_breaks_it():
     whole = float(metric(model(tokens)).detach())
     sign = whole > float(by_hand(model, tokens, []))
     fixed = repair_circuit(
-        model, tokens, [f"{Z0}:0"], metric, target=0.95, steps=6, max_added=12, lower_is_better=not sign
+        None,
+        model,
+        tokens,
+        [f"{Z0}:0"],
+        metric,
+        config=RepairConfig(target=0.95, steps=6, max_added=12, lower_is_better=not sign),
     )
     assert fixed.holds and fixed.rows["recovered"].iloc[-1] >= 0.95
     assert (fixed.rows["recovered"].iloc[:-1] < 0.95).all()
     assert len(fixed.nodes) == 1 + len(fixed.added) == len(fixed.rows) and len(set(fixed.nodes)) == len(fixed.nodes)
     fresh = audit_circuit(
-        model, tokens, fixed.nodes, metric, ablations=["adversarial"], budgets=(20,), controls=0, seed=7,
-        lower_is_better=not sign,
-    )  # fmt: skip
+        None,
+        model,
+        tokens,
+        fixed.nodes,
+        metric,
+        config=AuditConfig(ablations=["adversarial"], budgets=(20,), controls=0, seed=7, lower_is_better=not sign),
+    )
     assert fresh.rows["recovered"][0] > 0.8
     wide = repair_circuit(
-        model, tokens, [f"{Z0}:0"], metric, steps=2, max_added=1, per_position=True, lower_is_better=not sign
-    )  # fmt: skip
+        None,
+        model,
+        tokens,
+        [f"{Z0}:0"],
+        metric,
+        config=RepairConfig(steps=2, max_added=1, per_position=True, lower_is_better=not sign),
+    )
     assert all(node.pos is None for node in wide.nodes)
     stopped = repair_circuit(
-        model, tokens, [f"{Z0}:0"], metric, target=1.0, steps=2, max_added=1, lower_is_better=not sign
+        None,
+        model,
+        tokens,
+        [f"{Z0}:0"],
+        metric,
+        config=RepairConfig(target=1.0, steps=2, max_added=1, lower_is_better=not sign),
     )
     assert len(stopped.rows) == 2 and not stopped.holds and len(stopped.top(5)) == 1
 
@@ -243,8 +285,8 @@ def test_a_repair_adds_until_the_adversary_no_longer_breaks_it():
     ("nodes", "error", "says"),
     [
         ([], ValueError, "no nodes"),
-        ([f"{Z0}:9"], IndexError, "parts 0 to 1"),
-        ([f"{M0}:1"], IndexError, "no parts"),
+        ([f"{Z0}:9"], IndexError, "indices 0 to 1"),
+        ([f"{M0}:1"], IndexError, "no indices"),
         ([f"{Z0}:0@9"], IndexError, "7 positions"),
         (["blocks.0.attn.hook_q:1"], KeyError, "cannot be audited"),
         (["blocks.7.attn.hook_z:1"], KeyError, "blocks 0 to 1"),
@@ -256,39 +298,43 @@ def test_a_repair_adds_until_the_adversary_no_longer_breaks_it():
 )
 def test_what_cannot_be_is_refused(model, vpd, tokens, nodes, error, says):
     with pytest.raises(error, match=says):
-        audit_circuit(model, tokens, nodes, metric, vpd, **QUICK)
+        audit_circuit(vpd, model, tokens, nodes, metric, config=AuditConfig(**QUICK))
 
 
 def test_wrong_arguments_and_metrics_are_refused(model, tokens):
     for arguments, says in [
-        (dict(ablations=["none"]), "is no ablation"),
+        (dict(ablations=["none"]), "is not an ablation"),
         (dict(reference="median"), "choose zero, mean or resample"),
         (dict(budgets=()), "at least 1"),
     ]:
         with pytest.raises(ValueError, match=says):
-            audit_circuit(model, tokens, [f"{Z0}:0"], metric, **arguments)
+            audit_circuit(None, model, tokens, [f"{Z0}:0"], metric, config=AuditConfig(**arguments))
     with pytest.raises(ValueError, match="one number is needed"):
-        audit_circuit(model, tokens, [f"{Z0}:0"], lambda logits: logits[:, -1, 3], **QUICK)
-    with pytest.raises(ValueError, match="can be differentiated"):
-        audit_circuit(model, tokens, [f"{Z0}:0"], lambda logits: float(metric(logits).detach()), **QUICK)
+        audit_circuit(None, model, tokens, [f"{Z0}:0"], lambda logits: logits[:, -1, 3], config=AuditConfig(**QUICK))
+    with pytest.raises(ValueError, match="cannot be differentiated"):
+        audit_circuit(
+            None, model, tokens, [f"{Z0}:0"], lambda logits: float(metric(logits).detach()), config=AuditConfig(**QUICK)
+        )
     with pytest.raises(ValueError, match="resampling needs another"):
-        audit_circuit(model, tokens[:1], [f"{Z0}:0"], metric, ablations=["resample"], **QUICK)
+        audit_circuit(None, model, tokens[:1], [f"{Z0}:0"], metric, config=AuditConfig(ablations=["resample"], **QUICK))
     with pytest.raises(KeyError, match="Nothing audited matches"):
-        audit_circuit(model, tokens, [f"{Z0}:0"], metric, among="blocks.9.*", **QUICK)
-    part = audit_circuit(model, tokens, [f"{Z0}:0"], metric, among=["blocks.0.attn.*"], **QUICK)
+        audit_circuit(None, model, tokens, [f"{Z0}:0"], metric, config=AuditConfig(among="blocks.9.*", **QUICK))
+    part = audit_circuit(
+        None, model, tokens, [f"{Z0}:0"], metric, config=AuditConfig(among=["blocks.0.attn.*"], **QUICK)
+    )
     assert part.node_set.labels() == [f"{Z0}:0", f"{Z0}:1"]
     assert not any(p._forward_hooks for p in model.hook_dict.values())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
-def test_between_keeps_what_is_kept_to_the_bit():
+def test_interpolation_keeps_a_factor_of_1_to_the_bit():
     own = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    place = HookSite("z", "z", "head", 4)
+    hook_site = HookSite("z", "z", "head", 4)
     m = torch.tensor([1.0, 0.0, 0.25, 1.0])[None, None]
-    out = between(own, torch.full((1, 1, 4, 5), 2.0), m, place)
+    out = interpolated(own, torch.full((1, 1, 4, 5), 2.0), m, hook_site)
     assert torch.equal(out[:, :, [0, 3]], own[:, :, [0, 3]]) and bool((out[:, :, 1] == 2).all())
     assert_close(out[:, :, 2], 2 + 0.25 * (own[:, :, 2] - 2))
-    flat = between(own.flatten(2), torch.full((1, 1, 20), 2.0), m, place)
+    flat = interpolated(own.flatten(2), torch.full((1, 1, 20), 2.0), m, hook_site)
     assert torch.equal(flat, out.flatten(2))
 
 
@@ -309,7 +355,12 @@ def test_a_bridge_gives_the_hooked_transformers_audit():
     for nodes, own in cases:
         a, b = (
             audit_circuit(
-                m, tokens, nodes, logit, own, ablations=["zero", "adversarial"], budgets=(1,), controls=0, restarts=1
+                own,
+                m,
+                tokens,
+                nodes,
+                logit,
+                config=AuditConfig(ablations=["zero", "adversarial"], budgets=(1,), controls=0, restarts=1),
             )
             for m in models
         )
@@ -320,7 +371,15 @@ def test_a_bridge_gives_the_hooked_transformers_audit():
 def test_padding_is_left_out_of_means(model, tokens):
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-    found = audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["mean"], attention_mask=mask, controls=0)
+    found = audit_circuit(
+        None,
+        model,
+        tokens,
+        [f"{Z0}:0"],
+        metric,
+        config=AuditConfig(ablations=["mean"], controls=0),
+        attention_mask=mask,
+    )
     seen = {}
     hooks = [(n, lambda x, hook: seen.update({hook.name: x.detach()})) for n in (Z0, Z1, M0, M1)]
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
@@ -340,16 +399,20 @@ def test_padding_is_left_out_of_means(model, tokens):
 
 def test_the_decomposition_may_be_attached_already(model, vpd, tokens):
     circuit = ["blocks.0.attn.W_Q:1"]
-    alone = audit_circuit(model, tokens, circuit, metric, vpd, ablations=["zero"], controls=0)
+    alone = audit_circuit(vpd, model, tokens, circuit, metric, config=AuditConfig(ablations=["zero"], controls=0))
     with vpd.attach(model):
-        there = audit_circuit(model, tokens, circuit, metric, vpd, ablations=["zero"], controls=0)
-        heads = audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["zero"], controls=0)
+        there = audit_circuit(vpd, model, tokens, circuit, metric, config=AuditConfig(ablations=["zero"], controls=0))
+        heads = audit_circuit(
+            None, model, tokens, [f"{Z0}:0"], metric, config=AuditConfig(ablations=["zero"], controls=0)
+        )
     assert there.rows.equals(alone.rows)
     with vpd.attach(model) as attached, attached.masked("rounded"), pytest.raises(ValueError, match="runs masked here"):
-        audit_circuit(model, tokens, circuit, metric, vpd, ablations=["zero"], controls=0)
-    assert heads.rows.equals(audit_circuit(model, tokens, [f"{Z0}:0"], metric, ablations=["zero"], controls=0).rows)
+        audit_circuit(vpd, model, tokens, circuit, metric, config=AuditConfig(ablations=["zero"], controls=0))
+    assert heads.rows.equals(
+        audit_circuit(None, model, tokens, [f"{Z0}:0"], metric, config=AuditConfig(ablations=["zero"], controls=0)).rows
+    )
     with decomposition_of(model).double().attach(model), pytest.raises(ValueError, match="Another decomposition"):
-        audit_circuit(model, tokens, circuit, metric, vpd, ablations=["zero"], controls=0)
+        audit_circuit(vpd, model, tokens, circuit, metric, config=AuditConfig(ablations=["zero"], controls=0))
 
 
 def test_resampled_values_are_never_those_of_padding(model):
@@ -359,14 +422,22 @@ def test_resampled_values_are_never_those_of_padding(model):
     node_set = node_set_of(adapt(model), (Node.parse(f"{Z0}:1"),), None, None)
     with AblatedModel(model, node_set, tokens, mask.bool()) as ablated:
         for seed in range(5):
-            rows = ablated._others(tokens, mask.bool(), torch.Generator().manual_seed(seed)).tolist()
+            rows = ablated._other_prompts(tokens, mask.bool(), torch.Generator().manual_seed(seed)).tolist()
             assert rows[0] in (1, 2) and rows[1] == 2 and rows[2] == 1
     with pytest.raises(ValueError, match=r"Prompts \[1\] have no other prompt of at least their length"):
-        audit_circuit(model, tokens[:2], [f"{Z0}:1"], metric, ablations=("resample",), attention_mask=mask[:2], **QUICK)
+        audit_circuit(
+            None,
+            model,
+            tokens[:2],
+            [f"{Z0}:1"],
+            metric,
+            config=AuditConfig(ablations=("resample",), **QUICK),
+            attention_mask=mask[:2],
+        )
 
 
 def test_audits_work_in_inference_mode(model, tokens):
-    expected = audit_circuit(model, tokens, [f"{Z0}:1"], metric, **QUICK).to_pandas()
+    expected = audit_circuit(None, model, tokens, [f"{Z0}:1"], metric, config=AuditConfig(**QUICK)).to_pandas()
     with torch.inference_mode():
-        found = audit_circuit(model, tokens.clone(), [f"{Z0}:1"], metric, **QUICK).to_pandas()
+        found = audit_circuit(None, model, tokens.clone(), [f"{Z0}:1"], metric, config=AuditConfig(**QUICK)).to_pandas()
     assert_close(torch.tensor(found["circuit"]), torch.tensor(expected["circuit"]))

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import draw, edited, some_tokens
-from tl_vpd.analysis import ablation_table
+from tl_vpd.analysis import AblationTableConfig, ablation_table
 from tl_vpd.site import Subcomponent
 
 SOME = ["blocks.0.attn.W_Q:1", "blocks.1.mlp.W_out:5", "blocks.1.mlp.W_out:0", "blocks.0.attn.W_O:3"]
@@ -19,7 +19,7 @@ def metric(logits):
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 64])
 def test_each_row_is_the_model_with_the_weight_edited(model, vpd, tokens, rows):
-    table = ablation_table(vpd, model, tokens, metric, SOME, rows=rows)
+    table = ablation_table(vpd, model, tokens, metric, SOME, config=AblationTableConfig(rows=rows))
     clean = float(metric(model(tokens)))
     assert table.subcomponent.tolist() == SOME and list(table["index"]) == [1, 5, 0, 3]
     for row in table.itertuples():
@@ -40,7 +40,9 @@ def test_positions_amounts_and_values_are_those_of_single_hooks(model, vpd, toke
         "by position": other.mean(by_position=True),
         "other prompts": other,
     }[values]
-    table = ablation_table(vpd, model, tokens, metric, SOME, pos=pos, amount=0.7, values=given)
+    table = ablation_table(
+        vpd, model, tokens, metric, SOME, config=AblationTableConfig(pos=pos, amount=0.7, values=given)
+    )
     with torch.no_grad(), vpd.attach(model):
         for row in table.itertuples():
             hooks = vpd.ablation_hooks(row.subcomponent, pos=pos, amount=0.7, values=given)
@@ -48,7 +50,7 @@ def test_positions_amounts_and_values_are_those_of_single_hooks(model, vpd, toke
 
 
 def test_without_a_choice_those_that_are_important_are_ablated(model, vpd, tokens):
-    table = vpd.ablation_table(model, tokens, metric, above=0.6)
+    table = ablation_table(vpd, model, tokens, metric, config=AblationTableConfig(threshold=0.6))
     g = vpd.causal_importances(model, tokens).concatenated
     expected = [str(vpd.site_axis.at(i)) for i in (g > 0.6).any(0).any(0).nonzero().flatten().tolist()]
     assert table.subcomponent.tolist() == expected and 0 < len(expected) < vpd.site_axis.total
@@ -82,7 +84,11 @@ def test_mistakes_are_said(model, vpd, tokens):
         ablation_table(vpd, model, tokens, metric, ["blocks.0.attn.W_Q:6"])
     with pytest.raises(ValueError, match=r"a tensor of shape \(2,\); one number"):
         ablation_table(vpd, model, tokens, lambda logits: logits[:, 0, 0], SOME)
+    with pytest.raises(ValueError, match=r"threshold=0\.5 does nothing"):
+        ablation_table(vpd, model, tokens, metric, SOME, config=AblationTableConfig(threshold=0.5))
     with pytest.raises(IndexError, match="outside the 7 positions"):
-        ablation_table(vpd, model, tokens, metric, SOME, pos=9)
+        ablation_table(vpd, model, tokens, metric, SOME, config=AblationTableConfig(pos=9))
     with pytest.raises(KeyError, match=r"values has nothing for blocks\.0\.attn\.W_Q"):
-        ablation_table(vpd, model, tokens, metric, SOME, values={"blocks.0.attn.W_q": draw(6)})
+        ablation_table(
+            vpd, model, tokens, metric, SOME, config=AblationTableConfig(values={"blocks.0.attn.W_q": draw(6)})
+        )

@@ -1,4 +1,4 @@
-"""Edges of attribution graphs against finite differences, with every other subcomponent held at its value by public hooks."""
+"""Edges of attribution graphs against finite differences, with every other subcomponent fixed at its value by public hooks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.tiny import ARCHITECTURES, decomposition_of, some_tokens, tiny_model
 from tl_vpd import VPDConfig
 from tl_vpd.adapters import Unsupported
 from tl_vpd.adapters.versions import transformer_lens_version
-from tl_vpd.analysis.graph import attribution_graph
+from tl_vpd.analysis.graph import GraphConfig, attribution_graph
 from tl_vpd.analysis.graph.rows import Block, groups
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.analysis.pruning import prune
@@ -90,9 +90,9 @@ def dense(graph):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_edges_are_finite_differences_with_the_other_subcomponents_held(name):
+def test_edges_are_finite_differences_with_the_other_subcomponents_fixed(name):
     model, vpd, tokens = case(name)
-    graph = attribution_graph(vpd, model, tokens, [3, (4, 2)], pos=3, tokens_at_once=40)
+    graph = attribution_graph(vpd, model, tokens, [3, (4, 2)], config=GraphConfig(tokens_at_once=40), pos=3)
     assert len(graph) > 60
     W, acts = dense(graph), dict(vpd.component_acts(model, tokens))
     n = len(graph.words)
@@ -127,7 +127,9 @@ def test_an_embeddings_edge_is_gradient_times_embedding(name):
 @pytest.mark.parametrize("name", [*CHOSEN[:3], "folded norm", "no norm", *BRIDGES[:2]])
 def test_with_norms_and_deltas_fixed_terms_add_up_to_the_value(name):
     model, vpd, tokens = case(name)
-    graph = attribution_graph(vpd, model, tokens, [3, (4, 2)], held=("norms", "deltas"), importances=False)
+    graph = attribution_graph(
+        vpd, model, tokens, [3, (4, 2)], config=GraphConfig(fixed=("norms", "deltas"), importances=False)
+    )
     assert len(graph) == vpd.site_axis.total * 5 + 5 + 2
     sums, near = graph.sums().set_index("node"), 1e-5 if "Llama" in name else 1e-10
     nonlinear = sums.index.str.contains("W_O|W_out")
@@ -135,12 +137,12 @@ def test_with_norms_and_deltas_fixed_terms_add_up_to_the_value(name):
     logits = model(tokens)[0, -1].detach()
     assert sums.value["logits:3@4"] == pytest.approx(float(logits[3]), abs=near)
     assert sums.value["logits:4-2@4"] == pytest.approx(float(logits[4] - logits[2]), abs=near)
-    held = ("norms", "deltas", "patterns")
+    fixed = ("norms", "deltas", "patterns")
     if name == "native Llama" and transformer_lens_version() < (4,):  # later ones hook their patterns
         with pytest.raises(RuntimeError, match="computes attention past its hook_pattern"):
-            attribution_graph(vpd, model, tokens, 3, held=held, importances=False)
+            attribution_graph(vpd, model, tokens, 3, config=GraphConfig(fixed=fixed, importances=False))
         return
-    patterns = attribution_graph(vpd, model, tokens, 3, held=held, importances=False)
+    patterns = attribution_graph(vpd, model, tokens, 3, config=GraphConfig(fixed=fixed, importances=False))
     sums = patterns.sums().set_index("node")
     assert sums[~sums.index.str.contains("W_out")].rest.abs().max() < near
     assert not any("W_Q" in own or "W_K" in own for own in patterns.edges().source)
@@ -149,7 +151,7 @@ def test_with_norms_and_deltas_fixed_terms_add_up_to_the_value(name):
 def test_the_terms_of_a_logit_by_hand(model, vpd, tokens):
     """Of a logit at fixed norms: what O and out write at this position, read through the final norm's scale."""
     prompt = tokens[:1, :5]
-    graph = attribution_graph(vpd, model, prompt, 3, held=("norms", "deltas"), importances=False)
+    graph = attribution_graph(vpd, model, prompt, 3, config=GraphConfig(fixed=("norms", "deltas"), importances=False))
     with torch.no_grad():
         _, cache = model.run_with_cache(prompt)
         read = (model.W_U[:, 3] * model.ln_final.w - (model.W_U[:, 3] * model.ln_final.w).mean()) / cache[
@@ -178,16 +180,16 @@ def test_batches_and_combinations_change_nothing(flags):
     model = tiny_model(**flags)
     vpd = decomposition_of(model, C=14).to(torch.float64)  # more targets than d_model = 8: rows are combined
     prompt = some_tokens(shape=(1, 6))
-    whole = attribution_graph(vpd, model, prompt, [1, 2, 3], tokens_at_once=100_000)
+    whole = attribution_graph(vpd, model, prompt, [1, 2, 3], config=GraphConfig(tokens_at_once=100_000))
     for budget in (1, 7, 50, 300):
-        other = attribution_graph(vpd, model, prompt, [1, 2, 3], tokens_at_once=budget)
+        other = attribution_graph(vpd, model, prompt, [1, 2, 3], config=GraphConfig(tokens_at_once=budget))
         assert other.labels == whole.labels
         assert_close(dense(other), dense(whole), rtol=1e-9, atol=1e-12)
 
 
 def test_a_later_token_changes_no_earlier_edge_of_a_causal_model(model, vpd, tokens):
-    a = attribution_graph(vpd, model, tokens[:1], 3, pos=2, importances=False)
-    b = attribution_graph(vpd, model, tokens[:1, :3], 3, pos=2, importances=False)
+    a = attribution_graph(vpd, model, tokens[:1], 3, config=GraphConfig(importances=False), pos=2)
+    b = attribution_graph(vpd, model, tokens[:1, :3], 3, config=GraphConfig(importances=False), pos=2)
     ours = {(r.source, r.target): r.weight for r in a.edges().itertuples()}
     for row in b.edges().itertuples():
         assert ours[row.source, row.target] == pytest.approx(row.weight, rel=1e-8, abs=1e-12)
@@ -196,7 +198,7 @@ def test_a_later_token_changes_no_earlier_edge_of_a_causal_model(model, vpd, tok
 def test_weights_that_are_no_sites_are_part_of_the_model(model, tokens):
     vpd = decomposition_of(model, sites=["blocks.*.attn.W_O", "blocks.1.mlp.W_in"]).to(torch.float64)
     prompt = tokens[:1, :5]
-    graph = attribution_graph(vpd, model, prompt, 3, importances=False)
+    graph = attribution_graph(vpd, model, prompt, 3, config=GraphConfig(importances=False))
     acts, node = dict(vpd.component_acts(model, prompt)), Node("blocks.0.attn.W_O", 2, 1)
     expected = slopes(graph, model, vpd, prompt, acts, [node])[:, 0] * acts[node.name][0, 1, 2]
     assert_close(dense(graph)[5:, graph.number(node)], expected, rtol=1e-5, atol=1e-8)
@@ -205,7 +207,7 @@ def test_weights_that_are_no_sites_are_part_of_the_model(model, tokens):
 def test_the_model_is_left_as_it_was(model, vpd, tokens):
     model.add_hook("hook_embed", lambda x, hook: x * 2)
     before = snapshot(model)
-    attribution_graph(vpd, model, tokens[:1], 3, held=("norms", "patterns"))
+    attribution_graph(vpd, model, tokens[:1], 3, config=GraphConfig(fixed=("norms", "patterns")))
     assert_same(before, snapshot(model))
     with torch.inference_mode():
         attribution_graph(vpd, model, tokens[:1], 3)
@@ -233,17 +235,25 @@ def test_rows_never_exceed_the_width_and_batches_hold_them_all():
 def test_mistakes_are_said(model, vpd, tokens):
     with pytest.raises(ValueError, match="2: use dataset_graph"):
         attribution_graph(vpd, model, tokens, 3)
-    with pytest.raises(ValueError, match=r"held=\['norm'\]"):
-        attribution_graph(vpd, model, tokens[:1], 3, held=("norm",))
+    with pytest.raises(ValueError, match=r"fixed=\['norm'\]"):
+        attribution_graph(vpd, model, tokens[:1], 3, config=GraphConfig(fixed=("norm",)))
     with pytest.raises(IndexError, match="Position 9 is outside the 7"):
         attribution_graph(vpd, model, tokens[:1], 3, pos=9)
+    with pytest.raises(TypeError, match=r"pos=\[5, 6\]: a graph explains logits at one position, so give one integer"):
+        attribution_graph(vpd, model, tokens[:1], 3, pos=[5, 6])
+    with pytest.raises(TypeError, match=r"pos=1\.0"):
+        attribution_graph(vpd, model, tokens[:1], 3, pos=1.0)
+    with pytest.raises(ValueError, match="a pair of tokens, each a text or a number"):
+        attribution_graph(vpd, model, tokens[:1], (3, 0.5))
+    with pytest.raises(ValueError, match=r"threshold=0\.1 does nothing with importances=False"):
+        GraphConfig(threshold=0.1, importances=False)
     with pytest.raises(IndexError, match="Token 11 is outside"):
         attribution_graph(vpd, model, tokens[:1], 11)
     with pytest.raises(ValueError, match="no tokenizer"):
         attribution_graph(vpd, model, tokens[:1], ")")
     with pytest.raises(ValueError, match=r"leaves nothing to explain: the likeliest"):
         attribution_graph(vpd, model, tokens[:1], 1.0)
-    with pytest.raises(TypeError, match="is no target"):
+    with pytest.raises(TypeError, match="is not a target"):
         attribution_graph(vpd, model, tokens[:1], [None])
     model.set_use_split_qkv_input(True)
     with pytest.raises(ValueError, match="switch use_split_qkv_input"):

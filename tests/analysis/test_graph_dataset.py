@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import decomposition_of, some_tokens, tiny_model
-from tl_vpd.analysis.graph import attribution_graph, dataset_graph
+from tl_vpd.analysis.graph import DatasetGraphConfig, GraphConfig, attribution_graph, dataset_graph
 
 
 def expected(vpd, model, prompts, absolute):
@@ -17,7 +17,7 @@ def expected(vpd, model, prompts, absolute):
     starts = torch.tensor([0, *[own.start for own in vpd.site_axis.slices.values()], 0])
     for prompt in prompts:
         prompt = prompt[None]
-        graph = attribution_graph(vpd, model, prompt, 3, importances=False)
+        graph = attribution_graph(vpd, model, prompt, 3, config=GraphConfig(importances=False))
         g = vpd.causal_importances(model, prompt).concatenated[0]
         acts = torch.cat([vpd.component_acts(model, prompt)[s][0] for s in vpd.sites], -1)
         inner, concatenated = graph.target < len(graph) - 1, starts[graph.kind] + graph.index
@@ -42,7 +42,7 @@ def test_it_is_the_sum_of_prompts_normalised(C):
     model = tiny_model()
     vpd = decomposition_of(model, C=C).to(torch.float64)
     prompts = some_tokens(shape=(3, 4))
-    found = dataset_graph(vpd, model, prompts, batch_size=2)
+    found = dataset_graph(vpd, model, prompts, config=DatasetGraphConfig(batch_size=2))
     own = [i for i, c in enumerate(vpd.site_axis.subcomponents()) if c in found.nodes]
     for kind in ("signed", "absolute"):
         weights, importance, rms = expected(vpd, model, prompts, kind == "absolute")
@@ -56,8 +56,11 @@ def test_padding_counts_for_nothing(model, vpd):
     short, long = some_tokens(shape=(1, 4)), some_tokens(seed=1, shape=(1, 6))
     padded = torch.cat([torch.cat([short, short[:, :2]], 1), long])
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
-    together = dataset_graph(vpd, model, padded, absolute=False, attention_mask=mask)
-    a, b = (dataset_graph(vpd, model, own, together.nodes, absolute=False) for own in (short, long))
+    together = dataset_graph(vpd, model, padded, config=DatasetGraphConfig(absolute=False), attention_mask=mask)
+    a, b = (
+        dataset_graph(vpd, model, own, together.nodes, config=DatasetGraphConfig(absolute=False))
+        for own in (short, long)
+    )
     scale = lambda d: d.mean_importance * d.tokens  # noqa: E731
     sums = sum(d.signed[:, 1:] * scale(d) * d.rms[:, None] for d in (a, b))
     assert_close(together.signed[:, 1:] * scale(together) * together.rms[:, None], sums, rtol=1e-6, atol=1e-9)
@@ -69,7 +72,7 @@ def test_chosen_nodes_and_tables(model, vpd, tokens):
         str(next(c for c in whole.nodes if c.site == s))
         for s in ("blocks.0.attn.W_V", "blocks.1.attn.W_O", "blocks.1.mlp.W_in")
     ]
-    found = dataset_graph(vpd, model, tokens, some, batch_size=1)
+    found = dataset_graph(vpd, model, tokens, some, config=DatasetGraphConfig(batch_size=1))
     assert found.labels == ("embed", *some)
     at = [0, *[whole.labels.index(label) for label in some]]
     assert_close(found.signed, whole.signed[[i - 1 for i in at[1:]]][:, at], rtol=1e-6, atol=1e-9)
@@ -77,9 +80,9 @@ def test_chosen_nodes_and_tables(model, vpd, tokens):
     assert set(table.target) == {some[2]} and table.signed.abs().is_monotonic_decreasing
     assert set(found.top_edges(9, source="embed", absolute=True).source) == {"embed"}
     assert len(found.to_pandas()) == int((found.signed != 0).sum())
-    with pytest.raises(KeyError, match="is no node of this graph"):
+    with pytest.raises(KeyError, match="is not a node of this graph"):
         found.top_edges(target="embed")
     with pytest.raises(IndexError, match="has 6 subcomponents"):
         dataset_graph(vpd, model, tokens, ["blocks.0.attn.W_V:9"])
     with pytest.raises(ValueError, match="no absolute version"):
-        dataset_graph(vpd, model, tokens, some, absolute=False).top_edges(absolute=True)
+        dataset_graph(vpd, model, tokens, some, config=DatasetGraphConfig(absolute=False)).top_edges(absolute=True)

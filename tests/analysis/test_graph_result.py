@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tl_vpd.analysis.graph import AttributionGraph, LogitTarget, attribution_graph
+from tl_vpd.analysis.graph import AttributionGraph, GraphConfig, LogitTarget, attribution_graph
 from tl_vpd.analysis.graph.paths import influence, strongest_paths
 
 EDGES = [(0, 2, 1.0), (1, 2, -3.0), (0, 3, 2.0), (2, 3, -2.0), (2, 4, 0.5), (3, 4, 1.5), (1, 5, 1.0), (4, 5, -1.0)]
@@ -33,7 +33,7 @@ def by_hand() -> AttributionGraph:
         source=source.int(),
         target=target.int(),
         weight=weight,
-        settings={"held": [], "importances": True, "min_weight": 0.0},
+        settings={"fixed": [], "importances": True, "min_weight": 0.0},
     )
 
 
@@ -54,13 +54,13 @@ def test_labels_and_tables():
     assert len(graph.to_pandas()) == len(EDGES) and [str(n) for n in graph.subcomponents()] == list(graph.labels[2:5])
     top = graph.top_edges(2)
     assert top.weight.tolist() == [-3.0, 2.0] and top.source.tolist() == ["embed@1", "embed@0"]
-    assert graph.top(1, target="logits:3@1").source.tolist() == ["embed@1"]
+    assert graph.top_edges(1, target="logits:3@1").source.tolist() == ["embed@1"]
     assert graph.top_edges(9, source=2).weight.tolist() == [-2.0, 0.5]
     with pytest.raises(KeyError, match=r"did you mean 'blocks\.0\.mlp\.W_in:4@1'"):
         graph.number("blocks.0.mlp.W_in:4@2")
     with pytest.raises(IndexError, match="the graph has 6 nodes"):
         graph.number(6)
-    with pytest.raises(ValueError, match="held="):
+    with pytest.raises(ValueError, match="fixed="):
         graph.sums()
 
 
@@ -132,7 +132,9 @@ def test_networkx_has_the_same_graph():
 
 
 def test_a_graph_comes_back_from_its_files(tmp_path, model, vpd, tokens):
-    graph = attribution_graph(vpd, model, tokens[:1], [1, (2, 3)], held=("norms", "deltas"), importances=False)
+    graph = attribution_graph(
+        vpd, model, tokens[:1], [1, (2, 3)], config=GraphConfig(fixed=("norms", "deltas"), importances=False)
+    )
     again = AttributionGraph.load(graph.save(tmp_path / "graph"))
     assert again.labels == graph.labels and again.logits == graph.logits and again.settings == graph.settings
     for name in ("weight", "source", "target", "deltas", "biases", "activation", "tokens"):

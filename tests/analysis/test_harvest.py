@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.tiny import some_tokens
-from tl_vpd.analysis import harvest, pick
-from tl_vpd.analysis.harvest import _names
-from tl_vpd.analysis.pick import _shares
+from tl_vpd.analysis import HarvestConfig, harvest, pick
+from tl_vpd.analysis.harvest import token_texts
+from tl_vpd.analysis.pick import picks_per_site
 from tl_vpd.analysis.records import cut, pmi, recall
 from tl_vpd.analysis.tally import Pairs, peaks
 from tl_vpd.forward import MaskedModel
@@ -80,7 +80,7 @@ def _by_hand(vpd, model, tokens: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_everything_against_loops(model, vpd, batch_size):
     tokens = some_tokens(shape=(5, 7))
-    found = harvest(vpd, model, tokens, windows=3, radius=2, batch_size=batch_size, threshold=0.2)
+    found = harvest(vpd, model, tokens, config=HarvestConfig(windows=3, radius=2, batch_size=batch_size, threshold=0.2))
     g, a = _by_hand(vpd, model, tokens)
     fires = g > 0.2
     assert 0.2 < float(fires.double().mean()) < 0.8
@@ -126,8 +126,10 @@ def test_padding_changes_nothing(model, vpd):
     tokens = some_tokens(shape=(2, 7))
     real = torch.ones_like(tokens)
     real[1, 4:] = 0
-    padded = harvest(vpd, model, tokens, attention_mask=real, windows=2, radius=9)
-    first, second = (harvest(vpd, model, t, windows=1, radius=9) for t in (tokens[:1], tokens[1:, :4]))
+    padded = harvest(vpd, model, tokens, config=HarvestConfig(windows=2, radius=9), attention_mask=real)
+    first, second = (
+        harvest(vpd, model, t, config=HarvestConfig(windows=1, radius=9)) for t in (tokens[:1], tokens[1:, :4])
+    )
     assert padded.inputs.n == 11
     assert padded.outputs.n == 9
     assert_close(padded.mean_importance * 11, first.mean_importance * 7 + second.mean_importance * 4)
@@ -173,7 +175,7 @@ def test_what_is_wrong_is_said(model, vpd, tokens):
         found["W_Q"]
     for option in ({"windows": 0}, {"radius": -1}, {"batch_size": 0}, {"threshold": 1.0}, {"threshold": -0.1}):
         with pytest.raises(ValueError, match=next(iter(option))):
-            harvest(vpd, model, tokens, **option)
+            harvest(vpd, model, tokens, config=HarvestConfig(**option))
     with pytest.raises(ValueError, match="No subcomponent is named"):
         harvest(vpd, model, tokens, subcomponents=[])
     with pytest.raises(IndexError):
@@ -193,14 +195,14 @@ class _Tokenizer:
 
 def test_names_of_tokens():
     tokens = torch.tensor([[4, 3], [2, 1], [0, 0]])
-    assert _names(_Tokenizer(), tokens) == {0: "a", 1: " b", 2: "⟨2⟩", 3: "⟨3⟩", 4: " c"}
-    assert _names(None, tokens[:1]) == {3: "3", 4: "4"}
+    assert token_texts(_Tokenizer(), tokens) == {0: "a", 1: " b", 2: "⟨2⟩", 3: "⟨3⟩", 4: " c"}
+    assert token_texts(None, tokens[:1]) == {3: "3", 4: "4"}
 
 
 def test_shares_are_even_and_spread():
-    assert _shares({"a": 9, "b": 1, "c": 9}, 6) == {"a": 3, "b": 1, "c": 2}
-    assert _shares({"a": 1, "b": 1}, 6) == {"a": 1, "b": 1}
-    assert _shares(dict.fromkeys("abcdefghijkl", 5), 3) == {"c": 1, "g": 1, "k": 1}
+    assert picks_per_site({"a": 9, "b": 1, "c": 9}, 6) == {"a": 3, "b": 1, "c": 2}
+    assert picks_per_site({"a": 1, "b": 1}, 6) == {"a": 1, "b": 1}
+    assert picks_per_site(dict.fromkeys("abcdefghijkl", 5), 3) == {"c": 1, "g": 1, "k": 1}
 
 
 def test_pick_passes_over_the_dead_and_the_always_on(model, vpd):

@@ -1,4 +1,4 @@
-"""Pruned circuits: gradients against differences, masks against an edited model, adversaries, and what is reported."""
+"""Pruned circuits: gradients against public masks, masks against an edited model, adversaries, and what is reported."""
 
 from __future__ import annotations
 
@@ -12,119 +12,111 @@ from tests.matrix.models import build
 from tests.tiny import decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.analysis.pruning import PruneConfig, ablate_nodes, prune, prune_sweep
-from tl_vpd.analysis.pruning.attack import attack
-from tl_vpd.analysis.pruning.attack import draw as draw_sources
+from tl_vpd.analysis.pruning.attack import attack, uniform_sources, within_reach
 from tl_vpd.analysis.pruning.behaviours import behaviour_of
-from tl_vpd.analysis.pruning.masked import PromptModel
-from tl_vpd.analysis.pruning.prune import _Pruning
-from tl_vpd.analysis.pruning.recorded import Recorded, running
+from tl_vpd.analysis.pruning.gradients import PromptLoss, RecordedGradient
+from tl_vpd.analysis.pruning.importance_training import ImportanceTraining
 from tl_vpd.forward import MaskedModel
-from tl_vpd.masking import Masks, SiteMask
+from tl_vpd.masking import masks_from_sources
 
 FLAGS = [
     {},
     dict(normalization_type="RMS", gated_mlp=True, act_fn="silu", n_heads=4, n_key_value_heads=2),
     dict(attn_only=True),
+    dict(use_split_qkv_input=True, use_attn_result=True),
 ]
 
 
-def masks_of(vpd, mask, delta):
-    by_site = vpd.site_axis.split_sites(mask)
-    return Masks({n: SiteMask(by_site[n], delta[..., i]) for i, n in enumerate(vpd.site_axis.names)})
+def loss_of(masked_model, tokens, behaviour, pos):
+    """The loss of a behaviour on a prompt."""
+    clean = masked_model.clean(tokens)[0][0]
+    return PromptLoss(masked_model, tokens, behaviour_of(masked_model.adapter, clean, behaviour, pos))
 
 
 @pytest.mark.parametrize("flags", FLAGS)
-def test_a_lean_pass_is_the_masked_pass_and_so_are_its_gradients(flags):
+def test_gradients_in_importances_and_sources_are_those_through_public_masks(flags):
     model = tiny_model(**flags)
     vpd = decomposition_of(model).to(torch.float64)
     tokens, sites = some_tokens(shape=(1, 5)), len(vpd.sites)
-    mask, delta = draw(3, 5, vpd.site_axis.total), draw(3, 5, sites, seed=1)
-    wanted = mask.clone().requires_grad_(), delta.clone().requires_grad_()
+    g, sources = draw(3, 5, vpd.site_axis.total), draw(3, 5, vpd.site_axis.total + sites, seed=1)
+    leaves = g.clone().requires_grad_(), sources.clone().requires_grad_()
     with MaskedModel(vpd, model) as masked_model:
-        logits = masked_model.masked(tokens.expand(3, -1), masks_of(vpd, *wanted), constant_weights=True)[:, 2]
-    (-logits.log_softmax(-1)[:, 4]).sum().backward()
-    with PromptModel(vpd, model) as masked:
-        behaviour = behaviour_of(masked.adapter, masked.clean(tokens)[0][0], 4, 2)
-        found, run = masked.logits(tokens, mask, delta, 2, gradients=True)
-        gradients = masked.gradients(behaviour.losses, found, run, (3, 5))
-    assert_close(found.detach(), logits.detach(), rtol=1e-9, atol=1e-11)
-    # The loss is taken in float32, as everywhere.
-    for own, expected in zip(gradients, wanted, strict=True):
-        assert_close(own, expected.grad, rtol=1e-4, atol=1e-6)
+        masks = masks_from_sources(*leaves, vpd.site_axis)
+        logits = masked_model.masked(tokens.expand(3, -1), masks, constant_weights=True)[:, 2]
+        (-logits.log_softmax(-1)[:, 4]).sum().backward()
+    with MaskedModel(vpd, model, fused_attention=True) as masked_model:
+        loss = loss_of(masked_model, tokens, 4, 2)
+        assert_close(loss.logits(g, sources).detach(), logits.detach(), rtol=1e-9, atol=1e-11)
+        for variable, leaf in zip(("importances", "sources"), leaves, strict=True):
+            assert_close(loss.gradient(variable, g, sources), leaf.grad, rtol=1e-8, atol=1e-11)
 
 
-@pytest.mark.parametrize("wanted", [3, (3, 5), None])
-def test_behaviours_by_hand(model, vpd, tokens, wanted):
-    with PromptModel(vpd, model) as masked:
-        clean = masked.clean(tokens[:1])[0][0]
-        behaviour = behaviour_of(masked.adapter, clean, wanted, -2)
+@pytest.mark.parametrize("behaviour", [3, (3, 5), None])
+def test_behaviours_by_hand(model, vpd, tokens, behaviour):
+    with MaskedModel(vpd, model) as masked_model:
+        clean = masked_model.clean(tokens[:1])[0][0]
+        read = behaviour_of(masked_model.adapter, clean, behaviour, -2)
     other = clean[[0, 3]].detach()
     p, q = clean[-2].softmax(-1), other.softmax(-1)
     expected = {
         3: q[:, 3],
         (3, 5): q[:, 3] / (q[:, 3] + q[:, 5]),
         None: (-(p * (p.log() - q.log())).sum(-1)).exp(),
-    }[wanted]
-    assert behaviour.pos == 5
-    assert_close(behaviour.probability(other).double(), expected, rtol=1e-5, atol=1e-6)
+    }[behaviour]
+    assert read.pos == 5
+    assert_close(read.probability(other), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("variant", ["adversarial", "importances_only"])
 def test_the_gradient_of_the_whole_loss(model, vpd, tokens, variant):
     """With no adversary's step the loss is a plain function of z: autograd through public masks gives the same."""
-    config = PruneConfig(variant=variant, adversary_steps=0, p=0.7)
-    with PromptModel(vpd, model) as masked:
-        prompt = tokens[:1]
-        logits, inputs = masked.clean(prompt)
-        z = masked.weights.pre_sigmoid(inputs, None)[0].detach()
-        behaviour = behaviour_of(masked.adapter, logits[0], 4, -1)
-        pruning = _Pruning(masked, prompt, z, behaviour, torch.tensor([0.3, 2.0], dtype=z.dtype), config)
-        found = pruning.gradient()
-        pruning.generator.manual_seed(config.seed)
-        sources = [draw_sources(pruning.importances(), len(vpd.sites), pruning.generator) for _ in range(2)]
-    alive = z > 0
-    own = z[alive].expand(2, -1).clone().requires_grad_()
-    g = torch.zeros(2, *z.shape, dtype=z.dtype)
-    g[:, alive] = own.clamp(0, 1)
-    penalty = torch.where(own > 1, 1 + 0.01 * (own - 1), own).clamp_min(0).add(1e-12).pow(0.7).sum(-1) / 7
-    if variant == "importances_only":
-        sources = [(torch.zeros_like(g), torch.zeros(2, 7, len(vpd.sites), dtype=z.dtype))] * 2
-    loss = (penalty * torch.tensor([0.3, 2.0], dtype=z.dtype)).sum()
+    config = PruneConfig(variant=variant, adversary_steps=0, p=0.7, recorded=False)
+    prompt, strengths = tokens[:1], torch.tensor([0.3, 2.0], dtype=torch.float64)
     with MaskedModel(vpd, model) as masked_model:
-        for r, delta in sources:
-            out = masked_model.masked(
-                prompt.expand(2, -1), masks_of(vpd, g + (1 - g) * r, delta), constant_weights=True
-            )
+        z = masked_model.weights.pre_sigmoid(masked_model.clean(prompt)[1], None)[0].detach()
+        training = ImportanceTraining(loss_of(masked_model, prompt, 4, -1), z, strengths, config)
+        gradient = training.gradient()
+        training.generator.manual_seed(config.seed)
+        sources = [uniform_sources(training.importances(), len(vpd.sites), training.generator) for _ in range(2)]
+    alive = z > 0
+    leaf = z[alive].expand(2, -1).clone().requires_grad_()
+    g = torch.zeros(2, *z.shape, dtype=z.dtype)
+    g[:, alive] = leaf.clamp(0, 1)
+    penalty = torch.where(leaf > 1, 1 + 0.01 * (leaf - 1), leaf).clamp_min(0).add(1e-12).pow(0.7).sum(-1) / 7
+    if variant == "importances_only":
+        sources = [torch.zeros_like(sources[0])] * 2
+    loss = (penalty * strengths).sum()
+    with MaskedModel(vpd, model) as masked_model:
+        for r in sources:
+            masks = masks_from_sources(g, r, vpd.site_axis)
+            out = masked_model.masked(prompt.expand(2, -1), masks, constant_weights=True)
             loss = loss - 0.5 * out[:, -1].log_softmax(-1)[:, 4].sum()
     loss.backward()
-    inside = (own > 0) & (own < 1)
-    assert inside.any() and (own > 1).any()
-    assert_close(found[inside], own.grad[inside], rtol=1e-4, atol=1e-6)
+    inside = (leaf > 0) & (leaf < 1)
+    assert inside.any() and (leaf > 1).any()
+    assert_close(gradient[inside], leaf.grad[inside], rtol=1e-8, atol=1e-11)
     # Above 1 the masks are constant and only the leak of the minimality loss is left.
-    slope = torch.tensor([0.3, 2.0], dtype=z.dtype)[:, None] * 0.7 * (1 + 0.01 * (own - 1)) ** -0.3 * 0.01 / 7
-    assert_close(found[own > 1], slope[own > 1].detach(), rtol=1e-6, atol=1e-9)
+    slope = strengths[:, None] * 0.7 * (1 + 0.01 * (leaf - 1)) ** -0.3 * 0.01 / 7
+    assert_close(gradient[leaf > 1], slope[leaf > 1].detach(), rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("reach", ["alive", "alive_and_deltas", "everything"])
 def test_an_attack_raises_the_loss_within_its_reach(model, vpd, tokens, reach):
-    prompt = tokens[:1]
-    with PromptModel(vpd, model) as masked, torch.no_grad():
-        logits, inputs = masked.clean(prompt)
-        z = masked.weights.pre_sigmoid(inputs, None)[0]
-        alive, behaviour = z > 0.3, behaviour_of(masked.adapter, logits[0], 4, -1)
+    prompt, sites = tokens[:1], len(vpd.sites)
+    with MaskedModel(vpd, model) as masked_model, torch.no_grad():
+        z = masked_model.weights.pre_sigmoid(masked_model.clean(prompt)[1], None)[0]
+        loss, alive = loss_of(masked_model, prompt, 4, -1), z > 0.3
         g = (0.4 * z.clamp(0, 1)).expand(3, -1, -1)
-        start = draw_sources(g, len(vpd.sites), torch.Generator().manual_seed(0))
-        sources = attack(
-            running(masked, prompt, behaviour), g, start, steps=20, step_size=0.1, reach=reach, alive=alive
-        )
-        losses = [
-            behaviour.losses(masked.logits(prompt, g + (1 - g) * r, delta, 6)[0]) for r, delta in (start, sources)
-        ]
+        start = uniform_sources(g, sites, torch.Generator().manual_seed(0))
+        reachable = within_reach(reach, alive, sites)
+        sources = attack(loss.gradient, g, start, reachable, steps=20, step_size=0.1)
+        losses = [loss.behaviour.losses(loss.logits(g, r)) for r in (start, sources)]
     assert (losses[1] > losses[0] + 0.01).all()
-    assert all(float(own.min()) >= 0 and float(own.max()) <= 1 for own in sources)
-    moved, moved_delta = (bool((a != b).any()) for a, b in zip(sources, start, strict=True))
-    assert moved and moved_delta == (reach != "alive")
-    assert bool((sources[0] != start[0])[:, ~alive].any()) == (reach == "everything")
+    assert float(sources.min()) >= 0 and float(sources.max()) <= 1
+    moved = (sources != start).any(0)
+    of_subcomponents, of_deltas = moved[:, :-sites], moved[:, -sites:]
+    assert bool(of_subcomponents[alive].any()) and bool(of_deltas.any()) == (reach != "alive")
+    assert bool(of_subcomponents[~alive].any()) == (reach == "everything")
 
 
 @pytest.mark.parametrize(
@@ -137,39 +129,40 @@ def test_a_recording_gives_what_the_model_gives(kind):
     else:
         model = build("GPT-2", kind)
     vpd, tokens = decomposition_of(model).to(torch.float64), some_tokens(shape=(1, 5))
-    with PromptModel(vpd, model) as masked:
-        behaviour = behaviour_of(masked.adapter, masked.clean(tokens)[0][0], 4, -1)
-        by_model, recorded = running(masked, tokens, behaviour), Recorded(masked, tokens, behaviour)
-        for rows, seed in ((2, 0), (2, 1), (3, 2)):
-            own = draw(rows, 5, vpd.site_axis.total, seed=seed), draw(rows, 5, len(vpd.sites), seed=seed + 9)
-            for found, expected in zip(recorded(*own), by_model(*own), strict=True):
-                assert_close(found, expected, rtol=1e-6, atol=1e-9)
+    total = vpd.site_axis.total
+    with MaskedModel(vpd, model, fused_attention=True) as masked_model:
+        loss = loss_of(masked_model, tokens, 4, -1)
+        recorded = RecordedGradient(loss)
+        for rows, seed in ((1, 0), (2, 0), (2, 1), (3, 2)):
+            g, sources = draw(rows, 5, total, seed=seed), draw(rows, 5, total + len(vpd.sites), seed=seed + 9)
+            for variable in ("importances", "sources"):
+                expected = loss.gradient(variable, g, sources)
+                assert_close(recorded(variable, g, sources), expected, rtol=1e-6, atol=1e-9)
                 assert float(expected.abs().max()) > 1e-4
-        assert len(recorded.made) == 2 and recorded.made[2] is not recorded.model
+        assert len(recorded.recordings) == 6 and loss.gradient not in recorded.recordings.values()
 
 
 def test_what_cannot_be_recorded_is_run_with_a_warning(model, vpd, tokens):
-    with PromptModel(vpd, model) as masked:
-        behaviour = behaviour_of(masked.adapter, masked.clean(tokens[:1])[0][0], 4, -1)
-        recorded = Recorded(masked, tokens[:1], behaviour)
-        honest, calls = recorded.model, []
+    with MaskedModel(vpd, model) as masked_model:
+        loss = loss_of(masked_model, tokens[:1], 4, -1)
+        honest, calls = loss.gradient, []
 
-        def moody(mask, delta):
+        def moody(*arguments):
             calls.append(1)
-            return tuple((2.0 if len(calls) == 1 else 1.0) * own for own in honest(mask, delta))
+            return (2.0 if len(calls) == 1 else 1.0) * honest(*arguments)
 
-        recorded.model = moody
-        own = draw(1, 7, vpd.site_axis.total), draw(1, 7, len(vpd.sites))
-        with pytest.warns(RuntimeWarning, match="cannot be recorded .on other masks the recording is off by"):
-            found = recorded(*own)
-        assert_close(found[0], honest(*own)[0])
+        loss.gradient = moody
+        g, sources = draw(1, 7, vpd.site_axis.total), draw(1, 7, vpd.site_axis.total + len(vpd.sites))
+        with pytest.warns(RuntimeWarning, match="Pruning runs the model in every pass.* is off by"):
+            result = RecordedGradient(loss)("sources", g, sources)
+        assert_close(result, honest("sources", g, sources))
 
 
 def test_pruning_from_recordings_is_the_same(model, vpd, tokens):
-    config = PruneConfig(steps=4, lr=0.05, adversary_steps=2)
-    a = prune(vpd, model, tokens[:1], 4, config=config, recorded=True)
+    config = dict(steps=4, lr=0.05, adversary_steps=2)
+    a = prune(vpd, model, tokens[:1], 4, config=PruneConfig(**config, recorded=True))
     with torch.inference_mode():
-        b = prune(vpd, model, tokens[:1].clone(), 4, config=config, recorded=False)
+        b = prune(vpd, model, tokens[:1].clone(), 4, config=PruneConfig(**config, recorded=False))
     assert_close(a.importances, b.importances, rtol=1e-5, atol=1e-6)
 
 
@@ -178,7 +171,7 @@ def test_pruning_keeps_the_behaviour_with_fewer_nodes(model, vpd, tokens):
     before = snapshot(model)
     config = PruneConfig(steps=20, lr=0.15, adversary_steps=2)
     sweep = prune_sweep(vpd, model, prompt, 4, [0.001, 0.5, 20.0], config=config)
-    table = sweep.table()
+    table = sweep.to_pandas()
     assert table.nodes.is_monotonic_decreasing and table.nodes[2] < table.nodes[0] <= table.alive[0]
     g = vpd.causal_importances(model, prompt).concatenated[0]
     circuit = sweep.circuits[1]
@@ -187,8 +180,9 @@ def test_pruning_keeps_the_behaviour_with_fewer_nodes(model, vpd, tokens):
     p = circuit.probabilities
     assert p["target"] == pytest.approx(clean, rel=1e-5)
     with torch.no_grad(), MaskedModel(vpd, model) as masked_model:
-        zero = torch.zeros(1, 7, len(vpd.sites), dtype=torch.float64)
-        plain = masked_model.masked(prompt, masks_of(vpd, circuit.importances[None], zero))[0, -1].softmax(-1)[4]
+        zero = torch.zeros(1, 7, vpd.site_axis.total + len(vpd.sites), dtype=torch.float64)
+        masks = masks_from_sources(circuit.importances[None], zero, vpd.site_axis)
+        plain = masked_model.masked(prompt, masks)[0, -1].softmax(-1)[4]
     assert p["importances"] == pytest.approx(float(plain), rel=1e-5) and p["adversarial_everything"] <= p["stochastic"]
     assert_same(before, snapshot(model))
     again = prune(vpd, model, prompt, 4, coefficient=0.5, config=config)
@@ -220,8 +214,10 @@ def test_mistakes_are_said(model, vpd, tokens):
         prune(vpd, model, tokens, 3)
     with pytest.raises(IndexError, match="Token 99 is outside"):
         prune(vpd, model, tokens[:1], 99)
-    with pytest.raises(TypeError, match="is no behaviour"):
+    with pytest.raises(TypeError, match="is not a behaviour"):
         prune(vpd, model, tokens[:1], [3])
+    with pytest.raises(TypeError, match=r"pos=\[5, 6\]: .* give one integer"):
+        prune(vpd, model, tokens[:1], 3, pos=[5, 6])
     with pytest.raises(ValueError, match="variant='both'"):
         PruneConfig(variant="both")
     with pytest.raises(ValueError, match="reach='all'"):

@@ -63,7 +63,7 @@ def test_patterns_that_cannot_be_drawn_are_refused(model, vpd, tokens):
 
 
 def test_strengths_by_offset(model, vpd, tokens):
-    found = attention.static_strengths(vpd, model, 0, tokens, queries=[77, 60], keys=[48])
+    found = attention.static_strengths(vpd, model, tokens, 0, subcomponents=[f"{Q}:77", f"{Q}:60", f"{K}:48"])
     panel = viz.static_strengths(found)
     assert panel.body.count(f"{Q}:") == 2 and all(f"head {h}" in panel.body for h in range(4))
     assert viz.static_strengths(found).body == panel.body  # the same numbers, the same page

@@ -12,7 +12,7 @@ pytest.importorskip("plotly")
 
 from tests.analysis.test_graph_result import by_hand
 from tests.viz.test_panel import addresses
-from tl_vpd.analysis import harvest
+from tl_vpd.analysis import HarvestConfig, harvest
 from tl_vpd.analysis.graph import LogitTarget, attribution_graph
 from tl_vpd.viz.graphs import graph as picture
 
@@ -44,7 +44,7 @@ def test_text_from_tokens_is_escaped_and_the_page_needs_no_network(tmp_path):
 
 def test_a_models_graph_with_tokens_of_its_subcomponents(model, vpd, tokens):
     graph = attribution_graph(vpd, model, tokens[:1], 3)
-    found = harvest(vpd, model, tokens, windows=1)
+    found = harvest(vpd, model, tokens, config=HarvestConfig(windows=1))
     panel = picture(graph, nodes=12, edges=30, harvest=found, title="Mine")
     data = data_of(panel.body)
     assert len(data["edges"]) == 30 and sum("blocks" in label for label in data["labels"]) == 12

@@ -9,7 +9,7 @@ import pytest
 
 from tests.tiny import some_tokens
 from tl_vpd import viz
-from tl_vpd.analysis import harvest
+from tl_vpd.analysis import HarvestConfig, harvest
 from tl_vpd.viz.circuits import script
 from tl_vpd.viz.panel import Panel
 
@@ -36,7 +36,7 @@ def addresses(html: str) -> list[str]:
 
 @pytest.fixture
 def panels(model, vpd) -> list[Panel]:
-    found = harvest(vpd, model, some_tokens(shape=(6, 7)), windows=2)
+    found = harvest(vpd, model, some_tokens(shape=(6, 7)), config=HarvestConfig(windows=2))
     firing = [str(a) for a in vpd.site_axis.subcomponents() if found[a].windows]
     history = pd.DataFrame(
         {"step": [0, 10], **{name: [2.0, 1.0] for name in ("stochastic", "adversarial", "importance", "frequency")}}

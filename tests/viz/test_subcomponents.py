@@ -14,7 +14,7 @@ import torch
 
 from tests.tiny import some_tokens
 from tl_vpd import viz
-from tl_vpd.analysis import Harvest, Window, harvest
+from tl_vpd.analysis import Harvest, HarvestConfig, Window, harvest
 from tl_vpd.viz.circuits import draw, underline, window_data
 from tl_vpd.viz.style import NEGATIVE, POSITIVE
 
@@ -25,7 +25,7 @@ EVIL = "</script><b>&\"'\n x"
 @pytest.fixture
 def found(model, vpd) -> Harvest:
     """A harvest in which every token's text is hostile."""
-    own = harvest(vpd, model, some_tokens(shape=(6, 7)), windows=3, radius=2)
+    own = harvest(vpd, model, some_tokens(shape=(6, 7)), config=HarvestConfig(windows=3, radius=2))
     return replace(own, names={i: f"{EVIL}{i}" for i in own.names})
 
 
@@ -62,7 +62,7 @@ def test_the_place_of_a_window_holds_its_text_until_it_is_drawn():
 
 
 def test_the_panel_says_what_the_harvest_found(model, vpd):
-    found = harvest(vpd, model, some_tokens(shape=(6, 7)), windows=3, radius=2)
+    found = harvest(vpd, model, some_tokens(shape=(6, 7)), config=HarvestConfig(windows=3, radius=2))
     address = fullest(found)
     own, panel = found[address], viz.subcomponent(found, address, note="a <label>", tokens=2)
     assert panel.title == address

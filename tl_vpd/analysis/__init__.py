@@ -1,24 +1,37 @@
-"""What a decomposition says about its model: where subcomponents fire, and which ones to look at."""
+"""What a decomposition says about its model: where subcomponents fire, what they do, and which ones a behaviour needs."""
 
-from tl_vpd.analysis.audit import CircuitAudit, Repair, audit_circuit, repair_circuit
-from tl_vpd.analysis.effects import ablation_table
-from tl_vpd.analysis.graph import AttributionGraph, DatasetGraph, attribution_graph, dataset_graph
-from tl_vpd.analysis.harvest import harvest
+from tl_vpd.analysis.audit import AuditConfig, CircuitAudit, Repair, RepairConfig, audit_circuit, repair_circuit
+from tl_vpd.analysis.effects import AblationTableConfig, ablation_table
+from tl_vpd.analysis.graph import (
+    AttributionGraph,
+    DatasetGraph,
+    DatasetGraphConfig,
+    GraphConfig,
+    attribution_graph,
+    dataset_graph,
+)
+from tl_vpd.analysis.harvest import HarvestConfig, harvest
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.analysis.pick import pick
 from tl_vpd.analysis.pruning import PruneConfig, PrunedCircuit, PruneSweep, ablate_nodes, prune, prune_sweep
 from tl_vpd.analysis.records import Harvest, SubcomponentHarvest, Window
 
 __all__ = [
+    "AblationTableConfig",
     "AttributionGraph",
+    "AuditConfig",
     "CircuitAudit",
     "DatasetGraph",
+    "DatasetGraphConfig",
+    "GraphConfig",
     "Harvest",
+    "HarvestConfig",
     "Node",
     "PruneConfig",
     "PruneSweep",
     "PrunedCircuit",
     "Repair",
+    "RepairConfig",
     "SubcomponentHarvest",
     "Window",
     "ablate_nodes",

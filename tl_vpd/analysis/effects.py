@@ -9,9 +9,10 @@ the columns it touches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,15 +20,33 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
+from tl_vpd.analysis.metric import Metric, number_of
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.importances import causal_importances
 from tl_vpd.hooks.sparse import AblateEach, Positions
 from tl_vpd.site import Subcomponent, nearest
 
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
 
-Metric = Callable[[Tensor], Any]
+@dataclass(frozen=True)
+class AblationTableConfig:
+    """How subcomponents are ablated, and how many prompts run at once.
+
+    Attributes:
+        pos: at which positions, as in ``ablation_hooks`` (None: all).
+        amount: how much of each subcomponent is ablated, as in ``ablation_hooks``.
+        values: what activations are replaced by, as in ``ablation_hooks`` (None: 0).
+        threshold: without a choice of subcomponents, those whose importance exceeds this at any token are ablated.
+        rows: prompts run at once (at least all of one copy).
+        progress: whether a bar is shown.
+    """
+
+    pos: Positions = None
+    amount: float = 1.0
+    values: Mapping[str, Tensor] | None = None
+    threshold: float = 0.0
+    rows: int = 32
+    progress: bool = False
 
 
 @torch.no_grad()
@@ -38,93 +57,80 @@ def ablation_table(
     metric: Metric,
     subcomponents: Sequence[str | Subcomponent] | None = None,
     *,
-    pos: Positions = None,
-    amount: float = 1.0,
-    values: Mapping[str, Tensor] | None = None,
-    above: float = 0.0,
-    rows: int = 32,
+    config: AblationTableConfig | None = None,
     attention_mask: Tensor | None = None,
-    progress: bool = False,
 ) -> pd.DataFrame:
-    """A metric of the model's output with each subcomponent ablated alone.
+    """A metric of the model's output with one subcomponent ablated at a time.
 
     Args:
+        decomposition: of the model's weights.
+        model: the target.
         prompts: a string, strings, or tokens ``[batch, pos]``.
         metric: takes the logits of all prompts ``[batch, pos, vocab]``, gives a number.
-        subcomponents: ``"blocks.1.attn.W_Q:316"`` or ``Subcomponent``s (None: those whose importance exceeds ``above`` at any
-            token of the prompts).
-        pos, amount, values: as in ``ablation_hooks``.
-        rows: prompts run at once (at least all of one copy).
-        attention_mask: 0 at padding (None: found as TransformerLens finds it). progress: show a bar.
+        subcomponents: such as ``"blocks.1.attn.W_Q:316"`` (None: those that are important at any token of the prompts).
+        config: how they are ablated (None: the defaults).
+        attention_mask: 0 at padding (None: where TransformerLens sees padding).
 
     Returns:
-        One row a subcomponent, in the order given (or by site and index): ``subcomponent``, ``site``, ``index``, ``metric``, and
-        ``change`` (``metric`` minus that of the model as it is).
+        One row per subcomponent, in the order of ``subcomponents`` (or by site and index): ``subcomponent``, ``site``, ``index``,
+        ``metric``, and ``change`` (``metric`` minus that of the model without ablation).
 
     Raises:
-        KeyError, IndexError, ValueError: a subcomponent or position does not exist; the metric gives no single number; another
-            decomposition is attached to the model.
+        KeyError: a site is not decomposed, or ``values`` lacks it.
+        IndexError: a subcomponent or position does not exist.
+        ValueError: the metric gives no single number, the model has other weights, another decomposition is attached to it, or
+            the config's threshold comes with a choice of subcomponents.
     """
+    config = config or AblationTableConfig()
+    if subcomponents is not None and config.threshold:
+        raise ValueError(f"threshold={config.threshold} does nothing with subcomponents=: leave out one of the two.")
     attached = attachment_of(decomposition, model)
     adapter = adapt(model)
     tokens = adapter.tokens(prompts)
     token_mask = adapter.padding(tokens, attention_mask)
     if subcomponents is None:
         g = causal_importances(decomposition, model, tokens, attention_mask=attention_mask).concatenated
-        where = (g > above).flatten(0, -2).any(0).nonzero().flatten().tolist()
-        chosen = [decomposition.site_axis.at(i) for i in where]
+        important = (g > config.threshold).flatten(0, -2).any(0).nonzero().flatten().tolist()
+        chosen = [decomposition.site_axis.at(i) for i in important]
     else:
         chosen = [decomposition.subcomponent(c) for c in subcomponents]
     with decomposition.attach(model) if attached is None else nullcontext():
-        clean = _number(metric(adapter.run(tokens, token_mask)))
-        found: list[float] = []
-        copies = max(1, rows // len(tokens))
-        for start in tqdm(range(0, len(chosen), copies), disable=not progress, desc="ablating"):
+        clean = number_of(metric(adapter.run(tokens, token_mask)))
+        values: list[float] = []
+        copies = max(1, config.rows // len(tokens))
+        for start in tqdm(range(0, len(chosen), copies), disable=not config.progress, desc="ablating"):
             group = chosen[start : start + copies]
-            hooks = _hooks(decomposition, group, len(tokens), pos, amount, values)
-            with model.hooks(fwd_hooks=hooks):  # type: ignore[operator]
-                output = _repeated(adapter, tokens, token_mask, len(group))
-            found += [_number(metric(own)) for own in output.split(len(tokens))]
+            with model.hooks(fwd_hooks=_hooks(decomposition, group, len(tokens), config)):  # type: ignore[operator]
+                output = _run_copies(adapter, tokens, token_mask, len(group))
+            values += [number_of(metric(logits)) for logits in output.split(len(tokens))]
     return pd.DataFrame(
         {
             "subcomponent": [str(c) for c in chosen],
             "site": [c.site for c in chosen],
             "index": [c.index for c in chosen],
-            "metric": found,
-            "change": [value - clean for value in found],
+            "metric": values,
+            "change": [value - clean for value in values],
         }
     )
 
 
-def _repeated(adapter: Adapter, tokens: Tensor, token_mask: Tensor | None, n: int) -> Tensor:
+def _run_copies(adapter: Adapter, tokens: Tensor, token_mask: Tensor | None, n: int) -> Tensor:
     times = [n] + [1] * (tokens.ndim - 1)
     return adapter.run(tokens.repeat(times), None if token_mask is None else token_mask.repeat(n, 1))
 
 
-def _number(value: Any) -> float:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"The metric gave a tensor of shape {tuple(value.shape)}; one number is needed.")
-    return float(value)
-
-
 def _hooks(
-    decomposition: Decomposition,
-    group: Sequence[Subcomponent],
-    batch: int,
-    pos: Positions,
-    amount: float,
-    values: Mapping[str, Tensor] | None,
+    decomposition: Decomposition, group: Sequence[Subcomponent], batch: int, config: AblationTableConfig
 ) -> list[tuple[str, AblateEach]]:
-    """Copy i of the prompts goes without ``group[i]``."""
-    kind = "mask" if values is None else "component_acts"
+    """Copy i of the prompts runs without ``group[i]``."""
+    kind = "mask" if config.values is None else "component_acts"
     hooks = []
     for site in dict.fromkeys(c.site for c in group):
-        own = [(copy, c.index) for copy, c in enumerate(group) if c.site == site]
-        copies, indices = (tuple(column) for column in zip(*own, strict=True))
-        if values is not None and site not in values:
-            raise KeyError(f"values has nothing for {site}{nearest(site, values)}.")
-        given = None if values is None else values[site][..., list(indices)]
-        hooks.append(
-            (decomposition.sites[site].hook_name(kind), AblateEach(indices, pos, copies, batch, amount, given))
-        )
+        copies = tuple(copy for copy, c in enumerate(group) if c.site == site)
+        indices = tuple(group[copy].index for copy in copies)
+        if config.values is not None and site not in config.values:
+            raise KeyError(f"values has nothing for {site}{nearest(site, config.values)}.")
+        values = None if config.values is None else config.values[site][..., list(indices)]
+        hook = AblateEach(indices, config.pos, copies, batch, config.amount, values)
+        hooks.append((decomposition.sites[site].hook_name(kind), hook))
     return hooks

@@ -41,19 +41,19 @@ class Node:
             return text
         if isinstance(text, Subcomponent):
             return cls(text.site, text.index)
-        found = _NODE.fullmatch(text)
-        if found is None:
+        match = _NODE.fullmatch(text)
+        if match is None:
             raise ValueError(
                 f"{text!r} is not a node: write 'name[:index][@position]', such as 'blocks.1.attn.W_Q:316@5'."
             )
-        index, pos = found["index"], found["pos"]
-        return cls(found["name"], None if index is None else int(index), None if pos is None else int(pos))
+        index, pos = match["index"], match["pos"]
+        return cls(match["name"], None if index is None else int(index), None if pos is None else int(pos))
 
     @property
     def subcomponent(self) -> Subcomponent:
         """The node without its position; raises ValueError where there is no index."""
         if self.index is None:
-            raise ValueError(f"{self} names no single subcomponent: write '{self.name}:index'.")
+            raise ValueError(f"{self} does not name a single subcomponent: write '{self.name}:index'.")
         return Subcomponent(self.name, self.index)
 
     def __str__(self) -> str:

@@ -1,9 +1,9 @@
-"""What a harvest holds: windows of text, token counts, and one record a subcomponent.
+"""The results of a harvest: windows of text, token counts, and one record per subcomponent.
 
 With ``N`` real tokens, ``n_f`` firings, ``n_t`` occurrences of token t and ``n_ft`` firings on it:
 
-    recall(t) = n_ft / n_f                  the share of its firings that falls on t
-    PMI(t)    = ln(n_ft N / (n_f n_t))      in nats: how much more often t meets a firing than by chance
+    recall(t) = n_ft / n_f                  the fraction of its firings that falls on t
+    PMI(t)    = ln(n_ft N / (n_f n_t))      in nats: how much more often it fires on t than by chance
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ By = Literal["pmi", "recall"]
 def pmi(
     together: Float[Tensor, " token"], firings: int, occurrences: Float[Tensor, " token"], n: int
 ) -> Float[Tensor, " token"]:
-    """``ln(together · n / (firings · occurrences))`` in nats; −inf where they never meet."""
+    """``ln(together · n / (firings · occurrences))`` in nats; −inf where it never fires."""
     return (together * n / (firings * occurrences)).log()
 
 
 def recall(together: Float[Tensor, " token"], firings: int) -> Float[Tensor, " token"]:
-    """The share of the firings that falls on each token."""
+    """The fraction of the firings that falls on each token."""
     return together / firings
 
 
@@ -46,7 +46,7 @@ def cut(peak: int, radius: int, real: Bool[Tensor, " pos"]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of one row around its token of largest importance, which lies at ``pos`` of the row, ``peak`` here."""
+    """A stretch of one row around its token of largest importance, at ``pos`` of the row and ``peak`` of the window."""
 
     row: int
     pos: int
@@ -58,11 +58,11 @@ class Window:
 
     @property
     def peak(self) -> int:
-        """The position within the window of the token it was cut around."""
+        """The position of the token of largest importance within the window."""
         return self.pos - self.start
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a token: row, pos, token_id, token, importance, activation."""
+        """One row per token: row, pos, token_id, token, importance, activation."""
         return pd.DataFrame(
             {
                 "row": self.row,
@@ -79,7 +79,13 @@ class Window:
 class TokenCounts:
     """At which tokens subcomponents fired: sparse counts sorted by subcomponent, with the totals they are compared to.
 
-    ``n`` positions were counted; ``occurrences`` are the tokens' among these, ``firings`` the subcomponents'.
+    Attributes:
+        index: the subcomponent of each pair.
+        token: the token of each pair.
+        count: how often it fired there.
+        occurrences: of every token among the counted positions.
+        firings: of every subcomponent.
+        n: how many positions were counted.
     """
 
     index: Int[Tensor, " pair"]
@@ -113,10 +119,16 @@ class TokenCounts:
 
 @dataclass(frozen=True)
 class SubcomponentHarvest:
-    """What was found of one subcomponent.
+    """One subcomponent's statistics, windows and tokens.
 
-    ``density`` is the share of real tokens with g > 0, ``firings`` the number with g > threshold, ``mean_activation``
-    the mean signed activation over firings (NaN without any), ``norm`` is ``‖V[:, c]‖ ‖U[c]‖``.
+    Attributes:
+        subcomponent: its address.
+        mean_importance: over real tokens.
+        density: the fraction of real tokens with g > 0.
+        firings: the number of tokens with g > threshold.
+        mean_activation: the mean signed activation over firings (NaN without any).
+        norm: ``‖V[:, c]‖ ‖U[c]‖``.
+        windows: in order of the largest importance.
     """
 
     subcomponent: Subcomponent
@@ -136,20 +148,20 @@ class SubcomponentHarvest:
         return self._inputs.table(self._i, self._names, k=k, by=by, min_count=min_count)
 
     def output_tokens(self, k: int = 10, *, by: By = "pmi", min_count: int = 2) -> pd.DataFrame:
-        """Tokens that follow where it fires, as ``input_tokens``. A row's last token, followed by none, is left out."""
+        """Tokens that follow where it fires, as ``input_tokens``. A row's last token, which none follows, is left out."""
         return self._outputs.table(self._i, self._names, k=k, by=by, min_count=min_count)
 
     def to_pandas(self) -> pd.DataFrame:
-        """All windows, one row a token; see ``Window.to_pandas`` (``window`` numbers them)."""
-        parts = [w.to_pandas().assign(window=i) for i, w in enumerate(self.windows)]
-        return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()
+        """All windows, one row per token; see ``Window.to_pandas`` (``window`` numbers them)."""
+        tables = [w.to_pandas().assign(window=i) for i, w in enumerate(self.windows)]
+        return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
 
 
 @dataclass(frozen=True)
 class Harvest:
     """Statistics, windows and token counts of the harvested subcomponents ``C``, on the model's device.
 
-    ``chosen`` holds their concatenated positions, ascending; ``rows`` is −1 where a subcomponent has fewer windows.
+    ``chosen`` are their concatenated positions, ascending; ``rows`` is −1 where a subcomponent has fewer windows.
     """
 
     site_axis: ConcatenatedAxis
@@ -192,12 +204,12 @@ class Harvest:
         )
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a subcomponent: subcomponent, site, mean_importance, density, firings, mean_activation, norm."""
-        parts = [self.site_axis.at(i) for i in self.chosen.tolist()]
+        """One row per subcomponent: subcomponent, site, mean_importance, density, firings, mean_activation, norm."""
+        subcomponents = [self.site_axis.at(i) for i in self.chosen.tolist()]
         return pd.DataFrame(
             {
-                "subcomponent": [str(part) for part in parts],
-                "site": [part.site for part in parts],
+                "subcomponent": [str(c) for c in subcomponents],
+                "site": [c.site for c in subcomponents],
                 "mean_importance": self.mean_importance.tolist(),
                 "density": self.density.tolist(),
                 "firings": self.firings.tolist(),
@@ -212,17 +224,17 @@ class Harvest:
         return ordered.head(k).reset_index(drop=True)
 
     def _index(self, address: str | Subcomponent) -> int:
-        wanted = Subcomponent.parse(address)
-        if wanted.site not in self.site_axis.slices:
-            raise KeyError(f"{wanted.site!r} is not a decomposed site{nearest(wanted.site, self.site_axis.names)}.")
-        count = self.site_axis.counts[wanted.site]
-        if wanted.index >= count:
-            raise IndexError(f"{wanted} does not exist: {wanted.site} has {count} subcomponents, 0 to {count - 1}.")
-        concatenated = self.site_axis.slices[wanted.site].start + wanted.index
-        found = (self.chosen == concatenated).nonzero()
-        if not len(found):
-            raise KeyError(f"{wanted} was not harvested; name it in harvest(..., subcomponents=[...]).")
-        return int(found[0, 0])
+        parsed = Subcomponent.parse(address)
+        if parsed.site not in self.site_axis.slices:
+            raise KeyError(f"{parsed.site!r} is not a decomposed site{nearest(parsed.site, self.site_axis.names)}.")
+        count = self.site_axis.counts[parsed.site]
+        if parsed.index >= count:
+            raise IndexError(f"{parsed} does not exist: {parsed.site} has {count} subcomponents, 0 to {count - 1}.")
+        concatenated = self.site_axis.slices[parsed.site].start + parsed.index
+        matches = (self.chosen == concatenated).nonzero()
+        if not len(matches):
+            raise KeyError(f"{parsed} was not harvested; name it in harvest(..., subcomponents=[...]).")
+        return int(matches[0, 0])
 
     def _window(self, i: int, j: int) -> Window:
         row, pos = int(self.rows[i, j]), int(self.positions[i, j])

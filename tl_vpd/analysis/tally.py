@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,13 +13,42 @@ from tl_vpd.analysis.records import Harvest, TokenCounts
 from tl_vpd.decomposition import Decomposition
 
 
+@dataclass(frozen=True)
+class HarvestConfig:
+    """What a harvest collects, and how many rows run at once.
+
+    Attributes:
+        windows: windows per subcomponent, at most one per row, in order of the largest importance.
+        radius: tokens shown on each side of a window's peak.
+        threshold: a subcomponent fires where g exceeds this.
+        batch_size: rows run at once, which bounds memory.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    windows: int = 8
+    radius: int = 20
+    threshold: float = 0.1
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        for name, least in (("windows", 1), ("radius", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}.")
+        if not 0 <= self.threshold < 1:
+            raise ValueError(
+                f"threshold={self.threshold}: importances lie in [0, 1], so it must be at least 0 and below 1."
+            )
+
+
 def peaks(
     g: Float[Tensor, "row pos C"], a: Float[Tensor, "row pos C"]
 ) -> tuple[Float[Tensor, "row C"], Int[Tensor, "row C"]]:
     """In every row the token of largest importance, as its score and position.
 
-    Many importances are exactly 1: among equal ones the largest ``|activation|`` wins, in a row as between rows, which
-    is why the score (float64) is ``g + 1e-6 |a| / (1 + |a|)``.
+    Many importances are exactly 1: among equal ones the largest ``|activation|`` wins, within a row and between rows, so
+    the score (float64) is ``g + 1e-6 |a| / (1 + |a|)``.
     """
     best = g.amax(1)
     size, at = torch.where(g == best[:, None], a.abs(), -1).max(1)
@@ -27,16 +57,24 @@ def peaks(
 
 
 class Tally:
-    """Running sums, token counts and best windows of ``C`` subcomponents."""
+    """Running sums, token counts and best windows of ``C`` subcomponents.
 
-    def __init__(self, C: int, vocab: int, windows: int, radius: int, threshold: float, device: torch.device) -> None:
-        self.radius, self.threshold, self.n = radius, threshold, 0
+    Args:
+        C: how many.
+        vocab: above the largest token.
+        config: windows and threshold.
+        device: of all sums.
+    """
+
+    def __init__(self, C: int, vocab: int, config: HarvestConfig, device: torch.device) -> None:
+        windows, radius = config.windows, config.radius
+        self.radius, self.threshold, self.n = radius, config.threshold, 0
         self.g, self.a = (torch.zeros(C, dtype=torch.float64, device=device) for _ in range(2))
         self.positive, self.firings = (torch.zeros(C, dtype=torch.int64, device=device) for _ in range(2))
         self.inputs, self.outputs = Pairs(C, vocab, device), Pairs(C, vocab, device)
         self.score = torch.full((C, windows), -1.0, dtype=torch.float64, device=device)
         self.rows, self.positions = (torch.full((C, windows), -1, device=device) for _ in range(2))
-        self.seen = torch.zeros(2, C, windows, 2 * radius + 1, device=device)
+        self.shown = torch.zeros(2, C, windows, 2 * radius + 1, device=device)
 
     def add(
         self,
@@ -46,7 +84,15 @@ class Tally:
         a: Float[Tensor, "row pos C"],
         first_row: int,
     ) -> None:
-        """Takes in one batch of rows."""
+        """Adds one batch of rows.
+
+        Args:
+            tokens: the rows.
+            real: False at padding.
+            g: importances.
+            a: activations.
+            first_row: the number of the batch's first row.
+        """
         wide = torch.promote_types(g.dtype, torch.float32)
         g, a = g.to(wide), a.to(wide)
         fires = (g > self.threshold).float()  # sums of floats are far faster than of booleans, and exact up to 2^24
@@ -58,9 +104,9 @@ class Tally:
         followed = real[:, :-1] & real[:, 1:]
         self.inputs.add(tokens[real], fires[real])
         self.outputs.add(tokens[:, 1:][followed], fires[:, :-1][followed])
-        self._keep_best(g, a, first_row)
+        self._update_best(g, a, first_row)
 
-    def _keep_best(self, g: Float[Tensor, "row pos C"], a: Float[Tensor, "row pos C"], first_row: int) -> None:
+    def _update_best(self, g: Float[Tensor, "row pos C"], a: Float[Tensor, "row pos C"], first_row: int) -> None:
         n_rows, n_pos, C = g.shape
         windows = self.score.shape[1]
         score, at = peaks(g, a)
@@ -69,14 +115,14 @@ class Tally:
         rows = torch.arange(first_row, first_row + n_rows, device=score.device).expand(C, n_rows)
         self.rows = torch.cat([self.rows, rows], 1).gather(1, source)
         self.positions = torch.cat([self.positions, at.T], 1).gather(1, source)
-        # Outside the row the nearest token's value is taken; ``cut`` leaves those places out.
+        # Outside the row the value of the nearest token stands; ``cut`` leaves those positions out.
         around = torch.arange(-self.radius, self.radius + 1, device=score.device)
         pos = (self.positions[..., None] + around).clamp(0, n_pos - 1)
         row = (self.rows - first_row).clamp(0)[..., None]
         c = torch.arange(C, device=score.device)[:, None, None]
         fresh = torch.stack([g[row, pos, c], a[row, pos, c]])
-        old = self.seen.gather(2, source.clamp(max=windows - 1)[None, ..., None].expand_as(self.seen))
-        self.seen = torch.where((source >= windows)[None, ..., None], fresh.to(old), old)
+        old = self.shown.gather(2, source.clamp(max=windows - 1)[None, ..., None].expand_as(self.shown))
+        self.shown = torch.where((source >= windows)[None, ..., None], fresh.to(old), old)
 
     def result(
         self,
@@ -86,6 +132,7 @@ class Tally:
         real: Bool[Tensor, "n pos"],
         names: Mapping[int, str],
     ) -> Harvest:
+        """The harvest of all batches."""
         norm = torch.cat(
             [decomposition.V[s].norm(dim=0) * decomposition.U[s].norm(dim=-1) for s in decomposition.sites]
         )
@@ -99,8 +146,8 @@ class Tally:
             norm=norm.detach()[chosen.to(norm.device)].to(chosen.device),
             rows=torch.where(self.score > 0, self.rows, -1),
             positions=self.positions,
-            importances=self.seen[0],
-            activations=self.seen[1],
+            importances=self.shown[0],
+            activations=self.shown[1],
             inputs=self.inputs.counts(),
             outputs=self.outputs.counts(),
             tokens=tokens,
@@ -112,7 +159,7 @@ class Tally:
 
 
 class Pairs:
-    """Counts of (subcomponent, token) pairs, kept sparse: most subcomponents meet few of the tokens."""
+    """Sparse counts of (subcomponent, token) pairs: most subcomponents fire at few of the tokens."""
 
     def __init__(self, C: int, vocab: int, device: torch.device) -> None:
         self.vocab, self.n = vocab, 0
@@ -125,14 +172,15 @@ class Pairs:
         self.n += len(tokens)
         self.occurrences += torch.bincount(tokens, minlength=self.vocab)
         self.firings += fires.sum(0).long()
-        distinct, place = tokens.unique(return_inverse=True)
-        dense = torch.zeros(len(distinct), fires.shape[1], device=fires.device).index_add_(0, place, fires)
+        distinct, inverse = tokens.unique(return_inverse=True)
+        dense = torch.zeros(len(distinct), fires.shape[1], device=fires.device).index_add_(0, inverse, fires)
         t, c = dense.nonzero(as_tuple=True)
         keys = torch.cat([self.keys, c * self.vocab + distinct[t]])
         values = torch.cat([self.values, dense[t, c].long()])
-        self.keys, place = keys.unique(return_inverse=True)
-        self.values = torch.zeros_like(self.keys).index_add_(0, place, values)
+        self.keys, inverse = keys.unique(return_inverse=True)
+        self.values = torch.zeros_like(self.keys).index_add_(0, inverse, values)
 
     def counts(self) -> TokenCounts:
+        """All counts."""
         index, token = self.keys // self.vocab, self.keys % self.vocab
         return TokenCounts(index, token, self.values, self.occurrences, self.firings, self.n)

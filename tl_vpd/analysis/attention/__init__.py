@@ -1,10 +1,10 @@
-"""Attention taken apart: which pairs of Q and K subcomponents look where, across heads, and what V and O then move."""
+"""Attention in terms of subcomponents: which pairs of Q and K look where, across heads, and what V and O then move."""
 
 from tl_vpd.analysis.attention.kernel import ScoreKernel
 from tl_vpd.analysis.attention.mean import MeanStrengths, mean_strengths
 from tl_vpd.analysis.attention.norms import HeadNorms, head_norms, spread_over_heads
 from tl_vpd.analysis.attention.offsets import AttentionByOffset, attention_by_offset
-from tl_vpd.analysis.attention.ov import OVOverlap, ov_overlap, random_overlap
+from tl_vpd.analysis.attention.ov import OVConfig, OVOverlap, ov_overlap, random_overlap
 from tl_vpd.analysis.attention.pair_ablation import pair_ablation_hooks
 from tl_vpd.analysis.attention.score_terms import ScoreTerms, pattern_of, score_terms
 from tl_vpd.analysis.attention.static import StaticStrengths, static_strengths, strongest_static
@@ -14,6 +14,7 @@ __all__ = [
     "AttentionByOffset",
     "HeadNorms",
     "MeanStrengths",
+    "OVConfig",
     "OVOverlap",
     "ScoreKernel",
     "ScoreTerms",

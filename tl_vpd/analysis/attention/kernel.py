@@ -4,8 +4,8 @@
 
 K is the rotation (any kind: partial, adjacent pairs, half-split, scaled; the identity without rotation) over the scale; b is what
 does not depend on q and k: ALiBi, relative biases, masks. Queries and keys are replaced by unit vectors where the model puts them
-out, and its scores read off; a last pass with random vectors checks that the measured K gives the scores, so that no model whose
-scores are formed otherwise gets wrong numbers.
+out, and its scores are read; a last pass with random vectors checks that the measured K gives the scores, so that no model whose
+scores are formed in another way gets wrong numbers.
 
 Left out: scores that are not bilinear in q and k (qk-norm, caps) or depend on positions other than through t − t'; both raise.
 """
@@ -23,19 +23,23 @@ from torch import Tensor
 
 from tl_vpd.adapters import Adapter, Unsupported
 from tl_vpd.adapters.taps import tap_output
-from tl_vpd.forward.masked_model import frozen, users_hooks_aside
+from tl_vpd.forward.quiet import frozen, users_hooks_aside
 from tl_vpd.hooks import attached_to
 
 TOLERANCE = 1e-3
 """Allowed difference between scores and those of the measured kernel, over the largest score (half precision: 30 times)."""
-_ROWS = 64
+BYTES = 1 << 28
+"""What the scores of one batch of measurements may fill; a single row (one prompt of the model) may take more."""
 
 
 @dataclass(frozen=True)
 class ScoreKernel:
     """``q(t)ᵀ K_{t−t'} k(t')`` of one layer, for the offsets ``t − t'`` that its mask lets through.
 
-    ``values[i]`` belongs to ``offsets[i]``; ``offsets`` ascend in steps of one (0 … length−1 in causal attention).
+    Attributes:
+        layer: the block's index.
+        offsets: ascending in steps of one (0 … length−1 in causal attention).
+        values: K of each offset.
     """
 
     layer: int
@@ -44,52 +48,59 @@ class ScoreKernel:
 
     @property
     def scale(self) -> float:
-        """What products of queries and keys are divided by: ``1 / K_0[−1, −1]``, a direction turned slowest or not at all."""
+        """What products of queries and keys are divided by: ``1 / K_0[−1, −1]``, a direction that turns slowest or not at all."""
         at_zero = self.values[int((self.offsets == 0).nonzero())]
         return float(1 / at_zero[-1, -1])
 
     def at(self, offset: int) -> Float[Tensor, "d_head d_head"]:
         """K of one offset; raises IndexError where the layer never looks that far."""
-        place = offset - int(self.offsets[0])
-        if not 0 <= place < len(self.offsets):
+        index = offset - int(self.offsets[0])
+        if not 0 <= index < len(self.offsets):
             raise IndexError(
                 f"Offset {offset} was not measured: block {self.layer} was measured from {int(self.offsets[0])} to "
                 f"{int(self.offsets[-1])} (longer prompts or a larger length reach further, a layer's window no more)."
             )
-        return self.values[place]
+        return self.values[index]
 
     def scores(
         self, q: Float[Tensor, "batch query head d_head"], k: Float[Tensor, "batch key head d_head"]
     ) -> Float[Tensor, "batch head query key"]:
         """``q(t)ᵀ K_{t−t'} k(t')`` for every pair of positions of a measured offset; 0 elsewhere."""
         n_q, n_k = q.shape[1], k.shape[1]
-        out = q.new_zeros(q.shape[0], q.shape[2], n_q, n_k)
+        scores = q.new_zeros(q.shape[0], q.shape[2], n_q, n_k)
         for offset, K in zip(self.offsets.tolist(), self.values.to(q), strict=True):
             t = torch.arange(max(0, offset), min(n_q, n_k + offset), device=q.device)
             if len(t):
-                own = torch.einsum("bthd,de,bthe->bht", q[:, t], K, k[:, t - offset])
-                out[:, :, t, t - offset] = own
-        return out
+                scores[:, :, t, t - offset] = torch.einsum("bthd,de,bthe->bht", q[:, t], K, k[:, t - offset])
+        return scores
 
 
 def toeplitz(
     by_offset: Shaped[Tensor, "*rest offset"], offsets: Int[Tensor, " offset"], n_query: int, n_key: int
 ) -> Shaped[Tensor, "*rest query key"]:
     """What belongs to each pair of positions by their offset ``query − key``; 0 where the offset is not among ``offsets``."""
-    device = by_offset.device
-    apart = torch.arange(n_query, device=device)[:, None] - torch.arange(n_key, device=device)
-    place = apart - int(offsets[0])
-    known = (place >= 0) & (place < len(offsets))
-    return torch.where(known, by_offset[..., place.clamp(0, len(offsets) - 1)], 0)
+    index = _offsets(n_query, n_key, by_offset.device) - int(offsets[0])
+    known = (index >= 0) & (index < len(offsets))
+    return torch.where(known, by_offset[..., index.clamp(0, len(offsets) - 1)], 0)
+
+
+def _offsets(n_query: int, n_key: int, device: torch.device) -> Int[Tensor, "query key"]:
+    return torch.arange(n_query, device=device)[:, None] - torch.arange(n_key, device=device)
 
 
 @torch.no_grad()
 def measured_kernel(adapter: Adapter, layer: int, length: int) -> ScoreKernel:
     """The kernel of a layer for offsets up to ``length − 1``.
 
+    Args:
+        adapter: of the model.
+        layer: the block's index.
+        length: how many offsets are measured.
+
     Raises:
         Unsupported: scores are not bilinear (by name where the adapter knows why), or depend on more than the offset.
-        KeyError: the block has no such attention. ValueError: the length is none that the model can run.
+        KeyError: the block has no such attention.
+        ValueError: the model cannot run prompts of this length.
     """
     site = adapter.sites.get(f"blocks.{layer}.attn.W_Q")
     if site is None or site.d_head is None or f"blocks.{layer}.attn.W_K" not in adapter.sites:
@@ -101,40 +112,71 @@ def measured_kernel(adapter: Adapter, layer: int, length: int) -> ScoreKernel:
     n = min(n_ctx, length + d)
     zero = torch.zeros(1, n, heads, d, dtype=adapter.dtype, device=adapter.device)
     constant = scores_of(adapter, layer, zero, zero[:, :, :1])  # [1, head, n, n]
-    seen = unmasked(constant)[0].all(0)
-    apart = torch.arange(n, device=seen.device)[:, None] - torch.arange(n, device=seen.device)
-    seen &= apart.abs() < length
-    low = int(apart[seen].min())
-    total = torch.zeros(int(apart[seen].max()) - low + 1, d, d, dtype=torch.float64, device=seen.device)
-    count = torch.zeros_like(total)
-    shifts = -(-d // max(1, n - length + 1))
-    rows = [(first, shift) for first in range(0, d, heads) for shift in range(shifts)]
-    unit = torch.eye(d, dtype=adapter.dtype, device=adapter.device)
-    for start in range(0, len(rows), _ROWS):
-        chunk = rows[start : start + _ROWS]
-        i = torch.tensor([[(first + h) % d for h in range(heads)] for first, _ in chunk], device=seen.device)
-        # Shifts are a whole number of windows apart, so that together they show every key direction at every offset.
-        j = torch.tensor(
-            [[(t + shift * (n - length + 1)) % d for t in range(n)] for _, shift in chunk], device=seen.device
-        )
+    offset = _offsets(n, n, constant.device)
+    visible = unmasked(constant)[0].all(0) & (offset.abs() < length)
+    low, high = int(offset[visible].min()), int(offset[visible].max())
+    sums = _UnitSums(high - low + 1, d, offset[visible] - low, constant.device)
+    window = n - length + 1
+    for rows in _batches(d, heads, n, window):
+        i = torch.tensor([[(first + h) % d for h in range(heads)] for first, _ in rows], device=constant.device)
+        # Shifts are a whole number of windows long, so that together they show every key direction at every offset.
+        j = torch.tensor([[(t + shift * window) % d for t in range(n)] for _, shift in rows], device=constant.device)
+        unit = torch.eye(d, dtype=adapter.dtype, device=adapter.device)
         q, k = unit[i][:, None].expand(-1, n, -1, -1), unit[j][:, :, None]
-        found = (scores_of(adapter, layer, q, k) - constant).double()
-        t, s = seen.nonzero(as_tuple=True)
-        where = (
-            (t - s - low).expand(len(chunk), heads, -1),
-            i[:, :, None].expand(-1, -1, len(t)),
-            j[:, None, s].expand(-1, heads, -1),
-        )
-        total.index_put_(where, found[:, :, t, s], accumulate=True)
-        count.index_put_(where, torch.ones_like(found[:, :, t, s]), accumulate=True)
-    assert bool((count > 0).all()), "some offset was not measured"
-    kernel = ScoreKernel(layer, torch.arange(low, low + len(total), device=seen.device), (total / count).to(zero))
-    _check(adapter, kernel, constant, seen)
+        sums.add(scores_of(adapter, layer, q, k) - constant, i, j, visible)
+    offsets = torch.arange(low, high + 1, device=constant.device)
+    kernel = ScoreKernel(layer, offsets, sums.mean().to(zero))
+    _check(adapter, kernel, constant, visible)
     return kernel
 
 
+def _batches(d: int, heads: int, n: int, window: int) -> Iterator[list[tuple[int, int]]]:
+    """Rows ``(first query direction, shift of key directions)`` that show every pair of directions, as many as fit at once."""
+    shifts = -(-d // max(1, window))
+    rows = [(first, shift) for first in range(0, d, heads) for shift in range(shifts)]
+    at_once = max(1, BYTES // (4 * 8 * heads * n * n))  # scores, their difference and what the model makes of them
+    for start in range(0, len(rows), at_once):
+        yield rows[start : start + at_once]
+
+
+class _UnitSums:
+    """Sums and counts of scores of unit vectors by offset, query direction i and key direction j.
+
+    Args:
+        offsets: how many.
+        d: the width of a head.
+        offset: by visible pair of positions, from 0.
+        device: of the scores.
+    """
+
+    def __init__(self, offsets: int, d: int, offset: Int[Tensor, " pair"], device: torch.device) -> None:
+        self.d, self.offset = d, offset
+        self.total = torch.zeros(offsets, d, d, dtype=torch.float64, device=device)
+        self.count = torch.zeros(offsets, d, d, device=device)
+
+    def add(
+        self,
+        scores: Float[Tensor, "row head n n"],
+        i: Int[Tensor, "row head"],
+        j: Int[Tensor, "row n"],
+        visible: Bool[Tensor, "n n"],
+    ) -> None:
+        """Adds the visible scores, a row and head at a time, which keeps the indices small."""
+        keys = visible.nonzero()[:, 1]
+        for row in range(len(scores)):
+            for head in range(scores.shape[1]):
+                index = (self.offset * self.d + i[row, head]) * self.d + j[row, keys]
+                self.total.view(-1).index_add_(0, index, scores[row, head][visible].double())
+                self.count.view(-1).index_add_(0, index, torch.ones_like(index, dtype=self.count.dtype))
+
+    def mean(self) -> Float[Tensor, "offset d d"]:
+        """K of every offset."""
+        assert bool((self.count > 0).all()), "some offset was not measured"
+        return self.total / self.count
+
+
 def _check(
-    adapter: Adapter, kernel: ScoreKernel, constant: Float[Tensor, "1 head n n"], seen: Bool[Tensor, "n n"]
+    adapter: Adapter, kernel: ScoreKernel, constant: Float[Tensor, "1 head n n"], visible: Bool[Tensor, "n n"]
 ) -> None:
     """Raises Unsupported unless the kernel gives the layer's scores for random queries and keys of another size."""
     heads, n, d = constant.shape[1], constant.shape[2], kernel.values.shape[-1]
@@ -142,12 +184,12 @@ def _check(
     generator = torch.Generator().manual_seed(0)
     q = 3 * torch.randn(1, n, heads, d, generator=generator).to(constant)
     k = 3 * torch.randn(1, n, kv_heads, d, generator=generator).to(constant)
-    found = scores_of(adapter, kernel.layer, q, k) - constant
+    measured = scores_of(adapter, kernel.layer, q, k) - constant
     expected = kernel.scores(q, k.repeat_interleave(heads // kv_heads, dim=2))
-    off = float((found - expected)[..., seen].abs().max() / expected[..., seen].abs().max())
-    if not off < (TOLERANCE if constant.dtype in (torch.float32, torch.float64) else 30 * TOLERANCE):
+    error = float((measured - expected)[..., visible].abs().max() / expected[..., visible].abs().max())
+    if not error < (TOLERANCE if constant.dtype in (torch.float32, torch.float64) else 30 * TOLERANCE):
         raise Unsupported(
-            f"The scores of block {kernel.layer} differ by {off:.2g} of the largest from any form q(t)ᵀ K k(t') with K a "
+            f"The scores of block {kernel.layer} differ by {error:.2g} of the largest from any form q(t)ᵀ K k(t') with K a "
             "function of the offset: what its HookPoint shows are not scores before the softmax, or positions act in another "
             "way. Where a TransformerBridge leaves attention to transformers, a HookedTransformer may show them."
         )
@@ -158,52 +200,54 @@ def unmasked(scores: Float[Tensor, "*rest query key"]) -> Bool[Tensor, "*rest qu
     return scores > torch.finfo(scores.dtype).min / 2
 
 
-class _Seen(Exception):
-    """The scores have been seen; the rest of the pass is not needed."""
+class _ScoresRead(Exception):
+    """The scores have been read; the rest of the pass is not needed."""
 
 
 def scores_of(
     adapter: Adapter,
     layer: int,
     q: Float[Tensor, "batch query head d_head"],
-    k: Float[Tensor, "batch key some_heads d_head"],
+    k: Float[Tensor, "batch key key_head d_head"],
     tokens: Int[Tensor, "batch query"] | None = None,
     token_mask: Bool[Tensor, "batch query"] | None = None,
 ) -> Float[Tensor, "batch head query key"]:
-    """A layer's scores with these queries and keys in the place of its own (a key head axis of 1: all the same)."""
+    """A layer's scores with these queries and keys in place of the computed ones.
+
+    Args:
+        adapter: of the model.
+        layer: the block's index.
+        q: queries.
+        k: keys; with a head axis of 1, all heads have the same.
+        tokens: that are run (None: any of the length of q; only masks and positional biases depend on them).
+        token_mask: False at padding of ``tokens`` (None: no padding).
+    """
     if tokens is None:
         tokens = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
         token_mask = torch.ones_like(tokens, dtype=torch.bool)
-    found: list[Tensor] = []
+    scores: list[Tensor] = []
 
     def put(value: Tensor, y: Tensor) -> Tensor:
         heads = y.shape[2] if y.ndim == 4 else y.shape[2] // q.shape[-1]
-        every = (
-            value.expand(-1, -1, heads, -1)
-            if value.shape[2] == 1
-            else value.repeat_interleave(heads // value.shape[2], 2)
-        )
-        return every.reshape(y.shape)
+        if value.shape[2] == 1:
+            return value.expand(-1, -1, heads, -1).reshape(y.shape)
+        return value.repeat_interleave(heads // value.shape[2], 2).reshape(y.shape)
 
-    def see(scores: Tensor) -> None:
-        found.append(scores.clone())
-        raise _Seen
+    def read(value: Tensor) -> None:
+        scores.append(value.clone())
+        raise _ScoresRead
 
     point = adapter.model.get_submodule(adapter.scores_hook(layer))
     with _quiet(adapter), ExitStack() as taps:
         for weight, value in (("W_Q", q), ("W_K", k)):
-            for handle in adapter.tap(f"blocks.{layer}.attn.{weight}", _ignore, partial(put, value)):
+            for handle in adapter.tap(f"blocks.{layer}.attn.{weight}", lambda x: None, partial(put, value)):
                 taps.callback(handle.remove)
-        taps.callback(tap_output(point, see).remove)
-        with suppress(_Seen):
+        taps.callback(tap_output(point, read).remove)
+        with suppress(_ScoresRead):
             adapter.run(tokens, token_mask)
-    if not found:
+    if not scores:
         raise Unsupported(f"Block {layer} ran without passing its scores through {adapter.scores_hook(layer)}.")
-    return found[0]
-
-
-def _ignore(x: Tensor) -> None:
-    """Takes a site's input and leaves it."""
+    return scores[0]
 
 
 @contextmanager

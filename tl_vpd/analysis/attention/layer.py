@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,16 +18,15 @@ from torch import Tensor, nn
 from tl_vpd.adapters import Adapter, Unsupported, adapt
 from tl_vpd.adapters.taps import tap_output
 from tl_vpd.analysis.attention.kernel import ScoreKernel, measured_kernel
-from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.decomposition import Decomposition
+from tl_vpd.forward import MaskedModel
+from tl_vpd.forward.target_check import check_target
 from tl_vpd.hooks.importances import zero_padding
 from tl_vpd.importance import lower_leaky
 from tl_vpd.site import Site, Subcomponent, nearest
 
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
-
 BIAS = "bias"
-"""A site's bias in the place of a subcomponent: a member of pairs whose activation is always 1."""
+"""A site's bias in place of a subcomponent: a member of pairs whose activation is always 1."""
 Member = Subcomponent | str
 Pair = tuple[Member, Member]
 """A subcomponent (or the bias) of W_Q and one of W_K of the same block."""
@@ -35,8 +34,16 @@ Pairs = Sequence[tuple[str | Subcomponent, str | Subcomponent]]
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one clean pass over prompts shows of a layer: activations, importances and scores; ``token_mask`` is False at padding."""
+class AttentionPass:
+    """What one clean pass over prompts shows of a layer.
+
+    Attributes:
+        tokens: the prompts.
+        token_mask: False at padding (None: no padding).
+        inputs: of every site.
+        scores: before the softmax.
+        importances: of all sites, 0 at padding.
+    """
 
     tokens: Int[Tensor, "batch pos"]
     token_mask: Bool[Tensor, "batch pos"] | None
@@ -46,18 +53,22 @@ class Seen:
 
 
 class AttentionLayer:
-    """A block's attention, taken apart.
+    """A block's attention in terms of subcomponents.
 
     Args:
-        decomposition: with W_Q and W_K of the block. model: the target. layer: the block's index.
+        decomposition: with W_Q and W_K of the block.
+        model: the target.
+        layer: the block's index.
 
     Raises:
         KeyError: the block or one of the two sites is not decomposed.
+        ValueError: the model has other weights.
     """
 
     def __init__(self, decomposition: Decomposition, model: nn.Module, layer: int) -> None:
         self.decomposition, self.model, self.index = decomposition, model, layer
         self.adapter: Adapter = adapt(model)
+        check_target(decomposition, self.adapter)
         self.q, self.k = (attention_site(decomposition, layer, weight) for weight in ("W_Q", "W_K"))
         self.n_heads = self.q.n_heads or 1
 
@@ -67,12 +78,12 @@ class AttentionLayer:
 
     @cached_property
     def query_writes(self) -> Float[Tensor, "C_q head d_head"]:
-        """Write directions of W_Q's subcomponents by head, in the model's dtype; behind them the bias's, where there is one."""
+        """Write directions of W_Q's subcomponents by head, in the model's dtype; the bias's is last, where there is one."""
         return self._writes(self.q)
 
     @cached_property
     def key_writes(self) -> Float[Tensor, "C_k head d_head"]:
-        """Write directions of W_K's subcomponents by query head; behind them the bias's, where there is one."""
+        """Write directions of W_K's subcomponents by query head; the bias's is last, where there is one."""
         return self._writes(self.k)
 
     def _writes(self, site: Site) -> Tensor:
@@ -82,67 +93,89 @@ class AttentionLayer:
 
     def by_head(self, y: Float[Tensor, "*batch d_out"], site: Site) -> Float[Tensor, "*batch head d_head"]:
         """Outputs of a site by query head."""
-        own = y.unflatten(-1, (site.n_heads or 1, -1))
-        return own.repeat_interleave(self.n_heads // (site.n_heads or 1), dim=-2)
+        n_heads = site.n_heads or 1
+        return y.unflatten(-1, (n_heads, -1)).repeat_interleave(self.n_heads // n_heads, dim=-2)
 
     def acts(self, site: Site, inputs: dict[str, Tensor]) -> Float[Tensor, "batch pos C"]:
-        """Inner activations of a site's subcomponents; behind them the bias's, which is 1."""
+        """Inner activations of a site's subcomponents; the bias's, which is 1, is last."""
         x = inputs[site.name]
         return with_one(x @ self.decomposition.V[site.name].detach().to(x))
 
-    def pairs(self, given: Pairs) -> list[Pair]:
+    def pairs(self, pairs: Pairs) -> list[Pair]:
         """Pairs of addresses as subcomponents; ``"bias"`` stands for the bias of its side.
 
         Raises:
-            ValueError: a pair is not one of this block's W_Q and W_K, or there is no bias. KeyError, IndexError: there is no such
-                subcomponent.
+            ValueError: a pair is not one of this block's W_Q and W_K, or there is no bias.
+            KeyError: a site is not decomposed.
+            IndexError: there is no such subcomponent.
         """
-        return [(self._member(q, self.q), self._member(k, self.k)) for q, k in given]
+        return [(self._member(q, self.q), self._member(k, self.k)) for q, k in pairs]
 
-    def _member(self, given: str | Subcomponent, site: Site) -> Member:
-        if given == BIAS:
+    def _member(self, address: str | Subcomponent, site: Site) -> Member:
+        if address == BIAS:
             if self.adapter.bias(site.name) is None:
                 raise ValueError(f"{site.name} has no bias in this model.")
             return BIAS
-        own = self.decomposition.subcomponent(given)
-        if own.site != site.name:
+        subcomponent = self.decomposition.subcomponent(address)
+        if subcomponent.site != site.name:
             raise ValueError(
-                f"{own} is not of {site.name}: a pair is a subcomponent of {self.q.name} and one of {self.k.name}."
+                f"{subcomponent} is not of {site.name}: a pair is a subcomponent of {self.q.name} and one of {self.k.name}."
             )
-        return own
+        return subcomponent
+
+    def sides(self, subcomponents: Sequence[str | Subcomponent] | None) -> tuple[list[int], list[int]]:
+        """The queries and the keys among subcomponents of this block, as indices; all of a side that none is of.
+
+        Raises:
+            ValueError: one is of another site.
+            KeyError: a site is not decomposed.
+            IndexError: there is no such subcomponent.
+        """
+        indices: dict[str, list[int]] = {self.q.name: [], self.k.name: []}
+        for address in subcomponents or ():
+            subcomponent = self.decomposition.subcomponent(address)
+            if subcomponent.site not in indices:
+                raise ValueError(f"{subcomponent} is not of {self.q.name} or {self.k.name}.")
+            indices[subcomponent.site].append(subcomponent.index)
+        q, k = (indices[s.name] or list(range(self.decomposition.counts[s.name])) for s in (self.q, self.k))
+        return q, k
 
     def columns(self, pairs: Sequence[Pair]) -> tuple[list[int], list[int]]:
         """Where the pairs' members stand among write directions and activations."""
-        C = self.decomposition.counts
-        return tuple(  # type: ignore[return-value]
-            [C[site.name] if isinstance(pair[side], str) else pair[side].index for pair in pairs]  # type: ignore[union-attr]
-            for side, site in enumerate((self.q, self.k))
-        )
+        queries = [self._column(q, self.q) for q, _ in pairs]
+        return queries, [self._column(k, self.k) for _, k in pairs]
+
+    def _column(self, member: Member, site: Site) -> int:
+        return member.index if isinstance(member, Subcomponent) else self.decomposition.counts[site.name]
 
     @torch.no_grad()
-    def seen(self, prompts: Any, attention_mask: Tensor | None = None) -> Seen:
+    def clean(self, prompts: Any, attention_mask: Tensor | None = None) -> AttentionPass:
         """One clean pass.
+
+        Args:
+            prompts: a string, strings, or tokens ``[batch, pos]``.
+            attention_mask: 0 at padding (None: where TransformerLens sees padding).
 
         Raises:
             Unsupported: the scores are not bilinear in queries and keys, or pass no HookPoint.
-            ValueError: the prompts are empty, too long, or not this model's tokens.
+            ValueError: the prompts are empty, too long, or not this model's tokens; or the model has other weights.
         """
-        found: list[Tensor] = []
+        scores: list[Tensor] = []
         with MaskedModel(self.decomposition, self.model) as masked_model:
             name = self.adapter.scores_hook(self.index)
-            handle = tap_output(self.adapter.model.get_submodule(name), lambda scores: found.append(scores.clone()))
+            handle = tap_output(self.adapter.model.get_submodule(name), lambda value: scores.append(value.clone()))
             try:
                 tokens, token_mask, inputs = masked_model.clean_prompts(prompts, attention_mask)
             finally:
                 handle.remove()
-        if not found:
+        if not scores:
             raise Unsupported(f"Block {self.index} ran without passing its scores through {name}.")
         g = zero_padding(lower_leaky(self.decomposition.pre_sigmoid(inputs, token_mask)), token_mask)
-        return Seen(tokens, token_mask, inputs, found[0], g)
+        return AttentionPass(tokens, token_mask, inputs, scores[0], g)
 
 
 def with_one(acts: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C_and_bias"]:
-    """Activations, or masks, with the bias's behind them."""
+    """Activations, or masks, followed by the bias's."""
     return torch.nn.functional.pad(acts, (0, 1), value=1.0)
 
 
@@ -152,20 +185,3 @@ def attention_site(decomposition: Decomposition, layer: int, weight: str) -> Sit
     if name not in decomposition.sites:
         raise KeyError(f"{name} is not decomposed{nearest(name, decomposition.sites)}.")
     return decomposition.sites[name]
-
-
-def indices(decomposition: Decomposition, site: Site, chosen: Sequence[str | Subcomponent | int] | None) -> list[int]:
-    """Subcomponents of one site as indices (None: all).
-
-    Raises:
-        ValueError: one is of another site. KeyError, IndexError: there is none such.
-    """
-    if chosen is None:
-        return list(range(decomposition.counts[site.name]))
-    found = []
-    for own in chosen:
-        address = decomposition.subcomponent(Subcomponent(site.name, own) if isinstance(own, int) else own)
-        if address.site != site.name:
-            raise ValueError(f"{address} is not of {site.name}.")
-        found.append(address.index)
-    return found

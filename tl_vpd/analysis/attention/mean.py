@@ -2,46 +2,49 @@
 
     mean(c, c', h, τ) = E_t[ a_Q,c(t) a_K,c'(t − τ) ] · U^h_Q,cᵀ K_τ U^h_K,c'
 
-over all tokens t of the prompts that have one τ places before them. Summed over pairs, with Δ and position terms, it is the mean
-score at that offset. Softmax sees differences between keys only, so what makes a head look one token back is a term larger at
-offset 1 than elsewhere: ``contrast`` subtracts a term's mean over the other offsets, each weighed by how often it occurs.
-Biases take part as one more member of each side, written ``bias``, whose activation is 1.
+over all tokens t of the prompts that have one τ positions before them. Summed over pairs, with Δ and position terms, it is the
+mean score at that offset. Softmax sees differences between keys only, so what makes a head look one token back is a term that is
+larger at offset 1 than elsewhere: ``contrast`` subtracts a term's mean over the other offsets, each weighed by how often it
+occurs. Biases take part as one more member of each side, written ``bias``, whose activation is 1.
 
-    >>> found = mean_strengths(vpd, model, 1, tokens)                                                     # doctest: +SKIP
-    >>> found.top(5, offset=1)                                                                            # doctest: +SKIP
+    >>> strengths = mean_strengths(vpd, model, tokens, 1)                                                 # doctest: +SKIP
+    >>> strengths.top(5, offset=1)                                                                        # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_vpd.analysis.attention.layer import BIAS, AttentionLayer, indices
+from tl_vpd.analysis.attention.layer import BIAS, AttentionLayer
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Site, Subcomponent
-
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
 
 
 @dataclass(frozen=True)
 class MeanStrengths:
     """Mean contributions to scores (scaled as the model scales them) of pairs by head and offset.
 
-    ``queries`` and ``keys`` name subcomponents, and ``bias`` at the end where the site has one. ``counts`` says over how many
-    pairs of tokens each offset's mean goes.
+    Attributes:
+        layer: the block's index.
+        queries: subcomponents of W_Q; ``bias`` is last where the site has one.
+        keys: subcomponents of W_K, likewise.
+        offsets: positions that the key is before the query.
+        counts: over how many pairs of tokens each offset's mean goes.
+        values: the contributions.
     """
 
     layer: int
     queries: tuple[str, ...]
     keys: tuple[str, ...]
     offsets: Int[Tensor, " offset"]
-    counts: Float[Tensor, " offset"]
+    counts: Int[Tensor, " offset"]
     values: Float[Tensor, "query_c key_c head offset"]
 
     def contrast(self, offset: int) -> Float[Tensor, "query_c key_c head"]:
@@ -50,31 +53,32 @@ class MeanStrengths:
         Raises:
             IndexError: the offset does not occur.
         """
-        at = self._place(offset)
-        others = self.counts.clone()
-        others[at] = 0
-        return self.values[..., at] - self.values @ (others / others.sum().clamp(min=1))
+        index = self._index(offset)
+        others = self.counts.to(self.values)
+        others[index] = 0
+        return self.values[..., index] - self.values @ (others / others.sum().clamp(min=1))
 
-    def _place(self, offset: int) -> int:
-        found = (self.offsets == offset).nonzero().flatten().tolist()
-        if not found or not self.counts[found[0]]:
+    def _index(self, offset: int) -> int:
+        index = offset - int(self.offsets[0])
+        if not 0 <= index < len(self.offsets) or not self.counts[index]:
             raise IndexError(
                 f"Offset {offset} does not occur: offsets run from {int(self.offsets[0])} to {int(self.offsets[-1])}."
             )
-        return found[0]
+        return index
 
     def heads(self, query: str | Subcomponent, key: str | Subcomponent, *, offset: int) -> pd.DataFrame:
-        """One row a head: strength, contrast, and the share of this pair's summed size of contrast that the head has.
+        """One row per head: strength, contrast, and the head's share of the pair's summed absolute contrast.
 
         Raises:
-            KeyError: the pair is not among these. IndexError: the offset does not occur.
+            KeyError: the pair is not among these.
+            IndexError: the offset does not occur.
         """
-        i, j = _index(self.queries, query), _index(self.keys, key)
+        i, j = _position(self.queries, query), _position(self.keys, key)
         contrast = self.contrast(offset)[i, j]
         return pd.DataFrame(
             {
                 "head": range(len(contrast)),
-                "strength": self.values[i, j, :, self._place(offset)].tolist(),
+                "strength": self.values[i, j, :, self._index(offset)].tolist(),
                 "contrast": contrast.tolist(),
                 "share": (contrast.abs() / contrast.abs().sum()).tolist(),
             }
@@ -89,8 +93,8 @@ class MeanStrengths:
         total = by_head.sum(-1) if head is None else by_head[..., head]
         best = total.flatten().topk(min(k, total.numel())).indices
         query, key = (w.tolist() for w in torch.unravel_index(best, total.shape))
-        own = by_head.flatten(0, 1)[best].clamp(min=0)
-        spread = own.sum(-1).square() / own.square().sum(-1).clamp(min=1e-30)
+        positive = by_head.flatten(0, 1)[best].clamp(min=0)
+        spread = positive.sum(-1).square() / positive.square().sum(-1).clamp(min=1e-30)
         return pd.DataFrame(
             {
                 "query": [self.queries[i] for i in query],
@@ -101,20 +105,20 @@ class MeanStrengths:
         )
 
     def to_pandas(self, *, offset: int) -> pd.DataFrame:
-        """One row a pair and head at one offset: query, key, head, strength, contrast."""
+        """One row per pair and head at one offset: query, key, head, strength, contrast."""
         n_q, n_k, n_h, _ = self.values.shape
         return pd.DataFrame(
             {
                 "query": [q for q in self.queries for _ in range(n_k * n_h)],
                 "key": [k for k in self.keys for _ in range(n_h)] * n_q,
                 "head": list(range(n_h)) * (n_q * n_k),
-                "strength": self.values[..., self._place(offset)].flatten().tolist(),
+                "strength": self.values[..., self._index(offset)].flatten().tolist(),
                 "contrast": self.contrast(offset).flatten().tolist(),
             }
         )
 
 
-def _index(names: tuple[str, ...], name: str | Subcomponent) -> int:
+def _position(names: tuple[str, ...], name: str | Subcomponent) -> int:
     if str(name) not in names:
         raise KeyError(f"{name} is not among the {len(names)} that strengths were computed for.")
     return names.index(str(name))
@@ -142,45 +146,52 @@ def mean_products(
 def mean_strengths(
     decomposition: Decomposition,
     model: nn.Module,
-    layer: int,
     prompts: Any,
+    layer: int,
     *,
-    queries: Sequence[str | Subcomponent | int] | None = None,
-    keys: Sequence[str | Subcomponent | int] | None = None,
+    subcomponents: Sequence[str | Subcomponent] | None = None,
     max_offset: int = 16,
     attention_mask: Tensor | None = None,
 ) -> MeanStrengths:
     """Mean contributions of pairs to a layer's scores on prompts, for offsets up to ``max_offset``.
 
     Args:
-        queries, keys: subcomponents of W_Q and W_K (None: all; pairs × heads × offsets numbers are then held).
+        decomposition: with W_Q and W_K of the block.
+        model: the target.
+        prompts: a string, strings, or tokens ``[batch, pos]``.
+        layer: the block's index.
+        subcomponents: of W_Q and W_K (all of a side that none is of); the result holds pairs × heads × offsets numbers.
+        max_offset: the largest offset.
+        attention_mask: 0 at padding (None: where TransformerLens sees padding).
 
     Raises:
         Unsupported: the layer's scores are not bilinear in queries and keys.
-        KeyError, IndexError, ValueError: a block, subcomponent or prompt does not exist.
+        KeyError: a site is not decomposed.
+        IndexError: there is no such subcomponent.
+        ValueError: a subcomponent is of another site, the prompts do not fit, or the model has other weights.
     """
-    own = AttentionLayer(decomposition, model, layer)
-    sides = (_side(own, own.q, own.query_writes, queries), _side(own, own.k, own.key_writes, keys))
-    seen = own.seen(prompts, attention_mask)
-    kernel = own.kernel(min(seen.tokens.shape[1], max_offset + 1))
-    (q_names, q_writes, q_chosen), (k_names, k_writes, k_chosen) = sides
-    q_acts, k_acts = own.acts(own.q, seen.inputs)[..., q_chosen], own.acts(own.k, seen.inputs)[..., k_chosen]
+    attention = AttentionLayer(decomposition, model, layer)
+    queries, keys = attention.sides(subcomponents)
+    clean = attention.clean(prompts, attention_mask)
+    kernel = attention.kernel(min(clean.tokens.shape[1], max_offset + 1))
+    query_names, query_writes, queries = _with_bias(attention, attention.q, attention.query_writes, queries)
+    key_names, key_writes, keys = _with_bias(attention, attention.k, attention.key_writes, keys)
+    q_acts = attention.acts(attention.q, clean.inputs)[..., queries]
+    k_acts = attention.acts(attention.k, clean.inputs)[..., keys]
     values, counts = [], []
     for offset, K in zip(kernel.offsets.tolist(), kernel.values, strict=True):
-        together, count = mean_products(q_acts, k_acts, offset, seen.token_mask)
-        values.append(together[..., None] * torch.einsum("qhd,de,khe->qkh", q_writes, K, k_writes))
+        together, count = mean_products(q_acts, k_acts, offset, clean.token_mask)
+        values.append(together[..., None] * torch.einsum("qhd,de,khe->qkh", query_writes, K, key_writes))
         counts.append(count)
-    return MeanStrengths(
-        layer, q_names, k_names, kernel.offsets, torch.tensor(counts).to(q_acts), torch.stack(values, dim=-1)
-    )
+    counted = torch.tensor(counts, device=q_acts.device)
+    return MeanStrengths(layer, query_names, key_names, kernel.offsets, counted, torch.stack(values, dim=-1))
 
 
-def _side(
-    own: AttentionLayer, site: Site, writes: Tensor, chosen: Sequence[str | Subcomponent | int] | None
+def _with_bias(
+    attention: AttentionLayer, site: Site, writes: Tensor, indices: list[int]
 ) -> tuple[tuple[str, ...], Tensor, list[int]]:
-    """Names, write directions and columns of one side, its bias last."""
-    picked = indices(own.decomposition, site, chosen)
-    names = tuple(str(Subcomponent(site.name, i)) for i in picked)
-    if len(writes) > own.decomposition.counts[site.name]:
-        picked, names = [*picked, len(writes) - 1], (*names, BIAS)
-    return names, writes[picked], picked
+    """Names, write directions and columns of one side, the bias last."""
+    names = tuple(str(Subcomponent(site.name, i)) for i in indices)
+    if len(writes) > attention.decomposition.counts[site.name]:
+        indices, names = [*indices, len(writes) - 1], (*names, BIAS)
+    return names, writes[indices], indices

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Site, Subcomponent, nearest
-
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
 
 
 def spread_over_heads(norms: Float[Tensor, "*batch head"]) -> Float[Tensor, "*batch"]:
@@ -49,15 +46,15 @@ class HeadNorms(Mapping[str, Tensor]):
         return len(self.by_site)
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a subcomponent: subcomponent, site, norm (over all heads), heads (how many it is spread over), head_0, …"""
+        """One row per subcomponent: subcomponent, site, norm (over all heads), heads (how many it is spread over), head_0, …"""
         tables = []
         for site, norms in self.by_site.items():
             names = [str(Subcomponent(site, i)) for i in range(len(norms))]
-            own = pd.DataFrame({"subcomponent": names, "site": site, "norm": norms.norm(dim=-1).tolist()})
-            own["heads"] = spread_over_heads(norms).tolist()
+            table = pd.DataFrame({"subcomponent": names, "site": site, "norm": norms.norm(dim=-1).tolist()})
+            table["heads"] = spread_over_heads(norms).tolist()
             for head in range(norms.shape[1]):
-                own[f"head_{head}"] = norms[:, head].tolist()
-            tables.append(own)
+                table[f"head_{head}"] = norms[:, head].tolist()
+            tables.append(table)
         return pd.concat(tables, ignore_index=True)
 
     def top(self, k: int = 10, *, head: int | None = None) -> pd.DataFrame:
@@ -67,7 +64,7 @@ class HeadNorms(Mapping[str, Tensor]):
 
 
 def norms_by_head(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], site: Site) -> Float[Tensor, "C head"]:
-    """``‖V_c‖ ‖U_c‖`` with the side that has heads cut into them.
+    """``‖V_c‖ ‖U_c‖`` with the side that has heads divided into them.
 
     Raises:
         ValueError: the site has no heads.
@@ -83,14 +80,18 @@ def norms_by_head(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], site:
 def head_norms(decomposition: Decomposition, layer: int) -> HeadNorms:
     """Norms by head of every subcomponent of a block's Q, K, V and O, as far as they are decomposed.
 
+    Args:
+        decomposition: whose subcomponents; no model is needed.
+        layer: the block's index.
+
     Raises:
         KeyError: nothing of the block's attention is decomposed.
     """
-    own = [
+    sites = [
         s for s in decomposition.sites.values() if s.layer == layer and s.short in ("q", "k", "v", "o") and s.n_heads
     ]
-    if not own:
+    if not sites:
         raise KeyError(
             f"Nothing of block {layer}'s attention is decomposed. Sites here: {', '.join(decomposition.sites)}."
         )
-    return HeadNorms(layer, {s.name: norms_by_head(decomposition.V[s.name], decomposition.U[s.name], s) for s in own})
+    return HeadNorms(layer, {s.name: norms_by_head(decomposition.V[s.name], decomposition.U[s.name], s) for s in sites})

@@ -1,9 +1,9 @@
-"""Attention by offset: how much a head pays, on average, to the token τ places back; before and after an ablation.
+"""Attention by offset: how much a head pays, on average, to the token τ positions back; before and after an ablation.
 
-    paid(h, τ) = E_t[ pattern_h(t, t − τ) ]          over real tokens t that have a real token τ places before them
+    paid(h, τ) = E_t[ pattern_h(t, t − τ) ]          over real tokens t that have a real token τ positions before them
 
->>> found = attention_by_offset(vpd, model, tokens, 0, ablate=["blocks.0.attn.W_Q:77"])                   # doctest: +SKIP
->>> found.to_pandas().query("offset == 1")                                                                # doctest: +SKIP
+>>> ablate = ["blocks.0.attn.W_Q:77"]
+>>> attention_by_offset(vpd, model, tokens, 0, ablate=ablate).to_pandas()                                 # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -19,14 +19,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Unsupported, adapt
-from tl_vpd.analysis.attention.layer import Pairs
 from tl_vpd.analysis.attention.pair_ablation import pair_ablation_hooks
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.ablations import FwdHooks
 from tl_vpd.site import Subcomponent
-
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
 
 
 def mean_by_offset(
@@ -34,16 +31,16 @@ def mean_by_offset(
     max_offset: int,
     token_mask: Bool[Tensor, "batch query"] | None = None,
 ) -> Float[Tensor, "head offset"]:
-    """The mean attention paid at each offset ``query − key`` 0 … ``max_offset``; NaN where no real tokens are so far apart."""
+    """The mean attention paid at each offset ``query − key`` 0 … ``max_offset``; NaN at offsets without real tokens."""
     n = pattern.shape[-1]
-    found = []
+    means = []
     for offset in range(min(max_offset, n - 1) + 1):
         paid = pattern.diagonal(-offset, dim1=-2, dim2=-1)  # [batch, head, query]
         both = torch.ones_like(paid[:, 0], dtype=torch.bool)
         if token_mask is not None:
             both = token_mask[:, offset:] & token_mask[:, : n - offset]
-        found.append((paid * both[:, None]).sum((0, 2)) / both.sum())
-    return torch.stack(found, dim=-1)
+        means.append((paid * both[:, None]).sum((0, 2)) / both.sum())
+    return torch.stack(means, dim=-1)
 
 
 @dataclass(frozen=True)
@@ -56,7 +53,7 @@ class AttentionByOffset:
     after: Float[Tensor, "head offset"] | None
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a head and offset: head, offset, before, and after and change if something was ablated."""
+        """One row per head and offset: head, offset, before, and after and change if something was ablated."""
         heads, offsets = self.before.shape
         table = pd.DataFrame(
             {
@@ -84,40 +81,48 @@ def attention_by_offset(
     prompts: Any,
     layer: int,
     *,
-    ablate: Sequence[str | Subcomponent] = (),
-    pairs: Pairs = (),
+    ablate: Sequence[str | Subcomponent | tuple[str | Subcomponent, str | Subcomponent]] = (),
     max_offset: int = 16,
     attention_mask: Tensor | None = None,
 ) -> AttentionByOffset:
     """Mean attention of a layer's heads by offset, and again with subcomponents or pairs of them left out.
 
     Args:
-        ablate: subcomponents taken out of the model. pairs: of W_Q and W_K, left out of the scores.
+        decomposition: of the model's weights.
+        model: the target.
+        prompts: a string, strings, or tokens ``[batch, pos]``.
+        layer: the block's index.
+        ablate: subcomponents that are ablated in the model, and pairs (of W_Q and W_K) that are left out of the scores.
+        max_offset: the largest offset.
+        attention_mask: 0 at padding (None: where TransformerLens sees padding).
 
     Raises:
-        KeyError, IndexError, ValueError: a block, subcomponent, pair or prompt does not exist; another decomposition is attached.
+        KeyError: a site is not decomposed.
+        IndexError: there is no such subcomponent.
+        ValueError: a pair or prompt does not fit, the model has other weights, or another decomposition is attached.
     """
     adapter = adapt(model)
-    attached = attachment_of(decomposition, model)
     tokens = adapter.tokens(prompts)
     token_mask = adapter.padding(tokens, attention_mask)
-
-    def run(hooks: FwdHooks) -> Tensor:
-        name = f"blocks.{layer}.attn.hook_pattern"
-        found: list[Tensor] = []
-        with model.hooks(fwd_hooks=[*hooks, (name, lambda pattern, hook: found.append(pattern.detach()))]):  # type: ignore[operator]
-            adapter.run(tokens, token_mask)
-        if not found:
-            raise Unsupported(f"Block {layer} ran without passing its pattern through {name}.")
-        return mean_by_offset(found[-1], max_offset, token_mask)
-
-    before = run([])
-    if not ablate and not pairs:
-        return AttentionByOffset(layer, (), before, None)
-    names = tuple(str(decomposition.subcomponent(c)) for c in ablate) + tuple(f"{q} · {k}" for q, k in pairs)
+    attached = attachment_of(decomposition, model)
     with decomposition.attach(model) if attached is None else nullcontext():
-        hooks = decomposition.ablation_hooks(list(ablate)) if ablate else []
+
+        def run(hooks: FwdHooks) -> Tensor:
+            name = f"blocks.{layer}.attn.hook_pattern"
+            patterns: list[Tensor] = []
+            with model.hooks(fwd_hooks=[*hooks, (name, lambda pattern, hook: patterns.append(pattern.detach()))]):  # type: ignore[operator]
+                adapter.run(tokens, token_mask)
+            if not patterns:
+                raise Unsupported(f"Block {layer} ran without passing its pattern through {name}.")
+            return mean_by_offset(patterns[-1], max_offset, token_mask)
+
+        before = run([])
+        if not ablate:
+            return AttentionByOffset(layer, (), before, None)
+        pairs = [entry for entry in ablate if isinstance(entry, tuple)]
+        whole = [entry for entry in ablate if not isinstance(entry, tuple)]
+        names = [*(str(decomposition.subcomponent(c)) for c in whole), *(f"{q} · {k}" for q, k in pairs)]
+        hooks = decomposition.ablation_hooks(whole) if whole else []
         if pairs:
             hooks = hooks + pair_ablation_hooks(decomposition, model, pairs, length=tokens.shape[1])
-        after = run(hooks)
-    return AttentionByOffset(layer, names, before, after)
+        return AttentionByOffset(layer, tuple(names), before, run(hooks))

@@ -1,13 +1,19 @@
 """What heads read and write through W_OV, weighed by the data: do two heads move the same information?
 
-With x̄ the centred inputs of W_V (one row a token), ``C = x̄ᵀ x̄ / N = Z̄ S̄² Z̄ᵀ`` and ``W_OV = W_V^h W_O^h`` (rows are read, columns
-written; transposed against the paper's column convention):
+With x̄ the centred inputs of W_V (one row per token), their covariance ``C = x̄ᵀ x̄ / N = Z̄ S̄² Z̄ᵀ`` and ``W_OV = W_V^h W_O^h`` (rows
+are read, columns written; transposed against the paper's column convention):
 
     M_h = (Z̄ S̄)ᵀ W_OV          read  M_h M_hᵀ,   write  M_hᵀ M_h,   raw  W_OV        compared by Frobenius cosine
 
-so *read* and *write* count directions by how much the data vary along them. The baselines are what unrelated heads score: for
-unweighted matrices ``d_head / (d_model + d_head + 1)`` (``random_overlap``), for weighted ones the mean over random heads on the
-same data. Source: the VPD paper, section on attention.
+so *read* and *write* count directions by how much the data vary along them. The inner products need no ``d_model × d_model``
+matrix per head; with A = W_V, B = W_O of the heads a and b they are traces of ``d_head × d_head`` matrices:
+
+    raw    Σ (A_aᵀ A_b) ⊙ (B_a B_bᵀ)
+    read   Σ (Pᵀ G_a P) ⊙ G_b,       P = A_aᵀ C A_b,   G_h = B_h B_hᵀ
+    write  Σ (Dᵀ H_a D) ⊙ H_b,       D = B_a B_bᵀ,     H_h = A_hᵀ C A_h
+
+The baselines are what unrelated heads score: for unweighted matrices ``d_head / (d_model + d_head + 1)`` (``random_overlap``),
+for weighted ones the mean over random heads on the same data. Source: VPD paper, section on attention.
 
     >>> overlap = ov_overlap(vpd, model, tokens, 1)                                                       # doctest: +SKIP
     >>> overlap.read, overlap.random_read                                                                 # doctest: +SKIP
@@ -16,7 +22,7 @@ same data. Source: the VPD paper, section on attention.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -25,50 +31,41 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.analysis.attention.layer import attention_site
-from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.decomposition import Decomposition
+from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.importances import causal_importances
+from tl_vpd.losses.precision import at_least_float32
 from tl_vpd.site import Subcomponent
 
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
 
+@dataclass(frozen=True)
+class OVConfig:
+    """What ``ov_overlap`` counts, and its baselines.
 
-def random_overlap(d_model: int, d_head: int) -> float:
-    """The Frobenius cosine of ``B Bᵀ`` of unrelated Gaussian ``B [d_model, d_head]``: d_head / (d_model + d_head + 1)."""
-    return d_head / (d_model + d_head + 1)
+    Attributes:
+        threshold: with a key, tokens where its importance exceeds this count.
+        draws: random heads for the weighted baselines, two at a time.
+        seed: of the random heads.
+    """
 
-
-def frobenius_cosine(a: Float[Tensor, "*#batch r c"], b: Float[Tensor, "*#batch r c"]) -> Float[Tensor, "*batch"]:
-    """``⟨A, B⟩ / (‖A‖ ‖B‖)``."""
-    return (a * b).sum((-2, -1)) / (a.norm(dim=(-2, -1)) * b.norm(dim=(-2, -1)))
-
-
-def between_heads(matrices: Float[Tensor, "head r c"]) -> Float[Tensor, "head head"]:
-    """The Frobenius cosine of every two heads' matrices."""
-    return frobenius_cosine(matrices[:, None], matrices[None])
-
-
-def read_and_write(
-    root: Float[Tensor, "d_model rank"], W: Float[Tensor, "head d_model d_out"]
-) -> tuple[Float[Tensor, "head rank rank"], Float[Tensor, "head d_out d_out"]]:
-    """``M Mᵀ`` and ``Mᵀ M`` of every head, with ``M = rootᵀ W`` and ``root = Z̄ S̄`` of the data (the identity: unweighted)."""
-    M = root.T @ W
-    return M @ M.mT, M.mT @ M
-
-
-def root_of(x: Float[Tensor, "token d_model"]) -> Float[Tensor, "d_model d_model"]:
-    """``Z̄ S̄ / √N``, a root of the covariance of the centred data."""
-    _, s, Zt = torch.linalg.svd((x - x.mean(0)) / len(x) ** 0.5, full_matrices=False)
-    root = Zt.T * s
-    return torch.nn.functional.pad(root, (0, x.shape[1] - root.shape[1]))
+    threshold: float = 0.0
+    draws: int = 100
+    seed: int = 0
 
 
 @dataclass(frozen=True)
 class OVOverlap:
     """Frobenius cosines between the heads of a layer, and what unrelated heads score on the same data.
 
-    ``raw`` compares W_OV itself (signed); ``read`` and ``write`` what it reads and writes, weighed by the data.
-    ``random_unweighted`` is the baseline for read and write matrices without weights. ``tokens``: how many the data were.
+    Attributes:
+        layer: the block's index.
+        tokens: how many tokens the data were.
+        raw: of W_OV itself (signed).
+        read: of what the heads read, weighed by the data.
+        write: of what the heads write, weighed by the data.
+        random_read: the weighted baseline of ``read``.
+        random_write: the weighted baseline of ``write``.
+        random_unweighted: the baseline of read and write matrices without weights.
     """
 
     layer: int
@@ -81,7 +78,7 @@ class OVOverlap:
     random_unweighted: float
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a pair of heads: head, other, raw, read, write, random_read, random_write."""
+        """One row per pair of heads: head, other, raw, read, write, random_read, random_write."""
         n = len(self.raw)
         i, j = torch.triu_indices(n, n, offset=1).tolist()
         return pd.DataFrame(
@@ -101,24 +98,6 @@ class OVOverlap:
         return self.to_pandas().nlargest(k, by).reset_index(drop=True)
 
 
-def ov_matrices(adapter: Adapter, layer: int) -> Float[Tensor, "head d_model d_model"]:
-    """``W_V^h W_O^h`` of every query head, in float32 or better.
-
-    Raises:
-        KeyError: the block has no W_V and W_O.
-    """
-    v, o = (adapter.sites.get(f"blocks.{layer}.attn.{w}") for w in ("W_V", "W_O"))
-    if v is None or o is None or not v.n_heads or not o.n_heads:
-        raise KeyError(f"Block {layer} has no W_V and W_O.")
-    W_V = _precise(adapter.weight(v.name)).unflatten(1, (v.n_heads, -1)).transpose(0, 1)
-    W_O = _precise(adapter.weight(o.name)).unflatten(0, (o.n_heads, -1))
-    return W_V.repeat_interleave(o.n_heads // v.n_heads, dim=0) @ W_O
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
-
-
 @torch.no_grad()
 def ov_overlap(
     decomposition: Decomposition,
@@ -127,22 +106,32 @@ def ov_overlap(
     layer: int,
     *,
     key: str | Subcomponent | None = None,
-    above: float = 0.0,
-    draws: int = 100,
-    seed: int = 0,
+    config: OVConfig | None = None,
     attention_mask: Tensor | None = None,
 ) -> OVOverlap:
     """Overlap of what the heads of a layer read and write on prompts.
 
     Args:
-        key: a subcomponent of W_K: only tokens where its importance exceeds ``above`` count (None: all real ones).
-        draws: random heads for the weighted baselines, two at a time. seed: of these.
+        decomposition: with W_V of the block.
+        model: the target.
+        prompts: a string, strings, or tokens ``[batch, pos]``.
+        layer: the block's index.
+        key: a subcomponent of W_K: only tokens where it is important count (None: all real tokens).
+        config: the importance that counts, and the baselines (None: the defaults).
+        attention_mask: 0 at padding (None: where TransformerLens sees padding).
 
     Raises:
-        KeyError, IndexError, ValueError: a block, subcomponent or prompt does not exist; fewer than two tokens count.
+        KeyError: the block has no W_V and W_O, or a site is not decomposed.
+        IndexError: there is no such subcomponent.
+        ValueError: the prompts do not fit, fewer than two tokens count, the threshold is given without a key, or the model has
+            other weights.
     """
-    adapter = adapt(model)
-    W = ov_matrices(adapter, layer)
+    config = config or OVConfig()
+    if key is None and config.threshold:
+        raise ValueError(
+            f"threshold={config.threshold} without key=: give the subcomponent of W_K whose importance counts."
+        )
+    W_V, W_O = ov_factors(adapt(model), layer)
     site = attention_site(decomposition, layer, "W_V")
     with MaskedModel(decomposition, model) as masked_model:
         tokens, token_mask, inputs = masked_model.clean_prompts(prompts, attention_mask)
@@ -150,41 +139,97 @@ def ov_overlap(
     if key is not None:
         address = decomposition.subcomponent(key)
         g = causal_importances(decomposition, model, tokens, attention_mask=attention_mask)
-        counted = counted & (g[address.site][..., address.index] > above)
-    x = _precise(inputs[site.name])[counted]
+        counted = counted & (g[address.site][..., address.index] > config.threshold)
+    x = at_least_float32(inputs[site.name])[counted]
     if len(x) < 2:
         raise ValueError(f"{len(x)} tokens count: at least two are needed to tell how the data vary.")
-    root = root_of(x)
-    read, write = read_and_write(root, W)
-    random_read, random_write = random_overlaps(root, W.shape[-1], adapter.sites[site.name].d_head or 1, draws, seed)
-    return OVOverlap(
-        layer,
-        len(x),
-        between_heads(W),
-        between_heads(read),
-        between_heads(write),
-        random_read,
-        random_write,
-        random_overlap(site.d_in, adapter.sites[site.name].d_head or 1),
-    )
+    covariance, d_head = covariance_of(x), W_O.shape[1]
+    raw, read, write = overlaps(W_V, W_O, covariance)
+    random_read, random_write = random_overlaps(covariance, W_O.shape[2], d_head, config.draws, config.seed)
+    unweighted = random_overlap(site.d_in, d_head)
+    return OVOverlap(layer, len(x), raw, read, write, random_read, random_write, unweighted)
+
+
+def ov_factors(
+    adapter: Adapter, layer: int
+) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head d_out"]]:
+    """``W_V^h`` and ``W_O^h`` of every query head, in float32 or better.
+
+    Raises:
+        KeyError: the block has no W_V and W_O.
+    """
+    v, o = (adapter.sites.get(f"blocks.{layer}.attn.{w}") for w in ("W_V", "W_O"))
+    if v is None or o is None or not v.n_heads or not o.n_heads:
+        raise KeyError(f"Block {layer} has no W_V and W_O.")
+    W_V = at_least_float32(adapter.weight(v.name)).unflatten(1, (v.n_heads, -1)).transpose(0, 1)
+    W_O = at_least_float32(adapter.weight(o.name)).unflatten(0, (o.n_heads, -1))
+    return W_V.repeat_interleave(o.n_heads // v.n_heads, dim=0), W_O
+
+
+def covariance_of(x: Float[Tensor, "token d_model"]) -> Float[Tensor, "d_model d_model"]:
+    """The covariance of the data."""
+    centred = x - x.mean(0)
+    return centred.T @ centred / len(x)
+
+
+def overlaps(
+    W_V: Float[Tensor, "head d_model d_head"],
+    W_O: Float[Tensor, "head d_head d_out"],
+    covariance: Float[Tensor, "d_model d_model"],
+) -> tuple[Float[Tensor, "head head"], Float[Tensor, "head head"], Float[Tensor, "head head"]]:
+    """The raw, read and write Frobenius cosines of every two heads."""
+    weighed = covariance @ W_V
+    G, H = W_O @ W_O.mT, W_V.mT @ weighed
+    rows = []
+    for a in range(len(W_V)):  # one head with all, so that nothing of head² × d_head² is made
+        P, D = weighed[a].T @ W_V, W_O[a] @ W_O.mT
+        raw = (W_V[a].T @ W_V) * D
+        rows.append(torch.stack([raw.sum((-2, -1)), _product(P, G[a], G), _product(D, H[a], H)]))
+    products = torch.stack(rows, dim=1)  # [3, head, head]
+    norms = products.diagonal(dim1=-2, dim2=-1).sqrt()
+    raw, read, write = products / (norms[:, :, None] * norms[:, None, :])
+    return raw, read, write
+
+
+def _product(
+    between: Float[Tensor, "*batch d_head d_head"],
+    left: Float[Tensor, "*#batch d_head d_head"],
+    right: Float[Tensor, "*#batch d_head d_head"],
+) -> Float[Tensor, "*batch"]:
+    """``Σ (betweenᵀ left between) ⊙ right``."""
+    return (between.mT @ left @ between * right).sum((-2, -1))
+
+
+def random_overlap(d_model: int, d_head: int) -> float:
+    """The Frobenius cosine of ``B Bᵀ`` of unrelated Gaussian ``B [d_model, d_head]``: d_head / (d_model + d_head + 1)."""
+    return d_head / (d_model + d_head + 1)
 
 
 def random_overlaps(
-    root: Float[Tensor, "d_model rank"], d_out: int, d_head: int, draws: int, seed: int
+    covariance: Float[Tensor, "d_model d_model"], d_out: int, d_head: int, draws: int, seed: int
 ) -> tuple[float, float]:
     """Mean read and write overlap of pairs of unrelated heads: the compared side Gaussian, the other orthonormal.
 
-    With the identity for ``root`` both come out at ``random_overlap``.
+    With the identity for the covariance both are near ``random_overlap``.
     """
     generator = torch.Generator().manual_seed(seed)
+    d_model, identity = len(covariance), torch.eye(d_head).to(covariance)
 
-    def gaussian(d: int) -> Tensor:
-        return torch.randn(draws, 2, d, d_head, generator=generator, dtype=torch.float64).to(root)
+    def gaussian(d: int) -> Float[Tensor, "2 d d_head"]:
+        return torch.randn(2, d, d_head, generator=generator, dtype=torch.float64).to(covariance)
 
-    d_in = root.shape[0]
-    into = root.T @ gaussian(d_in)  # read: M Mᵀ = (rootᵀ B)(rootᵀ B)ᵀ whatever orthonormal rows follow
-    read = into @ into.mT
-    middle = root.T @ torch.linalg.qr(gaussian(d_in))[0]
-    out = gaussian(d_out)
-    write = out @ (middle.mT @ middle) @ out.mT
-    return tuple(float(frobenius_cosine(m[:, 0], m[:, 1]).mean()) for m in (read, write))  # type: ignore[return-value]
+    # read: M Mᵀ of M = (Z̄ S̄)ᵀ B, whatever orthonormal rows follow B
+    read = [_cosine(B.mT @ (covariance @ B[:, None]), identity) for B in (gaussian(d_model) for _ in range(draws))]
+    # write: B H Bᵀ of Gaussian B, with H what orthonormal columns read of the data
+    bases = [torch.linalg.qr(gaussian(d_model))[0] for _ in range(draws)]
+    H = [Q.mT @ covariance @ Q for Q in bases]
+    write = [_cosine(B.mT @ B[:, None], h) for B, h in zip((gaussian(d_out) for _ in range(draws)), H, strict=True)]
+    return float(torch.stack(read).mean()), float(torch.stack(write).mean())
+
+
+def _cosine(grams: Float[Tensor, "2 2 d_head d_head"], middle: Float[Tensor, "*2 d_head d_head"]) -> Float[Tensor, ""]:
+    """The Frobenius cosine of ``B₀ H₀ B₀ᵀ`` and ``B₁ H₁ B₁ᵀ`` from ``grams[j, i] = B_iᵀ B_j`` and H."""
+    H = middle.expand(2, *middle.shape[-2:])
+    pairs = [(0, 1), (0, 0), (1, 1)]
+    inner, first, second = (_product(grams[j, i], H[i], H[j]) for i, j in pairs)
+    return inner / (first * second).sqrt()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -23,16 +23,20 @@ from torch import Tensor, nn
 from tl_vpd.adapters import Unsupported, adapt
 from tl_vpd.analysis.attention.kernel import unmasked
 from tl_vpd.analysis.attention.layer import BIAS, AttentionLayer, Pairs, with_one
-from tl_vpd.analysis.attention.score_terms import between_writes, pair_strengths
+from tl_vpd.analysis.attention.score_terms import between_writes, summed_strengths
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.ablations import FwdHooks, require_points
-from tl_vpd.site import Subcomponent
-
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
 
 
 class PairAblation:
-    """The hooks of one layer's pairs: what a pass shows of their activations, subtracted where its scores pass."""
+    """The hooks of one layer's pairs: they read the pairs' activations in a pass and subtract where its scores pass.
+
+    Args:
+        columns: of the pairs' queries and keys among the activations.
+        by_offset: the pairs' products of write directions.
+        offsets: of these.
+        amount: of the summands that is subtracted.
+    """
 
     def __init__(
         self,
@@ -43,29 +47,29 @@ class PairAblation:
     ) -> None:
         self.by_offset, self.offsets, self.amount = by_offset, offsets, amount
         self.columns = dict(zip(("q", "k"), columns, strict=True))
-        self._held: dict[str, Tensor] = {}
+        self._acts: dict[str, Tensor] = {}
 
     def acts(self, side: str, tensor: Float[Tensor, "batch pos C"], hook: Any) -> None:
-        """On ``component_acts``: notes the pairs' activations."""
-        self._held[side] = with_one(tensor)[..., self.columns[side]]
+        """On ``component_acts``: reads the pairs' activations, until the scores of this pass."""
+        self._acts[side] = with_one(tensor)[..., self.columns[side]]
 
     def mask(self, side: str, tensor: Float[Tensor, "batch pos C"], hook: Any) -> None:
-        """On ``mask``: multiplies the masks in."""
-        self._held[side] = self._held[side] * with_one(tensor)[..., self.columns[side]]
+        """On ``mask``: multiplies the activations by the masks."""
+        self._acts[side] = self._acts[side] * with_one(tensor)[..., self.columns[side]]
 
     def scores(self, tensor: Float[Tensor, "batch head query key"], hook: Any) -> Float[Tensor, "batch head query key"]:
-        """On the scores: takes the pairs' summands out.
+        """On the scores: subtracts the pairs' summands.
 
         Raises:
             RuntimeError: the hooks that read activations did not run.
             ValueError: the pass is of another length than the pairs' activations (a KV cache), or longer than was prepared for.
         """
-        if len(self._held) < 2:
+        if len(self._acts) < 2:
             raise RuntimeError(
-                "Scores passed before the activations of their pairs were seen: use every list of pair_ablation_hooks once in a "
+                "Scores passed before the activations of their pairs were read: use every list of pair_ablation_hooks once in a "
                 "run, whole, on the model its decomposition is attached to."
             )
-        q, k = self._held.pop("q"), self._held.pop("k")
+        q, k = self._acts.pop("q"), self._acts.pop("k")
         if (q.shape[1], k.shape[1]) != tuple(tensor.shape[-2:]):
             raise ValueError(
                 f"Scores are {tuple(tensor.shape[-2:])} (query, key) and this pass has {k.shape[1]} keys' activations: pairs "
@@ -77,54 +81,62 @@ class PairAblation:
                 f"The prompt has {tensor.shape[-2]} tokens, the hooks were made for {int(self.offsets[-1]) + 1}: give "
                 "pair_ablation_hooks a larger length."
             )
-        taken = pair_strengths(q, k, self.by_offset.to(q), self.offsets, summed=True)
-        return torch.where(unmasked(tensor), tensor - self.amount * taken.to(tensor), tensor)
+        strengths = summed_strengths(q, k, self.by_offset.to(q), self.offsets)
+        return torch.where(unmasked(tensor), tensor - self.amount * strengths.to(tensor), tensor)
 
 
 @torch.no_grad()
 def pair_ablation_hooks(
     decomposition: Decomposition, model: nn.Module, pairs: Pairs, *, length: int | None = None, amount: float = 1.0
 ) -> FwdHooks:
-    """``fwd_hooks`` that leave pairs out of attention scores; put them behind hooks that change masks or activations.
+    """``fwd_hooks`` that leave pairs out of attention scores; put them after hooks that change masks or activations.
 
     Args:
+        decomposition: attached to the model.
+        model: the target.
         pairs: a subcomponent of W_Q and one of W_K of the same block each (``"bias"`` for one of them: the bias of its side);
             blocks may differ from pair to pair.
         length: of the longest prompt they will run on (None: the model's context).
         amount: 1 leaves a pair out, 0.5 halves it, 2 reverses it.
 
     Raises:
-        RuntimeError, KeyError: the decomposition is not attached, or without ``component_acts`` and ``mask``.
+        RuntimeError: the decomposition is not attached.
+        KeyError: it is attached without ``component_acts`` and ``mask``, or a site is not decomposed.
         Unsupported: a layer's scores are not bilinear in queries and keys, or the flags give every head its own input.
-        ValueError, IndexError: a pair is none, or does not exist.
+        ValueError: a pair is not one of W_Q and W_K of the same block.
+        IndexError: there is no such subcomponent.
     """
-    n_ctx = adapt(model).n_ctx
-    by_layer: dict[int | None, list[tuple[str | Subcomponent, str | Subcomponent]]] = defaultdict(list)
+    by_layer: dict[int, list[tuple[Any, Any]]] = defaultdict(list)
     for pair in pairs:
-        named = [member for member in pair if member != BIAS]
-        if not named:
-            raise ValueError("('bias', 'bias') does not say of which block: a pair needs a subcomponent here.")
-        by_layer[decomposition.sites[decomposition.subcomponent(named[0]).site].layer].append(pair)
+        by_layer[_layer_of(decomposition, pair)].append(pair)
     hooks: FwdHooks = []
-    for index, given in by_layer.items():
-        if index is None:
-            raise ValueError(f"{given[0]} is of no block.")
-        layer = AttentionLayer(decomposition, model, index)
-        chosen = layer.pairs(given)
-        sides = {"q": layer.q, "k": layer.k}
-        require_points(
-            decomposition,
-            "pair_ablation_hooks",
-            [(site.name, kind) for site in sides.values() for kind in ("component_acts", "mask")],
-        )
-        if any(layer.adapter.layout(site.name).by_head for site in sides.values()):
-            raise Unsupported(
-                "Every head has its own input (use_split_qkv_input or use_attn_in): switch that off first."
-            )
-        kernel = layer.kernel(n_ctx if length is None else min(length, n_ctx))
-        own = PairAblation(layer.columns(chosen), between_writes(layer, kernel, chosen), kernel.offsets, amount)
-        for side, site in sides.items():
-            hooks.append((site.hook_name("component_acts"), partial(own.acts, side)))
-            hooks.append((site.hook_name("mask"), partial(own.mask, side)))
-        hooks.append((layer.adapter.scores_hook(index), own.scores))
+    for layer, layer_pairs in by_layer.items():
+        hooks += _layer_hooks(AttentionLayer(decomposition, model, layer), layer_pairs, length, amount)
     return hooks
+
+
+def _layer_of(decomposition: Decomposition, pair: tuple[Any, Any]) -> int:
+    """The block of a pair."""
+    named = [member for member in pair if member != BIAS]
+    if not named:
+        raise ValueError("('bias', 'bias') does not say of which block: a pair needs a subcomponent here.")
+    layer = decomposition.sites[decomposition.subcomponent(named[0]).site].layer
+    if layer is None:
+        raise ValueError(f"{pair} is not of any block: a pair is a subcomponent of W_Q and one of W_K.")
+    return layer
+
+
+def _layer_hooks(layer: AttentionLayer, pairs: Pairs, length: int | None, amount: float) -> FwdHooks:
+    members, sides = layer.pairs(pairs), {"q": layer.q, "k": layer.k}
+    points = [(site.name, kind) for site in sides.values() for kind in ("component_acts", "mask")]
+    require_points(layer.decomposition, "pair_ablation_hooks", points)
+    if any(layer.adapter.layout(site.name).by_head for site in sides.values()):
+        raise Unsupported("Every head has its own input (use_split_qkv_input or use_attn_in): switch that off first.")
+    n_ctx = adapt(layer.model).n_ctx
+    kernel = layer.kernel(n_ctx if length is None else min(length, n_ctx))
+    ablation = PairAblation(layer.columns(members), between_writes(layer, kernel, members), kernel.offsets, amount)
+    hooks: FwdHooks = []
+    for side, site in sides.items():
+        hooks.append((site.hook_name("component_acts"), partial(ablation.acts, side)))
+        hooks.append((site.hook_name("mask"), partial(ablation.mask, side)))
+    return [*hooks, (layer.adapter.scores_hook(layer.index), ablation.scores)]

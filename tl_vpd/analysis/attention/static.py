@@ -2,15 +2,15 @@
 
     static(c, c', τ, h) = (σ_c ‖V_Q,c‖ U^h_Q,c)ᵀ R_τ (σ_c' ‖V_K,c'‖ U^h_K,c')          τ = t − t'
 
-R_τ is the layer's own rotation (the identity without one) and σ the sign of a subcomponent's mean inner activation where it is
+R_τ is the layer's rotation (the identity without one) and σ the sign of a subcomponent's mean inner activation where it is
 important, so that the sign of a strength is that of what the pair adds when both fire as they usually do. Strengths are before
-scaling. ``standardised`` subtracts each head's mean over all pairs and offsets and divides by its standard deviation. Source: the
-VPD paper (*Interpreting Language Model Parameters*), section on attention.
+scaling. ``standardised`` subtracts each head's mean over all pairs and offsets and divides by its standard deviation. Source: VPD
+paper, section on attention.
 
-    >>> found = static_strengths(vpd, model, 1, tokens, queries=["blocks.1.attn.W_Q:3"])                  # doctest: +SKIP
-    >>> found.top(5)                                                                                      # doctest: +SKIP
+    >>> ends = ["blocks.1.attn.W_Q:3"]
+    >>> static_strengths(vpd, model, tokens, 1, subcomponents=ends).top(5)                                # doctest: +SKIP
 
-Left out: how often the two fire together, which ``mean_strengths`` weighs in.
+Left out: how often the two fire together, which ``mean_strengths`` takes into account.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -26,21 +26,19 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.analysis.attention.kernel import ScoreKernel
-from tl_vpd.analysis.attention.layer import AttentionLayer, Seen, indices
+from tl_vpd.analysis.attention.layer import AttentionLayer, AttentionPass
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Site, Subcomponent
 
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
-
-_ENTRIES = 1 << 22
-"""Strengths held at once while all pairs are gone through."""
+ENTRIES = 1 << 22
+"""Strengths that are formed at once while all pairs are gone through."""
 
 
 def usual_signs(
-    acts: Float[Tensor, "*batch C"], importances: Float[Tensor, "*batch C"], *, above: float = 0.0
+    acts: Float[Tensor, "*batch C"], importances: Float[Tensor, "*batch C"], *, threshold: float = 0.0
 ) -> Float[Tensor, " C"]:
-    """σ: the sign of each subcomponent's mean inner activation where its importance exceeds ``above`` (+1 if it never does)."""
-    important = importances > above
+    """σ: the sign of each subcomponent's mean activation where its importance exceeds ``threshold`` (+1 if it never does)."""
+    important = importances > threshold
     mean = (acts * important).flatten(0, -2).sum(0)
     return torch.where(mean < 0, -1.0, 1.0).to(acts)
 
@@ -57,7 +55,17 @@ def strengths_of(
 
 @dataclass(frozen=True)
 class StaticStrengths:
-    """Strengths of the chosen pairs, with each head's mean and standard deviation over *all* pairs and offsets of the layer."""
+    """Strengths of chosen pairs.
+
+    Attributes:
+        layer: the block's index.
+        queries: subcomponents of W_Q.
+        keys: subcomponents of W_K.
+        offsets: positions that the key is before the query.
+        values: the strengths.
+        mean: of each head, over *all* pairs and offsets of the layer.
+        std: the standard deviation of each head, likewise.
+    """
 
     layer: int
     queries: tuple[Subcomponent, ...]
@@ -73,7 +81,7 @@ class StaticStrengths:
         return (self.values - self.mean[:, None]) / self.std[:, None]
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row a pair, head and offset: query, key, head, offset, strength, standardised."""
+        """One row per pair, head and offset: query, key, head, offset, strength, standardised."""
         return self._table(torch.arange(self.values.numel(), device=self.values.device))
 
     def top(self, k: int = 10) -> pd.DataFrame:
@@ -100,106 +108,133 @@ class StaticStrengths:
 def static_strengths(
     decomposition: Decomposition,
     model: nn.Module,
-    layer: int,
     prompts: Any,
+    layer: int,
     *,
-    queries: Sequence[str | Subcomponent | int] | None = None,
-    keys: Sequence[str | Subcomponent | int] | None = None,
+    subcomponents: Sequence[str | Subcomponent] | None = None,
     length: int | None = None,
     attention_mask: Tensor | None = None,
 ) -> StaticStrengths:
     """Static strengths of chosen pairs of a layer.
 
     Args:
-        prompts: where the usual signs σ are taken from.
-        queries, keys: subcomponents of W_Q and W_K (None: all; pairs × heads × offsets numbers are then held).
+        decomposition: with W_Q and W_K of the block.
+        model: the target.
+        prompts: the usual signs σ are those on these; a string, strings, or tokens ``[batch, pos]``.
+        layer: the block's index.
+        subcomponents: of W_Q and W_K (all of a side that none is of); the result holds pairs × heads × offsets numbers.
         length: offsets below it (None: those within the prompts).
+        attention_mask: 0 at padding (None: where TransformerLens sees padding).
 
     Raises:
         Unsupported: the layer's scores are not bilinear in queries and keys.
-        KeyError, IndexError, ValueError: a block, subcomponent or prompt does not exist.
+        KeyError: a site is not decomposed.
+        IndexError: there is no such subcomponent.
+        ValueError: a subcomponent is of another site, the prompts do not fit, or the model has other weights.
     """
-    own = AttentionLayer(decomposition, model, layer)
-    chosen_q, chosen_k = indices(decomposition, own.q, queries), indices(decomposition, own.k, keys)
-    kernel, all_q, all_k = _signed(own, prompts, length, attention_mask)
-    mean, std = _statistics(all_q, all_k, kernel)
-    return StaticStrengths(
-        layer,
-        tuple(Subcomponent(own.q.name, i) for i in chosen_q),
-        tuple(Subcomponent(own.k.name, i) for i in chosen_k),
-        kernel.offsets,
-        strengths_of(all_q[chosen_q], all_k[chosen_k], kernel.values),
-        mean,
-        std,
-    )
+    attention = AttentionLayer(decomposition, model, layer)
+    chosen = attention.sides(subcomponents)
+    kernel, queries, keys = _signed(attention, prompts, length, attention_mask)
+    values = strengths_of(queries[chosen[0]], keys[chosen[1]], kernel.values)
+    return _strengths(attention, kernel, chosen, values, _statistics(queries, keys, kernel))
 
 
 @torch.no_grad()
 def strongest_static(
     decomposition: Decomposition,
     model: nn.Module,
-    layer: int,
     prompts: Any,
+    layer: int,
     k: int = 20,
     *,
     length: int | None = None,
     attention_mask: Tensor | None = None,
 ) -> pd.DataFrame:
-    """The ``k`` largest standardised strengths over all pairs, heads and offsets of a layer, found a part at a time.
+    """The ``k`` largest standardised strengths over all pairs, heads and offsets of a layer, gone through in blocks.
 
-    Columns: query, key, head, offset, strength, standardised. Raises as ``static_strengths`` does.
+    Args:
+        decomposition: as in ``static_strengths``.
+        model: the target.
+        prompts: as in ``static_strengths``.
+        layer: the block's index.
+        k: how many.
+        length: as in ``static_strengths``.
+        attention_mask: as in ``static_strengths``.
+
+    Returns:
+        A table: query, key, head, offset, strength, standardised.
+
+    Raises:
+        Unsupported: as in ``static_strengths``.
+        KeyError: as in ``static_strengths``.
+        ValueError: as in ``static_strengths``.
     """
-    own = AttentionLayer(decomposition, model, layer)
-    kernel, all_q, all_k = _signed(own, prompts, length, attention_mask)
-    mean, std = _statistics(all_q, all_k, kernel)
-    best: list[pd.DataFrame] = []
-    for first, values in _chunks(all_q, all_k, kernel):
-        part = StaticStrengths(
-            layer,
-            tuple(Subcomponent(own.q.name, first + i) for i in range(len(values))),
-            tuple(Subcomponent(own.k.name, i) for i in range(len(all_k))),
-            kernel.offsets,
-            values,
-            mean,
-            std,
-        )
-        best.append(part.top(k))
+    attention = AttentionLayer(decomposition, model, layer)
+    kernel, queries, keys = _signed(attention, prompts, length, attention_mask)
+    statistics = _statistics(queries, keys, kernel)
+    best = [
+        _strengths(attention, kernel, chosen, values, statistics).top(k)
+        for chosen, values in _blocks(queries, keys, kernel)
+    ]
     table = pd.concat(best, ignore_index=True)
     order = table["standardised"].abs().sort_values(ascending=False, kind="stable").index[:k]
     return table.loc[order].reset_index(drop=True)
 
 
+def _strengths(
+    attention: AttentionLayer,
+    kernel: ScoreKernel,
+    chosen: tuple[Sequence[int], Sequence[int]],
+    values: Tensor,
+    statistics: tuple[Tensor, Tensor],
+) -> StaticStrengths:
+    queries, keys = (
+        tuple(Subcomponent(site.name, i) for i in indices)
+        for site, indices in zip((attention.q, attention.k), chosen, strict=True)
+    )
+    return StaticStrengths(attention.index, queries, keys, kernel.offsets, values, *statistics)
+
+
 def _signed(
-    own: AttentionLayer, prompts: Any, length: int | None, attention_mask: Tensor | None
+    attention: AttentionLayer, prompts: Any, length: int | None, attention_mask: Tensor | None
 ) -> tuple[ScoreKernel, Tensor, Tensor]:
     """The rotation alone, and ``σ_c ‖V_c‖ U^h_c`` of all queries and keys."""
-    seen = own.seen(prompts, attention_mask)
-    kernel = own.kernel(seen.tokens.shape[1] if length is None else length)
+    clean = attention.clean(prompts, attention_mask)
+    kernel = attention.kernel(clean.tokens.shape[1] if length is None else length)
     rotation = ScoreKernel(kernel.layer, kernel.offsets, kernel.values * kernel.scale)
-    return rotation, _scaled(own, own.q, own.query_writes, seen), _scaled(own, own.k, own.key_writes, seen)
+    queries = _scaled(attention, attention.q, attention.query_writes, clean)
+    return rotation, queries, _scaled(attention, attention.k, attention.key_writes, clean)
 
 
-def _scaled(own: AttentionLayer, site: Site, writes: Tensor, seen: Seen) -> Tensor:
-    C = own.decomposition.counts[site.name]
-    g = seen.importances[..., own.decomposition.site_axis.slices[site.name]]
-    sigma = usual_signs(own.acts(site, seen.inputs)[..., :C], g.to(writes))
-    norms = own.decomposition.V[site.name].detach().to(writes).norm(dim=0)
+def _scaled(attention: AttentionLayer, site: Site, writes: Tensor, clean: AttentionPass) -> Tensor:
+    C = attention.decomposition.counts[site.name]
+    g = clean.importances[..., attention.decomposition.site_axis.slices[site.name]]
+    sigma = usual_signs(attention.acts(site, clean.inputs)[..., :C], g.to(writes))
+    norms = attention.decomposition.V[site.name].detach().to(writes).norm(dim=0)
     return writes[:C] * (sigma * norms)[:, None, None]
 
 
-def _chunks(q: Tensor, k: Tensor, kernel: ScoreKernel) -> Iterator[tuple[int, Tensor]]:
-    """Strengths of some queries with all keys at a time, and the first of these queries."""
-    rows = max(1, _ENTRIES // max(1, len(k) * k.shape[1] * len(kernel.offsets)))
-    for first in range(0, len(q), rows):
-        yield first, strengths_of(q[first : first + rows], k, kernel.values)
+def _blocks(
+    queries: Tensor, keys: Tensor, kernel: ScoreKernel
+) -> Iterator[tuple[tuple[range, range], Float[Tensor, "query_c key_c head offset"]]]:
+    """Strengths of ``ENTRIES`` numbers at a time, and which queries and keys they are of."""
+    per_pair = keys.shape[1] * len(kernel.offsets)
+    n_keys = min(len(keys), max(1, ENTRIES // per_pair))
+    n_queries = max(1, ENTRIES // (per_pair * n_keys))
+    for q in range(0, len(queries), n_queries):
+        for k in range(0, len(keys), n_keys):
+            chosen = range(q, min(q + n_queries, len(queries))), range(k, min(k + n_keys, len(keys)))
+            yield chosen, strengths_of(queries[q : q + n_queries], keys[k : k + n_keys], kernel.values)
 
 
-def _statistics(q: Tensor, k: Tensor, kernel: ScoreKernel) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
+def _statistics(
+    queries: Tensor, keys: Tensor, kernel: ScoreKernel
+) -> tuple[Float[Tensor, " head"], Float[Tensor, " head"]]:
     """Mean and standard deviation of each head over all pairs and offsets."""
-    total = torch.zeros(2, q.shape[1], dtype=torch.float64, device=q.device)
-    for _, values in _chunks(q, k, kernel):
-        own = values.double().movedim(2, 0).flatten(1)
-        total += torch.stack([own.sum(1), own.square().sum(1)])
-    n = len(q) * len(k) * len(kernel.offsets)
+    total = torch.zeros(2, queries.shape[1], dtype=torch.float64, device=queries.device)
+    for _, values in _blocks(queries, keys, kernel):
+        by_head = values.double().movedim(2, 0).flatten(1)
+        total += torch.stack([by_head.sum(1), by_head.square().sum(1)])
+    n = len(queries) * len(keys) * len(kernel.offsets)
     mean = total[0] / n
-    return mean.to(q), (total[1] / n - mean.square()).clamp(min=0).sqrt().to(q)
+    return mean.to(queries), (total[1] / n - mean.square()).clamp(min=0).sqrt().to(queries)

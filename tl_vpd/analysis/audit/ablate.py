@@ -1,9 +1,9 @@
-"""A model in which a circuit is kept and every other piece lies somewhere between its own value and an ablated one.
+"""A model in which a circuit runs whole and every other node lies somewhere between its value and an ablated one.
 
-    value = ablated + m · (own − ablated),       m = 1 for the circuit, r ∈ [0, 1] for a piece of everything else
+    value = ablated + m · (value in this pass − ablated),       m = 1 for the circuit, r ∈ [0, 1] for every other node
 
-r = 0 is plain ablation; *own* is what the piece is in this very pass, downstream of the other ablations. Ablated values: 0; the
-mean over the reference prompts' real tokens; or those of another reference prompt at the same position (resample).
+r = 0 is plain ablation. A node's value is that of this very pass, downstream of the other ablations. Ablated values: 0; the mean
+over the reference prompts' real tokens; or those of another reference prompt at the same position (resample).
 """
 
 from __future__ import annotations
@@ -12,33 +12,31 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
+from tl_vpd.analysis.audit.config import Reference
 from tl_vpd.analysis.audit.node_set import HookSite, NodeSet
-from tl_vpd.forward.masked_model import frozen, users_hooks_aside
+from tl_vpd.decomposition import Decomposition
+from tl_vpd.forward.quiet import frozen, users_hooks_aside
 from tl_vpd.hooks import attached_to, attachment_of
 
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
 
-Reference = Literal["zero", "mean", "resample"]
-
-
-def between(
-    own: Float[Tensor, "batch pos *rest"], ablated: Tensor, m: Float[Tensor, "#batch #pos piece"], place: HookSite
+def interpolated(
+    value: Float[Tensor, "batch pos *rest"], ablated: Tensor, m: Float[Tensor, "#batch #pos node"], hook_site: HookSite
 ) -> Float[Tensor, "batch pos *rest"]:
-    """``ablated + m (own − ablated)`` with the pieces' factors where they lie; at m = 1 ``own`` to the bit."""
-    if place.kind == "delta":
-        return m.to(own).expand_as(own).clone()
-    if place.kind == "head":
-        heads, other = _by_head(own, place.count), _by_head(ablated.to(own), place.count)
-        return torch.lerp(other.expand_as(heads), heads, m.to(own).unsqueeze(-1).expand_as(heads)).reshape(own.shape)
-    return torch.lerp(ablated.to(own).expand_as(own), own, m.to(own).expand_as(own))
+    """``ablated + m (value − ablated)`` with every node's factor where the node lies; at m = 1 ``value`` to the bit."""
+    if hook_site.kind == "delta":
+        return m.to(value).expand_as(value).clone()
+    if hook_site.kind == "head":
+        heads, ablated_heads = (_by_head(t.to(value), hook_site.count) for t in (value, ablated))
+        factors = m.to(value).unsqueeze(-1).expand_as(heads)
+        return torch.lerp(ablated_heads.expand_as(heads), heads, factors).reshape(value.shape)
+    return torch.lerp(ablated.to(value).expand_as(value), value, m.to(value).expand_as(value))
 
 
 def _by_head(z: Tensor, heads: int) -> Tensor:
@@ -48,24 +46,27 @@ def _by_head(z: Tensor, heads: int) -> Tensor:
 
 @dataclass
 class _Hook:
-    """Puts one place's pieces where ``m`` says; counts how often it ran."""
+    """Interpolates one hook's nodes by ``m``; counts how often it ran."""
 
-    place: HookSite
+    hook_site: HookSite
     ablated: Tensor
     m: Tensor = field(default_factory=lambda: torch.ones(1, 1, 1))
     fired: int = 0
 
-    def __call__(self, own: Tensor, hook: Any) -> Tensor:
+    def __call__(self, value: Tensor, hook: Any) -> Tensor:
         self.fired += 1
-        return between(own, self.ablated, self.m, self.place)
+        return interpolated(value, self.ablated, self.m, self.hook_site)
 
 
 class AblatedModel:
-    """Runs of a model under factors for every piece of a universe. A context manager: leaving it puts the model back.
+    """Runs of a model under factors for every node of a set. A context manager: leaving it puts the model back.
 
     Args:
-        model, universe: what is run, and what its pieces are. decomposition: whose subcomponents they are, if they are.
-        tokens, keep: the prompts, and where they are real (None: everywhere).
+        model: the target.
+        node_set: the nodes.
+        tokens: the prompts.
+        token_mask: False at padding (None: no padding).
+        decomposition: whose subcomponents the nodes are (None: they are heads, MLPs, neurons or residual positions).
     """
 
     def __init__(
@@ -80,7 +81,6 @@ class AblatedModel:
         self.decomposition = decomposition
         self.adapter = adapt(model)
         self._stack = ExitStack()
-        self._slices = node_set.slices()
 
     def __enter__(self) -> AblatedModel:
         if self.decomposition is None:
@@ -98,47 +98,54 @@ class AblatedModel:
     def __exit__(self, *exception: Any) -> None:
         self._stack.close()
 
-    def clean(self, tokens: Tensor | None = None, token_mask: Tensor | None = None) -> Tensor:
-        """Logits of the model as it is (on its own prompts unless others are given)."""
-        with torch.no_grad():
-            return (
-                self.adapter.run(self.tokens, self.token_mask)
-                if tokens is None
-                else self.adapter.run(tokens, token_mask)
-            )
+    @torch.no_grad()
+    def clean(self) -> Float[Tensor, "batch pos vocab"]:
+        """Logits of the model itself on the prompts."""
+        return self.adapter.run(self.tokens, self.token_mask)
 
     @torch.no_grad()
     def references(
         self, reference: Reference, tokens: Tensor, token_mask: Tensor | None, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Ablated values of every place, by hook.
+        """Ablated values by hook.
+
+        Args:
+            reference: which values.
+            tokens: the reference prompts.
+            token_mask: False at their padding (None: no padding).
+            generator: chooses the other prompts of resampling.
 
         Raises:
             ValueError: resampling needs another prompt of the same length.
         """
         zero = torch.zeros((), device=tokens.device)
         if reference == "zero":
-            return {p.hook: zero for p in self.node_set.places}
-        found: dict[str, Tensor] = {}
-
-        def see(name: str, own: Tensor, hook: Any) -> None:
-            found[name] = own.detach().clone()
-
-        hooks = [(p.hook, partial(see, p.hook)) for p in self.node_set.places if p.kind != "delta"]
-        with self.model.hooks(fwd_hooks=hooks):  # type: ignore[operator]
-            self.clean(tokens, token_mask)
-        self._require([h for h, _ in hooks if h not in found])
+            return {site.hook: zero for site in self.node_set.hook_sites}
+        values = self._values(tokens, token_mask)
         if reference == "mean":
-            real = (
-                torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device) if token_mask is None else token_mask
-            )
-            values = {h: own[real].mean(0)[None, None] for h, own in found.items()}
+            real = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
+            values = {hook: value[real].mean(0)[None, None] for hook, value in values.items()}
         else:
-            rows = self._others(tokens, token_mask, generator)
-            values = {h: own[rows] for h, own in found.items()}
-        return {p.hook: values.get(p.hook, zero) for p in self.node_set.places}
+            rows = self._other_prompts(tokens, token_mask, generator)
+            values = {hook: value[rows] for hook, value in values.items()}
+        return {site.hook: values.get(site.hook, zero) for site in self.node_set.hook_sites}
 
-    def _others(self, tokens: Tensor, token_mask: Tensor | None, generator: torch.Generator) -> Int[Tensor, " batch"]:
+    def _values(self, tokens: Tensor, token_mask: Tensor | None) -> dict[str, Tensor]:
+        """The output of every hook but Δs' factors on these prompts."""
+        values: dict[str, Tensor] = {}
+
+        def read(name: str, value: Tensor, hook: Any) -> None:
+            values[name] = value.detach().clone()
+
+        names = [site.hook for site in self.node_set.hook_sites if site.kind != "delta"]
+        with self.model.hooks(fwd_hooks=[(name, partial(read, name)) for name in names]):  # type: ignore[operator]
+            self.adapter.run(tokens, token_mask)
+        self._require([name for name in names if name not in values])
+        return values
+
+    def _other_prompts(
+        self, tokens: Tensor, token_mask: Tensor | None, generator: torch.Generator
+    ) -> Int[Tensor, " batch"]:
         """For each prompt another row of the reference prompts, one that is real wherever the prompt is."""
         batch, n = len(self.tokens), len(tokens)
         if tokens.shape[1] != self.tokens.shape[1]:
@@ -150,14 +157,14 @@ class AblatedModel:
         if same and n < 2:
             raise ValueError("There is one prompt, and resampling needs another: give more, or reference=...")
         if token_mask is not None:
-            here = torch.ones_like(self.tokens, dtype=torch.bool) if self.token_mask is None else self.token_mask
-            fits = (token_mask[None] | ~here[:, None]).all(-1).float().cpu()
+            real = torch.ones_like(self.tokens, dtype=torch.bool) if self.token_mask is None else self.token_mask
+            fits = (token_mask[None] | ~real[:, None]).all(-1).float().cpu()
             if same:
                 fits.fill_diagonal_(0)
-            alone = (fits.sum(1) == 0).nonzero().flatten().tolist()
-            if alone:
+            unmatched = (fits.sum(1) == 0).nonzero().flatten().tolist()
+            if unmatched:
                 raise ValueError(
-                    f"Prompts {alone} have no other prompt of at least their length to take values from: give prompts of one "
+                    f"Prompts {unmatched} have no other prompt of at least their length to take values from: give prompts of one "
                     "length, or longer reference prompts."
                 )
             return torch.multinomial(fits, 1, generator=generator)[:, 0].to(tokens.device)
@@ -169,18 +176,22 @@ class AblatedModel:
     def run(
         self, m: Float[Tensor, "#batch #pos total"], ablated: Mapping[str, Tensor]
     ) -> Float[Tensor, "batch pos vocab"]:
-        """Logits with the pieces' factors ``m``.
+        """Logits with the nodes' factors ``m``.
+
+        Args:
+            m: the factors, in the order of the node set.
+            ablated: values by hook.
 
         Raises:
             RuntimeError: a hook did not run exactly once.
         """
         hooks = [
-            _Hook(place, ablated[place.hook], m[..., own])
-            for place, own in zip(self.node_set.places, self._slices, strict=True)
+            _Hook(hook_site, ablated[hook_site.hook], m[..., where])
+            for hook_site, where in zip(self.node_set.hook_sites, self.node_set.slices(), strict=True)
         ]
-        with self.model.hooks(fwd_hooks=[(h.place.hook, h) for h in hooks]):  # type: ignore[operator]
+        with self.model.hooks(fwd_hooks=[(h.hook_site.hook, h) for h in hooks]):  # type: ignore[operator]
             logits = self.adapter.run(self.tokens, self.token_mask)
-        self._require([h.place.hook for h in hooks if h.fired != 1])
+        self._require([h.hook_site.hook for h in hooks if h.fired != 1])
         return logits
 
     @staticmethod

@@ -1,53 +1,56 @@
 """Does a circuit hold when everything it leaves out is ablated, and when an adversary chooses how?
 
 A circuit claims that its nodes do the work and that all else may be ablated. Plain ablation checks one setting of all else (every
-piece at 0, at its mean, at another prompt's value); but pieces left out may cancel each other in that setting and not in another.
-So the audit also draws settings at random, and lets an adversary look for the worst:
+node at 0, at its mean, at another prompt's value); but the nodes left out may cancel each other in that setting and not in
+another. So the audit also tries random settings, and lets an adversary look for the worst:
 
-    min over r ∈ [0, 1]^pieces of metric(circuit kept, piece i at  ablated_i + r_i (own_i − ablated_i))
+    min over r ∈ [0, 1]^nodes of metric(circuit whole, every other node i at  ablated_i + r_i (value_i − ablated_i))
 
-by sign-gradient steps, the same r for every prompt and position (it has to find what is systematically wrong). A circuit that
-keeps its metric there supports: *sufficient for this behaviour on these prompts, under maskings up to this budget*; nothing more.
+by sign-gradient steps, the same r for every prompt and position (the adversary has to find what is systematically wrong). A
+circuit that keeps its metric there supports: *sufficient for this behaviour on these prompts, under maskings up to this budget*;
+nothing more.
 
-    >>> found = audit_circuit(model, tokens, ["blocks.0.attn.hook_z:3", "blocks.1.attn.hook_z:1"], metric)      # doctest: +SKIP
-    >>> found.to_pandas()                                                                                       # doctest: +SKIP
+    >>> heads = ["blocks.0.attn.hook_z:3", "blocks.1.attn.hook_z:1"]
+    >>> audit_circuit(None, model, tokens, heads, metric).to_pandas()               # doctest: +SKIP
 
-``places`` says what "everything else" is; no decomposition is needed for heads, MLPs, neurons and residual positions.
+``node_set`` says what "everything else" is; heads, MLPs, neurons and residual positions need no decomposition.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_vpd.analysis.audit.ablate import Reference
-from tl_vpd.analysis.audit.auditor import Metric, auditor, random_circuit
+from tl_vpd.analysis.audit.auditor import Auditor, auditor, random_circuit
+from tl_vpd.analysis.audit.config import REFERENCES, AuditConfig, Reference
 from tl_vpd.analysis.audit.node_set import NodeSet
+from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent, nearest
-
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
-
-ABLATIONS = ("zero", "mean", "resample", "stochastic", "adversarial")
-REFERENCES: tuple[Reference, ...] = ("zero", "mean", "resample")
 
 
 @dataclass(frozen=True)
 class CircuitAudit:
-    """What a circuit's metric is under every ablation of everything else.
+    """A circuit's metric under every ablation of everything else.
 
-    ``rows`` has one row an ablation (and budget): ``ablation``, ``reference`` (what a piece at r = 0 is), ``steps``; ``circuit``;
-    ``recovered = (circuit − nothing) / (whole − nothing)``; and what it is to be compared with: ``nothing`` (every piece ablated
-    to the reference), ``complement`` (the circuit ablated to it, all else kept), ``random_mean`` and ``random_best`` (circuits of
-    as many pieces of the same kinds, under the same ablation; with several budgets, the first). ``worst`` holds the
-    worst sources found, by number of steps, on the concatenated axis of ``node_set``.
+    Attributes:
+        nodes: the circuit.
+        node_set: the circuit and everything else.
+        whole: the metric of the model itself.
+        rows: one row per ablation (and budget): ``ablation``, ``reference`` (the value of a node at r = 0), ``steps``;
+            ``circuit`` (the metric); ``recovered = (circuit − nothing) / (whole − nothing)``; and what it is to be compared
+            with: ``nothing`` (every node ablated to the reference), ``complement`` (the circuit ablated to it, all else whole),
+            ``random_mean`` and ``random_best`` (circuits of as many nodes of the same kinds, under the same ablation; with
+            several budgets, the first).
+        worst: the worst sources by number of steps, on the axis of ``node_set``.
+        lower_is_better: whether the circuit is to keep the metric low.
     """
 
     nodes: tuple[Node, ...]
@@ -68,16 +71,16 @@ class CircuitAudit:
         Raises:
             KeyError: this ablation or budget was not run.
         """
-        own = self.rows[self.rows["ablation"] == ablation]
-        own = own if steps is None else own[own["steps"] == steps]
-        if not len(own):
+        rows = self.rows[self.rows["ablation"] == ablation]
+        rows = rows if steps is None else rows[rows["steps"] == steps]
+        if not len(rows):
             raise KeyError(
                 f"{ablation!r} with steps={steps} was not run{nearest(ablation, set(self.rows['ablation']))}."
             )
-        return float(own["circuit"].iloc[-1])
+        return float(rows["circuit"].iloc[-1])
 
     def top(self, k: int = 10, *, steps: int | None = None) -> pd.DataFrame:
-        """The ``k`` pieces that the adversary keeps most of: piece, kept (its source, the mean over positions where they differ).
+        """The ``k`` nodes of the adversary's largest sources: node, source (the mean over positions where they differ).
 
         Raises:
             KeyError: no adversary was run.
@@ -87,115 +90,99 @@ class CircuitAudit:
         sources = self.worst[max(self.worst) if steps is None else steps].mean(0)
         best = sources.topk(min(k, len(sources))).indices.tolist()
         labels = self.node_set.labels()
-        return pd.DataFrame({"piece": [labels[i] for i in best], "kept": sources[best].tolist()})
+        return pd.DataFrame({"node": [labels[i] for i in best], "source": sources[best].tolist()})
 
 
 def audit_circuit(
+    decomposition: Decomposition | None,
     model: nn.Module,
-    tokens: Any,
+    prompts: Any,
     nodes: Sequence[str | Node | Subcomponent],
     metric: Metric,
-    decomposition: Decomposition | None = None,
     *,
-    ablations: Sequence[str] = ABLATIONS,
-    lower_is_better: bool = False,
-    reference: Reference | str = "zero",
-    reference_tokens: Any = None,
-    budgets: Sequence[int] = (20,),
-    step_size: float | None = None,
-    restarts: int = 2,
-    per_position: bool = False,
-    draws: int = 8,
-    controls: int = 5,
-    among: str | Sequence[str] | None = None,
+    config: AuditConfig | None = None,
+    reference_prompts: Any = None,
     attention_mask: Tensor | None = None,
-    seed: int = 0,
 ) -> CircuitAudit:
     """Audits a circuit.
 
     Args:
-        tokens: prompts, as strings or tokens ``[batch, pos]``. nodes: the circuit, as ``places`` lists them.
-        metric: of the logits; what the circuit is to keep high (or low, with ``lower_is_better``).
-        decomposition: whose subcomponents the nodes are (None: heads, MLPs, neurons or residual positions).
-        ablations: of ``zero mean resample stochastic adversarial``.
-        reference: what a piece at source 0 is for the last two.
-        reference_tokens: prompts that means and other values are taken from (None: the prompts themselves).
-        budgets: the adversary's numbers of steps, each of ``step_size`` (None: ``2 / steps``).
-        restarts: starts of every attack: plain ablation first, the others random. The worst setting met on the way counts.
-        per_position: sources of their own for each position (a far stronger adversary).
-        draws: random settings that the stochastic figure is the mean of. controls: random circuits of the same kinds (0: none).
-        among: patterns of names to audit; all else stays as it is (None: everything).
+        decomposition: whose subcomponents the nodes are (None: they are heads, MLPs, neurons or residual positions).
+        model: the target.
+        prompts: a string, strings, or tokens ``[batch, pos]``.
+        nodes: the circuit, as ``node_set`` lists them.
+        metric: takes the logits ``[batch, pos, vocab]``, gives one number, differentiable where an adversary is to use it.
+        config: which ablations, and the adversary (None: the defaults).
+        reference_prompts: prompts that means and other values are taken from (None: the prompts themselves).
+        attention_mask: 0 at padding of the prompts (None: where TransformerLens sees padding).
 
     Raises:
-        KeyError, IndexError, ValueError: a node, pattern, prompt or argument does not exist or fit; the metric gives no single
-            number, or none that can be differentiated.
+        KeyError: a node or pattern does not exist.
+        IndexError: a node's index or position does not exist.
+        ValueError: the nodes mix kinds, prompts do not fit, the model has other weights, or the metric gives no single number
+            or none that can be differentiated.
         RuntimeError: a hook does not run in this model.
     """
-    _check_arguments(ablations, reference, budgets, restarts, draws)
-    default = cast(Reference, reference)
-    wanted = [*(a for a in REFERENCES if a in ablations), default]
-    with auditor(
-        model,
-        tokens,
-        nodes,
-        metric,
-        decomposition,
-        references=wanted,
-        reference_tokens=reference_tokens,
-        among=among,
-        attention_mask=attention_mask,
-        lower_is_better=lower_is_better,
-        per_position=per_position,
-        step_size=step_size,
-        restarts=restarts,
-        draws=draws,
-        seed=seed,
-    ) as audit:
-        kept, whole, sign = audit.kept, audit.whole, audit.sign
-        random = [random_circuit(audit.node_set, kept, audit.generator) for _ in range(controls)]
+    config = config or AuditConfig()
+    with auditor(decomposition, model, prompts, nodes, metric, config, reference_prompts, attention_mask) as audit:
+        in_circuit = audit.in_circuit
+        controls = [random_circuit(audit.node_set, in_circuit, audit.generator) for _ in range(config.controls)]
+        limits: dict[Reference, tuple[float, float]] = {}
         rows, worst = [], {}
-        compared: dict[Reference, tuple[float, float]] = {}
-        for ablation in ablations:
-            against = cast(Reference, ablation) if ablation in REFERENCES else default
-            if against not in compared:
-                compared[against] = audit.plain(torch.zeros_like(kept), against), audit.plain(~kept, against)
-            nothing, complement = compared[against]
-            for steps in budgets if ablation == "adversarial" else (None,):
-                found, sources = audit.under(ablation, kept, against, steps)
+        for ablation in config.ablations:
+            reference = config.reference_of(ablation)
+            if reference not in limits:
+                nothing = audit.plain(torch.zeros_like(in_circuit), reference)
+                limits[reference] = nothing, audit.plain(~in_circuit, reference)
+            for steps in config.budgets if ablation == "adversarial" else (None,):
+                value, sources = _under(audit, config, ablation, in_circuit, steps)
                 if sources is not None and steps is not None:
                     worst[steps] = sources
-                alongside = random if steps in (None, budgets[0]) else []
-                alike = [audit.under(ablation, own, against, steps)[0] for own in alongside]
-                rows.append(
-                    {
-                        "ablation": ablation,
-                        "reference": against,
-                        "steps": steps,
-                        "circuit": found,
-                        "recovered": recovered(found, nothing, whole),
-                        "nothing": nothing,
-                        "complement": complement,
-                        "random_mean": sum(alike) / len(alike) if alike else float("nan"),
-                        "random_best": sign * max(sign * a for a in alike) if alike else float("nan"),
-                    }
-                )
+                compared = controls if steps in (None, config.budgets[0]) else []
+                random = [_under(audit, config, ablation, control, steps)[0] for control in compared]
+                rows.append(_row(ablation, reference, steps, value, limits[reference], random, audit))
         table = pd.DataFrame(rows)
         table["steps"] = table["steps"].astype("Int64")
-        return CircuitAudit(audit.circuit, audit.node_set, whole, table, worst, lower_is_better)
+        return CircuitAudit(audit.circuit, audit.node_set, audit.whole, table, worst, config.lower_is_better)
+
+
+def _under(
+    audit: Auditor, config: AuditConfig, ablation: str, in_circuit: Bool[Tensor, "pos total"], steps: int | None
+) -> tuple[float, Tensor | None]:
+    """The metric under one of the five ablations, and the adversary's sources."""
+    reference = config.reference_of(ablation)
+    if ablation in REFERENCES:
+        return audit.plain(in_circuit, reference), None
+    if ablation == "stochastic":
+        return audit.stochastic(in_circuit, reference, config.draws), None
+    assert steps is not None
+    return audit.attack(in_circuit, reference, steps)
+
+
+def _row(
+    ablation: str,
+    reference: Reference,
+    steps: int | None,
+    value: float,
+    limits: tuple[float, float],
+    random: Sequence[float],
+    audit: Auditor,
+) -> dict[str, Any]:
+    """One row of the table; ``limits`` are the metrics of nothing and of the complement."""
+    sign, (nothing, complement) = audit.config.sign, limits
+    return {
+        "ablation": ablation,
+        "reference": reference,
+        "steps": steps,
+        "circuit": value,
+        "recovered": recovered(value, nothing, audit.whole),
+        "nothing": nothing,
+        "complement": complement,
+        "random_mean": sum(random) / len(random) if random else float("nan"),
+        "random_best": sign * max(sign * value for value in random) if random else float("nan"),
+    }
 
 
 def recovered(circuit: float, nothing: float, whole: float) -> float:
     """``(circuit − nothing) / (whole − nothing)``; NaN where ablating everything changes nothing."""
     return (circuit - nothing) / (whole - nothing) if whole != nothing else float("nan")
-
-
-def _check_arguments(
-    ablations: Sequence[str], reference: str, budgets: Sequence[int], restarts: int, draws: int
-) -> None:
-    for name in ablations:
-        if name not in ABLATIONS:
-            raise ValueError(f"{name!r} is no ablation{nearest(name, ABLATIONS)}: choose of {', '.join(ABLATIONS)}.")
-    if reference not in REFERENCES:
-        raise ValueError(f"reference={reference!r}{nearest(reference, REFERENCES)}: choose zero, mean or resample.")
-    if restarts < 1 or draws < 1 or any(steps < 1 for steps in budgets) or not budgets:
-        raise ValueError(f"budgets={list(budgets)}, restarts={restarts}, draws={draws}: each must be at least 1.")

@@ -2,175 +2,166 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.analysis.audit.ablate import AblatedModel, Reference
+from tl_vpd.analysis.audit.ablate import AblatedModel
+from tl_vpd.analysis.audit.config import AttackConfig, Reference
 from tl_vpd.analysis.audit.node_set import NodeSet, node_set_of
+from tl_vpd.analysis.metric import Metric, number_of
 from tl_vpd.analysis.nodes import Node
-from tl_vpd.masking import fresh_pgd
+from tl_vpd.decomposition import Decomposition
+from tl_vpd.forward.target_check import check_target
+from tl_vpd.masking import restarted_pgd
 from tl_vpd.site import Subcomponent
 
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
 
-Metric = Callable[[Tensor], Any]
-"""Takes logits ``[batch, pos, vocab]``, gives one number, differentiable where an adversary is to use it."""
-
-
-@dataclass
+@dataclass(frozen=True)
 class Auditor:
-    """Metrics of circuits under ablations of all else: the model, its prompts, and the circuit that is audited."""
+    """Metrics of circuits under ablations of all else.
+
+    Attributes:
+        circuit: the nodes that are audited.
+        in_circuit: True for these, on the axis of the node set (one row where no node has a position).
+        whole: the metric of the model itself.
+        ablated_model: runs the prompts.
+        metric: of the logits.
+        values: ablated values by reference and hook.
+        generator: of all random draws.
+        config: of the adversary.
+    """
 
     circuit: tuple[Node, ...]
-    kept: Bool[Tensor, "pos total"]
+    in_circuit: Bool[Tensor, "pos total"]
     whole: float
-    ablated: AblatedModel
+    ablated_model: AblatedModel
     metric: Metric
-    sign: float
     values: dict[Reference, dict[str, Tensor]]
     generator: torch.Generator
-    per_position: bool
-    step_size: float | None
-    restarts: int
-    draws: int
+    config: AttackConfig
 
     @property
     def node_set(self) -> NodeSet:
-        """All pieces."""
-        return self.ablated.node_set
+        """All nodes that are audited."""
+        return self.ablated_model.node_set
 
-    def plain(self, kept: Bool[Tensor, "pos total"], against: Reference) -> float:
-        """Everything else at the reference."""
-        return self.at(kept, torch.zeros_like(kept, dtype=torch.float32), against)
+    def plain(self, in_circuit: Bool[Tensor, "pos total"], reference: Reference) -> float:
+        """The metric with everything else at the reference."""
+        return self.at(in_circuit, torch.zeros_like(in_circuit, dtype=torch.float32), reference)
 
     @torch.no_grad()
-    def at(self, kept: Bool[Tensor, "pos total"], sources: Tensor, against: Reference) -> float:
-        """Everything else at the sources."""
-        return number(self.metric(self.ablated.run(factors(kept, sources), self.values[against])))
+    def at(self, in_circuit: Bool[Tensor, "pos total"], sources: Tensor, reference: Reference) -> float:
+        """The metric with everything else at the sources."""
+        m = factors(in_circuit, sources)
+        return number_of(self.metric(self.ablated_model.run(m, self.values[reference])))
 
-    def under(
-        self, ablation: str, kept: Bool[Tensor, "pos total"], against: Reference, steps: int | None
-    ) -> tuple[float, Tensor | None]:
-        """The metric under one of the five ablations, and the adversary's sources."""
-        if ablation == "stochastic":
-            shape = (*self.ablated.tokens.shape, self.ablated.node_set.total)
-            drawn = [self.at(kept, self._uniform(*shape), against) for _ in range(self.draws)]
-            return sum(drawn) / len(drawn), None
-        if ablation == "adversarial":
-            assert steps is not None
-            return self.attack(kept, against, steps)
-        return self.plain(kept, against), None
+    def stochastic(self, in_circuit: Bool[Tensor, "pos total"], reference: Reference, draws: int) -> float:
+        """The mean metric over uniform sources per token and node."""
+        shape = (*self.ablated_model.tokens.shape, self.node_set.total)
+        return sum(self.at(in_circuit, self._uniform(*shape), reference) for _ in range(draws)) / draws
 
-    def attack(self, kept: Bool[Tensor, "pos total"], against: Reference, steps: int) -> tuple[float, Tensor]:
-        """The worst metric that an adversary of this many steps meets, and its sources ``[pos or 1, total]``."""
-        worst: list[tuple[float, Tensor]] = []
+    def attack(
+        self, in_circuit: Bool[Tensor, "pos total"], reference: Reference, steps: int
+    ) -> tuple[float, Float[Tensor, "pos total"]]:
+        """The worst metric on the way of an adversary of this many steps, and its sources (one row if positions share them)."""
+        sign = self.config.sign
+        worst: tuple[float, Tensor] | None = None
 
         def loss(sources: Tensor) -> Tensor:
-            value = self.metric(self.ablated.run(factors(kept, sources), self.values[against]))
+            nonlocal worst
+            m = factors(in_circuit, sources)
+            value = self.metric(self.ablated_model.run(m, self.values[reference]))
             if not isinstance(value, Tensor) or (torch.is_grad_enabled() and not value.requires_grad):
-                raise ValueError(
-                    "The metric gives nothing that can be differentiated: return a tensor computed from the logits."
-                )
-            worst.append((self.sign * number(value), sources.detach().clone()))
-            return -self.sign * value.squeeze()
+                raise ValueError("The metric cannot be differentiated: return a tensor computed from the logits.")
+            signed = sign * number_of(value)
+            if worst is None or signed < worst[0]:
+                worst = signed, sources.detach().clone()
+            return -sign * value.squeeze()
 
-        n_pos = self.ablated.tokens.shape[1] if self.per_position else 1
-        for start in range(self.restarts):
-            first = self._uniform(n_pos, self.ablated.node_set.total)
-            fresh_pgd(loss, torch.zeros_like(first) if start == 0 else first, steps=steps, step_size=self.step_size)
-        value, sources = min(worst, key=lambda met: met[0])
-        return self.sign * value, sources
+        restarted_pgd(loss, self._starts(), steps=steps, step_size=self.config.step_size)
+        assert worst is not None
+        return sign * worst[0], worst[1]
+
+    def _starts(self) -> Iterator[Float[Tensor, "pos total"]]:
+        """Plain ablation, then random sources."""
+        n_pos = self.ablated_model.tokens.shape[1] if self.config.per_position else 1
+        for start in range(self.config.restarts):
+            sources = self._uniform(n_pos, self.node_set.total)
+            yield sources if start else torch.zeros_like(sources)
 
     def _uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator).to(self.ablated.tokens.device)
+        return torch.rand(*shape, generator=self.generator).to(self.ablated_model.tokens.device)
 
 
 def factors(
-    kept: Bool[Tensor, "#pos total"], sources: Float[Tensor, "*#batch_pos total"]
+    in_circuit: Bool[Tensor, "#pos total"], sources: Float[Tensor, "*#batch_pos total"]
 ) -> Float[Tensor, "batch pos total"]:
-    """1 for what is kept, the source for the rest."""
-    m = torch.where(kept, 1.0, sources)
+    """1 for the circuit, the source for the rest."""
+    m = torch.where(in_circuit, 1.0, sources)
     return m if m.ndim == 3 else m[None]
 
 
 def random_circuit(
-    node_set: NodeSet, kept: Bool[Tensor, "pos total"], generator: torch.Generator
+    node_set: NodeSet, in_circuit: Bool[Tensor, "pos total"], generator: torch.Generator
 ) -> Bool[Tensor, "pos total"]:
-    """As many pieces of each kind of place (heads, MLPs, neurons, each kind of site) at as many positions, drawn at random."""
-    out = torch.zeros_like(kept)
+    """As many nodes of each kind (heads, MLPs, neurons, each kind of site) at as many positions, chosen at random."""
+    result = torch.zeros_like(in_circuit)
     groups: dict[str, list[int]] = {}
-    for place, own in zip(node_set.places, node_set.slices(), strict=True):
-        if place.kind != "delta":
-            groups.setdefault(place.name.split(".", 2)[-1], []).extend(range(own.start, own.stop))
+    for hook_site, where in zip(node_set.hook_sites, node_set.slices(), strict=True):
+        if hook_site.kind != "delta":
+            groups.setdefault(hook_site.name.split(".", 2)[-1], []).extend(range(where.start, where.stop))
     for columns in groups.values():
-        part = kept[:, columns]
-        order = torch.randperm(part.numel(), generator=generator).to(kept.device)
-        out[:, columns] = part.flatten()[order].view_as(part)
-    return out
-
-
-def number(value: Any) -> float:
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"The metric gave a tensor of shape {tuple(value.shape)}; one number is needed.")
-    return float(value.detach() if isinstance(value, Tensor) else value)
+        of_kind = in_circuit[:, columns]
+        order = torch.randperm(of_kind.numel(), generator=generator).to(in_circuit.device)
+        result[:, columns] = of_kind.flatten()[order].view_as(of_kind)
+    return result
 
 
 @contextmanager
 def auditor(
+    decomposition: Decomposition | None,
     model: nn.Module,
     prompts: Any,
     nodes: Sequence[str | Node | Subcomponent],
     metric: Metric,
-    decomposition: Decomposition | None,
-    *,
-    references: Sequence[Reference],
-    reference_tokens: Any,
-    among: str | Sequence[str] | None,
+    config: AttackConfig,
+    reference_prompts: Any,
     attention_mask: Tensor | None,
-    lower_is_better: bool,
-    per_position: bool,
-    step_size: float | None,
-    restarts: int,
-    draws: int,
-    seed: int,
 ) -> Iterator[Auditor]:
-    """Everything an audit needs, on a model that is put back afterwards; arguments as in ``audit_circuit``."""
+    """Everything that an audit needs, on a model that is put back afterwards; arguments as in ``audit_circuit``."""
     with torch.inference_mode(False):
         adapter = adapt(model)
+        if decomposition is not None:
+            check_target(decomposition, adapter)
         circuit = tuple(Node.parse(node) for node in nodes)
-        node_set = node_set_of(adapter, circuit, decomposition, among)
+        node_set = node_set_of(adapter, circuit, decomposition, config.among)
         tokens = adapter.tokens(prompts)
         token_mask = adapter.padding(tokens, attention_mask)
-        others, others_keep = tokens, token_mask
-        if reference_tokens is not None:
-            others = adapter.tokens(reference_tokens)
-            others_keep = adapter.padding(others, None)
-        kept = node_set.kept(circuit, tokens.shape[1]).to(tokens.device)
-        generator = torch.Generator().manual_seed(seed)
-        of_sites = decomposition is not None and circuit[0].name in decomposition.sites
-        with AblatedModel(model, node_set, tokens, token_mask, decomposition if of_sites else None) as ablated:
-            values = {
-                name: ablated.references(name, others, others_keep, generator) for name in dict.fromkeys(references)
-            }
+        reference_tokens, reference_mask = tokens, token_mask
+        if reference_prompts is not None:
+            reference_tokens = adapter.tokens(reference_prompts)
+            reference_mask = adapter.padding(reference_tokens, None)
+        in_circuit = node_set.contains(circuit, tokens.shape[1]).to(tokens.device)
+        generator = torch.Generator().manual_seed(config.seed)
+        attached = decomposition if decomposition is not None and circuit[0].name in decomposition.sites else None
+        with AblatedModel(model, node_set, tokens, token_mask, attached) as ablated_model:
             yield Auditor(
                 circuit=circuit,
-                kept=kept,
-                whole=number(metric(ablated.clean())),
-                ablated=ablated,
+                in_circuit=in_circuit,
+                whole=number_of(metric(ablated_model.clean())),
+                ablated_model=ablated_model,
                 metric=metric,
-                sign=-1.0 if lower_is_better else 1.0,
-                values=values,
+                values={
+                    reference: ablated_model.references(reference, reference_tokens, reference_mask, generator)
+                    for reference in config.references
+                },
                 generator=generator,
-                per_position=per_position,
-                step_size=step_size,
-                restarts=restarts,
-                draws=draws,
+                config=config,
             )

@@ -1,41 +1,42 @@
 """What must be added to a circuit until an adversary no longer breaks it: a greedy answer, not the smallest one.
 
-In each round the adversary looks for the worst setting of everything else; of the pieces left out, those that would help most
-there (to first order, then measured) are tried, and the best is added. A piece that helps at the worst setting found is no proof
-that the behaviour runs through it in the model: it says what the circuit's claim depends on.
+In each round the adversary looks for the worst setting of everything else; of the nodes left out, those that would help most
+there (to first order, then measured) are tried, and the best is added. A node that helps at the adversary's worst setting is no
+proof that the behaviour runs through it in the model: it says what the circuit's claim depends on.
 
-    >>> fixed = repair_circuit(model, tokens, nodes, metric, target=0.9)                                  # doctest: +SKIP
-    >>> fixed.to_pandas()                                                                                 # doctest: +SKIP
+    >>> repair_circuit(None, model, tokens, nodes, metric).to_pandas()                # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_vpd.analysis.audit.ablate import Reference
 from tl_vpd.analysis.audit.audit import recovered
-from tl_vpd.analysis.audit.auditor import Auditor, Metric, auditor, factors
+from tl_vpd.analysis.audit.auditor import Auditor, auditor, factors
+from tl_vpd.analysis.audit.config import RepairConfig
+from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent
-
-if TYPE_CHECKING:
-    from tl_vpd.decomposition import Decomposition
 
 
 @dataclass(frozen=True)
 class Repair:
     """A circuit's course from round to round.
 
-    ``nodes``: the circuit at the end. ``rows``: one a round, ``size`` (pieces; times positions, where nodes have them), ``added``
-    (the node added before this round, "" in the first), ``adversarial`` (the metric under the adversary), ``recovered`` of it,
-    and ``plain`` (the metric with everything else at the reference). ``holds``: whether the last round reached the target.
+    Attributes:
+        nodes: the circuit at the end.
+        rows: one per round: ``size`` (nodes; times positions, where nodes have them), ``added`` (the node added before this
+            round, "" in the first), ``adversarial`` (the metric under the adversary), ``recovered`` of it, and ``plain`` (the
+            metric with everything else at the reference).
+        holds: whether the last round reached the target.
     """
 
     nodes: tuple[Node, ...]
@@ -44,7 +45,7 @@ class Repair:
 
     @property
     def added(self) -> tuple[Node, ...]:
-        """What was added, in order."""
+        """The added nodes, in order."""
         return tuple(Node.parse(name) for name in self.rows["added"] if name)
 
     def to_pandas(self) -> pd.DataFrame:
@@ -59,112 +60,88 @@ class Repair:
 
 
 def repair_circuit(
+    decomposition: Decomposition | None,
     model: nn.Module,
-    tokens: Any,
+    prompts: Any,
     nodes: Sequence[str | Node | Subcomponent],
     metric: Metric,
-    decomposition: Decomposition | None = None,
     *,
-    target: float = 0.9,
-    lower_is_better: bool = False,
-    reference: Reference = "zero",
-    reference_tokens: Any = None,
-    steps: int = 20,
-    step_size: float | None = None,
-    restarts: int = 2,
-    per_position: bool = False,
-    max_added: int = 20,
-    candidates: int = 8,
-    among: str | Sequence[str] | None = None,
+    config: RepairConfig | None = None,
+    reference_prompts: Any = None,
     attention_mask: Tensor | None = None,
-    seed: int = 0,
 ) -> Repair:
-    """Adds nodes to a circuit until the adversary leaves it ``target`` of the metric between nothing and the whole model.
+    """Adds nodes to a circuit until the adversary leaves it ``config.target`` of the way from nothing to the whole model.
 
     Args:
-        target: the ``recovered`` to reach. candidates: pieces measured in each round. max_added: rounds at most.
-        The others are as in ``audit_circuit``.
+        decomposition: as in ``audit_circuit``.
+        model: the target.
+        prompts: as in ``audit_circuit``.
+        nodes: the circuit to start from.
+        metric: as in ``audit_circuit``; differentiable.
+        config: the adversary, and when to stop (None: the defaults).
+        reference_prompts: as in ``audit_circuit``.
+        attention_mask: as in ``audit_circuit``.
 
     Raises:
-        KeyError, IndexError, ValueError, RuntimeError: as ``audit_circuit``; the target or a count is out of range.
+        KeyError: as in ``audit_circuit``.
+        IndexError: as in ``audit_circuit``.
+        ValueError: as in ``audit_circuit``.
+        RuntimeError: as in ``audit_circuit``.
     """
-    if steps < 1 or restarts < 1 or candidates < 1 or max_added < 0 or target > 1:
-        raise ValueError(
-            f"steps={steps}, restarts={restarts}, candidates={candidates}, max_added={max_added}, target={target}: counts must "
-            "be at least 1 (max_added 0) and the target at most 1, the whole model."
-        )
-    with auditor(
-        model,
-        tokens,
-        nodes,
-        metric,
-        decomposition,
-        references=[reference],
-        reference_tokens=reference_tokens,
-        among=among,
-        attention_mask=attention_mask,
-        lower_is_better=lower_is_better,
-        per_position=per_position,
-        step_size=step_size,
-        restarts=restarts,
-        draws=1,
-        seed=seed,
-    ) as audit:
-        kept, circuit, added = audit.kept, list(audit.circuit), ""
-        nothing = audit.plain(torch.zeros_like(kept), reference)
+    config = config or RepairConfig()
+    with auditor(decomposition, model, prompts, nodes, metric, config, reference_prompts, attention_mask) as audit:
+        in_circuit, circuit, added = audit.in_circuit, list(audit.circuit), ""
+        nothing = audit.plain(torch.zeros_like(in_circuit), config.reference)
         rows = []
         while True:
-            value, sources = audit.attack(kept, reference, steps)
-            share = recovered(value, nothing, audit.whole)
-            rows.append((int(kept.sum()), added, value, share, audit.plain(kept, reference)))
-            if share >= target or len(rows) > max_added or bool((kept | ~_addable(audit)).all()):
+            value, sources = audit.attack(in_circuit, config.reference, config.steps)
+            fraction = recovered(value, nothing, audit.whole)
+            rows.append((int(in_circuit.sum()), added, value, fraction, audit.plain(in_circuit, config.reference)))
+            nothing_left = bool((in_circuit | ~_addable(audit)).all())
+            if fraction >= config.target or len(rows) > config.max_added or nothing_left:
                 break
-            node, kept = _best(audit, kept, sources, reference, candidates)
+            node, in_circuit = _best_addition(audit, in_circuit, sources, config)
             circuit.append(node)
             added = str(node)
         table = pd.DataFrame(rows, columns=["size", "added", "adversarial", "recovered", "plain"])
-        return Repair(tuple(circuit), table, share >= target)
+        return Repair(tuple(circuit), table, fraction >= config.target)
 
 
 def _addable(audit: Auditor) -> Bool[Tensor, " total"]:
-    """Every piece but Δ, which is no node."""
-    out = torch.ones(audit.node_set.total, dtype=torch.bool, device=audit.kept.device)
-    for place, own in zip(audit.node_set.places, audit.node_set.slices(), strict=True):
-        if place.kind == "delta":
-            out[own] = False
-    return out
+    """True for every node; Δ's factor is not a node."""
+    result = torch.ones(audit.node_set.total, dtype=torch.bool, device=audit.in_circuit.device)
+    for hook_site, where in zip(audit.node_set.hook_sites, audit.node_set.slices(), strict=True):
+        result[where] = hook_site.kind != "delta"
+    return result
 
 
-def _best(
-    audit: Auditor,
-    kept: Bool[Tensor, "pos total"],
-    sources: Float[Tensor, "rows total"],
-    against: Reference,
-    candidates: int,
+def _best_addition(
+    audit: Auditor, in_circuit: Bool[Tensor, "pos total"], sources: Float[Tensor, "rows total"], config: RepairConfig
 ) -> tuple[Node, Bool[Tensor, "pos total"]]:
-    """The piece that helps most at these sources, of those that promise most to first order; and the circuit with it."""
-    gains = first_order_gains(audit, kept, sources, against).masked_fill(kept | ~_addable(audit), -torch.inf)
+    """The node that helps most at these sources, of those that promise most to first order; and the circuit with it."""
+    gains = first_order_gains(audit, in_circuit, sources, config)
+    gains = gains.masked_fill(in_circuit | ~_addable(audit), -torch.inf)
     best: tuple[float, Node, Tensor] | None = None
     flat = gains.flatten()
-    for entry in flat.topk(min(candidates, int((flat > -torch.inf).sum()))).indices.tolist():
+    for entry in flat.topk(min(config.candidates, int((flat > -torch.inf).sum()))).indices.tolist():
         pos, concatenated = divmod(entry, gains.shape[1])
-        trial = kept.clone()
+        trial = in_circuit.clone()
         trial[pos, concatenated] = True
-        value = audit.sign * audit.at(trial, sources, against)
+        value = config.sign * audit.at(trial, sources, config.reference)
         if best is None or value > best[0]:
-            place, index = audit.node_set.at(concatenated)
-            best = value, place.node(index, pos if kept.shape[0] > 1 else None), trial
+            hook_site, index = audit.node_set.at(concatenated)
+            best = value, hook_site.node(index, pos if len(in_circuit) > 1 else None), trial
     assert best is not None, "nothing is left to add"
     return best[1], best[2]
 
 
 def first_order_gains(
-    audit: Auditor, kept: Bool[Tensor, "pos total"], sources: Float[Tensor, "rows total"], against: Reference
+    audit: Auditor, in_circuit: Bool[Tensor, "pos total"], sources: Float[Tensor, "rows total"], config: RepairConfig
 ) -> Float[Tensor, "pos total"]:
-    """``(1 − r) ∂metric/∂m`` of every piece: what keeping it whole would add to the metric (upwards: better)."""
-    m = factors(kept, sources)[0].clone().requires_grad_()
+    """``(1 − r) ∂metric/∂m`` per node: what running it whole would add to the metric (upwards: better)."""
+    m = factors(in_circuit, sources)[0].clone().requires_grad_()
     with torch.enable_grad():
-        value = audit.metric(audit.ablated.run(m[None], audit.values[against]))
+        value = audit.metric(audit.ablated_model.run(m[None], audit.values[config.reference]))
         (gradient,) = torch.autograd.grad(value.squeeze(), m)
-    gains = (audit.sign * gradient * (1 - m)).detach()
-    return gains if len(gains) == len(kept) else gains.sum(0, keepdim=True)
+    gains = (config.sign * gradient * (1 - m)).detach()
+    return gains if len(gains) == len(in_circuit) else gains.sum(0, keepdim=True)

@@ -1,12 +1,12 @@
-"""Passes whose gradients stop at subcomponents: what one piece of the weights does to another directly.
+"""Passes whose gradients stop at subcomponents: what one subcomponent does to another directly.
 
-All masks and Δs are 1, so values are the model's own. Of a site's output ``y = a @ U + x @ Δ + b`` with ``a = x @ V``, gradients
+All masks and Δs are 1, so values are the model's. Of a site's output ``y = a @ U + x @ Δ + b`` with ``a = x @ V``, gradients
 know only
 
-    ∂y/∂a_c = U[c],      ∂y/∂x = Δ          (Δ's outputs held fixed: 0)
+    ∂y/∂a_c = U[c],      ∂y/∂x = Δ          (with Δs' outputs fixed: 0)
 
-so that a gradient that reaches y is handed to the subcomponents that wrote it, and goes on through Δ alone. Residual skips,
-norms, nonlinearities and attention are the model's own.
+so that a gradient that reaches y is passed to the subcomponents that wrote it, and goes on through Δ alone. Residual skips,
+norms, nonlinearities and attention are the model's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,16 +25,13 @@ from torch.autograd.function import once_differentiable
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel, SitePass
 
-Held = Literal["norms", "deltas", "patterns"]
-"""What may be held fixed: norms' scales, Δs' outputs, attention patterns."""
-
 
 class _Through(Exception):
-    """The pass has come as far as it is wanted."""
+    """The pass has read all that is needed."""
 
 
 class _Stopped(torch.autograd.Function):
-    """y as it is, through which gradients reach x by Δ alone."""
+    """y unchanged; gradients reach x through Δ alone."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, y: Tensor, delta: Tensor) -> Tensor:
@@ -48,15 +45,31 @@ class _Stopped(torch.autograd.Function):
         return (rows @ ctx.delta.T).view(ctx.shape), None, None
 
 
-@dataclass
-class DirectPass:
-    """The tensors of one pass that gradients are taken of and in.
+@dataclass(frozen=True)
+class Gradients:
+    """Gradients of one batch of seeds.
 
     Attributes:
-        inputs, outputs: every site's x and y, in the shape in which the model passes them.
+        outputs: in the outputs of sites, where there are any.
+        embeddings: in what enters the first block (None: there is none).
+        norms: in the outputs of fixed norms that have a bias.
+    """
+
+    outputs: dict[str, Float[Tensor, "batch pos d_out"]]
+    embeddings: Float[Tensor, "batch pos d_model"] | None
+    norms: list[Tensor | None]
+
+
+@dataclass
+class DirectPass:
+    """The tensors of one pass between which gradients are taken.
+
+    Attributes:
+        inputs: every site's x, in the shape in which the model passes it.
+        outputs: every site's y, likewise.
         embeddings: what enters the first block ``[batch, pos, d_model]``.
         logits: None where the pass ended at a site.
-        norms: outputs of norms held fixed, and their biases.
+        norms: outputs of fixed norms, and their biases.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
@@ -65,45 +78,48 @@ class DirectPass:
     logits: Tensor | None = None
     norms: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
-    def gradients(
-        self, of: Sequence[tuple[Tensor, Tensor]], outputs: Sequence[str], *, again: bool
-    ) -> tuple[dict[str, Float[Tensor, "batch pos d_out"]], Tensor | None, list[Tensor | None]]:
-        """Gradients of ``Σ tensor · seed`` in the outputs of sites, the embeddings and the norms' outputs, where there are any.
+    def gradients(self, seeds: Sequence[tuple[Tensor, Tensor]], sites: Sequence[str], *, again: bool) -> Gradients:
+        """Gradients of ``Σ tensor · seed`` in sites' outputs, the embeddings and the norms' outputs.
 
-        ``again``: whether the pass is needed for further gradients.
+        Args:
+            seeds: tensors of the pass, and a seed of the same shape for each.
+            sites: in whose outputs.
+            again: whether further gradients are taken of this pass.
         """
         assert self.embeddings is not None
-        wanted = [self.outputs[name] for name in outputs]
+        outputs = [self.outputs[name] for name in sites]
         norms = [y for y, bias in self.norms if bias is not None and y.requires_grad]
-        found = torch.autograd.grad(
-            [tensor for tensor, _ in of],
-            [*wanted, self.embeddings, *norms],
-            [seed for _, seed in of],
+        gradients = torch.autograd.grad(
+            [tensor for tensor, _ in seeds],
+            [*outputs, self.embeddings, *norms],
+            [seed for _, seed in seeds],
             retain_graph=again,
             allow_unused=True,
         )
         batch, pos = self.embeddings.shape[:2]
-        of_outputs = {
+        grad_outputs = {
             name: grad.reshape(batch, pos, -1)
-            for name, grad in zip(outputs, found[: len(wanted)], strict=True)
+            for name, grad in zip(sites, gradients[: len(outputs)], strict=True)
             if grad is not None
         }
-        return of_outputs, found[len(wanted)], list(found[len(wanted) + 1 :])
+        return Gradients(grad_outputs, gradients[len(outputs)], list(gradients[len(outputs) + 1 :]))
 
 
 class DirectModel(MaskedModel):
     """A model whose passes stop gradients at subcomponents. A context manager, as ``MaskedModel`` is.
 
+    Args:
+        decomposition: of the model's weights.
+        model: the target.
+        fixed: what gradients treat as constant, of ``norms``, ``deltas`` and ``patterns``.
+
     Raises:
-        ValueError: attention is computed head by head, or what is to be held fixed is unknown.
+        ValueError: attention is computed head by head, or the model has other weights.
     """
 
-    def __init__(self, decomposition: Decomposition, model: nn.Module, *, held: Collection[str] = ()) -> None:
-        unknown = sorted(set(held) - set(get_args(Held)))
-        if unknown:
-            raise ValueError(f"held={unknown}: norms, deltas and patterns can be held fixed.")
-        super().__init__(decomposition, model, fused_attention="patterns" not in held)
-        self.held = frozenset(held)
+    def __init__(self, decomposition: Decomposition, model: nn.Module, *, fixed: Collection[str] = ()) -> None:
+        super().__init__(decomposition, model, fused_attention="patterns" not in fixed)
+        self.fixed = frozenset(fixed)
         self._pass: DirectPass | None = None
         self._deltas: dict[str, Tensor] = {}
 
@@ -124,9 +140,9 @@ class DirectModel(MaskedModel):
             self._stack.callback(self._deltas.clear)
             for handle in self.adapter.tap_residual(self._embed):
                 self._stack.callback(handle.remove)
-            if self.held & {"norms", "patterns"}:
-                options = {"norms": "norms" in self.held, "patterns": "patterns" in self.held}
-                for handle in self.adapter.held_fixed(**options, see=self._see_norm):
+            if self.fixed & {"norms", "patterns"}:
+                options = {"norms": "norms" in self.fixed, "patterns": "patterns" in self.fixed}
+                for handle in self.adapter.linearised(**options, see=self._note_norm):
                     self._stack.callback(handle.remove)
         except BaseException:
             self._stack.close()
@@ -140,10 +156,16 @@ class DirectModel(MaskedModel):
         until: Collection[str] | None = None,
         token_mask: Bool[Tensor, "batch pos"] | None = None,
     ) -> DirectPass:
-        """Runs tokens; ``until``: the sites whose inputs are all that is wanted (None: on to the logits)."""
+        """Runs tokens.
+
+        Args:
+            tokens: one prompt per row.
+            until: the sites whose inputs are all that is needed (None: the pass goes on to the logits).
+            token_mask: False at padding (None: no padding).
+        """
         direct = DirectPass()
-        wanted = None if until is None else frozenset(until)
-        run = SitePass(partial(self._stopped, direct), read=partial(self._noted, direct, wanted))
+        needed = None if until is None else frozenset(until)
+        run = SitePass(partial(self._stopped, direct), read=partial(self._note_input, direct, needed))
         with self._collecting(direct), torch.inference_mode(False), torch.enable_grad(), suppress(_Through):
             direct.logits = self.run(tokens, run, token_mask)
         return direct
@@ -166,33 +188,33 @@ class DirectModel(MaskedModel):
         self._pass.embeddings = x.detach().requires_grad_()
         return self._pass.embeddings
 
-    def _see_norm(self, y: Tensor, bias: Tensor | None) -> None:
+    def _note_norm(self, y: Tensor, bias: Tensor | None) -> None:
         if self._pass is not None:
             self._pass.norms.append((y, bias))
 
     @staticmethod
-    def _noted(direct: DirectPass, until: frozenset[str] | None, name: str, x: Tensor) -> None:
+    def _note_input(direct: DirectPass, needed: frozenset[str] | None, name: str, x: Tensor) -> None:
         direct.inputs[name] = x
-        if until is not None and until <= direct.inputs.keys():
+        if needed is not None and needed <= direct.inputs.keys():
             raise _Through
 
     def _stopped(self, direct: DirectPass, name: str, x: Tensor, y: Tensor) -> Tensor:
-        delta = None if "deltas" in self.held else self._deltas[name]
+        delta = None if "deltas" in self.fixed else self._deltas[name]
         output = y.detach().requires_grad_() if delta is None else _Stopped.apply(x, y.detach(), delta)
         direct.outputs[name] = output
         return output
 
 
 def shared_inputs(names: Sequence[str], inputs: Mapping[str, Float[Tensor, "batch pos _"]]) -> list[tuple[str, ...]]:
-    """Sites that read the same input together, in the order of ``names``: Q, K, V of a layer, and gate and in."""
-    found: list[list[str]] = []
+    """Families of sites that read the same input, in the order of ``names``: Q, K, V of a layer, and gate and in."""
+    families: list[list[str]] = []
     for name in names:
-        owner, _, weight = name.rpartition(".")
-        if found and weight not in ("W_O", "W_out"):
-            first = found[-1][0]
-            same = first.rpartition(".")[0] == owner and not first.endswith(("W_O", "W_out"))
+        module, _, weight = name.rpartition(".")
+        if families and weight not in ("W_O", "W_out"):
+            first = families[-1][0]
+            same = first.rpartition(".")[0] == module and not first.endswith(("W_O", "W_out"))
             if same and torch.equal(inputs[first], inputs[name]):
-                found[-1].append(name)
+                families[-1].append(name)
                 continue
-        found.append([name])
-    return [tuple(family) for family in found]
+        families.append([name])
+    return [tuple(family) for family in families]

@@ -1,4 +1,4 @@
-"""A graph on the disk: ``graph.safetensors`` (nodes and edges) and ``graph.json`` (words, sites, logits, settings)."""
+"""A graph on disk: ``graph.safetensors`` (nodes and edges) and ``graph.json`` (words, sites, logits, settings)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save(graph: AttributionGraph, folder: Path) -> Path:
     """See ``AttributionGraph.save``."""
     folder.mkdir(parents=True, exist_ok=True)
     named = {name: getattr(graph, name) for name in (*_NEEDED, *_OPTIONAL)}
-    tensors = {name: own.detach().cpu().contiguous() for name, own in named.items() if own is not None}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in named.items() if tensor is not None}
     write_atomically(folder / TENSORS, lambda p: save_file(tensors, p))
     table = {
         "format_version": FORMAT_VERSION,
@@ -41,9 +41,9 @@ def save(graph: AttributionGraph, folder: Path) -> Path:
 
 def load(folder: Path, device: str | torch.device) -> AttributionGraph:
     """See ``AttributionGraph.load``."""
-    for part in (TABLE, TENSORS):
-        if not (folder / part).is_file():
-            raise FileNotFoundError(f"{folder} holds no {part}: give the folder that AttributionGraph.save wrote.")
+    for file in (TABLE, TENSORS):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} has no {file}: give the folder that AttributionGraph.save wrote.")
     try:
         table: dict[str, Any] = json.loads((folder / TABLE).read_text(encoding="utf-8"))
         if table["format_version"] != FORMAT_VERSION:
@@ -58,8 +58,8 @@ def load(folder: Path, device: str | torch.device) -> AttributionGraph:
             tokens=tensors["tokens"].cpu(),
             words=tuple(table["words"]),
             names=tuple(table["names"]),
-            logits=tuple(LogitTarget(**own) for own in table["logits"]),
+            logits=tuple(LogitTarget(**target) for target in table["logits"]),
             settings=table["settings"],
         )
     except (KeyError, TypeError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{folder} holds a damaged graph: {error}") from error
+        raise ValueError(f"{folder} contains a damaged graph: {error}") from error

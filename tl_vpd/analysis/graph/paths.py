@@ -1,13 +1,12 @@
 """Influence and strongest paths in a graph whose edges lead from lower to higher numbers.
 
-Of the edges into a node, each is taken as its share of their summed sizes, ``s = |w| / Σ |w|``. A node's influence is what flows
-back to it along these shares from the logits; a path's strength the product of its shares.
+Each edge into a node counts as a fraction of their summed sizes, ``s = |w| / Σ |w|``. A node's influence is what flows back to it
+along these fractions from the logits; a path's strength is the product of its fractions.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +19,10 @@ class Path:
     """A chain of nodes, from its start to the node it explains.
 
     Attributes:
-        numbers, nodes: the nodes' numbers and labels. weights: its edges' signed weights.
-        strength: the product of its edges' shares.
+        numbers: the nodes' numbers.
+        weights: its edges' signed weights.
+        strength: the product of its edges' fractions.
+        nodes: the nodes' labels.
     """
 
     numbers: tuple[int, ...]
@@ -33,8 +34,8 @@ class Path:
         return f"{self.strength:.3f}  " + " → ".join(self.nodes or map(str, self.numbers))
 
 
-def shares(target: Int[Tensor, " edges"], weight: Float[Tensor, " edges"], nodes: int) -> Float[Tensor, " edges"]:
-    """Each edge's size as a share of all that enters its target."""
+def fractions(target: Int[Tensor, " edges"], weight: Float[Tensor, " edges"], nodes: int) -> Float[Tensor, " edges"]:
+    """Each edge's size as a fraction of all that enters its target."""
     size = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
     total = size.new_zeros(nodes).index_add_(0, target.long(), size)
     return size / total[target.long()]
@@ -46,13 +47,12 @@ def influence(
     weight: Float[Tensor, " edges"],
     start: Float[Tensor, " nodes"],
 ) -> Float[Tensor, " nodes"]:
-    """``Σ_k start · S^k`` over k ≥ 0, S the matrix of shares."""
-    share, source, target = shares(target, weight, len(start)), source.long(), target.long()
+    """``Σ_k start · S^k`` over k ≥ 0, S the matrix of fractions."""
+    fraction, source, target = fractions(target, weight, len(start)), source.long(), target.long()
     total = flow = start
-    while bool(
-        (flow != 0).any()
-    ):  # edges only lead back, so that nothing is left after as many rounds as there are layers
-        flow = torch.zeros_like(flow).index_add_(0, source, share * flow[target])
+    # Edges only lead back, so that nothing is left after as many rounds as there are layers.
+    while bool((flow != 0).any()):
+        flow = torch.zeros_like(flow).index_add_(0, source, fraction * flow[target])
         total = total + flow
     return total
 
@@ -64,7 +64,7 @@ def strongest_paths(
     end: int,
     k: int,
 ) -> list[Path]:
-    """The k strongest paths to ``end`` from nodes that nothing enters, strongest first.
+    """The k strongest paths to the node ``end`` from nodes that nothing enters, strongest first.
 
     Best-first search backwards; what is still to come is bounded by the strongest way on from a node, which is known exactly, so
     that only what belongs to one of the k is looked at.
@@ -72,26 +72,24 @@ def strongest_paths(
     incoming = _incoming(source, target, weight, end)
     best: dict[int, float] = {}
     for node in sorted(incoming):  # sources have lower numbers and are known already
-        best[node] = max((share * best[s] for s, share, _ in incoming[node]), default=1.0)
+        best[node] = max((fraction * best[s] for s, fraction, _ in incoming[node]), default=1.0)
     queue: list[tuple[float, tuple[int, ...], tuple[float, ...], float]] = [(-best[end], (end,), (), 1.0)]
-    found: list[Path] = []
-    while queue and len(found) < k:
+    paths: list[Path] = []
+    while queue and len(paths) < k:
         _, numbers, weights, strength = heapq.heappop(queue)
         before = incoming[numbers[0]]
         if not before:
-            found.append(Path(numbers, weights, strength))
+            paths.append(Path(numbers, weights, strength))
             continue
-        ways = sorted(before, key=lambda way: -way[1] * best[way[0]])[
-            :k
-        ]  # no more than k of them can be among the k strongest
-        for s, share, w in ways:
-            longer = strength * share
+        # No more than k of the edges can be among the k strongest paths.
+        for s, fraction, w in sorted(before, key=lambda edge: -edge[1] * best[edge[0]])[:k]:
+            longer = strength * fraction
             heapq.heappush(queue, (-longer * best[s], (s, *numbers), (w, *weights), longer))
-    return found
+    return paths
 
 
 def _incoming(source: Tensor, target: Tensor, weight: Tensor, end: int) -> dict[int, list[tuple[int, float, float]]]:
-    """By node from which ``end`` can be reached: (source, share, weight) of the edges that enter it."""
+    """By node from which ``end`` can be reached: (source, fraction, weight) of the edges that enter it."""
     order = target.argsort(stable=True)
     sources, weights = source[order].tolist(), weight[order].tolist()
     sizes = weight[order].abs().tolist()
@@ -99,18 +97,14 @@ def _incoming(source: Tensor, target: Tensor, weight: Tensor, end: int) -> dict[
     starts = [0]
     for count in counts:
         starts.append(starts[-1] + count)
-    found: dict[int, list[tuple[int, float, float]]] = {}
+    incoming: dict[int, list[tuple[int, float, float]]] = {}
     waiting = [end]
     while waiting:
         node = waiting.pop()
-        if node in found:
+        if node in incoming:
             continue
-        own = range(starts[node], starts[node + 1]) if node < len(counts) else range(0)
-        total = sum(sizes[i] for i in own)
-        found[node] = [(sources[i], sizes[i] / total, weights[i]) for i in own if sizes[i]]
-        waiting.extend(s for s in _fresh(found[node], found))
-    return found
-
-
-def _fresh(ways: list[tuple[int, float, float]], known: dict[int, list[tuple[int, float, float]]]) -> Iterator[int]:
-    return (s for s, _, _ in ways if s not in known)
+        edges = range(starts[node], starts[node + 1]) if node < len(counts) else range(0)
+        total = sum(sizes[i] for i in edges)
+        incoming[node] = [(sources[i], sizes[i] / total, weights[i]) for i in edges if sizes[i]]
+        waiting.extend(s for s, _, _ in incoming[node] if s not in incoming)
+    return incoming

@@ -1,4 +1,4 @@
-"""An attribution graph: nodes, edges, and what can be asked of them.
+"""An attribution graph: its nodes and edges, and the questions it answers.
 
 Nodes are numbered from 0 in the order embeddings, subcomponents by site and position, logits; every edge leads from a lower
 number to a higher one. A node's label is ``embed@3``, ``blocks.1.attn.W_Q:316@5`` or ``logits:7@9``.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_vpd.analysis.graph.paths import Path as NodePath
@@ -39,14 +39,21 @@ class AttributionGraph:
     """A prompt's graph.
 
     Attributes:
-        tokens, words: the prompt.
-        names: ``embed``, the sites in the order of the forward pass, ``logits``. logits: what the logit nodes stand for.
-        kind: each node's place in ``names``. index: its subcomponent (an embedding's and a logit's: the token).
-        pos: its position.
-        activation: inner activation a (a logit's: its value; an embedding's: 1). importance: g (others': 1).
-        source, target, weight: the edges.
+        tokens: the prompt.
+        words: the text of every token.
+        names: ``embed``, the sites in the order of the forward pass, ``logits``.
+        logits: what the logit nodes stand for.
+        kind: each node's index in ``names``.
+        index: each node's subcomponent (an embedding's and a logit's: the token).
+        pos: each node's position.
+        activation: inner activation a (a logit's: its value; an embedding's: 1).
+        importance: g (of embeddings and logits: 1).
+        source: the node that each edge starts from.
+        target: the node that each edge enters.
+        weight: of each edge.
         settings: how the graph was made.
-        deltas, biases: where norms and Δs were held fixed, what these add to each node's value beside its edges; else None.
+        deltas: where norms and Δs were fixed, what Δs add to each node's value beside its edges; else None.
+        biases: likewise, what biases add.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -79,14 +86,14 @@ class AttributionGraph:
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """Every node's label."""
-        found, of_logits = [], iter(self.logits)
+        labels, logits = [], iter(self.logits)
         for kind, index, pos in zip(self.kind.tolist(), self.index.tolist(), self.pos.tolist(), strict=True):
             name = self.names[kind]
             if name == LOGITS:
-                found.append(next(of_logits).label)
+                labels.append(next(logits).label)
             else:
-                found.append(f"{name}@{pos}" if name == EMBEDDINGS else f"{name}:{index}@{pos}")
-        return tuple(found)
+                labels.append(f"{name}@{pos}" if name == EMBEDDINGS else f"{name}:{index}@{pos}")
+        return tuple(labels)
 
     @cached_property
     def _numbers(self) -> dict[str, int]:
@@ -100,11 +107,11 @@ class AttributionGraph:
             return node
         label = str(node)
         if label not in self._numbers:
-            raise KeyError(f"{label!r} is no node of this graph{nearest(label, self.labels)}.")
+            raise KeyError(f"{label!r} is not a node of this graph{nearest(label, self.labels)}.")
         return self._numbers[label]
 
     @cached_property
-    def is_subcomponent(self) -> Shaped[Tensor, " nodes"]:
+    def is_subcomponent(self) -> Bool[Tensor, " nodes"]:
         """Whether a node is a subcomponent."""
         return (self.kind > 0) & (self.kind < len(self.names) - 1)
 
@@ -115,18 +122,18 @@ class AttributionGraph:
 
     @cached_property
     def influence(self) -> Float[Tensor, " nodes"]:
-        """The share of all that reaches the logits that passes through a node, by size of edges (each target's sum to 1)."""
+        """The fraction of all that reaches the logits that passes through a node, by size of edges (each target's sum to 1)."""
         return influence(self.source, self.target, self.weight, self.start())
 
     def start(self) -> Float[Tensor, " nodes"]:
-        """The logits' own weights: their probabilities, made to sum to 1 (a difference counts as its first token)."""
+        """The logits' weights: their probabilities, scaled to sum to 1 (a difference counts as its first token)."""
         weights = torch.zeros_like(self.activation, dtype=torch.promote_types(self.activation.dtype, torch.float32))
         p = torch.tensor([max(t.probability, 1e-9) for t in self.logits]).to(weights)
         weights[self.kind == len(self.names) - 1] = p / p.sum()
         return weights
 
     def nodes(self) -> pd.DataFrame:
-        """A row a node: ``node, name, index, pos, token, activation, importance, influence``."""
+        """One row per node: ``node, name, index, pos, token, activation, importance, influence``."""
         words = [self.words[p] for p in self.pos.tolist()]
         texts = iter(self.logits)
         last = len(self.names) - 1
@@ -160,44 +167,46 @@ class AttributionGraph:
         """All edges: ``source, target, weight``, by target and source."""
         return self._edges(torch.arange(len(self.weight), device=self.weight.device))
 
-    to_pandas = edges
+    def to_pandas(self) -> pd.DataFrame:
+        """All edges, as ``edges``."""
+        return self.edges()
 
     def top_edges(
         self, k: int = 20, *, source: str | Node | int | None = None, target: str | Node | int | None = None
     ) -> pd.DataFrame:
         """The k edges of largest size, of all or of those from or into a node."""
-        kept = torch.ones_like(self.source, dtype=torch.bool)
+        chosen = torch.ones_like(self.source, dtype=torch.bool)
         if source is not None:
-            kept &= self.source == self.number(source)
+            chosen &= self.source == self.number(source)
         if target is not None:
-            kept &= self.target == self.number(target)
-        which = kept.nonzero().flatten()
+            chosen &= self.target == self.number(target)
+        which = chosen.nonzero().flatten()
         return self._edges(which[self.weight[which].abs().argsort(descending=True, stable=True)[:k]])
-
-    top = top_edges
 
     def paths(self, target: str | Node | int | None = None, k: int = 10) -> list[NodePath]:
         """The k strongest paths that end at a node (None: the likeliest logit) and start where nothing leads further back.
 
-        A path's strength is the product over its edges of ``|weight|`` as a share of all that enters the edge's target.
+        A path's strength is the product over its edges of ``|weight|`` as a fraction of all that enters the edge's target.
         """
         end = int(self.start().argmax()) if target is None else self.number(target)
-        found = strongest_paths(self.source, self.target, self.weight, end, k)
-        return [replace(path, nodes=tuple(self.labels[i] for i in path.numbers)) for path in found]
+        paths = strongest_paths(self.source, self.target, self.weight, end, k)
+        return [replace(path, nodes=tuple(self.labels[i] for i in path.numbers)) for path in paths]
 
     def sums(self) -> pd.DataFrame:
-        """Where norms and Δs were held fixed: every node's value beside what its edges, Δs and biases add up to.
+        """Where norms and Δs were fixed: every node's value beside what its edges, Δs and biases add up to.
 
         ``rest`` is what no term is linear in: 0 for logits and Q, K, V, gate and in (and O with patterns fixed).
 
         Raises:
-            ValueError: the graph was not made with ``held=("norms", "deltas")`` and ``importances=False``.
+            ValueError: the graph was not made with ``GraphConfig(fixed=("norms", "deltas"), importances=False)``.
         """
         if self.deltas is None or self.biases is None or self.settings.get("importances", True):
-            raise ValueError('Only with held=("norms", "deltas") and importances=False do edges add up to values.')
-        own = torch.zeros_like(self.activation).index_add(0, self.target.long(), self.weight)
-        rest = self.activation - own - self.deltas - self.biases
-        columns = {"value": self.activation, "edges": own, "deltas": self.deltas, "biases": self.biases, "rest": rest}
+            raise ValueError(
+                'Edges add up to values only with GraphConfig(fixed=("norms", "deltas"), importances=False): make the graph so.'
+            )
+        edges = torch.zeros_like(self.activation).index_add(0, self.target.long(), self.weight)
+        rest = self.activation - edges - self.deltas - self.biases
+        columns = {"value": self.activation, "edges": edges, "deltas": self.deltas, "biases": self.biases, "rest": rest}
         return pd.DataFrame({"node": self.labels, **{n: c.tolist() for n, c in columns.items()}}).iloc[
             len(self.words) :
         ]
@@ -206,31 +215,32 @@ class AttributionGraph:
 
     def subgraph(self, nodes: Iterable[str | Node | int]) -> AttributionGraph:
         """These nodes and the edges among them; embeddings and logits stay."""
-        kept = ~self.is_subcomponent
+        chosen = ~self.is_subcomponent
         numbers = [self.number(node) for node in nodes]
-        kept[torch.tensor(numbers, dtype=torch.long, device=kept.device)] = True
-        return self._of(kept)
+        chosen[torch.tensor(numbers, dtype=torch.long, device=chosen.device)] = True
+        return self._of(chosen)
 
     def pruned(self, *, nodes: int | None = None, min_weight: float = 0.0) -> AttributionGraph:
         """The subcomponents of largest influence on the logits (None: all) and their edges of more than a size."""
-        kept = torch.ones_like(self.is_subcomponent)
+        chosen = torch.ones_like(self.is_subcomponent)
         if nodes is not None:
             ranked = torch.where(self.is_subcomponent, self.influence, torch.inf).argsort(descending=True, stable=True)
-            kept[ranked[nodes + int((~self.is_subcomponent).sum()) :]] = False
-        return self._of(kept, min_weight)
+            chosen[ranked[nodes + int((~self.is_subcomponent).sum()) :]] = False
+        return self._of(chosen, min_weight)
 
-    def _of(self, kept: Tensor, min_weight: float = 0.0) -> AttributionGraph:
-        numbers = kept.cumsum(0) - 1
+    def _of(self, chosen: Bool[Tensor, " nodes"], min_weight: float = 0.0) -> AttributionGraph:
+        numbers = chosen.cumsum(0) - 1
         source, target = self.source.long(), self.target.long()
-        edges = kept[source] & kept[target] & (self.weight.abs() > min_weight)
-        of_nodes = ("kind", "index", "pos", "activation", "importance", "deltas", "biases")
-        values: dict[str, Any] = {name: getattr(self, name) for name in of_nodes}
-        flags = kept[self.kind == len(self.names) - 1].tolist()
-        kept_values: dict[str, Any] = {name: None if own is None else own[kept] for name, own in values.items()}
+        edges = chosen[source] & chosen[target] & (self.weight.abs() > min_weight)
+        by_node: dict[str, Any] = {}
+        for name in ("kind", "index", "pos", "activation", "importance", "deltas", "biases"):
+            values = getattr(self, name)
+            by_node[name] = None if values is None else values[chosen]
+        chosen_logits = chosen[self.kind == len(self.names) - 1].tolist()
         return replace(
             self,
-            **kept_values,
-            logits=tuple(t for t, token_mask in zip(self.logits, flags, strict=True) if token_mask),
+            **by_node,
+            logits=tuple(t for t, is_chosen in zip(self.logits, chosen_logits, strict=True) if is_chosen),
             source=numbers[source[edges]].int(),
             target=numbers[target[edges]].int(),
             weight=self.weight[edges],

@@ -1,9 +1,9 @@
-"""Which gradients a graph needs, and in what batches they are taken.
+"""Which gradients a graph needs, and their batches.
 
-All targets that read one input tensor at one position are products ``V[:, c] · x``. Of n such targets either each is a row (a
-gradient taken on its own), or, where n exceeds the width of x, each entry of x is, and targets are combinations of rows. So
-there are never more than ``d_in`` rows for an input and position, however many targets; Q, K and V (and gate and in) share
-theirs. A row of position t is taken of the prompt up to t alone where the model is causal.
+All targets that read one input tensor at one position are products ``V[:, c] · x``. Of n such targets either each is a row (one
+gradient), or, where n exceeds the width of x, each entry of x is, and targets are combinations of rows. So there are never more
+than ``d_in`` rows for an input and position, however many targets; Q, K and V (and gate and in) share theirs. In a causal model a
+row of position t is taken of the prompt up to t only.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ class Block:
 
     Attributes:
         site: whose input it is (the first, of sites that share it).
+        pos: the position.
         nodes: the targets' numbers among the graph's nodes.
-        seeds: one row a gradient. combine: makes targets of rows (None: they are the rows).
+        seeds: one row per gradient.
+        combine: makes targets of rows (None: they are the rows).
     """
 
     site: str
@@ -41,6 +43,10 @@ class Block:
         return cls(site, pos, nodes, identity, reads)
 
 
+Batch = list[tuple[Block, slice, slice]]
+"""For each block in a batch, which of the block's rows are in it and at which rows of the batch."""
+
+
 @dataclass(frozen=True)
 class Group:
     """Blocks run together: on the first ``length`` tokens, ``copies`` rows at once."""
@@ -49,9 +55,9 @@ class Group:
     copies: int
     blocks: tuple[Block, ...]
 
-    def batches(self) -> Iterator[list[tuple[Block, slice, slice]]]:
-        """Rows in batches of ``copies``: for each block in it, which of the block's rows and which of the batch's."""
-        batch: list[tuple[Block, slice, slice]] = []
+    def batches(self) -> Iterator[Batch]:
+        """All rows, in batches of ``copies``."""
+        batch: Batch = []
         used = 0
         for block in self.blocks:
             start = 0
@@ -71,14 +77,21 @@ def groups(
 ) -> list[Group]:
     """Blocks by position, so that no row is run on more tokens than it needs where that would cost a batch.
 
-    Positions are taken together while the rows of their fullest input fit in one batch. Within a group, blocks stand in the
-    order of the forward pass, so that a batch goes no deeper than it must.
+    Positions go together while the rows of their fullest input fit in one batch. Within a group, blocks stand in the order of the
+    forward pass, so that a batch goes no deeper than it must.
+
+    Args:
+        blocks: all targets.
+        order: the sites in the order of the forward pass.
+        length: of the prompt.
+        tokens_at_once: rows × positions of a batch.
+        causal: whether later positions do nothing to earlier ones.
     """
     depth = {site: i for i, site in enumerate(order)}
     by_position: dict[int, list[Block]] = {}
     for block in blocks:
         by_position.setdefault(block.pos if causal else 0, []).append(block)
-    found: list[Group] = []
+    result: list[Group] = []
     waiting: list[Block] = []
     top = 0
 
@@ -88,7 +101,7 @@ def groups(
             most = max(1, tokens_at_once // run)
             ordered = sorted(waiting, key=lambda block: (depth[block.site], block.pos))
             rows = sum(len(block.seeds) for block in ordered)
-            found.append(Group(run, min(most, rows, max(32, _fullest(ordered))), tuple(ordered)))
+            result.append(Group(run, min(most, rows, max(32, _fullest(ordered))), tuple(ordered)))
             waiting.clear()
 
     for pos in sorted(by_position, reverse=True):
@@ -98,7 +111,7 @@ def groups(
             top = pos
         waiting.extend(by_position[pos])
     close()
-    return found
+    return result
 
 
 def _fullest(blocks: Sequence[Block]) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_vpd.adapters import Adapter
 
-Token = str | int
+LEAST_PROBABILITY = 0.05
 
 
 @dataclass(frozen=True)
@@ -47,55 +47,63 @@ class LogitTarget:
         return w
 
 
-def position(pos: int, length: int) -> int:
-    """A position counted from the start; raises IndexError where there is none."""
+def position(pos: Any, length: int) -> int:
+    """A position counted from the start; raises TypeError unless it is one integer, IndexError if it does not exist."""
+    if isinstance(pos, bool) or not isinstance(pos, int):
+        raise TypeError(f"pos={pos!r}: a graph explains logits at one position, so give one integer.")
     if not -length <= pos < length:
         raise IndexError(f"Position {pos} is outside the {length} positions of the prompt.")
     return pos % length
 
 
-def logit_targets(adapter: Adapter, logits: Float[Tensor, "pos vocab"], wanted: Any, pos: int) -> list[LogitTarget]:
-    """The targets that were asked for (None: every token of probability 0.05 or more, and at least the likeliest).
+def logit_targets(adapter: Adapter, logits: Float[Tensor, "pos vocab"], targets: Any, pos: Any) -> list[LogitTarget]:
+    """The targets as the module's table writes them (None: every token of probability 0.05 or more, and at least the likeliest).
+
+    Args:
+        adapter: of the model, for texts of tokens.
+        logits: of the model on the prompt.
+        targets: one target, or a list.
+        pos: the position of the logits.
 
     Raises:
-        IndexError: the position or a token does not exist. ValueError: a text is not one token, or nothing is left to explain.
-        TypeError: a target is something else than the module's table has.
+        IndexError: the position or a token does not exist.
+        ValueError: a text is not one token, or nothing is left to explain.
+        TypeError: the position or a target is something else.
     """
-    at = position(pos, len(logits))
-    p = logits[at].float().softmax(-1)
-    if wanted is None:
-        wanted = min(0.05, float(p.max()))
-    listed = wanted if isinstance(wanted, list) else [wanted]
-    found: dict[str, LogitTarget] = {}
-    for own in listed:
-        for target in _parse(adapter, p, own, at):
-            found[target.label] = target
-    if not found:
+    pos = position(pos, len(logits))
+    p = logits[pos].float().softmax(-1)
+    if targets is None:
+        targets = min(LEAST_PROBABILITY, float(p.max()))
+    parsed: dict[str, LogitTarget] = {}
+    for target in targets if isinstance(targets, list) else [targets]:
+        for one in _parse(adapter, p, target, pos):
+            parsed[one.label] = one
+    if not parsed:
         raise ValueError(
-            f"targets={wanted!r} leaves nothing to explain: the likeliest token has probability {float(p.max()):.3g}."
+            f"targets={targets!r} leaves nothing to explain: the likeliest token has probability {float(p.max()):.3g}."
         )
-    return list(found.values())
+    return list(parsed.values())
 
 
-def _parse(adapter: Adapter, p: Tensor, own: Any, at: int) -> list[LogitTarget]:
-    if isinstance(own, bool) or not isinstance(own, str | int | float | tuple):
-        raise TypeError(f"{own!r} is no target: give a token, a pair of tokens, or a probability.")
-    if isinstance(own, float):
-        if not 0 <= own <= 1:
-            raise ValueError(f"{own} is no probability: 0.05 asks for every token of at least this probability.")
-        return [_one(adapter, p, token, at) for token in (p >= own).nonzero().flatten().tolist()]
-    if isinstance(own, tuple):
-        if len(own) != 2:
-            raise ValueError(f"{own!r} has {len(own)} entries: a difference of logits is a pair of tokens.")
-        first, second = (_one(adapter, p, token, at) for token in own)
+def _parse(adapter: Adapter, p: Tensor, target: Any, pos: int) -> list[LogitTarget]:
+    if isinstance(target, bool) or not isinstance(target, str | int | float | tuple):
+        raise TypeError(f"{target!r} is not a target: give a token, a pair of tokens, or a probability.")
+    if isinstance(target, float):
+        if not 0 <= target <= 1:
+            raise ValueError(f"{target} is not a probability: 0.05 explains every token of at least this probability.")
+        return [_token(adapter, p, token, pos) for token in (p >= target).nonzero().flatten().tolist()]
+    if isinstance(target, tuple):
+        if len(target) != 2 or any(isinstance(t, bool) or not isinstance(t, str | int) for t in target):
+            raise ValueError(f"{target!r}: a difference of logits is a pair of tokens, each a text or a number.")
+        first, second = (_token(adapter, p, token, pos) for token in target)
         text = f"{first.text} − {second.text}"
-        return [LogitTarget(first.token, at, second.token, text, first.probability)]
-    return [_one(adapter, p, own, at)]
+        return [LogitTarget(first.token, pos, second.token, text, first.probability)]
+    return [_token(adapter, p, target, pos)]
 
 
-def _one(adapter: Adapter, p: Tensor, token: Token, at: int) -> LogitTarget:
-    number = adapter.token(token) if isinstance(token, str) else int(token)
+def _token(adapter: Adapter, p: Tensor, token: str | int, pos: int) -> LogitTarget:
+    number = adapter.token(token) if isinstance(token, str) else token
     if not 0 <= number < len(p):
         raise IndexError(f"Token {number} is outside the vocabulary 0..{len(p) - 1}.")
     (text,) = adapter.words(torch.tensor([number]))
-    return LogitTarget(number, at, None, text, float(p[number]))
+    return LogitTarget(number, pos, None, text, float(p[number]))

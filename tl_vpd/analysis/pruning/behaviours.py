@@ -1,12 +1,12 @@
 """Behaviours that a circuit is pruned to, each a loss of the logits at one position; ``exp(−loss)`` is its probability.
 
-==================  ======================================  ===========================================
+==================  ======================================  ===============================================
 written             loss                                    probability
-==================  ======================================  ===========================================
+==================  ======================================  ===============================================
 ``">"`` or ``7``    cross-entropy of the token              of the token
-``(">", ")")``      cross-entropy of the two tokens alone   of the first, where one of both is certain
-None                KL from the model's own distribution    ``exp(−KL)``: 1 where nothing changes
-==================  ======================================  ===========================================
+``(">", ")")``      cross-entropy of the two tokens only    of the first, given that it is one of the two
+None                KL from the target's distribution       ``exp(−KL)``: 1 where nothing changes
+==================  ======================================  ===============================================
 """
 
 from __future__ import annotations
@@ -26,8 +26,12 @@ from tl_vpd.adapters import Adapter
 class Behaviour:
     """A behaviour at a position.
 
-    ``token``, ``minus``: as in the module's table. ``target``: the model's own log-probabilities there. ``text``: how it is
-    shown.
+    Attributes:
+        pos: the position of the logits.
+        token: the token that is to be likely (None: the whole distribution).
+        minus: the token that it is compared with (None: all tokens).
+        target: the log-probabilities of the target model at the position.
+        text: how the behaviour is shown.
     """
 
     pos: int
@@ -37,44 +41,54 @@ class Behaviour:
     text: str
 
     def losses(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
-        """The loss of every row, in nats."""
+        """The loss of every row, in nats, in float32 or better."""
+        logits = _precise(logits)
         if self.token is None:
-            return (self.target.exp() * (self.target - logits.float().log_softmax(-1))).sum(-1)
+            return (self.target.exp() * (self.target - logits.log_softmax(-1))).sum(-1)
         if self.minus is None:
-            return -logits.float().log_softmax(-1)[:, self.token]
-        return F.softplus((logits[:, self.minus] - logits[:, self.token]).float())
+            return -logits.log_softmax(-1)[:, self.token]
+        return F.softplus(logits[:, self.minus] - logits[:, self.token])
 
     def probability(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
         """``exp(−loss)`` of every row."""
         return (-self.losses(logits)).exp()
 
 
-def behaviour_of(adapter: Adapter, logits: Float[Tensor, "pos vocab"], wanted: Any, pos: int) -> Behaviour:
-    """Reads the module's table.
+def behaviour_of(adapter: Adapter, logits: Float[Tensor, "pos vocab"], behaviour: Any, pos: int) -> Behaviour:
+    """Reads a behaviour as the module's table writes it.
+
+    Args:
+        adapter: of the model, for texts of tokens.
+        logits: of the target on the prompt.
+        behaviour: a token, a pair of tokens, or None.
+        pos: the position, counted from the end if negative.
 
     Raises:
-        IndexError: the position or a token does not exist. ValueError: a text is not one token. TypeError: it is something else.
+        IndexError: the position or a token does not exist.
+        ValueError: a text is not one token.
+        TypeError: the position is not an integer, or the behaviour is something else.
     """
+    if isinstance(pos, bool) or not isinstance(pos, int):
+        raise TypeError(f"pos={pos!r}: a circuit keeps a behaviour at one position, so give one integer.")
     if not -len(logits) <= pos < len(logits):
         raise IndexError(f"Position {pos} is outside the {len(logits)} positions of the prompt.")
-    at = pos % len(logits)
-    target = logits[at].detach().float().log_softmax(-1)
-    if wanted is None:
-        return Behaviour(at, None, None, target, "the model's distribution")
-    pair = wanted if isinstance(wanted, tuple) and len(wanted) == 2 else (wanted, None)
-    numbers: list[int | None] = []
-    for own in pair:
-        if own is None and len(numbers):
-            numbers.append(None)
-            continue
-        if isinstance(own, bool) or not isinstance(own, str | int):
-            raise TypeError(
-                f"{wanted!r} is no behaviour: give a token, a pair of tokens, or None for the distribution."
-            )
-        number = adapter.token(own) if isinstance(own, str) else own
+    pos %= len(logits)
+    target = _precise(logits[pos].detach()).log_softmax(-1)
+    if behaviour is None:
+        return Behaviour(pos, None, None, target, "the model's distribution")
+    pair = behaviour if isinstance(behaviour, tuple) else (behaviour,)
+    if not 1 <= len(pair) <= 2 or any(isinstance(t, bool) or not isinstance(t, str | int) for t in pair):
+        raise TypeError(
+            f"{behaviour!r} is not a behaviour: give a token, a pair of tokens, or None for the whole distribution."
+        )
+    numbers = [adapter.token(token) if isinstance(token, str) else token for token in pair]
+    for number in numbers:
         if not 0 <= number < len(target):
             raise IndexError(f"Token {number} is outside the vocabulary 0..{len(target) - 1}.")
-        numbers.append(number)
-    token, minus = numbers
-    words = adapter.words(torch.tensor([n for n in numbers if n is not None]))
-    return Behaviour(at, token, minus, target, " over ".join(repr(word) for word in words))
+    words = adapter.words(torch.tensor(numbers))
+    text = " over ".join(repr(word) for word in words)
+    return Behaviour(pos, numbers[0], numbers[1] if len(numbers) == 2 else None, target, text)
+
+
+def _precise(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

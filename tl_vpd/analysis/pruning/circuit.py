@@ -12,29 +12,35 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.analysis.nodes import Node
-from tl_vpd.analysis.pruning.attack import attack, draw
-from tl_vpd.analysis.pruning.behaviours import Behaviour, behaviour_of
+from tl_vpd.analysis.pruning.attack import attack, uniform_sources, within_reach
+from tl_vpd.analysis.pruning.behaviours import behaviour_of
 from tl_vpd.analysis.pruning.config import PruneConfig
-from tl_vpd.analysis.pruning.masked import PromptModel
-from tl_vpd.analysis.pruning.recorded import running
+from tl_vpd.analysis.pruning.gradients import PromptLoss
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.site import ConcatenatedAxis, Subcomponent
+from tl_vpd.forward import MaskedModel
+from tl_vpd.site import ConcatenatedAxis
 
-FRESH_STEPS, FRESH_STARTS, DRAWS = 20, 8, 64
+FRESH_STEPS, FRESH_STARTS, STOCHASTIC_DRAWS = 20, 8, 64
 
 
 @dataclass(frozen=True)
 class PrunedCircuit:
-    """The nodes a behaviour needs on one prompt, up to the masks it was pruned under.
+    """The nodes that a behaviour needs on one prompt, under the masks it was pruned with.
 
     Attributes:
-        tokens, words: the prompt. behaviour, pos: what is kept, and where.
-        importances: g of every subcomponent at every position; a node is where it is above 0. packing: their order.
-        alive: how many nodes the prompt had before. coefficient: λ. settings: the rest of how it was pruned.
+        tokens: the prompt.
+        words: the text of every token.
+        behaviour: what the circuit keeps.
+        pos: at which position.
+        importances: g of every subcomponent at every position; a node is where it is above 0.
+        site_axis: where each site lies on the last axis of ``importances``.
+        alive: how many nodes the prompt had before pruning.
+        coefficient: λ.
         probabilities: of the behaviour: ``target`` (the model), ``importances`` (as masks, Δ off), ``stochastic`` (mean of 64
             draws), and the mean over 8 starts under ``adversarial`` (the adversary of pruning), ``adversarial_fresh`` (20 steps
-            of 0.1 on all that is important and left out, and on Δs; also the worst of the 8) and ``adversarial_everything`` (20
-            steps on all there is, important or not).
+            of 0.1 on all alive subcomponents that are left out, and on Δs; also the worst of the 8) and
+            ``adversarial_everything`` (20 steps on every subcomponent at every position, alive or not, and on Δs).
+        settings: how it was pruned.
     """
 
     tokens: Int[Tensor, " pos"]
@@ -52,17 +58,17 @@ class PrunedCircuit:
         return int((self.importances > 0).sum())
 
     def __repr__(self) -> str:
-        kept = ", ".join(f"{name} {p:.3f}" for name, p in self.probabilities.items())
-        return f"PrunedCircuit({len(self)} of {self.alive} nodes for {self.behaviour} at {self.pos}; {kept})"
+        probabilities = ", ".join(f"{name} {p:.3f}" for name, p in self.probabilities.items())
+        return f"PrunedCircuit({len(self)} of {self.alive} nodes for {self.behaviour} at {self.pos}; {probabilities})"
 
     @property
     def nodes(self) -> list[Node]:
         """The nodes by position and site, for graphs, audits and ablations."""
-        at = [(pos, self.site_axis.at(i)) for pos, i in (self.importances > 0).nonzero().tolist()]
-        return [Node(c.site, c.index, pos) for pos, c in at]
+        entries = [(pos, self.site_axis.at(i)) for pos, i in (self.importances > 0).nonzero().tolist()]
+        return [Node(subcomponent.site, subcomponent.index, pos) for pos, subcomponent in entries]
 
     def to_pandas(self) -> pd.DataFrame:
-        """A row a node: ``node, site, index, pos, token, importance``."""
+        """One row per node: ``node, site, index, pos, token, importance``."""
         nodes = self.nodes
         return pd.DataFrame(
             {
@@ -80,41 +86,37 @@ class PrunedCircuit:
         return self.to_pandas().sort_values("importance", ascending=False, kind="stable").head(k)
 
 
-@torch.no_grad()
 def probabilities(
-    masked: PromptModel,
-    tokens: Tensor,
-    g: Float[Tensor, "pos C_total"],
-    alive: Bool[Tensor, "pos C_total"],
-    behaviour: Behaviour,
-    config: PruneConfig,
+    loss: PromptLoss, g: Float[Tensor, "pos C_total"], alive: Bool[Tensor, "pos C_total"], config: PruneConfig
 ) -> dict[str, float]:
-    """The behaviour's probability under importances, stochastic and adversarial masks; see ``PrunedCircuit``."""
+    """The behaviour's probability under importances, stochastic and adversarial masks; see ``PrunedCircuit``.
+
+    Args:
+        loss: of the behaviour.
+        g: the circuit's importances.
+        alive: where Γ's importance is above 0.
+        config: how the circuit was pruned.
+    """
     generator = torch.Generator(g.device).manual_seed(config.seed + 1)
-    sites = len(masked.names)
-
-    def score(rows: Tensor, r: Tensor, delta: Tensor) -> Tensor:
-        logits, _ = masked.logits(tokens, rows + (1 - rows) * r, delta, behaviour.pos)
-        return behaviour.probability(logits)
-
-    one, many, some = g[None], g.expand(DRAWS, -1, -1), g.expand(FRESH_STARTS, -1, -1)
-    gradients = running(masked, tokens, behaviour)
-    plain = score(one, torch.zeros_like(one), one.new_zeros(1, len(g), sites))
-    stochastic = score(many, *draw(many, sites, generator))
+    sites = len(loss.masked_model.names)
+    many, several = g.expand(STOCHASTIC_DRAWS, -1, -1), g.expand(FRESH_STARTS, -1, -1)
+    plain = loss.probability(g[None], g.new_zeros(1, len(g), g.shape[1] + sites))
+    stochastic = loss.probability(many, uniform_sources(many, sites, generator))
     attacks: list[tuple[str, int, float]] = [
         (config.reach, config.adversary_steps, config.adversary_step_size),
         ("alive_and_deltas", FRESH_STEPS, 2 / FRESH_STEPS),
         ("everything", FRESH_STEPS, 2 / FRESH_STEPS),
     ]
-    found = [
-        attack(gradients, some, draw(some, sites, generator), steps=n, step_size=size, reach=reach, alive=alive)
-        for reach, n, size in attacks
-    ]
-    own, fresh, everything = (score(some, *sources) for sources in found)
+    worst = []
+    for reach, steps, step_size in attacks:
+        start = uniform_sources(several, sites, generator)
+        reachable = within_reach(reach, alive, sites)
+        worst.append(attack(loss.gradient, several, start, reachable, steps=steps, step_size=step_size))
+    trained, fresh, everything = (loss.probability(several, sources) for sources in worst)
     return {
         "importances": float(plain),
         "stochastic": float(stochastic.mean()),
-        "adversarial": float(own.mean()),
+        "adversarial": float(trained.mean()),
         "adversarial_fresh": float(fresh.mean()),
         "adversarial_fresh_worst": float(fresh.min()),
         "adversarial_everything": float(everything.mean()),
@@ -129,49 +131,53 @@ def ablate_nodes(
     groups: Mapping[str, Sequence[str | Node]],
     behaviour: Any,
 ) -> pd.DataFrame:
-    """Groups of nodes taken out of the model, and out of the circuit.
+    """Groups of nodes ablated in the model, and in the circuit.
 
     Args:
-        groups: nodes by name of the group; a node without a position stands for all of them.
+        decomposition: of the model's weights.
+        model: the target.
+        circuit: from ``prune``; its prompt is run.
+        groups: nodes by name of the group; a node without a position stands for all positions.
         behaviour: what the circuit was pruned to.
 
     Returns:
-        A row a group, the first (``nothing``) without ablation: ``group``, ``nodes`` (how many were taken out), ``model`` (the
-        behaviour's probability with these taken out of the whole model, Δ on) and ``circuit`` (importances as masks, without
+        One row per group, the first (``nothing``) without ablation: ``group``, ``nodes`` (how many are ablated), ``model`` (the
+        behaviour's probability with these ablated in the whole model, Δ on) and ``circuit`` (importances as masks, without
         them).
 
     Raises:
-        KeyError, IndexError, ValueError: a node is no subcomponent of this decomposition, or its position is outside the prompt.
+        KeyError: a node's site is not decomposed.
+        IndexError: a node's subcomponent or position does not exist.
+        ValueError: a node is not a subcomponent, or the model has other weights.
     """
-    site_axis = decomposition.site_axis
-    wheres = {name: _where(decomposition, circuit, nodes) for name, nodes in groups.items()}
-    rows = [torch.zeros_like(circuit.importances, dtype=torch.bool), *wheres.values()]
-    with PromptModel(decomposition, model) as masked:
-        tokens = masked.adapter.tokens(circuit.tokens)
-        logits, _ = masked.clean(tokens)
-        chosen = behaviour_of(masked.adapter, logits[0], behaviour, circuit.pos)
-        out = torch.stack(rows)
-        ones = torch.ones_like(circuit.importances).expand(len(rows), -1, -1)
-        g = circuit.importances.expand(len(rows), -1, -1)
-        deltas = [g.new_full((*g.shape[:2], len(site_axis.names)), value) for value in (1.0, 0.0)]
-        found = [
-            chosen.probability(masked.logits(tokens, own.masked_fill(out, 0), delta, chosen.pos)[0]).tolist()
-            for own, delta in zip((ones, g), deltas, strict=True)
-        ]
-    names = ["nothing", *groups]
-    counts = [int(own.sum()) for own in rows]
-    return pd.DataFrame({"group": names, "nodes": counts, "model": found[0], "circuit": found[1]})
+    ablated = {name: _ablated(decomposition, circuit, nodes) for name, nodes in groups.items()}
+    rows = torch.stack([torch.zeros_like(circuit.importances, dtype=torch.bool), *ablated.values()])
+    with torch.inference_mode(False), MaskedModel(decomposition, model) as masked_model:
+        tokens = masked_model.adapter.tokens(circuit.tokens)
+        logits, _ = masked_model.clean(tokens)
+        loss = PromptLoss(masked_model, tokens, behaviour_of(masked_model.adapter, logits[0], behaviour, circuit.pos))
+        columns = {}
+        for name, g, delta in (
+            ("model", torch.ones_like(circuit.importances), 1.0),
+            ("circuit", circuit.importances, 0.0),
+        ):
+            sources = torch.zeros(*rows.shape[:2], g.shape[1] + len(masked_model.names)).to(g)
+            sources[..., g.shape[1] :] = delta
+            columns[name] = loss.probability(g.masked_fill(rows, 0), sources).tolist()
+    counts = [int(row.sum()) for row in rows]
+    return pd.DataFrame({"group": ["nothing", *groups], "nodes": counts, **columns})
 
 
-def _where(
+def _ablated(
     decomposition: Decomposition, circuit: PrunedCircuit, nodes: Sequence[str | Node]
 ) -> Bool[Tensor, "pos C_total"]:
-    found = torch.zeros_like(circuit.importances, dtype=torch.bool)
-    for own in nodes:
-        node = Node.parse(own)
-        part: Subcomponent = decomposition.subcomponent(node.subcomponent)
-        if node.pos is not None and node.pos >= len(found):
-            raise IndexError(f"{node} is outside the {len(found)} positions of the prompt.")
-        rows = slice(None) if node.pos is None else node.pos
-        found[rows, decomposition.site_axis.slices[part.site].start + part.index] = True
-    return found
+    """True for the subcomponents and positions of the nodes."""
+    result = torch.zeros_like(circuit.importances, dtype=torch.bool)
+    for address in nodes:
+        node = Node.parse(address)
+        subcomponent = decomposition.subcomponent(node.subcomponent)
+        if node.pos is not None and node.pos >= len(result):
+            raise IndexError(f"{node} is outside the {len(result)} positions of the prompt.")
+        positions = slice(None) if node.pos is None else node.pos
+        result[positions, decomposition.site_axis.slices[subcomponent.site].start + subcomponent.index] = True
+    return result
