@@ -37,6 +37,7 @@ __all__ = [
     "Coefficients",
     "Decomposition",
     "Evaluation",
+    "EvaluationConfig",
     "ExecutionConfig",
     "FaithfulnessConfig",
     "GammaConfig",
@@ -61,6 +62,7 @@ __all__ = [
 _ROOMS = ("analysis", "baselines", "bundled", "evaluation", "formats", "planning", "toys", "viz")
 _AT_THE_TOP = {
     "Evaluation": "evaluation",
+    "EvaluationConfig": "evaluation",
     "attribution_graph": "analysis",
     "evaluate": "evaluation",
     "harvest": "analysis",

@@ -23,7 +23,7 @@ from tl_vpd.adapters import adapt
 from tl_vpd.analysis import Harvest, harvest, pick
 from tl_vpd.components.storage import write_json
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.evaluation import Evaluation, evaluate
+from tl_vpd.evaluation import Evaluation, EvaluationConfig, evaluate
 from tl_vpd.masking import constant_masks
 from tl_vpd.site import Subcomponent
 from tl_vpd.training import Run, decompose
@@ -59,7 +59,8 @@ def run_demo(folder: Path, *, steps: int, say: Say) -> None:
     say("\n3. How good is it? (2,048 validation tokens; Δ off and every site masked, but drawn in the stochastic mode)")
     curve = bundled.training_record()["curve"]
     sample = held_out[: 2048 // held_out.shape[1]]
-    found = evaluate(vpd, model, sample, budgets=(), control_budgets=(20,), curve=curve, measures=())
+    config_of_bundled = EvaluationConfig(budgets=(), curve=curve, measures=())
+    found = evaluate(vpd, model, sample, config_of_bundled)
     _tell(found, say)
 
     say(f"\n4. A short decomposition from scratch ({steps} steps; the bundled one took far more)")
@@ -68,7 +69,8 @@ def run_demo(folder: Path, *, steps: int, say: Say) -> None:
     config = CONFIG.model_copy(update={"steps": steps})
     run = decompose(model, bundled.tokens("training"), config)
     run.decomposition.save(folder / "short")
-    short = evaluate(run.decomposition, model, sample, budgets=(20,), controls=False, curve=curve, measures=())
+    config_of_short = EvaluationConfig(budgets=(20,), controls=False, curve=curve, measures=())
+    short = evaluate(run.decomposition, model, sample, config_of_short)
     _tell(short, say)
 
     say("\n5. Ablating one subcomponent out of the model")

@@ -18,7 +18,7 @@ from scripts.bundled import corpus
 from tl_vpd import bundled
 from tl_vpd.bundled.recipe import CONFIG
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.evaluation import evaluate
+from tl_vpd.evaluation import EvaluationConfig, evaluate
 from tl_vpd.training import SavingConfig, decompose
 
 CONTEXT = 128
@@ -51,8 +51,7 @@ def finish(vpd: Decomposition, model: nn.Module, source: Path, folder: Path) -> 
         vpd,
         model,
         bundled.tokens("validation", source)[:64],
-        starts={20: 3},
-        curve=bundled.training_record(source)["curve"],
+        EvaluationConfig(starts={20: 3}, curve=bundled.training_record(source)["curve"]),
     )
     found.save(folder / "decomposition" / "metrics.json")
     log = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)

@@ -35,7 +35,7 @@ def test_every_method_gives_pieces_importances_and_masked_outputs(name):
     hidden = x @ found.pieces("embed").sum(0)
     expected = (hidden @ found.pieces("unembed").sum(0) + model.unembed.bias).relu()
     torch.testing.assert_close(found.output(x, ones), expected, atol=1e-5, rtol=1e-4)
-    measured = ground_truth(found, model, TOY.truth(model), x)
+    measured = ground_truth(found, model, x, TOY.truth(model))
     assert measured.sites["site"].tolist() == ["embed", "unembed"]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
-from tl_vpd import Decomposition, bundled, evaluate
+from tl_vpd import Decomposition, EvaluationConfig, bundled, evaluate
 from tl_vpd.losses import next_token_ce
 
 
@@ -64,7 +64,9 @@ def test_decomposition_holds_what_its_metrics_say(shipped):
     """On a quarter of the tokens, within what a quarter may differ."""
     model, vpd = shipped
     record = bundled.evaluation().record
-    found = evaluate(vpd, model, bundled.tokens("validation")[:16], budgets=(), controls=False, measures=()).record
+    found = evaluate(
+        vpd, model, bundled.tokens("validation")[:16], EvaluationConfig(budgets=(), controls=False, measures=())
+    ).record
     assert found["unmasked_ce"] - found["target_ce"] <= 0.005
     assert found["l0"] == pytest.approx(record["l0"], rel=0.1)
     for row in ("stochastic", "rounded"):

@@ -36,22 +36,22 @@ def test_shared_attack_does_what_its_sources_say_and_is_worse_than_any_corner_tr
     model = handmade.known_model()
     vpd = handmade.with_opposed(model, pairs=1, size=1.0)
     with sampled(vpd, model, rows(8)) as sample:
-        found = attack(sample, Adversary(steps=20, starts=3))
+        result = attack(sample, Adversary(steps=20, starts=3))
 
         def kl(sources: torch.Tensor) -> float:
-            return sample.distances(lambda i: masks_from_sources(sample.g[i], sources, sample.site_axis)).mean
+            return sample.distances(lambda batch: masks_from_sources(batch.g, sources, sample.site_axis)).mean
 
         corners = [torch.zeros(1, 1, sample.site_axis.total + 2) for _ in range(4)]
         for sources, corner in zip(corners, product((0.0, 1.0), repeat=2), strict=True):
             sources[..., 16:18] = torch.tensor(corner)
         harm = [kl(sources) for sources in corners]
-        again = kl(found.results[0].sources)
+        again = kl(result.results[0].sources)
     assert harm[0] == pytest.approx(harm[3], abs=1e-4) and min(harm[1:3]) > 10 * harm[0]  # together they do nothing
-    assert found.kl > max(harm)
-    assert found.kl == pytest.approx(again, rel=1e-5)
-    pair = found.results[0].sources[0, 0, 16:18]
+    assert result.kl > max(harm)
+    assert result.kl == pytest.approx(again, rel=1e-5)
+    pair = result.results[0].sources[0, 0, 16:18]
     assert float((pair[0] - pair[1]).abs()) > 0.9
-    assert len(found.results) == 3 and found.kl == max(r.loss for r in found.results)
+    assert len(result.results) == 3 and result.kl == max(r.loss for r in result.results)
 
 
 def test_a_choice_for_every_token_is_the_strongest_and_rows_do_not_mix(tiny):
@@ -74,12 +74,12 @@ def test_span_only_adds_what_other_tokens_need(tiny):
     with sampled(vpd, model, some_tokens(shape=(4, 6))) as sample:
         sets = explanations(sample, 3)
         assert sets.shape == (3, vpd.site_axis.total)
-        rows_of_g = torch.cat([g.flatten(0, 1) for g in sample.g]) > 0
+        rows_of_g = torch.cat([batch.g.flatten(0, 1) for batch in sample.batches()]) > 0
         assert all(any(torch.equal(s, row) for row in rows_of_g) for s in sets)
         nothing = attack(sample, Adversary(explanations=2, steps=5), span=torch.zeros_like(sets))
         ci = sample.distances(
-            lambda i: masks_from_sources(
-                sample.g[i], torch.zeros(1, 1, vpd.site_axis.total + len(vpd.sites)), sample.site_axis
+            lambda batch: masks_from_sources(
+                batch.g, torch.zeros(1, 1, vpd.site_axis.total + len(vpd.sites)), sample.site_axis
             )
         )
         assert nothing.kl == pytest.approx(ci.mean, rel=1e-5)  # with nothing to add, importances are the masks, Δ is 0
@@ -102,16 +102,20 @@ def test_table_bears_the_budget(tiny):
 def test_a_fixed_seed_gives_the_same_attack(tiny):
     model, vpd = tiny
     tokens = some_tokens(shape=(3, 6))
-    found = []
+    results = []
     for seed in (0, 0, 1):
         with sampled(vpd, model, tokens, seed=seed) as sample:
-            found.append(attack(sample, Adversary(steps=2, momentum=0.5)).kl)
-    assert found[0] == found[1] != found[2]
+            results.append(attack(sample, Adversary(steps=2, momentum=0.5)).kl)
+    assert results[0] == results[1] != results[2]
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"starts": 0}, "nowhere to start"), ({"explanations": 0}, "span nothing"), ({"scope": "row"}, "choose shared")],
+    [
+        ({"starts": 0}, "one random start or more"),
+        ({"explanations": 0}, "give 1 or more"),
+        ({"scope": "row"}, "choose shared"),
+    ],
 )
 def test_impossible_adversaries_are_refused(settings: dict[str, Any], message: str):
     with pytest.raises(ValueError, match=message):

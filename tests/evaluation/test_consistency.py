@@ -59,7 +59,7 @@ def test_only_the_living_are_compared():
 
 def test_other_sites_are_refused():
     model = tiny_model(torch.float32)
-    with pytest.raises(ValueError, match="no decompositions of the same weights"):
+    with pytest.raises(ValueError, match="not decompositions of the same weights"):
         consistency(decomposition_of(model), decomposition_of(model, sites=("blocks.0.*",)))
 
 

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.tiny import decomposition_of, some_tokens, tiny_model
+from tl_vpd.evaluation import sampled
+from tl_vpd.evaluation.batch import BatchStore
 from tl_vpd.evaluation.controls import (
-    hand_over,
     random_importances,
+    reassigned,
+    shuffled_control,
     shuffled_importances,
     singular_components,
     singular_importances,
@@ -15,15 +22,15 @@ from tl_vpd.site import ConcatenatedAxis, Site
 IN, OUT = "blocks.0.mlp.W_in", "blocks.0.mlp.W_out"
 
 
-def test_hand_over_by_hand():
+def test_reassigned_by_hand():
     values = torch.tensor([[[0.2, 0.0, 0.9]]])
     strength = torch.tensor([[[5.0, 7.0, 1.0, 6.0]]])
-    assert_close(hand_over(values, strength), torch.tensor([[[0.0, 0.9, 0.0, 0.2]]]))
+    assert_close(reassigned(values, strength), torch.tensor([[[0.0, 0.9, 0.0, 0.2]]]))
 
 
-def test_hand_over_to_fewer_pieces_drops_the_smallest():
+def test_reassigned_to_fewer_pieces_drops_the_smallest():
     values = torch.tensor([[[0.3, 0.5, 0.1]]])
-    assert_close(hand_over(values, torch.tensor([[[1.0, 2.0]]])), torch.tensor([[[0.3, 0.5]]]))
+    assert_close(reassigned(values, torch.tensor([[[1.0, 2.0]]])), torch.tensor([[[0.3, 0.5]]]))
 
 
 def test_random_importances_keep_each_sites_values_and_spare_the_dead():
@@ -31,7 +38,7 @@ def test_random_importances_keep_each_sites_values_and_spare_the_dead():
     g = torch.rand(2, 3, 10).clamp_min(0.3) * (torch.rand(2, 3, 10) > 0.6)
     alive = torch.ones(10, dtype=torch.bool)
     g[..., 5], alive[5] = 0.0, False
-    found = random_importances(g, alive, site_axis, torch.Generator().manual_seed(0))
+    found = random_importances(g, alive, site_axis, torch.rand(g.shape, generator=torch.Generator().manual_seed(0)))
     for name in site_axis.names:
         own, theirs = site_axis.split_sites(found)[name], site_axis.split_sites(g)[name]
         assert_close(own.sort(-1).values, theirs.sort(-1).values)
@@ -52,9 +59,31 @@ def test_singular_directions_sum_to_the_weight_and_the_strongest_is_kept():
 
 def test_shuffled_importances_stay_whole_and_leave_padding():
     g = torch.rand(2, 4, 5, generator=torch.Generator().manual_seed(0))
-    token_mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
-    g = g * token_mask[..., None]
-    found = shuffled_importances(g, token_mask, torch.Generator().manual_seed(1))
-    assert (found[~token_mask] == 0).all()
-    assert sorted(found[token_mask].tolist()) == sorted(g[token_mask].tolist())  # rows of values, each still together
-    assert not torch.equal(found, g)
+    real = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    g = g * real[..., None]
+    order = torch.tensor([[0.3, 0.2, 0.1, 0.0], [0.5, 0.4, 0.0, 0.1]])
+    result = shuffled_importances(g, real, real, order)
+    expected = torch.stack([g[0, [2, 1, 0, 3]], g[1, [1, 0, 2, 3]]])  # whole tokens, the smallest order first
+    assert torch.equal(result, expected)
+    # A row with more tokens than its partner takes them again from the first; one with fewer leaves the last out.
+    other = shuffled_importances(g, real, real.flip(0), order)
+    assert torch.equal(other[0], torch.stack([g[0, 2], g[0, 1], *torch.zeros(2, 5)]))
+    assert torch.equal(other[1], torch.stack([g[1, 1], g[1, 0], g[1, 1], torch.zeros(5)]))
+    no_positions = shuffled_importances(g[:, 0], real[:, 0], real[:, 0], order[:, 0])
+    assert torch.equal(no_positions, g[:, 0])
+
+
+def test_shuffled_control_permutes_the_tokens_of_all_rows_whatever_the_batches():
+    model = tiny_model(torch.float32)
+    vpd, tokens = decomposition_of(model), some_tokens(shape=(5, 6))
+    moved = []
+    for batch_size in (2, 5):
+        with sampled(vpd, model, tokens, batch_size=batch_size) as sample:
+            g = torch.cat([batch.g for batch in sample.batches()])
+            control = replace(
+                sample, importances=shuffled_control(sample.importances, sample.rows), store=BatchStore(0)
+            )
+            moved.append(torch.cat([batch.g for batch in control.batches()]))
+    assert_close(moved[0], moved[1])
+    assert sorted(moved[0].flatten(0, 1).sum(-1).tolist()) == pytest.approx(sorted(g.flatten(0, 1).sum(-1).tolist()))
+    assert not torch.equal(moved[0].sum((1, 2)), g.sum((1, 2)))  # rows too have changed places

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import decomposition_of, tiny_model
-from tl_vpd import Decomposition, evaluate
+from tl_vpd import Decomposition, EvaluationConfig, evaluate
 from tl_vpd.adapters import adapt
 
 KEYS = {
@@ -27,11 +27,11 @@ def setting() -> tuple[Decomposition, torch.nn.Module, Tensor]:
     return vpd, model, tokens
 
 
-def edited(model, vpd: Decomposition, token_mask: float) -> torch.nn.Module:
-    """A copy whose weights are ``token_mask`` times the subcomponents, without Δ."""
+def edited(model, vpd: Decomposition, mask: float) -> torch.nn.Module:
+    """A copy whose weights are ``mask`` times the subcomponents, without Δ."""
     other = copy.deepcopy(model)
     for name in vpd.sites:
-        adapt(other).set_weight(name, token_mask * vpd.V[name].detach() @ vpd.U[name].detach())
+        adapt(other).set_weight(name, mask * vpd.V[name].detach() @ vpd.U[name].detach())
     return other
 
 
@@ -42,9 +42,8 @@ def ce(model, tokens: Tensor) -> float:
 
 def test_record(setting):
     vpd, model, tokens = setting
-    record = evaluate(
-        vpd, model, tokens, budgets=(3, 6), starts={3: 2, 6: 2}, control_budgets=(3,), batch_size=4, measures=()
-    ).record
+    config = EvaluationConfig(budgets=(3, 6), starts={3: 2, 6: 2}, control_budgets=(3,), batch_size=4, measures=())
+    record = evaluate(vpd, model, tokens, config).record
     assert {*KEYS, "controls", "target_params_max_change", "faithfulness"} <= set(record)
     json.dumps(record)
     with torch.no_grad():
@@ -53,8 +52,8 @@ def test_record(setting):
         assert record["zero_ce"] == pytest.approx(ce(edited(model, vpd, 0.0), tokens), rel=1e-5)
     importances = vpd.causal_importances(model, tokens)
     assert record["l0"] == pytest.approx(float(importances.l0.float().mean()), rel=1e-5)
-    for name, own in importances.items():
-        assert record["l0_by_site"][name] == pytest.approx(float((own > 0).float().sum(-1).mean()), rel=1e-5)
+    for name, g in importances.items():
+        assert record["l0_by_site"][name] == pytest.approx(float((g > 0).float().sum(-1).mean()), rel=1e-5)
     mean = importances.concatenated.mean((0, 1))
     assert record["alive"] == int((mean > 1e-6).sum())
     assert record["alive_1e-4"] == int((mean > 1e-4).sum())
@@ -75,44 +74,43 @@ def test_record(setting):
     assert record["controls"]["singular"]["unmasked_ce"] == pytest.approx(record["target_ce"], rel=1e-4)
 
 
-def test_attack_does_not_depend_on_the_batch_size(setting):
+def test_importances_are_summed_up_as_their_names_say(setting):
     vpd, model, tokens = setting
-    whole = evaluate(vpd, model, tokens, budgets=(4,), controls=False, batch_size=6, measures=()).record
-    parts = evaluate(vpd, model, tokens, budgets=(4,), controls=False, batch_size=2, measures=()).record
-    assert parts["pgd_kl"]["4"] == pytest.approx(whole["pgd_kl"]["4"], rel=2e-2)
-    for key in ("target_ce", "unmasked_ce", "rounded_ce", "l0"):
-        assert parts[key] == pytest.approx(whole[key], rel=1e-5)
+    shape = evaluate(vpd, model, tokens, EvaluationConfig(budgets=(), controls=False, batch_size=4, measures=())).record
+    g = vpd.causal_importances(model, tokens).concatenated
+    assert shape["importances"]["largest"] == pytest.approx(float(g.max()))
+    assert shape["importances"]["at_1"] == pytest.approx(float((g >= 0.99).sum() / (g > 0).sum()))
+    assert shape["importances"]["tokens_at_1"] == pytest.approx(float((g >= 0.99).any(-1).float().mean()))
+    one = ((g > 0).any(1).sum(0) == 1).float()
+    assert shape["importances"]["one_row"] == pytest.approx(float((g.mean((0, 1)) * one).sum() / g.mean((0, 1)).sum()))
 
 
 def test_same_seed_same_record(setting):
     vpd, model, tokens = setting
-    one, two = (
-        evaluate(
-            vpd,
-            model,
-            tokens,
-            budgets=(2,),
-            control_budgets=(2,),
-            adversary_budgets=(1,),
-            seed=3,
-            measures=("adversaries", "aggregation", "off_distribution"),
-        ).record
-        for _ in range(2)
+    config = EvaluationConfig(
+        budgets=(2,),
+        control_budgets=(2,),
+        adversary_budgets=(1,),
+        seed=3,
+        measures=("adversaries", "union_test", "off_distribution"),
     )
+    one, two = (evaluate(vpd, model, tokens, config).record for _ in range(2))
     assert one == two
-    other = evaluate(vpd, model, tokens, budgets=(), controls=False, seed=4, measures=()).record
-    assert other["stochastic_ce"] != one["stochastic_ce"]
+    config = EvaluationConfig(budgets=(), controls=False, seed=4, measures=())
+    assert evaluate(vpd, model, tokens, config).record["stochastic_ce"] != one["stochastic_ce"]
 
 
 def test_tables(setting):
     vpd, model, tokens = setting
-    found = evaluate(vpd, model, tokens, budgets=(2,), controls=False, measures=(), curve=[(0, 5.0), (10, 1.0)])
-    table = found.table()
+    config = EvaluationConfig(budgets=(2,), controls=False, measures=(), curve=[(0, 5.0), (10, 1.0)])
+    report = evaluate(vpd, model, tokens, config)
+    table = report.table()
     assert table.loc["zero", "share_of_zero"] == pytest.approx(1.0)
-    assert table.loc["rounded", "above_target"] == pytest.approx(found.record["rounded_ce"] - found.record["target_ce"])
+    above = report.record["rounded_ce"] - report.record["target_ce"]
+    assert table.loc["rounded", "above_target"] == pytest.approx(above)
     assert "compute_recovered" in table
-    assert list(found.pgd_table().index) == [2]
-    assert found.sites_table()["built"].sum() == found.record["built"]
+    assert list(report.pgd_table().index) == [2]
+    assert report.sites_table()["built"].sum() == report.record["built"]
 
 
 def test_empty_and_foreign_tokens_are_refused(setting):
@@ -121,3 +119,23 @@ def test_empty_and_foreign_tokens_are_refused(setting):
         evaluate(vpd, model, torch.empty(0, 8, dtype=torch.long))
     with pytest.raises(ValueError, match="outside the vocabulary"):
         evaluate(vpd, model, torch.full((1, 4), model.cfg.d_vocab))
+
+
+def test_another_models_weights_are_refused(setting):
+    vpd, _, tokens = setting
+    with pytest.raises(ValueError, match="weights are not the decomposed ones"):
+        evaluate(vpd, tiny_model(torch.float32, seed=5), tokens)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"measures": ("mask_transfr",)}, KeyError, "did you mean 'mask_transfer'"),
+        ({"attack_rows": 0}, ValueError, "attack_rows=0: at least one row is attacked"),
+        ({"batch_size": 0}, ValueError, "a batch has at least one row"),
+        ({"budgets": (20,), "starts": {40: 3}}, ValueError, r"starts names \[40\]"),
+    ],
+)
+def test_impossible_settings_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        EvaluationConfig(**settings)

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from tl_vpd import VPDConfig
 from tl_vpd.baselines import RankOne
-from tl_vpd.evaluation.ground_truth import count_errors, ground_truth, mmcs_and_ml2r, overlap, pattern_errors
+from tl_vpd.evaluation.ground_truth import ground_truth
+from tl_vpd.evaluation.matching import count_errors, mmcs_and_ml2r, overlap, pattern_errors
 from tl_vpd.evaluation.truth import SiteTruth, Truth
 from tl_vpd.toys import TMS
 from tl_vpd.training import new_decomposition
@@ -67,7 +68,7 @@ def test_what_nothing_sees_does_not_count():
     W = torch.tensor([[3.0, 4.0, 0.0], [0.0, 2.0, 5.0]])
     pieces = one_a_feature(W)
     pieces[0, 0, 2], pieces[1, 1, 2] = 70.0, -70.0
-    known = SiteTruth(2, torch.eye(2, dtype=torch.bool), "in", torch.eye(2), seen=torch.eye(3)[:, :2])
+    known = SiteTruth(2, torch.eye(2, dtype=torch.bool), "in", torch.eye(2), visible=torch.eye(3)[:, :2])
     cosines, ratios = mmcs_and_ml2r(known.effects(pieces), known.effects(W))
     assert_close(cosines, torch.ones(2))
     assert_close(ratios, torch.ones(2))
@@ -141,7 +142,7 @@ def test_the_true_decomposition_of_tms_scores_as_true(identity):
     toy = TMS(5, 2, identity=identity)
     model, vpd = perfect(toy, C=7)
     x = toy.batches(8, seed=3).at(0)
-    found = ground_truth(RankOne(vpd, model), model, toy.truth(model), x)
+    found = ground_truth(RankOne(vpd, model), model, x, toy.truth(model))
     rows = found.sites.set_index("site")
     for site in ("embed", "unembed"):
         assert rows.loc[site, "mmcs"] == pytest.approx(1, abs=1e-6) and rows.loc[site, "ml2r"] == pytest.approx(
@@ -169,7 +170,7 @@ def test_reconstruction_is_that_of_edited_weights():
         vpd.gamma.b_out.copy_(torch.linspace(-0.2, 1.2, 6))
         vpd.gamma.w_out.mul_(0.3)
     x = toy.batches(2, seed=5).at(0) + 0.3
-    found = ground_truth(RankOne(vpd, model), model, toy.truth(model), x)
+    found = ground_truth(RankOne(vpd, model), model, x, toy.truth(model))
     g = RankOne(vpd, model).importances(x)
     V, U = ({name: part.detach().double().numpy() for name, part in own.items()} for own in (vpd.V, vpd.U))
     W, b = model.embed.weight.detach().double().numpy().T, model.unembed.bias.detach().double().numpy()
@@ -214,7 +215,7 @@ def test_dead_pieces_do_not_count_and_latents_find_their_subcomponent():
     latents = {"a": g[..., 0] > 0, "b": g[..., 1] > 0}
     one_each = torch.eye(3, dtype=torch.bool)
     truth = Truth(inputs, {"embed": SiteTruth(3, one_each.repeat(3, 1)[:8], "in", torch.eye(3))}, latents)
-    found = ground_truth(Written({"embed": g}, {"embed": pieces}), model, truth, inputs)
+    found = ground_truth(Written({"embed": g}, {"embed": pieces}), model, inputs, truth)
     row = found.sites.iloc[0]
     assert row["alive"] == 3 and row["mmcs_all"] == pytest.approx(1, abs=1e-6) and row["mmcs"] < 0.99
     rows = found.latents.set_index("latent")
@@ -231,7 +232,7 @@ def test_where_a_site_is_needed_is_set_beside_its_largest_importance():
     g[0, 0, 0], g[0, 0, 1], g[0, 1, 2], g[1, 2, 2] = 1.0, 0.75, 0.5, 1.0
     where = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=torch.bool)
     truth = Truth(torch.rand(2, 3, 3), needed={"embed": where})
-    found = ground_truth(Written({"embed": g}, {"embed": one_a_feature(W)}), model, truth, truth.probe)
+    found = ground_truth(Written({"embed": g}, {"embed": one_a_feature(W)}), model, truth.probe, truth)
     row = found.needed.set_index("site").loc["embed"]
     assert row["tokens"] == pytest.approx(2 / 6)
     assert row["overlap"] == pytest.approx(1.5 / 3)  # 1 and 0.5 of two tokens, and one where it is not needed

@@ -32,15 +32,19 @@ def test_rows_mask_as_their_names_say():
         "zero": [0, 0, 0, 0],
     }
     generator = torch.Generator().manual_seed(0)
+
+    def uniform(n: int) -> torch.Tensor:
+        return torch.rand(50, 40, n, generator=generator)
+
     for row, mask in expected.items():
-        own = row_masks(row, g, site_axis, generator)["blocks.0.mlp.W_in"]
-        torch.testing.assert_close(own.mask, torch.tensor([[mask]], dtype=torch.float32))
-        assert (own.delta == 0).all()
-    drawn = row_masks("stochastic", g.expand(50, 40, 4), site_axis, generator)["blocks.0.mlp.W_in"]
-    assert (drawn.mask >= g).all() and (drawn.mask[..., 3] == 1).all()
-    assert drawn.mask[..., 0].mean() == pytest.approx(0.5, abs=0.02)
-    assert drawn.delta.mean() == pytest.approx(0.5, abs=0.02)
-    partial = row_masks("partial", g.expand(50, 40, 4), site_axis, generator)["blocks.0.mlp.W_in"]
+        site_mask = row_masks(row, g, site_axis, uniform)["blocks.0.mlp.W_in"]
+        torch.testing.assert_close(site_mask.mask, torch.tensor([[mask]], dtype=torch.float32))
+        assert (site_mask.delta == 0).all()
+    stochastic = row_masks("stochastic", g.expand(50, 40, 4), site_axis, uniform)["blocks.0.mlp.W_in"]
+    assert (stochastic.mask >= g).all() and (stochastic.mask[..., 3] == 1).all()
+    assert stochastic.mask[..., 0].mean() == pytest.approx(0.5, abs=0.02)
+    assert stochastic.delta.mean() == pytest.approx(0.5, abs=0.02)
+    partial = row_masks("partial", g.expand(50, 40, 4), site_axis, uniform)["blocks.0.mlp.W_in"]
     assert set(partial.mask.unique().tolist()) == {0.0, 1.0} and (partial.delta == 0).all()
     assert (partial.mask[(g > 0).expand(50, 40, 4)] == 1).all()
     assert partial.mask[(g <= 0).expand(50, 40, 4)].mean() == pytest.approx(0.5, abs=0.03)

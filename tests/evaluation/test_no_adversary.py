@@ -13,7 +13,7 @@ import pytest
 from tl_vpd import bundled, evaluate
 from tl_vpd.bundled.recipe import CONFIG
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.evaluation import Evaluation, checks
+from tl_vpd.evaluation import Evaluation, EvaluationConfig, checks
 from tl_vpd.forward import MaskedModel
 from tl_vpd.training import Coefficients, MinimalityConfig, Trainer
 
@@ -30,13 +30,13 @@ def trained_on(model: Any, *, adversarial: float) -> Decomposition:
     weights = Coefficients(
         delta=1e5, importance=6e-3, frequency=0.0, stochastic=1 - adversarial, adversarial=adversarial
     )
-    own = {
+    changes = {
         "steps": STEPS,
         "batch_size": ROWS,
         "minimality": MinimalityConfig(p_start=1.0, p_end=1.0),
     }
     with MaskedModel(vpd, model, fused_attention=True) as masked_model:
-        trainer = Trainer(masked_model, CONFIG.model_copy(update={**own, "coefficients": weights}), (ROWS, CONTEXT))
+        trainer = Trainer(masked_model, CONFIG.model_copy(update={**changes, "coefficients": weights}), (ROWS, CONTEXT))
         for i in range(STEPS):
             trainer.step(tokens[i * ROWS : (i + 1) * ROWS, :CONTEXT])
     return vpd
@@ -44,7 +44,8 @@ def trained_on(model: Any, *, adversarial: float) -> Decomposition:
 
 def measured(vpd: Decomposition, model: Any) -> Evaluation:
     rows = bundled.tokens("validation")[:16, :64]
-    return evaluate(vpd, model, rows, budgets=(20,), control_budgets=(), measures=("aggregation", "cancelling"))
+    config = EvaluationConfig(budgets=(20,), control_budgets=(), measures=("union_test", "cancelling"))
+    return evaluate(vpd, model, rows, config)
 
 
 def test_what_chance_does_not_show_an_attack_does(model: Any):

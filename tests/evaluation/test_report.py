@@ -12,15 +12,16 @@ import torch
 
 from tests.marks import needs_bridge, needs_hooked_transformer
 from tests.tiny import decomposition_of, some_tokens, tiny_model
-from tl_vpd import Evaluation, VPDConfig, bundled, evaluate
+from tl_vpd import Evaluation, EvaluationConfig, VPDConfig, bundled, evaluate
 from tl_vpd.evaluation import MEASURES
+from tl_vpd.evaluation import checks as evaluation_checks
 from tl_vpd.toys.recipes import TOYS
 from tl_vpd.training import new_decomposition
 from tl_vpd.viz import evaluation_page
 
 TABLES = {
-    "adversaries", "aggregation", "transfer", "hidden", "resolution", "cancelling", "slices", "foresight", "sizes",
-    "consistency",
+    "adversaries", "union_test", "mask_transfer", "hidden", "sparsity_sweep", "cancelling", "off_distribution",
+    "future_leakage", "feature_splitting", "consistency",
 }  # fmt: skip
 
 
@@ -31,11 +32,7 @@ def found() -> Evaluation:
         decomposition_of(model),
         model,
         some_tokens(shape=(6, 8)),
-        budgets=(2,),
-        control_budgets=(1,),
-        adversary_budgets=(1,),
-        attack_rows=4,
-        batch_size=4,
+        EvaluationConfig(budgets=(2,), control_budgets=(1,), adversary_budgets=(1,), attack_rows=4, batch_size=4),
         off_distribution={"other": some_tokens(seed=5, shape=(4, 6))},
         others={"seed 1": decomposition_of(model, seed=1)},
     )
@@ -43,20 +40,20 @@ def found() -> Evaluation:
 
 def test_every_table_stands_beside_its_controls(found: Evaluation):
     assert set(found.record["tables"]) == TABLES and found.record["left_out"] == {}
-    for name in ("adversaries", "aggregation", "transfer", "hidden", "resolution"):
+    for name in ("adversaries", "union_test", "mask_transfer", "hidden", "sparsity_sweep"):
         assert set(found.to_pandas(name)["pieces"]) == {"learned", "random", "singular", "shuffled"}, name
-    assert {"random", "shuffled"} <= set(found.to_pandas("slices").columns)
+    assert {"random", "shuffled"} <= set(found.to_pandas("off_distribution").columns)
     assert {"random pieces", "singular pieces", "shuffled pieces", "low", "high"} <= set(found.table().columns)
-    assert list(found.to_pandas("slices")["slice"]) == ["these rows", "scrambled", "other"]
+    assert list(found.to_pandas("off_distribution")["data"]) == ["these rows", "scrambled", "other"]
     own = found.record
     low, high = own["intervals"]["kl"]["rounded"]
     assert low <= own["kl"]["rounded"] <= high
     # The table and the record are two views of one measurement.
-    resolution = found.to_pandas("resolution").query("pieces == 'learned'").set_index("threshold")
-    assert resolution.loc[0.0, "kl"] == pytest.approx(own["kl"]["rounded"])
-    assert resolution.loc[0.5, "kl"] == pytest.approx(own["kl"]["rounded_0.5"])
-    assert resolution.loc[0.0, "l0"] == pytest.approx(own["l0"])
-    transfer = found.to_pandas("transfer").query("pieces == 'learned'").set_index("replaced")
+    sweep = found.to_pandas("sparsity_sweep").query("pieces == 'learned'").set_index("threshold")
+    assert sweep.loc[0.0, "kl"] == pytest.approx(own["kl"]["rounded"])
+    assert sweep.loc[0.5, "kl"] == pytest.approx(own["kl"]["rounded_0.5"])
+    assert sweep.loc[0.0, "l0"] == pytest.approx(own["l0"])
+    transfer = found.to_pandas("mask_transfer").query("pieces == 'learned'").set_index("replaced")
     assert transfer.loc["error-propagating", "kl"] == pytest.approx(own["kl"]["rounded"])
     attacks = found.to_pandas("adversaries").query("pieces == 'learned' and adversary == 'shared'")
     assert list(attacks["kl"]) == [own["pgd_kl"]["2"]] and own["pgd_tokens"] == 32
@@ -64,10 +61,11 @@ def test_every_table_stands_beside_its_controls(found: Evaluation):
 
 def test_it_goes_through_json(found: Evaluation, tmp_path: Path):
     found.save(tmp_path / "metrics.json")
-    again = Evaluation(json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail))
+    json.loads((tmp_path / "metrics.json").read_text(), parse_constant=pytest.fail)
+    again = Evaluation.load(tmp_path / "metrics.json")
     assert again.warnings == found.warnings
     assert again.table().equals(found.table())
-    assert again.to_pandas("transfer").equals(found.to_pandas("transfer"))
+    assert again.to_pandas("mask_transfer").equals(found.to_pandas("mask_transfer"))
 
 
 def test_the_page_stands_alone(found: Evaluation, tmp_path: Path):
@@ -76,7 +74,7 @@ def test_the_page_stands_alone(found: Evaluation, tmp_path: Path):
     assert "Of a &lt;tiny&gt; model" in text
     for sentence in found.warnings:
         assert sentence.split(":")[0] in text
-    assert "<svg" in text and "Aggregation" in text
+    assert "<svg" in text and "Union test" in text
     assert not re.search(r"(?:src|href)=[\"']https?:", text)
     assert path.read_bytes() == evaluation_page(found, tmp_path / "again.html", title="Of a <tiny> model").read_bytes()
 
@@ -84,18 +82,17 @@ def test_the_page_stands_alone(found: Evaluation, tmp_path: Path):
 def test_what_was_not_asked_for_is_not_measured_and_says_so():
     model = tiny_model(torch.float32)
     vpd, tokens = decomposition_of(model), some_tokens(shape=(1, 2))
-    few = evaluate(vpd, model, tokens, budgets=(), controls=False, measures=())
+    few = evaluate(vpd, model, tokens, EvaluationConfig(budgets=(), controls=False, measures=()))
     assert few.record["tables"] == {} and few.record["pgd_kl"] == {}
-    with pytest.raises(KeyError, match="no table 'transfer'"):
-        few.to_pandas("transfer")
-    rest = evaluate(vpd, model, tokens, budgets=(), controls=False, measures=("foresight", "aggregation"))
-    with pytest.raises(KeyError, match="'foresight' was left out: the rows are shorter"):
-        rest.to_pandas("foresight")
-    assert "a pair needs two" in rest.record["left_out"]["aggregation"]
-    with pytest.raises(ValueError, match="The name scrambled is the report's own"):
-        evaluate(vpd, model, tokens, budgets=(), controls=False, off_distribution={"scrambled": tokens})
-    with pytest.raises(KeyError, match="did you mean 'transfer'"):
-        evaluate(vpd, model, tokens, measures=("transfr",))
+    with pytest.raises(KeyError, match="no table 'mask_transfer'"):
+        few.to_pandas("mask_transfer")
+    config = EvaluationConfig(budgets=(), controls=False, measures=("future_leakage", "union_test"))
+    rest = evaluate(vpd, model, tokens, config)
+    with pytest.raises(KeyError, match="'future_leakage' was left out: the rows are shorter"):
+        rest.to_pandas("future_leakage")
+    assert "a pair needs two" in rest.record["left_out"]["union_test"]
+    with pytest.raises(ValueError, match="The report itself uses the name scrambled"):
+        evaluate(vpd, model, tokens, off_distribution={"scrambled": tokens})
 
 
 def test_a_toy_is_judged_by_squared_errors(tmp_path: Path):
@@ -103,7 +100,8 @@ def test_a_toy_is_judged_by_squared_errors(tmp_path: Path):
     model = toy.build(0)
     vpd = new_decomposition(model, VPDConfig(C=6, output="mse", gamma={"kind": "per_subcomponent_mlps", "hidden": 4}))
     x = toy.batches(32, seed=0).at(0)
-    found = evaluate(vpd, model, x, budgets=(2,), adversary_budgets=(1,), control_budgets=(1,), batch_size=16)
+    config = EvaluationConfig(budgets=(2,), adversary_budgets=(1,), control_budgets=(1,), batch_size=16)
+    found = evaluate(vpd, model, x, config)
     own = found.record
     assert own["output"] == "mse" and "target_ce" not in own and own["compute_recovered"] == {}
     with torch.no_grad(), vpd.attach(model) as attached, attached.masked("zero"):
@@ -111,8 +109,8 @@ def test_a_toy_is_judged_by_squared_errors(tmp_path: Path):
     assert own["kl"]["zero"] == pytest.approx(float(zero), rel=1e-4)
     assert "mse" in found.table().columns and "ce" not in found.table().columns
     assert own["left_out"] == {
-        "slices": "no other data was given",
-        "foresight": "the model puts out no next-token predictions",
+        "off_distribution": "no other data was passed",
+        "future_leakage": "the model puts out no next-token predictions",
     }
     evaluation_page(found, tmp_path / "toy.html")
     assert all(isinstance(s, str) for s in found.warnings)
@@ -127,14 +125,13 @@ def test_padding_is_left_out_on_either_class_of_model():
     for kind in ("hooked_transformer", "bridge"):
         model = bundled.model(kind=kind)  # type: ignore[arg-type]
         tokens = model.to_tokens(texts)
-        found = evaluate(
-            vpd, model, tokens, budgets=(1,), adversary_budgets=(1,), controls=False, measures=MEASURES
-        ).record
+        config = EvaluationConfig(budgets=(1,), adversary_budgets=(1,), controls=False, measures=MEASURES)
+        found = evaluate(vpd, model, tokens, config).record
         alone = [vpd.causal_importances(model, t).concatenated for t in texts]
         assert found["tokens"] == sum(g.shape[1] for g in alone)
         l0 = sum(float((g > 0).sum()) for g in alone) / found["tokens"]
         assert found["l0"] == pytest.approx(l0, rel=1e-3)
-        assert "padded" in found["left_out"]["foresight"]
+        assert "padded" in found["left_out"]["future_leakage"]
         records.append(found)
     one, two = records
     assert one["kl"]["rounded"] == pytest.approx(two["kl"]["rounded"], rel=1e-3)
@@ -156,7 +153,8 @@ def test_the_model_is_left_as_it_was(kind: str):
     model.add_hook(name, lambda value, hook: fired.append(name))
     hooks = {n: (dict(m._forward_hooks), dict(m._forward_pre_hooks)) for n, m in model.named_modules()}
     flags = {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()}
-    evaluate(bundled.decomposition(), model, tokens, budgets=(1,), adversary_budgets=(1,), control_budgets=(1,))
+    config = EvaluationConfig(budgets=(1,), adversary_budgets=(1,), control_budgets=(1,))
+    evaluate(bundled.decomposition(), model, tokens, config)
     assert fired == []  # users' hooks are set aside: the target itself is measured
     assert hooks == {n: (dict(m._forward_hooks), dict(m._forward_pre_hooks)) for n, m in model.named_modules()}
     assert flags == {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()}
@@ -172,10 +170,10 @@ def test_inference_mode_changes_nothing():
     toy = TOYS["tms_5_2"]
     model, x = toy.build(0), toy.batches(4, seed=0).at(0)
     vpd = new_decomposition(model, VPDConfig(C=6, output="mse", gamma={"kind": "per_subcomponent_mlps", "hidden": 4}))
-    options = dict(budgets=(2,), adversary_budgets=(1,), controls=False, measures=("adversaries",))
-    expected = evaluate(vpd, model, x, **options).record
+    config = EvaluationConfig(budgets=(2,), adversary_budgets=(1,), controls=False, measures=("adversaries",))
+    expected = evaluate(vpd, model, x, config).record
     with torch.inference_mode():
-        found = evaluate(vpd, model, x.clone(), **options).record
+        found = evaluate(vpd, model, x.clone(), config).record
     assert found["kl"] == pytest.approx(expected["kl"]) and found["pgd_kl"] == pytest.approx(expected["pgd_kl"])
 
 
@@ -184,7 +182,36 @@ def test_what_does_not_fit_beside_is_refused_before_anything_is_measured(monkeyp
     vpd, tokens = decomposition_of(model), some_tokens()
     module = sys.modules["tl_vpd.evaluation.evaluate"]
     monkeypatch.setattr(module, "record_of", lambda *a, **k: pytest.fail("measured"))
-    with pytest.raises(ValueError, match="Decomposition 'o': These are no decompositions of the same weights"):
+    with pytest.raises(ValueError, match="Decomposition 'o': These are not decompositions of the same weights"):
         evaluate(vpd, model, tokens, others={"o": decomposition_of(model, sites="*.W_Q")})
-    with pytest.raises(ValueError, match="Slice 'x': Tokens run from"):
+    with pytest.raises(ValueError, match="Data 'x': Tokens run from"):
         evaluate(vpd, model, tokens, off_distribution={"x": tokens + 100})
+
+
+def test_stored_reports_load_with_their_names_of_today(tmp_path: Path):
+    stored = {
+        "kl": {"zero": 1.0},
+        "tables": {
+            "aggregation": [{"pieces": "learned", "inputs": 2, "kl_alone": 0.1, "kl_union": 0.9}],
+            "transfer": [{"replaced": "clean-input", "kl": 0.2}],
+            "resolution": [{"threshold": 0.5, "kl": 0.3}],
+            "slices": [{"slice": "these rows", "share_of_zero": 0.01}, {"slice": "prose", "share_of_zero": 0.9}],
+            "foresight": [{"position": 3, "whole_ce": 2.0}],
+            "sizes": [{"size": "this", "built": 6}],
+            "hidden": [{"what": "blocks.0.mlp.W_in", "error": 0.5}],
+        },
+        "left_out": {"foresight": "some rows are padded", "consistency": "there is one"},
+    }
+    (tmp_path / "old.json").write_text(json.dumps(stored))
+    report = Evaluation.load(tmp_path / "old.json")
+    assert report.to_pandas("union_test").loc[0, "kl_union"] == 0.9
+    assert report.to_pandas("mask_transfer").loc[0, "kl"] == 0.2
+    assert report.to_pandas("sparsity_sweep").loc[0, "kl"] == 0.3
+    assert list(report.to_pandas("off_distribution")["data"]) == ["these rows", "prose"]
+    assert report.to_pandas("future_leakage").loc[0, "whole_ce"] == 2.0
+    assert report.to_pandas("feature_splitting").loc[0, "decomposition"] == "this"
+    assert report.to_pandas("hidden").loc[0, "error"] == 0.5
+    assert report.record["left_out"] == {"future_leakage": "some rows are padded", "consistency": "there is one"}
+    shipped = bundled.evaluation()
+    assert {check.check for check in evaluation_checks(shipped)} == {"dense", "delta", "adversary", "controls"}
+    assert shipped.warnings == []

@@ -9,8 +9,8 @@ from torch.testing import assert_close
 
 from tests.evaluation import handmade
 from tests.tiny import decomposition_of, some_tokens, tiny_model
-from tl_vpd.evaluation import aggregation, aggregation_pairs, sampled
-from tl_vpd.evaluation.union_test import aggregation_by_row, union_of_groups, with_random_partners
+from tl_vpd.evaluation import sampled, union_test, union_test_pairs
+from tl_vpd.evaluation.union_test import union_distances, union_of_groups, with_random_partners
 from tl_vpd.losses import kl_divergence
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.site import ConcatenatedAxis
@@ -30,7 +30,9 @@ def test_random_partners_are_as_many_living_and_new():
     alive = torch.ones(11, dtype=torch.bool)
     alive[2] = False
     own[..., 2] = union[..., 2] = False
-    found = with_random_partners(own, union, alive, site_axis, torch.Generator().manual_seed(1))
+    found = with_random_partners(
+        own, union, alive, site_axis, torch.rand(own.shape, generator=torch.Generator().manual_seed(1))
+    )
     assert (found | ~own).all() and not found[..., 2].any()
     for name in site_axis.names:
         assert torch.equal(site_axis.split_sites(found)[name].sum(-1), site_axis.split_sites(union)[name].sum(-1))
@@ -42,7 +44,7 @@ def test_pairs_against_the_model_run_by_hand():
     vpd, tokens = decomposition_of(model), some_tokens(shape=(5, 7))
     g = vpd.causal_importances(model, tokens)
     with sampled(vpd, model, tokens, batch_size=2) as sample:
-        table, pairs = aggregation(sample, sizes=(2,)), aggregation_pairs(sample)
+        table, pairs = union_test(sample, sizes=(2,)), union_test_pairs(sample)
     assert table.loc[2, "groups"] == len(pairs) == 2
     assert len({*pairs["a"], *pairs["b"]}) == 4  # nobody twice; the fifth row has no partner
     with torch.no_grad(), vpd.attach(model) as attached:
@@ -70,7 +72,7 @@ def test_a_lookup_table_breaks_and_the_right_decomposition_does_not():
     harm = {}
     for name, vpd in {"right": handmade.right(model), "table": handmade.lookup_table(model)}.items():
         with sampled(vpd, model, tokens) as sample:
-            harm[name] = aggregation(sample, sizes=(2, 8))
+            harm[name] = union_test(sample, sizes=(2, 8))
     assert_close(
         torch.tensor(harm["right"]["kl_union"].to_numpy()), torch.zeros(2, dtype=torch.float64), atol=1e-5, rtol=0
     )
@@ -83,7 +85,7 @@ def test_groups_larger_than_the_sample_are_refused():
     model = tiny_model(torch.float32)
     with sampled(decomposition_of(model), model, some_tokens(shape=(3, 5))) as sample:
         with pytest.raises(ValueError, match="Groups of 4 cannot be formed of 3 rows"):
-            aggregation(sample, sizes=(4,))
-        found = aggregation_by_row(sample, 3)
-        assert sorted(found["order"].values) == [0, 1, 2]
-        assert np.isfinite(found["random"].values).all()
+            union_test(sample, sizes=(4,))
+        distances = union_distances(sample, 3)
+        assert sorted(distances.rows) == [0, 1, 2]
+        assert np.isfinite(distances.random.values).all()

@@ -10,11 +10,10 @@ import torch
 
 from tests.evaluation import handmade
 from tests.evaluation.handmade import IN, KNOWN, VOCABULARY, one_token_rows, rows
-from tl_vpd import Decomposition, evaluate
-from tl_vpd.evaluation import Evaluation, checks, warnings_of
-from tl_vpd.evaluation.verdict import aggregation, off_distribution
+from tl_vpd import Decomposition, EvaluationConfig, evaluate
+from tl_vpd.evaluation import Check, Evaluation, checks, warnings_of
 
-MEASURES = ("aggregation", "cancelling", "off_distribution")
+MEASURES = ("union_test", "cancelling", "off_distribution")
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +28,7 @@ def report(
         vpd,
         model,
         rows() if tokens is None else tokens,
-        budgets=budgets,
-        control_budgets=(),
-        measures=MEASURES,
+        EvaluationConfig(budgets=budgets, control_budgets=(), measures=MEASURES),
         off_distribution={"unknown tokens": one_token_rows(KNOWN, VOCABULARY)},
     )
 
@@ -48,7 +45,7 @@ def faults(found: Evaluation) -> set[str]:
 def test_the_right_decomposition_passes_every_check(right: Evaluation):
     names = [check.check for check in checks(right)]
     assert names == [
-        "collapsed", "dense", "delta", "cancelling", "adversary", "aggregation", "off-distribution", "lookup", "controls"
+        "collapsed", "dense", "delta", "cancelling", "adversary", "union test", "off-distribution", "lookup", "controls"
     ]  # fmt: skip
     assert warnings_of(right) == [] == right.warnings
     own = right.record
@@ -73,9 +70,9 @@ def test_lookup_table(model: Any):
     tokens = one_token_rows(0, KNOWN)
     found = report(handmade.lookup_table(model), model, tokens)
     assert found.record["kl"]["rounded"] < 1e-5  # on what it was made for it is perfect
-    assert {"aggregation", "off-distribution", "lookup"} <= faults(found)
+    assert {"union test", "off-distribution", "lookup"} <= faults(found)
     beside = report(handmade.right(model), model, tokens)
-    assert not {"aggregation", "off-distribution", "lookup"} & faults(beside)
+    assert not {"union test", "off-distribution", "lookup"} & faults(beside)
     sentences = " ".join(found.warnings)
     assert "lookup table: 100% of all importance" in sentences
     assert "'unknown tokens'" in sentences
@@ -85,7 +82,7 @@ def test_lookup_table(model: Any):
 def test_delta_does_the_work(model: Any, right: Evaluation):
     found = report(handmade.delta_does_it(model), model)
     assert "delta" in faults(found) and "delta" not in faults(right)
-    assert "Δ holds 81.0% of the square of" in next(c.sentence for c in checks(found) if c.check == "delta")
+    assert "Δ has 81.0% of the square of" in next(c.sentence for c in checks(found) if c.check == "delta")
 
 
 def test_importances_that_are_all_zero(model: Any):
@@ -129,12 +126,28 @@ def test_a_verdict_needs_no_more_than_the_json(right: Evaluation, model: Any):
     assert [c.check for c in checks(few)] == ["dense", "delta", "cancelling", "adversary"]
 
 
-@pytest.mark.parametrize("missing", [None, float("nan")])
-def test_what_is_not_defined_is_not_judged(missing):
-    slices = [{"slice": "these rows", "share_of_zero": 0.1}, {"slice": "silent", "share_of_zero": missing}]
+@pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])
+def test_what_is_not_defined_is_said_and_not_judged(right: Evaluation, missing: float | None):
+    def check_of(name: str, **changes: Any) -> Check:
+        return next(check for check in checks({**right.record, **changes}) if check.check == name)
+
+    data = [{"data": "these rows", "share_of_zero": 0.1}, {"data": "silent", "share_of_zero": missing}]
     union = [{"pieces": "learned", "inputs": 2, "kl_union": missing, "kl_alone": 0.1}]
-    assert off_distribution({"tables": {"slices": slices}}) is None
-    assert off_distribution({"tables": {"slices": slices[::-1]}}) is None
-    assert aggregation({"tables": {"aggregation": union}, "output": "kl"}) is None
-    found = off_distribution({"tables": {"slices": [*slices, {"slice": "far", "share_of_zero": 0.9}]}})
-    assert found is not None and "'far'" in found.sentence
+    why = {"left_out": {"kl.rounded": "it is not a finite number"}}
+    undefined = [
+        check_of("off-distribution", tables={"off_distribution": data}),
+        check_of("off-distribution", tables={"off_distribution": data[::-1]}),
+        check_of("union test", tables={"union_test": union}),
+        check_of("cancelling", kl={**right.record["kl"], "rounded": missing}, **why),
+        check_of("adversary", pgd_kl={"20": missing}),
+        check_of("delta", kl={**right.record["kl"], "zero": missing}),
+        check_of("controls", controls={"random": {"kl": {"rounded": missing}}}),
+        check_of("collapsed", importances={**right.record["importances"], "tokens_at_1": missing}),
+    ]
+    for check in undefined:
+        assert (check.value, check.limit, check.fault) == (None, None, False)
+        assert check.sentence.startswith("Not measured: ") and "nan" not in check.sentence
+    assert undefined[3].sentence == "Not measured: kl.rounded (it is not a finite number)."
+    # What is undefined on one set of rows does not hide another.
+    far = check_of("off-distribution", tables={"off_distribution": [*data, {"data": "far", "share_of_zero": 0.9}]})
+    assert far.fault and "'far'" in far.sentence

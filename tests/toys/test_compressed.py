@@ -69,7 +69,7 @@ def test_the_truth_has_a_subcomponent_a_feature_in_w_in_and_one_a_neuron_in_w_ou
             continue
         assert own.whole and torch.equal(own.pattern, cache[site.replace("W_out", "hook_post")][:, 0] > 0)
         # Later layers read the stream as well as the unembedding.
-        assert own.seen.shape[1] == toy.n_features + toy.neurons * (toy.n_layers - 1 - int(site.split(".")[1]))
+        assert own.visible.shape[1] == toy.n_features + toy.neurons * (toy.n_layers - 1 - int(site.split(".")[1]))
         assert bool((own.either & ~own.pattern).sum() == 0) and 0 < int(own.either.sum()) < int(own.pattern.sum())
     data = toy.batches(1).at(0)
     assert data.shape == (1, 64, toy.n_features) and data.min() < 0
@@ -119,7 +119,7 @@ def test_the_truth_of_one_layer_scores_as_true_and_nothing_is_lost_by_it():
     toy = dataclasses.replace(SMALL, n_layers=1)
     model = train(toy, 0)
     truth = toy.truth(model)
-    found = ground_truth(Known(model, truth), model, truth, toy.batches(4, seed=3).at(0))
+    found = ground_truth(Known(model, truth), model, toy.batches(4, seed=3).at(0), truth)
     rows = found.sites.set_index("site")
     assert (rows["alive"] == rows["true"]).all()
     assert (rows[["pattern_errors", "count_errors"]] == 0).all(axis=None)

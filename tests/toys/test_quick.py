@@ -28,7 +28,7 @@ def taken_apart(toy: TMS, method: str, steps: int) -> GroundTruth:
 
 def measured(toy: Toy, found) -> GroundTruth:
     model = target(toy)
-    return ground_truth(found, model, toy.truth(model), toy.batches(32, seed=9).at(0), output=toy.output)
+    return ground_truth(found, model, toy.batches(32, seed=9).at(0), toy.truth(model), output=toy.output)
 
 
 @pytest.mark.parametrize(("method", "identity"), [("vpd", False), ("vpd", True), ("spd", False)])

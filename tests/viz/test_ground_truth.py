@@ -48,7 +48,7 @@ def test_every_piece_lies_on_its_feature(features, hidden):
         true, own = known.effects(weight), known.effects(found.pieces(name)[:-1])
         for piece, j in enumerate(order):
             assert_close(own[piece, j], true[j])
-    figure = ground_truth(found, model, truth, toy.batches(2, seed=0).at(0))
+    figure = ground_truth(found, model, toy.batches(2, seed=0).at(0), truth)
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == [f"{n}: {features} alive of {features} true" for n in truth.sites]
     if hidden == 2:
@@ -63,8 +63,8 @@ def test_every_piece_lies_on_its_feature(features, hidden):
 def test_a_truth_without_features_has_nothing_to_show():
     model = TMS(3, 2).build(0)
     dense = Truth(torch.zeros(1, 1, 3), {"embed": SiteTruth(2, torch.ones(1, 2, dtype=torch.bool))})
-    with pytest.raises(ValueError, match="None of embed has one subcomponent a feature"):
-        ground_truth(Columns(model, [0, 1, 2]), model, dense, torch.zeros(1, 1, 3))
+    with pytest.raises(ValueError, match="None of embed has one subcomponent per feature"):
+        ground_truth(Columns(model, [0, 1, 2]), model, torch.zeros(1, 1, 3), dense)
 
 
 class Fixed:
@@ -96,7 +96,7 @@ def test_where_sites_are_needed_is_framed_over_their_largest_importance():
 
 
 def test_where_sites_are_needed_has_to_be_known_and_the_row_to_exist():
-    with pytest.raises(ValueError, match="Of no site"):
+    with pytest.raises(ValueError, match="does not say where"):
         needed(Fixed({}), Truth(torch.zeros(1, 2, dtype=torch.long)))
     with pytest.raises(IndexError, match="rows 0 to 0"):
         needed(Fixed({}), Truth(torch.zeros(1, 2, dtype=torch.long), needed={"a": torch.ones(1, 2).bool()}), row=1)

@@ -25,7 +25,7 @@ from torch import nn
 from tl_vpd.baselines.apd import APDConfig, apd
 from tl_vpd.baselines.rank_one import RankOne
 from tl_vpd.baselines.spd import SPDConfig
-from tl_vpd.evaluation.ground_truth import Found
+from tl_vpd.evaluation.ground_truth import MethodResult
 from tl_vpd.training import ExecutionConfig, SavingConfig, VPDConfig, decompose
 from tl_vpd.training.data import Batches
 
@@ -40,7 +40,7 @@ class Method:
 
     name: str
     config: type[VPDConfig] | type[APDConfig]
-    run: Callable[..., Found]
+    run: Callable[..., MethodResult]
 
 
 def _vpd(
@@ -81,7 +81,7 @@ def _apd(
     out: Path | None = None,
     progress: bool = False,
     compile: bool = False,
-) -> Found:
+) -> MethodResult:
     if compile:
         raise ValueError("APD's trainer has nothing to compile: leave compile out.")
     return apd(model, data, config, progress=progress)

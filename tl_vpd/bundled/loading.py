@@ -125,4 +125,4 @@ def evaluation() -> Evaluation:
     adversary, two controls; none of the further tables."""
     from tl_vpd.evaluation import Evaluation
 
-    return Evaluation(json.loads((DECOMPOSITION / "metrics.json").read_text(encoding="utf-8")))
+    return Evaluation.load(DECOMPOSITION / "metrics.json")

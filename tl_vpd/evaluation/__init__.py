@@ -1,19 +1,21 @@
-"""Evaluation: reconstruction by mask mode, sparsity, adversaries, aggregation, transfer, splitting, controls, and a verdict."""
+"""Evaluation: reconstruction by mask mode, sparsity, adversaries, unions, transfer of masks, controls, and a verdict."""
 
-from tl_vpd.evaluation.adversaries import STANDARD, Adversary, adversaries, attack
+from tl_vpd.evaluation.adversaries import STANDARD, Adversary, Attack, adversaries, attack
 from tl_vpd.evaluation.cancelling import cancelling_pairs
+from tl_vpd.evaluation.config import BUDGETS, MEASURES, EvaluationConfig
 from tl_vpd.evaluation.consistency import consistency
-from tl_vpd.evaluation.evaluate import BUDGETS, MEASURES, evaluate
-from tl_vpd.evaluation.feature_splitting import alive_of, sizes, train_sizes
-from tl_vpd.evaluation.future_leakage import foresight
+from tl_vpd.evaluation.evaluate import evaluate
+from tl_vpd.evaluation.feature_splitting import alive_subcomponents, decompose_at_sizes, feature_splitting
+from tl_vpd.evaluation.future_leakage import future_leakage
 from tl_vpd.evaluation.hidden import hidden_errors
-from tl_vpd.evaluation.mask_transfer import transfer
+from tl_vpd.evaluation.importance_statistics import ALIVE
+from tl_vpd.evaluation.mask_transfer import mask_transfer
 from tl_vpd.evaluation.modes import compute_recovered
-from tl_vpd.evaluation.off_distribution import scrambled, slices
+from tl_vpd.evaluation.off_distribution import off_distribution, scrambled
 from tl_vpd.evaluation.report import Evaluation
-from tl_vpd.evaluation.sample import ALIVE, Sample, sampled
-from tl_vpd.evaluation.sparsity_sweep import resolution
-from tl_vpd.evaluation.union_test import aggregation, aggregation_pairs
+from tl_vpd.evaluation.sample import Sample, sampled
+from tl_vpd.evaluation.sparsity_sweep import sparsity_sweep
+from tl_vpd.evaluation.union_test import union_test, union_test_pairs
 from tl_vpd.evaluation.verdict import Check, checks, warnings_of
 
 __all__ = [
@@ -22,27 +24,29 @@ __all__ = [
     "MEASURES",
     "STANDARD",
     "Adversary",
+    "Attack",
     "Check",
     "Evaluation",
+    "EvaluationConfig",
     "Sample",
     "adversaries",
-    "aggregation",
-    "aggregation_pairs",
-    "alive_of",
+    "alive_subcomponents",
     "attack",
     "cancelling_pairs",
     "checks",
     "compute_recovered",
     "consistency",
+    "decompose_at_sizes",
     "evaluate",
-    "foresight",
+    "feature_splitting",
+    "future_leakage",
     "hidden_errors",
-    "resolution",
+    "mask_transfer",
+    "off_distribution",
     "sampled",
     "scrambled",
-    "sizes",
-    "slices",
-    "train_sizes",
-    "transfer",
+    "sparsity_sweep",
+    "union_test",
+    "union_test_pairs",
     "warnings_of",
 ]

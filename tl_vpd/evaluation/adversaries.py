@@ -1,16 +1,17 @@
 """Adversaries of different freedom: who may choose how the unimportant is masked, and from what.
 
-    m = g + (1 − g) · r,      r ← clamp(r + step · sign(∇_r distance), 0, 1)
+    m = g + (1 − g) · r,      r ← clamp(r + step · sign(∇_r distance), 0, 1)        (VPD paper, section 3: losses)
 
 ==========  ==================================================================================================
-shared      one source a subcomponent and Δ for all rows and positions (the standard: it finds systematic faults)
-position    one for every position, shared over rows
-token       one for every token: it fits the noise of each token, and bounds what any mask can do
+shared      one source per subcomponent and Δ for all rows and positions (the standard: it finds systematic faults)
+position    one per position, shared by the rows
+token       one per token: it fits the noise of each token, and bounds what any mask can do
 span        r is a union of what *other* tokens need, ``r_c = 1 − Π_k (1 − w_k [g_kc > 0])``: the adversary chooses the
-            weight w_k in [0, 1] of each of K explanations drawn from the sample; Δ, which no explanation holds, stays out
+            weight w_k in [0, 1] of each of K explanations from the sample; Δ, which is part of no explanation, stays out
 ==========  ==================================================================================================
 
-A number means little without its budget: steps, starts, momentum, and on how many tokens the sources had to be bad together.
+A figure means little without its budget: steps, starts, momentum, and the number of tokens for which the sources had to be bad
+together.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.intervals import PerRow
-from tl_vpd.evaluation.sample import Sample
+from tl_vpd.evaluation.sample import Sample, measure
 from tl_vpd.masking import AttackResult, Masks, masks_from_sources, restarted_pgd
 
 Scope = Literal["shared", "position", "token"]
@@ -37,12 +39,15 @@ class Adversary:
     """An adversary and its budget.
 
     Args:
-        scope: over what one source is shared. steps, step_size: of the ascent (None: ``2 / steps``).
-        momentum: of the ascent. starts: random starts, of which the worst counts.
+        scope: over what one source is shared.
+        steps: of the ascent.
+        step_size: of the ascent (None: ``2 / steps``).
+        momentum: of the ascent.
+        starts: random starts, of which the worst counts.
         explanations: how many tokens' important sets it may combine (None: it chooses every mask and Δ freely).
 
     Raises:
-        ValueError: there are no starts, or fewer than one explanation.
+        ValueError: there are no starts, fewer than one explanation, or no such scope.
     """
 
     scope: Scope | str = "shared"
@@ -54,11 +59,11 @@ class Adversary:
 
     def __post_init__(self) -> None:
         if self.starts < 1:
-            raise ValueError(f"An adversary of {self.starts} starts has nowhere to start: give 1 or more.")
+            raise ValueError(f"starts={self.starts}: an adversary needs one random start or more.")
         if self.explanations is not None and self.explanations < 1:
-            raise ValueError(f"{self.explanations} explanations span nothing: give 1 or more, or None.")
+            raise ValueError(f"explanations={self.explanations}: give 1 or more, or None.")
         if self.scope not in ("shared", "position", "token"):
-            raise ValueError(f"The scope is {self.scope!r}: choose shared, position or token.")
+            raise ValueError(f"scope={self.scope!r}: choose shared, position or token.")
 
     @property
     def name(self) -> str:
@@ -79,8 +84,8 @@ STANDARD: dict[str, Adversary] = {
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """What an adversary found: the attacks of all starts, the worst first, and the distance of every row under the worst."""
+class Attack:
+    """An adversary's results: those of all starts, the worst first, and the distance of every row under the worst."""
 
     adversary: Adversary
     results: list[AttackResult]
@@ -89,19 +94,19 @@ class Attacked:
 
     @property
     def kl(self) -> float:
-        """The distance under the worst sources found."""
+        """The distance under the worst sources."""
         return self.results[0].loss
 
     def record(self, *, seed: int = 0) -> dict[str, Any]:
-        """One row of the table: the adversary, its budget, what it found."""
-        own = self.adversary
-        size = own.step_size if own.step_size is not None else 2.0 / own.steps if own.steps else 0.0
+        """One row of the table: the adversary, its budget, its result."""
+        adversary = self.adversary
+        step_size = 2.0 / adversary.steps if adversary.step_size is None and adversary.steps else adversary.step_size
         low, high = self.by_row.interval(seed=seed)
         return {
-            "adversary": own.name,
-            "steps": own.steps,
-            "step_size": size,
-            "starts": own.starts,
+            "adversary": adversary.name,
+            "steps": adversary.steps,
+            "step_size": step_size or 0.0,
+            "starts": adversary.starts,
             "tokens": self.tokens,
             "kl": self.kl,
             "kl_low": low,
@@ -111,87 +116,101 @@ class Attacked:
 
 
 def union_of(weights: Float[Tensor, "*batch K"], sets: Bool[Tensor, "K C_total"]) -> Float[Tensor, "*batch C_total"]:
-    """The weighted union of sets ``1 − Π_k (1 − w_k s_kc)``: with weights of 0 and 1 the union of those that are chosen."""
+    """The weighted union of sets ``1 − Π_k (1 − w_k s_kc)``: with weights of 0 and 1 the union of the chosen sets."""
     return 1 - (1 - weights.unsqueeze(-1) * sets.to(weights.dtype)).prod(dim=-2)
 
 
-@torch.no_grad()
+@measure
 def explanations(sample: Sample, n: int, *, threshold: float = 0.0) -> Bool[Tensor, "_ C_total"]:
-    """The important sets of n real tokens drawn from a sample (of all, if it has fewer)."""
-    real = torch.cat(
-        [g.flatten(0, -2) if k is None else g[k] for g, k in zip(sample.g, sample.token_mask, strict=True)]
-    )
-    chosen = torch.randperm(len(real), generator=sample.generator(7), device=real.device)[:n]
-    return real[chosen] > threshold
+    """The important sets of n random real tokens of a sample (of all, if it has fewer)."""
+    device = sample.masked_model.adapter.device
+    chosen = torch.randperm(sample.n_tokens, generator=sample.generator(7), device=device)[:n]
+    sets = torch.empty(len(chosen), sample.site_axis.total, dtype=torch.bool, device=device)
+    first = 0
+    for batch in sample.batches():
+        inside = (chosen >= first) & (chosen < first + batch.n_tokens)
+        sets[inside] = batch.g[batch.real][chosen[inside] - first] > threshold
+        first += batch.n_tokens
+    return sets
 
 
-@torch.no_grad()
-def attack(sample: Sample, adversary: Adversary, *, span: Bool[Tensor, "K C_total"] | None = None) -> Attacked:
-    """Runs an adversary against all rows of a sample together, batch by batch, so that memory does not grow with the rows.
+class _SourceLoss:
+    """The distance of all rows as a function of sources, batch by batch, so that memory does not grow with the rows.
 
     Args:
-        span: important sets to combine (None: drawn from the sample, where the adversary has ``explanations``).
+        sample: the attacked rows.
+        scope: over what one source is shared.
+        span: important sets that the sources combine (None: sources are masks).
+    """
+
+    def __init__(self, sample: Sample, scope: str, span: Bool[Tensor, "K C_total"] | None) -> None:
+        self.sample, self.span, self.per_row = sample, span, scope == "token"
+        self.n_sites = len(sample.site_axis.names)
+        width = sample.site_axis.total + self.n_sites if span is None else len(span)
+        positions = [1] * len(sample.position_shape) if scope == "shared" else sample.position_shape
+        self.shape = (len(sample.rows) if self.per_row else 1, *positions, width)
+
+    def start(self, number: int) -> Tensor:
+        """Random sources: one start of many."""
+        device = self.sample.masked_model.adapter.device
+        return torch.rand(*self.shape, generator=self.sample.generator(500_000 + number), device=device)
+
+    def masks(self, batch: Batch, sources: Tensor) -> Masks:
+        """The masks of a batch under its sources."""
+        if self.span is not None:
+            union = union_of(sources, self.span)
+            sources = torch.cat([union, union.new_zeros(*union.shape[:-1], self.n_sites)], dim=-1)
+        return masks_from_sources(batch.g, sources.to(batch.g), self.sample.site_axis)
+
+    def __call__(self, sources: Tensor) -> Tensor:
+        """The mean distance; with gradients on, each batch's backward pass runs at once and ``sources.grad`` collects the sum."""
+        total = torch.zeros(())
+        if self.per_row and torch.is_grad_enabled():
+            sources.grad = torch.zeros_like(sources)
+        for where, batch in zip(self.sample.row_slices, self.sample.batches(), strict=True):
+            leaf = sources.detach()[where].requires_grad_(torch.is_grad_enabled()) if self.per_row else sources
+            loss = self.sample.loss(batch, self.masks(batch, leaf)) * (batch.n_tokens / self.sample.n_tokens)
+            if loss.requires_grad:
+                loss.backward()
+                if self.per_row and leaf.grad is not None:
+                    sources.grad[where] = leaf.grad  # type: ignore[index]
+            total += loss.detach().to(total)
+        return total
+
+    def by_row(self, sources: Tensor) -> PerRow:
+        """The distance of every row under sources."""
+        distances = [
+            batch.distance(self.sample.output(batch, self.masks(batch, sources[where] if self.per_row else sources)))
+            for where, batch in zip(self.sample.row_slices, self.sample.batches(), strict=True)
+        ]
+        return PerRow.concatenated(distances)
+
+
+@measure
+def attack(sample: Sample, adversary: Adversary, *, span: Bool[Tensor, "K C_total"] | None = None) -> Attack:
+    """Runs an adversary against all rows of a sample together.
+
+    Args:
+        sample: the attacked rows.
+        adversary: who attacks, with which budget.
+        span: important sets to combine (None: of random tokens of the sample, where the adversary has ``explanations``).
 
     Raises:
-        ValueError: sources by position are asked for on inputs without positions.
+        ValueError: sources per position are asked of inputs without positions.
     """
-    lead = list(sample.g[0].shape[:-1])
-    if adversary.scope == "position" and len(lead) < 2:
+    if adversary.scope == "position" and not sample.position_shape:
         raise ValueError("These inputs have no positions: choose the scope shared or token.")
     if adversary.explanations is not None and span is None:
         span = explanations(sample, adversary.explanations)
-    rows = sum(len(t) for t in sample.tokens)
-    own_rows = adversary.scope == "token"
-    shape = [rows if own_rows else 1, *[1 if adversary.scope == "shared" else n for n in lead[1:]]]
-    width = sample.site_axis.total + len(sample.site_axis.names) if span is None else len(span)
-    like = sample.g[0]
-
-    def start(number: int) -> Tensor:
-        generator = sample.generator(500_000 + number)
-        return torch.rand(*shape, width, generator=generator, device=like.device).to(like.dtype)
-
-    def masks(i: int, sources: Tensor) -> Masks:
-        if span is None:
-            return masks_from_sources(sample.g[i], sources, sample.site_axis)
-        union = union_of(sources, span)
-        no_delta = union.new_zeros(*union.shape[:-1], len(sample.site_axis.names))
-        return masks_from_sources(sample.g[i], torch.cat([union, no_delta], dim=-1), sample.site_axis)
-
-    def loss(sources: Tensor) -> Tensor:
-        value = torch.zeros(())
-        if own_rows and torch.is_grad_enabled():
-            sources.grad = torch.zeros_like(sources)
-        for i, where in enumerate(batches(sample)):
-            part = sources.detach()[where].requires_grad_(torch.is_grad_enabled()) if own_rows else sources
-            share = sample.positions[i] / sample.tokens_total
-            found = share * sample.loss(i, masks(i, part))
-            if found.requires_grad:
-                found.backward()
-                if own_rows and part.grad is not None:
-                    sources.grad[where] = part.grad  # type: ignore[index]
-            value += found.detach().to(value.device)
-        return value
-
+    loss = _SourceLoss(sample, adversary.scope, span)
     results = restarted_pgd(
         loss,
-        [start(number) for number in range(adversary.starts)],
+        [loss.start(number) for number in range(adversary.starts)],
         steps=adversary.steps,
         step_size=adversary.step_size,
         momentum=adversary.momentum,
     )
-    worst = results[0].sources
-    at = batches(sample)
-    by_row = sample.distances(lambda i: masks(i, worst[at[i]] if own_rows else worst))
-    return Attacked(adversary, results, by_row, sample.tokens_total)
-
-
-def batches(sample: Sample) -> list[slice]:
-    """Which rows each batch of a sample holds."""
-    found, first = [], 0
-    for t in sample.tokens:
-        found.append(slice(first, first + len(t)))
-        first += len(t)
-    return found
+    return Attack(adversary, results, loss.by_row(results[0].sources), sample.n_tokens)
 
 
 def adversaries(
@@ -201,19 +220,20 @@ def adversaries(
     budgets: Sequence[int] = (20,),
     rows: int | None = None,
 ) -> pd.DataFrame:
-    """A row an adversary and budget: steps, starts, tokens attacked together, KL with its interval over rows.
+    """A row for each adversary and budget: steps, starts, tokens attacked together, KL with its interval over rows.
 
     Args:
-        kinds: adversaries (None: ``STANDARD``). budgets: steps, in the place of each one's own.
-        rows: attack the first rows alone (None: all); the span is drawn from all.
+        sample: what is attacked.
+        kinds: adversaries (None: ``STANDARD``, without ``position`` for inputs without positions).
+        budgets: steps, in the place of those that each adversary has.
+        rows: attack only the first rows (None: all); the span is taken from all.
     """
-    own = sample.first(rows)
-    found = []
-    has_positions = sample.g[0].ndim > 2
-    for kind in STANDARD.values() if kinds is None else kinds:
-        if kinds is None and kind.scope == "position" and not has_positions:
-            continue
+    if kinds is None:
+        kinds = [kind for kind in STANDARD.values() if kind.scope != "position" or sample.position_shape]
+    attacked = sample.first(rows)
+    records = []
+    for kind in kinds:
         span = None if kind.explanations is None else explanations(sample, kind.explanations)
         for steps in budgets:
-            found.append(attack(own, replace(kind, steps=steps), span=span).record(seed=sample.seed))
-    return pd.DataFrame(found)
+            records.append(attack(attacked, replace(kind, steps=steps), span=span).record(seed=sample.seed))
+    return pd.DataFrame(records)

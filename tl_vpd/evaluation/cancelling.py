@@ -32,24 +32,26 @@ def rank_one_cosines(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) ->
 
 @torch.no_grad()
 def cancelling_pairs(
-    parts: Decomposition | Components, *, below: float = -0.9, smallest: float = 0.05, k: int = 100
+    decomposition: Decomposition | Components, *, below: float = -0.9, smallest: float = 0.05, k: int = 100
 ) -> pd.DataFrame:
     """Pairs whose cosine is below a bound, the most opposed first: both names, cosine, norms, and the norm of their sum.
 
     Args:
+        decomposition: V and U.
+        below: the bound.
         smallest: leave out subcomponents with less than this share of their site's largest norm, ``‖V_c‖ ‖U_c‖``.
-        k: at most so many pairs a site.
+        k: at most so many pairs per site.
     """
     rows = []
-    for name in parts.sites:
-        V, U = parts.V[name].detach().float(), parts.U[name].detach().float()
+    for name in decomposition.sites:
+        V, U = decomposition.V[name].detach().float(), decomposition.U[name].detach().float()
         norms = V.norm(dim=0) * U.norm(dim=1)
         cosines = rank_one_cosines(V, U)
         large = norms >= smallest * norms.max()
         candidates = cosines.masked_fill(~(large[:, None] & large[None]), 1.0).triu(1).flatten()
         lowest = candidates.topk(min(k, len(candidates)), largest=False)
-        for place in lowest.indices[lowest.values < below].tolist():
-            c, other = divmod(place, len(norms))
+        for index in lowest.indices[lowest.values < below].tolist():
+            c, other = divmod(index, len(norms))
             a, b, cosine = float(norms[c]), float(norms[other]), float(cosines[c, other])
             total = max(a * a + b * b + 2 * a * b * cosine, 0.0) ** 0.5
             rows.append((f"{name}:{c}", f"{name}:{other}", cosine, a, b, total))

@@ -1,11 +1,12 @@
-"""Consistency: do two decompositions of one model (other seeds, other C) find the same subcomponents?
+"""Consistency: do two decompositions of one model (other seeds, other C) give the same subcomponents?
 
-For every subcomponent of one the largest similarity to any of the other, averaged over subcomponents and over both directions:
+For every subcomponent of one the largest similarity to any of the other, averaged over subcomponents and over both directions
+(VPD paper, consistency across seeds):
 
     cos_V = max_c' |cos(V_c, V'_c')|,    cos_U likewise,    cos_rank-one = max_c' cos(V_c, V'_c') · cos(U_c, U'_c')
 
-The sign of V and U apart is arbitrary, that of their product is not. The baseline replaces the other's subcomponents by as
-many random ones (normal directions of V and U): in few dimensions chance alone is high.
+The signs of V and U are arbitrary one by one, the sign of their product is not. The baseline replaces the other's subcomponents
+by as many random ones (normal directions of V and U): in few dimensions chance alone is high.
 
     >>> consistency(vpd_0, vpd_1)                              # doctest: +SKIP
 """
@@ -23,8 +24,11 @@ from torch import Tensor
 from tl_vpd.decomposition import Decomposition
 
 MEASURES = ("V", "U", "rank_one")
-DRAWS = 5
-"""Random baselines drawn a site."""
+BASELINES = 5
+"""Random baselines per site."""
+
+Alive = Mapping[str, Bool[Tensor, " _"]]
+"""Which subcomponents are alive, by site."""
 
 
 def max_cosines(
@@ -46,46 +50,45 @@ def max_cosines(
 
 @torch.no_grad()
 def consistency(
-    one: Decomposition,
-    two: Decomposition,
-    *,
-    alive: tuple[Mapping[str, Bool[Tensor, " _"]], Mapping[str, Bool[Tensor, " _"]]] | None = None,
-    seed: int = 0,
+    one: Decomposition, other: Decomposition, *, alive: tuple[Alive, Alive] | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """A row a site, and their mean: mean max cosine of V, U and rank-one, each beside its random baseline.
+    """A row for each site, and their mean: mean max cosine of V, U and rank-one, each beside its random baseline.
 
-    A site of which nothing lives in one of the two has no cosines (NaN), and is left out of the mean.
+    A site of which no subcomponent is alive in one of the two has no cosines (NaN), and is left out of the mean.
 
     Args:
-        alive: which subcomponents of each to compare, by site (None: all; ``alive_of`` finds them).
+        one: a decomposition.
+        other: of the same model.
+        alive: which subcomponents of each to compare (None: all; see ``alive_subcomponents``).
+        seed: of the random baselines.
 
     Raises:
         ValueError: the two do not decompose the same sites.
     """
-    check_same_sites(one, two)
+    check_same_sites(one, other)
     rows = []
     for name in one.sites:
-        parts = []
-        for side, own in enumerate((one, two)):
-            V, U = own.V[name].detach().double().cpu(), own.U[name].detach().double().cpu()
-            if alive is not None:
-                kept = alive[side][name].cpu()
-                V, U = V[:, kept], U[kept]
-            parts.append((V, U))
-        (V, U), (other_V, other_U) = parts
-        found = _both_ways(V, U, other_V, other_U)
+        V, U = _vectors(one, name, None if alive is None else alive[0])
+        other_V, other_U = _vectors(other, name, None if alive is None else alive[1])
+        cosines = _both_ways(V, U, other_V, other_U)
         generator = torch.Generator().manual_seed(seed)
-        chance = [_both_ways(V, U, _like(other_V, generator), _like(other_U, generator)) for _ in range(DRAWS)]
+        chance = [_both_ways(V, U, _like(other_V, generator), _like(other_U, generator)) for _ in range(BASELINES)]
         row: dict[str, float | str | int] = {"site": name, "C": V.shape[1], "C_other": other_V.shape[1]}
-        for measure in MEASURES:
-            row[measure] = found[measure]
-            row[f"{measure}_random"] = sum(c[measure] for c in chance) / DRAWS
+        for name_of_measure in MEASURES:
+            row[name_of_measure] = cosines[name_of_measure]
+            row[f"{name_of_measure}_random"] = sum(c[name_of_measure] for c in chance) / BASELINES
         rows.append(row)
     table = pd.DataFrame(rows).set_index("site")
     columns = [c for c in table.columns if not c.startswith("C")]
     mean = table[columns].mean().to_frame("mean").T
     mean["C"], mean["C_other"] = int(table["C"].sum()), int(table["C_other"].sum())
     return pd.concat([table, mean[table.columns]]).rename_axis("site")
+
+
+def _vectors(decomposition: Decomposition, name: str, alive: Alive | None) -> tuple[Tensor, Tensor]:
+    """V and U of a site's (alive) subcomponents, in float64."""
+    V, U = (t[name].detach().double().cpu() for t in (decomposition.V, decomposition.U))
+    return (V, U) if alive is None else (V[:, alive[name].cpu()], U[alive[name].cpu()])
 
 
 def _both_ways(V: Tensor, U: Tensor, other_V: Tensor, other_U: Tensor) -> dict[str, float]:
@@ -99,9 +102,10 @@ def _like(t: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(t.shape, generator=generator, dtype=t.dtype)
 
 
-def check_same_sites(one: Decomposition, two: Decomposition) -> None:
+def check_same_sites(one: Decomposition, other: Decomposition) -> None:
     """Raises ValueError where two decompositions are of other sites or shapes."""
-    if {s: (x.d_in, x.d_out) for s, x in one.sites.items()} != {s: (x.d_in, x.d_out) for s, x in two.sites.items()}:
-        lacking = sorted(set(one.sites) ^ set(two.sites))
-        what = f"{', '.join(lacking)} stand in one alone" if lacking else "their sites have other shapes"
-        raise ValueError(f"These are no decompositions of the same weights: {what}.")
+    shapes, other_shapes = ({s: (x.d_in, x.d_out) for s, x in vpd.sites.items()} for vpd in (one, other))
+    if shapes != other_shapes:
+        different = sorted(set(one.sites) ^ set(other.sites))
+        what = f"only one has {', '.join(different)}" if different else "their sites have other shapes"
+        raise ValueError(f"These are not decompositions of the same weights: {what}.")

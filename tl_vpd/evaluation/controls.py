@@ -1,10 +1,10 @@
 """Three ways to spend the same importances without knowing which pieces matter.
 
-Two take, at every token and site, the very values that Γ gave (so that counts match at every threshold) and hand them to
-other pieces: *random* to alive subcomponents drawn at random; *singular* to the singular directions of the weight, the
-largest value to the largest ``|σ_i · u_i · x|``. *Shuffled* leaves pieces and values together and hands them to other tokens
-of the batch: how often each piece is important stays, where it is does not. A decomposition that is not far better than these
-has found nothing (but singular directions *are* the truth where features are orthogonal).
+Two take, at every token and site, the values that Γ gave (so that counts match at every threshold) and give them to other
+pieces: *random* to random alive subcomponents; *singular* to the singular directions of the weight, the largest value to the
+largest ``|σ_i · u_i · x|``. *Shuffled* leaves pieces and values together and gives them to another token, of another row: how
+often each piece is important stays the same, where it is does not. A decomposition that is not far better than these says nothing
+about the model (but singular directions *are* the truth where features are orthogonal).
 """
 
 from __future__ import annotations
@@ -17,93 +17,132 @@ from torch import Tensor
 
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.evaluation.sample import Importances, learned
+from tl_vpd.evaluation.batch import Rows
+from tl_vpd.evaluation.sample import Importances, Sample
 from tl_vpd.site import ConcatenatedAxis, Site
 
 
 def random_importances(
-    g: Float[Tensor, "batch pos C_total"],
+    g: Float[Tensor, "*batch C_total"],
     alive: Bool[Tensor, " C_total"],
     site_axis: ConcatenatedAxis,
-    generator: torch.Generator,
-) -> Float[Tensor, "batch pos C_total"]:
-    """Every token's importances handed to alive subcomponents of the same site at random."""
-    chosen = []
-    for name, own in site_axis.split_sites(g).items():
-        draw = torch.rand(own.shape, generator=generator, device=own.device)
-        chosen.append(hand_over(own, draw.masked_fill(~alive[site_axis.slices[name]], -1.0)))
-    return torch.cat(chosen, dim=-1)
+    order: Float[Tensor, "*batch C_total"],
+) -> Float[Tensor, "*batch C_total"]:
+    """Every token's importances at alive subcomponents of the same site, those with the largest ``order``."""
+    order = order.masked_fill(~alive, -1.0)
+    by_site = site_axis.split_sites(g)
+    return torch.cat(
+        [reassigned(values, order[..., site_axis.slices[name]]) for name, values in by_site.items()], dim=-1
+    )
 
 
 def shuffled_importances(
-    g: Float[Tensor, "*batch C_total"], token_mask: Bool[Tensor, "*batch"] | None, generator: torch.Generator
-) -> Float[Tensor, "*batch C_total"]:
-    """Every real token's importances handed to another real token of the batch, all of its sites together."""
-    real = torch.ones(g.shape[:-1], dtype=torch.bool, device=g.device) if token_mask is None else token_mask
-    own = g[real]
-    shuffled = g.clone()
-    shuffled[real] = own[torch.randperm(len(own), generator=generator, device=g.device)]
-    return shuffled
+    g: Float[Tensor, "row *pos C_total"],
+    source: Bool[Tensor, "row *pos"],
+    target: Bool[Tensor, "row *pos"],
+    order: Float[Tensor, "row *pos"],
+) -> Float[Tensor, "row *pos C_total"]:
+    """Importances of rows at other tokens, all sites together: the token with the smallest ``order`` first.
+
+    Args:
+        g: importances.
+        source: their real tokens.
+        target: which tokens get them; from the first again where there are more of these.
+        order: in which the source's tokens are taken.
+    """
+    result = torch.zeros_like(g).reshape(len(g), -1, g.shape[-1])
+    for i, (values, real, wanted, rank) in enumerate(zip(g, source, target, order, strict=True)):
+        tokens, places = real.reshape(-1).nonzero()[:, 0], wanted.reshape(-1).nonzero()[:, 0]
+        tokens = tokens[rank.reshape(-1)[tokens].argsort()]
+        repeated = tokens[torch.arange(len(places), device=g.device) % len(tokens)]
+        result[i, places] = values.reshape(-1, g.shape[-1])[repeated]
+    return result.reshape(g.shape)
 
 
 def singular_components(sites: Mapping[str, Site], weights: Mapping[str, Float[Tensor, "_ _"]]) -> Components:
-    """The singular value decomposition of every weight as components: ``V = u``, ``U = σ vᵀ``, rank many of them."""
-    parts = Components(list(sites.values()), {name: site.rank for name, site in sites.items()})
+    """The singular value decomposition of every weight as components: ``V = u``, ``U = σ vᵀ``, as many as its rank."""
+    counts = {name: site.rank for name, site in sites.items()}
+    components = Components(list(sites.values()), counts, generator=torch.Generator())
     with torch.no_grad():
         for name in sites:
             u, sigma, vh = torch.linalg.svd(weights[name].float(), full_matrices=False)
-            parts.V[name].copy_(u)
-            parts.U[name].copy_(sigma[:, None] * vh)
-    return parts.to(next(iter(weights.values())))
+            components.V[name].copy_(u)
+            components.U[name].copy_(sigma[:, None] * vh)
+    return components.to(next(iter(weights.values())))
 
 
 def singular_importances(
-    g: Float[Tensor, "batch pos C_total"],
+    g: Float[Tensor, "*batch C_total"],
     site_axis: ConcatenatedAxis,
-    inputs: Mapping[str, Float[Tensor, "batch pos _"]],
+    inputs: Mapping[str, Float[Tensor, "*batch _"]],
     singular: Components,
-) -> Float[Tensor, "batch pos rank_total"]:
-    """Every token's importances handed to the singular directions that are strongest there."""
-    chosen = []
-    for name, own in site_axis.split_sites(g).items():
+) -> Float[Tensor, "*batch rank_total"]:
+    """Every token's importances at the singular directions that are strongest there."""
+    by_site = []
+    for name, values in site_axis.split_sites(g).items():
         strength = (inputs[name] @ singular.V[name]).abs() * singular.write_norms(name)
-        chosen.append(hand_over(own, strength))
-    return torch.cat(chosen, dim=-1)
+        by_site.append(reassigned(values, strength))
+    return torch.cat(by_site, dim=-1)
 
 
-def hand_over(
-    values: Float[Tensor, "batch pos C"], strength: Float[Tensor, "batch pos R"]
-) -> Float[Tensor, "batch pos R"]:
-    """The largest value to the strongest of R pieces, the next to the next; what is over is dropped, what lacks is 0."""
+def reassigned(values: Float[Tensor, "*batch C"], strength: Float[Tensor, "*batch R"]) -> Float[Tensor, "*batch R"]:
+    """The largest value at the strongest of R pieces, the next at the next; surplus values are dropped, missing ones are 0."""
     n = min(values.shape[-1], strength.shape[-1])
     largest = values.sort(dim=-1, descending=True).values[..., :n]
     order = strength.argsort(dim=-1, descending=True)[..., :n]
     return torch.zeros_like(strength).scatter(-1, order, largest.to(strength.dtype))
 
 
+def random_control(importances: Importances, alive: Bool[Tensor, " C_total"]) -> Importances:
+    """Importances at random alive subcomponents."""
+
+    def control(sample: Sample, rows: Rows, inputs: Mapping[str, Tensor]) -> Tensor:
+        g = importances(sample, rows, inputs)
+        order = sample.uniform("random control", rows, g.shape[1:])
+        return random_importances(g, alive, sample.site_axis, order)
+
+    return control
+
+
+def shuffled_control(importances: Importances, every: Rows) -> Importances:
+    """Importances at random tokens of other rows.
+
+    Args:
+        importances: that are moved.
+        every: all rows, of which each gets another's importances.
+    """
+
+    def control(sample: Sample, rows: Rows, inputs: Mapping[str, Tensor]) -> Tensor:
+        device = sample.masked_model.adapter.device
+        partner = torch.randperm(len(every), generator=sample.generator(900_000), device=device).tolist()
+        at = {number: i for i, number in enumerate(every.numbers)}
+        others = every.take([partner[at[number]] for number in rows.numbers])
+        g = importances(sample, others, sample.clean(others)[1])
+        everywhere = torch.ones_like(g[..., 0], dtype=torch.bool)
+        source, target = (everywhere if r.token_mask is None else r.token_mask for r in (others, rows))
+        return shuffled_importances(g, source, target, sample.uniform("shuffled control", rows, g.shape[1:-1]))
+
+    return control
+
+
 def controls_of(
-    decomposition: Decomposition,
-    weights: Mapping[str, Float[Tensor, "_ _"]],
-    alive: Bool[Tensor, " C_total"],
-    seed: int,
+    decomposition: Decomposition, sample: Sample, weights: Mapping[str, Float[Tensor, "_ _"]]
 ) -> dict[str, tuple[Decomposition | Components, Importances]]:
-    """The controls by name: which pieces, and how they get their importances."""
-    site_axis, own = decomposition.site_axis, learned(decomposition)
+    """The controls by name: their pieces, and how these get their importances.
+
+    Args:
+        decomposition: that is measured.
+        sample: of the decomposition.
+        weights: of the model, by site.
+    """
+    importances, site_axis = sample.importances, decomposition.site_axis
     singular = singular_components(decomposition.sites, weights)
 
-    def at_random(index: int, inputs: Mapping[str, Tensor], token_mask: Tensor | None) -> Tensor:
-        generator = torch.Generator(alive.device).manual_seed(seed * 1_000_003 + index)
-        return random_importances(own(index, inputs, token_mask), alive, site_axis, generator)
-
-    def by_strength(index: int, inputs: Mapping[str, Tensor], token_mask: Tensor | None) -> Tensor:
-        return singular_importances(own(index, inputs, token_mask), site_axis, inputs, singular)
-
-    def at_other_tokens(index: int, inputs: Mapping[str, Tensor], token_mask: Tensor | None) -> Tensor:
-        generator = torch.Generator(alive.device).manual_seed(seed * 1_000_003 + 900_000 + index)
-        return shuffled_importances(own(index, inputs, token_mask), token_mask, generator)
+    def by_strength(control: Sample, rows: Rows, inputs: Mapping[str, Tensor]) -> Tensor:
+        return singular_importances(importances(control, rows, inputs), site_axis, inputs, singular)
 
     return {
-        "random": (decomposition, at_random),
+        "random": (decomposition, random_control(importances, sample.statistics.alive)),
         "singular": (singular, by_strength),
-        "shuffled": (decomposition, at_other_tokens),
+        "shuffled": (decomposition, shuffled_control(importances, sample.rows)),
     }

@@ -1,9 +1,9 @@
-"""``evaluate``: everything this package can ask of a decomposition, on validation tokens, in one report.
+"""``evaluate``: every measure of this package on validation tokens, in one report.
 
     >>> report = evaluate(vpd, model, tokens)               # doctest: +SKIP
     >>> report.warnings                                     # doctest: +SKIP
     >>> report.table()                                      # doctest: +SKIP
-    >>> report.save("metrics.json")                            # doctest: +SKIP
+    >>> report.save("metrics.json")                         # doctest: +SKIP
 
 What it cannot say: that a subcomponent *is* a mechanism. It says how well the output survives these maskings on these tokens.
 """
@@ -11,39 +11,38 @@ What it cannot say: that a subcomponent *is* a mechanism. It says how well the o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.components import Components
 from tl_vpd.components.storage import library_versions
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.adversaries import EXPLANATIONS
+from tl_vpd.evaluation.batch import BatchStore
+from tl_vpd.evaluation.cancelling import cancelling_pairs
+from tl_vpd.evaluation.config import EvaluationConfig
 from tl_vpd.evaluation.consistency import check_same_sites
 from tl_vpd.evaluation.controls import controls_of
-from tl_vpd.evaluation.record import record_of
+from tl_vpd.evaluation.record import defined, record_of
 from tl_vpd.evaluation.report import Evaluation
-from tl_vpd.evaluation.sample import ALIVE, Importances, Sample, learned
-from tl_vpd.evaluation.tables import Scope, named, plain, tables_of_decomposition, tables_of_sample
-from tl_vpd.forward.masked_model import MaskedModel
-from tl_vpd.site import nearest
-
-BUDGETS = (20, 40, 80, 160, 320)
-MEASURES = (
-    "adversaries",
-    "aggregation",
-    "transfer",
-    "hidden",
-    "resolution",
-    "cancelling",
-    "off_distribution",
-    "foresight",
+from tl_vpd.evaluation.sample import Sample, Session, sampled
+from tl_vpd.evaluation.tables import (
+    SCRAMBLED,
+    THESE_ROWS,
+    THIS,
+    labelled,
+    leakage_table,
+    off_distribution_table,
+    plain,
+    tables_of_others,
+    tables_of_sample,
 )
-"""What is measured beside the mode table, the counts and the standard adversary."""
+from tl_vpd.forward.masked_model import MaskedModel
 
 
 @torch.inference_mode(False)
@@ -52,104 +51,144 @@ def evaluate(
     decomposition: Decomposition,
     model: nn.Module,
     tokens: Shaped[Tensor, "n ..."],
+    config: EvaluationConfig | None = None,
     *,
-    budgets: Sequence[int] = BUDGETS,
-    starts: int | Mapping[int, int] = 1,
-    controls: bool = True,
-    control_budgets: Sequence[int] = (20,),
-    batch_size: int = 16,
-    seed: int = 0,
-    curve: Sequence[Sequence[int | float]] | None = None,
-    measures: Sequence[str] = MEASURES,
-    adversary_budgets: Sequence[int] = (20, 80),
-    attack_rows: int | None = None,
     off_distribution: Mapping[str, Any] | None = None,
     others: Mapping[str, Decomposition] | None = None,
 ) -> Evaluation:
-    """Measures a decomposition on rows of tokens.
+    """Measures a decomposition on rows of tokens. Figures do not depend on the batch size or the memory that may be used.
 
     Args:
-        tokens: rows ``[n, pos]``; padding is left out. A model of one's own may take other tensors: then distances are squared
+        decomposition: of the model.
+        model: the target; its weights, hooks and flags are afterwards as they were.
+        tokens: rows ``[n, pos]``; padding is left out. A custom model may take other tensors: then distances are squared
             errors and there are no cross-entropies.
-        budgets: steps of the standard adversary (each with ``step_size = 2 / steps``); it attacks all rows together with
-            sources shared over them, Δ's included (none: none on the decomposition; controls have ``control_budgets``).
-        starts: random starts of the standard adversary at each budget, or at some by their steps (the others get one);
-            ``pgd_kl`` gives the worst, ``pgd_kl_starts`` all.
-        controls: also measure the random, singular and shuffled controls. control_budgets: their adversary's.
-        curve: the target's own validation curve of (step, CE), for compute recovered.
-        measures: which of ``MEASURES``; each costs passes, most of all ``adversaries`` (four more kinds at each of
-            ``adversary_budgets``).
-        attack_rows: attack the first rows alone, which costs less (None: all).
-        off_distribution: other text and slices by name, as rows of tokens or prompts, set beside ``tokens`` and (of
-            TransformerLens's transformers) beside the same tokens ``scrambled`` within rows.
+        config: what is measured, and at what cost (None: ``EvaluationConfig()``).
+        off_distribution: other data by name, as rows of tokens or prompts, compared with ``tokens`` and (for language models)
+            with the same tokens ``scrambled`` within rows.
         others: decompositions of the same model from other seeds or with other C, by name.
 
     Raises:
-        ValueError: the tokens, the decomposition or a slice do not fit the model. KeyError: an unknown measure.
+        ValueError: the tokens, the decomposition, other data or another decomposition do not fit the model.
     """
-    for name in measures:
-        if name not in MEASURES:
-            raise KeyError(f"{name!r} is no measure{nearest(name, MEASURES)}. Measures: {', '.join(MEASURES)}.")
+    config = config or EvaluationConfig()
+    data, others = off_distribution or {}, others or {}
     tokens = adapt(model).tokens(tokens)
-    _check_beside(decomposition, model, off_distribution or {}, others or {})
-    weights = {name: adapt(model).weight(name) for name in decomposition.sites}
-    before = {name: W.clone() for name, W in weights.items()}
-    scope = Scope(measures, attack_rows, min(budgets, default=0), batch_size, seed)
-    tables: dict[str, list[pd.DataFrame]] = {}
-
-    def measured(pieces: str, parts: Decomposition | Components, importances: Importances) -> dict[str, Any]:
-        own = pieces == "learned"
-        with MaskedModel(parts, model) as masked_model:
-            sample = Sample(parts, masked_model, importances, tokens, batch_size, seed)
-            record, attacks = record_of(
-                sample,
-                budgets=budgets if own else control_budgets,
-                starts=starts if own else 1,
-                attack_rows=attack_rows,
-                curve=curve,
-            )
-            steps = adversary_budgets if own and budgets and "adversaries" in measures else ()
-            for name, table in tables_of_sample(sample, scope, attacks, steps, detail=own).items():
-                tables.setdefault(name, []).append(named("pieces", pieces, table))
-            record["mean_g"] = sample.mean_importances()
-            return record
-
-    record = measured("learned", decomposition, learned(decomposition))
-    mean_g = record.pop("mean_g")
-    if controls:
-        record["controls"] = {}
-        for name, (parts, importances) in controls_of(decomposition, weights, mean_g > ALIVE, seed).items():
-            record["controls"][name] = measured(name, parts, importances)
-            del record["controls"][name]["mean_g"]
-    record["target_params_max_change"] = max(float((adapt(model).weight(n) - W).abs().max()) for n, W in before.items())
-    deltas = {name: decomposition.components.delta(name, W.to(decomposition.device)) for name, W in weights.items()}
-    record["faithfulness"] = {name: float(delta.square().mean()) for name, delta in deltas.items()}
-    record["delta_share"] = {
-        name: float(delta.square().sum()) / max(float(weights[name].square().sum()), 1e-30)
-        for name, delta in deltas.items()
+    _check_beside(decomposition, model, data, others)
+    options: dict[str, Any] = {
+        "batch_size": config.batch_size,
+        "seed": config.seed,
+        "keep_bytes": config.keep_bytes,
     }
-    joined = {name: pd.concat(own, ignore_index=True) for name, own in tables.items()}
-    whole, left_out = tables_of_decomposition(
-        decomposition, model, tokens, scope, off_distribution=off_distribution or {}, others=others or {}
-    )
-    record["tables"] = {name: plain(table) for name, table in {**joined, **whole}.items()}
-    record["left_out"] = left_out
-    record["settings"] = {"seed": seed, "attack_rows": attack_rows, "explanations": EXPLANATIONS}
-    record["versions"] = library_versions()
-    return Evaluation(record)
+    with sampled(decomposition, model, tokens, **options) as sample:
+        weights = {name: adapt(model).weight(name) for name in decomposition.sites}
+        before = {name: W.clone() for name, W in weights.items()}
+        report = _Report(config, padding=len(tokens) - len(sample.rows))
+        report.add_sample(sample)
+        if "future_leakage" in config.measures:
+            report.add_table("future_leakage", leakage_table(sample))
+        sample.store.clear()
+        if config.controls:
+            report.add_controls(decomposition, sample, weights)
+    if "cancelling" in config.measures:
+        report.add_table("cancelling", cancelling_pairs(decomposition))
+    if "off_distribution" in config.measures:
+        table = off_distribution_table(decomposition, model, tokens, config, data)
+        report.add_table("off_distribution", table)
+    if others:
+        for name, table in tables_of_others(decomposition, model, tokens, config, others).items():
+            report.add_table(name, table)
+    report.add_weights(decomposition, model, before)
+    return report.finished()
+
+
+class _Report:
+    """The record of an evaluation while it is made.
+
+    Args:
+        config: of the evaluation.
+        padding: the number of rows that are left out since they are padding only.
+    """
+
+    def __init__(self, config: EvaluationConfig, *, padding: int) -> None:
+        self.config = config
+        self.record: dict[str, Any] = {}
+        self.tables: dict[str, list[pd.DataFrame]] = {}
+        self.left_out: dict[str, str] = {}
+        if padding:
+            self.left_out["rows"] = f"{padding} of them are padding only"
+
+    def add_sample(self, sample: Sample) -> None:
+        """The decomposition itself."""
+        self.record = self._measured(sample, "learned", self.config.budgets)
+        if "union_test" in self.config.measures and len(sample.rows) < 2:
+            self.left_out["union_test"] = "there is one row, and a pair needs two"
+
+    def add_controls(self, decomposition: Decomposition, sample: Sample, weights: Mapping[str, Tensor]) -> None:
+        """The controls, one after the other."""
+        self.record["controls"] = {}
+        for name, (components, importances) in controls_of(decomposition, sample, weights).items():
+            session = sample.session
+            if components is not decomposition:
+                session = Session(MaskedModel(components, sample.masked_model.model))
+            store = BatchStore(self.config.keep_bytes)
+            control = replace(sample, weights=components, session=session, importances=importances, store=store)
+            self.record["controls"][name] = self._measured(control, name, self.config.control_budgets)
+
+    def add_table(self, name: str, table: pd.DataFrame | str) -> None:
+        """A table, or the reason why there is none."""
+        if isinstance(table, str):
+            self.left_out[name] = table
+        else:
+            self.tables.setdefault(name, []).append(table)
+
+    def add_weights(
+        self, decomposition: Decomposition, model: nn.Module, before: Mapping[str, Float[Tensor, "_ _"]]
+    ) -> None:
+        """The faithfulness of each site, and whether the target is unchanged."""
+        changes, squares, shares = [0.0], {}, {}
+        for name, W in before.items():
+            changes.append(float((adapt(model).weight(name) - W).abs().max()))
+            delta = decomposition.components.delta(name, W.to(decomposition.device)).square()
+            squares[name] = float(delta.mean())
+            shares[name] = float(delta.sum()) / max(float(W.square().sum()), 1e-30)
+        self.record["target_params_max_change"] = max(changes)
+        self.record["faithfulness"] = squares
+        self.record["delta_share"] = shares
+
+    def finished(self) -> Evaluation:
+        """The evaluation."""
+        tables = {name: plain(pd.concat(found, ignore_index=True)) for name, found in self.tables.items()}
+        config = self.config
+        settings = {"seed": config.seed, "attack_rows": config.attack_rows, "explanations": EXPLANATIONS}
+        record, reasons = defined(self.record)
+        left_out = {**self.left_out, **reasons}
+        whole = {"tables": tables, "left_out": left_out, "settings": settings, "versions": library_versions()}
+        return Evaluation({**record, **whole})
+
+    def _measured(self, sample: Sample, pieces: str, budgets: Sequence[int]) -> dict[str, Any]:
+        learned = pieces == "learned"
+        config = self.config if learned else replace(self.config, budgets=budgets, starts=1)
+        record, attacks = record_of(sample, config)
+        for name, table in tables_of_sample(sample, config, attacks, learned=learned).items():
+            self.add_table(name, labelled("pieces", pieces, table))
+        return record
 
 
 def _check_beside(
-    decomposition: Decomposition, model: nn.Module, slices: Mapping[str, Any], others: Mapping[str, Decomposition]
+    decomposition: Decomposition, model: nn.Module, data: Mapping[str, Any], others: Mapping[str, Decomposition]
 ) -> None:
-    """Refuses what is to be set beside before anything is measured."""
+    """Refuses other data and decompositions that do not fit, before anything is measured."""
+    reserved = {THESE_ROWS, SCRAMBLED} & set(data) | {THIS} & set(others)
+    if reserved:
+        raise ValueError(f"The report itself uses the name {', '.join(sorted(reserved))}: choose another name.")
     for name, other in others.items():
         try:
             check_same_sites(decomposition, other)
         except ValueError as error:
             raise ValueError(f"Decomposition {name!r}: {error}") from error
-    for name, rows in slices.items():
+    for name, rows in data.items():
         try:
             adapt(model).tokens(rows)
         except (ValueError, TypeError) as error:
-            raise type(error)(f"Slice {name!r}: {error}") from error
+            raise type(error)(f"Data {name!r}: {error}") from error

@@ -1,10 +1,10 @@
-"""Splitting: does the number of living subcomponents stay what it is when more are built?
+"""Feature splitting: does the number of alive subcomponents stay the same when more are built?
 
-One model is taken apart with 0.5, 1, 2 and 4 times as many subcomponents a site. Where they stand for what the model has, the
-alive count stays flat; where a direction is split among whatever there is, it grows with C.
+One model is decomposed with 0.5, 1, 2 and 4 times as many subcomponents per site. Where they stand for what the model has, the
+alive count stays flat; where a direction is split among all available subcomponents, it grows with C.
 
-    >>> found = train_sizes(model, tokens, VPDConfig(steps=2_000), saving=SavingConfig(folder="runs/sizes"))  # doctest: +SKIP
-    >>> sizes(found, model, validation)                                                       # doctest: +SKIP
+    >>> runs = decompose_at_sizes(model, tokens, config, saving=SavingConfig(folder="runs/sizes"))            # doctest: +SKIP
+    >>> feature_splitting(runs, model, validation)                                                    # doctest: +SKIP
 
 On the command line: ``tl-vpd feature-splitting recipe.yaml --factors 0.5,1,2,4 --out sizes.csv``.
 """
@@ -15,14 +15,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
-import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.evaluation.sample import ALIVE, sampled
-from tl_vpd.masking.modes import masks_of_mode
+from tl_vpd.evaluation.importance_statistics import ALIVE
+from tl_vpd.evaluation.modes import masks_in_row
+from tl_vpd.evaluation.sample import KEEP_BYTES, sampled
 from tl_vpd.site import select
 from tl_vpd.training import ExecutionConfig, SavingConfig, VPDConfig, decompose
 from tl_vpd.training.config import counts_for, upgraded
@@ -31,42 +31,63 @@ from tl_vpd.training.state import latest_state
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 
 
-def alive_of(
+def alive_subcomponents(
     decomposition: Decomposition, model: nn.Module, tokens: Any, *, above: float = ALIVE, batch_size: int = 16
 ) -> dict[str, Bool[Tensor, " _"]]:
-    """Which subcomponents of each site have a mean importance above a bound on these tokens."""
-    with sampled(decomposition, model, tokens, batch_size=batch_size) as sample:
-        return {name: own > above for name, own in sample.site_axis.split_sites(sample.mean_importances()).items()}
+    """Which subcomponents of each site have a mean importance above a bound on these tokens.
+
+    Args:
+        decomposition: of the model.
+        model: the target.
+        tokens: rows, or prompts.
+        above: the bound.
+        batch_size: how many rows run together.
+    """
+    with sampled(decomposition, model, tokens, batch_size=batch_size, keep_bytes=0) as sample:
+        return {name: mean > above for name, mean in sample.site_axis.split_sites(sample.statistics.mean).items()}
 
 
-@torch.no_grad()
-def sizes(
-    decompositions: Mapping[Any, Decomposition], model: nn.Module, tokens: Any, *, batch_size: int = 16
+def feature_splitting(
+    decompositions: Mapping[Any, Decomposition],
+    model: nn.Module,
+    tokens: Any,
+    *,
+    batch_size: int = 16,
+    seed: int = 0,
+    keep_bytes: int = KEEP_BYTES,
 ) -> pd.DataFrame:
-    """A row a decomposition of one model: built, alive (mean importance > 1e-6), L0 a token, distances of three modes.
+    """A row for each decomposition of one model: built, alive (mean importance > 1e-6), L0 per token, distances of three modes.
 
-    ``alive_growth`` is the alive count over the first one's: flat near 1 is what is hoped for.
+    ``alive_growth`` is the alive count divided by the first one's; it stays near 1 unless directions are split.
+
+    Args:
+        decompositions: by name or size.
+        model: the target.
+        tokens: rows, or prompts.
+        batch_size: how many rows run together.
+        seed: of the stochastic masks.
+        keep_bytes: memory for targets and importances between passes.
     """
     rows: list[dict[str, Any]] = []
-    for name, own in decompositions.items():
-        with sampled(own, model, tokens, batch_size=batch_size) as sample:
-            alive = int((sample.mean_importances() > ALIVE).sum())
-            l0 = sum(float((g > 0).sum()) for g in sample.g) / sample.tokens_total
-            row = {"size": name, "built": own.site_axis.total, "alive": alive, "l0": l0}
-            for number, mode in enumerate(("unmasked", "stochastic", "rounded")):
-                found = sample.distances(
-                    lambda i, mode=mode, number=number: masks_of_mode(  # type: ignore[misc]
-                        mode, sample.g[i], sample.site_axis, generator=sample.generator(number, i)
-                    )
-                )
-                row[f"{mode}_{sample.measure}"] = found.mean
+    for name, vpd in decompositions.items():
+        with sampled(vpd, model, tokens, batch_size=batch_size, seed=seed, keep_bytes=keep_bytes) as sample:
+            statistics = sample.statistics
+            row = {
+                "decomposition": name,
+                "built": sample.site_axis.total,
+                "alive": int(statistics.alive.sum()),
+                "l0": float(statistics.density.sum()),
+            }
+            modes = {mode: masks_in_row(sample, mode) for mode in ("unmasked", "stochastic", "rounded")}
+            for mode, outcome in sample.outcomes(modes).items():
+                row[f"{mode}_{sample.distance_name}"] = outcome.distance.mean
             rows.append(row)
-    table = pd.DataFrame(rows).set_index("size")
+    table = pd.DataFrame(rows).set_index("decomposition")
     table.insert(2, "alive_growth", table["alive"] / max(int(table["alive"].iloc[0]), 1))
     return table
 
 
-def train_sizes(
+def decompose_at_sizes(
     model: nn.Module,
     tokens: Any,
     config: VPDConfig,
@@ -92,22 +113,22 @@ def train_sizes(
         InterruptedError: a run was stopped; call again to go on (with ``saving``).
     """
     sites = adapt(model).sites
-    chosen = {name: sites[name] for name in select(config.sites, list(sites))}
-    counts = counts_for(config, chosen)
-    found: dict[int | float, Decomposition] = {}
+    counts = counts_for(config, {name: sites[name] for name in select(config.sites, list(sites))})
+    saving = saving or SavingConfig()
+    decompositions: dict[int | float, Decomposition] = {}
     for factor in factors:
         scaled = config.model_copy(update={"C": {name: max(1, round(factor * n)) for name, n in counts.items()}})
-        saving = saving or SavingConfig()
         folder = None if saving.folder is None else saving.folder / f"C-{factor:g}"
         if folder is not None and (folder / "decomposition" / "config.json").is_file():
-            found[factor] = Decomposition.load(folder / "decomposition", device=adapt(model).device)
-            if VPDConfig(**upgraded(found[factor].record["training"])) != VPDConfig(**scaled.model_dump()):
+            stored = Decomposition.load(folder / "decomposition", device=adapt(model).device)
+            if VPDConfig(**upgraded(stored.record["training"])) != VPDConfig(**scaled.model_dump()):
                 raise ValueError(f"{folder} holds a run with other settings: choose another folder.")
+            decompositions[factor] = stored
             continue
         resume = folder is not None and latest_state(folder / "state") is not None
-        each = saving.model_copy(update={"folder": folder})
-        run = decompose(model, tokens, scaled, execution=execution, saving=each, resume=resume, progress=progress)
+        of_run = saving.model_copy(update={"folder": folder})
+        run = decompose(model, tokens, scaled, execution=execution, saving=of_run, resume=resume, progress=progress)
         if not run.finished:
             raise InterruptedError(f"The run with {factor:g} times C was stopped: call again to go on.")
-        found[factor] = run.decomposition
-    return found
+        decompositions[factor] = run.decomposition
+    return decompositions

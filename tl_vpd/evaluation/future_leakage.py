@@ -1,92 +1,100 @@
-"""How much of a masked model's cross-entropy is owed to Γ's sight of the tokens that come after.
+"""Future leakage: how much of a masked model's cross-entropy comes from Γ's view of the tokens that follow.
 
 Γ reads the whole window, so the importances at a position may depend on the very token that is to be predicted there. The
 KL to the target gains nothing from this; the cross-entropy of the masked model can, and may even fall below the
-target's. Here every position is computed twice: with importances from the whole window, and with importances from the
-prefix alone.
+target's. The measure computes every position twice: with importances from the whole window, and with importances from the
+prefix only.
+
+    >>> future_leakage(sample, positions=[31, 63])                                  # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
+import numpy as np
 import pandas as pd
-import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
-from tl_vpd.adapters import adapt
-from tl_vpd.decomposition import Decomposition
-from tl_vpd.forward.masked_model import users_hooks_aside
-from tl_vpd.hooks import attached_to
+from tl_vpd.evaluation.batch import Batch, Rows
+from tl_vpd.evaluation.modes import row_masks
+from tl_vpd.evaluation.sample import Sample, measure
+from tl_vpd.site import nearest
+
+MODES = ("rounded", "rounded_0.1", "rounded_0.5", "ci", "stochastic", "partial")
+"""Rows of the mode table whose masks depend on importances."""
 
 
-@torch.no_grad()
-def foresight(
-    decomposition: Decomposition,
-    model: nn.Module,
-    tokens: Int[Tensor, "n pos"],
-    *,
-    positions: Sequence[int],
-    mode: str = "rounded",
-    threshold: float = 0.0,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Cross-entropy and KL at some positions, in nats: the target's, and the masked model's with either Γ.
+@measure
+def future_leakage(sample: Sample, *, positions: Sequence[int], mode: str = "rounded") -> pd.DataFrame:
+    """Cross-entropy and KL at chosen positions, in nats: the target's, and the masked model's with either view of Γ.
 
     Args:
-        tokens: rows without padding.
-        positions: positions whose next token is predicted, each from 0 to ``pos − 2``; each costs one run of the prefix.
-        mode: a mode of ``tl_vpd.masking.modes`` that needs importances.
+        sample: rows without padding.
+        positions: where the next token is predicted, from 0 to ``pos − 2``; each costs two passes over the prefix.
+        mode: a row of the mode table that needs importances.
 
     Raises:
-        IndexError: a position has no next token in the rows. ValueError: another decomposition is attached to the model.
+        ValueError: the model puts out no next-token predictions, rows are padded, or no such mode needs importances.
+        IndexError: a position has no next token in the rows.
     """
-    beyond = [p for p in positions if not 0 <= p < tokens.shape[1] - 1]
+    reason = why_not(sample)
+    if reason:
+        raise ValueError(f"Future leakage cannot be measured: {reason}.")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r}{nearest(mode, MODES)}: choose one of {', '.join(MODES)}.")
+    length = sample.rows.tokens.shape[1]
+    beyond = [p for p in positions if not 0 <= p < length - 1]
     if beyond:
-        raise IndexError(f"Positions {beyond} have no next token in rows of {tokens.shape[1]} tokens.")
-    other = in_the_way(decomposition, model)
-    if other:
-        raise ValueError(f"{other[0].upper()}{other[1:]}: detach it first.")
-    rows, own = [], attached_to(model)
-    serving = decomposition.attach(model) if own is None else nullcontext(own)
-    with users_hooks_aside(adapt(model)), serving as attached:
-        with attached.paused():
-            clean = model(tokens).float().log_softmax(-1)
-        with attached.masked(mode, threshold=threshold, seed=seed):
-            whole = model(tokens).float().log_softmax(-1)
-        for position in positions:
-            with attached.masked(mode, threshold=threshold, seed=seed):
-                prefix = model(tokens[:, : position + 1])[:, -1].float().log_softmax(-1)
-            target, seen, after = clean[:, position], whole[:, position], tokens[:, position + 1]
-            rows.append(
-                {
-                    "position": position,
-                    "target_ce": _ce(target, after),
-                    "whole_ce": _ce(seen, after),
-                    "prefix_ce": _ce(prefix, after),
-                    "whole_kl": _kl(target, seen),
-                    "prefix_kl": _kl(target, prefix),
-                }
-            )
+        raise IndexError(f"Positions {beyond} have no next token in rows of {length} tokens.")
+    batches = [_by_position(sample, batch, positions, mode) for batch in sample.batches()]
+    rows = [
+        {"position": p, **{name: float(np.concatenate([b[p][name] for b in batches]).mean()) for name in batches[0][p]}}
+        for p in positions
+    ]
     return pd.DataFrame(rows).set_index("position")
 
 
-def in_the_way(decomposition: Decomposition, model: nn.Module) -> str:
-    """What is attached to the model and cannot serve all sites of this decomposition (empty: nothing)."""
-    attached = attached_to(model)
-    if attached is None:
-        return ""
-    if attached.decomposition is not decomposition:
-        return "another decomposition is attached to this model"
-    some = set(attached.sites) != set(decomposition.sites)
-    return "the decomposition is attached to this model at some sites alone" if some else ""
+def why_not(sample: Sample) -> str:
+    """Why Γ cannot get prefixes of these rows (empty: it can)."""
+    if not sample.has_logits:
+        return "the model puts out no next-token predictions"
+    if sample.rows.token_mask is not None and not bool(sample.rows.token_mask.all()):
+        return "some rows are padded"
+    return "the rows are shorter than three tokens" if sample.rows.tokens.shape[1] < 3 else ""
 
 
-def _ce(log_p: Float[Tensor, "n vocab"], after: Int[Tensor, " n"]) -> float:
-    return float(-log_p.gather(-1, after[:, None]).mean())
+def _by_position(
+    sample: Sample, batch: Batch, positions: Sequence[int], mode: str
+) -> dict[int, dict[str, Float[np.ndarray, " row"]]]:
+    """A batch's figures by position and row."""
+    tokens, length = batch.rows.tokens, batch.rows.tokens.shape[1]
+
+    def log_probs(g: Tensor, rows: Rows) -> Tensor:
+        end = g.shape[1]
+        masks = row_masks(mode, g, sample.site_axis, lambda n: sample.uniform(mode, rows, (length, n))[:, :end])
+        return sample.masked_model.masked(rows.tokens, masks).float().log_softmax(-1)
+
+    whole = log_probs(batch.g, batch.rows)
+    figures = {}
+    for p in positions:
+        prefix = Rows(tokens[:, : p + 1], None, batch.rows.numbers)
+        alone = log_probs(sample.importances(sample, prefix, sample.clean(prefix)[1]), prefix)[:, -1]
+        target, following = batch.reconstruction.target[:, p], tokens[:, p + 1]
+        figures[p] = {
+            "target_ce": _ce(target, following),
+            "whole_ce": _ce(whole[:, p], following),
+            "prefix_ce": _ce(alone, following),
+            "whole_kl": _kl(target, whole[:, p]),
+            "prefix_kl": _kl(target, alone),
+        }
+    return figures
 
 
-def _kl(target: Float[Tensor, "n vocab"], masked: Float[Tensor, "n vocab"]) -> float:
-    return float((target.exp() * (target - masked)).sum(-1).mean())
+def _ce(log_p: Float[Tensor, "row vocab"], following: Int[Tensor, " row"]) -> Float[np.ndarray, " row"]:
+    return -log_p.gather(-1, following[:, None])[:, 0].double().cpu().numpy()
+
+
+def _kl(target: Float[Tensor, "row vocab"], masked: Float[Tensor, "row vocab"]) -> Float[np.ndarray, " row"]:
+    return (target.exp() * (target - masked)).sum(-1).double().cpu().numpy()

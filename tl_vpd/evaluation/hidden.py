@@ -1,7 +1,7 @@
 """Hidden-activation and attention-pattern error: is the masked model right for the right reason?
 
-Under rounded masks (``g > θ``, Δ 0, errors propagating), for what each site puts out and for the residual stream behind each
-block, the share of variance over tokens that the masked model does not explain, and for each attention layer the distance
+Under rounded masks (``g > θ``, Δ 0, errors propagating): for the output of each site and for the residual stream after each
+block, the share of variance over tokens that the masked model does not explain; for each attention layer, the distance
 of its patterns:
 
     error = Σ_t ‖y'(t) − y(t)‖² / Σ_t ‖y(t) − ȳ‖²      0: the same; 1: no better than always the mean
@@ -21,9 +21,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_vpd.evaluation.batch import Batch
+from tl_vpd.evaluation.modes import rounded
 from tl_vpd.evaluation.replacement import masked_product, replaced
-from tl_vpd.evaluation.sample import Sample
-from tl_vpd.masking.modes import masks_of_mode
+from tl_vpd.evaluation.sample import Sample, measure
+from tl_vpd.masking import Masks
 
 
 class Unexplained:
@@ -34,17 +36,17 @@ class Unexplained:
         self.total: Tensor | None = None
         self.tokens = 0
 
-    def add(self, target: Float[Tensor, "token d"], own: Float[Tensor, "token d"]) -> None:
-        """Counts some tokens in."""
-        target, own = target.double(), own.double()
-        self.error += float((own - target).square().sum())
+    def add(self, target: Float[Tensor, "token d"], masked: Float[Tensor, "token d"]) -> None:
+        """Adds tokens to the sums."""
+        target, masked = target.double(), masked.double()
+        self.error += float((masked - target).square().sum())
         self.square += float(target.square().sum())
         total = target.sum(0)
         self.total = total if self.total is None else self.total + total
         self.tokens += len(target)
 
     @property
-    def share(self) -> float:
+    def fraction(self) -> float:
         """``Σ ‖y' − y‖² / Σ ‖y − ȳ‖²`` (NaN where y never varies)."""
         assert self.total is not None, "no tokens were added"
         variance = self.square - float(self.total.square().sum()) / self.tokens
@@ -53,11 +55,11 @@ class Unexplained:
 
 def pattern_kl(
     target: Float[Tensor, "batch head query key"],
-    own: Float[Tensor, "batch head query key"],
+    masked: Float[Tensor, "batch head query key"],
     token_mask: Bool[Tensor, "batch query"] | None = None,
 ) -> Float[Tensor, " head"]:
-    """KL(target ‖ own) of attention patterns by head, averaged over rows and real queries; keys without attention count 0."""
-    p, q = target.double(), own.double()
+    """KL(target ‖ masked) of attention patterns by head, averaged over rows and real queries; keys without attention count 0."""
+    p, q = target.double(), masked.double()
     tiny = torch.finfo(target.dtype).tiny
     kl = torch.special.xlogy(p, p / q.clamp_min(tiny)).sum(-1)
     if token_mask is None:
@@ -66,69 +68,64 @@ def pattern_kl(
     return (kl * weights).sum((0, 2)) / weights.sum((0, 2))
 
 
-@torch.no_grad()
+@measure
 def hidden_errors(sample: Sample, *, threshold: float = 0.0) -> pd.DataFrame:
-    """A row a site (its output), a block (the residual stream behind it) and an attention layer (its patterns).
+    """A row for each site (its output), block (the residual stream after it) and attention layer (its patterns).
 
     Columns: ``kind`` (site, residual, pattern), ``error`` (unexplained share of variance; of patterns the KL in nats).
+
+    Args:
+        sample: the rows.
+        threshold: θ.
     """
-    model: Any = sample.masked_model.model
-    points = _points(model, sample)
+    points = _points(sample)
+    masks = rounded(sample, threshold)
     sums: dict[str, Unexplained] = {}
     patterns: dict[str, list[Tensor]] = {}
-    for i in range(len(sample.tokens)):
-        masks = masks_of_mode("rounded", sample.g[i], sample.site_axis, threshold=threshold)
-
-        def write(own: dict[str, Tensor], masks_: Any, name: str, x: Tensor, y: Tensor) -> Tensor | None:
-            output = None if masks_ is None else masked_product(sample.masked_model, name, x, y, masks_[name])
-            own[name] = y if output is None else output
-            return output
-
-        passes: list[dict[str, Tensor]] = []
-        for chosen in (None, masks):
-            own: dict[str, Tensor] = {}
-            with model.hooks(fwd_hooks=[(name, partial(_note, own, name)) for name in points]):
-                replaced(sample.masked_model, sample.tokens[i], sample.token_mask[i], partial(write, own, chosen))
-            passes.append(own)
-        _add(sums, patterns, passes[0], passes[1], points, sample, i)
+    n_tokens: list[int] = []
+    for batch in sample.batches():
+        clean = _activations(sample, batch, None, points)
+        masked = _activations(sample, batch, masks(batch), points)
+        n_tokens.append(batch.n_tokens)
+        for name, target in clean.items():
+            if points.get(name) == "pattern":
+                patterns.setdefault(name, []).append(pattern_kl(target, masked[name], batch.rows.token_mask))
+            else:
+                flat = (t.reshape(*batch.real.shape, -1)[batch.real] for t in (target, masked[name]))
+                sums.setdefault(name, Unexplained()).add(*flat)
     rows: list[dict[str, Any]] = [
-        {"what": name, "kind": points.get(name, "site"), "error": own.share} for name, own in sums.items()
+        {"what": name, "kind": points.get(name, "site"), "error": total.fraction} for name, total in sums.items()
     ]
-    total = torch.tensor(sample.positions, dtype=torch.float64)
-    for name, found in patterns.items():
-        by_batch = torch.stack(found).mean(1).cpu()
-        rows.append({"what": name, "kind": "pattern", "error": float(by_batch @ total / total.sum())})
+    weights = torch.tensor(n_tokens, dtype=torch.float64)
+    for name, by_batch in patterns.items():
+        error = torch.stack(by_batch).mean(1).cpu() @ weights / weights.sum()
+        rows.append({"what": name, "kind": "pattern", "error": float(error)})
     return pd.DataFrame(rows).set_index("what")
 
 
-def _points(model: Any, sample: Sample) -> dict[str, str]:
-    """HookPoints of the residual stream behind each block that is decomposed and of its attention patterns -> kind."""
-    layers = sorted({s.layer for s in sample.weights.sites.values() if s.layer is not None and s.home != s.name})
-    wanted = {f"blocks.{n}.hook_resid_post": "residual" for n in layers}
-    wanted |= {f"blocks.{n}.attn.hook_pattern": "pattern" for n in layers}
-    return {name: kind for name, kind in wanted.items() if name in model.hook_dict}
+def _points(sample: Sample) -> dict[str, str]:
+    """HookPoints of the residual stream after each decomposed block and of its attention patterns -> kind."""
+    sites = sample.weights.sites.values()
+    layers = sorted({s.layer for s in sites if s.layer is not None and s.home != s.name})
+    points = {f"blocks.{n}.hook_resid_post": "residual" for n in layers}
+    points |= {f"blocks.{n}.attn.hook_pattern": "pattern" for n in layers}
+    model: Any = sample.masked_model.model
+    return {name: kind for name, kind in points.items() if name in model.hook_dict}
 
 
-def _note(own: dict[str, Tensor], name: str, value: Tensor, hook: Any) -> None:
-    own[name] = value  # under the name asked for: a bridge's hook may bear another one
+def _activations(sample: Sample, batch: Batch, masks: Masks | None, points: Mapping[str, str]) -> dict[str, Tensor]:
+    """Every site's output and the values at ``points`` in one pass of a batch, clean or masked."""
+    model: Any = sample.masked_model.model
+    values: dict[str, Tensor] = {}
 
+    def write(name: str, x: Tensor, y: Tensor) -> Tensor | None:
+        output = None if masks is None else masked_product(sample.masked_model, name, x, y, masks[name])
+        values[name] = y if output is None else output
+        return output
 
-def _add(
-    sums: dict[str, Unexplained],
-    patterns: dict[str, list[Tensor]],
-    clean: Mapping[str, Tensor],
-    masked: Mapping[str, Tensor],
-    points: Mapping[str, str],
-    sample: Sample,
-    i: int,
-) -> None:
-    token_mask = sample.token_mask[i]
-    for name, target in clean.items():
-        if points.get(name) == "pattern":
-            patterns.setdefault(name, []).append(pattern_kl(target, masked[name], token_mask))
-            continue
-        lead = sample.g[i].shape[:-1]
-        rows, own = (t.reshape(*lead, -1) for t in (target, masked[name]))
-        if token_mask is not None:
-            rows, own = rows[token_mask], own[token_mask]
-        sums.setdefault(name, Unexplained()).add(rows.flatten(0, -2), own.flatten(0, -2))
+    def note(name: str, value: Tensor, hook: Any) -> None:
+        values[name] = value  # under this name: a bridge's hook may have another one
+
+    with model.hooks(fwd_hooks=[(name, partial(note, name)) for name in points]):
+        replaced(sample.masked_model, batch.rows, write)
+    return values

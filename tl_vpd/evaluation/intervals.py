@@ -1,14 +1,13 @@
 """Means over rows of tokens with their confidence intervals.
 
-Tokens of one row depend on each other, rows hardly do: so the row is what is resampled (percentile bootstrap; Efron 1979). A
-row counts by its number of real tokens, as in the mean over tokens that is reported:
+Tokens of one row depend on each other, rows hardly do, so rows are resampled (percentile bootstrap; Efron 1979). A row counts
+by its number of real tokens, as it does in the reported mean over tokens:
 
-    mean = Σ_r n_r x_r / Σ_r n_r,        x_r the row's own mean over its n_r tokens
+    mean = Σ_r n_r x_r / Σ_r n_r,        x_r the mean over the n_r tokens of row r
 
-Below about twenty rows such intervals come out too narrow; one row has none (NaN).
+Below about twenty rows such intervals come out too narrow; a single row has none (NaN).
 
->>> found = PerRow(np.array([1.0, 3.0]), np.array([1.0, 3.0]))
->>> found.mean
+>>> PerRow(np.array([1.0, 3.0]), np.array([1.0, 3.0])).mean
 2.5
 """
 
@@ -27,15 +26,15 @@ METHOD = f"{CONFIDENCE:.0%} percentile bootstrap over rows, {RESAMPLES} resample
 
 @dataclass(frozen=True)
 class PerRow:
-    """A measure of every row, and how many tokens it is the mean of."""
+    """A figure of every row, and the number of tokens that it is the mean of."""
 
     values: Float[np.ndarray, " row"]
     tokens: Float[np.ndarray, " row"]
 
     @classmethod
-    def joined(cls, parts: Sequence[PerRow]) -> PerRow:
-        """The rows of several one after the other."""
-        return cls(np.concatenate([p.values for p in parts]), np.concatenate([p.tokens for p in parts]))
+    def concatenated(cls, batches: Sequence[PerRow]) -> PerRow:
+        """The rows of several batches, one batch after the other."""
+        return cls(np.concatenate([b.values for b in batches]), np.concatenate([b.tokens for b in batches]))
 
     @property
     def mean(self) -> float:
@@ -44,7 +43,7 @@ class PerRow:
         return float(self.values @ self.tokens) / total if total else float("nan")
 
     def interval(self, *, seed: int = 0, confidence: float = CONFIDENCE) -> tuple[float, float]:
-        """The bootstrap interval of the mean; the same seed resamples the same rows, whatever is measured."""
+        """The bootstrap interval of the mean; the same seed resamples the same rows for every figure."""
         return interval(self.values, self.tokens, seed=seed, confidence=confidence)
 
     def minus(self, other: PerRow) -> PerRow:
@@ -69,10 +68,9 @@ def interval(
     n = len(values)
     if n < 2:
         return float("nan"), float("nan")
-    drawn = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples)
-    kept = drawn * weights
-    total = kept.sum(1)
-    means = (kept @ values)[total > 0] / total[total > 0]
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) * weights
+    total = counts.sum(1)
+    means = (counts @ values)[total > 0] / total[total > 0]
     if not len(means):
         return float("nan"), float("nan")
     low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])

@@ -1,21 +1,22 @@
 """The mask-mode table: how far the masked model is from the target in every mode.
 
-For each mode the cross-entropy of the next token, the KL from the target, and *compute recovered*: the share of the target's
-training at which its own validation curve first reached the masked model's cross-entropy. Δ is 0 and every site is masked,
-except that the stochastic mode draws Δ as well. *Partial* keeps the important subcomponents (g > 0) and each of the others
-with probability one half, Δ at 0: what may be left out altogether must also be free to be left out in part.
+For each mode the cross-entropy of the next token, the KL from the target, and *compute recovered* (VPD paper): the share of the
+target's training at which its validation curve first reached the masked model's cross-entropy. Δ is 0 and every site is masked,
+except that the stochastic mode masks Δ at random as well. *Partial* uses the important subcomponents (g > 0) and each of the
+others with probability one half, Δ at 0: what may be left out altogether must also be free to be left out in part.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
-import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.masking import Masks, constant_masks
+from tl_vpd.evaluation.sample import MasksOf, Sample
+from tl_vpd.masking import Masks, constant_masks, masks_from_sources
 from tl_vpd.masking.modes import Mode, masks_of_mode
 from tl_vpd.site import ConcatenatedAxis
 
@@ -29,16 +30,38 @@ ROWS: dict[str, tuple[Mode | Literal["partial"], float]] = {
     "zero": ("zero", 0.0),
     "partial": ("partial", 0.0),
 }
-"""Row of the table -> (mode, threshold). What a row draws depends on its place: new ones go to the end."""
+"""Row of the table -> (mode, threshold)."""
+
+Uniform = Callable[[int], Float[Tensor, "row *pos n"]]
+"""Gives n uniform numbers in [0, 1) for each token."""
 
 
-def row_masks(row: str, g: Tensor, site_axis: ConcatenatedAxis, generator: torch.Generator) -> Masks:
-    """The masks of a row of the table from importances ``[batch, pos, C_total]``."""
+def row_masks(row: str, g: Float[Tensor, "row *pos C_total"], site_axis: ConcatenatedAxis, uniform: Uniform) -> Masks:
+    """The masks of a row of the table from importances."""
     mode, threshold = ROWS[row]
     if mode == "partial":
-        kept = torch.rand(g.shape, generator=generator, device=generator.device) < 0.5
-        return constant_masks(((g > threshold) | kept.to(g.device)).to(g.dtype), 0.0, site_axis)
-    return masks_of_mode(mode, g, site_axis, threshold=threshold, generator=generator)
+        half = uniform(site_axis.total) < 0.5
+        return constant_masks(((g > threshold) | half).to(g.dtype), 0.0, site_axis)
+    if mode == "stochastic":
+        return masks_from_sources(g, uniform(site_axis.total + len(site_axis.names)).to(g), site_axis)
+    return rounded_masks(g, site_axis, threshold) if mode == "rounded" else masks_of_mode(mode, g, site_axis)
+
+
+def rounded_masks(g: Float[Tensor, "row *pos C_total"], site_axis: ConcatenatedAxis, threshold: float = 0.0) -> Masks:
+    """1 where an importance is above the threshold, else 0; Δ 0."""
+    return constant_masks((g > threshold).to(g.dtype), 0.0, site_axis)
+
+
+def masks_in_row(sample: Sample, row: str) -> MasksOf:
+    """A row's masks for each batch of a sample."""
+    return lambda batch: row_masks(
+        row, batch.g, sample.site_axis, lambda n: sample.uniform(row, batch.rows, (*batch.g.shape[1:-1], n))
+    )
+
+
+def rounded(sample: Sample, threshold: float = 0.0) -> MasksOf:
+    """Rounded masks for each batch of a sample."""
+    return lambda batch: rounded_masks(batch.g, sample.site_axis, threshold)
 
 
 def compute_recovered(ce: float, curve: Sequence[Sequence[int | float]]) -> float:
@@ -54,7 +77,7 @@ def compute_recovered(ce: float, curve: Sequence[Sequence[int | float]]) -> floa
         return 0.0
     for point in curve[1:]:
         if point[1] <= ce:
-            share = (previous[1] - ce) / (previous[1] - point[1])
-            return (previous[0] + share * (point[0] - previous[0])) / last
+            fraction = (previous[1] - ce) / (previous[1] - point[1])
+            return (previous[0] + fraction * (point[0] - previous[0])) / last
         previous = point
     return 1.0

@@ -1,125 +1,113 @@
-"""The flat record of one sample: mode table, L0, alive counts, and what the standard adversary finds.
+"""The flat record of one sample: mode table, L0, alive counts, and the standard adversary's results.
 
-Keys are described in ``docs/evaluation.md``. Numbers are plain Python, so that the record is JSON.
+Keys are described in ``docs/evaluation.md``. Numbers are plain Python, so that the record is JSON; a figure that is not defined
+becomes None in ``defined``, with a reason.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from tl_vpd.evaluation.adversaries import Adversary, attack
+from tl_vpd.evaluation.adversaries import Adversary, Attack, attack
+from tl_vpd.evaluation.config import EvaluationConfig
+from tl_vpd.evaluation.importance_statistics import ALIVE
 from tl_vpd.evaluation.intervals import METHOD, PerRow
-from tl_vpd.evaluation.modes import ROWS, compute_recovered, row_masks
-from tl_vpd.evaluation.sample import ALIVE, Sample
+from tl_vpd.evaluation.modes import ROWS, compute_recovered, masks_in_row
+from tl_vpd.evaluation.sample import Sample
 
-SURE = 0.99
-"""Importance from which a subcomponent counts as protected from any ablation."""
+NO_NEXT_TOKEN = "no row has two real tokens, one after the other"
+NOT_FINITE = "it is not a finite number"
 
 
-@torch.no_grad()
-def record_of(
-    sample: Sample,
-    *,
-    budgets: Sequence[int] = (),
-    starts: int | Mapping[int, int] = 1,
-    attack_rows: int | None = None,
-    curve: Sequence[Sequence[int | float]] | None = None,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The flat record, and the rows of the table of adversaries that its attacks give."""
-    found = {row: _row(sample, row, number) for number, row in enumerate(ROWS)}
-    kl = {row: own for row, (own, _) in found.items()}
-    ce = {row: own for row, (_, own) in found.items() if own is not None}
-    l0 = PerRow.joined([_l0(sample, i) for i in range(len(sample.g))])
+def record_of(sample: Sample, config: EvaluationConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The flat record, and the rows that its attacks add to the table of adversaries.
+
+    Args:
+        sample: what is measured.
+        config: ``budgets``, ``starts`` and ``attack_rows`` of the standard adversary, ``curve``.
+    """
+    outcomes = sample.outcomes({row: masks_in_row(sample, row) for row in ROWS})
+    kl = {row: outcome.distance for row, outcome in outcomes.items()}
+    ce = {row: outcome.ce for row, outcome in outcomes.items() if outcome.ce is not None}
     record: dict[str, Any] = {}
-    if sample.logits:
-        target = PerRow.joined(sample.target_ce)
-        record["target_ce"] = target.mean
-        record |= {f"{row}_ce": own.mean for row, own in ce.items()}
+    target_ce = sample.target_ce
+    above: dict[str, PerRow] = {}
+    if target_ce is not None:
+        above = {row: values.minus(target_ce) for row, values in ce.items()}
+        record["target_ce"] = target_ce.mean
+        record |= {f"{row}_ce": values.mean for row, values in ce.items()}
     record |= _counts(sample)
-    record["kl"] = {row: own.mean for row, own in kl.items()}
-    recovered = curve is not None and sample.logits
+    record["kl"] = {row: values.mean for row, values in kl.items()}
     record["compute_recovered"] = (
-        {row: compute_recovered(own.mean, curve) for row, own in ce.items()} if recovered and curve else {}
+        {row: compute_recovered(values.mean, config.curve) for row, values in ce.items()} if config.curve else {}
     )
-    many = {steps: starts if isinstance(starts, int) else starts.get(steps, 1) for steps in budgets}
-    attacked = sample.first(attack_rows)
-    attacks = [attack(attacked, Adversary(steps=steps, starts=many[steps])) for steps in budgets]
-    record["pgd_kl"] = {str(a.adversary.steps): a.kl for a in attacks}
-    record["pgd_kl_starts"] = {str(a.adversary.steps): [r.loss for r in a.results] for a in attacks}
-    record["pgd_tokens"] = attacked.tokens_total
+    attacked = sample.first(config.attack_rows)
+    attacks = [attack(attacked, Adversary(steps=steps, starts=config.starts_at(steps))) for steps in config.budgets]
+    record |= _attack_figures(attacks, attacked)
     record["intervals"] = {
         "method": METHOD,
-        "kl": {row: _bounds(own, sample) for row, own in kl.items()},
-        "ce_above_target": {row: _bounds(own.minus(target), sample) for row, own in ce.items()},
-        "l0": _bounds(l0, sample),
+        "kl": {row: _bounds(values, sample) for row, values in kl.items()},
+        "ce_above_target": {row: _bounds(values, sample) for row, values in above.items()},
+        "l0": _bounds(sample.statistics.l0, sample),
         "pgd_kl": {str(a.adversary.steps): _bounds(a.by_row, sample) for a in attacks},
     }
-    record["output"] = sample.measure
-    record["importances"] = importance_shape(sample)
+    record["output"] = sample.distance_name
+    shape = sample.statistics
+    record["importances"] = {
+        "largest": shape.largest,
+        "at_1": shape.at_1,
+        "tokens_at_1": shape.tokens_at_1,
+        "one_row": shape.one_row,
+    }
     return record, [a.record(seed=sample.seed) for a in attacks]
 
 
-def _bounds(found: PerRow, sample: Sample) -> list[float] | None:
-    """The interval as JSON has it (None: one row has none)."""
-    low, high = found.interval(seed=sample.seed)
-    return None if low != low else [low, high]
+def defined(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """The record with None for every figure that is not a finite number, and the reasons by the figure's name."""
+    reasons: dict[str, str] = {}
+
+    def cleaned(value: Any, name: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: cleaned(v, f"{name}.{key}" if name else str(key)) for key, v in value.items()}
+        if isinstance(value, list):
+            return [cleaned(v, name) for v in value]
+        if isinstance(value, float) and not math.isfinite(value):
+            of_next_token = name.endswith("_ce") or "compute_recovered" in name
+            reasons[name] = NO_NEXT_TOKEN if of_next_token and math.isnan(value) else NOT_FINITE
+            return None
+        return value
+
+    return cleaned(record, ""), reasons
 
 
-def _row(sample: Sample, row: str, number: int) -> tuple[PerRow, PerRow | None]:
-    """(distance, cross-entropy) in one row of the mode table."""
-    return sample.outcome(
-        lambda i: row_masks(row, sample.g[i], sample.site_axis, sample.generator(1000 * number + i)),
-    )
-
-
-def _l0(sample: Sample, i: int) -> PerRow:
-    g, token_mask = sample.g[i], sample.token_mask[i]
-    on = (g > 0).sum(-1).reshape(len(g), -1).double()  # 0 at padding
-    n = torch.full((len(g),), on.shape[1], device=on.device) if token_mask is None else token_mask.sum(1)
-    return PerRow((on.sum(1) / n.clamp(min=1)).cpu().numpy(), n.double().cpu().numpy())
-
-
-def _counts(sample: Sample) -> dict[str, Any]:
-    site_axis, total, mean_g = sample.site_axis, sample.tokens_total, sample.mean_importances()
-    l0 = torch.stack([(g > 0).flatten(0, -2).sum(0) for g in sample.g]).sum(0) / total
-    by_site = {name: mean_g[where] for name, where in site_axis.slices.items()}
+def _attack_figures(attacks: Sequence[Attack], attacked: Sample) -> dict[str, Any]:
     return {
-        "l0": float(l0.sum()),
-        "l0_by_site": {name: float(l0[where].sum()) for name, where in site_axis.slices.items()},
-        "alive": int((mean_g > ALIVE).sum()),
-        "alive_1e-4": int((mean_g > 1e-4).sum()),
-        "alive_by_site": {name: int((own > ALIVE).sum()) for name, own in by_site.items()},
-        "built": site_axis.total,
-        "built_by_site": dict(site_axis.counts),
-        "summed_rank": sum(site.rank for site in sample.weights.sites.values()),
-        "tokens": total,
-        "rows": sum(len(t) for t in sample.tokens),
+        "pgd_kl": {str(a.adversary.steps): a.kl for a in attacks},
+        "pgd_kl_starts": {str(a.adversary.steps): [r.loss for r in a.results] for a in attacks},
+        "pgd_tokens": attacked.n_tokens,
     }
 
 
-def importance_shape(sample: Sample) -> dict[str, float]:
-    """How importances are spread: what a collapsed Γ or a lookup table shows at once.
+def _bounds(values: PerRow, sample: Sample) -> list[float] | None:
+    """The interval as JSON has it (None: one row has none)."""
+    bounds = values.interval(seed=sample.seed)
+    return list(bounds) if all(math.isfinite(bound) for bound in bounds) else None
 
-    ``largest``; ``at_1``, the share of those above 0 that are at least 0.99; ``tokens_at_1``, the share of tokens at which any
-    is; ``one_row``, the share of all importance that lies on subcomponents which are important in a single row.
-    """
-    positive = sure = tokens = 0
-    largest = 0.0
-    in_rows = torch.zeros(sample.site_axis.total, dtype=torch.long, device=sample.g[0].device)
-    for g in sample.g:
-        positive += int((g > 0).sum())
-        sure += int((g >= SURE).sum())
-        tokens += int((g >= SURE).any(-1).sum())
-        largest = max(largest, float(g.max()))
-        in_rows += (g > 0).reshape(len(g), -1, sample.site_axis.total).any(1).sum(0)
-    mean = sample.mean_importances()
-    mass = float(mean.sum())
+
+def _counts(sample: Sample) -> dict[str, Any]:
+    site_axis, statistics = sample.site_axis, sample.statistics
+    mean, density = (site_axis.split_sites(values) for values in (statistics.mean, statistics.density))
     return {
-        "largest": largest,
-        "at_1": sure / positive if positive else 0.0,
-        "tokens_at_1": tokens / sample.tokens_total,
-        "one_row": float(mean[in_rows == 1].sum()) / mass if mass else 0.0,
+        "l0": float(statistics.density.sum()),
+        "l0_by_site": {name: float(values.sum()) for name, values in density.items()},
+        "alive": int(statistics.alive.sum()),
+        "alive_1e-4": int((statistics.mean > 1e-4).sum()),
+        "alive_by_site": {name: int((values > ALIVE).sum()) for name, values in mean.items()},
+        "built": site_axis.total,
+        "built_by_site": dict(site_axis.counts),
+        "summed_rank": sum(site.rank for site in sample.weights.sites.values()),
+        "tokens": sample.n_tokens,
+        "rows": len(sample.rows),
     }

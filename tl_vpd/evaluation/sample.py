@@ -1,221 +1,297 @@
 """What every measure stands on: rows of a model's data, the target's output on them, and the importances at every token.
 
     >>> with sampled(vpd, model, tokens) as sample:                # doctest: +SKIP
-    ...     aggregation(sample), adversaries(sample), transfer(sample)
+    ...     union_test(sample), adversaries(sample), mask_transfer(sample)
 
-A measure is a function of a sample. The controls are samples too: other pieces, or importances in other hands.
+A measure is a function of a sample. Controls are samples too: with other components, or with importances that were moved.
+Neither the batch size nor the memory that a sample may keep changes a figure (but for rounding): random numbers belong to rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field, replace
+from functools import cached_property, wraps
+from typing import Any, TypeVar, cast
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.evaluation.batch import Batch, BatchStore, Rows, ce_by_row
+from tl_vpd.evaluation.importance_statistics import ImportanceStatistics
 from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.hooks.importances import zero_padding
 from tl_vpd.importance import lower_leaky
-from tl_vpd.losses import kl_divergence, squared_error
+from tl_vpd.losses import Reconstruction
 from tl_vpd.masking import Masks
+from tl_vpd.masking.row_random import RowRandom
+from tl_vpd.site import ConcatenatedAxis
 
-ALIVE = 1e-6
-"""Mean importance above which a subcomponent counts as alive."""
+KEEP_BYTES = 1 << 30
+"""Memory for targets and importances between passes: 1 GiB. What does not fit is computed again in each pass."""
 
-Importances = Callable[[int, Mapping[str, Tensor], Tensor | None], Tensor]
-"""(batch index, clean site inputs, padding) -> concatenated importances."""
-MasksOf = Callable[[int], Masks]
-"""Batch index -> masks."""
+Importances = Callable[["Sample", Rows, Mapping[str, Tensor]], Tensor]
+"""(sample, rows, clean inputs of the sites) -> concatenated importances of these rows."""
+MasksOf = Callable[[Batch], Masks]
+"""The masks of a batch."""
+Measure = TypeVar("Measure", bound=Callable[..., Any])
+
+
+def measure(function: Measure) -> Measure:
+    """Decorates a function of a sample: during the call the model is tapped and frozen and no gradients are recorded.
+
+    Before and after it, the model, the user's hooks and the gradient mode are as the user left them.
+    """
+
+    @wraps(function)
+    def run(sample: Sample, *args: Any, **options: Any) -> Any:
+        with torch.inference_mode(False), torch.no_grad(), sample.session():
+            return function(sample, *args, **options)
+
+    return cast(Measure, run)
+
+
+class Session:
+    """Enters a MaskedModel for as long as calls need it; calls may nest.
+
+    Args:
+        masked_model: the model with taps.
+    """
+
+    def __init__(self, masked_model: MaskedModel) -> None:
+        self.masked_model, self.depth = masked_model, 0
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if self.depth == 0:
+            self.masked_model.__enter__()
+        self.depth += 1
+        try:
+            yield
+        finally:
+            self.depth -= 1
+            if self.depth == 0:
+                self.masked_model.__exit__(None, None, None)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The distance from the target's output and, for logits, the cross-entropy of the next token, by row."""
+
+    distance: PerRow
+    ce: PerRow | None
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Rows that a decomposition is measured on, batch by batch, on the model's device.
+
+    Args:
+        weights: V and U.
+        session: of the masked model.
+        importances: gives the importances of rows from the clean inputs of the sites.
+        rows: the data.
+        batch_size: how many rows run together.
+        seed: of all random numbers.
+        store: keeps batches between passes.
+    """
+
+    weights: Decomposition | Components
+    session: Session
+    importances: Importances = field(repr=False)
+    rows: Rows = field(repr=False)
+    batch_size: int
+    seed: int
+    store: BatchStore = field(repr=False)
+
+    @property
+    def masked_model(self) -> MaskedModel:
+        """The model that runs with masks."""
+        return self.session.masked_model
+
+    @property
+    def site_axis(self) -> ConcatenatedAxis:
+        """Where each site lies on the concatenated axis."""
+        return self.weights.site_axis
+
+    @property
+    def has_logits(self) -> bool:
+        """Whether outputs are logits of a next token (else distances are squared errors)."""
+        return self.masked_model.adapter.return_types
+
+    @property
+    def distance_name(self) -> str:
+        """``kl`` (nats per token) for logits, ``mse`` for other outputs."""
+        return "kl" if self.has_logits else "mse"
+
+    def first(self, n: int | None) -> Sample:
+        """The same with the first ``n`` rows only (None: all)."""
+        return self if n is None or n >= len(self.rows) else replace(self, rows=self.rows.take(slice(n)))
+
+    def regrouped(self, indices: Sequence[int], size: int) -> Sample:
+        """The chosen rows in the order of ``indices``, in batches that hold whole groups of ``size`` rows; nothing is kept."""
+        batch_size = max(self.batch_size // size, 1) * size
+        return replace(self, rows=self.rows.take(list(indices)), batch_size=batch_size, store=BatchStore(0))
+
+    @measure
+    def clean(self, rows: Rows) -> tuple[Tensor, dict[str, Tensor]]:
+        """The target's output on rows, and every site's input."""
+        return self.masked_model.clean(rows.tokens, rows.token_mask)
+
+    @property
+    def row_slices(self) -> list[slice]:
+        """Which rows each batch holds."""
+        return [
+            slice(at, min(at + self.batch_size, len(self.rows))) for at in range(0, len(self.rows), self.batch_size)
+        ]
+
+    def batches(self) -> Iterator[Batch]:
+        """All batches in turn, each kept in memory only if it fits into the store."""
+        for where in self.row_slices:
+            yield self.store.get(self.rows.take(where), self._batch)
+
+    @measure
+    def _batch(self, rows: Rows) -> Batch:
+        output, inputs = self.clean(rows)
+        return Batch(
+            rows,
+            self.importances(self, rows, inputs),
+            Reconstruction(output, self.distance_name, rows.token_mask),  # type: ignore[arg-type]
+            ce_by_row(output, rows.tokens, rows.token_mask) if self.has_logits else None,
+        )
+
+    @cached_property
+    def statistics(self) -> ImportanceStatistics:
+        """Statistics of the importances over all rows, from one pass."""
+        return ImportanceStatistics.over(self.batches(), self.site_axis)
+
+    @property
+    def n_tokens(self) -> int:
+        """Real tokens of all rows."""
+        return self.statistics.n_tokens
+
+    @cached_property
+    def target_ce(self) -> PerRow | None:
+        """The target's cross-entropy of the next token by row (None: the model puts out no logits)."""
+        return PerRow.concatenated([b.target_ce for b in self.batches() if b.target_ce]) if self.has_logits else None
+
+    @cached_property
+    def position_shape(self) -> tuple[int, ...]:
+        """The shape of a row's positions: ``(pos,)``, or ``()`` for inputs without positions."""
+        return tuple(next(self.batches()).g.shape[1:-1])
+
+    def uniform(self, name: str, rows: Rows, shape: Sequence[int]) -> Shaped[Tensor, "row ..."]:
+        """Uniform numbers in [0, 1) that depend on the seed, the name and each row's number alone."""
+        return RowRandom(self.seed, self.masked_model.adapter.device).uniform(name, 0, rows.numbers, tuple(shape))
+
+    def generator(self, *numbers: int) -> torch.Generator:
+        """A generator for random numbers that all rows share; ``numbers`` distinguish its uses."""
+        seed = self.seed
+        for number in numbers:
+            seed = seed * 1_000_003 + number
+        return torch.Generator(self.masked_model.adapter.device).manual_seed(seed % (1 << 63))
+
+    @measure
+    def output(self, batch: Batch, masks: Masks) -> Tensor:
+        """The masked model's output on a batch."""
+        return self.masked_model.masked(batch.rows.tokens, masks, batch.rows.token_mask)
+
+    def loss(self, batch: Batch, masks: Masks) -> Float[Tensor, ""]:
+        """The mean distance on a batch, with gradients to the masks where gradients are on."""
+        with self.session():
+            output = self.masked_model.masked(batch.rows.tokens, masks, batch.rows.token_mask, constant_weights=True)
+        return batch.reconstruction(output)
+
+    @measure
+    def outcomes_of(self, outputs: Mapping[str, Callable[[Batch], Tensor]]) -> dict[str, Outcome]:
+        """Distance and cross-entropy of several outputs of each batch, from one pass over the batches."""
+        distances: dict[str, list[PerRow]] = {name: [] for name in outputs}
+        losses: dict[str, list[PerRow]] = {name: [] for name in outputs}
+        for batch in self.batches():
+            for name, function in outputs.items():
+                output = function(batch)
+                distances[name].append(batch.distance(output))
+                if self.has_logits:
+                    losses[name].append(batch.ce(output))
+        return {
+            name: Outcome(
+                PerRow.concatenated(distances[name]), PerRow.concatenated(losses[name]) if self.has_logits else None
+            )
+            for name in outputs
+        }
+
+    def outcomes(self, masks_of: Mapping[str, MasksOf]) -> dict[str, Outcome]:
+        """The same of the outputs under several kinds of masks."""
+        return self.outcomes_of(
+            {name: lambda batch, masks=masks: self.output(batch, masks(batch)) for name, masks in masks_of.items()}  # type: ignore[misc]
+        )
+
+    def distances(self, masks: MasksOf) -> PerRow:
+        """The distance under one kind of masks, by row."""
+        return self.outcomes({"": masks})[""].distance
 
 
 def learned(decomposition: Decomposition) -> Importances:
     """The importances that Γ gives, 0 at padding."""
 
-    def importances(index: int, inputs: Mapping[str, Tensor], token_mask: Tensor | None) -> Tensor:
-        return zero_padding(lower_leaky(decomposition.pre_sigmoid(inputs, token_mask)), token_mask)
+    def importances(sample: Sample, rows: Rows, inputs: Mapping[str, Tensor]) -> Tensor:
+        return zero_padding(lower_leaky(decomposition.pre_sigmoid(inputs, rows.token_mask)), rows.token_mask)
 
     return importances
 
 
-class Sample:
-    """Rows by batches. Everything is on the model's device; importances of all rows are kept, ``[rows, pos, C_total]``.
-
-    Args:
-        parts: V and U. tapped: the model with taps on their sites.
-        importances: of a batch, from the clean inputs of the sites.
-        tokens: rows ``[n, pos]``, or the input of a model of one's own.
-        seed: of whatever the measures draw.
-    """
-
-    def __init__(
-        self,
-        parts: Decomposition | Components,
-        masked_model: MaskedModel,
-        importances: Importances,
-        tokens: Shaped[Tensor, "n ..."],
-        batch_size: int,
-        seed: int,
-    ) -> None:
-        self.weights, self.masked_model, self.site_axis, self.seed = parts, masked_model, parts.site_axis, seed
-        self.tokens = list(tokens.split(batch_size))
-        self.token_mask = [masked_model.adapter.padding(t, None) for t in self.tokens]
-        self.logits = masked_model.adapter.return_types
-        self.target: list[Tensor] = []
-        self.g: list[Tensor] = []
-        self.target_ce: list[PerRow] = []
-        for i, (t, k) in enumerate(zip(self.tokens, self.token_mask, strict=True)):
-            output, inputs = masked_model.clean(t, k)
-            self.target.append(output.float().log_softmax(-1) if self.logits else output.float())
-            self.g.append(importances(i, inputs, k))
-            if self.logits:
-                self.target_ce.append(ce_by_row(output, t, k))
-        self.positions = [
-            int(g[..., 0].numel() if k is None else k.sum()) for g, k in zip(self.g, self.token_mask, strict=True)
-        ]
-
-    @property
-    def measure(self) -> str:
-        """``kl`` (nats a token) for logits, ``mse`` for other outputs."""
-        return "kl" if self.logits else "mse"
-
-    @property
-    def tokens_total(self) -> int:
-        """Real tokens of all rows."""
-        return sum(self.positions)
-
-    def mean_importances(self) -> Float[Tensor, " C_total"]:
-        """Every subcomponent's mean importance over real tokens, concatenated."""
-        return torch.stack([g.flatten(0, -2).sum(0) for g in self.g]).sum(0) / self.tokens_total
-
-    def first(self, rows: int | None) -> Sample:
-        """The same with the first rows alone (None: all).
-
-        Raises:
-            ValueError: fewer than one.
-        """
-        if rows is not None and rows < 1:
-            raise ValueError(f"attack_rows={rows}: at least one row is attacked (budgets=() attacks none).")
-        if rows is None or rows >= sum(len(t) for t in self.tokens):
-            return self
-        own = object.__new__(Sample)
-        vars(own).update(vars(self))
-        for name in ("tokens", "keep", "target", "g", "target_ce", "positions"):
-            setattr(own, name, [])
-        for i, t in enumerate(self.tokens):
-            n = min(rows - sum(len(u) for u in own.tokens), len(t))
-            if n <= 0:
-                break
-            k = self.token_mask[i]
-            own.tokens.append(t[:n])
-            own.token_mask.append(None if k is None else k[:n])
-            own.target.append(self.target[i][:n])
-            own.g.append(self.g[i][:n])
-            if self.logits:
-                own.target_ce.append(PerRow(self.target_ce[i].values[:n], self.target_ce[i].tokens[:n]))
-            own.positions.append(int(own.g[-1][..., 0].numel() if k is None else k[:n].sum()))
-        return own
-
-    def generator(self, *numbers: int) -> torch.Generator:
-        """A generator of its own for a draw that these numbers name."""
-        seed = self.seed
-        for number in numbers:
-            seed = seed * 1_000_003 + number
-        return torch.Generator(self.g[0].device).manual_seed(seed % (1 << 63))
-
-    def output(self, i: int, masks: Masks) -> Tensor:
-        """The masked model's output on a batch, without gradients."""
-        with torch.no_grad():
-            return self.masked_model.masked(self.tokens[i], masks, self.token_mask[i])
-
-    def loss(self, i: int, masks: Masks) -> Float[Tensor, ""]:
-        """The mean distance on a batch, with gradients to the masks."""
-        output = self.masked_model.masked(self.tokens[i], masks, self.token_mask[i], constant_weights=True)
-        divergence = kl_divergence if self.logits else squared_error
-        return divergence(self.target[i], output, self.token_mask[i])
-
-    def distance(self, i: int, output: Tensor) -> PerRow:
-        """The distance of an output of batch i from the target's, by row."""
-        return distance_by_row(self.target[i], output, self.token_mask[i], logits=self.logits)
-
-    def distances(self, masks_of: MasksOf) -> PerRow:
-        """The same over all batches under masks."""
-        return PerRow.joined([self.distance(i, self.output(i, masks_of(i))) for i in range(len(self.tokens))])
-
-    def outcome(self, masks_of: MasksOf) -> tuple[PerRow, PerRow | None]:
-        """The distance and, for logits, the cross-entropy of the next token, over all batches."""
-        distances, losses = [], []
-        for i in range(len(self.tokens)):
-            output = self.output(i, masks_of(i))
-            distances.append(self.distance(i, output))
-            if self.logits:
-                losses.append(ce_by_row(output, self.tokens[i], self.token_mask[i]))
-        return PerRow.joined(distances), PerRow.joined(losses) if losses else None
-
-
 @contextmanager
 def sampled(
-    decomposition: Decomposition,
+    decomposition: Decomposition | Components,
     model: nn.Module,
     tokens: Any,
     *,
     importances: Importances | None = None,
     batch_size: int = 16,
     seed: int = 0,
+    keep_bytes: int = KEEP_BYTES,
 ) -> Iterator[Sample]:
-    """Rows of a model's data as a sample; the model is tapped until the context is left.
+    """Rows of a model's data as a sample. Rows of padding only are left out.
+
+    The model, its hooks and the gradient mode are changed only while a measure runs. What the sample keeps is freed on leaving.
 
     Args:
-        tokens: a string, strings, rows ``[n, pos]``, or the input of a model of one's own.
-        importances: in the place of Γ's.
+        decomposition: of the model (bare Components need ``importances``).
+        model: the target.
+        tokens: a string, strings, rows ``[n, pos]``, or the input of a custom model.
+        importances: replaces Γ's.
+        batch_size: how many rows run together.
+        seed: of all random numbers.
+        keep_bytes: how much memory targets and importances may take between passes; what does not fit is computed again.
 
     Raises:
-        ValueError: the tokens or the decomposition do not fit the model.
+        ValueError: the tokens or the decomposition do not fit the model, or all tokens are padding.
     """
-    with torch.no_grad(), MaskedModel(decomposition, model) as masked_model:
-        rows = masked_model.adapter.tokens(tokens)
-        yield Sample(decomposition, masked_model, importances or learned(decomposition), rows, batch_size, seed)
+    masked_model = MaskedModel(decomposition, model)
+    if importances is None:
+        assert isinstance(decomposition, Decomposition), "Components have no Γ: pass importances."
+        importances = learned(decomposition)
+    rows = rows_of(masked_model, tokens)
+    store = BatchStore(keep_bytes)
+    try:
+        yield Sample(decomposition, Session(masked_model), importances, rows, batch_size, seed, store)
+    finally:
+        store.clear()
 
 
-@torch.no_grad()
-def distance_by_row(
-    target: Float[Tensor, "row ..."],
-    output: Float[Tensor, "row ..."],
-    token_mask: Bool[Tensor, "row pos"] | None,
-    *,
-    logits: bool,
-) -> PerRow:
-    """Mean KL (``target`` log-probabilities, ``output`` logits) or squared error of every row; 0 for a row of padding."""
-    divergence = kl_divergence if logits else squared_error
-    values, counts = [], []
-    for row in range(len(target)):
-        part = None if token_mask is None else token_mask[row : row + 1]
-        n = target[row, ..., 0].numel() if part is None else int(part.sum())
-        values.append(float(divergence(target[row : row + 1], output[row : row + 1], part)) if n else 0.0)
-        counts.append(n)
-    return PerRow(np.array(values, dtype=float), np.array(counts, dtype=float))
-
-
-@torch.no_grad()
-def ce_by_row(
-    logits: Float[Tensor, "row pos vocab"],
-    tokens: Shaped[Tensor, "row pos"],
-    token_mask: Bool[Tensor, "row pos"] | None,
-) -> PerRow:
-    """Mean cross-entropy of the next token of every row, over pairs of real tokens."""
-    pairs = (
-        torch.ones_like(tokens[:, 1:], dtype=torch.bool)
-        if token_mask is None
-        else token_mask[:, :-1] & token_mask[:, 1:]
-    )
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
-    kept = losses.view(pairs.shape).double() * pairs
-    counts = pairs.sum(1).double()
-    return PerRow((kept.sum(1) / counts.clamp(min=1)).cpu().numpy(), counts.cpu().numpy())
+def rows_of(masked_model: MaskedModel, tokens: Any) -> Rows:
+    """Prompts or inputs as rows, without rows of padding only."""
+    rows = masked_model.adapter.tokens(tokens)
+    token_mask = masked_model.adapter.padding(rows, None)
+    every = Rows(rows, token_mask, list(range(len(rows))))
+    if token_mask is None or bool(token_mask.any(1).all()):
+        return every
+    real = token_mask.any(1).nonzero()[:, 0].tolist()
+    if not real:
+        raise ValueError(f"All {len(rows)} rows are padding: there is nothing to measure.")
+    return every.take(real)

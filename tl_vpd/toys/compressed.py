@@ -150,4 +150,4 @@ def _one_a_neuron(
     size = on.square() * (W_out @ seen).square().sum(1)
     share = size / size.sum(1, keepdim=True).clamp(min=1e-30)
     little = (share > 0) & (share < LITTLE)
-    return SiteTruth(len(W_out), share > 0, "in", torch.eye(len(W_out)), seen=seen, either=little, whole=True)
+    return SiteTruth(len(W_out), share > 0, "in", torch.eye(len(W_out)), visible=seen, either=little, whole=True)

@@ -14,7 +14,7 @@ from tests.marks import needs_bridge, needs_hooked_transformer
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
-from tl_vpd.evaluation import hidden_errors, resolution, sampled, transfer
+from tl_vpd.evaluation import hidden_errors, mask_transfer, sampled, sparsity_sweep
 from tl_vpd.evaluation.hidden import Unexplained, pattern_kl
 from tl_vpd.evaluation.sample import Sample
 from tl_vpd.losses import kl_divergence
@@ -22,7 +22,7 @@ from tl_vpd.losses import kl_divergence
 
 def always_on(vpd: Any, kept: torch.Tensor) -> Any:
     """The same subcomponents important at every token, so that replacing is editing the weights."""
-    return lambda index, inputs, token_mask: kept.expand(*next(iter(inputs.values())).shape[:2], -1).clone()
+    return lambda sample, rows, inputs: kept.expand(*next(iter(inputs.values())).shape[:2], -1).clone()
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def edited(model: Any, vpd: Any, kept: torch.Tensor, sites: list[str]) -> Any:
 def test_error_propagating_and_single_sites_are_edited_models(setting):
     model, vpd, tokens, kept = setting
     with sampled(vpd, model, tokens, importances=always_on(vpd, kept), batch_size=2) as sample:
-        table = transfer(sample)
+        table = mask_transfer(sample)
     with torch.no_grad():
         target = model(tokens).log_softmax(-1)
         whole = kl_divergence(target, edited(model, vpd, kept, list(vpd.sites))(tokens))
@@ -59,7 +59,7 @@ def test_error_propagating_and_single_sites_are_edited_models(setting):
 def test_clean_input_is_every_layer_on_the_targets_residual_stream(setting):
     model, vpd, tokens, kept = setting
     with sampled(vpd, model, tokens, importances=always_on(vpd, kept), batch_size=2) as sample:
-        found = transfer(sample, single_sites=False)
+        found = mask_transfer(sample, single_sites=False)
     assert list(found.index) == ["error-propagating", "clean-input"]
     other = edited(model, vpd, kept, list(vpd.sites))
     with torch.no_grad():
@@ -101,7 +101,7 @@ def test_unexplained_share_and_pattern_kl_by_hand():
     found = Unexplained()
     found.add(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0]]))
     found.add(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
-    assert found.share == pytest.approx(0.5)  # error 1, variance 1 + 1 around (1, 1)
+    assert found.fraction == pytest.approx(0.5)  # error 1, variance 1 + 1 around (1, 1)
     p = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
     q = torch.tensor([[[[1.0, 0.0], [0.25, 0.75]]]])
     half = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75))
@@ -110,13 +110,13 @@ def test_unexplained_share_and_pattern_kl_by_hand():
     assert_close(pattern_kl(p, q, real), half.double()[None], atol=1e-6, rtol=0)
 
 
-def test_resolution_trades_l0_for_distance():
+def test_a_sparsity_sweep_trades_l0_for_distance():
     model = handmade.known_model()
     # Neurons that are on have importance 1 or 0.5 in turn: above 0.5 half of them are lost.
     steps = torch.tensor([1.0, 0.5]).repeat(handmade.NEURONS // 2)
     vpd = handmade.with_importances(model, lambda on: on * steps)
     with sampled(vpd, model, handmade.rows()) as sample:
-        table = resolution(sample, thresholds=(0.0, 0.5, 0.99))
+        table = sparsity_sweep(sample, thresholds=(0.0, 0.5, 0.99))
     assert table.loc[0.0, "kl"] < 1e-5 < table.loc[0.5, "kl"]
     assert table.loc[0.5, "l0"] == table.loc[0.99, "l0"] < table.loc[0.0, "l0"]
     assert table.loc[0.5, "kl"] == pytest.approx(table.loc[0.99, "kl"])
@@ -132,7 +132,7 @@ def test_both_classes_of_model_say_the_same():
         model = bundled.model(kind=kind)  # type: ignore[arg-type]
         with sampled(vpd, model, tokens) as sample:
             assert isinstance(sample, Sample)
-            found.append((transfer(sample, single_sites=False)["kl"], hidden_errors(sample)["error"]))
+            found.append((mask_transfer(sample, single_sites=False)["kl"], hidden_errors(sample)["error"]))
     for one, other in zip(*found, strict=True):
         assert list(one.index) == list(other.index)
         assert list(one) == pytest.approx(list(other), rel=1e-3, abs=1e-6)
