@@ -20,7 +20,7 @@ import torch
 from benchmarks import harness
 from benchmarks.models import hooked_transformer
 from tl_vpd import VPDConfig, bundled
-from tl_vpd.analysis.graph import attribution_graph
+from tl_vpd.analysis.graph import GraphConfig, attribution_graph
 from tl_vpd.analysis.pruning import PruneConfig
 from tl_vpd.analysis.pruning.behaviours import behaviour_of
 from tl_vpd.analysis.pruning.gradients import PromptLoss
@@ -56,7 +56,7 @@ def row(model: Any, vpd: Any, length: int, nodes: int, repeats: int) -> dict[str
     seconds, cpu = [], []
     for i in range(repeats + 1):
         start, cpu_start = time.perf_counter(), time.process_time()
-        graph = attribution_graph(vpd, model, tokens, [0], threshold=threshold)
+        graph = attribution_graph(vpd, model, tokens, [0], config=GraphConfig(threshold=threshold))
         if i:
             seconds.append(time.perf_counter() - start)
             cpu.append(time.process_time() - cpu_start)
