@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 import tl_vpd.hooks as hooks_room
 from tl_vpd.adapters import adapt
-from tl_vpd.components.fingerprint import Fingerprint
 from tl_vpd.components.storage import CONFIG, TENSORS
+from tl_vpd.forward.target_check import fingerprints
 from tl_vpd.hooks import Attached, CausalImportances, ComponentActs
 from tl_vpd.hooks.ablations import FwdHooks
 from tl_vpd.importance import DecomposedWeights, GammaConfig
@@ -48,42 +48,44 @@ class Decomposition(DecomposedWeights):
         """A decomposition of ``model`` from given tensors, copied to the model's device in V's dtype.
 
         Args:
-            model: the target; fingerprints are taken of its weights.
+            model: the target, whose weights are fingerprinted.
             V: read directions ``[d_in, C]`` by site.
             U: write directions ``[C, d_out]`` of the same sites.
             gamma: which Γ.
             gamma_tensors: Γ's parameters, by their names in its module.
-            record: what is known of its making.
+            record: where it comes from: ``training`` (config), ``metrics``, ``target`` (name and settings), ``versions``.
 
         Raises:
             KeyError: the model does not have a site, or V and U (or Γ and its tensors) have other names.
-            ValueError: a shape does not fit.
+            ValueError: there are no sites, or a shape does not fit.
         """
         adapter = adapt(model)
         for name in {**V, **U}:
             if name not in adapter.sites:
                 raise KeyError(f"This model has no site {name!r}{nearest(name, adapter.sites)}.")
             if name not in V or name not in U:
-                raise KeyError(f"{name} has {'U' if name in U else 'V'} alone: give V and U of the same sites.")
+                raise KeyError(f"{name} is in {'U' if name in U else 'V'} only: give V and U of the same sites.")
         names = [name for name in adapter.sites if name in V]
+        if not names:
+            raise ValueError("V and U are empty: give the matrices of one site or more.")
         dtype = V[names[0]].dtype
         decomposition = cls(
             [adapter.sites[name] for name in names],
             {name: V[name].shape[1] for name in names},
             gamma.resolved(adapter.d_model),
-            fingerprints={name: Fingerprint.of(adapter.weight(name)) for name in names},
+            fingerprints=fingerprints(adapter, names),
             record=record,
         ).to(adapter.device, dtype)
-        given = {f"V/{name}": V[name] for name in names} | {f"U/{name}": U[name] for name in names}
-        given |= {f"gamma/{name}": t for name, t in gamma_tensors.items()}
+        sources = {f"V/{name}": V[name] for name in names} | {f"U/{name}": U[name] for name in names}
+        sources |= {f"gamma/{name}": t for name, t in gamma_tensors.items()}
         tensors = decomposition.file_tensors()
-        if tensors.keys() != given.keys():
-            missing, extra = sorted(tensors.keys() - given.keys()), sorted(given.keys() - tensors.keys())
-            raise KeyError(f"Γ ({gamma.kind}) lacks the tensors {missing[:3]}, and has no place for {extra[:3]}.")
+        if tensors.keys() != sources.keys():
+            missing, extra = sorted(tensors.keys() - sources.keys()), sorted(sources.keys() - tensors.keys())
+            raise KeyError(f"Γ ({gamma.kind}) needs the tensors {missing[:3]}, and does not know {extra[:3]}.")
         for key, tensor in tensors.items():
-            if tensor.shape != given[key].shape:
-                raise ValueError(f"{key} is {tuple(given[key].shape)}, and {tuple(tensor.shape)} is needed.")
-            tensor.copy_(given[key])
+            if tensor.shape != sources[key].shape:
+                raise ValueError(f"{key} is {tuple(sources[key].shape)}, and {tuple(tensor.shape)} is needed.")
+            tensor.copy_(sources[key])
         return decomposition
 
     # -- on a model --------------------------------------------------------------------------------------------------
@@ -113,7 +115,7 @@ class Decomposition(DecomposedWeights):
 
     # -- hooks for an attached model ---------------------------------------------------------------------------------
 
-    def mask_hooks(self, masks: Mapping[str, SiteMask] | Callable[..., Any]) -> FwdHooks:
+    def mask_hooks(self, masks: Mapping[str, SiteMask | Tensor] | Callable[..., Any]) -> FwdHooks:
         """``fwd_hooks`` that set these masks in an attached model; see ``tl_vpd.hooks.mask_hooks``."""
         return hooks_room.mask_hooks(self, masks)
 
