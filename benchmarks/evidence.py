@@ -13,7 +13,9 @@ from typing import Any
 from tl_vpd.baselines import RankOne
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.toys import TOYS
-from tl_vpd.toys.run import RESULTS, WORK, read, target_of
+from tl_vpd.toys.published import PUBLISHED
+from tl_vpd.toys.results import RESULTS, read
+from tl_vpd.toys.run import WORK, target_of
 from tl_vpd.viz.ground_truth import ground_truth
 from tl_vpd.viz.ground_truth import needed as needed_picture
 
@@ -36,6 +38,10 @@ def rows(results: dict[str, Any]) -> list[str]:
                 entries = int(values["pattern_entries"][0])
                 cells = [*first, f"`{site}`", _range(values["mmcs"], 5), _range(values["ml2r"], 4), alive, counts]
                 lines.append("| " + " | ".join([*cells, f"{patterns} of {entries:,}", minutes]) + " |")
+            scores = PUBLISHED.get(name, {}).get(method)
+            if scores is not None:
+                mmcs, ml2r = ("{:.3f} ± {:.3f}".format(*scores[key]) for key in ("mmcs", "ml2r"))
+                lines.append(f"| `{name}` | {method}, published |  | `embed` | {mmcs} | {ml2r} |  |  |  |  |")
     return lines
 
 

@@ -53,7 +53,7 @@ def run(method: str, importance: float, slope: float, steps: int | None, compile
     other = "" if config == base else f"-{importance:g}-{slope:g}"
     folder = WORK / f"{TOY}-{method}-0{other}-target0-{config.steps}"
     data = toy.batches(config.batch_size, seed=0)
-    trained = METHODS[method].run(model, data, config, out=folder, progress=False, compile=compile)
+    trained = METHODS[method].run(model, data, config, folder=folder, progress=False, compile=compile)
     truth = toy.truth(model)
     result = ground_truth(trained, model, toy.batches(ROWS, seed=-3).at(0), truth, output=toy.output)
     sites = result.sites.set_index("site")

@@ -195,7 +195,7 @@ def test_missing_and_broken_files(tmp_path: Path):
     assert "is not YAML" in call("train", tmp_path / "broken.yaml").output
     found = call("eval", tmp_path)
     assert found.exit_code == 2
-    assert "no decomposition" in found.output
+    assert "is not a decomposition" in found.output
     assert "whole numbers" in call("eval", "bundled", "--budgets", "few").output
 
 

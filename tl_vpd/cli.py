@@ -153,8 +153,8 @@ def evaluate_command(
     others: Annotated[list[str] | None, typer.Option(help="Another seed or C: NAME=FOLDER.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows run at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    out: Annotated[Path | None, typer.Option(help="Write metrics.json here (a file).")] = None,
-    html: Annotated[Path | None, typer.Option(help="Write the report as one page here (a file).")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the report, metrics.json.")] = None,
+    html: Annotated[Path | None, typer.Option(help="File for the report as one page.")] = None,
 ) -> None:
     """Evaluate a decomposition: its faults, mask modes, adversaries, union test, transfer, controls."""
     from tl_vpd import bundled, viz
@@ -199,7 +199,7 @@ def feature_splitting_command(
     recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, vpd, execution, saving.")],
     factors: Annotated[str, typer.Option(help="Times the recipe's C, with commas.")] = "0.5,1,2,4",
     rows: Annotated[int, typer.Option(min=1, help="Rows that the counts are measured on.")] = 64,
-    out: Annotated[Path | None, typer.Option(help="Write the table here (.csv).")] = None,
+    out: Annotated[Path | None, typer.Option(help="File for the table (.csv).")] = None,
 ) -> None:
     """Train decompositions with fewer and more subcomponents, and count how many of each are alive."""
     from tl_vpd.recipe import Recipe

@@ -1,8 +1,8 @@
-"""``tl-vpd demo``: the whole of it in a few minutes, on the model and decomposition that ship.
+"""``tl-vpd demo``: a tour in a few minutes, on the bundled model and decomposition.
 
 Numbered steps: load, check exactness, evaluate, train a short decomposition, ablate a subcomponent, draw a page. In the
 output folder afterwards: ``index.html`` (opens offline), ``metrics.json`` (records ``bundled`` and ``short``) and ``short/`` (the
-decomposition trained here).
+decomposition that step 4 trains).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
 from tl_vpd.analysis import Harvest, harvest, pick
+from tl_vpd.bundled.recipe import CONFIG
 from tl_vpd.components.storage import write_json
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import Evaluation, EvaluationConfig, evaluate
@@ -42,8 +43,13 @@ INTRODUCTION = (
 def run_demo(folder: Path, *, steps: int, say: Say) -> None:
     """Runs the demo and writes its folder.
 
+    Args:
+        folder: for the output.
+        steps: of the short decomposition.
+        say: prints a text.
+
     Raises:
-        OSError: the folder cannot be written (found out first).
+        OSError: the folder cannot be written (checked first).
     """
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "metrics.json", {})
@@ -56,32 +62,29 @@ def run_demo(folder: Path, *, steps: int, say: Say) -> None:
     for line in exactness(vpd, model, held_out[:4]):
         say(f"   {line}")
 
-    say("\n3. How good is it? (2,048 validation tokens; Δ off and every site masked, but drawn in the stochastic mode)")
+    say("\n3. How good is it? (2,048 validation tokens; every site masked, Δ off, but random in the stochastic mode)")
     curve = bundled.training_record()["curve"]
     sample = held_out[: 2048 // held_out.shape[1]]
-    config_of_bundled = EvaluationConfig(budgets=(), curve=curve, measures=())
-    found = evaluate(vpd, model, sample, config_of_bundled)
-    _tell(found, say)
+    report = evaluate(vpd, model, sample, EvaluationConfig(budgets=(), curve=curve, measures=()))
+    _summarise(report, say)
 
-    say(f"\n4. A short decomposition from scratch ({steps} steps; the bundled one took far more)")
-    from tl_vpd.bundled.recipe import CONFIG
-
+    say(f"\n4. A short decomposition from scratch ({steps} steps; the bundled one took 7,000)")
     config = CONFIG.model_copy(update={"steps": steps})
     run = decompose(model, bundled.tokens("training"), config)
     run.decomposition.save(folder / "short")
-    config_of_short = EvaluationConfig(budgets=(20,), controls=False, curve=curve, measures=())
-    short = evaluate(run.decomposition, model, sample, config_of_short)
-    _tell(short, say)
+    short_config = EvaluationConfig(budgets=(20,), controls=False, curve=curve, measures=())
+    short = evaluate(run.decomposition, model, sample, short_config)
+    _summarise(short, say)
 
     say("\n5. Ablating one subcomponent out of the model")
-    seen = harvest(vpd, model, held_out, subcomponents=None)
-    chosen = pick(seen, 12)
-    effect = ablation_effect(vpd, model, held_out[:16], chosen)
+    examples = harvest(vpd, model, held_out, subcomponents=None)
+    candidates = pick(examples, 12)
+    effect = ablation_effect(vpd, model, held_out[:16], candidates)
     for line in effect.lines():
         say(f"   {line}")
 
-    write_json(folder / "metrics.json", {"bundled": found.record, "short": short.record})
-    path = _page(folder, seen, chosen, found, short, run, effect)
+    write_json(folder / "metrics.json", {"bundled": report.record, "short": short.record})
+    path = _page(folder, examples, candidates, short, run, effect)
     say(f"\n6. Look at it: {path.resolve()}")
 
 
@@ -104,15 +107,15 @@ def exactness(vpd: Decomposition, model: Any, tokens: Int[Tensor, "batch pos"]) 
                 masked = model(tokens)
         edited = copy.deepcopy(model)
         for name, m in site_axis.split_sites(mask).items():
-            own = adapter.weight(name)
-            adapt(edited).set_weight(name, (vpd.V[name] * m) @ vpd.U[name] + 0.3 * vpd.components.delta(name, own))
+            delta = vpd.components.delta(name, adapter.weight(name))
+            adapt(edited).set_weight(name, (vpd.V[name] * m) @ vpd.U[name] + 0.3 * delta)
         difference = float((edited(tokens) - masked).abs().max())
     if not torch.equal(ones, clean):
-        raise RuntimeError("With every mask at 1 the logits differ from the model's own.")
+        raise RuntimeError("With every mask at 1 the logits differ from the model's.")
     if difference > 1e-3:
         raise RuntimeError(f"Masked logits differ by {difference} from those of a model with edited weights.")
     return [
-        "every mask at 1: the model's own logits, to the bit",
+        "every mask at 1: the model's logits, to the bit",
         f"random masks, Δ at 0.3: largest difference from a model with edited weights {difference:.1e}",
     ]
 
@@ -132,7 +135,7 @@ class AblationEffect:
     def lines(self) -> list[str]:
         """The effect as sentences."""
         return [
-            f"{self.subcomponent} removed everywhere: KL from the model {self.kl_important:.3f} nats a token where its "
+            f"{self.subcomponent} removed everywhere: KL from the model {self.kl_important:.3f} nats per token where its "
             f"importance is above 0.5 ({self.density:.1%} of tokens), {self.kl_elsewhere:.5f} where it is 0",
             f"where it changes most, after {self.context!r}:",
             "   with it:    " + self._row(self.before),
@@ -194,14 +197,14 @@ def _likely(model: Any, log_p: Float[Tensor, " vocab"], k: int = 4) -> pd.DataFr
     )
 
 
-def _tell(found: Evaluation, say: Say) -> None:
-    own = found.record
-    say(_indented(found.table().round(3)))
+def _summarise(report: Evaluation, say: Say) -> None:
+    record = report.record
+    say(_indented(report.table().round(3)))
     say(
-        f"   target CE {own['target_ce']:.3f}; L0 {own['l0']:.1f} a token, {own['alive']} alive here, {own['built']} built; "
-        + "; ".join(f"PGD-{k} KL {v:.2f}" for k, v in own["pgd_kl"].items())
+        f"   target CE {record['target_ce']:.3f}; L0 {record['l0']:.1f} per token, {record['alive']} alive in this sample, "
+        f"{record['built']} built; " + "; ".join(f"PGD-{k} KL {v:.2f}" for k, v in record["pgd_kl"].items())
     )
-    for name, control in own.get("controls", {}).items():
+    for name, control in record.get("controls", {}).items():
         say(
             f"   control, {name}: rounded CE {control['rounded_ce']:.3f}, stochastic CE {control['stochastic_ce']:.3f}, "
             f"PGD-20 KL {control['pgd_kl']['20']:.1f}"
@@ -214,24 +217,23 @@ def _indented(table: pd.DataFrame) -> str:
 
 def _page(
     folder: Path,
-    seen: Harvest,
-    chosen: list[Subcomponent],
-    found: Evaluation,
+    examples: Harvest,
+    candidates: list[Subcomponent],
     short: Evaluation,
     run: Run,
     effect: AblationEffect,
 ) -> Path:
     from tl_vpd import viz
 
-    shipped = bundled.evaluation()
+    stored = bundled.evaluation()
     panels = [
-        viz.table(shipped.table().round(4).reset_index(), "The bundled decomposition on 8,192 validation tokens"),
-        viz.table(shipped.pgd_table().round(3).reset_index(), "KL under a fresh adversary, by its number of steps"),
+        viz.table(stored.table().round(4).reset_index(), "The bundled decomposition on 8,192 validation tokens"),
+        viz.table(stored.pgd_table().round(3).reset_index(), "KL under a fresh adversary, by its number of steps"),
         viz.table(
             effect.side_by_side(), f"Next token after {effect.context!r}, with and without {effect.subcomponent}"
         ),
-        *(viz.subcomponent(seen, c) for c in chosen),
+        *(viz.subcomponent(examples, c) for c in candidates),
         viz.losses(run.history, title="The short decomposition trained by this demo"),
         viz.table(short.table().round(4).reset_index(), "What the short decomposition reached, on 2,048 tokens"),
     ]
-    return viz.page(panels, "A small language model, taken apart", folder / "index.html", introduction=INTRODUCTION)
+    return viz.page(panels, "A small language model, decomposed", folder / "index.html", introduction=INTRODUCTION)

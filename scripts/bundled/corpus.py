@@ -1,6 +1,6 @@
-"""The text every Python has: the standard library's own source, as token windows.
+"""The text every Python has: the standard library's source, as token windows.
 
-The files are split by *group*, so that near-copies stand on one side only: two files are in one group when they share
+The files are split by *group*, so that near-copies are on one side only: two files are in one group when they share
 more than a fifth of the smaller one's five-line shingles, or a folder of variations on a theme (``encodings/``).
 
     >>> training, validation = split(files())                        # doctest: +SKIP
@@ -23,7 +23,7 @@ from jaxtyping import UInt16
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "turtledemo"}
-"""Folders of the standard library that are no part of the corpus."""
+"""Folders of the standard library that are not in the corpus."""
 
 ONE_GROUP = {"encodings", "msilib", "pydoc_data", "lib2to3"}
 """Folders whose files are variations of one another, or data written as Python."""
@@ -38,10 +38,10 @@ PIECES = Regex(r"\n+[ ]*| ?[A-Za-z]+|[0-9]|_+|[()\[\]{}]| ?[^\sA-Za-z0-9_()\[\]{
 def files(root: Path | None = None) -> list[Path]:
     """The ``.py`` files of the standard library, sorted by path (``root``: default, this Python's)."""
     root = root or Path(sysconfig.get_path("stdlib"))
-    found = (p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
+    paths = (p for p in root.rglob("*.py") if not LEFT_OUT & set(p.relative_to(root).parts))
     # Generated when Python was built: settings and paths of one machine, no source text.
-    found = (p for p in found if not p.name.startswith("_sysconfigdata"))
-    return sorted(p for p in found if _text(p).strip())
+    paths = (p for p in paths if not p.name.startswith("_sysconfigdata"))
+    return sorted(p for p in paths if _text(p).strip())
 
 
 def _text(path: Path) -> str:
@@ -61,13 +61,13 @@ def split(paths: list[Path], *, validation_share: float = 0.08) -> tuple[list[Pa
     validation: list[Path] = []
     for group in near_copies(paths):
         name = min(p.name for p in group)
-        draw = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8
-        (validation if draw < validation_share else training).extend(group)
+        uniform = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 16**8
+        (validation if uniform < validation_share else training).extend(group)
     return sorted(training), sorted(validation)
 
 
-def near_copies(paths: list[Path], *, share: float = 0.2) -> list[list[Path]]:
-    """Groups files that share more than ``share`` of the smaller one's five-line shingles (union-find)."""
+def near_copies(paths: list[Path], *, overlap: float = 0.2) -> list[list[Path]]:
+    """Groups files that share more than ``overlap`` of the smaller one's five-line shingles (union-find)."""
     parent = {p: p for p in paths}
 
     def root(p: Path) -> Path:
@@ -77,8 +77,8 @@ def near_copies(paths: list[Path], *, share: float = 0.2) -> list[list[Path]]:
 
     shingles = {p: _shingles(_text(p)) for p in paths}
     holders = defaultdict(list)
-    for p, own in shingles.items():
-        for s in own:
+    for p, of_file in shingles.items():
+        for s in of_file:
             holders[s].append(p)
     common: dict[tuple[Path, Path], int] = defaultdict(int)
     for owners in holders.values():
@@ -86,7 +86,7 @@ def near_copies(paths: list[Path], *, share: float = 0.2) -> list[list[Path]]:
             for q in owners[i + 1 : 20]:
                 common[p, q] += 1
     for (p, q), n in common.items():
-        if n > share * min(len(shingles[p]), len(shingles[q])):
+        if n > overlap * min(len(shingles[p]), len(shingles[q])):
             parent[root(q)] = root(p)
     by_folder: dict[str, Path] = {}
     for p in paths:
@@ -99,12 +99,12 @@ def near_copies(paths: list[Path], *, share: float = 0.2) -> list[list[Path]]:
 
 
 def _shingles(text: str, lines: int = 5) -> set[int]:
-    kept = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    return {hash("\n".join(kept[i : i + lines])) for i in range(max(len(kept) - lines + 1, 1))}
+    code = [line.strip() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    return {hash("\n".join(code[i : i + lines])) for i in range(max(len(code) - lines + 1, 1))}
 
 
 def train_tokenizer(paths: Iterable[Path], vocabulary: int = VOCABULARY) -> Tokenizer:
-    """A byte-level BPE tokenizer trained on the files; brackets are always tokens of their own."""
+    """A byte-level BPE tokenizer trained on the files; brackets are always separate tokens."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [

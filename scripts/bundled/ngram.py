@@ -2,7 +2,7 @@
 
     p(w | u v) = (c(uvw) − D₃)⁺ / c(uv·) + λ(uv) · p(w | v),       p(w | v) and p(w) from continuation counts
 
-with one discount an order, ``D = n₁ / (n₁ + 2 n₂)`` (Kneser and Ney 1995; interpolated as in Chen and Goodman 1999).
+with one discount per order, ``D = n₁ / (n₁ + 2 n₂)`` (Kneser and Ney 1995; interpolated as in Chen and Goodman 1999).
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class _Level:
         history = gram // self.V
         total = _look_up(self.histories, self.totals, history)
         kinds = _look_up(self.histories, self.kinds, history)
-        seen = np.maximum(count - self.discount, 0) / np.maximum(total, 1)
+        discounted = np.maximum(count - self.discount, 0) / np.maximum(total, 1)
         rest = np.where(total > 0, self.discount * kinds / np.maximum(total, 1), 1.0)
-        return seen + rest * lower
+        return discounted + rest * lower
 
 
 def _look_up(
-    keys: Int[np.ndarray, " m"], values: Int[np.ndarray, " m"], wanted: Int[np.ndarray, " n"]
+    keys: Int[np.ndarray, " m"], values: Int[np.ndarray, " m"], queries: Int[np.ndarray, " n"]
 ) -> Int[np.ndarray, " n"]:
-    where = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[where] == wanted, values[where], 0)
+    where = np.minimum(np.searchsorted(keys, queries), len(keys) - 1)
+    return np.where(keys[where] == queries, values[where], 0)

@@ -1,4 +1,4 @@
-"""Is the bundled model worth taking apart? Three measures on validation windows.
+"""Is the bundled model worth decomposing? Three measures on validation windows.
 
 Against an interpolated Kneser–Ney trigram of the same training text; how much cheaper a name is the second time than the
 first; and whether the right one of ``)``, ``]``, ``}`` is preferred where one closes a bracket opened in the window.
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from scripts.bundled import corpus
 from scripts.bundled.ngram import KneserNeyTrigram
+from tl_vpd import bundled
 
 PAIRS = {")": "(", "]": "[", "}": "{"}
 
@@ -36,20 +37,20 @@ def trigram_ce(trigram: KneserNeyTrigram, tokens: Int[np.ndarray, "n pos"]) -> f
 def name_costs(losses: Float[np.ndarray, "n pos"], pieces: list[list[str]]) -> tuple[float, float, int]:
     """Mean nats of a name at its first and at its second occurrence in a window, and over how many names.
 
-    A name is an identifier that is no keyword; its cost is the sum over its tokens. ``losses[i, t]`` is the cost of token t
+    A name is an identifier that is not a keyword; its cost is the sum over its tokens. ``losses[i, t]`` is the cost of token t
     of window i, and ``pieces[i][t]`` that token's text.
     """
     first, second = [], []
     for row, texts in zip(losses, pieces, strict=True):
         ends = np.cumsum([len(t) for t in texts])
-        seen: dict[str, list[float]] = {}
+        by_name: dict[str, list[float]] = {}
         for match in corpus.NAME.finditer("".join(texts)):
             if keyword.iskeyword(match.group()):
                 continue
             start, stop = np.searchsorted(ends, [match.start(), match.end() - 1], side="right")
             if start > 0:  # the window's first token is not predicted
-                seen.setdefault(match.group(), []).append(float(row[start : stop + 1].sum()))
-        for costs in seen.values():
+                by_name.setdefault(match.group(), []).append(float(row[start : stop + 1].sum()))
+        for costs in by_name.values():
             if len(costs) > 1:
                 first.append(costs[0])
                 second.append(costs[1])
@@ -77,11 +78,8 @@ def bracket_accuracy(
 
 def measure(folder: Path, root: Path | None = None) -> dict[str, float]:
     """All three measures of the model in ``folder`` on its validation windows."""
-    from tl_vpd.bundled import model as load_model
-    from tl_vpd.bundled import tokens
-
-    model = load_model(folder=folder)
-    held_out = tokens("validation", folder)
+    model = bundled.model(folder=folder)
+    held_out = bundled.tokens("validation", folder)
     assert model.tokenizer is not None
     with torch.no_grad():
         logits = model(held_out)
@@ -109,7 +107,7 @@ def measure(folder: Path, root: Path | None = None) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "model")
+    parser.add_argument("--folder", type=Path, default=bundled.MODEL)
     arguments = parser.parse_args()
     result = measure(arguments.folder)
     (arguments.folder / "quality.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

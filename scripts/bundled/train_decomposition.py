@@ -1,7 +1,7 @@
-"""Remakes the decomposition that ships: ``python -m scripts.bundled.train_decomposition --out DIR``.
+"""Makes the bundled decomposition again: ``python -m scripts.bundled.train_decomposition --out DIR``.
 
 It trains on windows of the standard library's training files, tokenised with the bundled tokenizer, for about an hour on
-two cores, and evaluates what came out (another ten minutes). ``--resume`` goes on with a run that was stopped.
+two cores, and evaluates the result (another ten minutes). ``--resume`` goes on with a run that was stopped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--model", type=Path, default=bundled.MODEL, help="folder of the model (default: the one that ships)"
+        "--model", type=Path, default=bundled.MODEL, help="folder of the model (default: the bundled one)"
     )
     parser.add_argument("--steps", type=int, default=CONFIG.steps)
     parser.add_argument("--resume", action="store_true")
@@ -47,13 +47,13 @@ def main() -> None:
 
 def finish(vpd: Decomposition, model: nn.Module, source: Path, folder: Path) -> None:
     """Evaluates on 8,192 validation tokens and puts record and training log beside the decomposition."""
-    found = evaluate(
+    report = evaluate(
         vpd,
         model,
         bundled.tokens("validation", source)[:64],
         EvaluationConfig(starts={20: 3}, curve=bundled.training_record(source)["curve"]),
     )
-    found.save(folder / "decomposition" / "metrics.json")
+    report.save(folder / "decomposition" / "metrics.json")
     log = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     (folder / "decomposition" / "training.jsonl").write_text("".join([*log[::10], log[-1]]), encoding="utf-8")
 

@@ -1,7 +1,7 @@
 """Trains the bundled model: a two-layer GPT-NeoX on the standard library's source.
 
-Run ``python -m scripts.bundled.train_model --out DIR`` (about 20 minutes on two cores). The folder then holds what
-ships: ``config.json``, ``model.safetensors`` and the tokenizer in the layout of transformers, ``tokens.safetensors``
+Run ``python -m scripts.bundled.train_model --out DIR`` (about 20 minutes on two cores). The folder then has the
+bundled files: ``config.json``, ``model.safetensors`` and the tokenizer in the layout of transformers, ``tokens.safetensors``
 (training and validation windows) and ``training.json`` (the validation curve that *compute recovered* reads).
 """
 
@@ -52,7 +52,16 @@ def next_token_ce(logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, 
 def train(
     out: Path, *, steps: int = 4500, batch: int = 64, lr: float = 4e-3, seed: int = 0, root: Path | None = None
 ) -> None:
-    """Trains tokenizer and model and writes them to ``out``."""
+    """Trains tokenizer and model and writes them to a folder.
+
+    Args:
+        out: the folder.
+        steps: of training.
+        batch: rows in a batch.
+        lr: largest learning rate.
+        seed: of the weights.
+        root: of the standard library (None: this Python's).
+    """
     out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     training, validation = corpus.split(corpus.files(root))
@@ -60,8 +69,8 @@ def train(
     streams = {"training": corpus.token_stream(raw, training), "validation": corpus.token_stream(raw, validation)}
     log.info("tokens: %s", {k: len(v) for k, v in streams.items()})
     held_out = corpus.windows(streams["validation"], CONTEXT, 256, seed=1)
-    shipped = {"validation": held_out, "training": corpus.windows(streams["training"], CONTEXT, 2000, seed=2)}
-    save_file(shipped, out / "tokens.safetensors")
+    windows = {"validation": held_out, "training": corpus.windows(streams["training"], CONTEXT, 2000, seed=2)}
+    save_file(windows, out / "tokens.safetensors")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token=corpus.BOS, eos_token=corpus.BOS, pad_token=corpus.BOS, model_max_length=CONTEXT
     )
@@ -77,22 +86,22 @@ def train(
         [{"params": decay, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}], lr=lr, betas=(0.9, 0.98)
     )
     held_out_tokens = torch.from_numpy(held_out.astype(np.int64))
-    looks = {round(10 ** (i / 20)) for i in range(200)} | set(range(0, steps + 1, 250)) | {steps}
+    measured_steps = {round(10 ** (i / 20)) for i in range(200)} | set(range(0, steps + 1, 250)) | {steps}
     curve: list[list[float]] = []
     stream = corpus.batches(streams["training"], CONTEXT, batch, seed=1000)
-    began = time.monotonic()
+    start = time.monotonic()
     for step in range(steps + 1):
-        if step in looks:
+        if step in measured_steps:
             model.eval()
             with torch.no_grad():
                 ce = next_token_ce(model(held_out_tokens[:64]).logits, held_out_tokens[:64]).item()
             model.train()
             curve.append([step, ce])
-            log.info("step %d  validation CE %.4f  %.0f s", step, ce, time.monotonic() - began)
+            log.info("step %d  validation CE %.4f  %.0f s", step, ce, time.monotonic() - start)
         if step == steps:
             break
-        share = step / steps
-        rate = lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+        progress = step / steps
+        rate = lr * min(1.0, (step + 1) / 200) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         tokens = torch.from_numpy(next(stream).astype(np.int64))
@@ -121,7 +130,7 @@ def train(
 
 
 def _name_rotary_for_older_transformers(path: Path) -> None:
-    """Before version 5, transformers reads the rotary settings under other names, and would take its own defaults."""
+    """Before version 5, transformers reads the rotary settings under other names, and would use defaults instead."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config |= {"rotary_pct": CONFIG["rotary_pct"], "rotary_emb_base": 10_000}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from tests.adapters.own import normal, two_layers
 from tl_vpd.adapters import adapt
 from tl_vpd.baselines import APDConfig, apd
-from tl_vpd.baselines.apd import attributions, batch_top_k, schatten, simplicity, unfaithfulness
+from tl_vpd.baselines.apd_losses import attributions, batch_top_k, schatten, simplicity, unfaithfulness
 from tl_vpd.baselines.components import FullComponents, output_gradients
 from tl_vpd.toys import TMS, train
 

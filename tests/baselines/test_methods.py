@@ -41,7 +41,7 @@ def test_every_method_gives_pieces_importances_and_masked_outputs(name):
 
 def test_a_run_of_vpd_goes_on_where_it_was_interrupted(tmp_path):
     whole = METHODS["vpd"].run(TOY.build(0), TOY.batches(2), CONFIGS["vpd"])
-    first = METHODS["vpd"].run(TOY.build(0), TOY.batches(2), CONFIGS["vpd"], out=tmp_path)
-    second = METHODS["vpd"].run(TOY.build(0), TOY.batches(2), CONFIGS["vpd"], out=tmp_path)
+    first = METHODS["vpd"].run(TOY.build(0), TOY.batches(2), CONFIGS["vpd"], folder=tmp_path)
+    second = METHODS["vpd"].run(TOY.build(0), TOY.batches(2), CONFIGS["vpd"], folder=tmp_path)
     assert torch.equal(whole.pieces("embed"), first.pieces("embed"))
     assert torch.equal(second.pieces("embed"), first.pieces("embed"))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from tl_vpd.baselines import METHODS
-from tl_vpd.toys import TOYS, recipe
+from tl_vpd.toys import TOYS, recipe, results
 from tl_vpd.toys import run as runner
+from tl_vpd.toys.published import PUBLISHED
 from tl_vpd.training import VPDConfig
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -37,7 +41,11 @@ def test_entries_are_written_seed_by_seed_and_not_made_twice(command, monkeypatc
     measure = runner.measure
     monkeypatch.setattr(runner, "measure", lambda *a, **k: made.append(a) or measure(*a, **k))
     more = command("--toy", "tms_5_2_id", "--method", "vpd", "apd", "--seeds", "0", "1", "--steps", "5")
-    assert made == [("tms_5_2_id", "vpd", 1), ("tms_5_2_id", "apd", 0), ("tms_5_2_id", "apd", 1)]
+    assert [arguments[:3] for arguments in made] == [
+        ("tms_5_2_id", "vpd", 1),
+        ("tms_5_2_id", "apd", 0),
+        ("tms_5_2_id", "apd", 1),
+    ]
     own = more["tms_5_2_id"]["vpd"]
     assert own["seed"] == [0, 1] and own["true"] == {"embed": 5, "identity": 2, "unembed": 5}
     assert [len(own[name]) for name in ("mmcs", "ml2r", "seconds")] == [2, 2, 2]
@@ -47,13 +55,13 @@ def test_entries_are_written_seed_by_seed_and_not_made_twice(command, monkeypatc
     assert set(own["by_site"]["count_errors"]) == {"embed", "identity", "unembed"}
     assert set(own["by_site"]["together"]) == {"identity"} and set(own["by_site"]["mmcs"]) == {"embed", "unembed"}
     assert set(own["reconstruction"]) >= {"unmasked", "stochastic", "adversarial"}
-    table = runner.table(more)
+    table = results.table(more)
     assert len(table) == 4 and table["alive identity"].str.fullmatch(r"\d+/2").all()
 
 
 def test_entries_of_other_settings_are_refused(command):
     command("--toy", "tms_5_2", "--steps", "3")
-    with pytest.raises(ValueError, match="holds tms_5_2 by vpd with other settings: choose another file"):
+    with pytest.raises(ValueError, match="has tms_5_2 by vpd with other settings: choose another file"):
         command("--toy", "tms_5_2", "--steps", "4")
 
 
@@ -62,7 +70,9 @@ def test_settings_added_since_do_not_make_an_entry_another(command, tmp_path):
     del found["tms_5_2"]["vpd"]["settings"]["init_scale"]
     own = recipe("tms_5_2", "vpd", steps=3).model_copy(update={"init_scale": 1.0})
     (tmp_path / "found.json").write_text(json.dumps(found))
-    assert runner.done(tmp_path / "found.json", "tms_5_2", "vpd", 0, own.model_dump(mode="json", exclude={"seed"}))
+    assert results.is_measured(
+        tmp_path / "found.json", "tms_5_2", "vpd", 0, own.model_dump(mode="json", exclude={"seed"})
+    )
     with pytest.raises(ValueError, match="with other settings"):  # the recipe's own is no default
         command("--toy", "tms_5_2", "--steps", "3")
 
@@ -120,6 +130,29 @@ def test_every_toy_has_a_recipe_of_vpd_and_its_steps_and_seed_can_be_set():
 def test_what_there_is_not_is_said(arguments, message):
     with pytest.raises((KeyError, ValueError), match=message):
         recipe(*arguments)
+
+
+def test_published_scores_stand_beside_a_methods_own(command):
+    found = command("--toy", "tms_5_2", "--method", "spd", "vpd", "--steps", "2")
+    table = results.table(found)
+    assert table["method"].tolist() == ["spd", "spd, published", "vpd"]
+    published = table[table["method"] == "spd, published"].iloc[0]
+    assert (published["mmcs"], published["ml2r"]) == (1.0, 0.993) and published.isna()["seed"]
+    # Table 1 of the SPD paper, in its order.
+    assert [PUBLISHED[toy]["spd"]["ml2r"] for toy in ("tms_5_2", "tms_40_10", "tms_5_2_id", "tms_40_10_id")] == [
+        (0.993, 0.002),
+        (1.010, 0.007),
+        (0.992, 0.010),
+        (1.031, 0.001),
+    ]
+    assert set(PUBLISHED) <= set(TOYS) and all(set(methods) <= set(METHODS) for methods in PUBLISHED.values())
+
+
+def test_settings_stored_flat_by_earlier_entries_are_the_recipes_own():
+    for toy, methods in results.read(ROOT / results.RESULTS).items():
+        for method, entries in methods.items():
+            settings = recipe(toy, method).model_dump(mode="json", exclude={"seed"})
+            assert results.is_measured(ROOT / results.RESULTS, toy, method, entries["seed"][0], settings)
 
 
 def test_help_estimates_the_time(capsys):

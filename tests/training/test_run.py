@@ -219,7 +219,7 @@ def test_resuming_with_another_config_or_a_damaged_state_is_refused(target, rows
         run(target, rows, changed(config, optimizer={"lr": 0.1}), tmp_path, resume=True)
     path = latest_state(tmp_path / "state")
     path.write_bytes(path.read_bytes()[:-50])
-    with pytest.raises(ValueError, match=r"no intact training state.*delete it to resume from an older one"):
+    with pytest.raises(ValueError, match=r"not an intact training state.*delete it to resume from an older one"):
         run(target, rows, config, tmp_path, resume=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import signal
 import subprocess
@@ -276,7 +277,40 @@ def test_a_state_of_another_shape_is_refused_by_name(tmp_path):
             load_state(own, path)
 
 
-def rewrite(path: Path, tensors: dict[str, Tensor]) -> None:
+FLAT = {
+    "lr": ("optimizer", "lr"),
+    "gamma_lr": ("optimizer", "gamma_lr"),
+    "lr_final": ("optimizer", "lr_final"),
+    "clip": ("optimizer", "clip"),
+    "p_start": ("minimality", "p_start"),
+    "p_end": ("minimality", "p_end"),
+    "minimality": ("minimality", "kind"),
+    "minimality_warm_up": ("minimality", "warm_up"),
+    "frequency_half_life": ("minimality", "frequency_half_life"),
+    "faithfulness": ("faithfulness", "kind"),
+    "warm_up_steps": ("faithfulness", "warm_up_steps"),
+    "warm_up_lr": ("faithfulness", "warm_up_lr"),
+}
+"""Where the fields of a flat config stand now."""
+
+
+def test_a_state_with_a_flat_config_goes_on(tmp_path):
+    nested = CONFIG.model_dump(mode="json")
+    flat = {name: value for name, value in nested.items() if name not in ("minimality", "optimizer", "faithfulness")}
+    flat |= {name: nested[section][field] for name, (section, field) in FLAT.items()}
+    flat |= {"forward_slope": 0.0}
+    with trainer() as one, trainer() as other:
+        steps(one, 2)
+        path = save_state(one, tmp_path)
+        rewrite(path, load_file(path), config=json.dumps(flat))
+        load_state(other, path)
+        assert other.done == 2 and steps(other, 1) == steps(one, 1)
+        rewrite(path, load_file(path), config=json.dumps({**flat, "lr": 0.5}))
+        with pytest.raises(ValueError, match=r"another config \(optimizer\.lr: 0\.5 then, 0\.0005 now\)"):
+            load_state(other, path)
+
+
+def rewrite(path: Path, tensors: dict[str, Tensor], **changes: str) -> None:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-    real_save(tensors, path, metadata=metadata)
+    real_save(tensors, path, metadata={**metadata, **changes})

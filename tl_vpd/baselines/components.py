@@ -1,7 +1,7 @@
 """Components of full rank that span all sites, as APD has them, and the model run on a masked sum of them.
 
-    P_c,l = Σ_k A_c,l,:k ⊗ B_c,l,k:            one component c has a matrix in every site l
-    y_l = x_l · Σ_c s_c P_c,l + b_l            s_c: which components take part at an input
+    P_c,l = Σ_k A_c,l,:k ⊗ B_c,l,k:            a component c has a matrix in every site l
+    y_l = x_l · Σ_c s_c P_c,l + b_l            s_c: which components are used at an input
 
 >>> import torch
 >>> FullComponents({"a": (4, 3)}, C=5).matrices("a").shape
@@ -27,7 +27,9 @@ class FullComponents(nn.Module):
 
     Args:
         shapes: (d_in, d_out) by site.
-        tied: pairs of sites that are one matrix, the second turned round; its factors are the first's: ``P₂ = P₁ᵀ``.
+        C: components.
+        tied: pairs of sites that are one matrix, the second transposed; its factors are the first's: ``P₂ = P₁ᵀ``.
+        seed: of the initialisation.
     """
 
     def __init__(
@@ -42,9 +44,9 @@ class FullComponents(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         self.names, self.shapes, self.C = list(shapes), dict(shapes), C
         self.leads = {second: first for first, second in tied}
-        self.own = [site for site in shapes if site not in self.leads]
+        self.leaders = [site for site in shapes if site not in self.leads]
         self.A, self.B = nn.ParameterList(), nn.ParameterList()
-        for site in self.own:
+        for site in self.leaders:
             d_in, d_out = shapes[site]
             rank = min(d_in, d_out)
             # The sum of C products of these has entries of the size of a weight with unit gain.
@@ -54,7 +56,7 @@ class FullComponents(nn.Module):
 
     def factors(self, site: str) -> tuple[Float[Tensor, "C d_in rank"], Float[Tensor, "C rank d_out"]]:
         """A and B of a site."""
-        at = self.own.index(self.leads.get(site, site))
+        at = self.leaders.index(self.leads.get(site, site))
         A, B = self.A[at], self.B[at]
         return (B.mT, A.mT) if site in self.leads else (A, B)
 
@@ -76,13 +78,13 @@ class FullComponents(nn.Module):
 def on_components(
     adapter: Adapter, components: FullComponents, masks: Mapping[str, Float[Tensor, "*batch C"]]
 ) -> Iterator[None]:
-    """Within it the model's sites run on masked components in the place of their weights."""
+    """Within it the model's sites run on masked components instead of their weights."""
     inputs: dict[str, Tensor] = {}
 
     def write(site: str, y: Tensor) -> Tensor:
         bias = adapter.bias(site)
-        own = components.masked(site, inputs.pop(site), masks[site])
-        return own if bias is None else own + bias
+        output = components.masked(site, inputs.pop(site), masks[site])
+        return output if bias is None else output + bias
 
     with ExitStack() as stack:
         stack.enter_context(frozen(adapter))
@@ -104,7 +106,7 @@ def output_gradients(
 
     Positions must not see each other (models of vectors): one backward pass then serves a whole batch.
     """
-    seen: dict[str, Tensor] = {}
+    site_inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
     def write(site: str, y: Tensor) -> Tensor:
@@ -115,10 +117,10 @@ def output_gradients(
         stack.enter_context(frozen(adapter))
         stack.enter_context(users_hooks_aside(adapter))
         for site in sites:
-            for handle in adapter.tap(site, partial(seen.__setitem__, site), partial(write, site)):
+            for handle in adapter.tap(site, partial(site_inputs.__setitem__, site), partial(write, site)):
                 stack.callback(handle.remove)
         target = adapter.run(inputs, None)
         ordered = [outputs[site] for site in sites]
         rows = [torch.autograd.grad(target[..., o].sum(), ordered, retain_graph=True) for o in range(target.shape[-1])]
     gradients = {site: torch.stack([row[i] for row in rows]) for i, site in enumerate(sites)}
-    return target.detach(), {site: x.detach() for site, x in seen.items()}, gradients
+    return target.detach(), {site: x.detach() for site, x in site_inputs.items()}, gradients

@@ -1,9 +1,9 @@
 """Stochastic Parameter Decomposition (SPD; arXiv 2506.20790), the method before VPD, as a configuration of the same trainer.
 
-Stochastic masks on all sites and layerwise, one small MLP per subcomponent for Γ, no adversary, and a squashing that may go on below
-0 with a slope s:
+Stochastic masks on all sites and layerwise, one small MLP per subcomponent for Γ, no adversary, and a squashing that may go on
+below 0 with a slope s:
 
-    g = clamp(z, 0, 1) + s min(z, 0)          s = 0.01 in SPD's code: masks may then be negative; 0 here unless it is set
+    g = clamp(z, 0, 1) + s min(z, 0)          s = 0.01 in SPD's code: masks may then be negative; the default is 0
 
 Difference from the paper: Δ is masked too.
 
@@ -13,16 +13,19 @@ Difference from the paper: Δ is masked too.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
+from tl_vpd.baselines.rank_one import RankOne, vpd
 from tl_vpd.importance import GammaConfig
 from tl_vpd.importance.squash import Squash
 from tl_vpd.training import Coefficients, FaithfulnessConfig, VPDConfig
+from tl_vpd.training.data import Batches
 
 
 class SPDConfig(VPDConfig):
@@ -52,6 +55,25 @@ class SlopedSquash(Squash):
     ) -> Float[Tensor, "*batch"]:
         """The gradient in z from the gradient in g (``out`` may be ``grad``)."""
         return torch.where(z > 0, grad, grad * self.slope, out=out).masked_fill_(z > 1, 0)
+
+
+def spd(
+    model: nn.Module,
+    data: Batches,
+    config: SPDConfig,
+    *,
+    folder: Path | None = None,
+    progress: bool = False,
+    compile: bool = False,
+) -> RankOne:
+    """Decomposes a model by SPD (``tl_vpd.baselines.methods`` documents the arguments).
+
+    Raises:
+        ValueError: the config has an adversary.
+    """
+    if config.coefficients.adversarial:
+        raise ValueError("SPD has no adversary: set coefficients.adversarial to 0, or choose vpd.")
+    return vpd(model, data, config, folder=folder, progress=progress, compile=compile)
 
 
 def spd_config(**settings: Any) -> SPDConfig:

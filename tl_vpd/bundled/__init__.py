@@ -1,4 +1,4 @@
-"""The model and decomposition that ship: a two-layer GPT-NeoX of the standard library's source, taken apart."""
+"""The model and decomposition that ship: a two-layer GPT-NeoX of the standard library's source, decomposed."""
 
 from tl_vpd.bundled.loading import (
     DECOMPOSITION,

@@ -1,11 +1,11 @@
-"""The model and decomposition that ship: a two-layer GPT-NeoX of the standard library's source, taken apart.
+"""The model and decomposition that ship: a two-layer GPT-NeoX of the standard library's source, decomposed.
 
     >>> model = bundled.model()                      # doctest: +SKIP
     >>> vpd = bundled.decomposition()                # doctest: +SKIP
     >>> tokens = bundled.tokens("validation")        # doctest: +SKIP
 
 The model is a HookedTransformer where the installed TransformerLens has one, else a TransformerBridge; the decomposition fits
-both. The weights lie in the layout of transformers and are loaded without any processing (no folded norms, no centring).
+both. The weights are stored in the layout of transformers and loaded without any processing (no folded norms, no centring).
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ DECOMPOSITION = Path(__file__).parent / "decomposition"
 def model(*, kind: Kind | None = None, device: str | torch.device = "cpu", folder: Path = MODEL) -> Any:
     """The bundled model: 2 layers, d_model 96, 4 heads, d_mlp 384, vocabulary 768, context 128.
 
-    ``kind``: ``hooked_transformer`` or ``bridge`` (None: HookedTransformer where the installed TransformerLens has it).
+    Args:
+        kind: ``hooked_transformer`` or ``bridge`` (None: HookedTransformer where the installed TransformerLens has it).
+        device: where the model goes.
+        folder: of the weights, tokenizer and config.
 
     Raises:
         ImportError: the installed TransformerLens has no such class.
@@ -55,7 +58,7 @@ def decomposition(*, device: str | torch.device = "cpu") -> Decomposition:
 
 
 def tokens(part: Literal["validation", "training"], folder: Path = MODEL) -> Int[Tensor, "window pos"]:
-    """Token windows of the model's own text, each opened by BOS: 256 of validation or 2,000 of training files."""
+    """Token windows of the standard library's source, each opened by BOS: 256 of validation or 2,000 of training files."""
     return torch.from_numpy(load_file(folder / "tokens.safetensors")[part].astype(np.int64))
 
 
@@ -76,20 +79,20 @@ def hooked_transformer(folder: Path, *, device: str | torch.device = "cpu") -> A
 
     with _quiet_transformers():
         source = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    own = source.config
+    config = source.config
     cfg = HookedTransformerConfig(
-        n_layers=own.num_hidden_layers,
-        d_model=own.hidden_size,
-        n_heads=own.num_attention_heads,
-        d_head=own.hidden_size // own.num_attention_heads,
-        d_mlp=own.intermediate_size,
-        d_vocab=own.vocab_size,
-        n_ctx=own.max_position_embeddings,
+        n_layers=config.num_hidden_layers,
+        d_model=config.hidden_size,
+        n_heads=config.num_attention_heads,
+        d_head=config.hidden_size // config.num_attention_heads,
+        d_mlp=config.intermediate_size,
+        d_vocab=config.vocab_size,
+        n_ctx=config.max_position_embeddings,
         act_fn="gelu",
-        eps=own.layer_norm_eps,
+        eps=config.layer_norm_eps,
         normalization_type="LN",
         positional_embedding_type="rotary",
-        rotary_dim=own.hidden_size // own.num_attention_heads,
+        rotary_dim=config.hidden_size // config.num_attention_heads,
         rotary_adjacent_pairs=False,
         original_architecture="GPTNeoXForCausalLM",
         default_prepend_bos=True,
@@ -108,7 +111,7 @@ def hooked_transformer(folder: Path, *, device: str | torch.device = "cpu") -> A
 
 @contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """No progress bar for a file that is read in a moment; the user's setting is put back."""
+    """No progress bar for a small file; the user's setting is restored."""
     from transformers.utils import logging
 
     enabled = logging.is_progress_bar_enabled()

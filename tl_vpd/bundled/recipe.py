@@ -1,4 +1,4 @@
-"""The settings that the bundled decomposition was trained with."""
+"""The config that the bundled decomposition was trained with."""
 
 from __future__ import annotations
 

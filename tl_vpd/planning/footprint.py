@@ -58,7 +58,7 @@ class Footprint:
 
         Args:
             steps: of the run.
-            tflops: what a device computes per second, in 10¹² FLOP (None: no time is given).
+            tflops: what a device computes per second, in 10¹² FLOP (None: no time is shown).
         """
         table = self.table().round(3).astype(object)
         lines = [table.where(table.notna(), "").to_string(index=False)]
@@ -85,7 +85,7 @@ def footprint(
         target: shapes of the model.
         config: what is learned (None: ``VPDConfig()``).
         context: tokens per row.
-        execution: how it runs; ``micro_batch`` and ``sharding`` matter here (None: ``ExecutionConfig()``).
+        execution: how it runs; ``micro_batch`` and ``sharding`` are read (None: ``ExecutionConfig()``).
         processes: how many split the batch.
 
     Raises:

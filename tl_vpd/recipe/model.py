@@ -30,7 +30,7 @@ class ModelRecipe(Frozen):
         """The model on its device.
 
         Raises:
-            ValueError: the device is not there, or the bundled model is given options.
+            ValueError: the device is not available, or the bundled model has options.
         """
         device = usable_device(self.device)
         if self.name != "bundled":

@@ -108,11 +108,13 @@ class Recipe(Frozen):
         Raises:
             ValueError: the length of rows is not known, or the batch cannot be split equally.
         """
-        model = self.model.load() if shape is None else None
-        context = self.data.context or (0 if model is None else model.cfg.n_ctx)
-        if not context:
+        if shape is not None:
+            target, context = Target.of(shape), self.data.context
+        else:
+            model = self.model.load()
+            target, context = Target.of(model), self.data.context or model.cfg.n_ctx
+        if context is None:
             raise ValueError("Give --context: the tokens in a row.")
-        target = Target.of(model if shape is None else shape)
         return footprint(target, self.vpd, context=context, execution=self.execution, processes=processes)
 
 
@@ -124,13 +126,14 @@ def recipe_and_shape(path: Path | None, numbers: Mapping[str, Any]) -> tuple[Rec
         numbers: by field of ``TransformerShape``; None where a number is left out.
 
     Raises:
-        ValueError: both are given, or neither, or a number is missing.
+        ValueError: there are both, or neither, or a number is missing.
     """
     options = {name: value for name, value in numbers.items() if value is not None}
     if path is not None:
+        recipe = Recipe.read(path)
         if options:
             raise ValueError(f"{path} says which model: leave out {_options(options)}.")
-        return Recipe.read(path), None
+        return recipe, None
     missing = [
         name for name, field in TransformerShape.model_fields.items() if field.is_required() and name not in options
     ]

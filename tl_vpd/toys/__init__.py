@@ -1,4 +1,4 @@
-"""Models with known truth: built, trained in seconds to minutes on a CPU, and taken apart by every method.
+"""Models with known truth: built, trained in seconds to minutes on a CPU, and decomposed by every method.
 
 >>> TOYS["tms_5_2"].build().embed
 Linear(in_features=5, out_features=2, bias=False)

@@ -3,10 +3,10 @@
     h = x W_E,   h ← h + ReLU(h W_in,l) W_out,l   for each layer l,   ŷ = h W_Eᵀ        trained towards y = x + ReLU(x)
 
 ``W_E`` is fixed, random, with rows of length 1. Sites: ``layers.{l}.W_in``, ``layers.{l}.W_out``. Truth: in W_in one
-subcomponent a feature (in every layer, where a feature's computation is spread over layers), and behind the first layer one more:
-all features write something in common there, which turns the next layer's neurons on as a bias would. In W_out there are as many
-as there are neurons. Source: APD (arXiv 2501.14926, section 3.2) and SPD (arXiv 2506.20790, sections 3.2 and 3.3), which calls
-those of W_out one piece that is important as a whole, in no particular basis. Here one a neuron is expected: what a neuron that
+subcomponent per feature (in every layer, where a feature's computation is spread over layers), and after the first layer one
+more: all features write a common direction, which turns the next layer's neurons on as a bias would. In W_out there are as many as
+neurons. Source: APD (arXiv 2501.14926, section 3.2) and SPD (arXiv 2506.20790, sections 3.2 and 3.3), which calls
+those of W_out one piece that is important as a whole, in no particular basis. This toy expects one per neuron: what a neuron that
 is off would write can be ablated in any way without any change, so that it is not important there, and no other basis costs as
 little.
 
@@ -33,7 +33,7 @@ from tl_vpd.toys.toy import TargetTraining, Toy
 from tl_vpd.training.data import Batches
 
 LITTLE = 0.05
-"""Share of what a layer writes below which a neuron's part may be left out: a convention, see docs/evidence.md."""
+"""Fraction of what a layer writes below which a neuron may be left out: a convention, see docs/evidence.md."""
 TRAINING = TargetTraining(steps=1_000, rows=32, lr=3e-3, schedule="cosine")
 
 
@@ -115,8 +115,8 @@ class Compressed(Toy):
             }
 
     def truth(self, model: CompressedModel) -> Truth:
-        """In every W_in a subcomponent a feature, and behind the first layer one for what features have in common there; in every
-        W_out one a neuron, needed where the neuron is on.
+        """In every W_in a subcomponent per feature, and after the first layer one for the features' common direction; in every
+        W_out one per neuron, needed where the neuron is on.
         """
         probe = PROBE_VALUE * torch.eye(self.n_features)[:, None]
         with torch.no_grad():
@@ -128,26 +128,26 @@ class Compressed(Toy):
         sites = {}
         for i in layers:
             common = [torch.stack(written[:i]).sum(0).mean(0, keepdim=True)] if i else []
-            # Nobody reads the stream but the unembedding and later layers.
-            seen = torch.cat([model.W_E.T, *W_in[i + 1 :]], dim=1)
-            sites[f"layers.{i}.W_in"] = _one_a_feature(torch.cat([model.W_E, *common]), self.n_features)
-            sites[f"layers.{i}.W_out"] = _one_a_neuron(neurons[i], W_out[i], seen)
+            # Only the unembedding and later layers read the stream.
+            visible = torch.cat([model.W_E.T, *W_in[i + 1 :]], dim=1)
+            sites[f"layers.{i}.W_in"] = _one_per_feature(torch.cat([model.W_E, *common]), self.n_features)
+            sites[f"layers.{i}.W_out"] = _one_per_neuron(neurons[i], W_out[i], visible)
         return Truth(probe=probe, sites=sites)
 
 
-def _one_a_feature(directions: Float[Tensor, "count d_resid"], n_features: int) -> SiteTruth:
-    """A subcomponent for each direction; those behind the features' are needed by whatever feature happens to use them."""
+def _one_per_feature(directions: Float[Tensor, "count d_resid"], n_features: int) -> SiteTruth:
+    """A subcomponent for each direction; those after the features' are needed by any feature that uses them."""
     pattern, either = torch.zeros(2, n_features, len(directions), dtype=torch.bool)
     pattern.fill_diagonal_(True)
     pattern[:, n_features:] = either[:, n_features:] = True
     return SiteTruth(len(directions), pattern, "in", directions, either=either)
 
 
-def _one_a_neuron(
-    on: Float[Tensor, "feature neuron"], W_out: Float[Tensor, "neuron d_resid"], seen: Float[Tensor, "d_resid k"]
+def _one_per_neuron(
+    on: Float[Tensor, "feature neuron"], W_out: Float[Tensor, "neuron d_resid"], visible: Float[Tensor, "d_resid k"]
 ) -> SiteTruth:
-    """A subcomponent for each neuron, needed by the features that turn it on; by those that it says little of, or not."""
-    size = on.square() * (W_out @ seen).square().sum(1)
-    share = size / size.sum(1, keepdim=True).clamp(min=1e-30)
-    little = (share > 0) & (share < LITTLE)
-    return SiteTruth(len(W_out), share > 0, "in", torch.eye(len(W_out)), visible=seen, either=little, whole=True)
+    """A subcomponent for each neuron, needed by the features that turn it on; where it writes little, needed or not."""
+    size = on.square() * (W_out @ visible).square().sum(1)
+    fraction = size / size.sum(1, keepdim=True).clamp(min=1e-30)
+    little = (fraction > 0) & (fraction < LITTLE)
+    return SiteTruth(len(W_out), fraction > 0, "in", torch.eye(len(W_out)), visible=visible, either=little, whole=True)

@@ -2,7 +2,7 @@
 
     x_j = b_j · u_j,      b_j ~ Bernoulli(p),      u_j ~ U(low, high)
 
-The batch of a step follows from seed and step alone. Rows hold several vectors, drawn independently.
+The batch of a step follows from seed and step alone. Rows have several vectors, independent of each other.
 
 >>> SparseFeatures(n_features=5, probability=0.05, batch_size=4, context=8).at(0).shape
 torch.Size([4, 8, 5])
@@ -41,7 +41,7 @@ class SparseFeatures:
         return values.mul_(torch.rand(shape, generator=generator) < self.probability)
 
     def describe(self) -> dict[str, Any]:
-        """What tells these data from others."""
+        """What distinguishes these data from others."""
         return {"rows": "sparse features", **asdict(self)}
 
     def close(self) -> None:

@@ -1,6 +1,6 @@
 """A small grammar of English sentences whose latent variables are known, and a transformer trained on it.
 
-Each sentence holds one fact that a later token depends on:
+Each sentence has one fact that a later token depends on:
 
 =============================================  ==========================  ==================================
 sentence                                       latents                     needed where
@@ -12,7 +12,7 @@ sentence                                       latents                     neede
 =============================================  ==========================  ==================================
 
 A bracket that closes and a mouth that smiles are the same token, for different reasons. Rows are sentences one after the other
-behind a beginning-of-sequence token, cut at the context.
+after a beginning-of-sequence token, cut at the context.
 
 >>> Sentences(context=8, batch_size=1).words(0)[0][:3]
 ['<bos>', 'we', 'laughed']
@@ -57,7 +57,7 @@ Word = tuple[str, str | None]
 """A word, and the latent that it depends on."""
 
 
-def _owned(draw: random.Random) -> Iterator[Word]:
+def _possession(draw: random.Random) -> Iterator[Word]:
     pronoun = draw.choice(("her", "his"))
     yield draw.choice(NAMES[pronoun]), None
     if draw.random() < 0.5:
@@ -94,7 +94,7 @@ def _felt(draw: random.Random) -> Iterator[Word]:
     yield from (("we", None), (draw.choice(verbs), None), (":", None), (mouth, mood))
 
 
-SENTENCES = (_owned, _bracketed, _being, _felt)
+SENTENCES = (_possession, _bracketed, _being, _felt)
 
 
 @dataclass(frozen=True)
@@ -115,25 +115,25 @@ class Sentences:
 
     def latents(self, step: int) -> dict[str, Bool[Tensor, "batch pos"]]:
         """By latent, the positions whose next token depends on it."""
-        rows = self._rows(step, more=1)
+        rows = self._rows(step, extra=1)
         return {name: torch.tensor([[latent == name for _, latent in row[1:]] for row in rows]) for name in LATENTS}
 
     def describe(self) -> dict[str, Any]:
-        """What tells these data from others."""
+        """What distinguishes these data from others."""
         return {"rows": "sentences", **asdict(self)}
 
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def _rows(self, step: int, more: int = 0) -> list[list[Word]]:
-        """Rows of ``context`` words, or some more."""
+    def _rows(self, step: int, extra: int = 0) -> list[list[Word]]:
+        """Rows of ``context + extra`` words."""
         rows = []
         for number in range(self.batch_size):
             draw = random.Random(f"sentences/{self.seed}/{step}/{number}")
             row: list[Word] = [(BOS, None)]
-            while len(row) < self.context + more:
+            while len(row) < self.context + extra:
                 row.extend(draw.choice(SENTENCES)(draw))
-            rows.append(row[: self.context + more])
+            rows.append(row[: self.context + extra])
         return rows
 
 
@@ -189,12 +189,12 @@ class Grammar(Toy):
         tokens, latents = data.at(0), data.latents(0)
         with torch.no_grad():
             logits, cross_entropy = model(tokens), self.loss(model, tokens)
-        found = {name: accuracy_at(logits, tokens, where) for name, where in latents.items() if name != "it_is"}
-        # Every adjective will do after "it is": what counts is that it is one.
+        accuracy = {name: accuracy_at(logits, tokens, where) for name, where in latents.items() if name != "it_is"}
+        # After "it is" any adjective is right.
         where = latents["it_is"][:, :-1]
         adjectives = torch.tensor([word in ADJECTIVES for word in VOCABULARY])
-        found["it_is"] = float(adjectives[logits[:, :-1][where].argmax(-1)].float().mean())
-        return {"cross_entropy": float(cross_entropy), **found}
+        accuracy["it_is"] = float(adjectives[logits[:, :-1][where].argmax(-1)].float().mean())
+        return {"cross_entropy": float(cross_entropy), **accuracy}
 
     def truth(self, model: Any) -> Truth:
         """Where each latent is needed."""

@@ -1,10 +1,10 @@
 """Induction: an attention-only transformer of two layers that continues repeated random sequences.
 
 A row is a beginning-of-sequence token and a block of distinct random tokens, repeated until the row is full. The block's length
-differs from row to row, so that what to copy can only be found by looking for the earlier occurrence: a previous-token
-head in layer 0 tells every token what came before it, an induction head in layer 1 attends to the token after the earlier
-occurrence of the present one. Where a token stands for the first time the next one cannot be known, and the model is trained to
-call all tokens equally likely: it rests on the beginning of the sequence. So it is known where each weight is needed
+differs from row to row, so that the token to copy is only known from the earlier occurrence: a previous-token head in
+layer 0 writes to every token which token came before it, an induction head in layer 1 attends to the token after the earlier
+occurrence of the present one. Where a token occurs for the first time the next one cannot be known, and the model is trained to
+predict all tokens with equal probability: it attends to the beginning of the sequence. So it is known where each weight is needed
 (``mechanism``), and ``quality`` checks that on the model. Source of the mechanism: Olsson et al., *In-context Learning and
 Induction Heads* (2022).
 
@@ -54,7 +54,7 @@ class Repeated:
         return torch.cat([torch.full((self.batch_size, 1), BOS), rows], dim=1)
 
     def describe(self) -> dict[str, Any]:
-        """What tells these data from others."""
+        """What distinguishes these data from others."""
         return {"rows": "repeated blocks", **asdict(self)}
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class Repeated:
 
 
 def repeated(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
-    """Where a token stands for the second time or later, so that the next one can be known."""
+    """Where a token occurs for the second time or later, so that the next one can be known."""
     earlier = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).tril(-1)
     return ((tokens[:, :, None] == tokens[:, None, :]) & earlier).any(-1)
 
@@ -70,10 +70,10 @@ def repeated(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
 def mechanism(tokens: Int[Tensor, "batch pos"]) -> dict[str, Bool[Tensor, "batch pos"]]:
     """Where each weight is needed, by site.
 
-    *Sources* stand for the first time and will come again; what follows one is a *copy place*. Layer 0 brings the source's
-    identity (W_V at sources, W_O at copy places) to the token behind it, which looks for it by position (W_Q; W_K also where it
-    must not look). In layer 1 every token asks (W_Q) for a copy place behind its own earlier occurrence, or for the beginning
-    (W_K); what is found (W_V) is said (W_O) where tokens are repeated.
+    *Sources* occur for the first time and will occur again; the token after one is a *copy place*. Layer 0 moves the source's
+    identity (W_V at sources, W_O at copy places) to the token after it, which attends to it by position (W_Q; W_K also where it
+    must not attend). In layer 1 every token attends (W_Q) to a copy place after its earlier occurrence, or to the beginning
+    (W_K); the copy place's value (W_V) is written (W_O) where tokens are repeated.
     """
     later = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).triu(1)
     again, start = ((tokens[:, :, None] == tokens[:, None, :]) & later).any(-1), tokens == BOS
@@ -96,7 +96,7 @@ def mechanism(tokens: Int[Tensor, "batch pos"]) -> dict[str, Bool[Tensor, "batch
 
 @dataclass(frozen=True)
 class Induction(Toy):
-    """The toy; with ``n_heads`` 1 each layer has the one head it needs."""
+    """The toy; with ``n_heads`` 1 each layer has the single head it needs."""
 
     d_vocab: int = 33
     """Tokens, the beginning-of-sequence token among them."""
@@ -128,14 +128,14 @@ class Induction(Toy):
         return Repeated(self.d_vocab, self.context, self.shortest, self.longest, rows, seed)
 
     def loss(self, model: Any, batch: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
-        """Cross-entropy with the next token where it can be known, with all tokens alike where it cannot (the mean of both)."""
+        """Cross-entropy with the next token where it can be known, with the uniform distribution elsewhere (the mean of both)."""
         logits, known = model(batch), repeated(batch)
-        alike = -logits[:, :-1][~known[:, :-1]].log_softmax(-1).mean(-1)
-        return 0.5 * (cross_entropy_at(logits, batch, known) + alike.mean())
+        uniform = -logits[:, :-1][~known[:, :-1]].log_softmax(-1).mean(-1)
+        return 0.5 * (cross_entropy_at(logits, batch, known) + uniform.mean())
 
     def quality(self, model: Any) -> dict[str, float]:
-        """Accuracy where the next token can be known; where not, nats from all tokens alike; the two heads' scores (the best
-        head of each layer); nats with every weight where it is needed alone, and with none of them anywhere.
+        """Accuracy where the next token can be known; elsewhere, nats from the uniform distribution; the two heads' scores (the
+        best head of each layer); nats with every weight only where it is needed, and with none of them anywhere.
         """
         tokens = self.batches(64, seed=-1).at(0)
         where, needed = repeated(tokens), mechanism(tokens)
@@ -143,8 +143,8 @@ class Induction(Toy):
             logits, cache = model.run_with_cache(tokens)
             log_target = logits.log_softmax(-1)
             without = [
-                model.run_with_hooks(tokens, fwd_hooks=_only_where(model, kept))
-                for kept in (needed, {site: torch.zeros_like(where) for site in needed})
+                model.run_with_hooks(tokens, fwd_hooks=_only_where(model, places))
+                for places in (needed, {site: torch.zeros_like(where) for site in needed})
             ]
         return {
             "accuracy": accuracy_at(logits, tokens, where),
@@ -162,13 +162,13 @@ class Induction(Toy):
 
 
 def _only_where(model: Any, needed: Mapping[str, Bool[Tensor, "batch pos"]]) -> list[tuple[str, Callable[..., Tensor]]]:
-    """Hooks that leave of every weight's output the bias alone, except where the weight is needed."""
+    """Hooks that replace every weight's output by its bias, except where the weight is needed."""
 
     def hook(where: Bool[Tensor, "batch pos"], bias: Tensor) -> Callable[..., Tensor]:
-        def token_mask(y: Tensor, hook: Any) -> Tensor:
+        def output(y: Tensor, hook: Any) -> Tensor:
             return torch.where(where.reshape(*where.shape, *[1] * (y.ndim - 2)), y, bias.expand_as(y))
 
-        return token_mask
+        return output
 
     hooks = []
     for site, where in needed.items():
@@ -182,7 +182,7 @@ def _only_where(model: Any, needed: Mapping[str, Bool[Tensor, "batch pos"]]) -> 
 def previous_token_scores(
     pattern: Float[Tensor, "batch head pos pos"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, " head"]:
-    """The mean attention a head pays, from tokens seen first, to the token before (later copies are not read by anyone)."""
+    """Each head's mean attention from tokens that occur for the first time to the token before (later copies are never read)."""
     paid = pattern.diagonal(-1, dim1=-2, dim2=-1).transpose(1, 2)
     return paid[~repeated(tokens)[:, 1:]].mean(0)
 
@@ -190,7 +190,7 @@ def previous_token_scores(
 def induction_scores(
     pattern: Float[Tensor, "batch head pos pos"], tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, " head"]:
-    """The mean attention a head pays, from repeated tokens, to the tokens that came after earlier occurrences."""
+    """Each head's mean attention from repeated tokens to the tokens after earlier occurrences."""
     same = (tokens[:, :, None] == tokens[:, None, :]).tril(-1)
     after = torch.zeros_like(same)
     after[:, :, 1:] = same[:, :, :-1]

@@ -1,7 +1,7 @@
-"""The toys by name, and what each method is set with on each of them.
+"""The toys by name, and each method's settings on each of them.
 
 Targets and SPD's settings as in SPD (arXiv 2506.20790), with smaller batches, for CPUs. VPD's add the persistent adversary and,
-on the toys of superposition, the frequency loss; APD's are for these alone.
+on the toys of superposition, the frequency loss; APD's are for those toys only.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SPD: dict[str, dict[str, Any]] = {
     "compressed_2": {"C": 400, "importance": 1e-5, "p": 2.0, "steps": 50_000, "lr_final": 1.0},
     "compressed_3": {"C": 500, "importance": 5e-6, "p": 2.0, "steps": 200_000, "hidden": 128, "lr_final": 1.0},
 }
-"""By toy: SPD's C, importance coefficient and exponent, and where they differ, steps, rate and hidden units."""
+"""By toy: SPD's C, importance coefficient and exponent, and where they differ, steps, learning rate and hidden units."""
 
 _COMPRESSED: dict[str, Any] = {
     "lr": 2e-3,
@@ -92,15 +92,15 @@ _VPD: dict[str, dict[str, Any]] = {
     "compressed_3": {**_COMPRESSED, "importance": 3e-5},
 }
 """By toy: where VPD's settings differ from SPD's."""
-_GROWN: dict[str, Any] = {
+_SPARSE_VPD: dict[str, Any] = {
     "batch_size": 8,
     "lr": 3e-3,
     "lr_final": 0.0,
     "init_scale": 0.3,
     "frequency_reference": 32.0,
 }
-"""What VPD has on every toy of sparse features. With the reference count near one over the frequency of a feature, a subcomponent
-that serves two features costs half as much again as two that serve one each."""
+"""VPD's settings on every toy of sparse features. With the reference count near the inverse frequency of a feature, a
+subcomponent that serves two features costs half as much again as two that serve one each."""
 
 _APD: dict[str, dict[str, Any]] = {
     "tms_5_2": {"tied": _TIED},
@@ -111,17 +111,24 @@ _APD: dict[str, dict[str, Any]] = {
 
 
 def recipe(toy: str, method: str, *, seed: int = 0, steps: int | None = None) -> VPDConfig | APDConfig:
-    """What a method is set with on a toy; ``steps`` in the place of the recipe's own (schedules are stretched to it).
+    """A method's settings on a toy.
+
+    Args:
+        toy: its name.
+        method: its name.
+        seed: of the decomposition.
+        steps: instead of the recipe's; schedules are stretched (None: the recipe's).
 
     Raises:
-        KeyError: there is no such toy or method. ValueError: the method has no recipe for the toy.
+        KeyError: there is no such toy or method.
+        ValueError: the method has no recipe for the toy.
     """
     if toy not in TOYS:
         raise KeyError(f"There is no toy {toy!r}: choose from {', '.join(TOYS)}.")
     if method not in METHODS:
         raise KeyError(f"There is no method {method!r}: choose from {', '.join(METHODS)}.")
-    own: Any = {"vpd": _vpd, "spd": _spd, "apd": _apd}[method](toy)
-    return own.model_copy(update={"seed": seed, **({} if steps is None else {"steps": steps})})
+    config: Any = {"vpd": _vpd, "spd": _spd, "apd": _apd}[method](toy)
+    return config.model_copy(update={"seed": seed, **({} if steps is None else {"steps": steps})})
 
 
 def _spd(toy: str) -> VPDConfig:
@@ -136,7 +143,7 @@ def _apd(toy: str) -> APDConfig:
 
 def _vpd(toy: str) -> VPDConfig:
     if toy in _SPD:
-        sparse = _sparse({**_SPD[toy], **_GROWN, **_VPD.get(toy, {})}, adversarial=1.0)
+        sparse = _sparse({**_SPD[toy], **_SPARSE_VPD, **_VPD.get(toy, {})}, adversarial=1.0)
         return VPDConfig(**sparse.model_dump(exclude={"forward_slope"}))
     return VPDConfig(
         steps=8_000,
@@ -152,11 +159,11 @@ def _vpd(toy: str) -> VPDConfig:
 
 
 def _spd_of_language(vpd: VPDConfig) -> VPDConfig:
-    """SPD's losses and Γ with what else VPD has on a transformer: C, steps, rates, start, and the minimality of importances."""
+    """SPD's losses and Γ with VPD's other settings on a transformer: C, steps, learning rate, start, and minimality."""
     c = vpd.coefficients
-    kept = vpd.model_dump(include={"steps", "batch_size", "C", "init", "minimality"})
+    shared = vpd.model_dump(include={"steps", "batch_size", "C", "init", "minimality"})
     return spd_config(
-        **kept,
+        **shared,
         optimizer={"lr": vpd.optimizer.lr},
         output="kl",
         gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=16, output_bias=vpd.gamma.output_bias),
@@ -169,14 +176,14 @@ def _spd_of_language(vpd: VPDConfig) -> VPDConfig:
 
 def _sparse(settings: dict[str, Any], *, adversarial: float) -> VPDConfig:
     """A recipe for a toy of sparse features."""
-    taken = {"batch_size": 16, **settings}
-    hidden, rising = taken.pop("hidden", 16), taken.pop("rising", False)
-    p, p_end = taken.pop("p", 1.0), taken.pop("p_end", None)
-    importance, frequency = taken.pop("importance"), taken.pop("frequency", 0.0)
-    reference = taken.pop("frequency_reference", None)
-    optimizer = {name: taken.pop(name) for name in ("lr", "lr_final") if name in taken}
+    fields = {"batch_size": 16, **settings}
+    hidden, rising = fields.pop("hidden", 16), fields.pop("rising", False)
+    p, p_end = fields.pop("p", 1.0), fields.pop("p_end", None)
+    importance, frequency = fields.pop("importance"), fields.pop("frequency", 0.0)
+    reference = fields.pop("frequency_reference", None)
+    optimizer = {name: fields.pop(name) for name in ("lr", "lr_final") if name in fields}
     return spd_config(
-        **taken,
+        **fields,
         gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=hidden, rising=rising),
         minimality={"p_start": p, "p_end": p if p_end is None else p_end, "frequency_reference": reference},
         optimizer=optimizer,

@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from tl_vpd.baselines import METHODS, MethodOptions
+from tl_vpd.baselines import METHODS
 from tl_vpd.components.storage import write_atomically
 from tl_vpd.evaluation.ground_truth import GroundTruth, ground_truth
 from tl_vpd.toys import results
@@ -88,8 +88,7 @@ def measure(name: str, method: str, seed: int, options: argparse.Namespace) -> d
     # Three streams of data: of the target's training, of the decomposition, and of the measurement.
     data = toy.batches(config.batch_size, seed=seed)
     start = time.perf_counter()
-    how = MethodOptions(folder=folder, progress=progress, compile=options.compile)
-    result = METHODS[method].run(model, data, config, how)
+    result = METHODS[method].run(model, data, config, folder=folder, progress=progress, compile=options.compile)
     seconds = time.perf_counter() - start
     inputs = toy.batches(ROWS, seed=-3).at(0)
     measures = ground_truth(result, model, inputs, toy.truth(model), output=toy.output, seed=seed)

@@ -1,9 +1,9 @@
 """Toy model of superposition (TMS): more sparse features than dimensions, and optionally an identity in between.
 
-    x̂ = ReLU(Wᵀ I W x + b)        W: [hidden, features];  I is the identity, a layer of its own or left out
+    x̂ = ReLU(Wᵀ I W x + b)        W: [hidden, features];  I is the identity, a separate layer or left out
 
-W and Wᵀ are two sites, ``embed`` and ``unembed``, whose weights are each other's transposes. Truth: one subcomponent a
-feature in each (a column of W), and in the identity as many as it has dimensions, all of them always on.
+W and Wᵀ are two sites, ``embed`` and ``unembed``, whose weights are each other's transposes. Truth: one subcomponent
+per feature in each (a column of W), and in the identity as many as it has dimensions, all of them always on.
 Source of the model: Elhage et al., *Toy Models of Superposition* (2022); of its truth: SPD (arXiv 2506.20790, section 3.1).
 
 >>> model = TMS(n_features=5, n_hidden=2).build()
@@ -28,7 +28,7 @@ from tl_vpd.toys.toy import TargetTraining, Toy
 from tl_vpd.training.data import Batches
 
 PROBE_VALUE = 0.75
-"""What the one feature that is on has in the probe."""
+"""The value of the feature that is on in the probe."""
 TRAINING = TargetTraining(steps=10_000, rows=16, lr=5e-3)
 
 
@@ -105,7 +105,7 @@ class TMS(Toy):
         }
 
     def truth(self, model: TMSModel) -> Truth:
-        """One subcomponent a feature in both layers; the identity's rank, always on."""
+        """One subcomponent per feature in both layers; the identity's rank, always on."""
         one_each = torch.eye(self.n_features, dtype=torch.bool)
         features = torch.eye(self.n_features)
         sites = {"embed": SiteTruth(self.n_features, one_each, "in", features)}

@@ -1,4 +1,4 @@
-"""What every toy is: a config that can build a model, make its data, train it, and say what is true of it.
+"""What every toy is: a config that builds a model, makes its data, trains it, and states what is true of it.
 
     >>> toy = TOYS["tms_5_2"]                         # doctest: +SKIP
     >>> model = train(toy, seed=0)                    # doctest: +SKIP
@@ -26,7 +26,7 @@ from tl_vpd.training.schedules import cosine
 
 @dataclass(frozen=True)
 class TargetTraining:
-    """How a toy's model is trained: AdamW with a rate that is constant, or falls to 0 on a cosine."""
+    """How a toy's model is trained: AdamW with a learning rate that is constant, or falls to 0 on a cosine."""
 
     steps: int
     rows: int
@@ -49,15 +49,20 @@ class Toy(ABC):
 
     @abstractmethod
     def batches(self, rows: int, seed: int = 0) -> Batches:
-        """Its data, without end."""
+        """Its data, without end.
+
+        Args:
+            rows: in a batch.
+            seed: of the data.
+        """
 
     @abstractmethod
     def loss(self, model: Any, batch: Shaped[Tensor, "batch pos ..."]) -> Float[Tensor, ""]:
-        """What the model is trained to lower."""
+        """The loss the model is trained on."""
 
     @abstractmethod
     def truth(self, model: Any) -> Truth:
-        """What a decomposition of the trained model must find."""
+        """What a decomposition of the trained model must recover."""
 
     @abstractmethod
     def quality(self, model: Any) -> dict[str, float]:
@@ -69,15 +74,22 @@ class Toy(ABC):
 
 
 def train(toy: Toy, seed: int = 0, *, steps: int | None = None, progress: bool = False) -> Any:
-    """Builds and trains a toy's model (``steps`` None: as many as its config says); same seed, same weights."""
-    model, plan = toy.build(seed), toy.training
-    steps = plan.steps if steps is None else steps
-    batches = toy.batches(plan.rows, seed=seed + 1_000_003)
+    """Builds and trains a toy's model; same seed, same weights.
+
+    Args:
+        toy: the toy.
+        seed: of the model and its data.
+        steps: of training (None: those of the toy's config).
+        progress: show a bar.
+    """
+    model, training = toy.build(seed), toy.training
+    steps = training.steps if steps is None else steps
+    batches = toy.batches(training.rows, seed=seed + 1_000_003)
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=plan.lr, weight_decay=plan.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, lr=training.lr, weight_decay=training.weight_decay, fused=True)
     for step in trange(steps, disable=not progress, desc="training the target", unit="step"):
         for group in optimizer.param_groups:
-            group["lr"] = plan.lr * (cosine(step, steps, 0.0) if plan.schedule == "cosine" else 1.0)
+            group["lr"] = training.lr * (cosine(step, steps, 0.0) if training.schedule == "cosine" else 1.0)
         optimizer.zero_grad(set_to_none=True)
         toy.loss(model, batches.at(step)).backward()
         optimizer.step()

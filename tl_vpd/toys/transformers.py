@@ -1,4 +1,4 @@
-"""What the toys that are transformers share: building a small HookedTransformer from a seed, and the loss at chosen tokens."""
+"""For toys that are transformers: building a small HookedTransformer from a seed, and the loss at chosen tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
 
 
 def small_transformer(seed: int, **settings: Any) -> Any:
-    """A HookedTransformer on the CPU with weights drawn from a seed; settings are ``HookedTransformerConfig``'s.
+    """A HookedTransformer on the CPU with random weights from a seed; settings are ``HookedTransformerConfig``'s.
 
     Raises:
         ImportError: the installed TransformerLens has no HookedTransformer.
@@ -29,14 +29,14 @@ def small_transformer(seed: int, **settings: Any) -> Any:
 def cross_entropy_at(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, ""]:
-    """Mean cross-entropy of the next token at the positions where ``where`` is True (nats); the last position has no next one."""
-    chosen = where[:, :-1]
-    return F.cross_entropy(logits[:, :-1][chosen], tokens[:, 1:][chosen])
+    """Mean cross-entropy of the next token at the positions where ``where`` is True (nats); the last position has none."""
+    rows = where[:, :-1]
+    return F.cross_entropy(logits[:, :-1][rows], tokens[:, 1:][rows])
 
 
 def accuracy_at(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
 ) -> float:
     """How often the likeliest next token is the right one, at these positions."""
-    chosen = where[:, :-1]
-    return float((logits[:, :-1][chosen].argmax(-1) == tokens[:, 1:][chosen]).float().mean())
+    rows = where[:, :-1]
+    return float((logits[:, :-1][rows].argmax(-1) == tokens[:, 1:][rows]).float().mean())

@@ -137,7 +137,7 @@ class VPDConfig(Frozen):
     batch_size: int = Field(32, ge=1)
     """Rows per step, over all processes."""
     seed: int = 0
-    """Of the initialisation, the order of the data and everything drawn."""
+    """Of the initialisation, the order of the data and all random numbers."""
     sites: tuple[str, ...] | None = Field(None, min_length=1)
     """Patterns of the sites to decompose (None: all)."""
     C: int | dict[str, int] | None = None
@@ -150,7 +150,7 @@ class VPDConfig(Frozen):
     """Where V and U start: random directions, or the weight's neurons and head channels."""
     init_scale: float = Field(1.0, gt=0)
     """Factor of V and U at the start. Well below 1 (and without a warm-up), those directions grow that the outputs need first,
-    and subcomponents share features less."""
+    and fewer subcomponents serve several features."""
     gamma: GammaConfig = GammaConfig()
     """The causal-importance function Γ (VPD paper, section 2)."""
     coefficients: Coefficients = Coefficients()

@@ -76,7 +76,7 @@ def decompose(
         ValueError, KeyError, TypeError: tokens, sites, C or the model do not fit; nothing has been written then.
         FileExistsError: ``saving.folder`` holds a run and ``resume`` is off.
         FileNotFoundError: ``resume`` is on and it holds none.
-        OSError: ``saving.folder`` cannot be written, found out before the first step.
+        OSError: ``saving.folder`` cannot be written, checked before the first step.
         FloatingPointError: a loss is not finite; the last saved state is intact.
     """
     config, execution, saving = config or VPDConfig(), execution or ExecutionConfig(), saving or SavingConfig()

@@ -1,4 +1,4 @@
-"""What changes over a run: learning rates, the minimality exponent, the adversary's rate.
+"""What changes over a run: learning rates, the minimality exponent, the adversary's learning rate.
 
 lr(t) = lr · (f + (1 − f) · ½ (1 + cos π t / (T − 1)))       t = 0 … T − 1
 """
@@ -22,9 +22,9 @@ def linear(step: int, steps: int, start: float, end: float) -> float:
     return start + (end - start) * min(step / max(steps, 1), 1.0)
 
 
-def warm_up(step: int, steps: int, share: float) -> float:
-    """Factor that rises linearly from 0 over the first ``share`` of the run, then stays 1."""
-    return min(step / max(share * steps, 1e-12), 1.0) if share else 1.0
+def warm_up(step: int, steps: int, fraction: float) -> float:
+    """Factor that rises linearly from 0 over the first ``fraction`` of the run, then stays 1."""
+    return min(step / max(fraction * steps, 1e-12), 1.0) if fraction else 1.0
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Schedule:
     """Everything that changes over a run, at one step.
 
     ``p``, ``smooth``: exponent or γ of the minimality losses. ``minimality``: factor of their coefficients. ``rate``: factor of
-    both learning rates. ``adversary_lr``: the adversary's rate.
+    both learning rates. ``adversary_lr``: the adversary's learning rate.
     """
 
     p: float

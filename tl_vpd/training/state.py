@@ -1,10 +1,10 @@
-"""The state of a run on disk, apart from its product: everything that the next step depends on.
+"""The state of a run on disk: everything that the next step depends on.
 
 A folder ``state/`` with ``step-00001000.safetensors``: V, U, Γ, AdamW's moments, the adversary's sources and moments, the
 frequencies' running mean and the step (random numbers, schedules and the place in the data follow from seed and step). Written
 to a temporary file, synced and renamed; the newest ``keep`` files stay.
 
-A state holds whole tensors, whatever the sharding and the number of processes that wrote it, so that a run may go on with others.
+A state has whole tensors, whatever the sharding and the number of processes that wrote it, so that a run may go on with others.
 """
 
 from __future__ import annotations
@@ -31,11 +31,16 @@ from tl_vpd.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 SHARED = ("sources/values", "sources/first", "sources/second")
-"""What every process has its own rows of; a state holds them all, in the order of the batch."""
+"""Tensors of which every process has its rows; a state has all rows, in the order of the batch."""
 
 
 def save_state(trainer: Trainer, folder: Path, *, keep: int = 2) -> Path:
     """Writes the trainer's state; every process must call it, and the first writes.
+
+    Args:
+        trainer: of the run.
+        folder: of states.
+        keep: the newest states that stay.
 
     Raises:
         ValueError: ``keep`` is below 1.
@@ -57,7 +62,7 @@ def save_state(trainer: Trainer, folder: Path, *, keep: int = 2) -> Path:
 
 
 def _gathered(trainer: Trainer) -> dict[str, Tensor]:
-    """The whole state on the CPU, tensor by tensor; only the first process keeps it."""
+    """The whole state on the CPU, tensor by tensor; only the first process stores it."""
     _start_moments(trainer)
     tensors: dict[str, Tensor] = {}
     for key, entry in _entries(trainer).items():
@@ -70,8 +75,8 @@ def _gathered(trainer: Trainer) -> dict[str, Tensor]:
 def _write(trainer: Trainer, path: Path, tensors: dict[str, Tensor], keep: int) -> None:
     folder = path.parent
     folder.mkdir(parents=True, exist_ok=True)
-    for left in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
-        left.unlink()
+    for unfinished in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+        unfinished.unlink()
     fingerprints = {name: f.model_dump() for name, f in trainer.decomposition.fingerprints.items()}
     metadata = {
         "config": trainer.config.model_dump_json(),
@@ -80,7 +85,7 @@ def _write(trainer: Trainer, path: Path, tensors: dict[str, Tensor], keep: int) 
         "how": json.dumps(trainer.how),
     }
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    with _saying_which_disk(folder, size):
+    with _full_disk_named(folder, size):
         write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
         _sync(folder)
     for old in _states(folder)[:-keep]:
@@ -88,8 +93,8 @@ def _write(trainer: Trainer, path: Path, tensors: dict[str, Tensor], keep: int) 
 
 
 @contextmanager
-def _saying_which_disk(folder: Path, size: int) -> Iterator[None]:
-    """Turns the safetensors library's own error into an OSError, and says which folder is full and what is still there."""
+def _full_disk_named(folder: Path, size: int) -> Iterator[None]:
+    """Turns the safetensors library's error into an OSError that names the full folder and the newest intact state."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -98,11 +103,11 @@ def _saying_which_disk(folder: Path, size: int) -> Iterator[None]:
         full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota exceeded" in text
         if not full:
             raise OSError(number or errno.EIO, f"No state could be written to {folder}: {text}") from error
-        there = [path.name for path in _states(folder)]
-        kept = f"{there[-1]} is intact, so make room and resume" if there else "make room and start again"
+        intact = [path.name for path in _states(folder)]
+        remedy = f"{intact[-1]} is intact, so make room and resume" if intact else "make room and start again"
         raise OSError(
             errno.ENOSPC,
-            f"No space left on the disk of {folder} for a state of {size / 1e6:.1f} MB: {kept}",
+            f"No space left on the disk of {folder} for a state of {size / 1e6:.1f} MB: {remedy}",
         ) from error
 
 
@@ -117,15 +122,19 @@ def _sync(folder: Path) -> None:
 
 def latest_state(folder: Path) -> Path | None:
     """The newest state in a folder, if there is one."""
-    found = _states(folder)
-    return found[-1] if found else None
+    states = _states(folder)
+    return states[-1] if states else None
 
 
 def load_state(trainer: Trainer, path: Path) -> None:
-    """Restores a state in place; the number of processes and the sharding may be others than those that wrote it.
+    """Restores a state in place; the number of processes and the sharding may differ from those that wrote it.
 
-    Where the run is carried out in another way than before, so that it goes on to rounding and not bit for bit, a warning is
-    logged that says which.
+    Where the run is carried out in another way than before, so that it continues to rounding and not bit for bit, a warning says
+    in which.
+
+    Args:
+        trainer: of the run, of the same config, precision and target.
+        path: of the state.
 
     Raises:
         ValueError: the file is damaged, or the run it belongs to had another config, precision or other target weights.
@@ -144,7 +153,7 @@ def load_state(trainer: Trainer, path: Path) -> None:
         raise ValueError(str(error)) from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no intact training state ({error}); delete it to resume from an older one."
+            f"{path} is not an intact training state ({error}); delete it to resume from an older one."
         ) from error
     changed = [
         f"{k}={how[k]!r} then, {trainer.how[k]!r} now" for k in how if k in trainer.how and how[k] != trainer.how[k]
@@ -154,12 +163,12 @@ def load_state(trainer: Trainer, path: Path) -> None:
 
 
 class _Refused(ValueError):
-    """An intact state that is not this run's."""
+    """An intact state of another run."""
 
 
 @torch.no_grad()
 def _fill(trainer: Trainer, path: Path, file: Any) -> None:
-    """Copies a file's tensors, one at a time, into what this process keeps of them."""
+    """Copies a file's tensors, one at a time, into this process's part of them."""
     keys = set(file.keys())
     for key, entry in _entries(trainer).items():
         if key not in keys:

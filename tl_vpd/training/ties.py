@@ -1,14 +1,14 @@
-"""Tied sites: one matrix that a model uses twice, once turned round, has one set of subcomponents.
+"""Tied sites: one matrix that a model uses twice, once transposed, has one set of subcomponents.
 
     W₂ = W₁ᵀ:      V₂ = U₁ᵀ,   U₂ = V₁ᵀ      so that V₂ U₂ = (V₁ U₁)ᵀ
 
 The first site's V and U are trained, with the sum of both sites' gradients; the second's follow. Importances are not tied. The
-authors of SPD (arXiv 2506.20790) take toy models of superposition apart in this way, in their code.
+authors of SPD (arXiv 2506.20790) decompose toy models of superposition in this way, in their code.
 
 >>> from tl_vpd.site import Site
->>> parts = Components([Site("embed", 5, 2), Site("unembed", 2, 5)], {"embed": 7, "unembed": 7})
->>> ties = Ties(parts, [("embed", "unembed")])
->>> ties.follow(); bool((parts.V["unembed"] == parts.U["embed"].T).all())
+>>> components = Components([Site("embed", 5, 2), Site("unembed", 2, 5)], {"embed": 7, "unembed": 7})
+>>> ties = Ties(components, [("embed", "unembed")])
+>>> ties.follow(); bool((components.V["unembed"] == components.U["embed"].T).all())
 True
 """
 
@@ -24,7 +24,11 @@ from tl_vpd.components import Components
 
 
 class Ties:
-    """The V and U that follow others, by pairs (the first site leads, the second follows).
+    """The V and U that follow others.
+
+    Args:
+        components: V and U of all sites.
+        pairs: of sites; the first leads, the second follows.
 
     Raises:
         ValueError: the sites of a pair have different numbers of subcomponents.
@@ -42,30 +46,35 @@ class Ties:
             self._pairs.append((components.V[first], components.U[second]))
 
     def free(self, parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Those that follow none."""
-        following = {id(own) for _, own in self._pairs}
-        return [p for p in parameters if id(p) not in following]
+        """The parameters that do not follow others."""
+        followers = {id(follower) for _, follower in self._pairs}
+        return [p for p in parameters if id(p) not in followers]
 
     def collect(self) -> None:
-        """Adds followers' gradients to those of what they follow, and leaves followers without."""
-        for lead, own in self._pairs:
-            if own.grad is not None:
-                lead.grad = own.grad.T.contiguous() if lead.grad is None else lead.grad.add_(own.grad.T)
-                own.grad = None
+        """Adds followers' gradients to those of their leaders, and removes them from followers."""
+        for leader, follower in self._pairs:
+            if follower.grad is not None:
+                gradient = follower.grad.T
+                leader.grad = gradient.contiguous() if leader.grad is None else leader.grad.add_(gradient)
+                follower.grad = None
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Sets followers to what they follow."""
-        for lead, own in self._pairs:
-            own.copy_(lead.T)
+        """Sets followers to their leaders, transposed."""
+        for leader, follower in self._pairs:
+            follower.copy_(leader.T)
 
 
 def check_ties(pairs: Sequence[tuple[str, str]], weights: Mapping[str, Float[Tensor, "_ _"]]) -> None:
     """Refuses pairs of sites that are not one matrix.
 
+    Args:
+        pairs: of sites.
+        weights: of the sites that are decomposed.
+
     Raises:
-        KeyError: a site is not among those that are decomposed. ValueError: a site is in two pairs, or one weight is not the
-            other's transpose.
+        KeyError: a site is not among those that are decomposed.
+        ValueError: a site is in two pairs, or one weight is not the other's transpose.
     """
     names = [name for pair in pairs for name in pair]
     for name in names:
@@ -74,7 +83,7 @@ def check_ties(pairs: Sequence[tuple[str, str]], weights: Mapping[str, Float[Ten
     for first, second in pairs:
         for name in (first, second):
             if name not in weights:
-                raise KeyError(f"tied names {name}, which is not decomposed here; sites: {', '.join(weights)}.")
+                raise KeyError(f"tied names {name}, which is not decomposed; decomposed sites: {', '.join(weights)}.")
         if weights[first].T.shape != weights[second].shape or not torch.equal(weights[first].T, weights[second]):
             raise ValueError(
                 f"{first} and {second} cannot be tied: one's weight is not exactly the transpose of the other's."
