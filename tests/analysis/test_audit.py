@@ -292,7 +292,7 @@ def test_a_repair_adds_until_the_adversary_no_longer_breaks_it():
         (["blocks.7.attn.hook_z:1"], KeyError, "blocks 0 to 1"),
         ([M0, "blocks.0.mlp.hook_post:1"], ValueError, "is a part of"),
         ([f"{Z0}:1", "blocks.0.hook_attn_out"], ValueError, "is a part of"),
-        ([f"{Z0}:1", "blocks.0.hook_resid_pre@1"], ValueError, "audited alone"),
+        ([f"{Z0}:1", "blocks.0.hook_resid_pre@1"], ValueError, "audit its positions without other nodes"),
         ([f"{Z0}:1", "blocks.0.attn.W_Q:1"], ValueError, "mixes subcomponents"),
     ],
 )

@@ -139,10 +139,10 @@ def test_a_graph_comes_back_from_its_files(tmp_path, model, vpd, tokens):
     assert again.labels == graph.labels and again.logits == graph.logits and again.settings == graph.settings
     for name in ("weight", "source", "target", "deltas", "biases", "activation", "tokens"):
         assert torch.equal(getattr(again, name), getattr(graph, name))
-    with pytest.raises(FileNotFoundError, match=r"holds no graph\.json"):
+    with pytest.raises(FileNotFoundError, match=r"has no graph\.json"):
         AttributionGraph.load(tmp_path)
     (tmp_path / "graph" / "graph.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds a damaged graph: 'format_version'"):
+    with pytest.raises(ValueError, match="contains a damaged graph: 'format_version'"):
         AttributionGraph.load(tmp_path / "graph")
 
 

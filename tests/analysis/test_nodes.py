@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_vpd.analysis.nodes import Node
+from tl_vpd.analysis.nodes import Node, position_of
 from tl_vpd.site import Subcomponent
 
 
@@ -27,5 +27,15 @@ def test_a_subcomponent_is_a_node_at_every_position():
     node = Node.parse(Subcomponent("blocks.1.attn.W_Q", 3))
     assert node == Node("blocks.1.attn.W_Q", 3)
     assert node.subcomponent == Subcomponent("blocks.1.attn.W_Q", 3)
-    with pytest.raises(ValueError, match="names no single subcomponent"):
+    with pytest.raises(ValueError, match="does not name a single subcomponent"):
         _ = Node("blocks.0.hook_mlp_out").subcomponent
+
+
+def test_positions_are_one_integer_within_the_prompt():
+    assert [position_of(pos, 7) for pos in (0, 6, -1, -7)] == [0, 6, 6, 0]
+    for pos in ([6, 7], 1.0, True, None, slice(2)):
+        with pytest.raises(TypeError, match="give one integer"):
+            position_of(pos, 7)
+    for pos in (7, -8):
+        with pytest.raises(IndexError, match=f"Position {pos} is outside the 7 positions"):
+            position_of(pos, 7)

@@ -216,8 +216,6 @@ def test_mistakes_are_said(model, vpd, tokens):
         prune(vpd, model, tokens[:1], 99)
     with pytest.raises(TypeError, match="is not a behaviour"):
         prune(vpd, model, tokens[:1], [3])
-    with pytest.raises(TypeError, match=r"pos=\[5, 6\]: .* give one integer"):
-        prune(vpd, model, tokens[:1], 3, pos=[5, 6])
     with pytest.raises(ValueError, match="variant='both'"):
         PruneConfig(variant="both")
     with pytest.raises(ValueError, match="reach='all'"):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
 from tl_vpd.site import Subcomponent
 
@@ -59,3 +60,12 @@ class Node:
     def __str__(self) -> str:
         index = "" if self.index is None else f":{self.index}"
         return f"{self.name}{index}" + ("" if self.pos is None else f"@{self.pos}")
+
+
+def position_of(pos: Any, length: int) -> int:
+    """A position of a prompt, counted from the start; raises TypeError unless it is one integer, IndexError beyond the prompt."""
+    if isinstance(pos, bool) or not isinstance(pos, int):
+        raise TypeError(f"pos={pos!r}: logits are taken at one position, so give one integer.")
+    if not -length <= pos < length:
+        raise IndexError(f"Position {pos} is outside the {length} positions of the prompt.")
+    return pos % length

@@ -57,7 +57,7 @@ class CircuitAudit:
     node_set: NodeSet
     whole: float
     rows: pd.DataFrame
-    worst: dict[int, Float[Tensor, "pos total"]]
+    worst: dict[int, Float[Tensor, "_ total"]]
     lower_is_better: bool
 
     def to_pandas(self) -> pd.DataFrame:

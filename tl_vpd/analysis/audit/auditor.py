@@ -69,7 +69,7 @@ class Auditor:
 
     def attack(
         self, in_circuit: Bool[Tensor, "pos total"], reference: Reference, steps: int
-    ) -> tuple[float, Float[Tensor, "pos total"]]:
+    ) -> tuple[float, Float[Tensor, "rows total"]]:
         """The worst metric on the way of an adversary of this many steps, and its sources (one row if positions share them)."""
         sign = self.config.sign
         worst: tuple[float, Tensor] | None = None
@@ -89,7 +89,7 @@ class Auditor:
         assert worst is not None
         return sign * worst[0], worst[1]
 
-    def _starts(self) -> Iterator[Float[Tensor, "pos total"]]:
+    def _starts(self) -> Iterator[Float[Tensor, "rows total"]]:
         """Plain ablation, then random sources."""
         n_pos = self.ablated_model.tokens.shape[1] if self.config.per_position else 1
         for start in range(self.config.restarts):

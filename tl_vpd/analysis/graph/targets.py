@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter
+from tl_vpd.analysis.nodes import position_of
 
 LEAST_PROBABILITY = 0.05
 
@@ -47,15 +48,6 @@ class LogitTarget:
         return w
 
 
-def position(pos: Any, length: int) -> int:
-    """A position counted from the start; raises TypeError unless it is one integer, IndexError if it does not exist."""
-    if isinstance(pos, bool) or not isinstance(pos, int):
-        raise TypeError(f"pos={pos!r}: a graph explains logits at one position, so give one integer.")
-    if not -length <= pos < length:
-        raise IndexError(f"Position {pos} is outside the {length} positions of the prompt.")
-    return pos % length
-
-
 def logit_targets(adapter: Adapter, logits: Float[Tensor, "pos vocab"], targets: Any, pos: Any) -> list[LogitTarget]:
     """The targets as the module's table writes them (None: every token of probability 0.05 or more, and at least the likeliest).
 
@@ -70,7 +62,7 @@ def logit_targets(adapter: Adapter, logits: Float[Tensor, "pos vocab"], targets:
         ValueError: a text is not one token, or nothing is left to explain.
         TypeError: the position or a target is something else.
     """
-    pos = position(pos, len(logits))
+    pos = position_of(pos, len(logits))
     p = logits[pos].float().softmax(-1)
     if targets is None:
         targets = min(LEAST_PROBABILITY, float(p.max()))

@@ -20,6 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter
+from tl_vpd.analysis.nodes import position_of
+from tl_vpd.losses.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Behaviour:
 
     def losses(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, " rows"]:
         """The loss of every row, in nats, in float32 or better."""
-        logits = _precise(logits)
+        logits = at_least_float32(logits)
         if self.token is None:
             return (self.target.exp() * (self.target - logits.log_softmax(-1))).sum(-1)
         if self.minus is None:
@@ -68,12 +70,8 @@ def behaviour_of(adapter: Adapter, logits: Float[Tensor, "pos vocab"], behaviour
         ValueError: a text is not one token.
         TypeError: the position is not an integer, or the behaviour is something else.
     """
-    if isinstance(pos, bool) or not isinstance(pos, int):
-        raise TypeError(f"pos={pos!r}: a circuit keeps a behaviour at one position, so give one integer.")
-    if not -len(logits) <= pos < len(logits):
-        raise IndexError(f"Position {pos} is outside the {len(logits)} positions of the prompt.")
-    pos %= len(logits)
-    target = _precise(logits[pos].detach()).log_softmax(-1)
+    pos = position_of(pos, len(logits))
+    target = at_least_float32(logits[pos].detach()).log_softmax(-1)
     if behaviour is None:
         return Behaviour(pos, None, None, target, "the model's distribution")
     pair = behaviour if isinstance(behaviour, tuple) else (behaviour,)
@@ -88,7 +86,3 @@ def behaviour_of(adapter: Adapter, logits: Float[Tensor, "pos vocab"], behaviour
     words = adapter.words(torch.tensor(numbers))
     text = " over ".join(repr(word) for word in words)
     return Behaviour(pos, numbers[0], numbers[1] if len(numbers) == 2 else None, target, text)
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.to(torch.promote_types(x.dtype, torch.float32))
