@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import GAMMA, decomposition_of, tiny_model
-from tl_vpd import Subcomponent, VPDConfig
+from tl_vpd import Decomposition, Subcomponent, VPDConfig
 from tl_vpd.training import new_decomposition
 
 
@@ -78,3 +78,46 @@ def test_a_subcomponent_below_0_does_not_exist():
     vpd = decomposition_of(tiny_model())
     with pytest.raises(IndexError, match=r"does not exist: blocks\.0\.attn\.W_K has 6 subcomponents, 0 to 5"):
         vpd.subcomponent(Subcomponent("blocks.0.attn.W_K", -1))
+
+
+def test_making_and_loading_leave_every_generator_alone(model, vpd, tmp_path, monkeypatch):
+    """Also the GPUs': ``torch.manual_seed`` would reseed them all."""
+    reseeded = []
+    for name in ("manual_seed", "manual_seed_all", "_lazy_call"):
+        monkeypatch.setattr(torch.cuda, name, lambda *a, name=name, **k: reseeded.append(name))
+    torch.default_generator.manual_seed(5)
+    expected, before = torch.rand(3), vpd.save(tmp_path / "vpd")
+    torch.default_generator.manual_seed(5)
+    decomposition_of(model)
+    Decomposition.load(before)
+    Decomposition.bundled()
+    assert torch.equal(torch.rand(3), expected) and reseeded == []
+    torch.manual_seed(0)
+    assert reseeded  # what is counted is what torch.manual_seed does
+
+
+def test_what_from_tensors_refuses(model, vpd):
+    gamma = {name: p.detach() for name, p in vpd.gamma.named_parameters()}
+
+    def made(V=vpd.V, U=vpd.U, tensors=gamma):
+        return Decomposition.from_tensors(model, V, U, vpd.gamma_config, tensors)
+
+    some = dict(list(vpd.V.items())[:3])
+    for arguments, error, message in [
+        (dict(V={}, U={}, tensors={}), ValueError, "V and U are empty"),
+        (dict(U=some), KeyError, "is in V only: give V and U of the same sites"),
+        (
+            dict(V={**vpd.V, "blocks.0.attn.W_q": vpd.V["blocks.0.attn.W_Q"]}),
+            KeyError,
+            "did you mean 'blocks.0.attn.W_Q'",
+        ),
+        (dict(tensors={}), KeyError, r"Γ \(shared_transformer\) needs the tensors"),
+        (dict(tensors={**gamma, "extra": torch.zeros(1)}), KeyError, r"does not know \['gamma/extra'\]"),
+        (
+            dict(U={**vpd.U, "blocks.0.attn.W_Q": torch.zeros(6, 9)}),
+            ValueError,
+            r"W_Q is \(6, 9\), and \(6, 8\) is needed",
+        ),
+    ]:
+        with pytest.raises(error, match=message):
+            made(**arguments)
