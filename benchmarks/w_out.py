@@ -4,8 +4,8 @@
     python -m benchmarks.w_out --method spd --steps 10000     # about 20
     python -m benchmarks.w_out --table                        # what the file has, in Markdown
 
-One run per importance coefficient, and for SPD per slope of the squashing that makes masks (``forward_slope``: with 0.01, SPD's
-paper, masks may be negative; VPD's never are), all else as in the method's recipe for the toy, seed 0. With one feature on at a
+One run per importance coefficient and per slope of the squashing that makes masks (``forward_slope``: with 0.01, as in SPD's
+paper, masks may be negative), all else as in the method's recipe for the toy, seed 0. With one feature on at a
 time: how many subcomponents of W_out ever are important (above 0.1), how many for each feature, and how many for one feature
 alone; how near they are to the neurons. A row stays in the file until it is deleted.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from tl_vpd.baselines import METHODS
+from tl_vpd.baselines import METHODS, SPDConfig
 from tl_vpd.evaluation.ground_truth import ground_truth
 from tl_vpd.evaluation.matching import TOLERANCE
 from tl_vpd.toys import TOYS, recipe
@@ -47,8 +47,9 @@ def run(method: str, importance: float, slope: float, steps: int | None, compile
     """One run and what became of W_in and W_out."""
     toy, model, base = TOYS[TOY], target_of(TOY, 0, WORK), recipe(TOY, method, steps=steps)
     coefficients = base.coefficients.model_copy(update={"importance": importance})
-    sloped = {"forward_slope": slope} if method == "spd" else {}
-    config = base.model_copy(update={"coefficients": coefficients, **sloped})
+    config = base.model_copy(update={"coefficients": coefficients})
+    if slope:  # the SPD config is the one with a slope, whichever the losses
+        config = SPDConfig(**{**config.model_dump(), "forward_slope": slope})
     # The unchanged recipe's run is the one that ``tl_vpd.toys.run`` has made.
     other = "" if config == base else f"-{importance:g}-{slope:g}"
     folder = WORK / f"{TOY}-{method}-0{other}-target0-{config.steps}"
