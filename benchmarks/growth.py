@@ -55,12 +55,12 @@ def measure(setting: Setting, steps: int) -> dict[str, float]:
 
 def predicted(size: Size, sites: tuple[str, ...]) -> dict[str, float]:
     """GFLOP of a step's products and MB at its peak, from shapes."""
-    from tl_vpd.planning.footprint import footprint, transformer
+    from tl_vpd.planning import Target, TransformerShape, footprint
 
-    target = transformer(
+    shape = TransformerShape(
         layers=size.layers, d_model=size.d_model, heads=size.heads, d_mlp=size.d_mlp, vocabulary=size.vocabulary
     )
-    needs = footprint(target, config_of(size, sites), context=size.context)
+    needs = footprint(Target.of(shape), config_of(size, sites), context=size.context)
     return {"predicted_gflop": round(needs.step_flops / 1e9, 2), "predicted_mb": round(needs.total / 2**20, 1)}
 
 

@@ -86,7 +86,7 @@ def gemm_rate(rounds: int = 5) -> float:
 
 
 def measure(name: str, rounds: int, variants: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Seconds, ratio and share of the floor by variant; each has a turn in every round."""
+    """Seconds, ratio and fraction of the floor by variant; each has a turn in every round."""
     size = SIZES[name]
     names = [*variants, *([REFERENCE] if size.has_reference else [])]
     workers = {which: Worker(name, which) for which in names}

@@ -23,7 +23,7 @@ _BLOCK = 1 << 17
 
 
 class _SummedKL(torch.autograd.Function):
-    """``Σ_n w_n KL(p_n ‖ q_n)`` over rows of logits, block by block: no second tensor of the logits' size is kept.
+    """``Σ_n w_n KL(p_n ‖ q_n)`` over rows of logits, block by block: no second tensor of the logits' size is made.
 
     ∂/∂logits = w (softmax(logits) − p), since p sums to 1.
     """

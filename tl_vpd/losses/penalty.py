@@ -27,8 +27,10 @@ _BLOCK = 1 << 16
 class Penalty:
     """φ and its gradients.
 
-    ``kind``: ``power`` or ``smooth_l0``. ``parameter``: the exponent p, or the width γ. ``block``: how many importances are
-    processed at once; few enough to stay in the processor's cache.
+    Attributes:
+        kind: ``power`` or ``smooth_l0``.
+        parameter: the exponent p, or the width γ.
+        block: how many importances are processed at once; few enough to stay in the processor's cache.
     """
 
     kind: Literal["power", "smooth_l0"]
@@ -104,7 +106,7 @@ class Penalty:
 
 
 class _Sums(torch.autograd.Function):
-    """``Penalty.sums``; only z is kept for backward."""
+    """``Penalty.sums``; only z is saved for backward."""
 
     @staticmethod
     def forward(ctx: Any, z: Tensor, penalty: Penalty, token_mask: Tensor | None) -> Tensor:

@@ -2,7 +2,7 @@
 
     L_recon = mean over real positions of D(target output, masked output)       D: KL divergence of logits, or squared error
 
-Source: VPD paper, section "Optimizing for mechanistic faithfulness". With masks drawn uniformly between importance and 1 it is the
+Source: VPD paper, section "Optimizing for mechanistic faithfulness". With masks uniform between importance and 1 it is the
 stochastic loss, with the adversary's masks the adversarial one.
 """
 

@@ -65,7 +65,7 @@ class Reference:
     def step(self, tokens: Tensor, real: Tensor, samples: Samples) -> dict[str, Tensor]:
         """One update of V, U, Γ and the adversary; returns the losses before it. ``real [batch pos]`` is False at padding."""
         config, c, now, sites = self.config, self.config.coefficients, Schedule.at(self.steps, self.config), self.sites
-        attacked, drawn = (slice(0, None, 2), slice(1, None, 2)) if config.merged else (slice(None), slice(None))
+        attacked, sampled = (slice(0, None, 2), slice(1, None, 2)) if config.merged else (slice(None), slice(None))
 
         # A. Clean forward: the target's output, and every site's input.
         inputs: dict[str, Tensor] = {}
@@ -116,7 +116,7 @@ class Reference:
         losses["frequency"] = (f * torch.log2(1 + (how.frequency_reference or real.sum()) * f)).sum()
 
         # F. Stochastic reconstruction; layerwise, one site at a time (SPD). Merged, later: on odd rows, C and G on even ones.
-        losses["stochastic"] = reconstruction(drawn, samples.stochastic, samples.stochastic_routing)
+        losses["stochastic"] = reconstruction(sampled, samples.stochastic, samples.stochastic_routing)
         alone = [reconstruction(slice(None), {name: r}) for name, r in (samples.layerwise or {}).items()]
         losses["layerwise"] = torch.stack(alone).mean() if alone else torch.zeros(())
 
