@@ -1,4 +1,4 @@
-"""Docstrings say what the signature cannot: a documented name is a parameter, one a line, and every parameter is documented.
+"""Docstrings say what the signature cannot: a documented name is a parameter, one a line, and every parameter is documented."""
 
 from __future__ import annotations
 

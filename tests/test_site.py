@@ -89,7 +89,7 @@ def test_equally_specific_patterns_that_disagree_are_ambiguous_and_those_that_ag
 
 
 def test_a_site_left_without_a_value_is_named():
-    with pytest.raises(KeyError, match=r"No C is given for blocks\.0\.mlp\.W_in, blocks\.10\.mlp\.W_out"):
+    with pytest.raises(KeyError, match=r"There is no C for blocks\.0\.mlp\.W_in, blocks\.10\.mlp\.W_out"):
         by_pattern({"*.attn.*": 1}, NAMES, what="C")
 
 

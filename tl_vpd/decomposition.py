@@ -45,7 +45,7 @@ class Decomposition(DecomposedWeights):
         *,
         record: Mapping[str, Any] | None = None,
     ) -> Decomposition:
-        """A decomposition of ``model`` from given tensors, copied to the model's device in V's dtype.
+        """A decomposition of ``model`` from tensors, which are copied to the model's device in V's dtype.
 
         Args:
             model: the target, whose weights are fingerprinted.

@@ -1,4 +1,4 @@
-"""Sites: the weight matrices that come apart, and how their subcomponents are named.
+"""Sites: the weight matrices that can be decomposed, and the names of their subcomponents.
 
 A site is one weight matrix ``W [d_in, d_out]`` in the orientation ``y = x @ W + b``. It bears TransformerLens's name of the
 weight, ``blocks.1.attn.W_Q``; heads are flattened head-major, so ``d_out = n_heads * d_head`` for Q, K, V and
@@ -9,7 +9,7 @@ weight, ``blocks.1.attn.W_Q``; heads are flattened head-major, so ``d_out = n_he
     >>> select(["blocks.*.attn.W_Q"], ["blocks.0.attn.W_Q", "blocks.0.mlp.W_in"])
     ['blocks.0.attn.W_Q']
 
-Where a site's input and output are in a model is not known here: ``tl_vpd.adapters`` knows.
+``tl_vpd.adapters`` knows where a site's input and output are in a model.
 """
 
 from __future__ import annotations
@@ -35,8 +35,12 @@ T = TypeVar("T")
 class Site:
     """One decomposable weight matrix.
 
-    ``n_heads`` and ``d_head`` give the head layout of ``d_out`` (Q, K, V) or ``d_in`` (O); both are None for MLP weights and
-    for ``nn.Linear``s of people's own models, whose sites bear the module's path (``encoder.linear1``).
+    Attributes:
+        name: TransformerLens's of the weight; of an ``nn.Linear`` in a custom model, the module's path (``encoder.linear1``).
+        d_in: width of the input.
+        d_out: width of the output.
+        n_heads: heads of ``d_out`` (Q, K, V) or of ``d_in`` (O); None for other weights.
+        d_head: width of a head; None for other weights.
     """
 
     name: str
@@ -66,8 +70,8 @@ class Site:
     def hook_name(self, what: str) -> str:
         """The full name of the site's HookPoint for ``what`` (``component_acts``, ``ci``, ``mask``, ``delta_mask``)."""
         # Not beside an nn.Linear: an nn.Sequential would run them.
-        own = "" if self.home == self.name else f"{self.short}_"
-        return f"{self.home}.hook_{own}{what}"
+        prefix = "" if self.home == self.name else f"{self.short}_"
+        return f"{self.home}.hook_{prefix}{what}"
 
     @property
     def rank(self) -> int:
@@ -107,7 +111,7 @@ def select(patterns: str | Iterable[str] | None, names: Iterable[str]) -> list[s
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise KeyError(f"No site matches {pattern!r}{nearest(pattern, names)}. Sites here: {', '.join(names)}.")
+            raise KeyError(f"No site matches {pattern!r}{nearest(pattern, names)}. The sites are: {', '.join(names)}.")
     return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
 
 
@@ -145,7 +149,7 @@ def by_pattern(values: Mapping[str, T], names: Sequence[str], *, what: str) -> d
         result[name] = values[first]
     missing = [name for name in names if name not in result]
     if missing:
-        raise KeyError(f"No {what} is given for {', '.join(missing)}; patterns given: {', '.join(values)}.")
+        raise KeyError(f"There is no {what} for {', '.join(missing)}; the patterns are: {', '.join(values)}.")
     return result
 
 
@@ -160,8 +164,11 @@ def nearest(name: str, names: Iterable[str]) -> str:
 class ConcatenatedAxis:
     """Where each site's subcomponents lie on one concatenated axis of ``C_total = sum of C`` entries.
 
-    Importances, sources and masks of all sites are kept as one tensor ``[..., C_total]``, which costs one elementwise
-    pass instead of one a site; ``split_sites`` gives views.
+    Importances, sources and masks of all sites are one tensor ``[..., C_total]``, which costs one elementwise pass instead of one
+    per site; ``split_sites`` gives views.
+
+    Args:
+        counts: number of subcomponents C by site.
     """
 
     def __init__(self, counts: Mapping[str, int]) -> None:
@@ -186,7 +193,7 @@ class ConcatenatedAxis:
 
     def at(self, position: int) -> Subcomponent:
         """The subcomponent at a concatenated position."""
-        for name, where in self.slices.items():
-            if position < where.stop:
-                return Subcomponent(name, position - where.start)
+        for name, columns in self.slices.items():
+            if position < columns.stop:
+                return Subcomponent(name, position - columns.start)
         raise IndexError(f"Position {position} is beyond the last of {self.total} subcomponents.")

@@ -257,7 +257,7 @@ def test_sites_that_do_not_fit_are_refused(target, rows, config, tmp_path):
     for change, error, message in [
         ({"sites": ("blocks.0.attn.W_q",)}, KeyError, "did you mean 'blocks.0.attn.W_Q'"),
         ({"C": {"*.W_Q": 3, "blocks.0.attn.W_[QK]": 4, "*": 3}}, ValueError, "is ambiguous"),
-        ({"C": {"*.W_Q": 3}}, KeyError, "No C is given for blocks.0.attn.W_K"),
+        ({"C": {"*.W_Q": 3}}, KeyError, "There is no C for blocks.0.attn.W_K"),
     ]:
         with pytest.raises(error, match=message):
             run(target, rows, config.model_copy(update=change), tmp_path / "run")

@@ -15,7 +15,7 @@ from transformer_lens import ActivationCache
 
 
 class MaskedCache(ActivationCache):
-    """The cache of a pass in which some sites put out something else than their stored weight would.
+    """The cache of a pass in which the outputs of sites are not those of their stored weights.
 
     Args:
         cache_dict: as ActivationCache's.
@@ -37,7 +37,7 @@ class MaskedCache(ActivationCache):
         """As ActivationCache's, without computing with a stored W_O that was masked.
 
         Raises:
-            ValueError: some W_O was masked and the results of the heads were not cached.
+            ValueError: a W_O was masked and the results of the heads were not cached.
         """
         if not self._has_head_results():
             self._refuse_of("W_O", "The results of heads", "call model.set_use_attn_result(True) before caching")
@@ -70,7 +70,7 @@ class MaskedCache(ActivationCache):
         """As ActivationCache's.
 
         Raises:
-            ValueError: some W_out was masked.
+            ValueError: a W_out was masked.
         """
         self._refuse_neurons()
         return super().stack_neuron_results(layer, *arguments, **keywords)

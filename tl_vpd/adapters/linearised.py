@@ -45,7 +45,7 @@ def at_fixed_scale(
     linear = x - x.mean(-1, keepdim=True) if centred else x
     linear = linear if weight is None else linear * weight
     with torch.no_grad():
-        # Squares of half-precision streams overflow in their own dtype.
+        # Squares of half-precision streams overflow in half precision.
         exact = torch.promote_types(y.dtype, torch.float32)
         scaled, unscaled = (y if bias is None else y - bias).to(exact), linear.to(exact)
         inverse = (scaled * unscaled).sum(-1, keepdim=True) / unscaled.square().sum(-1, keepdim=True).clamp_min(1e-30)

@@ -93,7 +93,7 @@ class Prompts:
         Args:
             tokens: None where the call starts from embeddings, as those of ``generate`` do.
             attention_mask: the user's, or the one that TransformerLens made from the tokens.
-            by_user: whether the call was given it.
+            by_user: whether the attention mask is an argument of the call.
         """
         if attention_mask is None or (by_user and tokens is not None):
             return self.padding(tokens, attention_mask)

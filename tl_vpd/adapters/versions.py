@@ -1,6 +1,6 @@
 """What the installed TransformerLens has: 2.x and 3.x ``HookedTransformer``, 3.x and 4.x ``TransformerBridge``.
 
-Names that moved between versions are imported from here by the rest of the package.
+The rest of the package imports names that moved between versions from this module.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a site's product is carried out in a pass: once, or head by head as some of TransformerLens's flags ask.
+"""How a site's product is computed in a pass: as a whole, or head by head under some of TransformerLens's flags.
 
 =========  =============================  ============================  =============================  ======================
 kind       input x                        activations by head a_h       output y                       when
@@ -8,7 +8,7 @@ split      ``[*batch, head, d_in]``       ``[*batch, head, C]``         ``[*batc
 result     ``[*batch, head, d_head]``     ``[*batch, head, C]``         ``[*batch, head, d_out]``      W_O's result per head
 =========  =============================  ============================  =============================  ======================
 
-Head by head the same identity holds for every head with its own rows of V (result) or columns of U (split), so a mask
+Head by head the same identity holds for every head with its rows of V (result) or columns of U (split), so a mask
 ``[*batch, C]`` acts on all heads alike. The site's activations are shown without a head axis in every layout: the sum of the
 heads' (result), or their mean (split, where all are the same unless a hook made their inputs differ); what a hook adds to
 them is divided evenly among heads (result) or added to every head (split). ``repeats`` above 1 is grouped query attention

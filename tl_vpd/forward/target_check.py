@@ -1,11 +1,11 @@
 """Whether a model is the target of a decomposition: the same sites, the same shapes, the same weights.
 
-Every function that takes a decomposition and a model asks this first, since Δ and importances of other weights mean nothing:
+Every function of a decomposition and a model checks this first, since Δ and importances of other weights mean nothing:
 
     >>> check_target(decomposition, adapt(model))     # doctest: +SKIP
 
 Fingerprints of a model's weights are computed once and remembered until a parameter is replaced or written to. A model that was
-accepted (``vpd.attach(model, check_weights=False)``) is not asked again for that decomposition.
+accepted (``vpd.attach(model, check_weights=False)``) is not checked again for that decomposition.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ class Attached:
             sites: patterns of the sites to mask (None: all that are attached); the others run unmasked.
             pos: positions of each forward pass to mask (None: all); the others run unmasked.
             **options: of the mode: ``threshold`` of ``rounded`` (0: importances above it give mask 1); ``delta``, the factor of Δ
-                (a number or ``"drawn"``); ``seed`` of what is random (torch's global generator); ``steps`` (20) and
+                (a number or ``"drawn"``); ``seed`` of random numbers (torch's global generator); ``steps`` (20) and
                 ``step_size`` (``2 / steps``) of ``adversarial``, whose sources are shared over batch and positions and attack
                 the KL to the target at every real token.
 

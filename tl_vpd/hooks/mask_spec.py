@@ -1,7 +1,7 @@
 """What a masked context does in every forward pass, and whether masks fit the activations of one.
 
 A mask has one axis ``[C]`` (the same for all tokens) or all axes of the activations, ``[batch or 1, pos or 1, C]``. Two axes of
-three are refused: ``[batch, C]`` and ``[pos, C]`` cannot be told apart where a batch has as many rows as positions.
+three are refused: ``[batch, C]`` and ``[pos, C]`` look the same where a batch has as many rows as positions.
 """
 
 from __future__ import annotations

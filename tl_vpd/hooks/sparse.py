@@ -40,7 +40,7 @@ def check_axes(what: str, tensor: Tensor, shape: Sequence[int], *, shared: int) 
         alone = "[C]" if shared else "a number"
         raise ValueError(
             f"{what} is {tuple(tensor.shape)}, which leaves open what its axes are: give {alone} for all tokens, or [{full}] "
-            f"with 1 where it is shared, here {shape}: unsqueeze(1) makes it one per row, unsqueeze(0) one per position."
+            f"with 1 where it is shared, in this pass {shape}: unsqueeze(1) makes it one per row, unsqueeze(0) one per position."
         )
     if any(n not in (1, m) for n, m in zip(reversed(tensor.shape), reversed(shape), strict=False)):
         raise ValueError(
@@ -52,7 +52,7 @@ def check_axes(what: str, tensor: Tensor, shape: Sequence[int], *, shared: int) 
 
 @dataclass(frozen=True)
 class Sparse(ABC):
-    """A hook on the last axis's ``indices`` alone, at some positions."""
+    """A hook on ``indices`` of the last axis, at ``pos`` of the position axis."""
 
     indices: tuple[int, ...]
     pos: Positions
@@ -78,7 +78,7 @@ def position_indices(pos: Positions, n: int, device: torch.device, name: str) ->
     """Positions as indices below ``n``.
 
     Args:
-        pos: what the user asked for.
+        pos: an index, a slice, indices, or a mask of one axis.
         n: number of positions of the pass.
         device: of the result.
         name: of the HookPoint or site, for messages.

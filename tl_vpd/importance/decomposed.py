@@ -1,10 +1,10 @@
 """V, U and Γ of a set of sites, with what identifies the weights they belong to: the numbers of a decomposition.
 
-Nothing here knows of models or hooks; ``tl_vpd.Decomposition`` adds the methods that put these numbers on a model.
+This module does not know models or hooks; ``tl_vpd.Decomposition`` adds the methods that put these numbers on a model.
 
 On disk (``tl_vpd.components.storage``), keys of the tensor file are ``V/{site}``, ``U/{site}`` and ``gamma/{parameter}``. The
-config holds sites and shapes, Γ's config, fingerprints of the target's weights, and what is known of the making (training
-config, metrics, versions).
+config holds sites and shapes, Γ's config, fingerprints of the target's weights, and a record (training config, metrics,
+versions).
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class DecomposedWeights(nn.Module):
         counts: number of subcomponents C by site.
         gamma: which Γ (its width must be resolved).
         fingerprints: of the target's weights by site, compared with a model's before it is used.
-        record: what is known of its making: ``training`` (config), ``metrics``, ``target`` (name and settings), ``versions``.
-        seed: initialisation is drawn from it.
+        record: where it comes from: ``training`` (config), ``metrics``, ``target`` (name and settings), ``versions``.
+        seed: of the initial values.
 
     Raises:
         ValueError: a site's C is below 1, or Γ's widths do not fit together.
@@ -120,12 +120,14 @@ class DecomposedWeights(nn.Module):
     def pre_sigmoid(
         self, inputs: Mapping[str, Float[Tensor, "batch *pos _"]], token_mask: Bool[Tensor, "batch pos"] | None = None
     ) -> Float[Tensor, "batch *pos C_total"]:
-        """Γ's values before squashing, concatenated over sites, from the clean inputs of every site (detached here).
+        """Γ's values before squashing, concatenated over sites.
 
-        ``token_mask`` is False at padding. Inputs without positions ``[batch, d_in]`` are read as sequences of one.
+        Args:
+            inputs: clean inputs of every site, which are detached; without positions, ``[batch, d_in]`` is a sequence of one.
+            token_mask: False at padding (None: no padding).
 
         Raises:
-            ValueError: some inputs have positions and others none, or their axes are others.
+            ValueError: only some inputs have positions, or they have other axes.
         """
         ranks = {x.ndim for x in inputs.values()}
         if len(ranks) > 1 or not ranks <= {2, 3}:
@@ -139,13 +141,13 @@ class DecomposedWeights(nn.Module):
         clean = {name: inputs[name].detach() for name in self.sites}
         device = next(iter(clean.values())).device
         if device != self.device:
-            # A decomposition on the CPU serves a model on a GPU: a copy of it goes there for the call.
+            # The model is on a GPU, the decomposition on the CPU: a copy of it goes there for the call.
             tensors = {f"weights.{name}": t.to(device) for name, t in self.state_dict(keep_vars=True).items()}
             return functional_call(_PreSigmoid(self), tensors, (inputs, token_mask))
         if self.gamma.needs == "acts":
-            clean = {name: x @ self.V[name].detach().to(x.dtype) for name, x in clean.items()}
+            clean = {name: self.components.acts(name, x) for name, x in clean.items()}
         elif len({id(inputs[name]) for name in self.sites}) < len(clean):
-            # Sites that share one input tensor go on sharing it, so that Γ normalises it once.
+            # Sites that share one input tensor still share it, so that Γ normalises it once.
             shared = {id(inputs[name]): x for name, x in clean.items()}
             clean = {name: shared[id(inputs[name])] for name in clean}
         return self.gamma(clean, token_mask)
@@ -222,6 +224,6 @@ class _PreSigmoid(nn.Module):
 
 
 def _with_positions(inputs: Mapping[str, Float[Tensor, "batch _"]]) -> dict[str, Float[Tensor, "batch 1 _"]]:
-    """Inputs as sequences of one; tensors that were shared go on being shared."""
+    """Inputs as sequences of one; shared tensors are still shared."""
     shared = {id(x): x.unsqueeze(1) for x in inputs.values()}
     return {name: shared[id(x)] for name, x in inputs.items()}

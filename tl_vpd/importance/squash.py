@@ -1,11 +1,11 @@
 """From pre-sigmoid values z to causal importances g in [0, 1]: two leaky hard sigmoids.
 
 *Lower-leaky* (makes masks): forward ``clamp(z, 0, 1)``. Its gradient passes on (0, 1]; above 1 it is 0; at ``z ≤ 0`` a
-hundredth passes, and only where descent would raise z, so that a subcomponent switched off can come back and nothing
-pushes it further down.
+hundredth passes, and only where descent would raise z, so that a subcomponent that is off can come back and nothing
+pushes it further down (VPD paper, section on the causal-importance function).
 
 *Upper-leaky* (feeds the minimality losses): ``clamp(z, 0, 1)`` up to 1 and slope 0.01 above, so that values beyond 1 are
-still drawn back.
+still pulled back.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class _LowerLeaky(torch.autograd.Function):
         (z,) = ctx.saved_tensors
         # Blocks small enough for the processor's cache: no temporary of z's size.
         out = z.new_empty(z.shape)
-        for own, incoming, target in zip(*(t.reshape(-1).split(_BLOCK) for t in (z, grad, out)), strict=True):
-            lower_leaky_pullback(own, incoming, out=target)
+        for block, incoming, target in zip(*(t.reshape(-1).split(_BLOCK) for t in (z, grad, out)), strict=True):
+            lower_leaky_pullback(block, incoming, out=target)
         return out
 
 
