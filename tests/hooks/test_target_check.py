@@ -19,7 +19,7 @@ from tl_vpd.components import Components, Fingerprint
 from tl_vpd.forward import MaskedModel, target_check
 
 REFUSED = r"This model's weights are not the decomposed ones: \d+ of 12 sites differ, .*vpd\.attach\(model, check_weights=False\)"
-Q = "blocks.1.attn.W_Q:316"
+Q = "blocks.1.attn.W_Q:31"
 
 ARGUMENTS = {
     "prompts": lambda tokens: tokens,

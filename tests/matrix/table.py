@@ -28,26 +28,26 @@ HEAD = """# Compatibility
 What works with which TransformerLens, model class, architecture and flag. `make test-matrix` makes this page: it runs every cell,
 in an environment per version, on two-layer models built offline with every parameter random.
 
-In a cell that holds,
+In a cell marked ✓,
 
-1. with every mask and Δ's at 1 the logits are the untouched model's to the bit, also while every hook listens;
+1. with every mask and Δ's at 1 the logits are the plain model's to the bit, also while every hook listens;
 2. masks constant over positions (Δ at 0.3) give the logits of a model whose weights were edited by hand: within 1e-10 where the
-   model computes in float64 throughout, 1e-4 in float32 or where a library pins norms or softmaxes to it, and 1e-2 (bfloat16) or
+   model computes in float64 throughout, 1e-4 in float32 or where a library casts norms or softmaxes to it, and 1e-2 (bfloat16) or
    1.5e-3 (float16) of the logits' spread as a root mean square;
-3. masks of every position give the logits of an independent float64 forward with Δ formed. It is done once a family and class,
-   without flags: on a separately built transformers (or native) model, or a forward written out for families without one;
+3. masks of every position give the logits of an independent float64 forward that forms Δ. This runs once per family and class,
+   without flags, on a separately built transformers (or native) model, or on a forward written out for families without one;
 4. scaled `component_acts` give the logits of an edit along U;
 5. gradients reach V, U and masks but not the model's weights in a tapped pass, and the weights' gradients in an attached pass
-   with masks at 1 are the model's own.
+   with masks at 1 are those of the plain model.
 
 Cells of flags run 1, 2, 4 and 5 in float64, and 1 and 2 in float32 too. *Left padding*: importances and masked logits of a
-left-padded prompt are those of the prompt alone. *KV cache*: generation and single steps under masks that need no importances are
-the same with and without a cache, and modes that need importances refuse one. *One file for every class*: a decomposition made,
-saved and loaded on one class attaches to the others of the same version, with equal importances (2e-5) and masked logits (1e-4),
-both for raw and for processed weights, and is refused by name where the weights are processed otherwise.
+left-padded prompt are those of the prompt without padding. *KV cache*: generation and single steps under masks that need no
+importances are the same with and without a cache, and modes that need importances refuse one. *One file for every class*: a
+decomposition made, saved and loaded on one class attaches to the others of the same version, with equal importances (2e-5) and
+masked logits (1e-4), both for raw and for processed weights, and is refused where the weights are processed differently.
 """
 
-REFUSALS = """Those by TransformerLens come from setting the flag or making the model, with or without a decomposition: leave the
+REFUSALS = """TransformerLens refuses when the flag is set or the model is made, with or without a decomposition: leave the
 flag off.
 """
 
@@ -69,9 +69,9 @@ def page(rows: Sequence[Row]) -> str:
     flags = table("flag", list(FLAGS), columns, rows, "flag", "families", notes)
     total = {s: sum(r["status"] == s for r in rows) for s in ("ok", "refused", "absent", "failed")}
     summary = (
-        f"{len(rows)} cells: {total['ok']} hold, {total['refused']} are refused, {total['absent']} do not exist"
+        f"{len(rows)} cells: {total['ok']} pass, {total['refused']} are refused, {total['absent']} do not exist"
         + (f", **{total['failed']} failed**" if total["failed"] else "")
-        + ". `✓`: every cell behind it holds; `–`: none exists; a number in brackets is a refusal in the list below."
+        + ". `✓`: all its cells pass; `–`: it has none; a number in brackets: some are refused, see the list below."
     )
     return "\n".join(
         [HEAD, summary, "\n## Families\n", "Over all flags.\n", families, "\n## Flags\n", "Over all families.\n", flags,
