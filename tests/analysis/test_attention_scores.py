@@ -14,7 +14,8 @@ from tests.tiny import decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd import bundled
 from tl_vpd.adapters import Unsupported, adapt
 from tl_vpd.analysis.attention import attention_by_offset, pair_ablation_hooks, pattern_of, score_terms
-from tl_vpd.analysis.attention.kernel import measured_kernel, toeplitz, unmasked
+from tl_vpd.analysis.attention.kernel import measured_kernel, toeplitz
+from tl_vpd.analysis.attention.layer_scores import unmasked
 from tl_vpd.masking import Masks, SiteMask
 
 Q, K = "blocks.1.attn.W_Q", "blocks.1.attn.W_K"

@@ -145,7 +145,7 @@ def test_with_norms_and_deltas_fixed_terms_add_up_to_the_value(name):
     patterns = attribution_graph(vpd, model, tokens, 3, config=GraphConfig(fixed=fixed, importances=False))
     sums = patterns.sums().set_index("node")
     assert sums[~sums.index.str.contains("W_out")].rest.abs().max() < near
-    assert not any("W_Q" in own or "W_K" in own for own in patterns.edges().source)
+    assert not any("W_Q" in own or "W_K" in own for own in patterns.to_pandas().source)
 
 
 def test_the_terms_of_a_logit_by_hand(model, vpd, tokens):
@@ -190,8 +190,8 @@ def test_batches_and_combinations_change_nothing(flags):
 def test_a_later_token_changes_no_earlier_edge_of_a_causal_model(model, vpd, tokens):
     a = attribution_graph(vpd, model, tokens[:1], 3, config=GraphConfig(importances=False), pos=2)
     b = attribution_graph(vpd, model, tokens[:1, :3], 3, config=GraphConfig(importances=False), pos=2)
-    ours = {(r.source, r.target): r.weight for r in a.edges().itertuples()}
-    for row in b.edges().itertuples():
+    ours = {(r.source, r.target): r.weight for r in a.to_pandas().itertuples()}
+    for row in b.to_pandas().itertuples():
         assert ours[row.source, row.target] == pytest.approx(row.weight, rel=1e-8, abs=1e-12)
 
 

@@ -13,21 +13,15 @@ Left out: scores that are not bilinear in q and k (qk-norm, caps) or depend on p
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter, Unsupported
-from tl_vpd.adapters.taps import tap_output
-from tl_vpd.forward.quiet import frozen, users_hooks_aside
-from tl_vpd.hooks import attached_to
+from tl_vpd.analysis.attention.layer_scores import allowed_error, scores_of, unmasked
 
-TOLERANCE = 1e-3
-"""Allowed difference between scores and those of the measured kernel, over the largest score (half precision: 30 times)."""
 BYTES = 1 << 28
 """What the scores of one batch of measurements may fill; a single row (one prompt of the model) may take more."""
 
@@ -187,73 +181,9 @@ def _check(
     measured = scores_of(adapter, kernel.layer, q, k) - constant
     expected = kernel.scores(q, k.repeat_interleave(heads // kv_heads, dim=2))
     error = float((measured - expected)[..., visible].abs().max() / expected[..., visible].abs().max())
-    if not error < (TOLERANCE if constant.dtype in (torch.float32, torch.float64) else 30 * TOLERANCE):
+    if not error < allowed_error(constant.dtype):
         raise Unsupported(
             f"The scores of block {kernel.layer} differ by {error:.2g} of the largest from any form q(t)ᵀ K k(t') with K a "
             "function of the offset: what its HookPoint shows are not scores before the softmax, or positions act in another "
             "way. Where a TransformerBridge leaves attention to transformers, a HookedTransformer may show them."
         )
-
-
-def unmasked(scores: Float[Tensor, "*rest query key"]) -> Bool[Tensor, "*rest query key"]:
-    """Where scores are not masked (−∞, or the lowest number of the dtype)."""
-    return scores > torch.finfo(scores.dtype).min / 2
-
-
-class _ScoresRead(Exception):
-    """The scores have been read; the rest of the pass is not needed."""
-
-
-def scores_of(
-    adapter: Adapter,
-    layer: int,
-    q: Float[Tensor, "batch query head d_head"],
-    k: Float[Tensor, "batch key key_head d_head"],
-    tokens: Int[Tensor, "batch query"] | None = None,
-    token_mask: Bool[Tensor, "batch query"] | None = None,
-) -> Float[Tensor, "batch head query key"]:
-    """A layer's scores with these queries and keys in place of the computed ones.
-
-    Args:
-        adapter: of the model.
-        layer: the block's index.
-        q: queries.
-        k: keys; with a head axis of 1, all heads have the same.
-        tokens: that are run (None: any of the length of q; only masks and positional biases depend on them).
-        token_mask: False at padding of ``tokens`` (None: no padding).
-    """
-    if tokens is None:
-        tokens = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
-        token_mask = torch.ones_like(tokens, dtype=torch.bool)
-    scores: list[Tensor] = []
-
-    def put(value: Tensor, y: Tensor) -> Tensor:
-        heads = y.shape[2] if y.ndim == 4 else y.shape[2] // q.shape[-1]
-        if value.shape[2] == 1:
-            return value.expand(-1, -1, heads, -1).reshape(y.shape)
-        return value.repeat_interleave(heads // value.shape[2], 2).reshape(y.shape)
-
-    def read(value: Tensor) -> None:
-        scores.append(value.clone())
-        raise _ScoresRead
-
-    point = adapter.model.get_submodule(adapter.scores_hook(layer))
-    with _quiet(adapter), ExitStack() as taps:
-        for weight, value in (("W_Q", q), ("W_K", k)):
-            for handle in adapter.tap(f"blocks.{layer}.attn.{weight}", lambda x: None, partial(put, value)):
-                taps.callback(handle.remove)
-        taps.callback(tap_output(point, read).remove)
-        with suppress(_ScoresRead):
-            adapter.run(tokens, token_mask)
-    if not scores:
-        raise Unsupported(f"Block {layer} ran without passing its scores through {adapter.scores_hook(layer)}.")
-    return scores[0]
-
-
-@contextmanager
-def _quiet(adapter: Adapter) -> Iterator[None]:
-    """The model itself: frozen, without users' hooks, and with what is attached paused."""
-    attached = attached_to(adapter.model)
-    paused = nullcontext() if attached is None else attached.paused()
-    with frozen(adapter), users_hooks_aside(adapter), adapter.lengths_forgotten(), paused:
-        yield

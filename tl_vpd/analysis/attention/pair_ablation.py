@@ -21,8 +21,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Unsupported, adapt
-from tl_vpd.analysis.attention.kernel import unmasked
 from tl_vpd.analysis.attention.layer import BIAS, AttentionLayer, Pairs, with_one
+from tl_vpd.analysis.attention.layer_scores import unmasked
 from tl_vpd.analysis.attention.score_terms import between_writes, summed_strengths
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.ablations import FwdHooks, require_points

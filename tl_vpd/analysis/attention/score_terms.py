@@ -23,8 +23,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Unsupported
-from tl_vpd.analysis.attention.kernel import TOLERANCE, ScoreKernel, scores_of, toeplitz, unmasked
+from tl_vpd.analysis.attention.kernel import ScoreKernel, toeplitz
 from tl_vpd.analysis.attention.layer import AttentionLayer, AttentionPass, Pair, Pairs
+from tl_vpd.analysis.attention.layer_scores import allowed_error, scores_of, unmasked
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Site
 
@@ -219,7 +220,7 @@ def _outputs(
 def _check(scores: Tensor, total: Tensor, visible: Tensor, layer: int) -> None:
     largest = max(float(scores[visible].abs().max()), 1.0)
     error = float((scores - total)[visible].abs().max()) / largest
-    if not error < (TOLERANCE if scores.dtype in (torch.float32, torch.float64) else 30 * TOLERANCE):
+    if not error < allowed_error(scores.dtype):
         raise Unsupported(
             f"The terms sum to other scores than block {layer} shows, by {error:.2g} of the largest: its queries or keys are "
             "changed on the way (per-head inputs, a permanent hook)."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from tl_vpd.site import nearest
 
 Reference = str
+"""What ablated nodes are replaced by: one of ``REFERENCES``."""
 REFERENCES: tuple[Reference, ...] = ("zero", "mean", "resample")
 ABLATIONS = (*REFERENCES, "stochastic", "adversarial")
 

@@ -81,8 +81,6 @@ class AttributionGraph:
             f"{', '.join(t.text for t in self.logits)})"
         )
 
-    # -- nodes -------------------------------------------------------------------------------------------------------
-
     @cached_property
     def labels(self) -> tuple[str, ...]:
         """Every node's label."""
@@ -151,8 +149,6 @@ class AttributionGraph:
             }
         )
 
-    # -- edges -------------------------------------------------------------------------------------------------------
-
     def _edges(self, which: Tensor) -> pd.DataFrame:
         source, target = self.source[which].tolist(), self.target[which].tolist()
         return pd.DataFrame(
@@ -163,13 +159,9 @@ class AttributionGraph:
             }
         )
 
-    def edges(self) -> pd.DataFrame:
+    def to_pandas(self) -> pd.DataFrame:
         """All edges: ``source, target, weight``, by target and source."""
         return self._edges(torch.arange(len(self.weight), device=self.weight.device))
-
-    def to_pandas(self) -> pd.DataFrame:
-        """All edges, as ``edges``."""
-        return self.edges()
 
     def top_edges(
         self, k: int = 20, *, source: str | Node | int | None = None, target: str | Node | int | None = None
@@ -211,8 +203,6 @@ class AttributionGraph:
             len(self.words) :
         ]
 
-    # -- smaller graphs ----------------------------------------------------------------------------------------------
-
     def subgraph(self, nodes: Iterable[str | Node | int]) -> AttributionGraph:
         """These nodes and the edges among them; embeddings and logits stay."""
         chosen = ~self.is_subcomponent
@@ -245,8 +235,6 @@ class AttributionGraph:
             target=numbers[target[edges]].int(),
             weight=self.weight[edges],
         )
-
-    # -- elsewhere ---------------------------------------------------------------------------------------------------
 
     def to_networkx(self) -> networkx.DiGraph:
         """A ``networkx.DiGraph`` on the labels, with the columns of ``nodes()`` and each edge's ``weight``.
