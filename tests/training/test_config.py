@@ -22,8 +22,8 @@ from tl_vpd.training.config import (
     SavingConfig,
     counts_for,
     default_count,
-    upgraded,
 )
+from tl_vpd.training.stored_config import upgraded
 
 
 @pytest.mark.parametrize(

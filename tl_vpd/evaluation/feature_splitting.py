@@ -25,8 +25,9 @@ from tl_vpd.evaluation.modes import masks_in_row
 from tl_vpd.evaluation.sample import KEEP_BYTES, sampled
 from tl_vpd.site import select
 from tl_vpd.training import ExecutionConfig, SavingConfig, VPDConfig, decompose
-from tl_vpd.training.config import counts_for, upgraded
+from tl_vpd.training.config import counts_for
 from tl_vpd.training.state import latest_state
+from tl_vpd.training.stored_config import upgraded
 
 FACTORS = (0.5, 1.0, 2.0, 4.0)
 

@@ -14,7 +14,7 @@ import pandas as pd
 from tl_vpd.baselines import METHODS, APDConfig
 from tl_vpd.components.storage import library_versions, write_json
 from tl_vpd.toys.published import PUBLISHED
-from tl_vpd.training.config import upgraded
+from tl_vpd.training.stored_config import upgraded
 
 RESULTS = Path("benchmarks/results/ground_truth.json")
 

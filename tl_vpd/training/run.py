@@ -13,7 +13,8 @@ from __future__ import annotations
 import logging
 import threading
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -90,7 +91,6 @@ def decompose(
         if files is not None and state is not None:
             files.check_tokens(batches.describe())
         processes.wait()  # nobody writes before all have looked
-        history: list[StepMetrics] = []
         shard(decomposition, execution.sharding, processes)
         with (
             MaskedModel(decomposition, model, fused_attention=True) as masked_model,
@@ -98,18 +98,12 @@ def decompose(
         ):
             shape = (config.batch_size, batches.context)
             trainer = Trainer(masked_model, config, shape, execution=execution, world=processes)
-            if files is not None and state is not None:
-                load_state(trainer, state)
-                history = files.history(before=trainer.done)
-                log.info("resumed at step %d", trainer.done)
-            else:
-                trainer.warm_up()
-            if files is not None:
-                files.start(trainer, batches.describe(), history)
             loop = _Loop(trainer, batches, files, saving.log_every, interrupted)
-            loop.train(history, progress=progress and processes.first)
+            loop.start(state)
+            loop.train(progress=progress and processes.first)
+        history, finished = loop.history, trainer.done >= config.steps
+        del trainer, loop  # and with them AdamW's moments, before parameters are gathered
         unshard(decomposition)
-        finished = trainer.done >= config.steps
         if finished and not all(bool(p.isfinite().all()) for p in decomposition.parameters()):
             raise FloatingPointError("The last update gave values that are not finite; no result was written.")
         if files is not None and finished and processes.first:
@@ -153,9 +147,21 @@ class _Loop:
     files: RunFiles | None
     log_every: int
     interrupted: threading.Event
+    history: list[StepMetrics] = field(default_factory=list)
 
-    def train(self, history: list[StepMetrics], *, progress: bool) -> None:
-        """Goes on to the last step, or until an interrupt; logged steps are added to the history."""
+    def start(self, state: Path | None) -> None:
+        """Restores a state, or warms up; then writes the first files."""
+        if self.files is not None and state is not None:
+            load_state(self.trainer, state)
+            self.history.extend(self.files.history(before=self.trainer.done))
+            log.info("resumed at step %d", self.trainer.done)
+        else:
+            self.trainer.warm_up()
+        if self.files is not None:
+            self.files.start(self.trainer, self.batches.describe(), self.history)
+
+    def train(self, *, progress: bool) -> None:
+        """Goes on to the last step, or until an interrupt."""
         trainer, adapter = self.trainer, self.trainer.masked_model.adapter
         steps = trainer.config.steps
         with tqdm(total=steps, initial=trainer.done, disable=not progress, desc="decomposing", unit="step") as bar:
@@ -164,7 +170,7 @@ class _Loop:
                 metrics = trainer.step(tokens, adapter.padding(tokens, None))
                 bar.update()
                 if metrics.step % self.log_every == 0 or trainer.done == steps:
-                    history.append(metrics)
+                    self.history.append(metrics)
                     bar.set_postfix(
                         kl_stoch=f"{metrics.stochastic:.3f}",
                         kl_adv=f"{metrics.adversarial:.3f}",

@@ -13,7 +13,7 @@ import errno
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tl_vpd.components.fingerprint import TOLERANCE, Fingerprint, compare
+from tl_vpd.components.fingerprint import Fingerprint
 from tl_vpd.components.storage import write_atomically
-from tl_vpd.training.config import upgraded
 from tl_vpd.training.distributed.sharding import copy_whole, whole
+from tl_vpd.training.state_checks import RefusedState, check_config, check_precision, check_target
 from tl_vpd.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -143,13 +143,13 @@ def load_state(trainer: Trainer, path: Path) -> None:
         with safe_open(path, framework="pt") as file:
             saved = json.loads(file.metadata()["config"])
             fingerprints = json.loads(file.metadata().get("fingerprints", "{}"))
-            _check_config(trainer, path, saved)
-            _check_precision(trainer, path, file.metadata().get("precision", "float32"))
-            _check_target(trainer, path, {name: Fingerprint(**f) for name, f in fingerprints.items()})
+            check_config(trainer.config, path, saved)
+            check_precision(trainer.engine.precision, path, file.metadata().get("precision", "float32"))
+            check_target(trainer.weights, path, {name: Fingerprint(**f) for name, f in fingerprints.items()})
             how = json.loads(file.metadata().get("how", "{}"))
             _start_moments(trainer)
             _fill(trainer, path, file)
-    except _Refused as error:
+    except RefusedState as error:
         raise ValueError(str(error)) from error
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -162,23 +162,19 @@ def load_state(trainer: Trainer, path: Path) -> None:
         log.warning("%s: the run goes on the same to rounding, not bit for bit (%s)", path, "; ".join(changed))
 
 
-class _Refused(ValueError):
-    """An intact state of another run."""
-
-
 @torch.no_grad()
 def _fill(trainer: Trainer, path: Path, file: Any) -> None:
     """Copies a file's tensors, one at a time, into this process's part of them."""
     keys = set(file.keys())
     for key, entry in _entries(trainer).items():
         if key not in keys:
-            raise _Refused(f"{path}: {key} is missing.")
+            raise RefusedState(f"{path}: {key} is missing.")
         stored = file.get_tensor(key)
         if key in SHARED:
             n = len(trainer.split.attacked)
             stored = stored[trainer.world.rank * n : (trainer.world.rank + 1) * n]
         if stored.shape != entry.shape:
-            raise _Refused(
+            raise RefusedState(
                 f"{path}: {key} is {tuple(stored.shape)}, this run's is {tuple(entry.shape)}: resume with the batch size, "
                 "sequence length and subcomponents that the run was started with."
             )
@@ -188,46 +184,6 @@ def _fill(trainer: Trainer, path: Path, file: Any) -> None:
     if trainer.minimality.frequencies is not None:
         trainer.minimality.frequencies.updates = int(file.get_tensor("frequencies/updates"))
     trainer.done = int(file.get_tensor("step"))
-
-
-def _check_config(trainer: Trainer, path: Path, saved: Mapping[str, Any]) -> None:
-    # Settings that are newer than the file have their defaults there.
-    then, now = (
-        _flat(config.model_dump(mode="json")) for config in (type(trainer.config)(**upgraded(saved)), trainer.config)
-    )
-    changed = [f"{name}: {then.get(name)} then, {now[name]} now" for name in now if then.get(name) != now[name]]
-    if changed:
-        raise _Refused(
-            f"{path} was written with another config ({', '.join(changed)}). Resume with the config the run was started with, "
-            "or choose another folder."
-        )
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names; C by pattern is one of them."""
-    flat: dict[str, Any] = {}
-    for name, value in config.items():
-        nested = isinstance(value, Mapping) and name != "C"
-        flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
-    return flat
-
-
-def _check_precision(trainer: Trainer, path: Path, saved: str) -> None:
-    now = trainer.engine.precision
-    if saved != now:
-        raise _Refused(
-            f"{path} was written with products in {saved}, this run's are in {now}: pass ExecutionConfig(precision={saved!r})."
-        )
-
-
-def _check_target(trainer: Trainer, path: Path, stored: dict[str, Fingerprint]) -> None:
-    wrong = compare(stored, {name: trainer.weights[name] for name in stored if name in trainer.weights})
-    if wrong:
-        worst = max(wrong, key=lambda name: wrong[name])
-        raise _Refused(
-            f"{path} is of other weights than this model's: {len(wrong)} sites differ, {worst} by {wrong[worst]:.3g} "
-            f"(allowed {TOLERANCE}). Resume with the model the run was started with, or choose another folder."
-        )
 
 
 def _states(folder: Path) -> list[Path]:
