@@ -7,7 +7,7 @@ subcomponent per feature (in every layer, where a feature's computation is sprea
 more: all features write a common direction, which turns the next layer's neurons on as a bias would. In W_out there are as many
 as neurons. Source: APD (arXiv 2501.14926, section 3.2) and SPD (arXiv 2506.20790, sections 3.2 and 3.3), which regards those of
 W_out as one piece that is important as a whole, in no particular basis. This toy expects one per neuron: what a neuron that is
-off would write can be ablated in any way without any change, so that it is not important there, and no other basis costs as little.
+off would write can be ablated in any way without any change, so it is not important there, and no other basis costs as little.
 
 >>> model = Compressed(n_features=10, d_resid=40, neurons=5).build()
 >>> model(torch.zeros(3, 10)).shape
