@@ -196,7 +196,7 @@ def attack(sample: Sample, adversary: Adversary, *, span: Bool[Tensor, "K C_tota
         span: important sets to combine (None: of random tokens of the sample, where the adversary has ``explanations``).
 
     Raises:
-        ValueError: sources per position are asked of inputs without positions.
+        ValueError: there is no position to choose for in these inputs.
     """
     if adversary.scope == "position" and not sample.position_shape:
         raise ValueError("These inputs have no positions: choose the scope shared or token.")
@@ -226,7 +226,7 @@ def adversaries(
         sample: what is attacked.
         kinds: adversaries (None: ``STANDARD``, without ``position`` for inputs without positions).
         budgets: steps, in the place of those that each adversary has.
-        rows: attack only the first rows (None: all); the span is taken from all.
+        rows: attack only the first rows (None: all); the span comes from all.
     """
     if kinds is None:
         kinds = [kind for kind in STANDARD.values() if kind.scope != "position" or sample.position_shape]

@@ -92,7 +92,7 @@ class Batch:
 
 
 class BatchStore:
-    """Batches that are kept between passes, first come first served.
+    """Batches that are kept between passes, in the order in which they come, while they fit.
 
     Args:
         limit: bytes of importances and outputs that are kept at most.

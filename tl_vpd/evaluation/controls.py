@@ -48,7 +48,7 @@ def shuffled_importances(
         g: importances.
         source: their real tokens.
         target: which tokens get them; from the first again where there are more of these.
-        order: in which the source's tokens are taken.
+        order: of the source's tokens.
     """
     result = torch.zeros_like(g).reshape(len(g), -1, g.shape[-1])
     for i, (values, real, wanted, rank) in enumerate(zip(g, source, target, order, strict=True)):

@@ -158,7 +158,7 @@ class _Report:
 
     def finished(self) -> Evaluation:
         """The evaluation."""
-        tables = {name: plain(pd.concat(found, ignore_index=True)) for name, found in self.tables.items()}
+        tables = {name: plain(pd.concat(of_pieces, ignore_index=True)) for name, of_pieces in self.tables.items()}
         config = self.config
         settings = {"seed": config.seed, "attack_rows": config.attack_rows, "explanations": EXPLANATIONS}
         record, reasons = defined(self.record)

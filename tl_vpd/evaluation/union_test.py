@@ -95,8 +95,8 @@ def union_distances(sample: Sample, size: int = 2, *, threshold: float = 0.0) ->
     regrouped = sample.regrouped(order, size)
     distances: dict[str, list[PerRow]] = {"alone": [], "union": [], "random": []}
     for batch in regrouped.batches():
-        for name, kept in _sets(regrouped, batch, size, threshold, alive).items():
-            masks = constant_masks(kept.to(batch.g.dtype), 0.0, sample.site_axis)
+        for name, used in _sets(regrouped, batch, size, threshold, alive).items():
+            masks = constant_masks(used.to(batch.g.dtype), 0.0, sample.site_axis)
             distances[name].append(batch.distance(regrouped.output(batch, masks)))
     by_name = {name: PerRow.concatenated(values) for name, values in distances.items()}
     return UnionDistances(**by_name, rows=regrouped.rows.numbers)

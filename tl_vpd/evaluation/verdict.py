@@ -57,7 +57,7 @@ def warnings_of(record: Record | Any) -> list[str]:
 
 
 def checks(record: Record | Any) -> list[Check]:
-    """All checks that a report allows. What was not asked for is not judged; what is not defined is named."""
+    """All checks that a report allows. Measures that were left out are not judged; what is not defined is named."""
     record = record if isinstance(record, Mapping) else record.record
     results = []
     for name, check in _CHECKS.items():

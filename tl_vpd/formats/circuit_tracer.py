@@ -1,7 +1,7 @@
 """Attribution graphs as the JSON that the viewers of circuit-tracer and Neuronpedia open.
 
-Those viewers know features of layers, not subcomponents of matrices, so every site is a row of ``layer`` of its own, and its name
-stands in ``clerp``. Node ids are integers joined by underscores: ``{layer}_{feature}_{pos}``, ``E_{vocab}_{pos}`` for embeddings,
+Those viewers know features of layers, not subcomponents of matrices, so every site is a separate row of ``layer``, with its name
+in ``clerp``. Node ids are integers joined by underscores: ``{layer}_{feature}_{pos}``, ``E_{vocab}_{pos}`` for embeddings,
 ``{layers}_{vocab}_{pos}`` for logits. A difference of two logits has the first's token, and both in ``clerp``.
 
     >>> to_circuit_tracer(graph.pruned(nodes=200), "graphs", slug="closing-a-bracket", scan="my-model")      # doctest: +SKIP
@@ -33,14 +33,17 @@ def to_circuit_tracer(
     """Writes ``{slug}.json`` and lists it in the folder's ``graph-metadata.json``, beside graphs that are there already.
 
     Args:
-        slug: the graph's name in the viewer and of its file. scan: the model's name there.
+        graph: the graph.
+        folder: of the files.
+        slug: the graph's name in the viewer and of its file.
+        scan: the model's name in the viewer.
         prompt: shown as the prompt (None: the tokens' text joined).
 
     Returns:
         The graph's file.
 
     Raises:
-        ValueError: the slug is no plain file name, two targets fall on one token and position, or the metadata file is damaged.
+        ValueError: the slug is not a plain file name, two targets have one token and position, or the metadata file is damaged.
     """
     if not _SLUG.fullmatch(slug):
         raise ValueError(f"slug={slug!r}: letters, digits, '.', '_' and '-' make the name of a file.")
@@ -52,7 +55,7 @@ def to_circuit_tracer(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{slug}.json"
     write_json(path, content)
-    others = [own for own in listed if own.get("slug") != slug]
+    others = [entry for entry in listed if entry.get("slug") != slug]
     write_json(folder / METADATA, {"graphs": [*others, content["metadata"]]})
     return path
 
@@ -82,11 +85,11 @@ def as_json(graph: AttributionGraph, *, slug: str, scan: str, prompt: str | None
 def node_ids(graph: AttributionGraph) -> list[str]:
     """Every node's id in the viewers."""
     last = len(graph.names) - 1
-    found = []
+    ids = []
     for kind, index, pos in zip(graph.kind.tolist(), graph.index.tolist(), graph.pos.tolist(), strict=True):
         # Sites are rows 0, 1, …; logits the row above the last.
-        found.append(f"{'E' if kind == 0 else last - 1 if kind == last else kind - 1}_{index}_{pos}")
-    return found
+        ids.append(f"{'E' if kind == 0 else last - 1 if kind == last else kind - 1}_{index}_{pos}")
+    return ids
 
 
 def _nodes(graph: AttributionGraph, ids: list[str]) -> list[dict[str, Any]]:
@@ -94,10 +97,10 @@ def _nodes(graph: AttributionGraph, ids: list[str]) -> list[dict[str, Any]]:
     cumulative = _cumulative(graph)
     kinds, positions = graph.kind.tolist(), graph.pos.tolist()
     indices, activations = graph.index.tolist(), graph.activation.tolist()
-    found = []
+    nodes = []
     for i, id_ in enumerate(ids):
         kind, pos = kinds[i], positions[i]
-        own: dict[str, Any] = {
+        node: dict[str, Any] = {
             "node_id": id_,
             "feature": indices[i],
             "layer": id_.split("_")[0],
@@ -106,20 +109,20 @@ def _nodes(graph: AttributionGraph, ids: list[str]) -> list[dict[str, Any]]:
             "influence": cumulative[i],
         }
         if kind == 0:
-            own |= {"feature_type": "embedding", "clerp": f'Emb: "{graph.words[pos]}"'}
+            node |= {"feature_type": "embedding", "clerp": f'Emb: "{graph.words[pos]}"'}
         elif kind == last:
             target = next(of_logits)
-            own |= {"feature_type": "logit", "clerp": f'Output "{target.text}" (p={target.probability:.3f})'}
-            own |= {"is_target_logit": True, "token_prob": target.probability}
+            node |= {"feature_type": "logit", "clerp": f'Output "{target.text}" (p={target.probability:.3f})'}
+            node |= {"is_target_logit": True, "token_prob": target.probability}
         else:
-            own |= {"feature_type": "cross layer transcoder", "clerp": f"{graph.names[kind]}:{indices[i]}"}
-            own |= {"activation": activations[i]}
-        found.append(own)
-    return found
+            node |= {"feature_type": "cross layer transcoder", "clerp": f"{graph.names[kind]}:{indices[i]}"}
+            node |= {"activation": activations[i]}
+        nodes.append(node)
+    return nodes
 
 
 def _cumulative(graph: AttributionGraph) -> list[float]:
-    """The share of all influence held by a node and those of more: small is important."""
+    """The share of all influence that a node and those of more influence have: small is important."""
     order = graph.influence.argsort(descending=True, stable=True)
     total = graph.influence.sum().clamp_min(1e-30)
     shares = graph.influence.new_zeros(len(graph))
@@ -131,7 +134,7 @@ def _listed(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))["graphs"]
+        graphs = json.loads(path.read_text(encoding="utf-8"))["graphs"]
     except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is no list of graphs: move it away, or write elsewhere.") from error
-    return list(found)
+        raise ValueError(f"{path} is not a list of graphs: move it away, or write to another folder.") from error
+    return list(graphs)

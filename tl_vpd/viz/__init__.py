@@ -1,8 +1,8 @@
 """Pictures for notebooks and for self-contained pages; nothing here ever needs the network.
 
->>> found = harvest(vpd, model, tokens)                                   # doctest: +SKIP
->>> viz.subcomponent(found, "blocks.1.mlp.W_in:12")                       # doctest: +SKIP
->>> viz.page([viz.losses(run.history), viz.subcomponent(found, "blocks.1.mlp.W_in:12")], "My run", "run.html")
+>>> records = harvest(vpd, model, tokens)                                 # doctest: +SKIP
+>>> viz.subcomponent(records, "blocks.1.mlp.W_in:12")                     # doctest: +SKIP
+>>> viz.page([viz.losses(run.history), viz.subcomponent(records, "blocks.1.mlp.W_in:12")], "My run", "run.html")
 ...                                                                       # doctest: +SKIP
 """
 

@@ -1,4 +1,4 @@
-"""Attention taken apart, to look at: pairs' patterns beside the model's, strengths by offset, norms by head, attention by offset.
+"""Decomposed attention to look at: pairs' patterns beside the model's, strengths by offset, norms by head, attention by offset.
 
 >>> viz.pair_attention(score_terms(vpd, model, tokens, 0, pairs), words)                                  # doctest: +SKIP
 >>> viz.static_strengths(static_strengths(vpd, model, 0, tokens, queries=[77]))                           # doctest: +SKIP
@@ -22,28 +22,28 @@ from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.text import escape, for_script, number, visible
 
 LONGEST = 128
-"""Most tokens of a drawn pattern: beyond, its widget grows past what a browser draws smoothly."""
+"""Most tokens of a pattern in a picture: its widget grows past what a browser draws smoothly."""
 
 HOW_PAIRS = (
     "Each small square is a head's attention pattern: rows are the tokens that look, columns those looked at. Hover "
-    "over one to see it large, click to keep it.\n\n"
+    "over one to see it large, click to leave it open.\n\n"
     "“model” is the pattern the model computes; “without” the softmax of its scores with the chosen pairs of "
     "subcomponents left out; “pairs alone” the softmax of the chosen pairs' summands and nothing else (what all other "
     "pairs, Δ and the biases add is left out), so it shows where the pairs by themselves would look."
 )
 HOW_STATIC = (
-    "Each line is a head: what the pair of subcomponents would add to its scores when the query stands as many tokens "
+    "Each line is a head: what the pair of subcomponents would add to its scores when the query is as many tokens "
     "after the key as the horizontal axis says, both firing with the sign they usually have. Computed from the "
     "weights alone; standardised: in standard deviations of this head's strengths over all pairs and offsets. A peak "
     "at 1 favours the previous token."
 )
 HOW_NORMS = (
     "Each row is a subcomponent, each column a head: the norm of its piece in that head (Q, K, V: of what it writes "
-    "there; O: of what it reads there), times the norm of its other side. “Heads” is over how many heads it is "
-    "spread: 1 for one alone, the number of heads for all alike. Rows are the largest of each matrix."
+    "there; O: of what it reads there), times the norm of its other side. “Heads” is the number of heads over which it "
+    "spreads: 1 for a single one, the number of heads for all alike. Rows are the largest of each matrix."
 )
 HOW_OFFSETS = (
-    "The mean share of its attention that a head pays to the token so many places back; dashed: with the named "
+    "The mean share of its attention that a head pays to the token so many positions back; dashed: with the named "
     "subcomponents or pairs left out."
 )
 
@@ -61,28 +61,32 @@ _DRAW_HEADS = """
 def pair_attention(
     terms: ScoreTerms, tokens: Sequence[str] | None = None, *, row: int = 0, heads: Sequence[int] | None = None
 ) -> Panel:
-    """The attention of chosen pairs beside the model's own pattern, drawn by circuitsvis.
+    """The attention of chosen pairs beside the model's pattern, rendered by circuitsvis.
 
     Args:
-        terms: with the pairs in them. tokens: of the row, as text (None: their numbers). row: of the batch.
+        terms: score terms with pairs.
+        tokens: of the row, as text (None: their numbers).
+        row: of the batch.
         heads: to show (None: all).
 
     Raises:
-        ValueError: the terms hold no pairs, the prompt is too long to draw, or there are as many words as there are not tokens.
+        ValueError: the terms have no pairs, the prompt is too long to draw, or the number of words is not that of the tokens.
         IndexError: there is no such row or head.
     """
     if not terms.pairs:
-        raise ValueError("The terms hold no pairs: give score_terms the pairs to look at.")
+        raise ValueError("The terms have no pairs: pass score_terms the pairs to look at.")
     if not 0 <= row < len(terms.tokens):
         raise IndexError(f"There is no row {row}: the terms are of {len(terms.tokens)} prompts.")
     numbers = terms.tokens[row].tolist()
     words = [str(n) for n in numbers] if tokens is None else list(tokens)
     if len(words) != len(numbers) or len(words) > LONGEST:
-        raise ValueError(f"{len(words)} words for {len(numbers)} tokens: give one a token, and at most {LONGEST}.")
+        raise ValueError(
+            f"{len(words)} words for {len(numbers)} tokens: give one word per token, and at most {LONGEST}."
+        )
     n_heads = terms.scores.shape[1]
     chosen = list(range(n_heads)) if heads is None else list(heads)
     if any(not 0 <= h < n_heads for h in chosen):
-        raise IndexError(f"Heads {chosen} were asked for; the layer has heads 0 to {n_heads - 1}.")
+        raise IndexError(f"heads={chosen}: the layer has heads 0 to {n_heads - 1}.")
     kinds = {"model": terms.scores, "without": terms.without(), "pairs alone": terms.only()}
     shown = {kind: pattern_of(scores[row].float()).cpu() for kind, scores in kinds.items()}
     names = [f"head {h}: {kind}" for h in chosen for kind in shown]
@@ -112,13 +116,17 @@ def static_strengths(
     top: int = 6,
     max_offset: int | None = None,
 ) -> Panel:
-    """Static interaction strengths by offset, one plot a pair, one line a head.
+    """Static interaction strengths by offset, one plot per pair, one line per head.
 
     Args:
-        pairs: to draw (None: the ``top`` of the largest standardised strength). max_offset: the last one drawn (None: all).
+        strengths: of a layer.
+        pairs: to draw (None: the ``top`` of the largest standardised strength).
+        top: how many pairs, where none are named.
+        max_offset: the last one shown (None: all).
 
     Raises:
-        KeyError: a pair is not among the strengths. ImportError: matplotlib is not installed.
+        KeyError: a pair is not among the strengths.
+        ImportError: matplotlib is not installed.
     """
     queries, keys = ([str(c) for c in side] for side in (strengths.queries, strengths.keys))
     values = strengths.standardised.detach().cpu()
@@ -142,21 +150,22 @@ def static_strengths(
     return Panel(title=title, body=f'<h3>{escape(title)}</h3><div class="plot">{svg}</div>', how_to_read=HOW_STATIC)
 
 
-def attention_by_offset(found: AttentionByOffset) -> Panel:
-    """Mean attention by offset, one plot a head; dashed where something was left out.
+def attention_by_offset(attention: AttentionByOffset) -> Panel:
+    """Mean attention by offset, one plot per head; dashed where something was left out.
 
     Raises:
         ImportError: matplotlib is not installed.
     """
     plots = []
-    for head, before in enumerate(found.before.detach().cpu()):
-        own: dict[str, Tensor] = {"model": before}
-        if found.after is not None:
-            own["left out"] = found.after[head].detach().cpu()
-        plots.append((f"head {head}", own))
-    title = f"Attention of block {found.layer} by offset"
-    note = f'<p class="note">Left out: <code>{escape("; ".join(found.ablated))}</code></p>' if found.ablated else ""
-    offsets = torch.arange(found.before.shape[1])
+    for head, before in enumerate(attention.before.detach().cpu()):
+        by_name: dict[str, Tensor] = {"model": before}
+        if attention.after is not None:
+            by_name["left out"] = attention.after[head].detach().cpu()
+        plots.append((f"head {head}", by_name))
+    title = f"Attention of block {attention.layer} by offset"
+    ablated = escape("; ".join(attention.ablated))
+    note = f'<p class="note">Left out: <code>{ablated}</code></p>' if ablated else ""
+    offsets = torch.arange(attention.before.shape[1])
     svg = lines(plots, offsets, "offset: tokens back", "mean attention", dashed=("left out",), share_y=True)
     return Panel(
         title=title, body=f'<h3>{escape(title)}</h3>{note}<div class="plot">{svg}</div>', how_to_read=HOW_OFFSETS
@@ -170,11 +179,11 @@ def head_norms(norms: HeadNorms, *, top: int = 12, title: str = "") -> Panel:
         ValueError: ``top`` is below 1.
     """
     if top < 1:
-        raise ValueError(f"top={top}: at least one row has to be shown.")
+        raise ValueError(f"top={top}: show at least one row.")
     table = norms.to_pandas()
     blocks = []
-    for site, own in table.groupby("site", sort=False):
-        rows = own.nlargest(top, "norm")
+    for site, of_site in table.groupby("site", sort=False):
+        rows = of_site.nlargest(top, "norm")
         columns = [c for c in rows.columns if c.startswith("head_") and rows[c].notna().all()]
         largest = float(rows[columns].to_numpy().max())
         head = "".join(f"<th>{c.replace('_', ' ')}</th>" for c in columns)

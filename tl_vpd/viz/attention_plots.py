@@ -1,4 +1,4 @@
-"""Small line plots in a grid, drawn by matplotlib as inline SVG."""
+"""Small line plots in a grid, made by matplotlib as inline SVG."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ def lines(
     dashed: Sequence[str] = (),
     share_y: bool = False,
 ) -> str:
-    """An ``<svg>`` of plots (title, line by name) over the same x, two a row.
+    """An ``<svg>`` of plots (title, line by name) over the same x, two in each row.
 
     Raises:
-        ValueError: there is nothing to draw. ImportError: matplotlib is not installed.
+        ValueError: there is nothing to draw.
+        ImportError: matplotlib is not installed.
     """
     if not plots:
         raise ValueError("There is nothing to draw.")
@@ -35,8 +36,8 @@ def lines(
 
     def draw(figure: Any) -> None:
         every = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat
-        for axes, (title, own) in zip(every, plots, strict=False):
-            for colour, (name, y) in zip(COLOURS * len(own), own.items(), strict=False):
+        for axes, (title, by_name) in zip(every, plots, strict=False):
+            for colour, (name, y) in zip(COLOURS * len(by_name), by_name.items(), strict=False):
                 style = "--" if name in dashed else "-"
                 axes.plot(
                     x.tolist(), y.tolist(), style, color=colour, linewidth=1.3, marker=".", markersize=3, label=name
@@ -59,4 +60,4 @@ def lines(
 
 def _short(svg: str) -> str:
     """The same picture in half the bytes: coordinates to a hundredth of a point, no indentation."""
-    return re.sub(r"\s*\n\s*", "\n", re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}", svg))
+    return re.sub(r"\s*\n\s*", "\n", re.sub(r"\d+\.\d{3,}", lambda match: f"{float(match[0]):.2f}", svg))

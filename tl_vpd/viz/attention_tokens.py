@@ -39,15 +39,20 @@ def importances(
     """One prompt's tokens, coloured by importance and underlined by activation, once for every subcomponent.
 
     Args:
+        decomposition: of the model.
+        model: the target.
         prompt: a string, or the tokens of one prompt.
         subcomponents: to show (None: the ``k`` of the largest mean importance that are not above 0.5 at half the tokens or more).
+        k: how many, where none are named.
 
     Raises:
-        ValueError: there is more than one prompt, or nothing to show. KeyError, IndexError: a subcomponent does not exist.
+        ValueError: there is more than one prompt, or nothing to show.
+        KeyError: there is no such site.
+        IndexError: the site has no such subcomponent.
     """
     g = decomposition.causal_importances(model, prompt)
     if len(g.tokens) != 1:
-        raise ValueError(f"{len(g.tokens)} prompts were given; one is shown at a time.")
+        raise ValueError(f"{len(g.tokens)} prompts: one is shown at a time, pass a single one.")
     if subcomponents is None:
         often = (g.concatenated[0] > 0.5).float().mean(0) >= 0.5
         mean = g.concatenated[0].mean(0).masked_fill(often, 0)
@@ -63,15 +68,15 @@ def importances(
     for c in chosen:
         norm = decomposition.U[c.site][c.index].detach().norm().to(acts[c.site])
         a = (acts[c.site][0, :, c.index] * norm).float().cpu()
-        own = g[c.site][0, :, c.index].float().cpu()
-        peak = int(own.argmax())
-        window = Window(0, peak, 0, tuple(g.tokens[0].tolist()), tuple(words), own, a)
+        ci = g[c.site][0, :, c.index].float().cpu()
+        peak = int(ci.argmax())
+        window = Window(0, peak, 0, tuple(g.tokens[0].tolist()), tuple(words), ci, a)
         scale = float(a.abs().max())
-        (place,), drawn = draw([window], scale)
-        script += drawn
+        (place,), script_of_window = draw([window], scale)
+        script += script_of_window
         blocks.append(
             f'<div class="window"><div class="where" style="overflow-wrap:anywhere"><code>{escape(str(c))}</code><br>importance '
-            f"up to {number(float(own[peak]))}<br>activation up to {number(scale)}</div>{place}</div>"
+            f"up to {number(float(ci[peak]))}<br>activation up to {number(scale)}</div>{place}</div>"
         )
     legend = (
         '<div class="legend"><span>importance 0<i class="ramp"></i>1</span>'

@@ -1,9 +1,9 @@
-"""circuitsvis without its network: its script inlined once, and windows of text drawn with ``ColoredTokens``.
+"""circuitsvis without its network: its script inlined once, and windows of text shown with ``ColoredTokens``.
 
-circuitsvis colours the background and knows no underline, no second value and no escaping (it writes tokens as HTML).
-So tokens are escaped before they are handed over, and when it has drawn a window, ``tlVpdDraw`` adds to its token
+circuitsvis colours the background and has no underline, no second value and no escaping (it writes tokens as HTML).
+So tokens are escaped first, and when circuitsvis has rendered a window, ``tlVpdDraw`` adds to its token
 elements the underline, the frame of the peak and a tooltip of both values. Until the script has run, and wherever
-scripts are not allowed, the window stands there as plain text.
+scripts are not allowed, the window is plain text.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FAINT = 0.05
 _DRAW = """
 window.tlVpdDraw = function (windows) {
   for (const [key, w] of Object.entries(windows)) {
-    // The same window may stand on a page more than once, and circuitsvis wants an id.
+    // The same window may be on a page more than once, and circuitsvis needs an id.
     for (const place of document.querySelectorAll('[data-tlvpd="' + key + '"]:not([id])')) {
       place.id = "tlvpd-" + key + "-" + Math.random().toString(36).slice(2);
       const finish = function () {
@@ -53,15 +53,15 @@ window.tlVpdDraw = function (windows) {
 
 @lru_cache(maxsize=1)
 def script() -> str:
-    """The ``<script>`` element (1.3 MB) that windows need before them: circuitsvis's own file and ``tlVpdDraw``.
+    """The ``<script>`` element (1.3 MB) that windows need before them: circuitsvis's script and ``tlVpdDraw``.
 
     Raises:
-        ImportError: circuitsvis is not installed, or this version keeps its script elsewhere.
+        ImportError: circuitsvis is not installed, or this version has its script elsewhere.
     """
     try:
         import circuitsvis
     except ImportError as error:
-        raise ImportError("Windows of text are drawn with circuitsvis: pip install circuitsvis.") from error
+        raise ImportError("Windows of text need circuitsvis: pip install circuitsvis.") from error
     path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
     if not path.is_file():
         raise ImportError(f"circuitsvis {circuitsvis.__version__} has no dist/cdn/iife.js; install circuitsvis 1.43.3.")
@@ -80,11 +80,11 @@ def underline(activation: float, scale: float) -> str:
 
 
 def window_data(window: Window, scale: float) -> dict[str, Any]:
-    """What ``tlVpdDraw`` is told of a window; ``scale`` is the activation of the strongest underline."""
+    """What ``tlVpdDraw`` gets of a window; ``scale`` is the activation of the strongest underline."""
     g, a = window.importances.tolist(), window.activations.tolist()
     about = [
-        f"{spaced(token)}\nimportance {number(own_g)}\nactivation {number(own_a)}"
-        for token, own_g, own_a in zip(window.tokens, g, a, strict=True)
+        f"{spaced(token)}\nimportance {number(importance)}\nactivation {number(activation)}"
+        for token, importance, activation in zip(window.tokens, g, a, strict=True)
     ]
     return {
         "tokens": [escape(spaced(token)) for token in window.tokens],
@@ -97,12 +97,12 @@ def window_data(window: Window, scale: float) -> dict[str, Any]:
 
 
 def draw(windows: list[Window], scale: float) -> tuple[list[str], str]:
-    """The elements of windows, and the ``<script>`` that draws them, which has to stand after them all."""
+    """The elements of windows, and the ``<script>`` that draws them, which has to come after them all."""
     places, data = [], {}
     for window in windows:
-        own = window_data(window, scale)
-        key = hashlib.sha256(for_script(own).encode()).hexdigest()[:16]
-        data[key] = own
+        content = window_data(window, scale)
+        key = hashlib.sha256(for_script(content).encode()).hexdigest()[:16]
+        data[key] = content
         texts = [escape(spaced(token)) for token in window.tokens]
         texts[window.peak] = f"<mark>{texts[window.peak]}</mark>"
         places.append(f'<div class="text" data-tlvpd="{key}">{"".join(texts)}</div>')

@@ -1,6 +1,6 @@
-"""An attribution graph to walk through: positions across, sites upwards, drawn by plotly inlined into the page.
+"""An attribution graph to walk through: positions across, sites upwards, rendered by plotly inlined into the page.
 
-The page holds plotly's own script (4.8 MB) and the graph as data; ``_DRAW`` draws it, filters edges by weight, and traces what
+The page has plotly's script (4.8 MB) and the graph as data; ``_DRAW`` draws it, filters edges by weight, and traces what
 leads to and from a node that is clicked.
 """
 
@@ -21,39 +21,39 @@ HOW = (
     "on the logits, its colour with its importance. Every line is a direct effect: blue raises what it leads to, red lowers it; "
     "the strongest are widest. Hover over a circle for its label, tokens and strongest edges; click it to see only what leads to "
     "it and what it leads to, and click beside the circles to see all again. The slider leaves out weak edges.\n\n"
-    "Edges are gradients times activations times importances with all other subcomponents held fixed: an approximation to first "
-    "order, not an ablation. Nodes and edges left out of the picture are counted in its heading."
+    "Edges are gradients times activations times importances with all other subcomponents constant: a first-order "
+    "approximation, not an ablation. Nodes and edges left out of the picture are counted in its heading."
 )
 
 _DRAW = """
 window.tlVpdGraph = function (id, g) {
   const place = document.getElementById(id), slider = document.getElementById(id + "-weight");
-  const said = document.getElementById(id + "-said");
+  const caption = document.getElementById(id + "-caption");
   let chosen = null;
   function reach(from, start, end) {
-    const seen = new Set([from]), waiting = [from];
+    const visited = new Set([from]), waiting = [from];
     while (waiting.length) {
       const n = waiting.pop();
-      for (const e of shown()) if (g.edges[e][start] === n && !seen.has(g.edges[e][end])) {
-        seen.add(g.edges[e][end]); waiting.push(g.edges[e][end]);
+      for (const e of shown()) if (g.edges[e][start] === n && !visited.has(g.edges[e][end])) {
+        visited.add(g.edges[e][end]); waiting.push(g.edges[e][end]);
       }
     }
-    return seen;
+    return visited;
   }
   function shown() { return [...Array(Math.round(slider.value)).keys()]; }
   function draw() {
-    let kept = shown(), nodes = null;
+    let visible = shown(), nodes = null;
     if (chosen !== null) {
       const up = reach(chosen, 1, 0), down = reach(chosen, 0, 1);
       nodes = new Set([...up, ...down]);
-      kept = kept.filter(e => (up.has(g.edges[e][0]) && up.has(g.edges[e][1])) ||
+      visible = visible.filter(e => (up.has(g.edges[e][0]) && up.has(g.edges[e][1])) ||
                               (down.has(g.edges[e][0]) && down.has(g.edges[e][1])));
     }
     const traces = [], most = g.edges.length ? Math.abs(g.edges[0][2]) : 1;
     const classes = [[0, .05, .6, .3], [.05, .25, 1.2, .5], [.25, 2, 2.4, .8]];
     for (const sign of [1, -1]) for (const [low, high, width, opacity] of classes) {
       const x = [], y = [];
-      for (const e of kept) {
+      for (const e of visible) {
         const [s, t, w] = g.edges[e], share = Math.abs(w) / most;
         if (Math.sign(w) === sign && share >= low && share < high) {
           x.push(g.x[s], g.x[t], null); y.push(g.y[s], g.y[t], null);
@@ -67,8 +67,8 @@ window.tlVpdGraph = function (id, g) {
                 opacity: g.x.map((_, i) => nodes === null || nodes.has(i) ? 1 : .12) } });
     Plotly.react(place, traces, g.layout, { displaylogo: false, responsive: true, scrollZoom: true,
       modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]] });
-    const least = kept.length ? Math.abs(g.edges[kept[kept.length - 1]][2]) : 0;
-    said.textContent = kept.length + " edges" + (kept.length ? ", the weakest " + least.toPrecision(2) : "") +
+    const least = visible.length ? Math.abs(g.edges[visible[visible.length - 1]][2]) : 0;
+    caption.textContent = visible.length + " edges" + (visible.length ? ", the weakest " + least.toPrecision(2) : "") +
       (chosen === null ? "" : "; traced from " + g.labels[chosen]);
   }
   draw();
@@ -88,7 +88,7 @@ window.tlVpdGraph = function (id, g) {
 
 @lru_cache(maxsize=1)
 def _library() -> str:
-    """plotly's script, hidden from module loaders of notebooks, which would take it for themselves.
+    """plotly's script, hidden from the module loaders of notebooks, which would intercept it.
 
     Raises:
         ImportError: plotly is not installed.
@@ -96,7 +96,7 @@ def _library() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise ImportError("Graphs are drawn with plotly: pip install 'tl_vpd[viz]'.") from error
+        raise ImportError("Graphs need plotly: pip install 'tl_vpd[viz]'.") from error
     code = get_plotlyjs().replace("</script", "<\\/script")
     hidden = f"(function(define,module,exports){{{code}\n}}).call(window);"
     return f"<script>if(!window.Plotly){{{hidden}window.Plotly=window.Plotly||window.moduleName}}{_DRAW}</script>"
@@ -113,57 +113,61 @@ def graph(
     """An attribution graph as a panel to walk through.
 
     Args:
+        attribution: the graph.
         nodes: subcomponents that are shown, those of largest influence on the logits.
         edges: edges that are shown at most, the largest.
-        harvest: says at which tokens a subcomponent fires, where given.
+        harvest: says at which tokens a subcomponent fires (None: not shown).
+        title: of the panel (empty: the graph's targets).
 
     Raises:
-        ValueError: ``nodes`` or ``edges`` is below 1. ImportError: plotly is not installed.
+        ValueError: ``nodes`` or ``edges`` is below 1.
+        ImportError: plotly is not installed.
     """
     if nodes < 1 or edges < 1:
-        raise ValueError(f"nodes={nodes}, edges={edges}: at least one of each has to be shown.")
-    own = attribution.pruned(nodes=nodes)
+        raise ValueError(f"nodes={nodes}, edges={edges}: show at least one of each.")
+    pruned = attribution.pruned(nodes=nodes)
     title = title or "Attribution graph of " + ", ".join(visible(t.text) for t in attribution.logits)
-    data = _data(own, edges, harvest)
-    found, all_edges = len(data["edges"]), len(attribution.weight)
+    data = _data(pruned, edges, harvest)
+    n_edges, all_edges = len(data["edges"]), len(attribution.weight)
     script = for_script(data)
     id_ = f"tlvpd-graph-{hashlib.sha256(script.encode()).hexdigest()[:16]}"
     heading = (
-        f"{int(own.is_subcomponent.sum())} of {int(attribution.is_subcomponent.sum()):,} subcomponent nodes and "
-        f"{found:,} of {all_edges:,} edges are shown"
+        f"{int(pruned.is_subcomponent.sum())} of {int(attribution.is_subcomponent.sum()):,} subcomponent nodes and "
+        f"{n_edges:,} of {all_edges:,} edges are shown"
     )
     body = (
         f'<h3>{escape(title)}</h3><p class="note">{heading}</p>'
-        f'<p class="note"><label>edges <input type="range" id="{id_}-weight" min="1" max="{max(found, 1)}" '
-        f'value="{min(found, 400)}" style="width:260px;vertical-align:middle"></label> <span id="{id_}-said"></span></p>'
+        f'<p class="note"><label>edges <input type="range" id="{id_}-weight" min="1" max="{max(n_edges, 1)}" '
+        f'value="{min(n_edges, 400)}" style="width:260px;vertical-align:middle"></label> <span id="{id_}-caption"></span></p>'
         f'<div id="{id_}" style="width:100%;height:{data["layout"]["height"]}px"></div>'
         f"{_library()}<script>tlVpdGraph({for_script(id_)}, {script})</script>"
     )
     return Panel(title=title, body=body, how_to_read=HOW)
 
 
-def _data(own: AttributionGraph, most: int, harvest: Harvest | None) -> dict[str, Any]:
-    """What ``_DRAW`` is told: places, looks and hover texts of nodes, and edges from the largest."""
-    x, y = _places(own)
-    order = own.weight.abs().argsort(descending=True, stable=True)[:most].tolist()
-    ends = zip(own.source[order].tolist(), own.target[order].tolist(), own.weight[order].tolist(), strict=True)
-    influence = own.influence
+def _data(shown: AttributionGraph, most: int, harvest: Harvest | None) -> dict[str, Any]:
+    """What ``_DRAW`` gets: positions, style and hover texts of nodes, and edges from the largest."""
+    x, y = _places(shown)
+    order = shown.weight.abs().argsort(descending=True, stable=True)[:most].tolist()
+    ends = zip(shown.source[order].tolist(), shown.target[order].tolist(), shown.weight[order].tolist(), strict=True)
+    influence = shown.influence
     size = (7 + 17 * (influence / influence.max().clamp_min(1e-12)).sqrt()).tolist()
-    fixed = ~own.is_subcomponent
+    fixed = ~shown.is_subcomponent
     shades = [
-        "#dfe3ea" if f else _shade(g) for f, g in zip(fixed.tolist(), own.importance.clamp(0, 1).tolist(), strict=True)
+        "#dfe3ea" if f else _shade(g)
+        for f, g in zip(fixed.tolist(), shown.importance.clamp(0, 1).tolist(), strict=True)
     ]
     return {
         "x": x,
         "y": y,
-        "labels": list(own.labels),
+        "labels": list(shown.labels),
         "edges": [[s, t, float(f"{w:.4g}")] for s, t, w in ends],
         "size": [round(s, 1) for s in size],
         "color": shades,
-        "about": _about(own, harvest),
+        "about": _about(shown, harvest),
         "positive": POSITIVE,
         "negative": NEGATIVE,
-        "layout": _layout(own),
+        "layout": _layout(shown),
     }
 
 
@@ -173,12 +177,12 @@ def _shade(g: float) -> str:
     return f"rgb({', '.join(str(round(255 + (part - 255) * g)) for part in full)})"
 
 
-def _places(own: AttributionGraph) -> tuple[list[float], list[float]]:
+def _places(shown: AttributionGraph) -> tuple[list[float], list[float]]:
     """Nodes of one site and position side by side around the position, some rows if there are many."""
     cells: dict[tuple[int, int], list[int]] = {}
-    for i, cell in enumerate(zip(own.kind.tolist(), own.pos.tolist(), strict=True)):
+    for i, cell in enumerate(zip(shown.kind.tolist(), shown.pos.tolist(), strict=True)):
         cells.setdefault(cell, []).append(i)
-    x, y = [0.0] * len(own), [0.0] * len(own)
+    x, y = [0.0] * len(shown), [0.0] * len(shown)
     for (kind, pos), members in cells.items():
         wide = min(len(members), 6)
         rows = -(-len(members) // wide)
@@ -189,9 +193,9 @@ def _places(own: AttributionGraph) -> tuple[list[float], list[float]]:
     return x, y
 
 
-def _layout(own: AttributionGraph) -> dict[str, Any]:
-    names = [name.replace("blocks.", "").replace(".attn.", " ").replace(".mlp.", " ") for name in own.names]
-    words = [f"{escape(spaced(word))}<br>{i}" for i, word in enumerate(own.words)]
+def _layout(shown: AttributionGraph) -> dict[str, Any]:
+    names = [name.replace("blocks.", "").replace(".attn.", " ").replace(".mlp.", " ") for name in shown.names]
+    words = [f"{escape(spaced(word))}<br>{i}" for i, word in enumerate(shown.words)]
     return {
         "height": 120 + 46 * len(names),
         "margin": {"l": 80, "r": 10, "t": 10, "b": 60},
@@ -204,37 +208,37 @@ def _layout(own: AttributionGraph) -> dict[str, Any]:
     }
 
 
-def _about(own: AttributionGraph, harvest: Harvest | None) -> list[str]:
+def _about(shown: AttributionGraph, harvest: Harvest | None) -> list[str]:
     """Each node's hover text."""
-    strongest: list[tuple[list[str], list[str]]] = [([], []) for _ in range(len(own))]
-    labels = own.labels
-    order = own.weight.abs().argsort(descending=True, stable=True).tolist()
-    sources, targets, weights = own.source.tolist(), own.target.tolist(), own.weight.tolist()
+    strongest: list[tuple[list[str], list[str]]] = [([], []) for _ in range(len(shown))]
+    labels = shown.labels
+    order = shown.weight.abs().argsort(descending=True, stable=True).tolist()
+    sources, targets, weights = shown.source.tolist(), shown.target.tolist(), shown.weight.tolist()
     for e in order:
         into, out_of = strongest[targets[e]][0], strongest[sources[e]][1]
         if len(into) < 5:
             into.append(f"{number(weights[e])} ← {labels[sources[e]]}")
         if len(out_of) < 5:
             out_of.append(f"{number(weights[e])} → {labels[targets[e]]}")
-    rows: list[dict[str, Any]] = own.nodes().to_dict("records")  # type: ignore[assignment]
-    found = []
+    rows: list[dict[str, Any]] = shown.nodes().to_dict("records")  # type: ignore[assignment]
+    texts = []
     for i, row in enumerate(rows):
         lines = [f"<b>{row['node']}</b>", f"token {escape(visible(row['token']))}"]
-        if bool(own.is_subcomponent[i]):
+        if bool(shown.is_subcomponent[i]):
             lines.append(f"activation {number(row['activation'])}, importance {number(row['importance'])}")
             if harvest is not None:
                 lines += _tokens(harvest, f"{row['name']}:{row['index']}")
         lines.append(f"influence {number(row['influence'])}")
         lines += [*strongest[i][0], *strongest[i][1]]
-        found.append("<br>".join(lines))
-    return found
+        texts.append("<br>".join(lines))
+    return texts
 
 
 def _tokens(harvest: Harvest, address: str) -> list[str]:
     """At which tokens a subcomponent fires, and which follow."""
-    own = harvest[address]
+    record = harvest[address]
     lines = []
-    for what, table in (("fires at", own.input_tokens(k=5)), ("followed by", own.output_tokens(k=5))):
+    for what, table in (("fires at", record.input_tokens(k=5)), ("followed by", record.output_tokens(k=5))):
         if len(table):
             lines.append(f"{what} " + " ".join(escape(visible(token)) for token in table["token"]))
     return lines

@@ -1,4 +1,4 @@
-"""A panel: one picture or table that shows itself in a notebook, is saved alone, or stands with others on a page."""
+"""A panel: one picture or table that shows itself in a notebook, is saved alone, or goes on a page with others."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inl
 
 @dataclass(frozen=True)
 class Panel:
-    """One panel. Evaluating it in a notebook shows it; ``save`` writes it as a page of its own.
+    """One panel. Evaluating it in a notebook shows it; ``save`` writes it as a page.
 
     ``body`` is HTML without the shared style and script; ``how_to_read`` is plain text that a page says once, before
-    the first of the panels that share it; ``needs_circuitsvis`` says whether ``body`` holds windows of text.
+    the first of the panels that share it; ``needs_circuitsvis`` says whether ``body`` has windows of text.
     """
 
     title: str
@@ -31,7 +31,7 @@ class Panel:
 
     @property
     def html(self) -> str:
-        """A fragment that stands alone: style, script where needed, and the panel. It never refers to the network."""
+        """A self-contained fragment: style, script where needed, and the panel. It never refers to the network."""
         how = f'<details class="how"><summary>How to read this</summary>{_paragraphs(self.how_to_read)}</details>'
         return (
             f"<style>{style.PANEL}</style>{script() if self.needs_circuitsvis else ''}"
@@ -50,12 +50,18 @@ def page(panels: Sequence[Panel], title: str, path: str | os.PathLike[str], *, i
     """Writes one HTML file with all panels, which opens offline and may be sent to anyone.
 
     Args:
-        introduction: plain text under the title; blank lines part paragraphs.
+        panels: in their order on the page.
+        title: of the page.
+        path: of the file.
+        introduction: plain text under the title; blank lines separate paragraphs.
 
-    Returns the path.
+    Returns:
+        The path.
 
     Raises:
-        ValueError: there are no panels. TypeError: one of them is no ``Panel``. OSError: the file cannot be written.
+        ValueError: there are no panels.
+        TypeError: one of them is not a ``Panel``.
+        OSError: the file cannot be written.
     """
     panels = list(panels)
     if not panels:
@@ -70,10 +76,10 @@ def page(panels: Sequence[Panel], title: str, path: str | os.PathLike[str], *, i
 
 def _document(panels: Sequence[Panel], title: str, introduction: str) -> str:
     links = [f'<a href="#panel-{i}">{escape(panel.title)}</a>' for i, panel in enumerate(panels)]
-    sections, said = [], {""}
+    sections, explained = [], {""}
     for i, panel in enumerate(panels):
-        if panel.how_to_read not in said:
-            said.add(panel.how_to_read)
+        if panel.how_to_read not in explained:
+            explained.add(panel.how_to_read)
             sections.append(f'<div class="explanation">{_paragraphs(panel.how_to_read)}</div>')
         sections.append(f'<section class="tlvpd" id="panel-{i}">{panel.body}</section>')
     return "\n".join(

@@ -11,8 +11,8 @@ from tl_vpd.viz.svg import svg
 from tl_vpd.viz.text import escape
 
 _PLOTS = {
-    "reconstruction, KL to the target (nats a token)": (("stochastic", "adversarial"), True),
-    "important subcomponents a token (L0)": (("l0",), False),
+    "reconstruction, KL to the target (nats per token)": (("stochastic", "adversarial"), True),
+    "important subcomponents per token (L0)": (("l0",), False),
     "minimality losses, before their coefficients": (("importance", "frequency"), True),
     "faithfulness loss": (("faithfulness",), True),
 }
@@ -20,7 +20,7 @@ _PLOTS = {
 
 HOW = (
     "Reconstruction says how far the model's predictions move when unimportant subcomponents are masked at random "
-    "(stochastic) or as badly as an adversary can find (adversarial); L0 how many subcomponents are important at a "
+    "(stochastic) or by an adversary (adversarial); L0 how many subcomponents are important per "
     "token; the faithfulness loss how far the subcomponents are from summing to the weights. The minimality losses "
     "follow a schedule in which their exponent falls, so their values at different steps are not comparable."
 )
@@ -30,14 +30,15 @@ def losses(history: pd.DataFrame, *, title: str = "Training") -> Panel:
     """The course of a run's losses, from ``decompose(...).history`` or the table in ``metrics.jsonl``.
 
     Raises:
-        ValueError: the history is empty or lacks columns. ImportError: matplotlib is not installed.
+        ValueError: the history is empty or lacks columns.
+        ImportError: matplotlib is not installed.
     """
     needed = {"step", *(name for columns, _ in _PLOTS.values() for name in columns)}
     missing = sorted(needed - set(history.columns))
     if missing:
         raise ValueError(f"The history lacks {', '.join(missing)}; pass run.history or pd.read_json(..., lines=True).")
     if not len(history):
-        raise ValueError("The history holds no steps.")
+        raise ValueError("The history has no steps.")
     body = f'<h3>{escape(title)}</h3><div class="plot">{svg((10.4, 5.2), lambda figure: _draw(figure, history))}</div>'
     return Panel(title=title, body=body, how_to_read=HOW)
 

@@ -1,4 +1,4 @@
-"""The looks of panels and pages. Every rule is under ``.tlvpd``, so that a notebook's own looks are left alone."""
+"""The style of panels and pages. Every rule is under ``.tlvpd``, so that a notebook's style does not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One subcomponent to look at: what it weighs, where it fires, at which tokens, and what follows."""
+"""One subcomponent to look at: its norm, where it fires, at which tokens, and what follows."""
 
 from __future__ import annotations
 
@@ -43,21 +43,24 @@ def subcomponent(
     """One subcomponent of a harvest as a panel.
 
     Args:
+        harvest: with this subcomponent.
         address: ``site:index``.
         note: plain text under the heading, such as a label.
         windows: how many windows of text are shown (None: all that were harvested).
         tokens: rows of each token table.
 
     Raises:
-        KeyError, IndexError: there is no such subcomponent, or it was not harvested.
-        ValueError: ``windows`` or ``tokens`` is below 0. TypeError: ``harvest`` is none.
+        KeyError: there is no such site, or the subcomponent was not harvested.
+        IndexError: the site has no such subcomponent.
+        ValueError: ``windows`` or ``tokens`` is below 0.
+        TypeError: ``harvest`` is not a Harvest.
     """
     if not isinstance(harvest, Harvest):
         raise TypeError(f"A Harvest is needed, as harvest(vpd, model, tokens) gives; got a {type(harvest).__name__}.")
     if (windows is not None and windows < 0) or tokens < 0:
         raise ValueError(f"windows={windows}, tokens={tokens}: neither can be below 0.")
-    own = harvest[address]
-    shown = list(own.windows[:windows])
+    record = harvest[address]
+    shown = list(record.windows[:windows])
     scale = max((float(w.activations.abs().max()) for w in shown), default=0.0)
     places, script = draw(shown, scale)
     rows = [
@@ -66,31 +69,31 @@ def subcomponent(
         for w, place in zip(shown, places, strict=True)
     ]
     nothing = f'<p class="note">Its importance exceeds {harvest.threshold:g} at no token of this data.</p>'
-    text = _LEGEND.format(scale=number(scale)) + "".join(rows) if own.windows else nothing
+    text = _LEGEND.format(scale=number(scale)) + "".join(rows) if record.windows else nothing
     body = (
-        f"<h3><code>{escape(str(own.subcomponent))}</code></h3>{_facts(own, harvest)}"
-        f"{f'<p>{escape(note)}</p>' if note else ''}{text}{_token_tables(own, tokens)}{script if shown else ''}"
+        f"<h3><code>{escape(str(record.subcomponent))}</code></h3>{_facts(record, harvest)}"
+        f"{f'<p>{escape(note)}</p>' if note else ''}{text}{_token_tables(record, tokens)}{script if shown else ''}"
     )
-    return Panel(title=str(own.subcomponent), body=body, how_to_read=HOW, needs_circuitsvis=bool(shown))
+    return Panel(title=str(record.subcomponent), body=body, how_to_read=HOW, needs_circuitsvis=bool(shown))
 
 
-def _facts(own: SubcomponentHarvest, harvest: Harvest) -> str:
+def _facts(record: SubcomponentHarvest, harvest: Harvest) -> str:
     facts = {
-        "g > 0 at": f"{own.density:.2%} of tokens",
-        f"fires (g > {harvest.threshold:g})": f"{own.firings:,} times",
-        "mean importance": number(own.mean_importance),
-        "mean activation when firing": number(own.mean_activation),
-        "norm": number(own.norm),
+        "g > 0 at": f"{record.density:.2%} of tokens",
+        f"fires (g > {harvest.threshold:g})": f"{record.firings:,} times",
+        "mean importance": number(record.mean_importance),
+        "mean activation when firing": number(record.mean_activation),
+        "norm": number(record.norm),
     }
     return f'<div class="facts">{"".join(f"<span>{escape(k)} <b>{v}</b></span>" for k, v in facts.items())}</div>'
 
 
-def _token_tables(own: SubcomponentHarvest, k: int) -> str:
-    if not k or not own.windows:
+def _token_tables(record: SubcomponentHarvest, k: int) -> str:
+    if not k or not record.windows:
         return ""
     tables = [
-        _token_table(f"{name}, by {'PMI' if by == 'pmi' else by}", find(k, by=by), by)
-        for name, find in (("Fires at", own.input_tokens), ("Next token", own.output_tokens))
+        _token_table(f"{name}, by {'PMI' if by == 'pmi' else by}", tokens(k, by=by), by)
+        for name, tokens in (("Fires at", record.input_tokens), ("Next token", record.output_tokens))
         for by in ("pmi", "recall")
     ]
     return f'<div class="columns">{"".join(tables)}</div>'

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def svg(size: tuple[float, float], draw: Callable[[Any], None]) -> str:
-    """An ``<svg>`` of a figure of ``size`` inches on which ``draw`` has drawn.
+    """An ``<svg>`` of a figure of ``size`` inches, filled by ``draw``.
 
     Text stays text, and ids depend on the content alone, so that the same numbers give the same page.
 
@@ -19,7 +19,7 @@ def svg(size: tuple[float, float], draw: Callable[[Any], None]) -> str:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("Plots are drawn by matplotlib: pip install matplotlib.") from error
+        raise ImportError("Plots need matplotlib: pip install matplotlib.") from error
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "tl_vpd",

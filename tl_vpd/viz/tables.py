@@ -15,7 +15,7 @@ def table(df: pd.DataFrame, caption: str, *, note: str = "") -> Panel:
     """A DataFrame with a caption; numbers to three significant digits, an unnamed 0, 1, 2 … index left out.
 
     Raises:
-        TypeError: ``df`` is no DataFrame.
+        TypeError: ``df`` is not a DataFrame.
     """
     if not isinstance(df, pd.DataFrame):
         raise TypeError(f"viz.table shows a pandas DataFrame; got a {type(df).__name__}.")

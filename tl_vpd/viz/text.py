@@ -36,12 +36,12 @@ def _marks(token: str) -> str:
 
 
 def visible(token: str) -> str:
-    """A token on its own, as in a table: spaces are dots, long runs of them counted (not yet escaped)."""
+    """A single token, as in a table: spaces are dots, long runs of them counted (not yet escaped)."""
     return re.sub(" +", lambda run: "·" * n if (n := len(run[0])) < LONG else f"·×{n}", _marks(token))
 
 
 def spaced(token: str) -> str:
-    """A token in its text: spaces stay, as ones that do not collapse (not yet escaped)."""
+    """A token in its text: spaces become spaces that do not collapse (not yet escaped)."""
     return _marks(token).replace(" ", "\u00a0")
 
 
