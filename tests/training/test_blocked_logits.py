@@ -24,7 +24,7 @@ def _two_tokens_at_once(monkeypatch):
 
 
 @pytest.mark.parametrize("compile", [False, RECORDED])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["paper", "merged", "stochastic alone"])
 def test_steps_are_those_with_whole_logits(name, compile):
     whole = steps(False, how={"blocked_logits": False}, **SETTINGS[name])
     blocked = steps(compile, how={"blocked_logits": True}, **SETTINGS[name])

@@ -1,6 +1,6 @@
-"""Steps of compiled passes are the plain steps; what cannot be compiled is refused in a sentence.
+"""Recorded graphs (which need no compiler) give the eager engine's steps; what cannot be compiled is refused in a sentence.
 
-Most cases run the recorded graphs as they are (backend "recorded"), which needs no compiler; one goes through Inductor.
+``test_reference`` compares recorded graphs and Inductor's with the method on one page.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 from tests.marks import needs_bridge
 from tests.tiny import GAMMA, some_tokens, tiny_model
-from tests.training.test_trainer import SETTINGS
 from tl_vpd import VPDConfig, bundled, decompose
 from tl_vpd.adapters import Unsupported
 from tl_vpd.adapters.versions import HookedRootModule, HookPoint
@@ -26,6 +25,7 @@ from tl_vpd.training.engine.recording import RECORDED, compiled
 SOME = ("*W_Q", "*W_V", "*W_out")
 MORE = {
     "all sites": {"sites": None},
+    "stochastic alone": {"coefficients": Coefficients(adversarial=0.0)},
     "layerwise": {"coefficients": Coefficients(layerwise=1.0)},
     "a forward slope": {"kind": SPDConfig, "forward_slope": 0.1, "gamma": {**GAMMA, "output_bias": -0.5}},
     "two chunks of Γ": {"gamma": {**GAMMA, "kind": "chunked_transformers", "chunk": 4}},
@@ -68,9 +68,9 @@ def same(plain, compiled, rel=1e-9):
     assert_close(compiled[2], plain[2], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [*SETTINGS, *MORE])
+@pytest.mark.parametrize("name", MORE)
 def test_recorded_steps_are_the_plain_ones(name):
-    settings = {**SETTINGS, **MORE}[name]
+    settings = MORE[name]
     plain, recorded = steps(False, **settings), steps(RECORDED, **settings)
     assert isinstance(recorded[3], CompiledEngine) and not isinstance(plain[3], CompiledEngine)
     same(plain, recorded)
@@ -139,11 +139,6 @@ def test_micro_batches_and_padding_are_recorded_too():
 def test_heads_that_share_a_weight_are_recorded():
     models = [tiny_model(n_key_value_heads=1, ungroup_grouped_query_attention=True) for _ in range(2)]
     same(steps(False, model=models[0]), steps(RECORDED, model=models[1]))
-
-
-def test_a_step_through_inductor_is_the_plain_one():
-    settings = {"sites": ("blocks.0.*W_Q", "blocks.0.*W_out"), "batches": [some_tokens(shape=(4, 6))]}
-    same(steps(False, **settings), steps(True, **settings))
 
 
 class Vectors(HookedRootModule):

@@ -142,9 +142,8 @@ def test_every_graph_recorded(name):
     compare(SETTINGS[name] | SOME, {"compile": RECORDED}, padded=True, steps=2)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_recorded_graphs_of_all_sites_without_padding(name):
-    compare({}, {"compile": RECORDED}, steps=2, **MODELS[name])
+def test_recorded_graphs_of_all_sites_without_padding():
+    compare({}, {"compile": RECORDED}, steps=2, **MODELS["grouped queries, RMS norm, gated"])
 
 
 @pytest.mark.parametrize("settings", ["the paper's", "the newer recipe"])
@@ -175,9 +174,8 @@ def test_micro_batches_of_unequal_size(settings):
     compare(SETTINGS[settings], {"micro_batch": 3}, padded=True)
 
 
-@pytest.mark.parametrize("settings", ["the paper's", "the newer recipe"])
-def test_compiled_with_inductor(settings):
-    compare(SETTINGS[settings] | {"sites": ("blocks.0.*W_Q", "blocks.0.*W_out")}, {"compile": True}, steps=2)
+def test_compiled_with_inductor():
+    compare(SOME, {"compile": True}, steps=2, n_layers=1)
 
 
 def test_the_warm_up_is_adamw_on_faithfulness_alone():
