@@ -18,7 +18,7 @@ from tl_vpd.importance import lower_leaky
 from tl_vpd.losses import squared_error
 from tl_vpd.masking import Masks, SiteMask
 
-from .own import MLPS, SITE_MLPS, TRANSFORMER, Wrapped, normal, seeded, two_layers, untrained
+from .custom_models import MLPS, SITE_MLPS, TRANSFORMER, Wrapped, normal, seeded, two_layers, untrained
 
 FC, OUT = "fc", "head.out"
 INPUTS = {"no positions": (3, 4), "positions": (2, 5, 4)}

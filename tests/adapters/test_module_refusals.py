@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import tl_vpd
 from tl_vpd.adapters import Unsupported, adapt
 
-from .own import Wrapped, normal, seeded, two_layers, untrained
+from .custom_models import Wrapped, normal, seeded, two_layers, untrained
 
 
 def whole_numbers():

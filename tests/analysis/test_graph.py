@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.adapters.own import TRANSFORMER, TwoLayers
+from tests.adapters.custom_models import TRANSFORMER, TwoLayers
 from tests.hooks.test_clean import assert_same, snapshot
 from tests.marks import needs_bridge
 from tests.matrix.models import build

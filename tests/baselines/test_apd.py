@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.func import functional_call, jacrev
 from torch.testing import assert_close
 
-from tests.adapters.own import normal, two_layers
+from tests.adapters.custom_models import normal, two_layers
 from tl_vpd.adapters import adapt
 from tl_vpd.baselines import APDConfig, apd
 from tl_vpd.baselines.apd_losses import attributions, batch_top_k, schatten, simplicity, unfaithfulness

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
-from tests.adapters.own import normal, two_layers
+from tests.adapters.custom_models import normal, two_layers
 from tl_vpd.adapters import adapt
 from tl_vpd.baselines.components import FullComponents, on_components, output_gradients
 

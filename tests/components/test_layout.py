@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from tl_vpd.adapters import Adapter
 from tl_vpd.components import Layout
-from tl_vpd.forward import masked_output
+from tl_vpd.forward import SiteProduct, masked_output
+from tl_vpd.masking import SiteMask
 
 SHAPES = dict(
     seed=st.integers(0, 10_000),
@@ -26,7 +30,14 @@ SHAPES = dict(
 )
 
 
-class Drawn:
+def product_of(layout, x, y, V, U, bias=None):
+    """A site's product in a layout."""
+    adapter = Mock(spec=Adapter)
+    adapter.layout.return_value, adapter.bias.return_value = layout, bias
+    return SiteProduct("site", adapter, x, y, V, U)
+
+
+class RandomSite:
     """Random float64 tensors of one site."""
 
     def __init__(self, seed, batch, pos, **flags):
@@ -38,20 +49,20 @@ class Drawn:
         return torch.randn(*shape, generator=self.generator, dtype=torch.float64)
 
     def masks(self, C):
-        """The keywords of a masked product, and the same with None filled in."""
+        """A random mask, and the same with None filled in."""
         mask, delta = torch.rand(*self.rows, C, generator=self.generator).double(), self.normal(*self.rows)
         routed = torch.rand(*self.rows, generator=self.generator) < 0.5
-        given = dict(
-            mask=mask if self.flags["masked"] else None,
-            delta_mask=delta if self.flags["delta"] else None,
-            routed=routed if self.flags["routed"] else None,
+        site_mask = SiteMask(
+            mask if self.flags["masked"] else None,
+            delta if self.flags["delta"] else None,
+            routed if self.flags["routed"] else None,
         )
         full = (
             mask if self.flags["masked"] else torch.ones_like(mask),
             delta if self.flags["delta"] else torch.ones_like(delta),
             routed if self.flags["routed"] else torch.ones_like(routed),
         )
-        return given, full
+        return site_mask, full
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,7 +70,7 @@ class Drawn:
 def test_q_k_v_by_head_are_each_heads_own_masked_product(
     seed, batch, pos, heads, d_head, d_model, C, bias, masked, delta, patched, routed, repeats, whole
 ):
-    case = Drawn(seed, batch, pos, masked=masked, delta=delta, routed=routed)
+    case = RandomSite(seed, batch, pos, masked=masked, delta=delta, routed=routed)
     W, V, U = case.normal(d_model, heads * d_head), case.normal(d_model, C), case.normal(C, heads * d_head)
     b = case.normal(heads * d_head) if bias else None
     n = heads * repeats
@@ -70,7 +81,7 @@ def test_q_k_v_by_head_are_each_heads_own_masked_product(
     else:
         layout = Layout("split", heads, repeats, x_has_heads=True, y_has_heads=True)
         x = by_head = case.normal(*case.rows, n, d_model)
-    given, (mask, m_delta, where) = case.masks(C)
+    site_mask, (mask, m_delta, where) = case.masks(C)
     change = case.normal(*case.rows, C) if patched else torch.zeros(*case.rows, C, dtype=torch.float64)
 
     def of(matrix, head):
@@ -78,21 +89,22 @@ def test_q_k_v_by_head_are_each_heads_own_masked_product(
 
     y, expected = [], []
     for head in range(n):
-        own = by_head[..., head, :]
-        y.append(own @ of(W, head) + (0 if b is None else of(b, head)))
-        acts = (own @ V + change) * mask
-        full = acts @ of(U, head) + m_delta[..., None] * (own @ (of(W, head) - V @ of(U, head)))
+        read = by_head[..., head, :]
+        y.append(read @ of(W, head) + (0 if b is None else of(b, head)))
+        acts = (read @ V + change) * mask
+        full = acts @ of(U, head) + m_delta[..., None] * (read @ (of(W, head) - V @ of(U, head)))
         full = full + (0 if b is None else of(b, head))
         expected.append(torch.where(where[..., None], full, y[-1]))
     y, expected = torch.stack(y, -2), torch.stack(expected, -2)
 
-    acts = layout.acts(layout.aligned(x, has_heads=layout.x_has_heads), V)
+    product = product_of(layout, x, y.clone(), V, U, b)
+    acts = product.acts()
     shown = layout.shown(acts)
     assert_close(shown, by_head.mean(-2) @ V, rtol=1e-10, atol=1e-10)
     assert_close(layout.input_of_site(x), by_head.mean(-2), rtol=1e-10, atol=1e-10)
     after = layout.patched(acts, shown, shown + change) if patched else None
-    out = layout.output(layout.aligned(y.clone(), has_heads=True), acts, U, b, patched_acts=after, **given)
-    assert_close(out.reshape(y.shape), expected, rtol=1e-9, atol=1e-9)
+    out = product.masked(site_mask, acts=acts, patched_acts=after)
+    assert_close(out, expected, rtol=1e-9, atol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -100,34 +112,43 @@ def test_q_k_v_by_head_are_each_heads_own_masked_product(
 def test_results_by_head_add_up_to_the_whole_masked_product(
     seed, batch, pos, heads, d_head, d_model, C, bias, masked, delta, patched, routed
 ):
-    case = Drawn(seed, batch, pos, masked=masked, delta=delta, routed=routed)
+    case = RandomSite(seed, batch, pos, masked=masked, delta=delta, routed=routed)
     W, V, U = case.normal(heads * d_head, d_model), case.normal(heads * d_head, C), case.normal(C, d_model)
     z = case.normal(*case.rows, heads, d_head)
-    given, _ = case.masks(C)
+    site_mask, _ = case.masks(C)
     change = case.normal(*case.rows, C) if patched else None
     flat = z.flatten(-2)
     acts = flat @ V
-    whole = masked_output(flat @ W, acts, U, None, patched_acts=None if change is None else acts + change, **given)
+    whole = masked_output(
+        flat @ W,
+        acts,
+        U,
+        None,
+        mask=site_mask.mask,
+        delta_mask=site_mask.delta,
+        routed=site_mask.routed,
+        patched_acts=None if change is None else acts + change,
+    )
 
     layout = Layout("result", heads, x_has_heads=True, y_has_heads=True)
     result = torch.einsum("...hd,hdm->...hm", z, W.unflatten(0, (heads, d_head)))
-    by_head = layout.acts(layout.aligned(z, has_heads=True), V)
+    product = product_of(layout, z, result.clone(), V, U, case.normal(d_model) if bias else None)
+    by_head = product.acts()
     shown = layout.shown(by_head)
     assert by_head.shape == (*case.rows, heads, C)
     assert_close(shown, acts, rtol=1e-10, atol=1e-10)
     assert_close(layout.input_of_site(z), flat)
     after = None if change is None else layout.patched(by_head, shown, shown + change)
-    out = layout.output(result.clone(), by_head, U, case.normal(d_model) if bias else None, patched_acts=after, **given)
+    out = product.masked(site_mask, acts=by_head, patched_acts=after)
     assert_close(out.sum(-2), whole, rtol=1e-9, atol=1e-9)
 
 
 def test_ones_by_head_change_no_bit():
-    case = Drawn(0, 2, 3, masked=True, delta=True, routed=False)
+    case = RandomSite(0, 2, 3, masked=True, delta=True, routed=False)
     V, U = case.normal(4, 5), case.normal(5, 6)
     for dtype in (torch.float64, torch.float32, torch.bfloat16):
         x, y = case.normal(2, 3, 2, 4).to(dtype), case.normal(2, 3, 2, 3).to(dtype)
         layout = Layout("split", 2, x_has_heads=True, y_has_heads=True)
-        acts = layout.acts(x, V.to(dtype))
         ones = torch.ones(2, 3, 5, dtype=dtype)
-        out = layout.output(y.clone(), acts, U.to(dtype), None, mask=ones, delta_mask=ones[..., 0])
+        out = product_of(layout, x, y.clone(), V.to(dtype), U.to(dtype)).masked(SiteMask(ones, ones[..., 0]))
         assert torch.equal(out, y)

@@ -88,7 +88,7 @@ def test_a_folder_that_is_no_decomposition_is_named(folder, tmp_path):
         Decomposition.load(tmp_path / "nowhere")
     for part in (TENSORS, CONFIG):
         (folder / part).unlink()
-        with pytest.raises(FileNotFoundError, match=f"holds no {part}"):
+        with pytest.raises(FileNotFoundError, match=f"has no {part}"):
             Decomposition.load(folder)
 
 

@@ -222,7 +222,7 @@ def test_activations_computed_again_take_less_memory_until_backward():
 
 
 def test_a_model_that_is_no_stack_of_layers_cannot_compute_its_activations_again():
-    from tests.adapters.own import TwoLayers
+    from tests.adapters.custom_models import TwoLayers
 
     model = TwoLayers().float()
     config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, output="mse")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.adapters.own import TwoLayers, normal, seeded
+from tests.adapters.custom_models import TwoLayers, normal, seeded
 from tl_vpd import Decomposition, VPDConfig
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.importance import lower_leaky

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.components.fingerprint import Fingerprint
 from tl_vpd.components.initialise import start_at_channels
 from tl_vpd.components.storage import library_versions
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.forward.target_check import fingerprints
 from tl_vpd.site import select
 from tl_vpd.training.config import VPDConfig, counts_for
 from tl_vpd.training.ties import Ties, check_ties
@@ -31,12 +31,13 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
     adapter = adapt(model)
     names = select(config.sites, adapter.sites)
     sites = [adapter.sites[name] for name in names]
-    check_ties(config.tied, {name: adapter.weight(name) for name in names})
+    weights = {name: _finite(name, adapter.weight(name)) for name in names}
+    check_ties(config.tied, weights)
     decomposition = Decomposition(
         sites,
         counts_for(config, {s.name: s for s in sites}),
         config.gamma.resolved(adapter.d_model),
-        fingerprints={name: Fingerprint.of(_finite(name, adapter.weight(name))) for name in names},
+        fingerprints=fingerprints(adapter, names),
         record={
             "training": config.model_dump(mode="json"),
             "target": {
@@ -50,7 +51,7 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
     ).to(adapter.device)
     if config.init == "channels":
         for name in names:
-            start_at_channels(decomposition.components, name, adapter.weight(name))
+            start_at_channels(decomposition.components, name, weights[name])
     if config.init_scale != 1:
         with torch.no_grad():
             for parameter in decomposition.components.parameters():

@@ -1,4 +1,4 @@
-"""Models of people's own: HookedRootModules around ``nn.Linear``s."""
+"""Custom models: HookedRootModules around ``nn.Linear``s."""
 
 from __future__ import annotations
 
