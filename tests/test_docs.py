@@ -13,7 +13,6 @@ import torch
 
 import tl_vpd
 from tl_vpd.adapters.versions import HookedTransformer
-from tl_vpd.toys import toy as toy_module
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -32,11 +31,11 @@ def short_trainings(monkeypatch):
     decompose = tl_vpd.decompose
 
     def short(model, tokens, config=None, **options):
-        config = (config or tl_vpd.VPDConfig()).model_copy(update={"steps": 2, "batch_size": 2, "C": 4})
+        rows = getattr(tokens, "batch_size", 2)  # of data that makes its own batches
+        config = (config or tl_vpd.VPDConfig()).model_copy(update={"steps": 2, "batch_size": rows, "C": 4})
         return decompose(model, tokens, config, **{**options, "progress": False})
 
     monkeypatch.setattr(tl_vpd, "decompose", short)
-    monkeypatch.setattr(toy_module, "STEPS", 2, raising=False)
 
 
 @pytest.mark.skipif(

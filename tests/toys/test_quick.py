@@ -17,7 +17,7 @@ SMALL = {identity: TMS(3, 2, identity=identity, training=TargetTraining(600, 4, 
 target = functools.cache(train)
 
 
-def taken_apart(toy: TMS, method: str, steps: int) -> GroundTruth:
+def decomposed(toy: TMS, method: str, steps: int) -> GroundTruth:
     name = "tms_5_2_id" if toy.identity else "tms_5_2"
     config = recipe(name, method, steps=steps).model_copy(update=QUICK)
     coefficients = config.coefficients.model_copy(update={"importance": 3e-3})
@@ -33,7 +33,7 @@ def measured(toy: Toy, found) -> GroundTruth:
 
 @pytest.mark.parametrize(("method", "identity"), [("vpd", False), ("vpd", True), ("spd", False)])
 def test_lengths_and_outputs_come_closer_to_the_truth(method, identity):
-    start, end = (taken_apart(SMALL[identity], method, steps) for steps in (5, 600))
+    start, end = (decomposed(SMALL[identity], method, steps) for steps in (5, 600))
     assert end.reconstruction["adversarial"] < 0.5 * end.reconstruction["zero"]
     assert end.reconstruction["adversarial"] < 0.7 * start.reconstruction["adversarial"]
     before, after = (own.sites.set_index("site") for own in (start, end))
@@ -63,6 +63,6 @@ def test_an_induction_circuit_is_important_where_it_is_needed():
 
 
 def test_without_the_adversary_importances_are_in_their_places_and_do_not_hold():
-    found, held = induction(adversarial=False), induction(adversarial=True)
-    assert found.needed["overlap"].mean() > 0.7
-    assert found.reconstruction["adversarial"] > 5 * held.reconstruction["adversarial"]
+    without, with_adversary = induction(adversarial=False), induction(adversarial=True)
+    assert without.needed["overlap"].mean() > 0.7
+    assert without.reconstruction["adversarial"] > 5 * with_adversary.reconstruction["adversarial"]

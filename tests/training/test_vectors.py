@@ -143,7 +143,7 @@ def test_data_without_end_give_the_batch_of_each_step_and_a_run_resumes_on_them(
     resumed = decompose(model, Endless(), own, saving=SavingConfig(folder=tmp_path), resume=True, progress=False)
     for a, b, c in zip(*(r.decomposition.parameters() for r in (whole, half, resumed)), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
-    with pytest.raises(ValueError, match="batches of 3 rows and batch_size is 4: set either"):
+    with pytest.raises(ValueError, match="batches of 3 rows and batch_size is 4: give both the same number"):
         decompose(model, Endless(), config(batch_size=4))
 
 

@@ -62,7 +62,7 @@ def batches_of(
     if isinstance(data, Batches):
         if data.batch_size != batch_size:
             raise ValueError(
-                f"The data gives batches of {data.batch_size} rows and batch_size is {batch_size}: set either."
+                f"The data gives batches of {data.batch_size} rows and batch_size is {batch_size}: give both the same number."
             )
         return RowsOfBatches(data, row_slice)
     if isinstance(data, Tensor | np.ndarray):
