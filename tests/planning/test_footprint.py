@@ -129,13 +129,17 @@ def test_processes_divide_what_they_share(sharding):
     four = footprint(gpt2(), WIDE, context=32, processes=4, execution=ExecutionConfig(sharding=sharding))
     assert four.bytes["sources"] * 4 == one.bytes["sources"]
     assert four.bytes["target"] == one.bytes["target"]
-    divided = {"none": (), "optimizer": ("moments",), "full": ("moments", "parameters", "gradients")}[sharding]
-    for part in ("moments", "parameters", "gradients"):
-        if part in divided:
-            whole = 4 * 2 * max(1536 * 64 * 72, 12 * 8448 * 1536)  # what is gathered: Γ's last or first matrix
-            assert one.bytes[part] / 4 <= four.bytes[part] <= one.bytes[part] / 4 + whole
-        else:
-            assert four.bytes[part] == one.bytes[part]
+    gathered = (
+        4 * (12 * (5 * 768 + 3072) + 1) * 1536
+    )  # Γ's first projection, which reads every site's input, and its bias
+    whole = {
+        "none": dict.fromkeys(("moments", "parameters", "gradients"), 0),
+        "optimizer": {"moments": 0, "parameters": one.bytes["parameters"], "gradients": gathered},
+        "full": {"moments": 0, "parameters": 2 * gathered, "gradients": gathered},
+    }[sharding]
+    for part, more in whole.items():
+        split = one.bytes[part] / (1 if sharding == "none" else 4)
+        assert split + more - 8 <= four.bytes[part] <= split + more + 8, part
     with pytest.raises(ValueError, match="batch_size 8 cannot be split among 3 processes"):
         footprint(gpt2(), WIDE, context=32, processes=3)
 

@@ -48,6 +48,7 @@ def test_a_whole_parameter_is_copied_and_read_as_it_is():
 
 LOW = ("precision=bfloat16",)
 ACTS = ("gamma=per_subcomponent_mlps", "merged")
+SITES = "gamma=per_site_mlps"
 HARD = ("micro_batch=1", "gamma=chunked_transformers", "dtype=bfloat16")
 
 
@@ -75,7 +76,7 @@ def runs(tmp_path_factory) -> Path:
     two += ["--", root / "moved", "sharding=full", "until=4", "--", root / "hard-full", "sharding=full", *HARD]
     two += ["--", root / "low-full", "sharding=full", *LOW]
     two += ["--", root / "again-full", "sharding=full", "checkpoint=1"]
-    two += ["--", root / "acts-full", "sharding=full", *ACTS]
+    two += ["--", root / "acts-full", "sharding=full", *ACTS, "--", root / "sites-full", "sharding=full", SITES]
     finish(start(*two, processes=2))
     finish(start(root / "moved", "resume"))
     return root
@@ -108,8 +109,9 @@ def test_activations_computed_again_see_whole_parameters(runs):
     assert_alike(runs / "alone", runs / "again-full")
 
 
-def test_sharding_works_with_a_gamma_that_reads_inner_activations_and_merged_passes(runs):
+def test_sharding_works_with_small_mlps_as_gamma_and_merged_passes(runs):
     assert_alike(runs / "acts-alone", runs / "acts-full")
+    assert_alike(runs / "sites-alone", runs / "sites-full")
 
 
 def test_sharding_works_with_micro_batches_other_gammas_and_targets_in_bfloat16(runs):

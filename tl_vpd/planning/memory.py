@@ -7,8 +7,8 @@ With ``N`` tokens run at once, ``C`` subcomponents in all and ``P`` numbers in V
 
 and, for as long as a pass lasts, Γ's values and the gradient of importances ``8 N C``, the pass's stochastic sources ``4 N C``,
 what a masked pass keeps for its backward (x, y₀ and the inner activations of every site, and the model's activations but for
-attention patterns), Γ's activations, and a few tensors of logits. ``sharding`` divides gradients after backward, moments and
-parameters among processes.
+attention patterns), Γ's activations, and a few tensors of logits. ``sharding`` divides gradients, moments and parameters among
+processes; the modules that are gathered (``training.distributed.sharding``) are whole as well, under ``optimizer`` all of them.
 
 Bytes of activations follow what the passes keep; sums come out a tenth below what is measured (``docs/scaling.md``). Left out:
 what libraries take, allocators' waste, the CUDA context, messages' buffers.
@@ -32,17 +32,17 @@ def bytes_of(shape: RunShape, sharding: ShardingKind, processes: int) -> dict[st
         processes: how many there are.
     """
     split = 1 if sharding == "none" else processes
-    full = sharding == "full" and split > 1
     counts = shape.counts()
     P = counts["components"] + counts["gamma"]
     each = math.ceil(P / split)
-    matrices = (max(s.d_in, s.d_out) * shape.C[name] for name, s in shape.sites.items())
-    gathered = max(*matrices, *shape.gamma_parameters())
+    sites = ((s.d_in + s.d_out) * shape.C[name] for name, s in shape.sites.items())
+    gathered = max(*sites, *shape.gamma_parameters())
+    whole = P if sharding == "optimizer" else 2 * gathered
     faithfulness = 2 * FLOAT * max(s.d_in * s.d_out for s in shape.sites.values())
     return {
         "target": shape.target.parameters * shape.target.itemsize,
-        "parameters": FLOAT * (each + 2 * gathered if full else P),
-        "gradients": FLOAT * (each + gathered if full else P),
+        "parameters": FLOAT * (P if split == 1 else each + whole),
+        "gradients": FLOAT * (P if split == 1 else each + gathered),
         "moments": 2 * FLOAT * each,
         "sources": (4 if shape.micro_batches else 3) * FLOAT * counts["sources"],
         "values of gamma": 2 * FLOAT * shape.tokens_at_once * shape.C_total,

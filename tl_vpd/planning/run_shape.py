@@ -14,6 +14,7 @@ from tl_vpd.masking.routing import uniform_k_share
 from tl_vpd.planning.target import Target
 from tl_vpd.site import Site
 from tl_vpd.training.config import VPDConfig
+from tl_vpd.training.distributed.sharding import gamma_units
 from tl_vpd.training.engine import left_out_logits
 
 FLOAT = 4
@@ -78,10 +79,10 @@ class RunShape:
         return uniform_k_share(len(self.sites))
 
     def gamma_parameters(self) -> list[int]:
-        """Numbers in each of Γ's tensors."""
+        """Numbers in each of Γ's modules that sharding gathers at once."""
         with torch.device("meta"):
             gamma = build_gamma(self.gamma, {name: s.d_in for name, s in self.sites.items()}, self.C)
-        return [p.numel() for p in gamma.parameters()]
+        return [sum(p.numel() for p in unit.parameters()) for unit in gamma_units(gamma)]
 
     def counts(self) -> dict[str, int]:
         """Numbers in V and U (``components``), Γ (``gamma``) and the persistent sources (``sources``)."""

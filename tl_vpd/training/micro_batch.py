@@ -24,7 +24,7 @@ class MicroBatch:
     Attributes:
         order: which of this process's rows, in the order in which they run.
         attacked: where they are among this process's attacked rows.
-        stochastic: where they are among its rows with stochastic masks. (Every row is of both kinds, unless the recipe is merged.)
+        stochastic: where they are among its rows with stochastic masks. (Every row is of both kinds unless ``merged``.)
     """
 
     order: Tensor | slice

@@ -8,8 +8,9 @@ sharding         whole in every process                              ``1 / proce
 ``full``         one module's parameters at a time, while in use     parameters, gradients, moments (ZeRO stage 3)
 ===============  ==================================================  ==================================================
 
-Modules are V and U of each site (``SiteComponents``) and Γ's blocks. Parameters are split along their first axis. Gradients are
-sums over processes, not means, and AdamW works entry by entry, so that all three take the same steps, to the rounding of sums.
+Modules are V and U of each site (``SiteComponents``), and Γ's blocks and projections. Parameters are split along their first
+axis. Gradients are sums over processes, not means, and AdamW works entry by entry, so that all three take the same steps, to the
+rounding of sums.
 
 Under ``none`` gradients are added by plain ``all_reduce`` after the last backward: a step has several backward passes through the
 same parameters, which ``DistributedDataParallel``, made for one forward and one backward, would each add up.
@@ -19,7 +20,7 @@ Stages: Rajbhandari et al., *ZeRO: Memory Optimizations Toward Training Trillion
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tl_vpd.components import Components
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.importance.build import build
-from tl_vpd.importance.transformer import Block, SharedTransformer
+from tl_vpd.importance.mlps import PerSiteMLPs
+from tl_vpd.importance.transformer import SharedTransformer
 from tl_vpd.training.config import ShardingKind
 from tl_vpd.training.distributed.processes import World
 
@@ -57,7 +59,7 @@ def shard(weights: DecomposedWeights, kind: ShardingKind, world: World) -> None:
             f"{torch.__version__}: update it."
         )
     mesh = init_device_mesh(weights.device.type, (world.size,))
-    for module in _units(weights):
+    for module in (*weights.components.by_site.values(), *gamma_units(weights.gamma)):
         sharded = fully_shard(module, mesh=mesh, reshard_after_forward=kind == "full")
         sharded.set_gradient_divide_factor(1.0)  # sums, not means,
         sharded.set_force_sum_reduction_for_comms(True)  # also with gloo, which has no scaled sums
@@ -77,6 +79,7 @@ def unshard(weights: DecomposedWeights) -> None:
     if not is_sharded(weights):
         return
     after_update(weights)
+    weights.zero_grad(set_to_none=True)
     tensors = {name: whole(p) for name, p in weights.named_parameters()}
     with torch.device("meta"):
         sites = weights.sites
@@ -112,8 +115,12 @@ def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> f
     return float(whole(norm))
 
 
-def _units(weights: DecomposedWeights) -> Iterator[nn.Module]:
-    """The modules whose parameters are gathered together; inner ones first, as ``fully_shard`` wants them."""
-    yield from weights.components.by_site.values()
-    blocks = [m for m in weights.gamma.modules() if isinstance(m, Block | SharedTransformer)]
-    yield from reversed(blocks) if blocks else [weights.gamma]
+def gamma_units(gamma: nn.Module) -> list[nn.Module]:
+    """The modules of Γ whose parameters are gathered together."""
+    units: list[nn.Module] = []
+    for module in gamma.modules():
+        if isinstance(module, SharedTransformer):
+            units += [module.embed, *module.blocks, module.unembed]
+        elif isinstance(module, PerSiteMLPs):
+            units += module.mlps
+    return units or [gamma]
