@@ -37,7 +37,7 @@ def pass_of(t, routing=None, pooled=False, first=None, squash=None):
 @pytest.mark.parametrize("routed", [False, True])
 @pytest.mark.parametrize("pooled", [False, True])
 def test_importances_made_in_the_product_are_those_made_before(pooled, routed, squash, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK", 8)
+    monkeypatch.setattr(module, "BLOCK", 8)
     routing = routing_of(0.5, seed=0) if routed else None
     z = 3 * draw(BATCH, POS, AXIS.total, seed=70) - 1
     results = []

@@ -70,7 +70,7 @@ def test_outputs_and_all_gradients_are_those_of_the_definition(form, pooled, bia
     source_rows = (draw(TOKENS, seed=seed + 70) * POOL).long() if pooled else None
     one, other = leaves(pooled, bias, seed), leaves(pooled, bias, seed)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(blocked_module, "_BLOCK", block)
+        patch.setattr(blocked_module, "BLOCK", block)
         value = chain(one, of_pass(FORMS[form](one, routing, source_rows), one))
         value.backward()
     expected = chain(other, definition(other, routing, source_rows))

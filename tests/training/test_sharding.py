@@ -57,20 +57,9 @@ def runs(tmp_path_factory) -> Path:
     """Folders of runs by name: alone, and by two processes with each sharding."""
     root = tmp_path_factory.mktemp("sharding")
     np.save(root / "tokens.npy", some_tokens(shape=ROWS).numpy().astype(np.uint16))
-    finish(
-        start(
-            root / "alone",
-            "--",
-            root / "hard-alone",
-            *HARD,
-            "--",
-            root / "low-alone",
-            *LOW,
-            "--",
-            root / "acts-alone",
-            *ACTS,
-        )
-    )
+    one = [root / "alone", "--", root / "hard-alone", *HARD, "--", root / "low-alone", *LOW]
+    one += ["--", root / "acts-alone", *ACTS, "--", root / "sites-alone", SITES]
+    finish(start(*one))
     two = [root / "optimizer", "sharding=optimizer", "data=mapped", "--", root / "full", "sharding=full"]
     two += ["--", root / "resumed", "sharding=full", "until=4", "--", root / "resumed", "sharding=full", "resume"]
     two += ["--", root / "moved", "sharding=full", "until=4", "--", root / "hard-full", "sharding=full", *HARD]

@@ -28,7 +28,7 @@ from tl_vpd.forward.site_columns import Rows, SiteColumns
 from tl_vpd.importance.squash import Squash
 from tl_vpd.site import ConcatenatedAxis
 
-_BLOCK = 1 << 16
+BLOCK = 1 << 16
 """Elements of a mask made at once."""
 ALL = slice(None)
 
@@ -203,7 +203,7 @@ class _WholeMask(torch.autograd.Function):
 
 def _blocks(acts: Tensor, routed: Tensor | None) -> Iterator[tuple[slice, Rows]]:
     """Blocks of the rows of ``acts``, and the tokens that they are of."""
-    n = max(1, _BLOCK // max(1, acts.shape[1]))
+    n = max(1, BLOCK // max(1, acts.shape[1]))
     for start in range(0, len(acts), n):
         block = slice(start, start + n)
         yield block, block if routed is None else routed[block]
