@@ -61,7 +61,7 @@ TABLES: dict[str, tuple[str, str]] = {
 """Table -> (caption, note), in the order of the page."""
 
 
-def evaluation_page(report: Evaluation, path: str | os.PathLike[str], *, title: str) -> Path:
+def evaluation_page(report: Evaluation, path: str | os.PathLike[str], *, title: str = "Evaluation") -> Path:
     """Writes the page of an evaluation, which opens offline; returns the path."""
     return page(panels(report), title, path, introduction=INTRODUCTION)
 
