@@ -4,10 +4,10 @@
     python -m benchmarks.w_out --method spd --steps 10000     # about 20
     python -m benchmarks.w_out --table                        # what the file has, in Markdown
 
-One run per importance coefficient and per slope of the squashing that makes masks (``forward_slope``: with 0.01, as in SPD's
-paper, masks may be negative), all else as in the method's recipe for the toy, seed 0. With one feature on at a
-time: how many subcomponents of W_out ever are important (above 0.1), how many for each feature, and how many for one feature
-alone; how near they are to the neurons. A row stays in the file until it is deleted.
+One run per importance coefficient and, for SPD, per slope of the squashing that makes masks (``forward_slope``: with 0.01, as in
+SPD's paper, masks may be negative), everything else as in the method's recipe for the toy, seed 0. With one feature on at a time:
+how many subcomponents of W_out ever are important (above 0.1), how many for each feature, and how many for one feature alone; how
+near they are to the neurons. A row stays in the file until it is deleted.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def run(method: str, importance: float, slope: float, steps: int | None, compile
     toy, model, base = TOYS[TOY], target_of(TOY, 0, WORK), recipe(TOY, method, steps=steps)
     coefficients = base.coefficients.model_copy(update={"importance": importance})
     config = base.model_copy(update={"coefficients": coefficients})
-    if slope:  # the SPD config is the one with a slope, whichever the losses
+    if slope:  # only SPD's config has one
         config = SPDConfig(**{**config.model_dump(), "forward_slope": slope})
     # The unchanged recipe's run is the one that ``tl_vpd.toys.run`` has made.
     other = "" if config == base else f"-{importance:g}-{slope:g}"
@@ -89,7 +89,7 @@ def main() -> None:
     parser = harness.parser("w_out", __doc__)
     parser.add_argument("--method", default="vpd", choices=["vpd", "spd"])
     parser.add_argument("--importance", nargs="+", type=float, default=[1e-6, 1e-5, 1e-4, 1e-3])
-    parser.add_argument("--slopes", nargs="+", type=float, help="of SPD (default: 0 and 0.01)")
+    parser.add_argument("--slopes", nargs="+", type=float, help="with --method spd (default: 0 and 0.01)")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--table", action="store_true", help="print what the file has and measure nothing")

@@ -25,10 +25,11 @@ Column = tuple[str, str]
 
 HEAD = """# Compatibility
 
-What works with which TransformerLens, model class, architecture and flag. `make test-matrix` makes this page: it runs every cell,
-in an environment per version, on two-layer models built offline with every parameter random.
+For people who want to know whether their model and flags work: what is supported with which TransformerLens, model class,
+architecture and flag. `make test-matrix` makes this page: it runs every cell, in an environment per version, on two-layer models
+built offline with every parameter random.
 
-In a cell marked ✓,
+In a cell marked ✓:
 
 1. with every mask and Δ's at 1 the logits are the plain model's to the bit, also while every hook listens;
 2. masks constant over positions (Δ at 0.3) give the logits of a model whose weights were edited by hand: within 1e-10 where the
