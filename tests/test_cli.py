@@ -50,7 +50,7 @@ def test_train_then_eval(tmp_path: Path):
     assert set(record["controls"]) == {"random", "singular", "shuffled"}
     again = call("train", own)
     assert again.exit_code == 2
-    assert "holds a run already" in again.output
+    assert "contains a run: pass resume" in again.output
     assert call("train", own, "--resume").exit_code == 0
 
 
@@ -120,7 +120,7 @@ def test_under_torchrun_the_first_process_writes_and_speaks_alone(tmp_path: Path
         text=True,
     )
     assert again.returncode != 0
-    assert again.stderr.count("holds a run already") == 1
+    assert again.stderr.count("contains a run: pass resume") == 1
 
 
 NUMBERS = ("--layers", 2, "--d-model", 8, "--heads", 2, "--d-mlp", 12, "--vocabulary", 11)
@@ -210,7 +210,7 @@ def test_options_that_a_recipe_or_a_folder_rules_out_are_refused(tmp_path: Path)
     own = recipe(tmp_path)
     found = call("plan", own, "--itemsize", "8", "--gated", "--kv-heads", "1")
     assert found.exit_code == 2
-    assert "says which model: leave out --kv-heads, --gated, --itemsize" in found.output.replace("\n", " ")
+    assert "names the model: leave out --kv-heads, --gated, --itemsize" in found.output.replace("\n", " ")
     assert "is a folder: give the name of a file" in call("eval", "bundled", "--out", tmp_path).output
     assert "give cpu, cuda, cuda:0" in call("eval", "bundled", "--device", "gpu").output
 

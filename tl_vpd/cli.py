@@ -1,7 +1,7 @@
 """The command line: ``tl-vpd train``, ``plan``, ``eval``, ``feature-splitting`` and ``demo``.
 
 Mistakes end in one line that says what to do, and exit code 2; nothing is half done then. Under ``torchrun`` the first process
-prints for all; the others are silent, but for errors that the system raised in them alone::
+prints for all; the others are silent, except for errors that the system raises in them alone::
 
     torchrun --nproc-per-node 2 -m tl_vpd.cli train recipe.yaml
 """
@@ -73,7 +73,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 @_command
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, vpd, execution, saving.")],
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in saving.folder.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in saving.folder.")] = False,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows run at once, to save memory.")] = None,
     sharding: Annotated[str | None, typer.Option(help="Under torchrun: none, optimizer or full.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in a row.")] = None,
@@ -92,7 +92,7 @@ def train(
     if settings.train(resume=resume).finished:
         _say(f"Finished: {settings.saving.folder}/decomposition")
     else:
-        _say(f"Stopped and saved; go on with: tl-vpd train {recipe} --resume")
+        _say(f"Stopped and saved; continue with: tl-vpd train {recipe} --resume")
         raise typer.Exit(130)
 
 
@@ -144,7 +144,7 @@ def evaluate_command(
     tokens: Annotated[str, typer.Option(help="'bundled', a .npy or .safetensors file, or text files.")] = "bundled",
     key: Annotated[str | None, typer.Option(help="Tensor of a file, or part of the bundled tokens.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of tokens to use.")] = 64,
-    measures: Annotated[str, typer.Option(help="What beside mode table and counts: all, none, or names.")] = "all",
+    measures: Annotated[str, typer.Option(help="In addition to mode table and counts: all, none, or names.")] = "all",
     budgets: Annotated[str, typer.Option(help="Steps of the fresh adversaries, with commas; '' for none.")] = "20,60",
     starts: Annotated[int, typer.Option(min=1, help="Random starts of the standard adversary; the worst counts.")] = 1,
     attack_rows: Annotated[int, typer.Option(min=0, help="Rows that are attacked; 0 for all.")] = 8,

@@ -112,5 +112,5 @@ def test_an_adversary_needs_one_tensor_to_attack():
             assert len(model(x)) == 2
         with pytest.raises(TypeError, match="must be a tensor and is a tuple"), attached.masked("adversarial", steps=1):
             model(x)
-    with pytest.raises(TypeError, match="A Wrapped puts out a tuple; one tensor is needed"):
+    with pytest.raises(TypeError, match="A Wrapped returns a tuple; one tensor is needed"):
         vpd.adversarial_masks(model, x, steps=1)

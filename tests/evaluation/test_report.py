@@ -110,7 +110,7 @@ def test_a_toy_is_judged_by_squared_errors(tmp_path: Path):
     assert "mse" in found.table().columns and "ce" not in found.table().columns
     assert own["left_out"] == {
         "off_distribution": "no other data was passed",
-        "future_leakage": "the model puts out no next-token predictions",
+        "future_leakage": "the model returns no next-token predictions",
     }
     evaluation_page(found, tmp_path / "toy.html")
     assert all(isinstance(s, str) for s in found.warnings)

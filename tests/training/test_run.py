@@ -209,7 +209,7 @@ def test_a_folder_that_holds_a_run_needs_resume_and_resume_needs_a_run(target, r
     with pytest.raises(FileNotFoundError, match="no training state to resume from"):
         run(target, rows, config, tmp_path, resume=True)
     run(target, rows, config, tmp_path)
-    with pytest.raises(FileExistsError, match="holds a run already: pass resume=True"):
+    with pytest.raises(FileExistsError, match="contains a run: pass resume=True"):
         run(target, rows, config, tmp_path)
 
 
@@ -302,7 +302,7 @@ def test_a_finished_run_without_its_states_is_not_written_over(target, rows, con
     run(target, rows, config, tmp_path)
     shutil.rmtree(tmp_path / "state")
     before = (tmp_path / "decomposition" / "config.json").read_bytes()
-    with pytest.raises(FileExistsError, match="holds a run already"):
+    with pytest.raises(FileExistsError, match="contains a run"):
         run(target, rows, config.model_copy(update={"seed": 1}), tmp_path)
     assert (tmp_path / "decomposition" / "config.json").read_bytes() == before
 

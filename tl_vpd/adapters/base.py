@@ -1,4 +1,4 @@
-"""What the rest of the package may ask of a model, whatever its class.
+"""What the rest of the package needs of a model, for every class.
 
 A *site*'s input x and output y are tensors that pass somewhere in the model's forward; an adapter knows where (``tap``), in
 what shape (``layout``), and which parameter stands between them (``weight``, ``bias``).

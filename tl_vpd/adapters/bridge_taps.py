@@ -1,4 +1,4 @@
-"""Taps of a TransformerBridge where it bypasses the modules of its products, and what its modules tell."""
+"""Taps of a TransformerBridge where it bypasses the modules of its products, and what its modules are."""
 
 from __future__ import annotations
 

@@ -83,6 +83,6 @@ class MaskedCache(ActivationCache):
         masked = sorted(name for name in self.masked_sites if name.endswith(weight))
         if masked:
             raise ValueError(
-                f"{what} would be computed with the stored weight, and in the cached pass {', '.join(masked)} put out something "
-                f"else (it was masked, ablated or patched): {remedy}."
+                f"{what} would be computed with the stored weight, but in the cached pass {', '.join(masked)} had another output "
+                f"(it was masked, ablated or patched): {remedy}."
             )

@@ -1,9 +1,9 @@
 """A HookedTransformer's attention in one call, where no hook sees a difference.
 
-TransformerLens forms scores and pattern as tensors, so that they can be hooked. Where neither is hooked and the layer is no more
-than ``softmax(Q Kᵀ / scale + causal mask) V``, PyTorch's ``scaled_dot_product_attention`` gives the same z to rounding, in fewer
-operations and without a tensor of ``[batch, head, pos, pos]``. For the time of a context the layer's methods are replaced:
-scores and pattern become a single number, and z is computed from the queries and keys that were set aside.
+TransformerLens forms scores and pattern as tensors, so that they can be hooked. Where neither is hooked and the layer computes
+only ``softmax(Q Kᵀ / scale + causal mask) V``, PyTorch's ``scaled_dot_product_attention`` gives the same z to rounding, in fewer
+operations and without a tensor of ``[batch, head, pos, pos]``. Inside a context the layer's methods are replaced: scores and
+pattern become a single number, and z is computed from the queries and keys that were set aside.
 """
 
 from __future__ import annotations

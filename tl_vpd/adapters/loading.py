@@ -45,7 +45,7 @@ def load_model(
             bridge.enable_compatibility_mode()
         return bridge
     if HookedTransformer is None:
-        raise ImportError("This TransformerLens has no HookedTransformer: ask for kind='bridge', or install 3.x.")
+        raise ImportError("This TransformerLens has no HookedTransformer: use kind='bridge', or install 3.x.")
     if compatibility_mode:
         raise ValueError("compatibility_mode belongs to kind='bridge'; a HookedTransformer has fold_ln and so on.")
     return HookedTransformer.from_pretrained(name, device=str(device), **options)

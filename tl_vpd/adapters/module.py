@@ -1,6 +1,6 @@
 """Any HookedRootModule with ``nn.Linear``s in it: toys and custom models.
 
-A site bears the path of its ``nn.Linear`` (``encoder.linear1``); its HookPoints stand on it
+A site bears the path of its ``nn.Linear`` (``encoder.linear1``); its HookPoints are on it
 (``encoder.linear1.hook_component_acts``). Inputs are whatever the model takes: there are no tokens and no padding.
 """
 
@@ -78,7 +78,7 @@ class ModuleAdapter(Adapter):
         output = self.model(tokens)
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"A {type(self.model).__name__} puts out a {type(output).__name__}; one tensor is needed: wrap it in a "
+                f"A {type(self.model).__name__} returns a {type(output).__name__}; one tensor is needed: wrap it in a "
                 "HookedRootModule that returns one."
             )
         return output

@@ -35,6 +35,6 @@ def bilinear_scores(layer: int, *, qk_norm: bool, softcap: float | None, clip: f
     if why:
         raise Unsupported(
             f"Attention of block {layer} is not a sum over pairs of subcomponents: {' and '.join(why)}. Norms, OV overlap, "
-            "attention by offset and ablations work nevertheless."
+            "attention by offset and ablations still work."
         )
     return f"blocks.{layer}.attn.hook_attn_scores"

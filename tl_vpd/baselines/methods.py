@@ -48,7 +48,7 @@ class Decompose(Protocol):
             model: the target.
             data: what it is decomposed on.
             config: the method's.
-            folder: where VPD and SPD store states, and go on where an earlier run was interrupted (None: nowhere).
+            folder: where VPD and SPD store states, and from which an interrupted run continues (None: nowhere).
             progress: show a bar.
             compile: run VPD's and SPD's passes as compiled graphs.
         """

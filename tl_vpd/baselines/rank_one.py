@@ -57,7 +57,7 @@ def vpd(
     """Decomposes a model by VPD (``tl_vpd.baselines.methods`` documents the arguments).
 
     Raises:
-        KeyboardInterrupt: the run was interrupted; with a folder, the next call goes on.
+        KeyboardInterrupt: the run was interrupted; with a folder, the next call continues it.
     """
     run = decompose(
         model,

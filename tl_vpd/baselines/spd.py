@@ -1,6 +1,6 @@
 """Stochastic Parameter Decomposition (SPD; arXiv 2506.20790), the method before VPD, as a configuration of the same trainer.
 
-Stochastic masks on all sites and layerwise, one small MLP per subcomponent for Γ, no adversary, and a squashing that may go on
+Stochastic masks on all sites and layerwise, one small MLP per subcomponent for Γ, no adversary, and a squashing that may continue
 below 0 with a slope s:
 
     g = clamp(z, 0, 1) + s min(z, 0)          s = 0.01 in SPD's code: masks may then be negative; the default is 0
@@ -41,7 +41,7 @@ class SPDConfig(VPDConfig):
 
 
 class SlopedSquash(Squash):
-    """A squashing that goes on below 0 with a slope, where the gradient passes whatever its sign."""
+    """A squashing that continues below 0 with a slope, where the gradient passes whatever its sign."""
 
     def __init__(self, slope: float) -> None:
         self.slope = slope

@@ -1,4 +1,4 @@
-"""V, U and Δ: a weight matrix as a sum of rank-one subcomponents and what they leave over."""
+"""V, U and Δ: a weight matrix as a sum of rank-one subcomponents and the rest."""
 
 from tl_vpd.components.components import Components
 from tl_vpd.components.fingerprint import Fingerprint

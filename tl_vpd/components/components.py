@@ -115,5 +115,5 @@ class Components(nn.Module):
         return acts
 
     def write_norms(self, site: str) -> Float[Tensor, " C"]:
-        """``‖U[c]‖``, which turns inner activations into the ones shown to people."""
+        """``‖U[c]‖``, which turns inner activations into the ones that pictures show."""
         return self.U[site].norm(dim=-1)

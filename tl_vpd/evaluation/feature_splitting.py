@@ -1,7 +1,7 @@
 """Feature splitting: does the number of alive subcomponents stay the same when more are built?
 
-One model is decomposed with 0.5, 1, 2 and 4 times as many subcomponents per site. Where they stand for what the model has, the
-alive count stays flat; where a direction is split among all available subcomponents, it grows with C.
+One model is decomposed with 0.5, 1, 2 and 4 times as many subcomponents per site. Where they correspond to parts of the model,
+the alive count stays flat; where a direction is split among all available subcomponents, it grows with C.
 
     >>> runs = decompose_at_sizes(model, tokens, config, saving=SavingConfig(folder="runs/sizes"))            # doctest: +SKIP
     >>> feature_splitting(runs, model, validation)                                                    # doctest: +SKIP
@@ -98,12 +98,12 @@ def decompose_at_sizes(
     saving: SavingConfig | None = None,
     progress: bool = True,
 ) -> dict[int | float, Decomposition]:
-    """Decompositions with ``factor`` times the config's subcomponents at each site (at least one), all else alike.
+    """Decompositions with ``factor`` times the config's subcomponents at each site (at least one), everything else the same.
 
     Args:
         model: the target.
         tokens: as for ``decompose``.
-        config: of each run, but for C.
+        config: of each run, except C.
         factors: of the config's C at each site.
         execution: how each run is carried out.
         saving: its ``folder`` holds each run in ``C-{factor}``; finished runs are read, others resumed.
@@ -111,7 +111,7 @@ def decompose_at_sizes(
 
     Raises:
         ValueError: a folder holds a finished run with other settings.
-        InterruptedError: a run was stopped; call again to go on (with ``saving``).
+        InterruptedError: a run was stopped; call again to continue (with ``saving``).
     """
     sites = adapt(model).sites
     counts = counts_for(config, {name: sites[name] for name in select(config.sites, list(sites))})
@@ -130,6 +130,6 @@ def decompose_at_sizes(
         of_run = saving.model_copy(update={"folder": folder})
         run = decompose(model, tokens, scaled, execution=execution, saving=of_run, resume=resume, progress=progress)
         if not run.finished:
-            raise InterruptedError(f"The run with {factor:g} times C was stopped: call again to go on.")
+            raise InterruptedError(f"The run with {factor:g} times C was stopped: call again to continue.")
         decompositions[factor] = run.decomposition
     return decompositions

@@ -36,7 +36,7 @@ def future_leakage(sample: Sample, *, positions: Sequence[int], mode: str = "rou
         mode: a row of the mode table that needs importances.
 
     Raises:
-        ValueError: the model puts out no next-token predictions, rows are padded, or no such mode needs importances.
+        ValueError: the model returns no next-token predictions, rows are padded, or no such mode needs importances.
         IndexError: a position has no next token in the rows.
     """
     reason = why_not(sample)
@@ -59,7 +59,7 @@ def future_leakage(sample: Sample, *, positions: Sequence[int], mode: str = "rou
 def why_not(sample: Sample) -> str:
     """Why Γ cannot get prefixes of these rows (empty: it can)."""
     if not sample.has_logits:
-        return "the model puts out no next-token predictions"
+        return "the model returns no next-token predictions"
     if sample.rows.token_mask is not None and not bool(sample.rows.token_mask.all()):
         return "some rows are padded"
     return "the rows are shorter than three tokens" if sample.rows.tokens.shape[1] < 3 else ""

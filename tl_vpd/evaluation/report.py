@@ -1,4 +1,4 @@
-"""``Evaluation``: the report as one JSON record, its tables, and what is wrong by it.
+"""``Evaluation``: the report as one JSON record, its tables, and the faults that it shows.
 
 >>> from tl_vpd import bundled
 >>> report = bundled.evaluation()

@@ -5,7 +5,7 @@ nothing: the added subcomponents are among those that may or may not be present.
 important sets, at each position, has to serve both outputs. Adversarial training aims at this property, and a lookup table (a
 subcomponent for every input) lacks it.
 
-    M(t) = [g_a(t) > θ] ∪ [g_b(t) > θ],    Δ = 0:    KL(f(a) ‖ f_M(a)) and KL(f(b) ‖ f_M(b)) beside each one's set alone
+    M(t) = [g_a(t) > θ] ∪ [g_b(t) > θ],    Δ = 0:    KL(f(a) ‖ f_M(a)) and KL(f(b) ‖ f_M(b)) compared with each one's set alone
 
 The control adds random alive subcomponents, site by site as many as the partner would.
 

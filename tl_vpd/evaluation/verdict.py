@@ -1,9 +1,9 @@
 """What is wrong with a decomposition, by its record: one sentence for every known fault.
 
 Distances are judged on the model's scale, the distance z when everything is ablated, so that the limits fit any model. A
-limit is a convention, chosen so that faults built by hand are caught and decompositions that work are not; the figures stand
-beside it. That no fault is known does not make a decomposition right. A figure that is not defined (None) is not judged: its
-check says "Not measured".
+limit is a convention, chosen so that faults built by hand are caught and decompositions that work are not; the report
+shows the figures too. A decomposition without a known fault need not be right. A figure that is not defined (None) is not
+judged: its check says "Not measured".
 
 ================  ===============================================  =================================================
 check             figure                                           fault

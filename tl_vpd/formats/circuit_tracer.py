@@ -30,7 +30,7 @@ def to_circuit_tracer(
     scan: str = "tl_vpd",
     prompt: str | None = None,
 ) -> Path:
-    """Writes ``{slug}.json`` and lists it in the folder's ``graph-metadata.json``, beside graphs that are there already.
+    """Writes ``{slug}.json`` and lists it in the folder's ``graph-metadata.json``, next to the graphs that it already lists.
 
     Args:
         graph: the graph.

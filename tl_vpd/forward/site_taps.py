@@ -90,7 +90,7 @@ class SiteTaps:
         wrong = {name: run.times[name] for name in self.names if run.times[name] != 1}
         if wrong:
             raise RuntimeError(
-                f"In one forward pass these sites ran another number of times than once: {wrong}. The model does not "
+                f"In one forward pass these sites did not run exactly once: {wrong}. The model does not "
                 "compute them the way its adapter expects, so masks and hooks would not act."
             )
 

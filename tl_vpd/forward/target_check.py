@@ -77,12 +77,12 @@ def check_target(weights: DecomposedWeights | Components, adapter: Adapter, *, c
             f"This model's weights are not the decomposed ones: {len(differ)} of {len(weights.sites)} sites differ, {largest} "
             f"by {differ[largest]:.3g} (allowed {TOLERANCE}). {_processing(weights, adapter)}Load the model with the settings "
             "the decomposition was made with (fold_ln, center_writing_weights, enable_compatibility_mode and so on), or "
-            "accept it as it is with vpd.attach(model, check_weights=False)."
+            "accept this model with vpd.attach(model, check_weights=False)."
         )
 
 
 def accept_target(weights: DecomposedWeights, model: nn.Module) -> None:
-    """From now on ``check_target`` lets this model pass for this decomposition, whatever its weights are."""
+    """From now on ``check_target`` accepts this model for this decomposition, with any weights."""
     _accepted.setdefault(model, weakref.WeakSet()).add(weights)
 
 

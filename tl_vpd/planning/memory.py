@@ -6,7 +6,7 @@ With ``N`` tokens run at once, ``C`` subcomponents in all and ``P`` numbers in V
                                                       micro-batches)
 
 and, for as long as a pass lasts, Γ's values and the gradient of importances ``8 N C``, the pass's stochastic sources ``4 N C``,
-what a masked pass keeps for its backward (x, y₀ and the inner activations of every site, and the model's activations but for
+what a masked pass keeps for its backward (x, y₀ and the inner activations of every site, and the model's activations except
 attention patterns), Γ's activations, and a few tensors of logits. ``sharding`` divides gradients, moments and parameters among
 processes; the modules that are gathered (``training.distributed.sharding``) are whole as well, under ``optimizer`` all of them.
 

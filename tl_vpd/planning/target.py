@@ -1,4 +1,4 @@
-"""What of a target the cost of decomposing it depends on: its shapes, from a model or from numbers alone.
+"""The shapes of a target, on which the cost of decomposing it depends: from a model, or from numbers alone.
 
 >>> Target.of(TransformerShape(layers=2, d_model=8, heads=2, d_mlp=32, vocabulary=11)).parameters
 1712

@@ -132,7 +132,7 @@ def recipe_and_shape(path: Path | None, numbers: Mapping[str, Any]) -> tuple[Rec
     if path is not None:
         recipe = Recipe.read(path)
         if options:
-            raise ValueError(f"{path} says which model: leave out {_options(options)}.")
+            raise ValueError(f"{path} names the model: leave out {_options(options)}.")
         return recipe, None
     missing = [
         name for name, field in TransformerShape.model_fields.items() if field.is_required() and name not in options

@@ -1,4 +1,4 @@
-"""Sparse feature vectors without end: every feature is off, or uniform in a range with a small probability.
+"""Unlimited sparse feature vectors: every feature is off, or uniform in a range with a small probability.
 
     x_j = b_j · u_j,      b_j ~ Bernoulli(p),      u_j ~ U(low, high)
 

@@ -3,7 +3,7 @@
 A row is a beginning-of-sequence token and a block of distinct random tokens, repeated until the row is full. The block's length
 differs from row to row, so that the token to copy is only known from the earlier occurrence: a previous-token head in
 layer 0 writes to every token which token came before it, an induction head in layer 1 attends to the token after the earlier
-occurrence of the present one. Where a token occurs for the first time the next one cannot be known, and the model is trained to
+occurrence of the current one. Where a token occurs for the first time the next one cannot be known, and the model is trained to
 predict all tokens with equal probability: it attends to the beginning of the sequence. So it is known where each weight is needed
 (``mechanism``), and ``quality`` checks that on the model. Source of the mechanism: Olsson et al., *In-context Learning and
 Induction Heads* (2022).

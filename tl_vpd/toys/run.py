@@ -3,7 +3,7 @@
     python -m tl_vpd.toys.run --toy tms_5_2 --method vpd spd apd --seeds 0 1 2
     python -m tl_vpd.toys.run --toy grammar --only-target            trains (or reads) the model and measures its quality
 
-An entry is a toy, a method and a seed; entries in the file are skipped, and a run that was interrupted goes on. The target is
+An entry is a toy, a method and a seed; entries in the file are skipped, and an interrupted run continues. The target is
 trained once per toy; it and the runs are stored in the folder --work.
 """
 

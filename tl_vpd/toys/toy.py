@@ -49,7 +49,7 @@ class Toy(ABC):
 
     @abstractmethod
     def batches(self, rows: int, seed: int = 0) -> Batches:
-        """Its data, without end.
+        """Its data, unlimited.
 
         Args:
             rows: in a batch.

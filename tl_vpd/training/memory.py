@@ -1,7 +1,7 @@
 """Freed memory that stays with the process.
 
-A step frees and asks again for tensors of the same sizes. glibc's allocator gives large ones back to the system each time, and
-the system hands them out again page by page, filled with zeros. ``keep_freed_memory`` tells the allocator to keep them. It acts
+A step frees tensors and allocates others of the same sizes. glibc's allocator returns large ones to the system each time, and the
+system supplies them again page by page, filled with zeros. ``keep_freed_memory`` tells the allocator to keep them. It acts
 on the whole process, so the command line calls it and the library does not.
 """
 

@@ -43,7 +43,7 @@ class RunFiles:
         occupied = state is not None or (self.folder / "decomposition").exists() or self._metrics.exists()
         if occupied and not resume:
             raise FileExistsError(
-                f"{self.folder} holds a run already: pass resume=True to go on with it, or choose another folder."
+                f"{self.folder} contains a run: pass resume=True to continue it, or choose another folder."
             )
         return state
 

@@ -4,7 +4,8 @@ A folder ``state/`` with ``step-00001000.safetensors``: V, U, Γ, AdamW's moment
 frequencies' running mean and the step (random numbers, schedules and the place in the data follow from seed and step). Written
 to a temporary file, synced and renamed; the newest ``keep`` files stay.
 
-A state has whole tensors, whatever the sharding and the number of processes that wrote it, so that a run may go on with others.
+A state has whole tensors, whatever the sharding and the number of processes that wrote it, so that a run may continue with
+others.
 """
 
 from __future__ import annotations
@@ -159,7 +160,7 @@ def load_state(trainer: Trainer, path: Path) -> None:
         f"{k}={how[k]!r} then, {trainer.how[k]!r} now" for k in how if k in trainer.how and how[k] != trainer.how[k]
     ]
     if changed:
-        log.warning("%s: the run goes on the same to rounding, not bit for bit (%s)", path, "; ".join(changed))
+        log.warning("%s: the run continues, the same to rounding, not bit for bit (%s)", path, "; ".join(changed))
 
 
 @torch.no_grad()

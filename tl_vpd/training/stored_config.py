@@ -1,4 +1,4 @@
-"""Configs as states and records of earlier runs have them: flat, with names of their time."""
+"""Configs as states and records of earlier runs have them: flat, with older names."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOVED = {
     "warm_up_steps": ("faithfulness", "warm_up_steps"),
     "warm_up_lr": ("faithfulness", "warm_up_lr"),
 }
-"""Where the fields of a flat config, as states and records once had them, stand now."""
+"""Where the fields of a flat config, as older states and records have them, are now."""
 
 
 def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Decomposed attention to look at: pairs' patterns beside the model's, strengths by offset, norms by head, attention by offset.
+"""Pictures of decomposed attention: pairs' patterns next to the model's, strengths by offset, norms by head, attention by offset.
 
 >>> viz.pair_attention(score_terms(vpd, model, tokens, 0, pairs), words)                                  # doctest: +SKIP
->>> viz.static_strengths(static_strengths(vpd, model, 0, tokens, queries=[77]))                           # doctest: +SKIP
+>>> viz.static_strengths(static_strengths(vpd, model, tokens, 0, subcomponents=ends))                     # doctest: +SKIP
 >>> viz.head_norms(head_norms(vpd, 0)).save("norms.html")                                                 # doctest: +SKIP
 """
 

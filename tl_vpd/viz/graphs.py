@@ -1,4 +1,4 @@
-"""An attribution graph to walk through: positions across, sites upwards, rendered by plotly inlined into the page.
+"""An interactive attribution graph: positions across, sites upwards, rendered by plotly inlined into the page.
 
 The page has plotly's script (4.8 MB) and the graph as data; ``_DRAW`` draws it, filters edges by weight, and traces what
 leads to and from a node that is clicked.

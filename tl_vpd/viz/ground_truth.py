@@ -1,4 +1,4 @@
-"""A method's result on a toy beside what is true: cosines of pieces with features (in two dimensions the vectors themselves), and
+"""A method's result on a toy next to the truth: cosines of pieces with features (in two dimensions the vectors themselves), and
 where in a row each site of a known circuit is needed.
 """
 

@@ -1,4 +1,4 @@
-"""One subcomponent to look at: its norm, where it fires, at which tokens, and what follows."""
+"""A picture of one subcomponent: its norm, where it fires, at which tokens, and what follows."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     score_h(t, t') = q_h(t)ᵀ K_{t−t'} k_h(t') + b_h(t, t')          K_τ = R_τ / scale
 
 K is the rotation (any kind: partial, adjacent pairs, half-split, scaled; the identity without rotation) over the scale; b is what
-does not depend on q and k: ALiBi, relative biases, masks. Queries and keys are replaced by unit vectors where the model puts them
-out, and its scores are read; a last pass with random vectors checks that the measured K gives the scores, so that no model whose
+does not depend on q and k: ALiBi, relative biases, masks. Queries and keys are replaced by unit vectors where the model returns
+them, and its scores are read; a last pass with random vectors checks that the measured K gives the scores, so that no model whose
 scores are formed in another way gets wrong numbers.
 
 Left out: scores that are not bilinear in q and k (qk-norm, caps) or depend on positions other than through t − t'; both raise.
@@ -52,7 +52,7 @@ class ScoreKernel:
         if not 0 <= index < len(self.offsets):
             raise IndexError(
                 f"Offset {offset} was not measured: block {self.layer} was measured from {int(self.offsets[0])} to "
-                f"{int(self.offsets[-1])} (longer prompts or a larger length reach further, a layer's window no more)."
+                f"{int(self.offsets[-1])} (longer prompts or a larger length reach further, up to the layer's window)."
             )
         return self.values[index]
 

@@ -1,10 +1,10 @@
-"""What pairs add to scores on average, by how far back they look: static geometry weighed by how the two fire together.
+"""What pairs add to scores on average, by how far back they look: static geometry weighted by how the two fire together.
 
     mean(c, c', h, τ) = E_t[ a_Q,c(t) a_K,c'(t − τ) ] · U^h_Q,cᵀ K_τ U^h_K,c'
 
 over all tokens t of the prompts that have one τ positions before them. Summed over pairs, with Δ and position terms, it is the
 mean score at that offset. Softmax sees differences between keys only, so what makes a head look one token back is a term that is
-larger at offset 1 than elsewhere: ``contrast`` subtracts a term's mean over the other offsets, each weighed by how often it
+larger at offset 1 than elsewhere: ``contrast`` subtracts a term's mean over the other offsets, each weighted by how often it
 occurs. Biases take part as one more member of each side, written ``bias``, whose activation is 1.
 
     >>> strengths = mean_strengths(vpd, model, tokens, 1)                                                 # doctest: +SKIP
@@ -48,7 +48,7 @@ class MeanStrengths:
     values: Float[Tensor, "query_c key_c head offset"]
 
     def contrast(self, offset: int) -> Float[Tensor, "query_c key_c head"]:
-        """The strength at an offset minus its mean over the others, weighed by ``counts``.
+        """The strength at an offset minus its mean over the others, weighted by ``counts``.
 
         Raises:
             IndexError: the offset does not occur.

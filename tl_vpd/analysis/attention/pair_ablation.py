@@ -2,7 +2,7 @@
 
     score_h(t, t') ← score_h(t, t') − Σ_{(c,c')} m_c a_Q,c(t) · U^h_Q,cᵀ K_{t−t'} U^h_K,c' · m_c' a_K,c'(t')
 
-Ablating a subcomponent takes it out of every pair it is in; this takes out single pairs. The hooks read activations and masks of
+Ablating a subcomponent removes it from every pair it is in; this removes single pairs. The hooks read activations and masks of
 the running pass, so that they compose with masks, ablations and patches that come before them in the list.
 
     >>> hooks = pair_ablation_hooks(vpd, model, [("blocks.0.attn.W_Q:77", "blocks.0.attn.W_K:48")])       # doctest: +SKIP

@@ -75,8 +75,8 @@ class ScoreTerms:
     def to_pandas(self) -> pd.DataFrame:
         """One row per term: the mean over visible entries of its size, and the share of the scores' spread over keys it makes.
 
-        The share is the slope of the term on the scores, both centred over each query's keys (softmax sees nothing else); the
-        shares of the four terms sum to 1.
+        The share is the slope of the term on the scores, both centred over each query's keys (softmax depends on nothing else);
+        the shares of the four terms sum to 1.
         """
         visible = self.visible
         scores = _centred(self.scores, visible)
@@ -210,7 +210,7 @@ def score_terms(
 def _outputs(
     layer: AttentionLayer, site: Site, writes: Float[Tensor, "C head d_head"], clean: AttentionPass
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries or keys as what the subcomponents, Δ and the bias put out, ``[batch, pos, head, d_head]`` each."""
+    """Queries or keys as the outputs of the subcomponents, of Δ and of the bias, ``[batch, pos, head, d_head]`` each."""
     x, C = clean.inputs[site.name], layer.decomposition.counts[site.name]
     whole = layer.by_head(x @ layer.adapter.weight(site.name), site)
     subcomponents = torch.einsum("btc,chd->bthd", layer.acts(site, clean.inputs)[..., :C], writes[:C])

@@ -2,7 +2,7 @@
 
     value = ablated + m · (value in this pass − ablated),       m = 1 for the circuit, r ∈ [0, 1] for every other node
 
-r = 0 is plain ablation. A node's value is that of this very pass, downstream of the other ablations. Ablated values: 0; the mean
+r = 0 is plain ablation. A node's value is that of this pass, downstream of the other ablations. Ablated values: 0; the mean
 over the reference prompts' real tokens; or those of another reference prompt at the same position (resample).
 """
 

@@ -1,8 +1,8 @@
 """Does a circuit hold when everything it leaves out is ablated, and when an adversary chooses how?
 
-A circuit claims that its nodes do the work and that all else may be ablated. Plain ablation checks one setting of all else (every
-node at 0, at its mean, at another prompt's value); but the nodes left out may cancel each other in that setting and not in
-another. So the audit also tries random settings, and lets an adversary look for the worst:
+A circuit claims that its nodes do the work and that everything else may be ablated. Plain ablation checks one setting of the rest
+(every node at 0, at its mean, at another prompt's value); but the nodes left out may cancel each other in that setting and not
+in another. So the audit also tries random settings, and lets an adversary look for the worst:
 
     min over r ∈ [0, 1]^nodes of metric(circuit whole, every other node i at  ablated_i + r_i (value_i − ablated_i))
 
@@ -32,6 +32,7 @@ from tl_vpd.analysis.audit.config import REFERENCES, AuditConfig, Reference
 from tl_vpd.analysis.audit.node_set import NodeSet
 from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
+from tl_vpd.configs import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent, nearest
 
@@ -46,7 +47,7 @@ class CircuitAudit:
         whole: the metric of the model itself.
         rows: one row per ablation (and budget): ``ablation``, ``reference`` (the value of a node at r = 0), ``steps``;
             ``circuit`` (the metric); ``recovered = (circuit − nothing) / (whole − nothing)``; and what it is to be compared
-            with: ``nothing`` (every node ablated to the reference), ``complement`` (the circuit ablated to it, all else whole),
+            with: ``nothing`` (every node ablated to the reference), ``complement`` (the circuit ablated to it, the rest whole),
             ``random_mean`` and ``random_best`` (circuits of as many nodes of the same kinds, under the same ablation; with
             several budgets, the first).
         worst: the worst sources by number of steps, on the axis of ``node_set``.
@@ -123,7 +124,7 @@ def audit_circuit(
             or none that can be differentiated.
         RuntimeError: a hook does not run in this model.
     """
-    config = config or AuditConfig()
+    config = config_of(AuditConfig, config)
     with auditor(decomposition, model, prompts, nodes, metric, config, reference_prompts, attention_mask) as audit:
         in_circuit = audit.in_circuit
         controls = [random_circuit(audit.node_set, in_circuit, audit.generator) for _ in range(config.controls)]

@@ -25,7 +25,7 @@ from tl_vpd.site import Subcomponent
 
 @dataclass(frozen=True)
 class Auditor:
-    """Metrics of circuits under ablations of all else.
+    """Metrics of circuits under ablations of everything else.
 
     Attributes:
         circuit: the nodes that are audited.

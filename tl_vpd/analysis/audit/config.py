@@ -77,7 +77,7 @@ class AuditConfig(AttackConfig):
         for name in self.ablations:
             if name not in ABLATIONS:
                 raise ValueError(
-                    f"{name!r} is not an ablation{nearest(name, ABLATIONS)}: choose of {', '.join(ABLATIONS)}."
+                    f"{name!r} is not an ablation{nearest(name, ABLATIONS)}: choose from {', '.join(ABLATIONS)}."
                 )
         if self.draws < 1 or self.controls < 0 or not self.budgets or any(steps < 1 for steps in self.budgets):
             raise ValueError(

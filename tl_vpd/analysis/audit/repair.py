@@ -1,8 +1,8 @@
 """What must be added to a circuit until an adversary no longer breaks it: a greedy answer, not the smallest one.
 
 In each round the adversary looks for the worst setting of everything else; of the nodes left out, those that would help most
-there (to first order, then measured) are tried, and the best is added. A node that helps at the adversary's worst setting is no
-proof that the behaviour runs through it in the model: it says what the circuit's claim depends on.
+there (to first order, then measured) are tried, and the best is added. A node that helps at the adversary's worst setting does
+not prove that the behaviour runs through it in the model: it says what the circuit's claim depends on.
 
     >>> repair_circuit(None, model, tokens, nodes, metric).to_pandas()                # doctest: +SKIP
 """
@@ -23,6 +23,7 @@ from tl_vpd.analysis.audit.auditor import Auditor, auditor, factors
 from tl_vpd.analysis.audit.config import RepairConfig
 from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
+from tl_vpd.configs import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent
 
@@ -88,7 +89,7 @@ def repair_circuit(
         ValueError: as in ``audit_circuit``.
         RuntimeError: as in ``audit_circuit``.
     """
-    config = config or RepairConfig()
+    config = config_of(RepairConfig, config)
     with auditor(decomposition, model, prompts, nodes, metric, config, reference_prompts, attention_mask) as audit:
         in_circuit, circuit, added = audit.in_circuit, list(audit.circuit), ""
         nothing = audit.plain(torch.zeros_like(in_circuit), config.reference)

@@ -36,7 +36,7 @@ class GraphConfig:
     def __post_init__(self) -> None:
         unknown = sorted(set(self.fixed) - set(get_args(Fixed)))
         if unknown:
-            raise ValueError(f"fixed={unknown}: choose of 'norms', 'deltas' and 'patterns'.")
+            raise ValueError(f"fixed={unknown}: choose from 'norms', 'deltas' and 'patterns'.")
         if self.tokens_at_once < 1:
             raise ValueError(f"tokens_at_once={self.tokens_at_once}: give at least 1.")
         if self.threshold and not self.importances:

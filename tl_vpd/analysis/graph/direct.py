@@ -5,7 +5,7 @@ know only
 
     ∂y/∂a_c = U[c],      ∂y/∂x = Δ          (with Δs' outputs fixed: 0)
 
-so that a gradient that reaches y is passed to the subcomponents that wrote it, and goes on through Δ alone. Residual skips,
+so that a gradient that reaches y is passed to the subcomponents that wrote it, and continues through Δ alone. Residual skips,
 norms, nonlinearities and attention are the model's.
 """
 
@@ -145,7 +145,7 @@ class DirectModel(MaskedModel):
                 for handle in self.adapter.linearised(**options, see=self._note_norm):
                     self._stack.callback(handle.remove)
         except BaseException:
-            self._stack.close()
+            self.__exit__()
             raise
         return self
 
@@ -160,7 +160,7 @@ class DirectModel(MaskedModel):
 
         Args:
             tokens: one prompt per row.
-            until: the sites whose inputs are all that is needed (None: the pass goes on to the logits).
+            until: the sites whose inputs are all that is needed (None: the pass runs to the logits).
             token_mask: False at padding (None: no padding).
         """
         direct = DirectPass()

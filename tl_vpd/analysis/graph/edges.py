@@ -1,4 +1,4 @@
-"""The edges of a prompt's graph: gradients of groups of targets, weighed by what the sources put out."""
+"""The edges of a prompt's graph: gradients of groups of targets, weighted by the sources' activations and importances."""
 
 from __future__ import annotations
 

@@ -185,7 +185,7 @@ class AttributionGraph:
         return [replace(path, nodes=tuple(self.labels[i] for i in path.numbers)) for path in paths]
 
     def sums(self) -> pd.DataFrame:
-        """Where norms and Δs were fixed: every node's value beside what its edges, Δs and biases add up to.
+        """Where norms and Δs were fixed: every node's value next to what its edges, Δs and biases add up to.
 
         ``rest`` is what no term is linear in: 0 for logits and Q, K, V, gate and in (and O with patterns fixed).
 

@@ -9,7 +9,7 @@ tensor or array ``[n, pos]``    each epoch is a new permutation of the rows, fro
 any other iterable of rows      as they come; resuming reads past the rows of earlier steps. It must start again each time it
                                 is iterated (a list, a dataset, an object with ``__iter__``; not a generator)
 dataset of Hugging Face         of ``tokens`` as above; of text, tokenised by TransformerLens's ``tokenize_and_concatenate``
-an object with ``at(step)``     whatever it makes for a step (``Batches``): data without end, such as those of ``tl_vpd.toys``
+an object with ``at(step)``     whatever it makes for a step (``Batches``): unlimited data, such as that of ``tl_vpd.toys``
 ==============================  =======================================================================================
 
 Custom models may take vectors: a floating-point tensor or array ``[n, pos, d]`` or ``[n, d]`` is used unchanged.

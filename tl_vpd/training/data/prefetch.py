@@ -19,7 +19,7 @@ from torch import Tensor
 DEPTH = 4
 """Batches that are made before they are needed."""
 BatchesFrom = Callable[[int], Iterator[Tensor]]
-"""The batches from a step on, without end."""
+"""The batches from a step on; the iterator never ends."""
 
 
 class Prefetcher:
