@@ -72,10 +72,10 @@ def test_train_then_eval(tmp_path: Path):
     ],
 )
 def test_mistakes_in_a_recipe_end_in_one_sentence(tmp_path: Path, parts: dict[str, str], message: str):
-    found = call("train", recipe(tmp_path, **parts))
-    assert found.exit_code == 2
-    assert message in found.output
-    assert "Traceback" not in found.output
+    result = call("train", recipe(tmp_path, **parts))
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
     assert not (tmp_path / "run").exists()
 
 
@@ -127,26 +127,26 @@ NUMBERS = ("--layers", 2, "--d-model", 8, "--heads", 2, "--d-mlp", 12, "--vocabu
 
 
 def test_plan_prints_the_footprint_of_numbers():
-    found = call("plan", *NUMBERS, "--C", 5, "--d-ci", 8, "--batch-size", 4, "--context", 6, "--tflops", 0.001)
-    assert found.exit_code == 0, found.output
+    result = call("plan", *NUMBERS, "--C", 5, "--d-ci", 8, "--batch-size", 4, "--context", 6, "--tflops", 0.001)
+    assert result.exit_code == 0, result.output
     target = Target.of(TransformerShape(layers=2, d_model=8, heads=2, d_mlp=12, vocabulary=11))
     expected = footprint(target, VPDConfig(C=5, gamma={"d_ci": 8}, batch_size=4), context=6)
-    rows = [line.split() for line in found.output.splitlines()]
+    rows = [line.split() for line in result.output.splitlines()]
     assert ["step", str(round(expected.step_flops / 1e9, 3))] in rows
-    assert f"components: {expected.counts['components']:,}, gamma: {expected.counts['gamma']:,}" in found.output
-    assert f"{expected.step_flops / 1e9:.3g} s per step" in found.output
+    assert f"components: {expected.counts['components']:,}, gamma: {expected.counts['gamma']:,}" in result.output
+    assert f"{expected.step_flops / 1e9:.3g} s per step" in result.output
     half = call("plan", *NUMBERS, "--context", 6, "--batch-size", 4, "--processes", 2, "--sharding", "full")
     assert half.exit_code == 0, half.output
 
 
 def test_plan_takes_a_recipe_and_loads_its_model(tmp_path: Path):
     own = recipe(tmp_path, execution="{micro_batch: 1}")
-    found = call("plan", own)
-    assert found.exit_code == 0, found.output
+    result = call("plan", own)
+    assert result.exit_code == 0, result.output
     model = bundled.model()
     config = Recipe.read(own).vpd
     expected = footprint(Target.of(model), config, context=16, execution=ExecutionConfig(micro_batch=1))
-    assert f"gamma: {expected.counts['gamma']:,}" in found.output
+    assert f"gamma: {expected.counts['gamma']:,}" in result.output
     assert not (tmp_path / "run").exists()
 
 
@@ -165,22 +165,22 @@ def test_plan_takes_a_recipe_and_loads_its_model(tmp_path: Path):
     ],
 )
 def test_plan_says_what_is_missing(arguments: tuple[object, ...], message: str):
-    found = call("plan", *arguments)  # type: ignore[arg-type]
-    assert found.exit_code == 2
-    assert message in found.output
+    result = call("plan", *arguments)  # type: ignore[arg-type]
+    assert result.exit_code == 2
+    assert message in result.output
 
 
 def test_feature_splitting_trains_each_size_and_writes_the_table(tmp_path: Path):
-    found = call(
+    result = call(
         "feature-splitting", recipe(tmp_path), "--factors", "0.5,2", "--rows", 1, "--out", tmp_path / "sizes.csv"
     )
-    assert found.exit_code == 0, found.output
+    assert result.exit_code == 0, result.output
     table = pd.read_csv(tmp_path / "sizes.csv", index_col=0)
     assert table["built"].tolist() == [12 * 2, 12 * 8]
     for factor, C in (("0.5", 2), ("2", 8)):
         trained = Decomposition.load(tmp_path / "run" / f"C-{factor}" / "decomposition")
         assert set(trained.counts.values()) == {C}
-    assert "alive_growth" in found.output and "built" in found.output
+    assert "alive_growth" in result.output and "built" in result.output
     wrong = call("feature-splitting", tmp_path / "recipe.yaml", "--factors", "half")
     assert wrong.exit_code == 2 and "--factors 'half': give numbers with commas" in wrong.output
     missing = call("feature-splitting", tmp_path / "recipe.yaml", "--out", tmp_path / "nowhere" / "sizes.csv")
@@ -193,30 +193,30 @@ def test_missing_and_broken_files(tmp_path: Path):
     assert "holds a list" in call("train", tmp_path / "list.yaml").output
     (tmp_path / "broken.yaml").write_text("a: [")
     assert "is not YAML" in call("train", tmp_path / "broken.yaml").output
-    found = call("eval", tmp_path)
-    assert found.exit_code == 2
-    assert "is not a decomposition" in found.output
+    result = call("eval", tmp_path)
+    assert result.exit_code == 2
+    assert "is not a decomposition" in result.output
     assert "whole numbers" in call("eval", "bundled", "--budgets", "few").output
 
 
 def test_demo_refuses_a_folder_it_cannot_write_before_it_starts(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    found = call("demo", "--out", tmp_path / "file" / "demo")
-    assert found.exit_code == 2
-    assert "The bundled model" not in found.output
+    result = call("demo", "--out", tmp_path / "file" / "demo")
+    assert result.exit_code == 2
+    assert "The bundled model" not in result.output
 
 
 def test_options_that_a_recipe_or_a_folder_rules_out_are_refused(tmp_path: Path):
     own = recipe(tmp_path)
-    found = call("plan", own, "--itemsize", "8", "--gated", "--kv-heads", "1")
-    assert found.exit_code == 2
-    assert "names the model: leave out --kv-heads, --gated, --itemsize" in found.output.replace("\n", " ")
+    result = call("plan", own, "--itemsize", "8", "--gated", "--kv-heads", "1")
+    assert result.exit_code == 2
+    assert "names the model: leave out --kv-heads, --gated, --itemsize" in result.output.replace("\n", " ")
     assert "is a folder: give the name of a file" in call("eval", "bundled", "--out", tmp_path).output
     assert "give cpu, cuda, cuda:0" in call("eval", "bundled", "--device", "gpu").output
 
 
 def test_a_folder_whose_name_looks_like_markup_is_printed_as_it_is(tmp_path: Path):
     folder = tmp_path / "a[" / "b]"
-    found = call("train", recipe(tmp_path, saving=f"{{folder: '{folder}'}}"))
-    assert found.exit_code == 0, found.output
-    assert f"Finished: {folder / 'decomposition'}" in found.output
+    result = call("train", recipe(tmp_path, saving=f"{{folder: '{folder}'}}"))
+    assert result.exit_code == 0, result.output
+    assert f"Finished: {folder / 'decomposition'}" in result.output

@@ -25,8 +25,8 @@ def test_tokens_from_files(tmp_path: Path):
     np.save(tmp_path / "rows.npy", rows)
     save_file({"training": rows.astype(np.uint16)}, tmp_path / "rows.safetensors")
     for name in ("rows.npy", "rows.safetensors"):
-        found = DataRecipe(tokens=str(tmp_path / name), context=6).first(model, 3)
-        assert torch.equal(found, torch.from_numpy(rows[:3, :6].astype(np.int64)))
+        result = DataRecipe(tokens=str(tmp_path / name), context=6).first(model, 3)
+        assert torch.equal(result, torch.from_numpy(rows[:3, :6].astype(np.int64)))
     with pytest.raises(ValueError, match="has no tensor 'other'"):
         DataRecipe(tokens=str(tmp_path / "rows.safetensors"), key="other").load(model)
     np.save(tmp_path / "floats.npy", np.zeros((2, 3)))
@@ -59,10 +59,10 @@ def test_a_file_larger_than_memory_is_not_read(tmp_path: Path):
     rows[2**29, :3] = (1, 2, 3)
     del rows
     assert path.stat().st_size > 2**41
-    found = DataRecipe(tokens=str(path), context=6).load(tiny_model())
-    assert isinstance(found, np.memmap)
-    assert found.shape == (2**30, 6)
-    assert found[2**29].tolist() == [1, 2, 3, 0, 0, 0]
+    result = DataRecipe(tokens=str(path), context=6).load(tiny_model())
+    assert isinstance(result, np.memmap)
+    assert result.shape == (2**30, 6)
+    assert result[2**29].tolist() == [1, 2, 3, 0, 0, 0]
 
 
 def test_sections_can_be_changed_value_by_value_and_what_is_not_allowed_is_named():

@@ -39,7 +39,7 @@ def test_outputs_and_gradients_are_those_of_scores_and_pattern(settings, calls):
         assert_close(model(tokens), plain, rtol=1e-10, atol=1e-12)
     assert len(calls) == 2 and not any(name in block.attn.__dict__ for block in model.blocks for name in METHODS)
     assert torch.equal(model(tokens), plain)
-    vpd, found = decomposition_of(model).double(), []
+    vpd, results = decomposition_of(model).double(), []
     width, g = vpd.site_axis.total, draw(2, 7, vpd.site_axis.total, seed=1)
     sources = draw(14, width + len(vpd.site_axis.names), seed=2)
     for fused in (False, True):
@@ -47,8 +47,8 @@ def test_outputs_and_gradients_are_those_of_scores_and_pattern(settings, calls):
         with MaskedModel(vpd, model, fused_attention=fused) as masked_model:
             run = BlockedMasks(g, sources, vpd.site_axis, grad_g=of_g)
             (output := masked_model.masked(tokens, run)).square().sum().backward()
-        found.append((output.detach(), of_g))
-    assert_close(found[0], found[1], rtol=1e-8, atol=1e-10)
+        results.append((output.detach(), of_g))
+    assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["hook_pattern", "hook_attn_scores"])

@@ -152,8 +152,8 @@ def test_the_adversary_attacks_the_squared_error(case, x):
         assert attacked > max(chance) and attacked > error("adversarial", seed=0, steps=0)
         with attached.masked("adversarial", seed=3, steps=4):
             expected = model(x)
-        found = vpd.adversarial_masks(model, x, seed=3, steps=4)
-        with attached.masked(found):
+        result = vpd.adversarial_masks(model, x, seed=3, steps=4)
+        with attached.masked(result):
             assert_close(model(x), expected, rtol=1e-9, atol=1e-10)
         with attached.keep_only([f"{FC}:0"], rest="adversarial", seed=3, steps=4):
             expected = model(x)

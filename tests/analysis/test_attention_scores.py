@@ -181,13 +181,13 @@ def test_qk_norm_is_refused_on_a_bridge():
 @needs_bridge
 def test_the_bundled_model_on_both_classes():
     vpd, tokens = bundled.decomposition(), bundled.tokens("validation")[:2, :40]
-    found = [
+    results = [
         score_terms(vpd, bundled.model(kind=kind), tokens, 1, [(f"{Q}:36", f"{K}:29")])
         for kind in ("hooked_transformer", "bridge")
     ]
-    for terms in found:
+    for terms in results:
         assert_close(total(terms)[terms.visible], terms.scores[terms.visible], rtol=0, atol=1e-5)
-    assert_close(found[0].strengths, found[1].strengths, rtol=1e-4, atol=1e-4)
+    assert_close(results[0].strengths, results[1].strengths, rtol=1e-4, atol=1e-4)
 
 
 def test_hooks_leave_the_pairs_out_and_the_rest_alone(model, vpd, tokens):
@@ -272,11 +272,11 @@ def test_nothing_is_left_on_the_model(model, vpd, tokens):
 @given(st.integers(1, 6), st.integers(1, 6), st.integers(-5, 5), st.integers(1, 6))
 def test_toeplitz_puts_each_offset_on_its_diagonal(n_query, n_key, low, n):
     values = torch.arange(1.0, n + 1)
-    found = toeplitz(values, torch.arange(low, low + n), n_query, n_key)
+    result = toeplitz(values, torch.arange(low, low + n), n_query, n_key)
     for t in range(n_query):
         for s in range(n_key):
             place = t - s - low
-            assert found[t, s] == (values[place] if 0 <= place < n else 0)
+            assert result[t, s] == (values[place] if 0 <= place < n else 0)
 
 
 def test_refused_pairs_leave_the_model_as_it_was():
@@ -293,12 +293,12 @@ def test_refused_pairs_leave_the_model_as_it_was():
 
 def test_padding_on_either_side_gives_the_same_terms():
     model, vpd = bundled.model(), bundled.decomposition()
-    prompts, found = ["import os", "def forward(self, x):\n    return x"], {}
+    prompts, results = ["import os", "def forward(self, x):\n    return x"], {}
     for side in ("left", "right"):
         model.tokenizer.padding_side = side
         terms = score_terms(vpd, model, prompts, 1)
-        found[side] = terms.to_pandas()[["mean_size", "share"]].to_numpy()
+        results[side] = terms.to_pandas()[["mean_size", "share"]].to_numpy()
         token_mask = adapt(model).padding(terms.tokens, None)
         assert token_mask is not None
         assert not terms.visible[(~token_mask)[:, None, :, None].expand_as(terms.visible)].any()
-    assert found["left"] == pytest.approx(found["right"], rel=1e-4, abs=1e-6)
+    assert results["left"] == pytest.approx(results["right"], rel=1e-4, abs=1e-6)

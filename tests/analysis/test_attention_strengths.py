@@ -31,7 +31,7 @@ Q, K, V, OUT = (f"blocks.1.attn.W_{x}" for x in "QKVO")
 
 
 def test_static_strengths_are_the_formula(model, vpd, tokens):
-    found = static_strengths(vpd, model, tokens, 1)
+    result = static_strengths(vpd, model, tokens, 1)
     acts, ci = vpd.component_acts(model, tokens), vpd.causal_importances(model, tokens)
     attn = model.blocks[1].attn
     eye = torch.eye(4, dtype=torch.float64)[:, None, None].expand(-1, 7, 1, -1)
@@ -44,9 +44,9 @@ def test_static_strengths_are_the_formula(model, vpd, tokens):
         u = sigma[Q][c] * vpd.U[Q][c].view(2, 4)[head]
         w = sigma[K][d] * vpd.U[K][d].view(2, 4)[head]
         expected = (R[6] @ u) @ (R[6 - offset] @ w)
-        assert_close(found.values[c, d, head, offset], expected.detach(), rtol=0, atol=1e-6)
-    assert found.values.shape == (6, 6, 2, 7)
-    own = found.standardised.movedim(2, 0).flatten(1)
+        assert_close(result.values[c, d, head, offset], expected.detach(), rtol=0, atol=1e-6)
+    assert result.values.shape == (6, 6, 2, 7)
+    own = result.standardised.movedim(2, 0).flatten(1)
     assert_close(own.mean(1), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
     assert_close(own.std(1, correction=0), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
@@ -78,40 +78,40 @@ def test_mean_strengths_are_the_mean_of_the_summands(flags):
     vpd = decomposition_of(model).double()
     mask = torch.ones_like(tokens)
     mask[1, :2] = 0
-    found = mean_strengths(vpd, model, tokens, 1, attention_mask=mask)
+    result = mean_strengths(vpd, model, tokens, 1, attention_mask=mask)
     pairs = [(f"{Q}:1", f"{K}:5"), (f"{Q}:2", "bias"), ("bias", "bias")]
     terms = score_terms(vpd, model, tokens, 1, pairs, attention_mask=mask)
     at = [(1, 5), (2, 6), (6, 6)]
-    assert found.queries[6] == "bias" and found.keys[5] == f"{K}:5"
+    assert result.queries[6] == "bias" and result.keys[5] == f"{K}:5"
     for (i, j), own in zip(at, terms.strengths, strict=True):
         for offset in (0, 1, 3):
             summands = [own[b, :, t, t - offset] for b in range(3) for t in range(offset, 7) if mask[b, t - offset]]
-            assert found.counts[offset] == len(summands)
-            assert_close(found.values[i, j, :, offset], torch.stack(summands).mean(0), rtol=0, atol=1e-9)
-    weights = found.counts.clone()
+            assert result.counts[offset] == len(summands)
+            assert_close(result.values[i, j, :, offset], torch.stack(summands).mean(0), rtol=0, atol=1e-9)
+    weights = result.counts.clone()
     weights[1] = 0
-    others = (found.values[1, 5] * weights).sum(-1) / weights.sum()
-    assert_close(found.contrast(1)[1, 5], found.values[1, 5, :, 1] - others, rtol=0, atol=1e-12)
-    best = found.top(1, offset=1).iloc[0]
-    assert best["contrast"] == pytest.approx(float(found.contrast(1).sum(-1).max()))
-    assert found.heads(best["query"], best["key"], offset=1)["share"].sum() == pytest.approx(1)
-    assert len(found.to_pandas(offset=2)) == found.values[..., 0].numel()
+    others = (result.values[1, 5] * weights).sum(-1) / weights.sum()
+    assert_close(result.contrast(1)[1, 5], result.values[1, 5, :, 1] - others, rtol=0, atol=1e-12)
+    best = result.top(1, offset=1).iloc[0]
+    assert best["contrast"] == pytest.approx(float(result.contrast(1).sum(-1).max()))
+    assert result.heads(best["query"], best["key"], offset=1)["share"].sum() == pytest.approx(1)
+    assert len(result.to_pandas(offset=2)) == result.values[..., 0].numel()
     with pytest.raises(IndexError, match="does not occur"):
-        found.contrast(9)
+        result.contrast(9)
     with pytest.raises(KeyError, match="is not among"):
-        found.heads(f"{Q}:77", "bias", offset=1)
+        result.heads(f"{Q}:77", "bias", offset=1)
 
 
 def test_norms_by_head(model, vpd):
-    found = head_norms(vpd, 1)
+    result = head_norms(vpd, 1)
     for site in (Q, K, V):
         expected = vpd.U[site][3].view(2, 4).norm(dim=1) * vpd.V[site][:, 3].norm()
-        assert_close(found[site][3], expected.detach())
-    assert_close(found[OUT][2], (vpd.V[OUT][:, 2].view(2, 4).norm(dim=1) * vpd.U[OUT][2].norm()).detach())
-    table = found.to_pandas()
-    assert len(table) == 24 and found.top(3, head=1)["head_1"].is_monotonic_decreasing
+        assert_close(result[site][3], expected.detach())
+    assert_close(result[OUT][2], (vpd.V[OUT][:, 2].view(2, 4).norm(dim=1) * vpd.U[OUT][2].norm()).detach())
+    table = result.to_pandas()
+    assert len(table) == 24 and result.top(3, head=1)["head_1"].is_monotonic_decreasing
     with pytest.raises(KeyError, match="is not among these"):
-        found["blocks.0.attn.W_Q"]
+        result["blocks.0.attn.W_Q"]
     with pytest.raises(KeyError, match="Nothing of block 7"):
         head_norms(vpd, 7)
 
@@ -126,7 +126,7 @@ def test_spread_is_between_one_head_and_all(norms):
 
 
 def test_ov_overlap_is_that_of_the_papers_column_convention(model, vpd, tokens):
-    found = ov_overlap(vpd, model, tokens, 1, config=OVConfig(draws=4))
+    result = ov_overlap(vpd, model, tokens, 1, config=OVConfig(draws=4))
     seen = {}
     model.blocks[1].attn.register_forward_pre_hook(lambda m, a, k: seen.update(x=k["value_input"]), with_kwargs=True)
     with torch.no_grad():
@@ -138,12 +138,12 @@ def test_ov_overlap_is_that_of_the_papers_column_convention(model, vpd, tokens):
     def cosine(a, b):
         return float((a * b).sum() / a.norm() / b.norm())
 
-    assert found.read[0, 1] == pytest.approx(cosine(M[0].T @ M[0], M[1].T @ M[1]), abs=1e-9)
-    assert found.write[0, 1] == pytest.approx(cosine(M[0] @ M[0].T, M[1] @ M[1].T), abs=1e-9)
+    assert result.read[0, 1] == pytest.approx(cosine(M[0].T @ M[0], M[1].T @ M[1]), abs=1e-9)
+    assert result.write[0, 1] == pytest.approx(cosine(M[0] @ M[0].T, M[1] @ M[1].T), abs=1e-9)
     W = [(model.W_V[1, h] @ model.W_O[1, h]).detach() for h in (0, 1)]
-    assert found.raw[0, 1] == pytest.approx(cosine(*W), abs=1e-9)
-    assert_close(found.read.diagonal(), torch.ones(2, dtype=torch.float64))
-    assert found.tokens == 14 and len(found.to_pandas()) == len(found.top(5)) == 1
+    assert result.raw[0, 1] == pytest.approx(cosine(*W), abs=1e-9)
+    assert_close(result.read.diagonal(), torch.ones(2, dtype=torch.float64))
+    assert result.tokens == 14 and len(result.to_pandas()) == len(result.top(5)) == 1
 
 
 def test_ov_overlap_where_a_key_is_important(model, vpd, tokens):
@@ -167,54 +167,54 @@ def test_random_overlaps_without_weights_are_the_closed_form():
 
 
 def test_values_given_keys_are_counts(model, vpd, tokens):
-    found = value_given_key(vpd, model, tokens, 1, threshold=0.2)
+    result = value_given_key(vpd, model, tokens, 1, threshold=0.2)
     ci = vpd.causal_importances(model, tokens)
     for k in range(6):
         for v in range(6):
             both = int(((ci[K][..., k] > 0.2) & (ci[V][..., v] > 0.2)).sum())
             keys = int((ci[K][..., k] > 0.2).sum())
-            assert found.both[k, v] == both
-            assert not keys or found.value_given_key[k, v] == pytest.approx(both / keys)
-    table = found.to_pandas()
+            assert result.both[k, v] == both
+            assert not keys or result.value_given_key[k, v] == pytest.approx(both / keys)
+    table = result.to_pandas()
     row = table.iloc[0]
     share = float((ci[V][..., int(row["value"].rpartition(":")[2])] > 0.2).float().mean())
     assert row["lift"] == pytest.approx(row["value_given_key"] / share, rel=1e-5)
-    assert len(found.top(3, min_both=1)) == 3
+    assert len(result.top(3, min_both=1)) == 3
 
 
 def test_alignment_with_heads(model, vpd):
-    found = head_alignment(vpd, model, 1)
+    result = head_alignment(vpd, model, 1)
     W = [(model.W_V[1, h] @ model.W_O[1, h]).detach() for h in (0, 1)]
     for h in (0, 1):
         reads = (vpd.V[V][:, 4] @ W[h]).norm() * vpd.U[V][4].norm()
         writes = (W[h] @ vpd.U[OUT][3]).norm() * vpd.V[OUT][:, 3].norm()
-        assert_close(found[V][4, h], reads.detach())
-        assert_close(found[OUT][3, h], writes.detach())
+        assert_close(result[V][4, h], reads.detach())
+        assert_close(result[OUT][3, h], writes.detach())
 
 
 def test_alignment_of_grouped_heads():
     model = tiny_model(n_heads=4, n_key_value_heads=2, d_head=4)
     vpd = decomposition_of(model).double()
     W_V, W_O = matrix_of(model, V).view(8, 2, 4), matrix_of(model, OUT).view(4, 4, 8)
-    found = head_alignment(vpd, model, 1)
+    result = head_alignment(vpd, model, 1)
     expected = (vpd.V[V][:, 1] @ W_V[:, 1] @ W_O[3]).norm() * vpd.U[V][1].norm()
-    assert_close(found[V][1, 3], expected.detach())
+    assert_close(result[V][1, 3], expected.detach())
 
 
 def test_attention_by_offset_before_and_after(model, vpd, tokens):
     mask = torch.ones_like(tokens)
     mask[0, :2] = 0
     pair = (f"{Q}:2", f"{K}:1")
-    found = attention_by_offset(vpd, model, tokens, 1, ablate=[f"{Q}:2"], attention_mask=mask)
+    result = attention_by_offset(vpd, model, tokens, 1, ablate=[f"{Q}:2"], attention_mask=mask)
     with torch.no_grad():
         _, clean = model.run_with_cache(tokens, attention_mask=mask)
         with vpd.attach(model) as attached, attached.ablated([f"{Q}:2"]):
             _, cache = model.run_with_cache(tokens, attention_mask=mask)
     for offset in (0, 2):
-        for pattern, shown in ((clean["pattern", 1], found.before), (cache["pattern", 1], found.after)):
+        for pattern, shown in ((clean["pattern", 1], result.before), (cache["pattern", 1], result.after)):
             paid = [pattern[b, :, t, t - offset] for b in range(2) for t in range(offset, 7) if mask[b, t - offset]]
             assert_close(shown[:, offset], torch.stack(paid).mean(0), rtol=0, atol=1e-9)
-    assert found.ablated == (f"{Q}:2",) and len(found.to_pandas()) == 14 and len(found.top(3)) == 3
+    assert result.ablated == (f"{Q}:2",) and len(result.to_pandas()) == 14 and len(result.top(3)) == 3
     alone = attention_by_offset(vpd, model, tokens, 1, ablate=[pair])
     terms = score_terms(vpd, model, tokens, 1, [pair])
     assert_close(alone.after, mean_by_offset(terms.without().softmax(-1), 16), rtol=0, atol=1e-6)

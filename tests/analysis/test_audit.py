@@ -50,7 +50,7 @@ def clean_cache(model, tokens):
 
 def test_plain_ablations_are_those_by_hand(model, tokens):
     circuit = [f"{Z0}:1", f"{Z1}:0", M1]
-    found = audit_circuit(
+    result = audit_circuit(
         None, model, tokens, circuit, metric, config=AuditConfig(ablations=["zero", "mean", "resample"], **QUICK)
     )
     cache = clean_cache(model, tokens)
@@ -58,16 +58,16 @@ def test_plain_ablations_are_those_by_hand(model, tokens):
     other = {name: own.flip(0) for name, own in cache.items()}  # of two prompts the other
     everything = [f"{z}:{h}" for z in (Z0, Z1) for h in (0, 1)] + [M0, M1]
     rest = [name for name in everything if name not in circuit]
-    for row, value in zip(found.rows.itertuples(), (0.0, means, other), strict=True):
+    for row, value in zip(result.rows.itertuples(), (0.0, means, other), strict=True):
         assert row.circuit == pytest.approx(by_hand(model, tokens, circuit, value), abs=1e-9)
         assert row.nothing == pytest.approx(by_hand(model, tokens, [], value), abs=1e-9)
         assert row.complement == pytest.approx(by_hand(model, tokens, rest, value), abs=1e-9)
-        assert row.recovered == pytest.approx((row.circuit - row.nothing) / (found.whole - row.nothing))
-    assert found.whole == pytest.approx(float(metric(model(tokens)).detach()), abs=1e-12)
+        assert row.recovered == pytest.approx((row.circuit - row.nothing) / (result.whole - row.nothing))
+    assert result.whole == pytest.approx(float(metric(model(tokens)).detach()), abs=1e-12)
     whole = audit_circuit(None, model, tokens, everything, metric, config=AuditConfig(**QUICK))
     assert whole.rows["circuit"].tolist() == pytest.approx([whole.whole] * 5, abs=1e-12)
-    assert found.to_pandas().iloc[0]["ablation"] == "none" and len(found.to_pandas()) == 4
-    assert found.value("mean") == found.rows["circuit"][1]
+    assert result.to_pandas().iloc[0]["ablation"] == "none" and len(result.to_pandas()) == 4
+    assert result.value("mean") == result.rows["circuit"][1]
 
 
 def test_the_adversary_is_at_least_as_bad_as_every_corner_when_the_metric_is_linear():
@@ -76,15 +76,15 @@ def test_the_adversary_is_at_least_as_bad_as_every_corner_when_the_metric_is_lin
         tiny_model(n_layers=1, n_heads=4, d_head=2, attn_only=True, normalization_type=None, rotary_dim=2),
         some_tokens(),
     )
-    found = audit_circuit(
+    result = audit_circuit(
         None, model, tokens, [f"{Z0}:0"], metric, config=AuditConfig(ablations=["stochastic", "adversarial"], **QUICK)
     )
     corners = [
         by_hand_one_layer(model, tokens, ["0", *(h for h, bit in zip("123", f"{i:03b}", strict=True) if bit == "1")])
         for i in range(8)
     ]
-    assert found.value("adversarial") == pytest.approx(min(corners), abs=1e-9)
-    assert min(corners) < found.value("stochastic") < max(corners)
+    assert result.value("adversarial") == pytest.approx(min(corners), abs=1e-9)
+    assert min(corners) < result.value("stochastic") < max(corners)
     lower = audit_circuit(
         None,
         model,
@@ -145,7 +145,7 @@ def test_what_the_worst_sources_give_is_what_is_reported(model, tokens):
 
 def test_nodes_at_positions_keep_those_positions_alone(model, tokens):
     circuit = [f"{Z0}:1@2", f"{Z1}:0", f"{M0}@6"]
-    found = audit_circuit(None, model, tokens, circuit, metric, config=AuditConfig(ablations=["zero"], **QUICK))
+    result = audit_circuit(None, model, tokens, circuit, metric, config=AuditConfig(ablations=["zero"], **QUICK))
 
     def heads(z, hook):
         out = torch.zeros_like(z)
@@ -163,11 +163,11 @@ def test_nodes_at_positions_keep_those_positions_alone(model, tokens):
 
     with torch.no_grad():
         logits = model.run_with_hooks(tokens, fwd_hooks=[(Z0, heads), (Z1, heads), (M0, mlp), (M1, mlp)])
-    assert found.value("zero") == pytest.approx(float(metric(logits)), abs=1e-9)
+    assert result.value("zero") == pytest.approx(float(metric(logits)), abs=1e-9)
 
 
 def test_residual_positions_and_neurons(model, tokens):
-    found = audit_circuit(
+    result = audit_circuit(
         None,
         model,
         tokens,
@@ -183,7 +183,7 @@ def test_residual_positions_and_neurons(model, tokens):
 
     with torch.no_grad():
         logits = model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_resid_pre", only_last)])
-    assert found.value("zero") == pytest.approx(float(metric(logits)), abs=1e-9)
+    assert result.value("zero") == pytest.approx(float(metric(logits)), abs=1e-9)
     neurons = audit_circuit(
         None,
         model,
@@ -200,23 +200,23 @@ def test_residual_positions_and_neurons(model, tokens):
 def test_subcomponents_are_audited_as_masks_would(model, vpd, tokens):
     """Zero ablation is keeping these alone (Δ off); sources of 1 for all else give the model back."""
     circuit = ["blocks.0.attn.W_Q:1", "blocks.1.mlp.W_out:4", "blocks.1.attn.W_V:0", "blocks.0.mlp.W_in:2"]
-    found = audit_circuit(vpd, model, tokens, circuit, metric, config=AuditConfig(**QUICK))
+    result = audit_circuit(vpd, model, tokens, circuit, metric, config=AuditConfig(**QUICK))
     with torch.no_grad(), vpd.attach(model) as attached, attached.keep_only(circuit):
-        assert found.value("zero") == pytest.approx(float(metric(model(tokens))), abs=1e-9)
+        assert result.value("zero") == pytest.approx(float(metric(model(tokens))), abs=1e-9)
     acts = vpd.component_acts(model, tokens)
     rest = [str(c) for c in vpd.site_axis.subcomponents() if str(c) not in circuit]
     with torch.no_grad(), vpd.attach(model):
         hooks = vpd.ablation_hooks(rest, values=acts.mean()) + vpd.delta_hooks(0.0)
-        assert found.value("mean") == pytest.approx(
+        assert result.value("mean") == pytest.approx(
             float(metric(model.run_with_hooks(tokens, fwd_hooks=hooks))), abs=1e-9
         )
-    assert found.value("adversarial") <= found.value("zero")
-    assert found.node_set.total == vpd.site_axis.total + len(vpd.sites)
+    assert result.value("adversarial") <= result.value("zero")
+    assert result.node_set.total == vpd.site_axis.total + len(vpd.sites)
     at = [f"{name}@6" for name in circuit]
     placed = audit_circuit(
         vpd, model, tokens, at, metric, config=AuditConfig(ablations=["zero", "adversarial"], **QUICK)
     )
-    assert placed.worst[4].shape == (1, found.node_set.total)
+    assert placed.worst[4].shape == (1, result.node_set.total)
     assert not hasattr(model.blocks[0], "hook_q_component_acts") and not any(
         p._forward_hooks for p in model.hook_dict.values()
     )
@@ -233,8 +233,10 @@ def test_controls_are_circuits_of_the_same_kinds():
     drawn = [random_circuit(node_set, kept, generator) for _ in range(20)]
     assert all(int(d[:, heads].sum()) == 3 and int(d[:, mlps].sum()) == 1 for d in drawn)
     assert len({tuple(d.flatten().tolist()) for d in drawn}) > 5
-    found = audit_circuit(None, model, some_tokens(), nodes, metric, config=AuditConfig(ablations=["zero"], controls=3))
-    assert found.rows["random_best"][0] >= found.rows["random_mean"][0]
+    result = audit_circuit(
+        None, model, some_tokens(), nodes, metric, config=AuditConfig(ablations=["zero"], controls=3)
+    )
+    assert result.rows["random_best"][0] >= result.rows["random_mean"][0]
 
 
 def test_a_repair_adds_until_the_adversary_no_longer_breaks_it():
@@ -371,7 +373,7 @@ def test_a_bridge_gives_the_hooked_transformers_audit():
 def test_padding_is_left_out_of_means(model, tokens):
     mask = torch.ones_like(tokens)
     mask[0, :3] = 0
-    found = audit_circuit(
+    result = audit_circuit(
         None,
         model,
         tokens,
@@ -394,7 +396,7 @@ def test_padding_is_left_out_of_means(model, tokens):
         return out
 
     with torch.no_grad(), model.hooks(fwd_hooks=[(n, put) for n in (Z0, Z1, M0, M1)]):
-        assert found.value("mean") == pytest.approx(float(metric(model(tokens, attention_mask=mask))), abs=1e-9)
+        assert result.value("mean") == pytest.approx(float(metric(model(tokens, attention_mask=mask))), abs=1e-9)
 
 
 def test_the_decomposition_may_be_attached_already(model, vpd, tokens):
@@ -439,5 +441,7 @@ def test_resampled_values_are_never_those_of_padding(model):
 def test_audits_work_in_inference_mode(model, tokens):
     expected = audit_circuit(None, model, tokens, [f"{Z0}:1"], metric, config=AuditConfig(**QUICK)).to_pandas()
     with torch.inference_mode():
-        found = audit_circuit(None, model, tokens.clone(), [f"{Z0}:1"], metric, config=AuditConfig(**QUICK)).to_pandas()
-    assert_close(torch.tensor(found["circuit"]), torch.tensor(expected["circuit"]))
+        result = audit_circuit(
+            None, model, tokens.clone(), [f"{Z0}:1"], metric, config=AuditConfig(**QUICK)
+        ).to_pandas()
+    assert_close(torch.tensor(result["circuit"]), torch.tensor(expected["circuit"]))

@@ -42,14 +42,14 @@ def test_it_is_the_sum_of_prompts_normalised(C):
     model = tiny_model()
     vpd = decomposition_of(model, C=C).to(torch.float64)
     prompts = some_tokens(shape=(3, 4))
-    found = dataset_graph(vpd, model, prompts, config=DatasetGraphConfig(batch_size=2))
-    own = [i for i, c in enumerate(vpd.site_axis.subcomponents()) if c in found.nodes]
+    result = dataset_graph(vpd, model, prompts, config=DatasetGraphConfig(batch_size=2))
+    own = [i for i, c in enumerate(vpd.site_axis.subcomponents()) if c in result.nodes]
     for kind in ("signed", "absolute"):
         weights, importance, rms = expected(vpd, model, prompts, kind == "absolute")
-        assert_close(getattr(found, kind), weights[own][:, [0, *[i + 1 for i in own]]], rtol=1e-8, atol=1e-11)
-    assert_close(found.mean_importance, importance[own])
-    assert_close(found.rms, rms[own])
-    assert found.tokens == 12 and (importance[[i for i in range(len(importance)) if i not in own]] <= 1e-6).all()
+        assert_close(getattr(result, kind), weights[own][:, [0, *[i + 1 for i in own]]], rtol=1e-8, atol=1e-11)
+    assert_close(result.mean_importance, importance[own])
+    assert_close(result.rms, rms[own])
+    assert result.tokens == 12 and (importance[[i for i in range(len(importance)) if i not in own]] <= 1e-6).all()
 
 
 def test_padding_counts_for_nothing(model, vpd):
@@ -72,16 +72,16 @@ def test_chosen_nodes_and_tables(model, vpd, tokens):
         str(next(c for c in whole.nodes if c.site == s))
         for s in ("blocks.0.attn.W_V", "blocks.1.attn.W_O", "blocks.1.mlp.W_in")
     ]
-    found = dataset_graph(vpd, model, tokens, some, config=DatasetGraphConfig(batch_size=1))
-    assert found.labels == ("embed", *some)
+    result = dataset_graph(vpd, model, tokens, some, config=DatasetGraphConfig(batch_size=1))
+    assert result.labels == ("embed", *some)
     at = [0, *[whole.labels.index(label) for label in some]]
-    assert_close(found.signed, whole.signed[[i - 1 for i in at[1:]]][:, at], rtol=1e-6, atol=1e-9)
-    table = found.top_edges(2, target=some[2])
+    assert_close(result.signed, whole.signed[[i - 1 for i in at[1:]]][:, at], rtol=1e-6, atol=1e-9)
+    table = result.top_edges(2, target=some[2])
     assert set(table.target) == {some[2]} and table.signed.abs().is_monotonic_decreasing
-    assert set(found.top_edges(9, source="embed", absolute=True).source) == {"embed"}
-    assert len(found.to_pandas()) == int((found.signed != 0).sum())
+    assert set(result.top_edges(9, source="embed", absolute=True).source) == {"embed"}
+    assert len(result.to_pandas()) == int((result.signed != 0).sum())
     with pytest.raises(KeyError, match="is not a node of this graph"):
-        found.top_edges(target="embed")
+        result.top_edges(target="embed")
     with pytest.raises(IndexError, match="has 6 subcomponents"):
         dataset_graph(vpd, model, tokens, ["blocks.0.attn.W_V:9"])
     with pytest.raises(ValueError, match="no absolute version"):

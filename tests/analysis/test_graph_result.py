@@ -96,12 +96,12 @@ def test_the_strongest_paths_are_the_first_of_all(seed, k):
         return [((*path, end), x * share[path[-1], end]) for s in before for path, x in every(s)]
 
     expected = sorted((x for _, x in every(n - 1)), reverse=True)[:k]
-    found = strongest_paths(source, target, weight, n - 1, k)
-    assert [p.strength for p in found] == pytest.approx(expected)
+    result = strongest_paths(source, target, weight, n - 1, k)
+    assert [p.strength for p in result] == pytest.approx(expected)
     known = dict(every(n - 1))
-    assert all(known[p.numbers] == pytest.approx(p.strength) for p in found) and len({p.numbers for p in found}) == len(
-        found
-    )
+    assert all(known[p.numbers] == pytest.approx(p.strength) for p in result) and len(
+        {p.numbers for p in result}
+    ) == len(result)
     start = torch.zeros(n, dtype=torch.float64)
     start[-1] = 1
     total = influence(source, target, weight, start)
@@ -125,10 +125,10 @@ def test_smaller_graphs_keep_their_edges():
 def test_networkx_has_the_same_graph():
     networkx = pytest.importorskip("networkx")
     graph = by_hand()
-    found = graph.to_networkx()
-    assert networkx.is_directed_acyclic_graph(found) and found.number_of_edges() == len(EDGES)
-    assert found.edges["embed@1", "blocks.0.mlp.W_in:4@1"]["weight"] == -3.0
-    assert found.nodes["logits:3@1"]["token"] == "x" and found.nodes["embed@0"]["influence"] == pytest.approx(
+    result = graph.to_networkx()
+    assert networkx.is_directed_acyclic_graph(result) and result.number_of_edges() == len(EDGES)
+    assert result.edges["embed@1", "blocks.0.mlp.W_in:4@1"]["weight"] == -3.0
+    assert result.nodes["logits:3@1"]["token"] == "x" and result.nodes["embed@0"]["influence"] == pytest.approx(
         float(graph.influence[0])
     )
 

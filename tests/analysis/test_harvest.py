@@ -54,8 +54,8 @@ def test_pairs_add_up_over_batches():
     pairs.add(torch.tensor([4, 1, 4]), torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]]))
     pairs.add(torch.tensor([0, 4]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     counts = pairs.counts()
-    found = list(zip(counts.index.tolist(), counts.token.tolist(), counts.count.tolist(), strict=True))
-    assert found == [(0, 1, 1), (0, 4, 3), (1, 0, 1), (1, 1, 1)]
+    result = list(zip(counts.index.tolist(), counts.token.tolist(), counts.count.tolist(), strict=True))
+    assert result == [(0, 1, 1), (0, 4, 3), (1, 0, 1), (1, 1, 1)]
     assert counts.occurrences.tolist() == [1, 1, 0, 0, 3]
     assert counts.firings.tolist() == [4, 2]
     assert counts.n == 5
@@ -80,16 +80,18 @@ def _by_hand(vpd, model, tokens: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("batch_size", [1, 2, 32])
 def test_everything_against_loops(model, vpd, batch_size):
     tokens = some_tokens(shape=(5, 7))
-    found = harvest(vpd, model, tokens, config=HarvestConfig(windows=3, radius=2, batch_size=batch_size, threshold=0.2))
+    result = harvest(
+        vpd, model, tokens, config=HarvestConfig(windows=3, radius=2, batch_size=batch_size, threshold=0.2)
+    )
     g, a = _by_hand(vpd, model, tokens)
     fires = g > 0.2
     assert 0.2 < float(fires.double().mean()) < 0.8
-    assert_close(found.mean_importance, g.mean((0, 1)).float())
-    assert_close(found.density, (g > 0).double().mean((0, 1)).float())
-    assert found.firings.tolist() == fires.sum((0, 1)).tolist()
+    assert_close(result.mean_importance, g.mean((0, 1)).float())
+    assert_close(result.density, (g > 0).double().mean((0, 1)).float())
+    assert result.firings.tolist() == fires.sum((0, 1)).tolist()
     for concatenated in range(vpd.site_axis.total):
         address = vpd.site_axis.at(concatenated)
-        own = found[str(address)]
+        own = result[str(address)]
         own_g, own_a, own_fires = g[..., concatenated], a[..., concatenated], fires[..., concatenated]
         V, U = vpd.V[address.site].detach()[:, address.index], vpd.U[address.site].detach()[address.index]
         assert own.norm == pytest.approx(float(torch.outer(V, U).norm()), rel=1e-5)
@@ -158,21 +160,21 @@ def test_named_subcomponents_are_found_as_among_all(model, vpd):
 
 
 def test_the_table_of_all_is_in_packed_order_and_top_in_order_of_importance(model, vpd, tokens):
-    found = harvest(vpd, model, tokens)
-    table = found.to_pandas()
+    result = harvest(vpd, model, tokens)
+    table = result.to_pandas()
     assert table["subcomponent"].tolist() == [str(a) for a in vpd.site_axis.subcomponents()]
-    top = found.top(4)
+    top = result.top(4)
     assert top["mean_importance"].tolist() == sorted(table["mean_importance"], reverse=True)[:4]
 
 
 def test_what_is_wrong_is_said(model, vpd, tokens):
-    found = harvest(vpd, model, tokens)
+    result = harvest(vpd, model, tokens)
     with pytest.raises(KeyError, match=r"did you mean 'blocks\.0\.attn\.W_Q'"):
-        found["blocks.0.attn.W_q:1"]
+        result["blocks.0.attn.W_q:1"]
     with pytest.raises(IndexError, match="0 to 5"):
-        found["blocks.0.attn.W_Q:6"]
+        result["blocks.0.attn.W_Q:6"]
     with pytest.raises(ValueError, match="write 'site:index'"):
-        found["W_Q"]
+        result["W_Q"]
     for option in ({"windows": 0}, {"radius": -1}, {"batch_size": 0}, {"threshold": 1.0}, {"threshold": -0.1}):
         with pytest.raises(ValueError, match=next(iter(option))):
             harvest(vpd, model, tokens, config=HarvestConfig(**option))
@@ -206,23 +208,23 @@ def test_shares_are_even_and_spread():
 
 
 def test_pick_passes_over_the_dead_and_the_always_on(model, vpd):
-    found = harvest(vpd, model, some_tokens(shape=(8, 7)))
-    C = len(found)
+    result = harvest(vpd, model, some_tokens(shape=(8, 7)))
+    C = len(result)
     density, firings = torch.linspace(0.0, 1.0, C), torch.full((C,), 50)
     firings[::2] = 9
     mean = torch.where(torch.arange(C) % 6 == 3, 0.9, 0.5) * density
-    found = replace(found, density=density, firings=firings, mean_importance=mean)
-    picked = pick(found, 8)
-    assert picked == pick(found, 8)
+    result = replace(result, density=density, firings=firings, mean_importance=mean)
+    picked = pick(result, 8)
+    assert picked == pick(result, 8)
     assert len(set(picked)) == 8
-    table = found.to_pandas().set_index("subcomponent").loc[[str(p) for p in picked]]
+    table = result.to_pandas().set_index("subcomponent").loc[[str(p) for p in picked]]
     assert (table["firings"] >= 10).all()
     assert (table["density"] <= 0.5).all()
     assert table["site"].nunique() == 6
     assert "blocks.1.mlp.W_out" not in set(table["site"])
-    assert all(p.index == 3 for p in pick(found, 6))  # the strongest of each site's three
-    assert len(pick(found, 999)) == int(((firings >= 10) & (density <= 0.5)).sum())
+    assert all(p.index == 3 for p in pick(result, 6))  # the strongest of each site's three
+    assert len(pick(result, 999)) == int(((firings >= 10) & (density <= 0.5)).sum())
     with pytest.raises(ValueError, match="fires 51 times or more"):
-        pick(found, min_firings=51)
+        pick(result, min_firings=51)
     with pytest.raises(ValueError, match="n=0"):
-        pick(found, 0)
+        pick(result, 0)

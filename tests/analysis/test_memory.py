@@ -48,8 +48,8 @@ def broadcast_cosines(matrices):
 
 def test_overlaps_from_factors_are_those_of_the_matrices_themselves():
     W_V, W_O, covariance, matrices = formed(3, 10, 4)
-    for found, written_out in zip(overlaps(W_V, W_O, covariance), matrices, strict=True):
-        assert_close(found, broadcast_cosines(written_out), rtol=0, atol=1e-12)
+    for result, written_out in zip(overlaps(W_V, W_O, covariance), matrices, strict=True):
+        assert_close(result, broadcast_cosines(written_out), rtol=0, atol=1e-12)
 
 
 def test_random_overlaps_are_those_of_the_matrices_themselves():

@@ -23,7 +23,7 @@ def test_attributions_are_root_mean_squares_of_the_outputs_slopes_along_each_com
     model, parts = two_layers(), FullComponents(SHAPES, C=3, seed=1).double()
     x = normal(2, 2, 4)
     _, inputs, gradients = output_gradients(adapt(model), list(SHAPES), x)
-    found = attributions(parts, inputs, gradients)
+    result = attributions(parts, inputs, gradients)
     weights = {name: p.detach() for name, p in model.named_parameters()}
     for row in range(2):
         for pos in range(2):
@@ -33,7 +33,7 @@ def test_attributions_are_root_mean_squares_of_the_outputs_slopes_along_each_com
                     torch.einsum("o j i, i j -> o", slopes[f"{site}.weight"], parts.matrices(site)[c].detach())
                     for site in SHAPES
                 )
-                assert_close(found[row, pos, c].detach(), along.square().mean().sqrt())
+                assert_close(result[row, pos, c].detach(), along.square().mean().sqrt())
 
 
 def test_the_largest_of_a_batch_are_selected():
@@ -80,20 +80,20 @@ def test_a_short_run_on_tms_selects_components_that_carry_the_features():
     model = train(toy, 0, steps=300)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     config = APDConfig(steps=150, batch_size=2, C=6)
-    found, again = (apd(model, toy.batches(2, seed=1), config) for _ in range(2))
-    assert torch.equal(found.pieces("embed"), again.pieces("embed"))
+    result, again = (apd(model, toy.batches(2, seed=1), config) for _ in range(2))
+    assert torch.equal(result.pieces("embed"), again.pieces("embed"))
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
     weights = {site: adapt(model).weight(site) for site in ("embed", "unembed")}
-    assert float(unfaithfulness(found.components, weights).detach()) < 0.05 * float(weights["embed"].square().mean())
+    assert float(unfaithfulness(result.components, weights).detach()) < 0.05 * float(weights["embed"].square().mean())
     x = toy.batches(16, seed=9).at(0)
-    g = found.importances(x)
+    g = result.importances(x)
     assert g["embed"] is g["unembed"] and set(g["embed"].unique().tolist()) == {0.0, 1.0}
     on = (x > 0).any(-1)
     assert float(g["embed"].sum(-1)[on].mean()) > 5 * float(g["embed"].sum(-1)[~on].mean())
-    assert found.output(x, g).shape == x.shape
+    assert result.output(x, g).shape == x.shape
     with torch.no_grad():
         error, of_zero = (
-            (found.output(x, s) - model(x)).square().mean() for s in (g, {k: 0 * v for k, v in g.items()})
+            (result.output(x, s) - model(x)).square().mean() for s in (g, {k: 0 * v for k, v in g.items()})
         )
     assert float(error) < 0.8 * float(of_zero)
 

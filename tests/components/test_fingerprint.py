@@ -18,10 +18,10 @@ def test_projections_by_hand():
     draw = np.random.RandomState(0)
     left, right = draw.standard_normal((16, 3)), draw.standard_normal((16, 2))
     exact = W.double().numpy()
-    found = Fingerprint.of(W)
-    assert_close(found.norm, float(np.sqrt((exact**2).sum())))
+    result = Fingerprint.of(W)
+    assert_close(result.norm, float(np.sqrt((exact**2).sum())))
     expected = [left[k] @ exact @ right[k] / np.sqrt((exact**2).sum()) for k in range(16)]
-    assert_close(np.array(found.projections), np.array(expected))
+    assert_close(np.array(result.projections), np.array(expected))
 
 
 def test_a_bfloat16_copy_passes_and_a_slightly_other_matrix_does_not():

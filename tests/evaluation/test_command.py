@@ -19,13 +19,13 @@ def call(*arguments: str | Path | int) -> Result:
 def test_a_report_with_other_data_and_another_decomposition(tmp_path: Path):
     (tmp_path / "prose.txt").write_text("The quick brown fox jumps over the lazy dog. " * 60)
     bundled.decomposition().save(tmp_path / "other")
-    found = call(
+    result = call(
         "bundled", "--rows", 2, "--budgets", "1", "--attack-rows", 1, "--no-controls",
         "--measures", "adversaries,union_test,off_distribution",
         "--off-distribution", f"prose={tmp_path / 'prose.txt'}", "--others", f"seed1={tmp_path / 'other'}",
         "--out", tmp_path / "metrics.json", "--html", tmp_path / "report.html",
     )  # fmt: skip
-    assert found.exit_code == 0, found.output
+    assert result.exit_code == 0, result.output
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert [row["data"] for row in record["tables"]["off_distribution"]] == ["these rows", "scrambled", "prose"]
     assert set(record["tables"]) == {
@@ -38,7 +38,7 @@ def test_a_report_with_other_data_and_another_decomposition(tmp_path: Path):
     assert record["tables"]["consistency"][-1]["rank_one"] == pytest.approx(1.0, abs=1e-3)
     assert record["pgd_tokens"] == 128 and record["tokens"] == 256 and "controls" not in record
     for text in ("partial", "adversaries", "off_distribution", "L0"):
-        assert text in found.output
+        assert text in result.output
     assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")
 
 
@@ -53,13 +53,13 @@ def test_a_report_with_other_data_and_another_decomposition(tmp_path: Path):
     ],
 )
 def test_mistakes_end_in_one_sentence(arguments: tuple[str, ...], message: str):
-    found = call("bundled", "--rows", 1, *arguments)
-    assert found.exit_code == 2
-    assert message in found.output.replace("\n", " ")
-    assert "Traceback" not in found.output
+    result = call("bundled", "--rows", 1, *arguments)
+    assert result.exit_code == 2
+    assert message in result.output.replace("\n", " ")
+    assert "Traceback" not in result.output
 
 
 def test_nothing_but_the_mode_table():
-    found = call("bundled", "--rows", 1, "--budgets", "", "--measures", "none", "--no-controls")
-    assert found.exit_code == 0, found.output
-    assert "rounded_0.5" in found.output and "sparsity_sweep" not in found.output
+    result = call("bundled", "--rows", 1, "--budgets", "", "--measures", "none", "--no-controls")
+    assert result.exit_code == 0, result.output
+    assert "rounded_0.5" in result.output and "sparsity_sweep" not in result.output

@@ -15,12 +15,12 @@ from tl_vpd.evaluation.consistency import max_cosines
 def test_max_cosines_by_hand():
     V, U = torch.tensor([[1.0, 0.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 3.0]])
     other_V, other_U = torch.tensor([[-1.0, 1.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
-    found = max_cosines(V, U, other_V, other_U)
+    result = max_cosines(V, U, other_V, other_U)
     half = 0.5**0.5
-    assert_close(found["V"], torch.tensor([1.0, half]))  # a sign alone is no difference
-    assert_close(found["U"], torch.tensor([1.0, half]))
+    assert_close(result["V"], torch.tensor([1.0, half]))  # a sign alone is no difference
+    assert_close(result["U"], torch.tensor([1.0, half]))
     # −e₁ ⊗ e₁ points against e₁ ⊗ e₁; the other is e₁+e₂ both ways: cosine ½ with either.
-    assert_close(found["rank_one"], torch.tensor([0.5, 0.5]))
+    assert_close(result["rank_one"], torch.tensor([0.5, 0.5]))
 
 
 def test_a_decomposition_is_consistent_with_itself_in_any_order_sign_and_length():
@@ -66,9 +66,9 @@ def test_other_sites_are_refused():
 def test_cancelling_pairs_are_named_and_others_are_not():
     model = handmade.known_model()
     assert len(cancelling_pairs(handmade.right(model))) == 0
-    found = cancelling_pairs(handmade.with_opposed(model, pairs=1, size=2.0))
-    assert len(found) == 1
-    row = found.iloc[0]
+    result = cancelling_pairs(handmade.with_opposed(model, pairs=1, size=2.0))
+    assert len(result) == 1
+    row = result.iloc[0]
     assert (row["one"], row["other"]) == (f"{handmade.IN}:16", f"{handmade.IN}:17")
     assert row["cosine"] == pytest.approx(-1.0) and row["norm"] == pytest.approx(row["norm_other"])
     assert row["norm_sum"] == pytest.approx(0.0, abs=1e-2)

@@ -38,12 +38,12 @@ def test_random_importances_keep_each_sites_values_and_spare_the_dead():
     g = torch.rand(2, 3, 10).clamp_min(0.3) * (torch.rand(2, 3, 10) > 0.6)
     alive = torch.ones(10, dtype=torch.bool)
     g[..., 5], alive[5] = 0.0, False
-    found = random_importances(g, alive, site_axis, torch.rand(g.shape, generator=torch.Generator().manual_seed(0)))
+    result = random_importances(g, alive, site_axis, torch.rand(g.shape, generator=torch.Generator().manual_seed(0)))
     for name in site_axis.names:
-        own, theirs = site_axis.split_sites(found)[name], site_axis.split_sites(g)[name]
+        own, theirs = site_axis.split_sites(result)[name], site_axis.split_sites(g)[name]
         assert_close(own.sort(-1).values, theirs.sort(-1).values)
-    assert (found[..., 5] == 0).all()
-    assert not torch.equal(found, g)
+    assert (result[..., 5] == 0).all()
+    assert not torch.equal(result, g)
 
 
 def test_singular_directions_sum_to_the_weight_and_the_strongest_is_kept():
@@ -53,8 +53,8 @@ def test_singular_directions_sum_to_the_weight_and_the_strongest_is_kept():
     # x has 1 along the second direction (strength 2) and 0.5 along the first (strength 1.5).
     x = torch.tensor([[[0.5, 1.0, 0.0]]])
     g = torch.tensor([[[0.0, 0.0, 0.0, 0.7]]])
-    found = singular_importances(g, ConcatenatedAxis({IN: 4}), {IN: x}, parts)
-    assert_close(found, torch.tensor([[[0.0, 0.7, 0.0]]]))
+    result = singular_importances(g, ConcatenatedAxis({IN: 4}), {IN: x}, parts)
+    assert_close(result, torch.tensor([[[0.0, 0.7, 0.0]]]))
 
 
 def test_shuffled_importances_stay_whole_and_leave_padding():

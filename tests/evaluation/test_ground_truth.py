@@ -75,25 +75,25 @@ def test_what_nothing_sees_does_not_count():
 
 
 def test_entries_of_which_either_is_right_do_not_count():
-    truth, found, either = torch.eye(3, dtype=torch.bool), torch.eye(3), torch.zeros(3, 3, dtype=torch.bool)
-    found[0, 1], found[2, 2] = 1.0, 0.4
-    assert pattern_errors(found, truth) == pattern_errors(found, truth, either) == (2, 9)
+    truth, result, either = torch.eye(3, dtype=torch.bool), torch.eye(3), torch.zeros(3, 3, dtype=torch.bool)
+    result[0, 1], result[2, 2] = 1.0, 0.4
+    assert pattern_errors(result, truth) == pattern_errors(result, truth, either) == (2, 9)
     either[0, 1] = True
-    assert pattern_errors(found, truth, either) == (1, 8)
+    assert pattern_errors(result, truth, either) == (1, 8)
     either[2, 2] = True
-    assert pattern_errors(found[:, [2, 0, 1]], truth, either) == (0, 7)
+    assert pattern_errors(result[:, [2, 0, 1]], truth, either) == (0, 7)
 
 
 def test_patterns_are_compared_under_the_best_matching():
     truth = torch.eye(3, dtype=torch.bool)
-    found = torch.zeros(3, 5)
-    found[[0, 1, 2], [4, 0, 2]] = 1.0
-    assert pattern_errors(found, truth) == (0, 9)
-    assert pattern_errors(found + 0.05, truth) == (0, 9)
-    extra = found.clone()
+    result = torch.zeros(3, 5)
+    result[[0, 1, 2], [4, 0, 2]] = 1.0
+    assert pattern_errors(result, truth) == (0, 9)
+    assert pattern_errors(result + 0.05, truth) == (0, 9)
+    extra = result.clone()
     extra[1, 1] = 0.5
     assert pattern_errors(extra, truth) == (1, 9)
-    assert pattern_errors(found[:, [0, 2]], truth) == (1, 9)
+    assert pattern_errors(result[:, [0, 2]], truth) == (1, 9)
     assert pattern_errors(torch.ones(3, 3), truth) == (6, 9)
     assert pattern_errors(torch.ones(3, 2), torch.ones(3, 2, dtype=torch.bool)) == (0, 6)
 
@@ -142,8 +142,8 @@ def test_the_true_decomposition_of_tms_scores_as_true(identity):
     toy = TMS(5, 2, identity=identity)
     model, vpd = perfect(toy, C=7)
     x = toy.batches(8, seed=3).at(0)
-    found = ground_truth(RankOne(vpd, model), model, x, toy.truth(model))
-    rows = found.sites.set_index("site")
+    result = ground_truth(RankOne(vpd, model), model, x, toy.truth(model))
+    rows = result.sites.set_index("site")
     for site in ("embed", "unembed"):
         assert rows.loc[site, "mmcs"] == pytest.approx(1, abs=1e-6) and rows.loc[site, "ml2r"] == pytest.approx(
             1, abs=1e-6
@@ -154,11 +154,11 @@ def test_the_true_decomposition_of_tms_scores_as_true(identity):
         assert rows.loc["identity", "true"] == 2 and rows.loc["identity", "together"] > 0.99
         assert rows.loc["identity", "pattern_errors"] == 0 and np.isnan(rows.loc["identity", "mmcs"])
     assert (rows["count_errors"] == 0).all()
-    assert found.reconstruction["unmasked"] < 1e-12 and found.reconstruction["importances"] < 1e-9
+    assert result.reconstruction["unmasked"] < 1e-12 and result.reconstruction["importances"] < 1e-9
     with torch.no_grad():
         without = (model(x) - model.unembed.bias.relu()).square().mean()
-    assert found.reconstruction["zero"] == pytest.approx(float(without), rel=1e-5)
-    assert len(found.latents) == 0 and len(found.needed) == 0
+    assert result.reconstruction["zero"] == pytest.approx(float(without), rel=1e-5)
+    assert len(result.latents) == 0 and len(result.needed) == 0
 
 
 def test_reconstruction_is_that_of_edited_weights():
@@ -170,7 +170,7 @@ def test_reconstruction_is_that_of_edited_weights():
         vpd.gamma.b_out.copy_(torch.linspace(-0.2, 1.2, 6))
         vpd.gamma.w_out.mul_(0.3)
     x = toy.batches(2, seed=5).at(0) + 0.3
-    found = ground_truth(RankOne(vpd, model), model, x, toy.truth(model))
+    result = ground_truth(RankOne(vpd, model), model, x, toy.truth(model))
     g = RankOne(vpd, model).importances(x)
     V, U = ({name: part.detach().double().numpy() for name, part in own.items()} for own in (vpd.V, vpd.U))
     W, b = model.embed.weight.detach().double().numpy().T, model.unembed.bias.detach().double().numpy()
@@ -183,8 +183,8 @@ def test_reconstruction_is_that_of_edited_weights():
         ):
             edited = np.maximum(row @ (V["embed"] * m1) @ U["embed"] @ (V["unembed"] * m2) @ U["unembed"] + b, 0)
             errors.append(((edited - wanted) ** 2).mean())
-        assert found.reconstruction[name] == pytest.approx(float(np.mean(errors)), rel=1e-4)
-    assert found.reconstruction["adversarial"] > found.reconstruction["stochastic"] > 0
+        assert result.reconstruction[name] == pytest.approx(float(np.mean(errors)), rel=1e-4)
+    assert result.reconstruction["adversarial"] > result.reconstruction["stochastic"] > 0
 
 
 class Written:
@@ -215,10 +215,10 @@ def test_dead_pieces_do_not_count_and_latents_find_their_subcomponent():
     latents = {"a": g[..., 0] > 0, "b": g[..., 1] > 0}
     one_each = torch.eye(3, dtype=torch.bool)
     truth = Truth(inputs, {"embed": SiteTruth(3, one_each.repeat(3, 1)[:8], "in", torch.eye(3))}, latents)
-    found = ground_truth(Written({"embed": g}, {"embed": pieces}), model, inputs, truth)
-    row = found.sites.iloc[0]
+    result = ground_truth(Written({"embed": g}, {"embed": pieces}), model, inputs, truth)
+    row = result.sites.iloc[0]
     assert row["alive"] == 3 and row["mmcs_all"] == pytest.approx(1, abs=1e-6) and row["mmcs"] < 0.99
-    rows = found.latents.set_index("latent")
+    rows = result.latents.set_index("latent")
     assert rows.loc["a", "subcomponent"] == "embed:0" and rows.loc["a", "overlap"] == pytest.approx(1)
     assert rows.loc["b", "subcomponent"] == "embed:1" and rows.loc["b", "overlap"] == pytest.approx(0.2)
     assert (rows["chance"] < 1).all() and rows["tokens"].tolist() == [2, 1]
@@ -232,12 +232,12 @@ def test_where_a_site_is_needed_is_set_beside_its_largest_importance():
     g[0, 0, 0], g[0, 0, 1], g[0, 1, 2], g[1, 2, 2] = 1.0, 0.75, 0.5, 1.0
     where = torch.tensor([[1, 1, 0], [0, 0, 0]], dtype=torch.bool)
     truth = Truth(torch.rand(2, 3, 3), needed={"embed": where})
-    found = ground_truth(Written({"embed": g}, {"embed": one_a_feature(W)}), model, truth.probe, truth)
-    row = found.needed.set_index("site").loc["embed"]
+    result = ground_truth(Written({"embed": g}, {"embed": one_a_feature(W)}), model, truth.probe, truth)
+    row = result.needed.set_index("site").loc["embed"]
     assert row["tokens"] == pytest.approx(2 / 6)
     assert row["overlap"] == pytest.approx(1.5 / 3)  # 1 and 0.5 of two tokens, and one where it is not needed
     assert row["here"] == pytest.approx(1.0) and row["elsewhere"] == pytest.approx(0.25)
-    assert 0 <= row["chance"] <= 1 and len(found.sites) == 0
+    assert 0 <= row["chance"] <= 1 and len(result.sites) == 0
 
 
 def test_a_truth_needs_both_axis_and_basis():

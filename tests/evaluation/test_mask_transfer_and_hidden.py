@@ -59,8 +59,8 @@ def test_error_propagating_and_single_sites_are_edited_models(setting):
 def test_clean_input_is_every_layer_on_the_targets_residual_stream(setting):
     model, vpd, tokens, kept = setting
     with sampled(vpd, model, tokens, importances=always_on(vpd, kept), batch_size=2) as sample:
-        found = mask_transfer(sample, single_sites=False)
-    assert list(found.index) == ["error-propagating", "clean-input"]
+        result = mask_transfer(sample, single_sites=False)
+    assert list(result.index) == ["error-propagating", "clean-input"]
     other = edited(model, vpd, kept, list(vpd.sites))
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens)
@@ -70,7 +70,7 @@ def test_clean_input_is_every_layer_on_the_targets_residual_stream(setting):
             own = own + block.attn(normed, normed, normed)
             own = own + block.mlp(model.blocks[layer].ln2(cache["resid_mid", layer]))
         expected = kl_divergence(logits.log_softmax(-1), model.unembed(model.ln_final(own)))
-    assert found.loc["clean-input", "kl"] == pytest.approx(float(expected), rel=1e-3)
+    assert result.loc["clean-input", "kl"] == pytest.approx(float(expected), rel=1e-3)
 
 
 def test_hidden_errors_are_those_of_the_edited_model(setting):
@@ -98,10 +98,10 @@ def test_hidden_errors_are_those_of_the_edited_model(setting):
 
 
 def test_unexplained_share_and_pattern_kl_by_hand():
-    found = Unexplained()
-    found.add(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0]]))
-    found.add(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
-    assert found.fraction == pytest.approx(0.5)  # error 1, variance 1 + 1 around (1, 1)
+    result = Unexplained()
+    result.add(torch.tensor([[0.0, 1.0]]), torch.tensor([[0.0, 1.0]]))
+    result.add(torch.tensor([[2.0, 1.0]]), torch.tensor([[1.0, 1.0]]))
+    assert result.fraction == pytest.approx(0.5)  # error 1, variance 1 + 1 around (1, 1)
     p = torch.tensor([[[[1.0, 0.0], [0.5, 0.5]]]])
     q = torch.tensor([[[[1.0, 0.0], [0.25, 0.75]]]])
     half = 0.5 * torch.log(torch.tensor(2.0)) + 0.5 * torch.log(torch.tensor(0.5 / 0.75))
@@ -127,12 +127,12 @@ def test_a_sparsity_sweep_trades_l0_for_distance():
 @needs_hooked_transformer
 def test_both_classes_of_model_say_the_same():
     vpd, tokens = bundled.decomposition(), bundled.tokens("validation")[:2, :24]
-    found = []
+    results = []
     for kind in ("hooked_transformer", "bridge"):
         model = bundled.model(kind=kind)  # type: ignore[arg-type]
         with sampled(vpd, model, tokens) as sample:
             assert isinstance(sample, Sample)
-            found.append((mask_transfer(sample, single_sites=False)["kl"], hidden_errors(sample)["error"]))
-    for one, other in zip(*found, strict=True):
+            results.append((mask_transfer(sample, single_sites=False)["kl"], hidden_errors(sample)["error"]))
+    for one, other in zip(*results, strict=True):
         assert list(one.index) == list(other.index)
         assert list(one) == pytest.approx(list(other), rel=1e-3, abs=1e-6)

@@ -176,13 +176,13 @@ def test_rows_of_padding_are_left_out(setting, padded):
     tokens = tokens.clamp_min(1)
     with_padding = torch.cat([tokens[:2], torch.zeros(3, tokens.shape[1], dtype=torch.long), tokens[2:]])
     config = EvaluationConfig(**QUICK, batch_size=2, measures=("union_test", "hidden", "future_leakage"))
-    expected, found = (evaluate(vpd, model, t, config) for t in (tokens, with_padding))
-    assert found.record["left_out"]["rows"] == "3 of them are padding only"
-    assert (found.record["tokens"], found.record["rows"]) == (tokens.numel(), len(tokens))
+    expected, result = (evaluate(vpd, model, t, config) for t in (tokens, with_padding))
+    assert result.record["left_out"]["rows"] == "3 of them are padding only"
+    assert (result.record["tokens"], result.record["rows"]) == (tokens.numel(), len(tokens))
     for mode in ("unmasked", "rounded", "ci", "zero"):
-        assert found.record["kl"][mode] == pytest.approx(expected.record["kl"][mode], rel=1e-4)
-    json.dumps(found.record, allow_nan=False)
-    assert not any("nan" in check.sentence for check in checks(found))
+        assert result.record["kl"][mode] == pytest.approx(expected.record["kl"][mode], rel=1e-4)
+    json.dumps(result.record, allow_nan=False)
+    assert not any("nan" in check.sentence for check in checks(result))
     with pytest.raises(ValueError, match="All 2 rows are padding"):
         evaluate(vpd, model, torch.zeros(2, 6, dtype=torch.long), config)
 

@@ -30,13 +30,13 @@ def test_random_partners_are_as_many_living_and_new():
     alive = torch.ones(11, dtype=torch.bool)
     alive[2] = False
     own[..., 2] = union[..., 2] = False
-    found = with_random_partners(
+    result = with_random_partners(
         own, union, alive, site_axis, torch.rand(own.shape, generator=torch.Generator().manual_seed(1))
     )
-    assert (found | ~own).all() and not found[..., 2].any()
+    assert (result | ~own).all() and not result[..., 2].any()
     for name in site_axis.names:
-        assert torch.equal(site_axis.split_sites(found)[name].sum(-1), site_axis.split_sites(union)[name].sum(-1))
-    assert not torch.equal(found, union)
+        assert torch.equal(site_axis.split_sites(result)[name].sum(-1), site_axis.split_sites(union)[name].sum(-1))
+    assert not torch.equal(result, union)
 
 
 def test_pairs_against_the_model_run_by_hand():

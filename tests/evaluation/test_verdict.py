@@ -58,69 +58,69 @@ def test_the_right_decomposition_passes_every_check(right: Evaluation):
 
 
 def test_cancelling_pairs(model: Any, right: Evaluation):
-    found = report(handmade.with_opposed(model, pairs=1, size=2.0), model)
-    assert found.record["kl"]["rounded"] < 1e-5  # together they may go
-    assert "cancelling" in faults(found) and "cancelling" not in faults(right)
-    sentence = next(c.sentence for c in checks(found) if c.check == "cancelling")
+    result = report(handmade.with_opposed(model, pairs=1, size=2.0), model)
+    assert result.record["kl"]["rounded"] < 1e-5  # together they may go
+    assert "cancelling" in faults(result) and "cancelling" not in faults(right)
+    sentence = next(c.sentence for c in checks(result) if c.check == "cancelling")
     assert f"{IN}:16 and {IN}:17 cancel" in sentence
     assert "left out together but not in part" in sentence
 
 
 def test_lookup_table(model: Any):
     tokens = one_token_rows(0, KNOWN)
-    found = report(handmade.lookup_table(model), model, tokens)
-    assert found.record["kl"]["rounded"] < 1e-5  # on what it was made for it is perfect
-    assert {"union test", "off-distribution", "lookup"} <= faults(found)
+    result = report(handmade.lookup_table(model), model, tokens)
+    assert result.record["kl"]["rounded"] < 1e-5  # on what it was made for it is perfect
+    assert {"union test", "off-distribution", "lookup"} <= faults(result)
     beside = report(handmade.right(model), model, tokens)
     assert not {"union test", "off-distribution", "lookup"} & faults(beside)
-    sentences = " ".join(found.warnings)
+    sentences = " ".join(result.warnings)
     assert "lookup table: 100% of all importance" in sentences
     assert "'unknown tokens'" in sentences
     assert "Explanations do not add up" in sentences
 
 
 def test_delta_does_the_work(model: Any, right: Evaluation):
-    found = report(handmade.delta_does_it(model), model)
-    assert "delta" in faults(found) and "delta" not in faults(right)
-    assert "Δ has 81.0% of the square of" in next(c.sentence for c in checks(found) if c.check == "delta")
+    result = report(handmade.delta_does_it(model), model)
+    assert "delta" in faults(result) and "delta" not in faults(right)
+    assert "Δ has 81.0% of the square of" in next(c.sentence for c in checks(result) if c.check == "delta")
 
 
 def test_importances_that_are_all_zero(model: Any):
-    found = report(handmade.with_importances(model, torch.zeros_like), model)
-    assert "collapsed" in faults(found)
-    assert found.warnings[0] == "Importances have collapsed: all of them are 0 on these tokens."
+    result = report(handmade.with_importances(model, torch.zeros_like), model)
+    assert "collapsed" in faults(result)
+    assert result.warnings[0] == "Importances have collapsed: all of them are 0 on these tokens."
 
 
 def test_importances_below_one_everywhere(model: Any, right: Evaluation):
-    found = report(handmade.with_importances(model, lambda on: 0.6 * on), model)
-    assert "collapsed" in faults(found) and "collapsed" not in faults(right)
-    assert "(the largest is 0.60)" in found.warnings[0]
+    result = report(handmade.with_importances(model, lambda on: 0.6 * on), model)
+    assert "collapsed" in faults(result) and "collapsed" not in faults(right)
+    assert "(the largest is 0.60)" in result.warnings[0]
 
 
 def test_a_dense_one(model: Any, right: Evaluation):
-    found = report(handmade.with_importances(model, torch.ones_like), model)
-    assert {"dense", "controls"} <= faults(found) and "dense" not in faults(right)
-    assert found.record["kl"]["rounded"] < 1e-5
+    result = report(handmade.with_importances(model, torch.ones_like), model)
+    assert {"dense", "controls"} <= faults(result) and "dense" not in faults(right)
+    assert result.record["kl"]["rounded"] < 1e-5
     # Everything is on at every token, so importances in any other hands do as well.
-    assert "hardly better than chance" in next(c.sentence for c in checks(found) if c.check == "controls")
+    assert "hardly better than chance" in next(c.sentence for c in checks(result) if c.check == "controls")
 
 
 def test_what_no_adversary_has_seen(model: Any, right: Evaluation):
     # Many small opposed pieces: chance cancels them, an adversary lines them up.
-    found = report(handmade.with_opposed(model, pairs=1500, size=0.0015), model, budgets=(20,))
-    own = found.record
+    result = report(handmade.with_opposed(model, pairs=1500, size=0.0015), model, budgets=(20,))
+    own = result.record
     z = own["kl"]["zero"]
     assert max(own["kl"][mode] for mode in ("rounded", "stochastic", "partial", "ci")) < 0.1 * z
     assert own["pgd_kl"]["20"] > 0.5 * z
-    assert "adversary" in faults(found) and "adversary" not in faults(right)
-    assert "cancelling" not in faults(found)
-    assert any(s.startswith("It survives chance but not an adversary") for s in found.warnings)
+    assert "adversary" in faults(result) and "adversary" not in faults(right)
+    assert "cancelling" not in faults(result)
+    assert any(s.startswith("It survives chance but not an adversary") for s in result.warnings)
 
 
 def test_a_verdict_needs_no_more_than_the_json(right: Evaluation, model: Any):
     dense = report(handmade.with_importances(model, torch.ones_like), model)
-    for found in (right, dense):
-        assert warnings_of(json.loads(json.dumps(found.record))) == found.warnings
+    for result in (right, dense):
+        assert warnings_of(json.loads(json.dumps(result.record))) == result.warnings
     # What was not measured is not judged.
     few = {k: v for k, v in right.record.items() if k not in ("tables", "importances", "controls")}
     assert [c.check for c in checks(few)] == ["dense", "delta", "cancelling", "adversary"]

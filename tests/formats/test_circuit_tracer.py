@@ -62,9 +62,9 @@ def test_the_graph_by_hand(tmp_path):
     assert content["metadata"]["prompt"] == "a</b>"
     # Cumulative from the largest: the logit comes first, the least influential node last at 1.
     order = graph.influence.argsort(descending=True).tolist()
-    found = [content["nodes"][i]["influence"] for i in order]
-    assert found == sorted(found) and found[-1] == pytest.approx(1)
-    assert found[0] == pytest.approx(float(graph.influence.max() / graph.influence.sum()))
+    results = [content["nodes"][i]["influence"] for i in order]
+    assert results == sorted(results) and results[-1] == pytest.approx(1)
+    assert results[0] == pytest.approx(float(graph.influence.max() / graph.influence.sum()))
 
 
 def test_the_list_of_graphs_grows_and_names_each_once(tmp_path):

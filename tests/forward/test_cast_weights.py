@@ -39,12 +39,12 @@ def test_gradients_reach_the_users_own_parts_in_their_own_precision(case):
 def test_those_gradients_are_a_float64_decompositions(tokens):
     model = tiny_model()
     single, double = decomposition_of(model), decomposition_of(model).double()
-    found = []
+    results = []
     for vpd in (single, double):
         with vpd.attach(model) as attached, attached.masked(masks_of(double)):
             model(tokens).square().mean().backward()
-        found.append([vpd.V[IN].grad.double(), vpd.U[IN].grad.double()])
-    for a, b in zip(*found, strict=True):
+        results.append([vpd.V[IN].grad.double(), vpd.U[IN].grad.double()])
+    for a, b in zip(*results, strict=True):
         assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 

@@ -40,7 +40,7 @@ def test_the_clean_pass_is_the_targets_without_transient_hooks_and_with_permanen
 
 def test_it_is_clean_inside_masked_contexts_and_from_inside_a_hook(model, vpd, tokens):
     expected = vpd.causal_importances(model, tokens).concatenated
-    found = []
+    results = []
     with vpd.attach(model) as attached:
         clean = model(tokens)
         for mode in ("zero", "rounded"):
@@ -49,10 +49,10 @@ def test_it_is_clean_inside_masked_contexts_and_from_inside_a_hook(model, vpd, t
                 masked = model(tokens)
                 look = (
                     "blocks.1.hook_resid_pre",
-                    lambda x, hook: found.append(vpd.causal_importances(model, tokens).concatenated),
+                    lambda x, hook: results.append(vpd.causal_importances(model, tokens).concatenated),
                 )
                 assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=[look]), masked)
-                assert torch.equal(found.pop(), expected)
+                assert torch.equal(results.pop(), expected)
         assert torch.equal(model(tokens), clean)
 
 

@@ -28,16 +28,16 @@ def test_they_are_worse_than_any_random_source_and_with_more_steps_worse_still(m
             generator = torch.Generator().manual_seed(seed)
             sources = torch.rand(1, 1, site_axis.total + 12, generator=generator, dtype=torch.float64)
             chance.append(kl_under(model, attached, masks_from_sources(g, sources, site_axis), tokens))
-        found = [
+        results = [
             kl_under(model, attached, vpd.adversarial_masks(model, tokens, seed=0, steps=n), tokens) for n in (0, 2, 12)
         ]
-    assert found[2] > max(chance) and found[2] > found[1] > found[0]
+    assert results[2] > max(chance) and results[2] > results[1] > results[0]
 
 
 def test_they_lie_between_importance_and_one_with_one_source_for_all_tokens(model, vpd, tokens):
     ci = vpd.causal_importances(model, tokens)
-    found = vpd.adversarial_masks(model, tokens, seed=1, steps=3)
-    for n, own in found.items():
+    result = vpd.adversarial_masks(model, tokens, seed=1, steps=3)
+    for n, own in result.items():
         g = ci[n]
         assert bool((own.mask >= g - 1e-12).all()) and bool((own.mask <= 1 + 1e-12).all())
         r = (own.mask - g) / (1 - g).clamp_min(1e-9)
@@ -51,23 +51,23 @@ def test_they_lie_between_importance_and_one_with_one_source_for_all_tokens(mode
 
 @pytest.mark.parametrize("sites", [None, "*.mlp.*"])
 def test_they_are_those_of_the_mode_with_the_same_seed(model, vpd, tokens, sites):
-    found = vpd.adversarial_masks(model, tokens, seed=5, steps=3, step_size=0.3, sites=sites)
+    result = vpd.adversarial_masks(model, tokens, seed=5, steps=3, step_size=0.3, sites=sites)
     with torch.no_grad(), vpd.attach(model) as attached:
         with attached.masked("adversarial", seed=5, steps=3, step_size=0.3, sites=sites):
             expected, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_mask"))
-        with attached.masked(found):
+        with attached.masked(result):
             assert_close(model(tokens), expected, rtol=1e-9, atol=1e-10)
-        assert_close(model.run_with_hooks(tokens, fwd_hooks=vpd.mask_hooks(found)), expected, rtol=1e-9, atol=1e-10)
-    assert set(found) == {n for n in vpd.sites if sites is None or ".mlp." in n}
-    for n, own in found.items():
+        assert_close(model.run_with_hooks(tokens, fwd_hooks=vpd.mask_hooks(result)), expected, rtol=1e-9, atol=1e-10)
+    assert set(result) == {n for n in vpd.sites if sites is None or ".mlp." in n}
+    for n, own in result.items():
         assert_close(own.mask, cache[vpd.sites[n].hook_name("mask")], rtol=1e-9, atol=1e-10)
         assert_close(own.delta, cache[vpd.sites[n].hook_name("delta_mask")].reshape(2, 7), rtol=1e-9, atol=1e-10)
 
 
 def test_seeds_reproduce_and_without_one_torchs_own_state_counts(model, vpd, tokens):
     def run(seed):
-        found = vpd.adversarial_masks(model, tokens, seed=seed, steps=1)
-        return torch.cat([own.mask for own in found.values()], -1)
+        result = vpd.adversarial_masks(model, tokens, seed=seed, steps=1)
+        return torch.cat([own.mask for own in result.values()], -1)
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
     before = torch.get_rng_state()
@@ -81,9 +81,9 @@ def test_seeds_reproduce_and_without_one_torchs_own_state_counts(model, vpd, tok
 
 def test_what_is_kept_is_one_and_all_others_are_free(model, vpd, tokens):
     kept = [str(s) for s in vpd.site_axis.subcomponents() if s.index != 2]
-    found = vpd.adversarial_masks(model, tokens, node_set=kept, seed=0, steps=4, step_size=1.0)
+    result = vpd.adversarial_masks(model, tokens, node_set=kept, seed=0, steps=4, step_size=1.0)
     values = set()
-    for own in found.values():
+    for own in result.values():
         assert bool((own.mask[..., [0, 1, 3, 4, 5]] == 1).all())
         assert own.mask[..., 2].unique().numel() == 1
         values |= {float(own.mask[0, 0, 2]), float(own.delta[0, 0])}
@@ -97,10 +97,10 @@ def test_what_is_kept_is_one_and_all_others_are_free(model, vpd, tokens):
 def test_they_are_found_with_and_without_gradients(model, vpd, tokens, context):
     expected = vpd.adversarial_masks(model, tokens, seed=0, steps=2)
     with context():
-        found = vpd.adversarial_masks(model, tokens.clone(), attention_mask=torch.ones_like(tokens), seed=0, steps=2)
+        result = vpd.adversarial_masks(model, tokens.clone(), attention_mask=torch.ones_like(tokens), seed=0, steps=2)
     for n, own in expected.items():
-        assert torch.equal(own.mask, found[n].mask) and torch.equal(own.delta, found[n].delta)
-        assert not found[n].mask.requires_grad and not found[n].mask.is_inference()
+        assert torch.equal(own.mask, result[n].mask) and torch.equal(own.delta, result[n].delta)
+        assert not result[n].mask.requires_grad and not result[n].mask.is_inference()
     assert all(p.grad is None for p in [*model.parameters(), *vpd.parameters()])
 
 
@@ -108,7 +108,7 @@ def test_they_leave_the_model_as_it_was_and_see_the_target_alone(model, vpd, tok
     expected = vpd.adversarial_masks(model, tokens, seed=0, steps=2)
     model.add_hook("blocks.0.hook_resid_pre", lambda x, hook: x * 2)
     before = snapshot(model)
-    found = vpd.adversarial_masks(model, tokens, seed=0, steps=2)
+    result = vpd.adversarial_masks(model, tokens, seed=0, steps=2)
     assert_same(before, snapshot(model))
     with (
         torch.no_grad(),
@@ -118,7 +118,7 @@ def test_they_leave_the_model_as_it_was_and_see_the_target_alone(model, vpd, tok
     ):
         inside = vpd.adversarial_masks(model, tokens, seed=0, steps=2)
     for n, own in expected.items():
-        assert torch.equal(own.mask, found[n].mask) and torch.equal(own.mask, inside[n].mask)
+        assert torch.equal(own.mask, result[n].mask) and torch.equal(own.mask, inside[n].mask)
     assert_same(before, snapshot(model))
 
 
@@ -126,11 +126,11 @@ def test_strings_and_padding(monkeypatch):
     model, vpd = bundled.model(kind="hooked_transformer"), bundled.decomposition()
     model.tokenizer.padding_side = "left"
     prompts = ["def f(x):", "def longer(name, value):\n    return"]
-    found = vpd.adversarial_masks(model, prompts, seed=0, steps=1, sites="blocks.1.mlp.*")
+    result = vpd.adversarial_masks(model, prompts, seed=0, steps=1, sites="blocks.1.mlp.*")
     tokens = model.to_tokens(prompts)
     by_tokens = vpd.adversarial_masks(model, tokens, seed=0, steps=1, sites="blocks.1.mlp.*")
     token_mask = vpd.causal_importances(model, prompts).token_mask
-    for n, own in found.items():
+    for n, own in result.items():
         assert own.mask.shape == (*tokens.shape, vpd.counts[n])
         assert torch.equal(own.mask, by_tokens[n].mask)
         # Padding has importance 0, so its masks are the bare sources, the smallest masks there are.
@@ -145,10 +145,10 @@ def test_other_precisions_keep_what_is_kept(tokens, dtype):
     model = tiny_model(dtype=dtype)
     vpd = decomposition_of(model)
     kept = [f"{n}:0" for n in vpd.sites]
-    found = vpd.adversarial_masks(model, tokens, node_set=kept, seed=0, steps=3)
-    with torch.no_grad(), vpd.attach(model) as attached, attached.masked(found):
+    result = vpd.adversarial_masks(model, tokens, node_set=kept, seed=0, steps=3)
+    with torch.no_grad(), vpd.attach(model) as attached, attached.masked(result):
         assert model(tokens).dtype == dtype
-    assert all(bool((own.mask[..., 0] == 1).all()) for own in found.values())
+    assert all(bool((own.mask[..., 0] == 1).all()) for own in result.values())
 
 
 def test_what_does_not_exist_is_said(model, vpd):

@@ -39,9 +39,9 @@ def tokens():
 
 def everything(bridge):
     """Every module of the bridge and of what it wraps, by name."""
-    found = dict(bridge.named_modules())
-    found.update({f"original.{k}": v for k, v in bridge.original_model.named_modules()})
-    return found
+    result = dict(bridge.named_modules())
+    result.update({f"original.{k}": v for k, v in bridge.original_model.named_modules()})
+    return result
 
 
 def snapshot(bridge):
@@ -74,13 +74,13 @@ def test_importances_and_activations_are_the_hooked_transformers(hooked, bridge,
 
 @pytest.mark.parametrize("mode", MODES)
 def test_masked_logits_are_the_hooked_transformers(hooked, bridge, vpd, tokens, mode):
-    found = []
+    results = []
     for model in (hooked, bridge):
         with torch.no_grad(), vpd.attach(model) as attached:
             clean = model(tokens)
             with attached.masked(mode, **options_of(mode, seed=3, steps=2, threshold=0.05)):
-                found.append((clean, model(tokens)))
-    (clean, masked), (of_bridge, masked_bridge) = found
+                results.append((clean, model(tokens)))
+    (clean, masked), (of_bridge, masked_bridge) = results
     assert_close(of_bridge, clean, rtol=1e-4, atol=1e-4)
     if mode == "adversarial":  # signs of gradients near zero may differ in float32
         assert float((masked - masked_bridge).abs().mean()) < 0.05
@@ -121,7 +121,7 @@ def test_ablations_replacements_patches_and_kept_are_the_hooked_transformers(hoo
     masks = {
         n: SiteMask(draw(2, 9, c, seed=i, dtype=torch.float32), None) for i, (n, c) in enumerate(vpd.counts.items())
     }
-    found = []
+    results = []
     for model in (hooked, bridge):
         with torch.no_grad(), vpd.attach(model) as attached:
             own = [
@@ -134,27 +134,27 @@ def test_ablations_replacements_patches_and_kept_are_the_hooked_transformers(hoo
             with attached.keep_only(addresses):
                 own.append(model(tokens))
             own.append(model(tokens))
-            found.append(own)
-    for i, (a, b) in enumerate(zip(*found, strict=True)):
+            results.append(own)
+    for i, (a, b) in enumerate(zip(*results, strict=True)):
         assert_close(b, a, rtol=1e-3, atol=2e-3, msg=str(i))
-        assert i == 6 or float((b - found[1][6]).abs().max()) > 1e-3
+        assert i == 6 or float((b - results[1][6]).abs().max()) > 1e-3
 
 
 def test_gradients_of_v_and_u_are_the_hooked_transformers(hooked, bridge, vpd, tokens):
-    found = []
+    results = []
     for model in (hooked, bridge):
         with vpd.attach(model) as attached, attached.masked("unmasked"):
             logits = model(tokens)
-        found.append(
+        results.append(
             torch.autograd.grad(logits.log_softmax(-1)[..., 5].mean(), [vpd.V[OUT], vpd.U["blocks.0.attn.W_K"]])
         )
-    for a, b in zip(*found, strict=True):
+    for a, b in zip(*results, strict=True):
         assert_close(a, b, rtol=1e-3, atol=1e-5)
         assert bool((a != 0).any())
 
 
 def test_generation_is_the_hooked_transformers(hooked, bridge, vpd, tokens):
-    found = []
+    results = []
     settings = dict(max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens")
     for model in (hooked, bridge):
         with torch.no_grad(), vpd.attach(model) as attached:
@@ -164,8 +164,8 @@ def test_generation_is_the_hooked_transformers(hooked, bridge, vpd, tokens):
                 own.append(model.generate(tokens[:1], use_past_kv_cache=False, **settings))
                 with pytest.raises(ValueError, match=r"needs the whole prefix.*use_past_kv_cache=False"):
                     model.generate(tokens[:1], **settings)
-            found.append(own)
-    for a, b in zip(*found, strict=True):
+            results.append(own)
+    for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
 
@@ -273,7 +273,7 @@ def test_compatibility_mode_without_processing_changes_nothing(hooked, bridge, v
 
 def test_the_bridge_reads_strings_and_leaves_padding_out(hooked, bridge, vpd):
     prompts = ["def f(x):", "def longer(name, value):\n    return"]
-    found = [vpd.causal_importances(m, prompts) for m in (hooked, bridge)]
-    assert torch.equal(found[0].tokens, found[1].tokens)
-    assert found[0].token_mask is not None and torch.equal(found[0].token_mask, found[1].token_mask)
-    assert_close(found[0].concatenated, found[1].concatenated, rtol=0, atol=5e-5)
+    results = [vpd.causal_importances(m, prompts) for m in (hooked, bridge)]
+    assert torch.equal(results[0].tokens, results[1].tokens)
+    assert results[0].token_mask is not None and torch.equal(results[0].token_mask, results[1].token_mask)
+    assert_close(results[0].concatenated, results[1].concatenated, rtol=0, atol=5e-5)

@@ -127,5 +127,5 @@ def test_a_decomposition_on_the_cpu_serves_a_model_on_a_gpu():
     model.to("cuda")
     assert_close(vpd.causal_importances(model, some_tokens()).concatenated.cpu(), ci.concatenated, atol=1e-4, rtol=1e-3)
     assert len(harvest(vpd, model, some_tokens()).to_pandas()) == len(harvested)
-    found = evaluate(vpd, model, some_tokens(), EvaluationConfig(budgets=(2,), measures=())).record
-    assert found["l0"] == pytest.approx(expected["l0"], abs=0.1) and vpd.device.type == "cpu"
+    result = evaluate(vpd, model, some_tokens(), EvaluationConfig(budgets=(2,), measures=())).record
+    assert result["l0"] == pytest.approx(expected["l0"], abs=0.1) and vpd.device.type == "cpu"

@@ -19,11 +19,11 @@ KEPT = [f"{IN}:0", f"{IN}:3", f"{OUT}:5", f"{Q}:1"]
 
 def indicator(vpd, kept=KEPT):
     """One mask a site: 1 for what is kept."""
-    found = {n: torch.zeros(c, dtype=torch.float64) for n, c in vpd.counts.items()}
+    results = {n: torch.zeros(c, dtype=torch.float64) for n, c in vpd.counts.items()}
     for address in kept:
         site, index = address.rsplit(":", 1)
-        found[site][int(index)] = 1
-    return found
+        results[site][int(index)] = 1
+    return results
 
 
 @pytest.mark.parametrize("delta", [None, 0.0, 1.0, 0.5])
@@ -138,8 +138,8 @@ def test_the_adversarial_rest_is_the_masks_that_adversarial_masks_finds(model, v
     with torch.no_grad(), vpd.attach(model) as attached:
         with attached.keep_only(KEPT, rest="adversarial", seed=4, steps=3, step_size=0.2, sites="*.mlp.*"):
             expected = model(tokens)
-        found = vpd.adversarial_masks(model, tokens, node_set=KEPT, seed=4, steps=3, step_size=0.2, sites="*.mlp.*")
-        with attached.masked(found):
+        result = vpd.adversarial_masks(model, tokens, node_set=KEPT, seed=4, steps=3, step_size=0.2, sites="*.mlp.*")
+        with attached.masked(result):
             assert_close(model(tokens), expected, rtol=1e-9, atol=1e-9)
 
 

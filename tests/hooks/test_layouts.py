@@ -97,10 +97,10 @@ def test_what_the_cache_shows_has_no_head_axis_and_the_same_values(case):
             hook = site.hook_name(kind)
             assert on[hook].shape == shape, hook
             assert_close(on[hook], off[hook], rtol=1e-10, atol=1e-10, msg=hook)
-    found = vpd.causal_importances(model, tokens)
+    result = vpd.causal_importances(model, tokens)
     acts = vpd.component_acts(model, tokens)
     for n, site in vpd.sites.items():
-        assert_close(found[n], off[site.hook_name("ci")], rtol=1e-10, atol=1e-10)
+        assert_close(result[n], off[site.hook_name("ci")], rtol=1e-10, atol=1e-10)
         assert_close(acts[n], off[site.hook_name("component_acts")], rtol=1e-10, atol=1e-10)
 
 
@@ -116,13 +116,13 @@ def test_patched_activations_have_the_effect_they_have_with_the_flags_off(case, 
         return None
 
     def results():
-        found = {}
+        measured = {}
         for n in ("blocks.0.attn.W_Q", "blocks.0.attn.W_K", "blocks.0.attn.W_V", "blocks.1.attn.W_O"):
             hooks = [(vpd.sites[n].hook_name("component_acts"), patch)]
-            found[n] = model.run_with_hooks(tokens, fwd_hooks=hooks)
+            measured[n] = model.run_with_hooks(tokens, fwd_hooks=hooks)
             with attached.masked(masks):
-                found[n, "masked"] = model.run_with_hooks(tokens, fwd_hooks=hooks)
-        return found
+                measured[n, "masked"] = model.run_with_hooks(tokens, fwd_hooks=hooks)
+        return measured
 
     masks = by_token(vpd)
     with torch.no_grad(), vpd.attach(model) as attached:

@@ -87,11 +87,11 @@ def test_an_explicit_attention_mask_says_what_is_padding(shipped):
     mask = torch.ones_like(junk)
     mask[:, :3] = 0
     expected = vpd.causal_importances(model, alone).concatenated
-    found = vpd.causal_importances(model, junk, attention_mask=mask)
-    assert_close(found.concatenated[:, 3:], expected, rtol=0, atol=2e-5)
+    result = vpd.causal_importances(model, junk, attention_mask=mask)
+    assert_close(result.concatenated[:, 3:], expected, rtol=0, atol=2e-5)
     with torch.no_grad(), vpd.attach(model):
         _, cache = model.run_with_cache(junk, attention_mask=mask, names_filter=lambda n: n.endswith("q_ci"))
-    assert_close(cache["q_ci", 1], found["blocks.1.attn.W_Q"], rtol=0, atol=2e-5)
+    assert_close(cache["q_ci", 1], result["blocks.1.attn.W_Q"], rtol=0, atol=2e-5)
 
 
 def test_generation_from_padded_prompts_masks_as_the_prompt_alone(shipped):

@@ -35,8 +35,8 @@ def attached():
 
 
 def at(pos) -> list[int]:
-    found = range(POS)[pos] if isinstance(pos, slice) else range(POS) if pos is None else pos
-    return [found % POS] if isinstance(found, int) else [p % POS for p in found]
+    result = range(POS)[pos] if isinstance(pos, slice) else range(POS) if pos is None else pos
+    return [result % POS] if isinstance(result, int) else [p % POS for p in result]
 
 
 @settings(max_examples=30, deadline=None)

@@ -49,18 +49,18 @@ def paths(monkeypatch):
 
 def both(model, vpd, tokens, hooks, paths, weights=None):
     """Results over few columns and over the full axis; with weights, gradients of V, U as well."""
-    found = []
+    results = []
     for extra, way in (([], "sparse"), (listen(vpd), "hooked")):
         paths.clear()
         with nullcontext() if weights is not None else torch.no_grad():
             logits = model.run_with_hooks(tokens, fwd_hooks=[*hooks, *extra])
         assert {w for _, w in paths} == {way} and len(paths) >= 1
         if weights is None:
-            found.append([logits])
+            results.append([logits])
         else:
             leaves = [t for n in (OUT, Q) for t in (vpd.V[n], vpd.U[n])]
-            found.append([logits.detach(), *torch.autograd.grad((logits * weights).sum(), leaves)])
-    return found
+            results.append([logits.detach(), *torch.autograd.grad((logits * weights).sum(), leaves)])
+    return results
 
 
 @pytest.mark.parametrize("pos", POSITIONS, ids=str)

@@ -174,12 +174,12 @@ def test_means_work_with_a_kv_cache_and_activations_of_a_prompt_say_that_they_do
 def test_activations_are_those_of_the_target_inside_contexts_and_hooks(model, vpd, tokens):
     expected = vpd.component_acts(model, tokens)
     with torch.no_grad(), vpd.attach(model) as attached, attached.masked("zero"), attached.ablated(ADDRESSES):
-        found = vpd.component_acts(model, tokens)
-    assert all(torch.equal(found[n], expected[n]) for n in vpd.sites)
+        result = vpd.component_acts(model, tokens)
+    assert all(torch.equal(result[n], expected[n]) for n in vpd.sites)
     with torch.inference_mode():
-        found = vpd.component_acts(model, tokens)
-    assert all(torch.equal(found[n], expected[n]) for n in vpd.sites)
+        result = vpd.component_acts(model, tokens)
+    assert all(torch.equal(result[n], expected[n]) for n in vpd.sites)
     with vpd.attach(model), torch.enable_grad():  # and what came of inference mode may be used with gradients
-        flipped = {OUT: found[OUT].flip(1)}
+        flipped = {OUT: result[OUT].flip(1)}
         model.run_with_hooks(tokens, fwd_hooks=vpd.ablation_hooks(ADDRESSES, values=flipped)).square().sum().backward()
     assert bool((vpd.U[OUT].grad[[2, 4]] != 0).all())

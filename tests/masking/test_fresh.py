@@ -18,23 +18,23 @@ def linear(sources):
 
 def test_a_linear_loss_is_driven_to_its_corner_within_the_default_budget():
     start = draw(1, 1, 4)
-    found = fresh_pgd(linear, start)
-    assert torch.equal(found.sources[..., :3], torch.tensor([[[1.0, 0.0, 1.0]]], dtype=torch.float64))
-    assert torch.equal(found.sources[..., 3], start[..., 3])  # no gradient, no step
-    assert len(found.losses) == 21 and found.loss == 1.5
-    assert found.losses[0] == float(linear(start))
+    result = fresh_pgd(linear, start)
+    assert torch.equal(result.sources[..., :3], torch.tensor([[[1.0, 0.0, 1.0]]], dtype=torch.float64))
+    assert torch.equal(result.sources[..., 3], start[..., 3])  # no gradient, no step
+    assert len(result.losses) == 21 and result.loss == 1.5
+    assert result.losses[0] == float(linear(start))
 
 
 def test_steps_are_signs_times_size_and_are_clamped():
     start = torch.tensor([[[0.5, 0.5, 0.95, 0.5]]], dtype=torch.float64)
-    found = fresh_pgd(linear, start, steps=2, step_size=0.1)
-    assert_close(found.sources, torch.tensor([[[0.7, 0.3, 1.0, 0.5]]], dtype=torch.float64))
+    result = fresh_pgd(linear, start, steps=2, step_size=0.1)
+    assert_close(result.sources, torch.tensor([[[0.7, 0.3, 1.0, 0.5]]], dtype=torch.float64))
     assert start.tolist() == [[[0.5, 0.5, 0.95, 0.5]]]
 
 
 def test_no_steps_score_the_start():
-    found = fresh_pgd(linear, draw(1, 1, 4), steps=0)
-    assert torch.equal(found.sources, draw(1, 1, 4)) and found.losses == [float(linear(draw(1, 1, 4)))]
+    result = fresh_pgd(linear, draw(1, 1, 4), steps=0)
+    assert torch.equal(result.sources, draw(1, 1, 4)) and result.losses == [float(linear(draw(1, 1, 4)))]
 
 
 def test_a_loss_that_runs_its_backward_piecewise_gives_the_same_attack():
@@ -90,7 +90,7 @@ def test_the_worst_start_comes_first():
         return torch.where(sources > 0.5, 2 * (sources - 0.5), 0.5 - sources).sum()
 
     starts = [torch.full((1, 1, 1), value, dtype=torch.float64) for value in (0.3, 0.7, 0.1)]
-    found = restarted_pgd(two_hills, starts, steps=10)
-    assert [r.loss for r in found] == pytest.approx([1.0, 0.5, 0.5])
+    result = restarted_pgd(two_hills, starts, steps=10)
+    assert [r.loss for r in result] == pytest.approx([1.0, 0.5, 0.5])
     with pytest.raises(ValueError, match="no start"):
         restarted_pgd(two_hills, [])

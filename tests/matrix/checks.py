@@ -95,14 +95,14 @@ class Case:
 
     def masks(self, shape: tuple[int, ...] | None, seed: int = 0) -> Masks:
         """Random masks: constant over positions with Δ at 0.3 (shape None), or of every position."""
-        found = {}
+        results = {}
         for i, (site, C) in enumerate(self.vpd.counts.items()):
             if shape is None:
                 delta = torch.full(self.tokens.shape, DELTA, dtype=torch.float64)
-                found[site] = SiteMask(draw(C, seed=seed + i).expand(*self.tokens.shape, C), delta)
+                results[site] = SiteMask(draw(C, seed=seed + i).expand(*self.tokens.shape, C), delta)
             else:
-                found[site] = SiteMask(draw(*shape, C, seed=seed + i), draw(*shape, seed=seed + 100 + i))
-        return Masks(found)
+                results[site] = SiteMask(draw(*shape, C, seed=seed + i), draw(*shape, seed=seed + 100 + i))
+        return Masks(results)
 
     def parameters(self) -> list[nn.Parameter]:
         """The weights the model trains."""
@@ -183,16 +183,16 @@ def constant_masks_are_edited_weights(case: Case) -> None:
 
 def masked_logits(case: Case, masks: Masks) -> dict[str, Tensor]:
     """Logits under masks in every way there is to set them."""
-    found: dict[str, Tensor] = {}
+    results: dict[str, Tensor] = {}
     with case.vpd.attach(case.model) as attached:
         with attached.masked(masks):
-            found["as a context"] = case.logits()
-        found["as hooks"] = oracle.logits_of(
+            results["as a context"] = case.logits()
+        results["as hooks"] = oracle.logits_of(
             case.model.run_with_hooks(case.tokens, fwd_hooks=case.vpd.mask_hooks(masks))
         )
     with MaskedModel(case.vpd, case.model) as masked_model:
-        found["tapped"] = masked_model.masked(case.tokens, masks)
-    return found
+        results["tapped"] = masked_model.masked(case.tokens, masks)
+    return results
 
 
 @torch.no_grad()

@@ -37,8 +37,8 @@ def one_file_for_every_class(case: Case) -> None:
         moved("masked logits", expected, case.logits(mine))
         for kind in others:
             other = build(case.family, kind, case.dtype, processing=processing)
-            found = vpd.causal_importances(other, case.tokens)
-            close(f"importances on {kind}", found.concatenated, ci.concatenated, 2e-5)
+            result = vpd.causal_importances(other, case.tokens)
+            close(f"importances on {kind}", result.concatenated, ci.concatenated, 2e-5)
             with vpd.attach(other) as attached, attached.masked(masks):
                 close(f"masked logits on {kind}", oracle.logits_of(other(case.tokens)), expected, 1e-4)
         for kind in (case.kind, *others):

@@ -188,7 +188,7 @@ def native_where(family: Family) -> dict[str, str]:
 
 def locations(where: Mapping[str, str], *, kv_heads: int, fused: str) -> dict[str, Location]:
     """Every site's Location, in TransformerLens's names."""
-    found: dict[str, Location] = {}
+    results: dict[str, Location] = {}
     weights: dict[str, Callable[[int], str]] = {
         **{s: (lambda i, s=s: f"blocks.{i}.attn.W_{s.upper()}") for s in ("q", "k", "v", "o")},
         **{s: (lambda i, s=s: f"blocks.{i}.mlp.W_{s}") for s in ("gate", "in", "out")},
@@ -198,13 +198,13 @@ def locations(where: Mapping[str, str], *, kv_heads: int, fused: str) -> dict[st
             full = path.format(i=i)
             if short == "qkv":
                 for part, columns in _fused_heads(kv_heads, fused).items():
-                    found[weights[part](i)] = Location(full, columns)
+                    results[weights[part](i)] = Location(full, columns)
             elif short == "gate_in":
-                found[weights["gate"](i)] = Location(full, tuple(range(D_MLP)))
-                found[weights["in"](i)] = Location(full, tuple(range(D_MLP, 2 * D_MLP)))
+                results[weights["gate"](i)] = Location(full, tuple(range(D_MLP)))
+                results[weights["in"](i)] = Location(full, tuple(range(D_MLP, 2 * D_MLP)))
             else:
-                found[weights[short](i)] = Location(full)
-    return found
+                results[weights[short](i)] = Location(full)
+    return results
 
 
 def _fused_heads(kv_heads: int, fused: str) -> dict[str, tuple[int, ...]]:

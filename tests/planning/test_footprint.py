@@ -36,8 +36,8 @@ def trained(config: VPDConfig, micro_batch: int | None = None, **flags):
         trainer.step(tokens)
         with FlopCounterMode(display=False, custom_mapping=OPERATIONS) as counter:
             trainer.step(tokens)
-    found = footprint(Target.of(model), config, context=6, execution=execution)
-    return trainer, counter.get_total_flops(), found
+    result = footprint(Target.of(model), config, context=6, execution=execution)
+    return trainer, counter.get_total_flops(), result
 
 
 def changed(**update) -> VPDConfig:
@@ -60,27 +60,27 @@ def changed(**update) -> VPDConfig:
     ],
 )
 def test_flops_and_bytes_are_those_of_a_step(config, micro_batch, flags):
-    trainer, flops, found = trained(config, micro_batch, **flags)
+    trainer, flops, result = trained(config, micro_batch, **flags)
     if config.sites is None:
-        assert found.step_flops == flops
+        assert result.step_flops == flops
     else:  # of block 0 nothing is differentiated, which the prediction does not know of attention and unembedding
-        assert found.step_flops == pytest.approx(flops, rel=0.1)
+        assert result.step_flops == pytest.approx(flops, rel=0.1)
     own = trainer.decomposition
-    assert found.counts["components"] == sum(p.numel() for p in own.components.parameters())
-    assert found.counts["gamma"] == sum(p.numel() for p in own.gamma.parameters())
+    assert result.counts["components"] == sum(p.numel() for p in own.components.parameters())
+    assert result.counts["gamma"] == sum(p.numel() for p in own.gamma.parameters())
     moments = [t for state in trainer.optimizer.state.values() for t in state.values() if t.ndim]
-    assert found.bytes["moments"] == sum(t.numel() * 4 for t in moments)
-    assert found.bytes["parameters"] == found.bytes["gradients"] == sum(p.numel() * 4 for p in own.parameters())
-    assert found.counts["sources"] == trainer.sources.values.numel()
-    assert found.bytes["target"] == sum(p.numel() * 4 for p in trainer.masked_model.model.parameters())
+    assert result.bytes["moments"] == sum(t.numel() * 4 for t in moments)
+    assert result.bytes["parameters"] == result.bytes["gradients"] == sum(p.numel() * 4 for p in own.parameters())
+    assert result.counts["sources"] == trainer.sources.values.numel()
+    assert result.bytes["target"] == sum(p.numel() * 4 for p in trainer.masked_model.model.parameters())
 
 
 @pytest.mark.parametrize(("config", "micro_batch"), [(CONFIG, None), (CONFIG, 2), (changed(merged=True), None)])
 def test_flops_are_those_of_a_step_with_logits_in_blocks(config, micro_batch, monkeypatch):
     monkeypatch.setattr(left_out_logits, "LARGE", 0)
-    trainer, flops, found = trained(config, micro_batch)
+    trainer, flops, result = trained(config, micro_batch)
     assert trainer.engine.unembedding is not None
-    assert found.step_flops == flops
+    assert result.step_flops == flops
 
 
 def test_logits_in_blocks_do_not_grow_with_the_tokens():

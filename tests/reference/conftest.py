@@ -153,8 +153,8 @@ def reference() -> Reference:
         fingerprints={name: Fingerprint.of(adapt(model).weight(name)) for name in sites},
     )
     scalars = json.loads((DATA / "scalars.json").read_text())
-    found = Reference(model, decomposition, read("inputs"), read("outputs"), scalars)
+    result = Reference(model, decomposition, read("inputs"), read("outputs"), scalars)
     with torch.no_grad():
-        for parameter, value in found.parameters(stored).values():
+        for parameter, value in result.parameters(stored).values():
             parameter.copy_(value)
-    return found
+    return result

@@ -25,8 +25,8 @@ def test_trigram_by_hand():
     p1 = {w: (n - d) / 3 + d * 2 / 3 * 0.5 for w, n in words.items()}
     p2_b_after_b = (1 - 0.75) / 2 + 0.75 * 2 / 2 * p1[1]  # after b: a once, b once
     p3 = (1 - 0.75) / 2 + 0.75 * 2 / 2 * p2_b_after_b  # after ab: a once, b once
-    found = np.exp(trigram.log_probability(np.array([[0, 1]]), np.array([1])))
-    np.testing.assert_allclose(found, p3, rtol=1e-12)
+    result = np.exp(trigram.log_probability(np.array([[0, 1]]), np.array([1])))
+    np.testing.assert_allclose(result, p3, rtol=1e-12)
 
 
 def test_trigram_ce_uses_the_words_before():

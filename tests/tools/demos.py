@@ -32,11 +32,11 @@ def same_length(model: Any, one: str, other: str) -> tuple[Tensor, Tensor]:
 
 def main_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Load, cache, look at attention, ablate a head, patch the residual stream, find induction heads, generate."""
-    found: dict[str, Tensor] = {"loss": model(TEXT, return_type="loss")}
+    results: dict[str, Tensor] = {"loss": model(TEXT, return_type="loss")}
     tokens = model.to_tokens(TEXT)
     logits, cache = model.run_with_cache(tokens, remove_batch_dim=True)
     pattern = cache["pattern", 0, "attn"]
-    found |= {"logits": logits, "pattern": pattern, "resid_mid": cache["resid_mid", 1]}
+    results |= {"logits": logits, "pattern": pattern, "resid_mid": cache["resid_mid", 1]}
     picture = cv.attention.attention_patterns(tokens=model.to_str_tokens(TEXT), attention=pattern)
     pictures = {"attention": re.sub(r"circuits-vis-[\w-]+", "", str(picture))}
 
@@ -45,7 +45,7 @@ def main_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         return value
 
     hooks = [(get_act_name("v", 0), ablate_head)]
-    found["ablated loss"] = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=hooks)
+    results["ablated loss"] = model.run_with_hooks(tokens, return_type="loss", fwd_hooks=hooks)
 
     clean, corrupted = same_length(model, CLEAN[0], CORRUPTED[0])
     clean_logits, clean_cache = model.run_with_cache(clean)
@@ -62,7 +62,7 @@ def main_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         for position in range(clean.shape[1]):
             hook = partial(patch_position, position=position)
             patched = model.run_with_hooks(corrupted, fwd_hooks=[(get_act_name("resid_pre", layer), hook)])
-            found[f"patched {layer} {position}"] = difference(patched)
+            results[f"patched {layer} {position}"] = difference(patched)
 
     half = torch.randint(20, 700, (4, 10), generator=torch.Generator().manual_seed(0))
     repeated = torch.cat([half, half], dim=1)
@@ -74,12 +74,12 @@ def main_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
 
     is_pattern = lambda name: name.endswith("pattern")  # noqa: E731
     model.run_with_hooks(repeated, return_type=None, fwd_hooks=[(is_pattern, score_induction)])
-    found["induction scores"] = scores
+    results["induction scores"] = scores
 
     text = model.generate(tokens[:, :10], max_new_tokens=6, do_sample=False, verbose=False, return_type="tokens")
-    found["generated"] = text
+    results["generated"] = text
     with model.hooks(fwd_hooks=hooks):
-        found["generated without the head"] = model.generate(
+        results["generated without the head"] = model.generate(
             tokens[:, :10], max_new_tokens=6, do_sample=False, verbose=False, return_type="tokens"
         )
 
@@ -93,7 +93,7 @@ def main_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         model(tokens, return_type="loss").backward()
     model.reset_hooks()
     model.zero_grad()
-    return {**found, **gradients}, pictures
+    return {**results, **gradients}, pictures
 
 
 def patching_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -121,7 +121,7 @@ def patching_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         "every head": patching.get_act_patch_attn_head_all_pos_every,
         "patterns": patching.get_act_patch_attn_head_pattern_all_pos,
     }
-    found = {name: sweep(model, corrupted, clean_cache, metric) for name, sweep in sweeps.items()}
+    results = {name: sweep(model, corrupted, clean_cache, metric) for name, sweep in sweeps.items()}
     table = patching.generic_activation_patch(
         model,
         corrupted,
@@ -131,14 +131,14 @@ def patching_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         activation_name="resid_mid",
         index_axis_names=("layer", "pos"),
     )
-    return {**found, "metrics": torch.stack([low, high]), "by hand": table}, {}
+    return {**results, "metrics": torch.stack([low, high]), "by hand": table}, {}
 
 
 def head_detector_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Heads by what they should attend to: by name, by a pattern of one's own, some heads alone, two measures, many prompts."""
     own = torch.tril(torch.ones(model.to_tokens(TEXT).shape[1], model.to_tokens(TEXT).shape[1]))
     own = own / own.sum(-1, keepdim=True)
-    found = {
+    results = {
         "previous": detect_head(model, TEXT, "previous_token_head"),
         "duplicate": detect_head(model, TEXT, "duplicate_token_head", exclude_current_token=True),
         "induction": detect_head(model, TEXT, "induction_head", exclude_bos=True),
@@ -146,7 +146,7 @@ def head_detector_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         "measure": detect_head(model, TEXT, own.to(model.cfg.dtype), error_measure="abs"),
         "prompts": detect_head(model, [TEXT, CLEAN[0]], "induction_head"),
     }
-    return found, {}
+    return results, {}
 
 
 DEMOS = {"main demo": main_demo, "activation patching": patching_demo, "head detector": head_detector_demo}

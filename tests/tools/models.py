@@ -93,12 +93,12 @@ def randomised(model: Any, seed: int = 0) -> Any:
 
 def kinds() -> dict[str, Callable[[], Any]]:
     """The builders that the installed TransformerLens has classes for."""
-    found: dict[str, Callable[[], Any]] = {}
+    results: dict[str, Callable[[], Any]] = {}
     if HookedTransformer is not None:
-        found["hooked_transformer"] = hooked_transformer
+        results["hooked_transformer"] = hooked_transformer
     if transformer_lens_version() >= (3, 4):
-        found |= {"bridge": bridge, "compatible_bridge": compatible_bridge, "native_bridge": native_bridge}
-    return found
+        results |= {"bridge": bridge, "compatible_bridge": compatible_bridge, "native_bridge": native_bridge}
+    return results
 
 
 KINDS = kinds()

@@ -28,8 +28,8 @@ def scores(model, case, granularity):
     model.eval()
     config = EdgeAttributionConfig(granularity=granularity)
     result = attribution_patch(model, case.tokens[:1], case.other_tokens[:1], metric, config)
-    found = result.node_scores if granularity == "node" else result.edge_scores
-    return torch.tensor(list(found.values()), dtype=torch.float64), result
+    measured = result.node_scores if granularity == "node" else result.edge_scores
+    return torch.tensor(list(measured.values()), dtype=torch.float64), result
 
 
 def recovered(model, case, circuit):

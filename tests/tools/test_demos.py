@@ -37,13 +37,13 @@ def test_a_known_notebook_with_three_lines_added(kind, demo):
 
     model = new_model(kind)
     with vpd.attach(model) as attached:
-        found, drawn = run(demo, model)
+        result, drawn = run(demo, model)
         with attached.masked(as_masks(masks)):
             masked, _ = run(demo, model)
 
     assert drawn == pictures
     for name, value in expected.items():
-        assert torch.equal(found[name], value), name
+        assert torch.equal(result[name], value), name
     for name, value in edited.items():
         assert_close(masked[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
     changed = [

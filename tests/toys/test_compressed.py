@@ -119,11 +119,11 @@ def test_the_truth_of_one_layer_scores_as_true_and_nothing_is_lost_by_it():
     toy = dataclasses.replace(SMALL, n_layers=1)
     model = train(toy, 0)
     truth = toy.truth(model)
-    found = ground_truth(Known(model, truth), model, toy.batches(4, seed=3).at(0), truth)
-    rows = found.sites.set_index("site")
+    result = ground_truth(Known(model, truth), model, toy.batches(4, seed=3).at(0), truth)
+    rows = result.sites.set_index("site")
     assert (rows["alive"] == rows["true"]).all()
     assert (rows[["pattern_errors", "count_errors"]] == 0).all(axis=None)
     assert rows[["mmcs", "ml2r"]].to_numpy() == pytest.approx(np.ones((2, 2)), abs=1e-4)
     # Features are read along dual directions, so that the piece of an absent one reads 0: nothing is lost, whatever the masks.
-    assert max(found.reconstruction[mode] for mode in ("unmasked", "importances", "adversarial")) < 1e-8
-    assert found.reconstruction["zero"] > 1e-3
+    assert max(result.reconstruction[mode] for mode in ("unmasked", "importances", "adversarial")) < 1e-8
+    assert result.reconstruction["zero"] > 1e-3

@@ -55,11 +55,11 @@ def induction(adversarial: bool) -> GroundTruth:
 
 
 def test_an_induction_circuit_is_important_where_it_is_needed():
-    found = induction(adversarial=True)
-    rows = found.needed.set_index("site").drop(index="blocks.1.attn.W_Q")  # needed nearly everywhere
+    result = induction(adversarial=True)
+    rows = result.needed.set_index("site").drop(index="blocks.1.attn.W_Q")  # needed nearly everywhere
     assert (rows["overlap"] > rows["chance"] + 0.25).all() and rows["overlap"].mean() > 0.65
     assert (rows["here"] > 3 * rows["elsewhere"]).all()
-    assert found.reconstruction["adversarial"] < 0.15 * found.reconstruction["zero"]
+    assert result.reconstruction["adversarial"] < 0.15 * result.reconstruction["zero"]
 
 
 def test_without_the_adversary_importances_are_in_their_places_and_do_not_hold():

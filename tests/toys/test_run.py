@@ -36,7 +36,7 @@ def command(tmp_path):
 
 
 def test_entries_are_written_seed_by_seed_and_not_made_twice(command, monkeypatch):
-    found = command("--toy", "tms_5_2_id", "--method", "vpd", "--seeds", "0", "--steps", "5")
+    result = command("--toy", "tms_5_2_id", "--method", "vpd", "--seeds", "0", "--steps", "5")
     made = []
     measure = runner.measure
     monkeypatch.setattr(runner, "measure", lambda *a, **k: made.append(a) or measure(*a, **k))
@@ -50,7 +50,7 @@ def test_entries_are_written_seed_by_seed_and_not_made_twice(command, monkeypatc
     assert own["seed"] == [0, 1] and own["true"] == {"embed": 5, "identity": 2, "unembed": 5}
     assert [len(own[name]) for name in ("mmcs", "ml2r", "seconds")] == [2, 2, 2]
     assert all(len(counts) == 2 for counts in own["alive"].values())
-    assert own["mmcs"][0] == found["tms_5_2_id"]["vpd"]["mmcs"][0] and own["settings"]["steps"] == 5
+    assert own["mmcs"][0] == result["tms_5_2_id"]["vpd"]["mmcs"][0] and own["settings"]["steps"] == 5
     assert {"torch", "numpy"} <= set(own["versions"]) and own["target"]["seed"] == [0, 0]
     assert set(own["by_site"]["count_errors"]) == {"embed", "identity", "unembed"}
     assert set(own["by_site"]["together"]) == {"identity"} and set(own["by_site"]["mmcs"]) == {"embed", "unembed"}
@@ -66,10 +66,10 @@ def test_entries_of_other_settings_are_refused(command):
 
 
 def test_settings_added_since_do_not_make_an_entry_another(command, tmp_path):
-    found = command("--toy", "tms_5_2", "--steps", "3")
-    del found["tms_5_2"]["vpd"]["settings"]["init_scale"]
+    result = command("--toy", "tms_5_2", "--steps", "3")
+    del result["tms_5_2"]["vpd"]["settings"]["init_scale"]
     own = recipe("tms_5_2", "vpd", steps=3).model_copy(update={"init_scale": 1.0})
-    (tmp_path / "found.json").write_text(json.dumps(found))
+    (tmp_path / "found.json").write_text(json.dumps(result))
     assert results.is_measured(
         tmp_path / "found.json", "tms_5_2", "vpd", 0, own.model_dump(mode="json", exclude={"seed"})
     )
@@ -100,9 +100,9 @@ def test_language_toys_are_measured_by_what_is_known(command, toy, method, monke
     truth = TOYS[toy].truth(TOYS[toy].build())
     assert set(own["latents"]) == set(truth.latents) and set(own["needed"]) == set(truth.needed)
     assert bool(truth.latents) != bool(truth.needed)
-    assert all(":" in found["subcomponent"][0] for found in own["latents"].values())
-    for found in (*own["latents"].values(), *own["needed"].values()):
-        assert 0 <= found["overlap"][0] <= 1 and 0 <= found["chance"][0] <= 1
+    assert all(":" in result["subcomponent"][0] for result in own["latents"].values())
+    for result in (*own["latents"].values(), *own["needed"].values()):
+        assert 0 <= result["overlap"][0] <= 1 and 0 <= result["chance"][0] <= 1
     assert own["true"] == {} and "mmcs" not in own and own["reconstruction"]["zero"][0] > 0
 
 
@@ -133,8 +133,8 @@ def test_what_there_is_not_is_said(arguments, message):
 
 
 def test_published_scores_stand_beside_a_methods_own(command):
-    found = command("--toy", "tms_5_2", "--method", "spd", "vpd", "--steps", "2")
-    table = results.table(found)
+    result = command("--toy", "tms_5_2", "--method", "spd", "vpd", "--steps", "2")
+    table = results.table(result)
     assert table["method"].tolist() == ["spd", "spd, published", "vpd"]
     published = table[table["method"] == "spd, published"].iloc[0]
     assert (published["mmcs"], published["ml2r"]) == (1.0, 0.993) and published.isna()["seed"]

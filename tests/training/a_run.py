@@ -54,7 +54,7 @@ def main(folder: Path, given: dict[str, str]) -> None:
             yield result
 
     def watched(self: Trainer, *arguments: Any) -> Any:
-        found = PLAIN_STEP(self, *arguments)
+        measured = PLAIN_STEP(self, *arguments)
         folder.mkdir(parents=True, exist_ok=True)
         bytes_of["parameters"] = size_of(list(self.decomposition.parameters()))
         bytes_of["moments"] = size_of([t for s in self.optimizer.state.values() for t in s.values() if t.ndim])
@@ -65,7 +65,7 @@ def main(folder: Path, given: dict[str, str]) -> None:
             time.sleep(0.4)
         if self.done == int(given.get("until", -1)):
             os.kill(os.getpid(), signal.SIGTERM)
-        return found
+        return measured
 
     Trainer.step, MaskedPasses.run = watched, watched_passes  # type: ignore[method-assign]
     model = tiny_model(dtype=getattr(torch, given.get("dtype", "float32")))

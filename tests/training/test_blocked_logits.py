@@ -70,10 +70,10 @@ class Largest(TorchDispatchMode):
         self.rows = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        found = function(*arguments, **(keywords or {}))
-        if isinstance(found, torch.Tensor) and found.ndim > 1 and found.shape[-1] == 11:
-            self.rows = max(self.rows, found.numel() // 11)
-        return found
+        result = function(*arguments, **(keywords or {}))
+        if isinstance(result, torch.Tensor) and result.ndim > 1 and result.shape[-1] == 11:
+            self.rows = max(self.rows, result.numel() // 11)
+        return result
 
 
 def test_logits_never_stand_whole():

@@ -27,8 +27,8 @@ def losses(target: torch.dtype, dtype: torch.dtype) -> tuple[list[float], torch.
 @pytest.mark.parametrize("target", [torch.float32, torch.float64])
 def test_a_decomposition_in_float64_trains_as_one_in_float32(target):
     expected, _ = losses(target, torch.float32)
-    found, dtype = losses(target, torch.float64)
-    assert dtype == torch.float64 and found == pytest.approx(expected, rel=1e-5)
+    result, dtype = losses(target, torch.float64)
+    assert dtype == torch.float64 and result == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -73,10 +73,10 @@ def contents(own: Any, where: str = "trainer", seen: set[int] | None = None) -> 
         parts = {f"{where}.{name}": value for name, value in vars(own).items()}
     else:
         return {}
-    found: dict[str, Tensor | int | float] = {}
+    results: dict[str, Tensor | int | float] = {}
     for name, value in parts.items():
-        found.update(contents(value, name, seen))
-    return found
+        results.update(contents(value, name, seen))
+    return results
 
 
 def test_a_state_restores_everything_that_changes_and_the_next_steps_are_the_same_to_the_bit(tmp_path):
@@ -201,9 +201,9 @@ def test_a_full_disk_is_named_and_the_state_before_stays_valid(tmp_path, monkeyp
         held = load_file(before)
         steps(own, 1)
         monkeypatch.setattr(state_module, "save_file", writer)
-        with pytest.raises(OSError, match=r"No space left on the disk of .* for a state of 0\.\d MB") as found:
+        with pytest.raises(OSError, match=r"No space left on the disk of .* for a state of 0\.\d MB") as result:
             save_state(own, folder, keep=1)
-        assert str(folder) in str(found.value) and "step-00000001.safetensors is intact" in str(found.value)
+        assert str(folder) in str(result.value) and "step-00000001.safetensors is intact" in str(result.value)
         assert list(folder.iterdir()) == [before]
         assert all(torch.equal(t, load_file(before)[k]) for k, t in held.items())
 

@@ -99,7 +99,9 @@ def test_a_resumed_run_is_the_undisturbed_one(tmp_path):
 
 def test_what_cannot_be_tied_is_refused():
     model = TOY.build(0)
-    with pytest.raises(KeyError, match=r"tied names blocks\.0, which is not decomposed; decomposed sites: embed, unembed"):
+    with pytest.raises(
+        KeyError, match=r"tied names blocks\.0, which is not decomposed; decomposed sites: embed, unembed"
+    ):
         new_decomposition(model, config(tied=(("embed", "blocks.0"),)))
     with pytest.raises(ValueError, match="embed and unembed are tied and need the same C; it is 5 and 6"):
         new_decomposition(model, config(C={"embed": 5, "unembed": 6}))

@@ -73,15 +73,15 @@ def test_the_layerwise_loss_is_the_mean_over_sites_of_the_error_with_that_site_m
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_parts_of_a_batch_give_the_layerwise_loss_of_the_whole(merged):
-    x, found = normal(4, 2, 4).float(), []
+    x, results = normal(4, 2, 4).float(), []
     own = config(batch_size=4, coefficients=Coefficients(layerwise=0.7), merged=merged, stochastic_routing="all")
     for micro_batch in (None, 2):
         model = seeded(TwoLayers).float()
         with MaskedModel(vpd := new_decomposition(model, own), model) as masked_model:
             metrics = Trainer(masked_model, own, (4, 2), execution=ExecutionConfig(micro_batch=micro_batch)).step(x)
-        found.append((metrics.layerwise, metrics.total, metrics.grad_norm, vpd.V["fc"].detach().clone()))
-    assert found[0][:3] == pytest.approx(found[1][:3], rel=1e-4)
-    assert_close(found[0][3], found[1][3], atol=2e-3, rtol=0)
+        results.append((metrics.layerwise, metrics.total, metrics.grad_norm, vpd.V["fc"].detach().clone()))
+    assert results[0][:3] == pytest.approx(results[1][:3], rel=1e-4)
+    assert_close(results[0][3], results[1][3], atol=2e-3, rtol=0)
 
 
 def test_without_the_coefficient_nothing_is_drawn_for_it():

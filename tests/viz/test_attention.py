@@ -63,14 +63,14 @@ def test_patterns_that_cannot_be_drawn_are_refused(model, vpd, tokens):
 
 
 def test_strengths_by_offset(model, vpd, tokens):
-    found = attention.static_strengths(vpd, model, tokens, 0, subcomponents=[f"{Q}:77", f"{Q}:60", f"{K}:48"])
-    panel = viz.static_strengths(found)
+    result = attention.static_strengths(vpd, model, tokens, 0, subcomponents=[f"{Q}:77", f"{Q}:60", f"{K}:48"])
+    panel = viz.static_strengths(result)
     assert panel.body.count(f"{Q}:") == 2 and all(f"head {h}" in panel.body for h in range(4))
-    assert viz.static_strengths(found).body == panel.body  # the same numbers, the same page
-    one = viz.static_strengths(found, [(f"{Q}:60", f"{K}:48")], max_offset=5)
+    assert viz.static_strengths(result).body == panel.body  # the same numbers, the same page
+    one = viz.static_strengths(result, [(f"{Q}:60", f"{K}:48")], max_offset=5)
     assert f"{Q}:77" not in one.body
     with pytest.raises(KeyError, match="is not among the 2 x 1 pairs"):
-        viz.static_strengths(found, [(f"{Q}:1", f"{K}:48")])
+        viz.static_strengths(result, [(f"{Q}:1", f"{K}:48")])
 
 
 def test_norms_by_head(vpd):
@@ -84,8 +84,8 @@ def test_norms_by_head(vpd):
 
 
 def test_attention_by_offset(model, vpd, tokens):
-    found = attention.attention_by_offset(vpd, model, tokens, 0, ablate=[f"{Q}:77"], max_offset=5)
-    panel = viz.attention_by_offset(found)
+    result = attention.attention_by_offset(vpd, model, tokens, 0, ablate=[f"{Q}:77"], max_offset=5)
+    panel = viz.attention_by_offset(result)
     assert f"{Q}:77" in panel.body and "left out" in panel.body and panel.body.count("stroke-dasharray") >= 4
     alone = viz.attention_by_offset(attention.attention_by_offset(vpd, model, tokens, 0, max_offset=5))
     assert "left out" not in alone.body

@@ -44,8 +44,8 @@ def test_text_from_tokens_is_escaped_and_the_page_needs_no_network(tmp_path):
 
 def test_a_models_graph_with_tokens_of_its_subcomponents(model, vpd, tokens):
     graph = attribution_graph(vpd, model, tokens[:1], 3)
-    found = harvest(vpd, model, tokens, config=HarvestConfig(windows=1))
-    panel = picture(graph, nodes=12, edges=30, harvest=found, title="Mine")
+    result = harvest(vpd, model, tokens, config=HarvestConfig(windows=1))
+    panel = picture(graph, nodes=12, edges=30, harvest=result, title="Mine")
     data = data_of(panel.body)
     assert len(data["edges"]) == 30 and sum("blocks" in label for label in data["labels"]) == 12
     assert any("fires at" in about for about in data["about"]) and "12 of" in panel.body

@@ -42,13 +42,13 @@ def test_every_piece_lies_on_its_feature(features, hidden):
     model = toy.build(0)
     truth = toy.truth(model)
     order = list(torch.randperm(features, generator=torch.Generator().manual_seed(1)))
-    found = Columns(model, order)
+    result = Columns(model, order)
     for name, known in truth.sites.items():
         weight = {"embed": model.embed, "unembed": model.unembed}[name].weight.detach().T
-        true, own = known.effects(weight), known.effects(found.pieces(name)[:-1])
+        true, own = known.effects(weight), known.effects(result.pieces(name)[:-1])
         for piece, j in enumerate(order):
             assert_close(own[piece, j], true[j])
-    figure = ground_truth(found, model, toy.batches(2, seed=0).at(0), truth)
+    figure = ground_truth(result, model, toy.batches(2, seed=0).at(0), truth)
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == [f"{n}: {features} alive of {features} true" for n in truth.sites]
     if hidden == 2:

@@ -36,13 +36,13 @@ def addresses(html: str) -> list[str]:
 
 @pytest.fixture
 def panels(model, vpd) -> list[Panel]:
-    found = harvest(vpd, model, some_tokens(shape=(6, 7)), config=HarvestConfig(windows=2))
-    firing = [str(a) for a in vpd.site_axis.subcomponents() if found[a].windows]
+    result = harvest(vpd, model, some_tokens(shape=(6, 7)), config=HarvestConfig(windows=2))
+    firing = [str(a) for a in vpd.site_axis.subcomponents() if result[a].windows]
     history = pd.DataFrame(
         {"step": [0, 10], **{name: [2.0, 1.0] for name in ("stochastic", "adversarial", "importance", "frequency")}}
     ).assign(l0=[5.0, 4.0], faithfulness=[1e-3, 1e-4])
-    parts = [viz.subcomponent(found, name) for name in firing[:3]]
-    return [viz.losses(history), viz.table(found.top(3), "Largest"), *parts]
+    parts = [viz.subcomponent(result, name) for name in firing[:3]]
+    return [viz.losses(history), viz.table(result.top(3), "Largest"), *parts]
 
 
 def test_a_page_holds_one_script_each_panel_and_each_explanation_once(panels, tmp_path):
