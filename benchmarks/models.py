@@ -154,7 +154,7 @@ def trainer_step(size: Size, variant: str = "paper", sites: tuple[str, ...] = SI
 def reference_step(size: Size) -> Callable[[], object]:
     """A step of the paper's recipe by ``tl_vpd.training.reference``, on the same model written out as functions."""
     from tests.training.functional_target import FunctionalTarget
-    from tl_vpd.masking import uniform_k_routing
+    from tl_vpd.masking.routing import uniform_k
     from tl_vpd.training import new_decomposition
     from tl_vpd.training.reference import Reference, Samples, Site
 
@@ -169,7 +169,7 @@ def reference_step(size: Size) -> Callable[[], object]:
 
     def step() -> object:
         sources = {name: torch.rand_like(site.r) for name, site in sites.items()}
-        routing = uniform_k_routing(list(sites), shape, generator=generator)
+        routing = dict(zip(sites, uniform_k(len(sites), shape, generator=generator), strict=True))
         return reference.step(tokens, real, Samples(sources, slots, routing))
 
     return step

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from tl_vpd.evaluation.batch import ce_by_row
 from tl_vpd.losses import (
     Reconstruction,
     Unembedding,
     kl_divergence,
-    next_token_ce,
     squared_error,
     unembedded_kl,
 )
@@ -61,9 +61,9 @@ def test_squared_error_by_hand():
 def test_cross_entropy_by_hand_counts_pairs_of_real_tokens():
     q = torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.2, 0.7], [1 / 3] * 3]], dtype=torch.float64)
     tokens = torch.tensor([[0, 1, 2]])
-    assert float(next_token_ce(q.log(), tokens)) == pytest.approx(-(math.log(0.25) + math.log(0.7)) / 2, rel=1e-14)
+    assert ce_by_row(q.log(), tokens, None).mean == pytest.approx(-(math.log(0.25) + math.log(0.7)) / 2, rel=1e-14)
     left = torch.tensor([[False, True, True]])
-    assert float(next_token_ce(q.log(), tokens, left)) == pytest.approx(-math.log(0.7), rel=1e-14)
+    assert ce_by_row(q.log(), tokens, left).mean == pytest.approx(-math.log(0.7), rel=1e-14)
 
 
 @settings(deadline=None, max_examples=25)
@@ -98,7 +98,6 @@ DISTANCES = {
     "kl": lambda target, output, real: kl_divergence(target.log_softmax(-1), output, real),
     "kl from the unembedding's inputs": lambda target, output, real: unembedded_kl(target, output, UNEMBEDDING, real),
     "squared error": squared_error,
-    "cross-entropy": lambda target, output, real: next_token_ce(output, torch.zeros(2, 3, dtype=torch.long), real),
     "reconstruction, kl": lambda target, output, real: Reconstruction(target, "kl", real)(output),
     "reconstruction, mse": lambda target, output, real: Reconstruction(target, "mse", real)(output),
 }

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from tests.losses.penalty_sums import penalty_sums
 from tl_vpd.importance import lower_leaky, upper_leaky
-from tl_vpd.losses import Penalty, importance_minimality, penalty_sums
+from tl_vpd.losses import Penalty, importance_minimality
 
 PENALTIES = [Penalty("power", 0.7), Penalty("power", 2.0), Penalty("smooth_l0", 0.3)]
 

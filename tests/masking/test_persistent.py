@@ -40,14 +40,6 @@ def test_a_rate_of_zero_moves_the_moments_only():
     assert_close(own.first, gradients(1)[0] * 0.5)
 
 
-def test_a_leaf_shares_values_and_collects_a_gradient():
-    own = sources()
-    leaf = own.leaf()
-    (leaf * 2).sum().backward()
-    assert leaf.data_ptr() == own.values.data_ptr() and torch.equal(leaf.grad, torch.full_like(own.values, 2))
-    assert not own.values.requires_grad
-
-
 def test_a_restored_state_goes_on_as_the_original():
     one, other = sources(0), sources(1)
     first, *rest = gradients(3)

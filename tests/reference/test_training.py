@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+from tests.losses.penalty_sums import penalty_sums
 from tests.reference.conftest import Reference, by_site, pack, pack_sources, read
 from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import lower_leaky
@@ -16,7 +17,6 @@ from tl_vpd.losses import (
     faithfulness,
     frequency_minimality,
     importance_minimality,
-    penalty_sums,
 )
 from tl_vpd.masking import fresh_pgd, masks_from_sources
 from tl_vpd.training import AdversaryConfig, Coefficients, Trainer, VPDConfig

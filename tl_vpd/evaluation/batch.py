@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.losses import Reconstruction
+from tl_vpd.losses.precision import at_least_float32
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Batch:
     """Rows that run together, after a clean pass.
 
     ``g``: importances ``[row, pos, C_total]`` (``[row, C_total]`` for inputs without positions). ``reconstruction``: the
-    distance of an output from the target's. ``target_ce``: the target's cross-entropy of the next token (None: the model puts out
+    distance of an output from the target's. ``target_ce``: the target's cross-entropy of the next token (None: the model returns
     no logits).
     """
 
@@ -131,7 +132,7 @@ def ce_by_row(
         if token_mask is None
         else token_mask[:, :-1] & token_mask[:, 1:]
     )
-    losses = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none")
+    losses = F.cross_entropy(at_least_float32(logits[:, :-1].flatten(0, 1)), tokens[:, 1:].flatten(), reduction="none")
     sums = (losses.view(pairs.shape).double() * pairs).sum(1)
     counts = pairs.sum(1).double()
     return PerRow((sums / counts.clamp(min=1)).cpu().numpy(), counts.cpu().numpy())

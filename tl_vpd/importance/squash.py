@@ -17,7 +17,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 LEAK = 0.01
-_BLOCK = 1 << 18
 
 
 class _LowerLeaky(torch.autograd.Function):
@@ -29,11 +28,7 @@ class _LowerLeaky(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (z,) = ctx.saved_tensors
-        # Blocks small enough for the processor's cache: no temporary of z's size.
-        out = z.new_empty(z.shape)
-        for block, incoming, target in zip(*(t.reshape(-1).split(_BLOCK) for t in (z, grad, out)), strict=True):
-            lower_leaky_pullback(block, incoming, out=target)
-        return out
+        return lower_leaky_pullback(z, grad)
 
 
 def lower_leaky_pullback(

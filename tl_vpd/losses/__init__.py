@@ -5,12 +5,11 @@
 The first two are one distance between outputs (``reconstruction``) under two kinds of masks.
 """
 
-from tl_vpd.losses.cross_entropy import next_token_ce
 from tl_vpd.losses.faithfulness import faithfulness, faithfulness_terms
 from tl_vpd.losses.frequency_minimality import RunningFrequency, frequency_minimality
 from tl_vpd.losses.importance_minimality import importance_minimality
 from tl_vpd.losses.kl import kl_divergence
-from tl_vpd.losses.penalty import Penalty, penalty_sums
+from tl_vpd.losses.penalty import Penalty
 from tl_vpd.losses.reconstruction import Reconstruction
 from tl_vpd.losses.squared_error import squared_error
 from tl_vpd.losses.unembedding import Unembedding, unembedded_kl
@@ -25,8 +24,6 @@ __all__ = [
     "frequency_minimality",
     "importance_minimality",
     "kl_divergence",
-    "next_token_ce",
-    "penalty_sums",
     "squared_error",
     "unembedded_kl",
 ]

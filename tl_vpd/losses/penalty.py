@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -73,7 +73,7 @@ class Penalty:
         grad_sums: Float[Tensor, " C_total"],
         token_mask: Bool[Tensor, " tokens"] | None = None,
         *,
-        grad_g: Float[Tensor, "tokens C_total"] | None = None,
+        grad_g: Float[Tensor, "tokens C_total"],
         squash: Squash = LOWER_LEAKY,
     ) -> Float[Tensor, "tokens C_total"]:
         """The gradient in z, from that in ``s_c`` and, through ``squash``, that in the importances g.
@@ -82,21 +82,17 @@ class Penalty:
             z: pre-sigmoid values.
             grad_sums: gradient in ``s_c``.
             token_mask: False at padding, which is not counted (None: no padding).
-            grad_g: gradient in the importances that make masks; overwritten with the result (None: zero).
+            grad_g: gradient in the importances that make masks; overwritten with the result.
             squash: makes those importances from z.
         """
-        out = torch.empty_like(z) if grad_g is None else grad_g
         for rows, real in self._blocks(z, token_mask):
             values = z[rows]
             grad_upper = self.slope(_upper_leaky(values)).mul_(grad_sums)
             torch.where(values > 1, grad_upper * LEAK, grad_upper, out=grad_upper).masked_fill_(values < 0, 0)
             if real is not None:
                 grad_upper.mul_(real.unsqueeze(-1))
-            if grad_g is None:
-                out[rows] = grad_upper
-            else:
-                squash.pullback(values, out[rows], out[rows]).add_(grad_upper)
-        return out
+            squash.pullback(values, grad_g[rows], grad_g[rows]).add_(grad_upper)
+        return grad_g
 
     def _blocks(self, z: Tensor, token_mask: Tensor | None) -> Iterator[tuple[slice, Tensor | None]]:
         n = max(1, self.block // max(1, z.shape[-1]))
@@ -105,35 +101,6 @@ class Penalty:
             yield rows, None if token_mask is None else token_mask[rows]
 
 
-class _Sums(torch.autograd.Function):
-    """``Penalty.sums``; only z is saved for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, z: Tensor, penalty: Penalty, token_mask: Tensor | None) -> Tensor:
-        ctx.save_for_backward(z, token_mask)
-        ctx.penalty = penalty
-        return penalty.sums(z, token_mask)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        z, token_mask = ctx.saved_tensors
-        return ctx.penalty.pullback(z, grad, token_mask), None, None
-
-
 def _upper_leaky(z: Tensor) -> Tensor:
     """``upper_leaky`` without gradients, in fewer operations."""
     return z.clamp(0, 1).add_((z - 1).clamp_(min=0), alpha=LEAK)
-
-
-def penalty_sums(
-    z: Float[Tensor, "batch *pos C_total"], penalty: Penalty, token_mask: Bool[Tensor, "batch pos"] | None = None
-) -> tuple[Float[Tensor, " C_total"], int]:
-    """``s_c``, differentiable in z, and the number of real tokens.
-
-    Args:
-        z: pre-sigmoid values.
-        penalty: φ.
-        token_mask: False at padding, which is not counted (None: no padding).
-    """
-    rows, real = z.flatten(0, -2), None if token_mask is None else token_mask.flatten()
-    return _Sums.apply(rows, penalty, real), len(rows) if real is None else int(real.sum())

@@ -3,7 +3,6 @@
 from tl_vpd.masking.fresh import AttackResult, attacked_masks, fresh_pgd, restarted_pgd, shared_start
 from tl_vpd.masking.masks import Masks, SiteMask, constant_masks, masks_from_sources
 from tl_vpd.masking.persistent import PersistentSources, rows_of_slots
-from tl_vpd.masking.routing import uniform_k_routing
 
 __all__ = [
     "AttackResult",
@@ -17,5 +16,4 @@ __all__ = [
     "restarted_pgd",
     "rows_of_slots",
     "shared_start",
-    "uniform_k_routing",
 ]

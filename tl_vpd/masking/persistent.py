@@ -43,10 +43,6 @@ class PersistentSources:
         self.second = torch.zeros_like(values)
         self.updates = 0
 
-    def leaf(self, rows: slice = ALL) -> Float[Tensor, "rows slots C_and_deltas"]:
-        """Sources of rows as a leaf that collects gradients; the values are shared, not copied."""
-        return self.values[rows].detach().requires_grad_()
-
     @torch.no_grad()
     def ascend(
         self,

@@ -6,22 +6,13 @@ run at ``x @ W``. So every subset of sites must be replaceable, and not only all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 
-def uniform_k_routing(
-    names: Sequence[str], shape: tuple[int, ...], *, generator: torch.Generator
-) -> dict[str, Bool[Tensor, "*batch"]]:
-    """A uniform-k routing for tokens of ``shape`` (batch, pos), on the generator's device."""
-    return dict(zip(names, uniform_k(len(names), shape, generator=generator).unbind(0), strict=True))
-
-
 def uniform_k(n: int, shape: tuple[int, ...], *, generator: torch.Generator) -> Bool[Tensor, "n *batch"]:
-    """The same for n sites in one tensor."""
+    """A uniform-k routing of n sites for tokens of ``shape`` (batch, pos), on the generator's device."""
     device = generator.device
     k = torch.randint(1, n + 1, shape, generator=generator, device=device)
     ranks = torch.rand(n, *shape, generator=generator, device=device).argsort(dim=0).argsort(dim=0)
