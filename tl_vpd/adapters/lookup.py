@@ -37,7 +37,7 @@ def adapt(model: nn.Module) -> Adapter:
 
 
 def sites(model: nn.Module) -> pd.DataFrame:
-    """A table of what can be decomposed in a model, and why anything cannot.
+    """A table of what can be decomposed in a model, and why the rest cannot.
 
     Columns: ``site``; ``d_in``, ``d_out``, ``rank``, ``heads`` (0 where there are none or nothing can be decomposed); ``refused``
     (the reason, or "").

@@ -52,7 +52,7 @@ def max_cosines(
 def consistency(
     one: Decomposition, other: Decomposition, *, alive: tuple[Alive, Alive] | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """A row for each site, and their mean: mean max cosine of V, U and rank-one, each beside its random baseline.
+    """A row for each site, and their mean: mean max cosine of V, U and rank-one, each next to its random baseline.
 
     A site of which no subcomponent is alive in one of the two has no cosines (NaN), and is left out of the mean.
 

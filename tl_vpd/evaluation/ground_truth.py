@@ -49,7 +49,7 @@ class MethodResult(Protocol):
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """A method's result beside what is known.
+    """A method's result compared with the truth.
 
     ``sites``: a row for each site, with ``true`` and ``alive`` counts; ``mmcs``, ``ml2r`` (NaN where directions are not known),
     the same over all pieces; ``pattern_errors``, the importances of the probe that are further than 0.1 from the truth's under

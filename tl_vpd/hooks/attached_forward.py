@@ -63,7 +63,7 @@ class AttachedForward(InternalPasses):
 
     @contextmanager
     def noting_changes(self) -> Iterator[set[str]]:
-        """Inside, notes which sites that write into the residual stream put out something else than the model computed."""
+        """Inside, notes which sites that write into the residual stream had another output than the model computed."""
         before = self._changed
         self._changed = changed = set[str]()
         try:
@@ -82,7 +82,7 @@ class AttachedForward(InternalPasses):
     # -- before and after --------------------------------------------------------------------------------------------
 
     def _before(self, call: Call) -> bool:
-        """Runs the clean pass that a mode needs; whether this very pass is the clean one that ``hook_ci`` needs."""
+        """Runs the clean pass that a mode needs; whether this pass is the clean one that ``hook_ci`` needs."""
         self.adapter.check()
         self.weights.follow(self.adapter.device, self.adapter.dtype)  # the model may have been moved or cast since
         if self.adapter.processed != self._processed:

@@ -29,7 +29,7 @@ class Checked:
         model: whose method it is.
         method: its name.
         our_names: of this package's HookPoints on the model.
-        passes: notes which sites put out something else than the model computed.
+        passes: notes which sites had another output than the model computed.
     """
 
     def __init__(self, model: nn.Module, method: str, our_names: Iterable[str], passes: AttachedForward) -> None:
@@ -103,7 +103,7 @@ class CheckedNames:
     Args:
         model: whose methods they are.
         our_names: of this package's HookPoints on the model.
-        passes: notes which sites put out something else than the model computed.
+        passes: notes which sites had another output than the model computed.
     """
 
     def __init__(self, model: nn.Module, our_names: Iterable[str], passes: AttachedForward) -> None:
