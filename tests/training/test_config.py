@@ -29,13 +29,13 @@ from tl_vpd.training.stored_config import upgraded
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"step": 3}, "step\n.*Extra inputs"),
-        ({"coefficients": {"freq": 1}}, "coefficients.freq\n.*Extra inputs"),
+        ({"step": 3}, r"VPDConfig has no 'step' \(did you mean 'steps'\?\): its fields are steps, batch_size"),
+        ({"coefficients": {"freq": 1}}, "coefficients\n.*Coefficients has no 'freq' .did you mean 'frequency'"),
         ({"steps": 0}, "greater than or equal to 1"),
         ({"batch_size": 0}, "greater than or equal to 1"),
         ({"C": 0}, "C of every site is 0"),
         ({"C": {"*.W_Q": 0}}, r"C of \*\.W_Q is 0"),
-        ({"lr": 1e-3}, "lr\n.*Extra inputs"),
+        ({"lr": 1e-3}, "VPDConfig has no 'lr'"),
         ({"optimizer": {"lr": 0.0}}, "optimizer.lr\n.*greater than 0"),
         ({"optimizer": {"lr_final": 2.0}}, "less than or equal to 1"),
         ({"minimality": {"smooth_end": 0.1}}, "smooth_end=0.1 would do nothing: it belongs to kind='smooth_l0'"),
@@ -65,7 +65,7 @@ def test_saving_without_a_folder_would_do_nothing(name):
 
 @pytest.mark.parametrize("other", [{"checkpoint": True}, {"sharding": "full"}, {"sharding": "optimizer"}])
 def test_compiled_passes_go_with_neither_checkpoint_nor_sharding(other):
-    with pytest.raises(ValidationError, match="compile=True goes neither with checkpoint=True nor with sharding"):
+    with pytest.raises(ValidationError, match="compile=True cannot be combined with checkpoint=True or with sharding"):
         ExecutionConfig(compile=True, **other)
     with pytest.raises(ValidationError, match="greater than or equal to 1"):
         ExecutionConfig(micro_batch=0)

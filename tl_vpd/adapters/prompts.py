@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
 from tl_vpd.adapters.versions import get_attention_mask
@@ -75,11 +75,16 @@ class Prompts:
         Args:
             tokens: None where a pass starts from embeddings.
             attention_mask: 0 at padding; of a longer prefix, the last columns count (None: the tokens tell).
+
+        Raises:
+            ValueError: the attention mask does not fit the tokens, or a row has no real token.
         """
         if attention_mask is None:
             token_mask = None if tokens is None else self._padding_of_tokens(tokens)
         else:
             columns = slice(None) if tokens is None else slice(-tokens.shape[1], None)
+            if tokens is not None:
+                attention_mask = checked_attention_mask(torch.as_tensor(attention_mask), tokens)
             token_mask = attention_mask[:, columns].bool()
         if token_mask is None or bool(token_mask.all()):
             return None
@@ -113,6 +118,25 @@ class Prompts:
             return None
         mask = get_attention_mask(tokenizer, tokens, bool(self.model.cfg.default_prepend_bos))
         return without_false_padding(mask.bool(), left=left)
+
+
+def checked_attention_mask(attention_mask: Tensor, tokens: Int[Tensor, "batch pos"]) -> Shaped[Tensor, "batch _"]:
+    """An attention mask of all rows, of the tokens or of a longer prefix.
+
+    Raises:
+        ValueError: it does not fit the tokens, or a row has no real token.
+    """
+    batch, pos = tokens.shape
+    if attention_mask.ndim != 2 or attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] < pos:
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)} and the tokens are {(batch, pos)}: give one entry per token, 0 at "
+            "padding."
+        )
+    empty = (attention_mask == 0).all(-1)
+    if bool(empty.any()):
+        rows = empty.nonzero().flatten().tolist()
+        raise ValueError(f"attention_mask has no real token in rows {rows}: leave out rows that are padding only.")
+    return attention_mask.expand(batch, -1)
 
 
 def without_false_padding(token_mask: Bool[Tensor, "batch pos"], *, left: bool) -> Bool[Tensor, "batch pos"]:

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.analysis.metric import Metric, number_of
+from tl_vpd.configs import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.importances import causal_importances
@@ -81,7 +82,7 @@ def ablation_table(
         ValueError: the metric gives no single number, the model has other weights, another decomposition is attached to it, or
             the config's threshold comes with a choice of subcomponents.
     """
-    config = config or AblationTableConfig()
+    config = config_of(AblationTableConfig, config)
     if subcomponents is not None and config.threshold:
         raise ValueError(f"threshold={config.threshold} does nothing with subcomponents=: leave out one of the two.")
     attached = attachment_of(decomposition, model)

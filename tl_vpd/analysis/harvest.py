@@ -23,10 +23,9 @@ from torch import Tensor, nn
 
 from tl_vpd.analysis.records import Harvest
 from tl_vpd.analysis.tally import HarvestConfig, Tally
+from tl_vpd.configs import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
-from tl_vpd.hooks.importances import zero_padding
-from tl_vpd.importance import lower_leaky
 from tl_vpd.site import Subcomponent
 
 
@@ -55,7 +54,7 @@ def harvest(
         KeyError: a site is not decomposed.
         IndexError: there is no such subcomponent.
     """
-    config = config or HarvestConfig()
+    config = config_of(HarvestConfig, config)
     chosen = _chosen(decomposition, subcomponents)
     with MaskedModel(decomposition, model) as masked_model:
         tokens = masked_model.adapter.tokens(prompts)
@@ -66,7 +65,7 @@ def harvest(
             rows = slice(start, start + config.batch_size)
             batch_mask = None if token_mask is None else token_mask[rows]
             _, inputs = masked_model.clean(tokens[rows], batch_mask)
-            g = zero_padding(lower_leaky(decomposition.pre_sigmoid(inputs, batch_mask)), batch_mask)
+            g = decomposition.importances(inputs, batch_mask)
             g = g if subcomponents is None else g[..., chosen.to(g.device)]
             tally.add(tokens[rows], real[rows], g, _activations(decomposition, inputs, chosen), start)
         names = token_texts(getattr(masked_model.adapter.model, "tokenizer", None), tokens)

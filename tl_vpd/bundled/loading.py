@@ -59,6 +59,8 @@ def decomposition(*, device: str | torch.device = "cpu") -> Decomposition:
 
 def tokens(part: Literal["validation", "training"], folder: Path = MODEL) -> Int[Tensor, "window pos"]:
     """Token windows of the standard library's source, each opened by BOS: 256 of validation or 2,000 of training files."""
+    if part not in ("validation", "training"):
+        raise KeyError(f"part={part!r}: the bundled tokens are 'validation' and 'training'.")
     return torch.from_numpy(load_file(folder / "tokens.safetensors")[part].astype(np.int64))
 
 

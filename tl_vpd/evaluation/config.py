@@ -45,6 +45,7 @@ class EvaluationConfig:
 
     Raises:
         KeyError: there is no such measure.
+        TypeError: the measures are a string.
         ValueError: a number is out of its range, or ``starts`` names a budget that is not attacked.
     """
 
@@ -61,6 +62,10 @@ class EvaluationConfig:
     keep_bytes: int = KEEP_BYTES
 
     def __post_init__(self) -> None:
+        if isinstance(self.measures, str):
+            raise TypeError(
+                f"measures={self.measures!r} is a string: give names in a list, such as [{self.measures!r}]."
+            )
         for name in self.measures:
             if name not in MEASURES:
                 raise KeyError(f"{name!r} is not a measure{nearest(name, MEASURES)}. Measures: {', '.join(MEASURES)}.")

@@ -1,7 +1,7 @@
 """Masks and ablations as lists of ``fwd_hooks``, for ``run_with_hooks`` and everything else that takes them.
 
 They act on the HookPoints that ``Decomposition.attach`` puts on the model, so the model must be attached. ``mask_hooks`` and
-``delta_hooks`` set masks; ``ablation_hooks`` multiplies the masks that earlier hooks set, or moves activations to other values,
+``delta_hooks`` set masks; ``ablation_hooks`` multiplies the masks that earlier hooks set, or replaces activations by other values,
 so that several lists compose in their order:
 
     y = y₀ − Σ_{c ∈ S} amount · a_c U[c]                  removed from the target (other masks and Δ at 1)
@@ -10,9 +10,11 @@ so that several lists compose in their order:
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -113,11 +115,21 @@ def indices_by_site(decomposition: DecomposedWeights, subcomponents: Subcomponen
     """
     if isinstance(subcomponents, str | Subcomponent):
         subcomponents = [subcomponents]
+    if not isinstance(subcomponents, Iterable):
+        raise TypeError(f"Subcomponents are a {type(subcomponents).__name__}: give 'site:index', or several in a list.")
     by_site: dict[str, dict[int, None]] = defaultdict(dict)
     for address in subcomponents:
         subcomponent = decomposition.subcomponent(address)
         by_site[subcomponent.site][subcomponent.index] = None
     return {site: tuple(indices) for site, indices in by_site.items()}
+
+
+def check_factor(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless a factor is a finite number."""
+    if not isinstance(value, Real):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give a number.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value}: give a finite number.")
 
 
 def mask_hooks(decomposition: DecomposedWeights, masks: Mapping[str, SiteMask | Tensor] | MaskFunction) -> FwdHooks:
@@ -134,6 +146,10 @@ def mask_hooks(decomposition: DecomposedWeights, masks: Mapping[str, SiteMask | 
     """
     sites = decomposition.sites
     if not isinstance(masks, Mapping):
+        if not callable(masks):
+            raise TypeError(
+                f"Masks are a {type(masks).__name__}: give masks by site, or a function (site, acts) -> mask."
+            )
         kinds = ("component_acts", "mask", "delta_mask")
         names = [n for n in sites if any(n in a.sites for a in attachments(decomposition))]
         require_points(decomposition, "mask_hooks", [(n, kind) for n in names for kind in kinds])
@@ -175,6 +191,7 @@ def delta_hooks(
         RuntimeError: the decomposition is attached to no model.
         KeyError: a pattern matches nothing, or the model was attached without ``delta_mask``.
     """
+    check_factor("value", value)
     names = [n for n in decomposition.sites if any(n in a.sites for a in attachments(decomposition))]
     names = select(sites, names) if names else []
     require_points(decomposition, "delta_hooks", [(name, "delta_mask") for name in names])
@@ -189,7 +206,7 @@ def ablation_hooks(
     amount: float = 1.0,
     values: Mapping[str, Tensor] | None = None,
 ) -> FwdHooks:
-    """``fwd_hooks`` that remove subcomponents from the target. To remove k of C costs k of C.
+    """``fwd_hooks`` that remove subcomponents from the target. Removing k of C computes k columns.
 
     Args:
         decomposition: attached to the model that the hooks are for.
@@ -208,6 +225,11 @@ def ablation_hooks(
             subcomponents.
     """
     chosen = indices_by_site(decomposition, subcomponents)
+    check_factor("amount", amount)
+    if values is not None and not isinstance(values, Mapping):
+        raise TypeError(
+            f"values is a {type(values).__name__}: give tensors by site, such as those of component_acts(...)."
+        )
     if not chosen:
         raise ValueError("There are no subcomponents to ablate: the list is empty. Name one or more, as 'site:index'.")
     kind = "mask" if values is None else "component_acts"

@@ -1,9 +1,9 @@
 """A model with a decomposition attached: HookPoints for what subcomponents do, and masked modes.
 
-On every block of the model stand HookPoints ``blocks.{i}.hook_{site}_{what}``, with site ``q k v o in gate out``:
+Every block of the model has HookPoints ``blocks.{i}.hook_{site}_{what}``, with site ``q k v o in gate out``:
 
 ``component_acts``  ``x @ V``, [batch, pos, C]; patch it and the site's output follows
-``ci``              causal importances of this very input, [batch, pos, C]
+``ci``              causal importances on this input, [batch, pos, C]
 ``mask``            the factor of each subcomponent, [batch, pos, C]
 ``delta_mask``      the factor of Δ, [batch, pos, 1]
 
@@ -163,8 +163,8 @@ class Attached:
                 the KL to the target at every real token.
 
         Raises:
-            ValueError: the mode is unknown or does not take an option, or an option is impossible.
-            TypeError: there is no such option, or a mask is neither a tensor nor a SiteMask.
+            ValueError: the mode is unknown or does not take an option, an option is impossible, or the masks are of other sites.
+            TypeError: there is no such option, or a mode, option or mask is of another type.
             KeyError: a site pattern that matches nothing.
             RuntimeError: the decomposition has been detached.
         """
@@ -183,7 +183,15 @@ class Attached:
                     if site not in self.decomposition.sites:
                         raise KeyError(f"The masks name {site!r}, which is not decomposed{nearest(site, self.sites)}.")
                 mode = mode if isinstance(mode, Masks) else Masks(mode)
+            elif not callable(mode):
+                raise TypeError(
+                    f"{mode!r} is a {type(mode).__name__}: give a mode's name, masks by site, or a function (site, acts) -> mask."
+                )
             spec = self._spec(None, mode, ModeOptions(), sites, pos)
+            if isinstance(mode, Mapping) and spec.sites.isdisjoint(mode):
+                raise ValueError(
+                    f"The masks name {list(mode)} and the sites masked here are {sorted(spec.sites)}: nothing would be masked."
+                )
         with self._running(spec):
             yield self
 

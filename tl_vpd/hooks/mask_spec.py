@@ -104,6 +104,7 @@ def check_mask(name: str, mask: SiteMask, acts: Float[Tensor, "*batch C"]) -> No
     for what, tensor, shape, shared in (
         ("mask", mask.mask, acts.shape, 1),
         ("Δ's mask", mask.delta, acts.shape[:-1], 0),
+        ("routing", mask.routed, acts.shape[:-1], 0),
     ):
         if tensor is not None:
             check_axes(f"The {what} for {name}", tensor, shape, shared=shared)

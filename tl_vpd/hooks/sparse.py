@@ -1,4 +1,4 @@
-"""Hooks that touch a few subcomponents, and HookPoints that know it: to ablate k of C costs k of C.
+"""Hooks that touch a few subcomponents, and HookPoints that know it: ablating k of C subcomponents computes k columns.
 
 A site without a mode and with such hooks only computes ``x @ V[:, S]`` and ``· @ U[S]`` for the union S of what they touch:
 
@@ -90,12 +90,16 @@ def position_indices(pos: Positions, n: int, device: torch.device, name: str) ->
     if pos is None or isinstance(pos, slice):
         selected = range(n)[slice(None) if pos is None else pos]
         return torch.arange(selected.start, selected.stop if selected else selected.start, selected.step, device=device)
+    message = f"pos={pos!r}: give an index, a slice, a sequence of indices, or a mask of one axis."
     single = isinstance(pos, int | Tensor | np.ndarray | np.generic)
-    index = torch.as_tensor(pos if single else list(pos), device=device)  # type: ignore[arg-type]
+    try:
+        index = torch.as_tensor(pos if single else list(pos), device=device)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise TypeError(message) from error
     if not index.numel() and index.dtype != torch.bool:
         index = index.long()
     if index.is_floating_point() or index.ndim > 1:
-        raise TypeError(f"pos={pos}: give an index, a slice, a sequence of indices, or a mask of one axis.")
+        raise TypeError(message)
     try:
         return torch.arange(n, device=device)[index.reshape(-1)]
     except IndexError as error:

@@ -31,7 +31,7 @@ class SiteMask:
             everywhere).
 
     Raises:
-        TypeError: something else than tensors (for ``delta``, a number).
+        TypeError: something else than tensors (for ``delta``, a number; for ``routed``, of bools).
     """
 
     mask: Float[Tensor, "*#batch C"] | None
@@ -50,6 +50,10 @@ class SiteMask:
             if value is not None and not isinstance(value, Tensor):
                 number = ", a number" if name == "delta" else ""
                 raise TypeError(f"SiteMask.{name} is a {type(value).__name__}: give a tensor{number} or None.")
+            if name == "routed" and value is not None and value.dtype != torch.bool:
+                raise TypeError(
+                    f"SiteMask.routed is of {value.dtype}: give a tensor of bools, True where the mask counts."
+                )
             object.__setattr__(self, name, value)
 
     @classmethod

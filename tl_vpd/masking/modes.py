@@ -17,8 +17,10 @@ on masked forwards; *stochastic* and *rounded* are also the SPD paper's.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
 import torch
@@ -82,7 +84,7 @@ class ModeOptions:
 
         Raises:
             ValueError: there is no such mode, the mode does not take an option, or a value is impossible.
-            TypeError: there is no such option.
+            TypeError: there is no such option, or it is not a number.
         """
         if mode not in MODES:
             raise ValueError(f"{mode!r} is not a mask mode{nearest(mode, MODES)}. Modes: {', '.join(MODES)}.")
@@ -102,12 +104,26 @@ class ModeOptions:
                 raise ValueError(f"delta={value!r} does nothing in {label}, which attacks Δ as well: leave delta out.")
             modes = " and ".join(repr(m) for m in MODES_OF_OPTION[name])
             raise ValueError(f"{name}={value!r} does nothing in {label}: {name} belongs to {modes}; leave it out.")
-        threshold, steps = options.get("threshold", 0.0), options.get("steps", 0)
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold={threshold}: importances are in [0, 1], give a number from 0 to 1.")
-        if steps < 0:
-            raise ValueError(f"steps={steps}: give how many steps the adversary makes, 0 or more.")
+        for name, value in options.items():
+            _check_value(name, value)
         return cls(**options)
+
+
+def _check_value(name: str, value: Any) -> None:
+    """Raises TypeError or ValueError unless a mode's option is a number of its range."""
+    if value == "drawn" and name == "delta":
+        return
+    kind, allowed = (Integral, "an integer") if name in ("seed", "steps") else (Real, "a number")
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give {allowed}.")
+    if name == "threshold" and not 0 <= float(value) <= 1:
+        raise ValueError(f"threshold={value}: importances are in [0, 1], give a number from 0 to 1.")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}={value}: give a finite number.")
+    if name == "steps" and float(value) < 0:
+        raise ValueError(f"steps={value}: give how many steps the adversary makes, 0 or more.")
+    if name == "step_size" and float(value) <= 0:
+        raise ValueError(f"step_size={value}: give the length of each of the adversary's steps, above 0.")
 
 
 def masks_of_mode(

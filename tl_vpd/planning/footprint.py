@@ -1,6 +1,7 @@
 """What decomposing a model costs: bytes by part, and FLOPs of the matrix products of a step, from shapes alone.
 
-    >>> from tl_vpd.planning.target import TransformerShape
+    >>> from tl_vpd.configs import config_of
+from tl_vpd.planning.target import TransformerShape
     >>> gpt2 = TransformerShape(layers=12, d_model=768, heads=12, d_mlp=3072, vocabulary=50257, others=768 * 1024)
     >>> config = VPDConfig(batch_size=64, gamma={"d_ci": 1536, "n_blocks": 6, "n_heads": 16})
     >>> cost = footprint(Target.of(gpt2), config, context=512, execution=ExecutionConfig(micro_batch=4))
@@ -92,7 +93,7 @@ def footprint(
         ValueError: the batch cannot be split equally.
         KeyError: ``sites`` or ``C`` does not fit the target.
     """
-    config, execution = config or VPDConfig(), execution or ExecutionConfig()
+    config, execution = config_of(VPDConfig, config), config_of(ExecutionConfig, execution)
     if config.batch_size % processes:
         raise ValueError(
             f"batch_size {config.batch_size} cannot be split among {processes} processes: make it a multiple."

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tl_vpd.importance import GammaConfig
 from tl_vpd.importance.squash import Squash
-from tl_vpd.site import Site, by_pattern
+from tl_vpd.site import Site, by_pattern, nearest
 
 Precision = Literal["float32", "bfloat16"]
 ShardingKind = Literal["none", "optimizer", "full"]
@@ -28,6 +28,15 @@ class Frozen(BaseModel):
     """A config: its fields cannot be changed, and unknown ones are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown(cls, fields: Any) -> Any:
+        for name in fields if isinstance(fields, Mapping) else ():
+            if name not in cls.model_fields:
+                near = nearest(name, cls.model_fields)
+                raise ValueError(f"{cls.__name__} has no {name!r}{near}: its fields are {', '.join(cls.model_fields)}.")
+        return fields
 
     def refuse_unused(self, names: tuple[str, ...], reason: str) -> None:
         """Raises ValueError if one of these fields differs from its default."""
@@ -185,7 +194,7 @@ class VPDConfig(Frozen):
 
 
 class ExecutionConfig(Frozen):
-    """How a run is carried out; but for ``precision``, results are the same to rounding."""
+    """How a run is carried out; except for ``precision``, results are the same to rounding."""
 
     micro_batch: int | None = Field(None, ge=1)
     """Rows run at once, to save memory (None: all of a process's rows)."""
@@ -207,7 +216,7 @@ class ExecutionConfig(Frozen):
     @model_validator(mode="after")
     def _together(self) -> ExecutionConfig:
         if self.compile and (self.checkpoint or self.sharding != "none"):
-            raise ValueError("compile=True goes neither with checkpoint=True nor with sharding: choose one.")
+            raise ValueError("compile=True cannot be combined with checkpoint=True or with sharding: choose one.")
         return self
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
+from tl_vpd.configs import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.training.config import ExecutionConfig, SavingConfig, VPDConfig
@@ -69,7 +70,7 @@ def decompose(
         config: what is learned (None: ``VPDConfig()``).
         execution: how it runs (None: ``ExecutionConfig()``).
         saving: what is written (None: nothing).
-        resume: go on from the newest state in ``saving.folder`` (there must be one).
+        resume: continue from the newest state in ``saving.folder`` (there must be one).
         context: length of the rows that a dataset of text is cut into (None: the model's context).
         progress: show a bar.
 
@@ -80,7 +81,8 @@ def decompose(
         OSError: ``saving.folder`` cannot be written, checked before the first step.
         FloatingPointError: a loss is not finite; the last saved state is intact.
     """
-    config, execution, saving = config or VPDConfig(), execution or ExecutionConfig(), saving or SavingConfig()
+    config, execution = config_of(VPDConfig, config), config_of(ExecutionConfig, execution)
+    saving = config_of(SavingConfig, saving)
     if resume and saving.folder is None:
         raise ValueError("resume=True needs the folder of the run: pass saving=SavingConfig(folder=...).")
     files = None if saving.folder is None else RunFiles(saving.folder, saving)

@@ -21,8 +21,6 @@ from tl_vpd.analysis.attention.kernel import ScoreKernel, measured_kernel
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.forward.target_check import check_target
-from tl_vpd.hooks.importances import zero_padding
-from tl_vpd.importance import lower_leaky
 from tl_vpd.site import Site, Subcomponent, nearest
 
 BIAS = "bias"
@@ -109,6 +107,9 @@ class AttentionLayer:
             KeyError: a site is not decomposed.
             IndexError: there is no such subcomponent.
         """
+        for pair in pairs:
+            if isinstance(pair, str) or len(pair) != 2:
+                raise ValueError(f"{pair!r} is not a pair: give ('{self.q.name}:3', '{self.k.name}:5').")
         return [(self._member(q, self.q), self._member(k, self.k)) for q, k in pairs]
 
     def _member(self, address: str | Subcomponent, site: Site) -> Member:
@@ -124,7 +125,7 @@ class AttentionLayer:
         return subcomponent
 
     def sides(self, subcomponents: Sequence[str | Subcomponent] | None) -> tuple[list[int], list[int]]:
-        """The queries and the keys among subcomponents of this block, as indices; all of a side that none is of.
+        """The queries and the keys among subcomponents of this block, as indices; all of a side that no subcomponent is of.
 
         Raises:
             ValueError: one is of another site.
@@ -170,7 +171,7 @@ class AttentionLayer:
                 handle.remove()
         if not scores:
             raise Unsupported(f"Block {self.index} ran without passing its scores through {name}.")
-        g = zero_padding(lower_leaky(self.decomposition.pre_sigmoid(inputs, token_mask)), token_mask)
+        g = self.decomposition.importances(inputs, token_mask)
         return AttentionPass(tokens, token_mask, inputs, scores[0], g)
 
 
@@ -180,7 +181,9 @@ def with_one(acts: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C_and_bia
 
 
 def attention_site(decomposition: Decomposition, layer: int, weight: str) -> Site:
-    """``blocks.{layer}.attn.{weight}`` of a decomposition; raises KeyError if it is not decomposed."""
+    """``blocks.{layer}.attn.{weight}`` of a decomposition; raises KeyError if it is not decomposed, TypeError for no index."""
+    if not isinstance(layer, int):
+        raise TypeError(f"layer={layer!r} is a {type(layer).__name__}: give the block's index as an integer.")
     name = f"blocks.{layer}.attn.{weight}"
     if name not in decomposition.sites:
         raise KeyError(f"{name} is not decomposed{nearest(name, decomposition.sites)}.")

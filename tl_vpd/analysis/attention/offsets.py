@@ -99,8 +99,10 @@ def attention_by_offset(
     Raises:
         KeyError: a site is not decomposed.
         IndexError: there is no such subcomponent.
-        ValueError: a pair or prompt does not fit, the model has other weights, or another decomposition is attached.
+        ValueError: an offset, pair or prompt does not fit, the model has other weights, or another decomposition is attached.
     """
+    if max_offset < 0:
+        raise ValueError(f"max_offset={max_offset}: give how far back a query looks at most, 0 or more.")
     adapter = adapt(model)
     tokens = adapter.tokens(prompts)
     token_mask = adapter.padding(tokens, attention_mask)

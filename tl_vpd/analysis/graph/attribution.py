@@ -29,8 +29,8 @@ from tl_vpd.analysis.graph.edges import Edges
 from tl_vpd.analysis.graph.result import AttributionGraph
 from tl_vpd.analysis.graph.rows import groups
 from tl_vpd.analysis.graph.targets import logit_targets
+from tl_vpd.configs import config_of
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.importance import lower_leaky
 
 
 def attribution_graph(
@@ -61,11 +61,11 @@ def attribution_graph(
         TypeError: the position or a target is something else.
         Unsupported: what is to be fixed cannot be on this model.
     """
-    config = config or GraphConfig()
+    config = config_of(GraphConfig, config)
     with DirectModel(decomposition, model, fixed=config.fixed) as direct:
         tokens = _one_prompt(direct, prompt)
         logits, inputs = direct.clean(tokens)
-        g = lower_leaky(direct.weights.pre_sigmoid(inputs, None))[0].detach()
+        g = decomposition.importances(inputs)[0].detach()
         logit_nodes = logit_targets(direct.adapter, logits[0], targets, pos)
         threshold = config.threshold if config.importances else None
         nodes = Candidates(direct, tokens, inputs, g.to(logits), logit_nodes, logits[0], threshold)

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tl_vpd.analysis.graph.config import DatasetGraphConfig
 from tl_vpd.analysis.graph.direct import DirectModel
 from tl_vpd.analysis.graph.sums import DatasetSums
+from tl_vpd.configs import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent, nearest
 
@@ -124,7 +125,7 @@ def dataset_graph(
         KeyError: a site is not decomposed.
         IndexError: there is no such subcomponent.
     """
-    config = config or DatasetGraphConfig()
+    config = config_of(DatasetGraphConfig, config)
     nodes = None if subcomponents is None else [decomposition.subcomponent(c) for c in subcomponents]
     with DirectModel(decomposition, model) as direct:
         tokens = direct.adapter.tokens(prompts)

@@ -6,8 +6,8 @@ by
     ½ loss(stochastic masks) + ½ loss(adversarial masks) + λ · (1/T) Σ (g_upper + ε)^p
 
 (VPD paper, section on pruning to a behaviour); all other importances stay 0. Without the two masked terms, ``loss(importances as
-masks)`` is the *importances-only* variant, which gives no faithful circuit: it selects small sets that do better than the model
-and collapse once what they leave out is not exactly 0.
+masks)`` is the *importances-only* variant, which does not give a faithful circuit: it selects small sets that do better than the
+model and collapse once what they leave out is not exactly 0.
 
     >>> circuit = prune(vpd, model, "foo(bar", ")")             # doctest: +SKIP
     >>> circuit.probabilities                                   # doctest: +SKIP
@@ -29,6 +29,7 @@ from tl_vpd.analysis.pruning.circuit import PrunedCircuit, probabilities
 from tl_vpd.analysis.pruning.config import PruneConfig
 from tl_vpd.analysis.pruning.gradients import PromptLoss
 from tl_vpd.analysis.pruning.importance_training import ImportanceTraining
+from tl_vpd.configs import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 
@@ -98,17 +99,21 @@ def prune_sweep(
         config: as in ``prune``.
 
     Raises:
-        ValueError: there is no coefficient, or as in ``prune``.
+        ValueError: there is no coefficient, or one is negative, or as in ``prune``.
         IndexError: as in ``prune``.
         TypeError: as in ``prune``.
     """
-    config = config or PruneConfig()
+    config = config_of(PruneConfig, config)
     if not coefficients:
         raise ValueError("A sweep needs at least one coefficient.")
+    if not all(coefficient >= 0 for coefficient in coefficients):
+        raise ValueError(
+            f"coefficients={list(coefficients)}: λ weighs what a circuit costs, give numbers of 0 or more."
+        )
     with torch.inference_mode(False), MaskedModel(decomposition, model, fused_attention=True) as masked_model:
         tokens = _one_prompt(masked_model, prompt)
         logits, inputs = masked_model.clean(tokens)
-        z = masked_model.weights.pre_sigmoid(inputs, None)[0].detach().to(logits)
+        z = decomposition.pre_sigmoid(inputs)[0].detach().to(logits)
         if not bool((z > 0).any()):
             raise ValueError("No subcomponent is important at any token of this prompt: there is nothing to prune.")
         loss = PromptLoss(masked_model, tokens, behaviour_of(masked_model.adapter, logits[0], behaviour, pos))
@@ -124,7 +129,7 @@ def prune_sweep(
 def _one_prompt(masked_model: MaskedModel, prompt: Any) -> Tensor:
     if not masked_model.adapter.return_types:
         name = type(masked_model.model).__name__
-        raise ValueError(f"A {name} puts out no logits of tokens: pruning is for language models.")
+        raise ValueError(f"A {name} returns no logits of tokens: pruning is for language models.")
     tokens = masked_model.adapter.tokens(prompt)
     if tokens.ndim != 2 or len(tokens) != 1 or masked_model.adapter.padding(tokens, None) is not None:
         raise ValueError(

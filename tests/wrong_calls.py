@@ -1,0 +1,136 @@
+"""Calls with arguments of a wrong type or value, each with the error that says what came and what to do.
+
+A script of its own, since the tests check every argument's type before the library sees it; ``test_wrong_calls`` runs it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+import tl_vpd
+from tl_vpd import analysis, bundled, evaluation, hooks
+from tl_vpd.analysis import attention
+from tl_vpd.masking import SiteMask
+
+Q, K, IN = "blocks.1.attn.W_Q", "blocks.1.attn.W_K", "blocks.1.mlp.W_in"
+model, vpd = bundled.model(), bundled.decomposition()
+tokens = bundled.tokens("validation")[:2, :8]
+prompt = tokens[:1]
+anything: Any = tl_vpd
+
+
+def masked(*arguments: Any, **options: Any) -> Callable[[], Any]:
+    """A call of the model in ``masked``."""
+
+    def call() -> None:
+        with vpd.attach(model) as attached, attached.masked(*arguments, **options):
+            model(tokens)
+
+    return call
+
+
+def attached(call: Callable[[], Any]) -> Callable[[], Any]:
+    """A call while the decomposition is attached."""
+
+    def inside() -> None:
+        with vpd.attach(model), torch.no_grad():
+            call()
+
+    return inside
+
+
+def ablated(*arguments: Any, **options: Any) -> Callable[[], Any]:
+    """A call of the model with ablation hooks."""
+    return attached(lambda: model.run_with_hooks(tokens, fwd_hooks=vpd.ablation_hooks(*arguments, **options)))
+
+
+def attended(**options: Any) -> Callable[[], Any]:
+    """Importances with an attention mask."""
+    return lambda: vpd.causal_importances(model, tokens, **options)
+
+
+CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (masked("rounded", threshold="0.1"), TypeError, "threshold='0.1' is a str: give a number"),
+    (masked("ci", delta=[1]), TypeError, r"delta=\[1\] is a list: give a number"),
+    (masked("ci", delta=float("nan")), ValueError, "delta=nan: give a finite number"),
+    (masked("stochastic", seed=1.5), TypeError, "seed=1.5 is a float: give an integer"),
+    (masked("adversarial", steps=1.5), TypeError, "steps=1.5 is a float: give an integer"),
+    (masked("adversarial", step_size=-1.0), ValueError, "step_size=-1.0: give the length of each"),
+    (masked(None), TypeError, "None is a NoneType: give a mode's name, masks by site, or a function"),
+    (masked({}), ValueError, "nothing would be masked"),
+    (masked({IN: torch.zeros(416)}, sites="blocks.0.*"), ValueError, "nothing would be masked"),
+    (
+        masked({IN: SiteMask(None, 0.0, torch.ones(8).bool())}),
+        ValueError,
+        r"The routing for .* is \(8,\), which leaves open",
+    ),
+    (masked("ci", pos="x"), TypeError, "pos='x': give an index"),
+    (masked("ci", pos=1.5), TypeError, "pos=1.5: give an index"),
+    (
+        lambda: SiteMask(None, 0.0, torch.ones(2, 8)),
+        TypeError,
+        "SiteMask.routed is of torch.float32: give a tensor of bools",
+    ),
+    (ablated(3), TypeError, "Subcomponents are a int: give 'site:index'"),
+    (ablated(f"{Q}:3", amount="all"), TypeError, "amount='all' is a str: give a number"),
+    (ablated(f"{Q}:3", amount=float("nan")), ValueError, "amount=nan: give a finite number"),
+    (ablated(f"{Q}:3", values=[1.0]), TypeError, "values is a list: give tensors by site"),
+    (attached(lambda: vpd.mask_hooks(anything)), TypeError, "Masks are a module: give masks by site, or a function"),
+    (attached(lambda: vpd.delta_hooks(anything)), TypeError, "is a module: give a number"),
+    (attended(attention_mask=torch.ones(3, 8)), ValueError, r"attention_mask is \(3, 8\) and the tokens are \(2, 8\)"),
+    (attended(attention_mask=torch.ones(8)), ValueError, r"attention_mask is \(8,\) and the tokens are \(2, 8\)"),
+    (attended(attention_mask=[[1] * 8, [0] * 8]), ValueError, r"attention_mask has no real token in rows \[1\]"),
+    (
+        lambda: tl_vpd.attribution_graph(vpd, model, prompt, config=anything),
+        TypeError,
+        "A module came where GraphConfig is needed",
+    ),
+    (lambda: tl_vpd.evaluate(vpd, model, tokens, anything), TypeError, r"give EvaluationConfig\(...\)"),
+    (lambda: tl_vpd.decompose(model, tokens, saving=anything), TypeError, "A module came where SavingConfig is needed"),
+    (lambda: tl_vpd.decompose(model, tokens, execution=anything), TypeError, "came where ExecutionConfig is needed"),
+    (
+        lambda: evaluation.EvaluationConfig(measures="hidden"),
+        TypeError,
+        "measures='hidden' is a string: give names in a list",
+    ),
+    (lambda: analysis.prune_sweep(vpd, model, prompt, 5, [-0.1]), ValueError, "give numbers of 0 or more"),
+    (
+        lambda: attention.score_terms(vpd, model, prompt, anything),
+        TypeError,
+        "layer=.* is a module: give the block's index",
+    ),
+    (lambda: attention.score_terms(vpd, model, prompt, 1, anything.__name__), ValueError, "'t' is not a pair: give"),
+    (
+        lambda: attention.attention_by_offset(vpd, model, prompt, 1, max_offset=-1),
+        ValueError,
+        "max_offset=-1: give how far",
+    ),
+    (lambda: attention.ov_overlap(vpd, model, prompt, 1, key=f"{Q}:3"), ValueError, "is not of blocks.1.attn.W_K"),
+    (lambda: bundled.tokens(anything), KeyError, "the bundled tokens are 'validation' and 'training'"),
+]
+
+
+def main() -> None:
+    """Makes every call.
+
+    Raises:
+        AssertionError: one is accepted, or ends in another error or message, or leaves something on the model.
+    """
+    for i, (call, error, message) in enumerate(CALLS):
+        try:
+            call()
+        except error as e:
+            text = str(e.args[0])
+            assert re.search(message, text), f"call {i}: {message!r} is not in {text!r}"
+            assert "\n" not in text and text.endswith("."), f"call {i}: {text!r} is not a sentence"
+        else:
+            raise AssertionError(f"call {i} ({message}) is accepted")
+        assert hooks.attached_to(model) is None, f"call {i} leaves the decomposition attached"
+
+
+if __name__ == "__main__":
+    main()
