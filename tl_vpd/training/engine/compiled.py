@@ -43,7 +43,7 @@ from tl_vpd.training.config import Precision
 from tl_vpd.training.engine.eager import EagerEngine
 from tl_vpd.training.engine.masked_graph import MaskedGraph, gradients_of
 from tl_vpd.training.engine.recording import TOLERANCE, Function, compiled
-from tl_vpd.training.engine.records import ALL, CleanForward, LossTerm, MaskInputs
+from tl_vpd.training.engine.records import CleanForward, LossTerm, MaskInputs
 from tl_vpd.training.micro_batch import MicroBatch
 
 WHOLE = 1 << 62
@@ -135,36 +135,6 @@ class CompiledEngine(EagerEngine):
         sums, l0 = self._run(("counts", penalty.kind), partial(_counts, penalty.kind), *arguments)
         return CleanForward(micro_batch, rows, mask, self._distance(output, mask), z, sums, l0)
 
-    def attack(
-        self,
-        clean: CleanForward,
-        inputs: MaskInputs,
-        total: Float[Tensor, ""],
-        *,
-        grad_sources: Float[Tensor, "rows C_and_deltas"],
-    ) -> None:
-        """The gradient of the adversarial loss in the sources of the attacked rows; see ``EagerEngine.attack``."""
-        if (
-            self._masked_losses(clean, clean.attacked, inputs, [LossTerm(total, 1.0)], grad_sources=grad_sources)
-            is None
-        ):
-            super().attack(clean, inputs, total, grad_sources=grad_sources)
-
-    def reconstruct(
-        self,
-        clean: CleanForward,
-        inputs: MaskInputs,
-        terms: Sequence[LossTerm],
-        *,
-        grad_g: Float[Tensor, "batch *pos C_total"],
-        grad_sources: Float[Tensor, "first C_and_deltas"] | None = None,
-    ) -> list[Float[Tensor, ""]]:
-        """The losses of one masked pass over all rows of a micro-batch; see ``EagerEngine.reconstruct``."""
-        losses = self._masked_losses(clean, ALL, inputs, terms, grad_g=grad_g, grad_sources=grad_sources)
-        if losses is None:
-            return super().reconstruct(clean, inputs, terms, grad_g=grad_g, grad_sources=grad_sources)
-        return losses
-
     def backward_into_gamma(
         self,
         clean: CleanForward,
@@ -208,7 +178,7 @@ class CompiledEngine(EagerEngine):
         z: Tensor = self._run("gamma", pre_sigmoid, *inputs, token_mask, gradients=True)
         return z
 
-    def _masked_losses(
+    def _losses(
         self,
         clean: CleanForward,
         rows: slice,
@@ -217,11 +187,12 @@ class CompiledEngine(EagerEngine):
         *,
         grad_g: Tensor | None = None,
         grad_sources: Tensor | None = None,
-    ) -> list[Tensor] | None:
-        """The losses of a masked pass; None, and nothing done, if more tokens are routed than there are slots."""
+    ) -> list[Float[Tensor, ""]]:
         graph = MaskedGraph(self, inputs, terms)
         arguments = graph.arguments(clean, rows, inputs, [term.total for term in terms], grad_g, grad_sources)
-        return None if arguments is None else self._run(graph.key, graph, *arguments)
+        if arguments is None:  # more tokens are routed than there are slots
+            return super()._losses(clean, rows, inputs, terms, grad_g=grad_g, grad_sources=grad_sources)
+        return self._run(graph.key, graph, *arguments)
 
     # -- recording -------------------------------------------------------------------------------------------------
 

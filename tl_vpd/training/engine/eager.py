@@ -135,9 +135,7 @@ class EagerEngine:
             total: real tokens that the loss is a mean over.
             grad_sources: where the gradient goes; zero before.
         """
-        output, masks = self._masked(clean, clean.attacked, inputs, grad_sources=grad_sources)
-        loss = weighted(clean.distance.rows(clean.attacked), output, total)
-        torch.autograd.grad(loss, masks.handle, allow_unused=True)
+        self._losses(clean, clean.attacked, inputs, [LossTerm(total, 1.0)], grad_sources=grad_sources)
 
     def reconstruct(
         self,
@@ -159,10 +157,7 @@ class EagerEngine:
             grad_g: where the gradient of the importances is added.
             grad_sources: where that of the sources, or of the first of them, goes; zero before (None: it is not computed).
         """
-        output, _ = self._masked(clean, ALL, inputs, grad_g=grad_g, grad_sources=grad_sources)
-        losses = [weighted(clean.distance.rows(term.rows), output[term.rows], term.total) for term in terms]
-        torch.stack([term.weight * loss for term, loss in zip(terms, losses, strict=True)]).sum().backward()
-        return [loss.detach() for loss in losses]
+        return self._losses(clean, ALL, inputs, terms, grad_g=grad_g, grad_sources=grad_sources)
 
     def backward_into_gamma(
         self,
@@ -204,18 +199,21 @@ class EagerEngine:
                 )
         return rows, mask
 
-    def _masked(
+    def _losses(
         self,
         clean: CleanForward,
         rows: slice,
         inputs: MaskInputs,
+        terms: Sequence[LossTerm],
         *,
-        grad_g: Float[Tensor, "batch *pos C_total"] | None = None,
-        grad_sources: Float[Tensor, "first C_and_deltas"] | None = None,
-    ) -> tuple[Float[Tensor, "batch *pos d"], BlockedMasks]:
-        """The masked model's output on rows of a micro-batch, and the masks; V and U are constant where ``grad_g`` is None."""
-        z = clean.z.detach()[rows]
-        routing = inputs.routing
+        grad_g: Tensor | None = None,
+        grad_sources: Tensor | None = None,
+    ) -> list[Float[Tensor, ""]]:
+        """The losses of a masked pass over rows of a micro-batch, and their gradients.
+
+        V and U are constant where ``grad_g`` is None.
+        """
+        z, routing = clean.z.detach()[rows], inputs.routing
         masks = BlockedMasks(
             z,
             inputs.sources,
@@ -227,16 +225,14 @@ class EagerEngine:
             sites=inputs.sites,
             squash=self.squash,
         )
-        token_mask = None if clean.token_mask is None else clean.token_mask[rows]
+        distance, constant = clean.distance.rows(rows), grad_g is None
         with self.autocast(), self.without_logits():
             output = self.masked_model.masked(
-                clean.tokens[rows],
-                masks,
-                token_mask,
-                constant_weights=grad_g is None,
-                checkpoint=self.checkpoint,
+                clean.tokens[rows], masks, distance.token_mask, constant_weights=constant, checkpoint=self.checkpoint
             )
-        return output, masks
+        losses = [weighted(distance.rows(term.rows), output[term.rows], term.total) for term in terms]
+        torch.stack([term.weight * loss for term, loss in zip(terms, losses, strict=True)]).sum().backward()
+        return [loss.detach() for loss in losses]
 
     def _distance(self, target: Tensor, token_mask: Tensor | None) -> Reconstruction:
         return Reconstruction(target, self.kind, token_mask, self.unembedding)
