@@ -80,7 +80,7 @@ def test_the_page_counts_numbers_refusals_and_says_what_failed():
         {**base, "family": "SoLU", "status": "absent", "message": "transformers has no such model"},
     ]
     text = page(rows)
-    assert "4 cells: 1 hold, 1 are refused, 1 do not exist, **1 failed**" in text
+    assert "4 cells: 1 pass, 1 are refused, 1 do not exist, **1 failed**" in text
     assert "| GPT-2 | ✓ [1] |" in text and "| OPT | **1 failed** |" in text and "| SoLU | – |" in text
     assert "1. tl_vpd: “cfg.use_attn_in is on.”\n   *use_attn_in* (3.9 bridge: GPT-2)." in text
     assert "* transformers has no such model: *none* (3.9 bridge: SoLU)." in text
