@@ -23,7 +23,10 @@ def small_transformer(seed: int, **settings: Any) -> Any:
         raise ImportError("This TransformerLens has no HookedTransformer: install 3.x to build this toy.")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.x says that 4 has no HookedTransformer
-        return HookedTransformer(HookedTransformerConfig(seed=seed, device="cpu", **settings))
+        torch.default_generator.manual_seed(
+            seed
+        )  # a seed in the config would reseed Python, numpy and the GPUs as well
+        return HookedTransformer(HookedTransformerConfig(device="cpu", **settings))
 
 
 def cross_entropy_at(
