@@ -110,6 +110,12 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "max_offset=-1: give how far",
     ),
     (lambda: attention.ov_overlap(vpd, model, prompt, 1, key=f"{Q}:3"), ValueError, "is not of blocks.1.attn.W_K"),
+    (
+        lambda: attention.value_given_key(vpd, model, prompt, 1, threshold=2.0),
+        ValueError,
+        "threshold=2.0: importances are in",
+    ),
+    (lambda: analysis.GraphConfig(threshold=-0.5), ValueError, "threshold=-0.5: importances are in"),
     (lambda: bundled.tokens(anything), KeyError, "the bundled tokens are 'validation' and 'training'"),
 ]
 

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.analysis.metric import Metric, number_of
-from tl_vpd.configs import config_of
+from tl_vpd.configs import check_threshold, config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.importances import causal_importances
@@ -40,6 +40,9 @@ class AblationTableConfig:
         threshold: without a choice of subcomponents, those whose importance exceeds this at any token are ablated.
         rows: prompts run at once (at least all of one copy).
         progress: whether a bar is shown.
+
+    Raises:
+        ValueError: the threshold is not in [0, 1].
     """
 
     pos: Positions = None
@@ -48,6 +51,9 @@ class AblationTableConfig:
     threshold: float = 0.0
     rows: int = 32
     progress: bool = False
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
 
 
 @torch.no_grad()

@@ -4,7 +4,8 @@ Every function of a decomposition and a model checks this first, since Δ and im
 
     >>> check_target(decomposition, adapt(model))     # doctest: +SKIP
 
-Fingerprints of a model's weights are computed once and remembered until a parameter is replaced or written to. A model that was
+Fingerprints of a model's weights are computed once and remembered until a parameter is replaced or written to
+(torch does not count writes through ``parameter.data``). A model that was
 accepted (``vpd.attach(model, check_weights=False)``) is not checked again for that decomposition.
 """
 

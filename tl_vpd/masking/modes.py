@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.configs import check_threshold
 from tl_vpd.masking.masks import Masks, constant_masks, masks_from_sources
 from tl_vpd.site import ConcatenatedAxis, nearest
 
@@ -116,8 +117,8 @@ def _check_value(name: str, value: Any) -> None:
     kind, allowed = (Integral, "an integer") if name in ("seed", "steps") else (Real, "a number")
     if isinstance(value, bool) or not isinstance(value, kind):
         raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give {allowed}.")
-    if name == "threshold" and not 0 <= float(value) <= 1:
-        raise ValueError(f"threshold={value}: importances are in [0, 1], give a number from 0 to 1.")
+    if name == "threshold":
+        check_threshold(float(value))
     if not math.isfinite(value):
         raise ValueError(f"{name}={value}: give a finite number.")
     if name == "steps" and float(value) < 0:

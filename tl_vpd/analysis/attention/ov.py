@@ -1,4 +1,4 @@
-"""What heads read and write through W_OV, weighed by the data: do two heads move the same information?
+"""What heads read and write through W_OV, weighted by the data: do two heads move the same information?
 
 With x̄ the centred inputs of W_V (one row per token), their covariance ``C = x̄ᵀ x̄ / N = Z̄ S̄² Z̄ᵀ`` and ``W_OV = W_V^h W_O^h`` (rows
 are read, columns written; transposed against the paper's column convention):
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.analysis.attention.layer import attention_site
+from tl_vpd.configs import check_threshold, config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.importances import causal_importances
@@ -46,11 +47,17 @@ class OVConfig:
         threshold: with a key, tokens where its importance exceeds this count.
         draws: random heads for the weighted baselines, two at a time.
         seed: of the random heads.
+
+    Raises:
+        ValueError: the threshold is not in [0, 1].
     """
 
     threshold: float = 0.0
     draws: int = 100
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_threshold(self.threshold)
 
 
 @dataclass(frozen=True)
@@ -61,11 +68,10 @@ class OVOverlap:
         layer: the block's index.
         tokens: how many tokens the data were.
         raw: of W_OV itself (signed).
-        read: of what the heads read, weighed by the data.
-        write: of what the heads write, weighed by the data.
+        read: of what the heads read, weighted by the data.
+        write: of what the heads write, weighted by the data.
         random_read: the weighted baseline of ``read``.
         random_write: the weighted baseline of ``write``.
-        random_unweighted: the baseline of read and write matrices without weights.
     """
 
     layer: int
@@ -75,7 +81,6 @@ class OVOverlap:
     write: Float[Tensor, "head head"]
     random_read: float
     random_write: float
-    random_unweighted: float
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per pair of heads: head, other, raw, read, write, random_read, random_write."""
@@ -123,10 +128,10 @@ def ov_overlap(
     Raises:
         KeyError: the block has no W_V and W_O, or a site is not decomposed.
         IndexError: there is no such subcomponent.
-        ValueError: the prompts do not fit, fewer than two tokens count, the threshold is given without a key, or the model has
-            other weights.
+        ValueError: the prompts do not fit, fewer than two tokens count, the key is of another site, the threshold is given
+            without a key, or the model has other weights.
     """
-    config = config or OVConfig()
+    config = config_of(OVConfig, config)
     if key is None and config.threshold:
         raise ValueError(
             f"threshold={config.threshold} without key=: give the subcomponent of W_K whose importance counts."
@@ -138,16 +143,19 @@ def ov_overlap(
     counted = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device) if token_mask is None else token_mask
     if key is not None:
         address = decomposition.subcomponent(key)
+        if address.site != f"blocks.{layer}.attn.W_K":
+            raise ValueError(
+                f"key={str(address)!r} is not of blocks.{layer}.attn.W_K, whose importances choose the tokens."
+            )
         g = causal_importances(decomposition, model, tokens, attention_mask=attention_mask)
         counted = counted & (g[address.site][..., address.index] > config.threshold)
     x = at_least_float32(inputs[site.name])[counted]
     if len(x) < 2:
-        raise ValueError(f"{len(x)} tokens count: at least two are needed to tell how the data vary.")
+        raise ValueError(f"{len(x)} real tokens remain: at least two are needed to measure how the data vary.")
     covariance, d_head = covariance_of(x), W_O.shape[1]
     raw, read, write = overlaps(W_V, W_O, covariance)
     random_read, random_write = random_overlaps(covariance, W_O.shape[2], d_head, config.draws, config.seed)
-    unweighted = random_overlap(site.d_in, d_head)
-    return OVOverlap(layer, len(x), raw, read, write, random_read, random_write, unweighted)
+    return OVOverlap(layer, len(x), raw, read, write, random_read, random_write)
 
 
 def ov_factors(

@@ -25,6 +25,7 @@ from tl_vpd.adapters import adapt
 from tl_vpd.analysis.attention.layer import attention_site
 from tl_vpd.analysis.attention.norms import HeadNorms
 from tl_vpd.analysis.attention.ov import ov_factors
+from tl_vpd.configs import check_threshold
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.target_check import check_target
 from tl_vpd.hooks.importances import causal_importances
@@ -113,8 +114,9 @@ def value_given_key(
 
     Raises:
         KeyError: W_K or W_V of the block is not decomposed.
-        ValueError: the prompts are empty, too long, or not this model's; or the model has other weights.
+        ValueError: the threshold is not in [0, 1], the prompts do not fit, or the model has other weights.
     """
+    check_threshold(threshold)
     k, v = (attention_site(decomposition, layer, weight) for weight in ("W_K", "W_V"))
     g = causal_importances(decomposition, model, prompts, attention_mask=attention_mask)
     real = torch.ones_like(g.tokens, dtype=torch.bool) if g.token_mask is None else g.token_mask

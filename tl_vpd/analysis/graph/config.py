@@ -6,6 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from tl_vpd.configs import check_threshold
+
 Fixed = Literal["norms", "deltas", "patterns"]
 """What gradients may treat as constant: norms' scales, Δs' outputs, attention patterns."""
 
@@ -39,6 +41,7 @@ class GraphConfig:
             raise ValueError(f"fixed={unknown}: choose from 'norms', 'deltas' and 'patterns'.")
         if self.tokens_at_once < 1:
             raise ValueError(f"tokens_at_once={self.tokens_at_once}: give at least 1.")
+        check_threshold(self.threshold)
         if self.threshold and not self.importances:
             raise ValueError(
                 f"threshold={self.threshold} does nothing with importances=False, which makes every subcomponent a node."
