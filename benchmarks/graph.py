@@ -79,7 +79,7 @@ def prune_step(model: Any, vpd: Any, tokens: Any, repeats: int, *, recorded: boo
     """Milliseconds of a pruning step with an adversary of four, the median."""
     with MaskedModel(vpd, model, fused_attention=True) as masked_model:
         logits, inputs = masked_model.clean(tokens)
-        z = masked_model.weights.pre_sigmoid(inputs, None)[0].detach()
+        z = vpd.pre_sigmoid(inputs)[0].detach()
         loss = PromptLoss(masked_model, tokens, behaviour_of(masked_model.adapter, logits[0], 9, -1))
         training = ImportanceTraining(loss, z, torch.tensor([0.05]), PruneConfig(recorded=recorded))
         seconds = harness.seconds_in_turn({"step": training.gradient}, rounds=repeats, warm_up=5)["step"]

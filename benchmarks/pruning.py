@@ -57,7 +57,7 @@ def unpruned(model: Any, vpd: Any, case: Case) -> dict[str, Any]:
     with MaskedModel(vpd, model, fused_attention=True) as masked_model, torch.no_grad():
         tokens = masked_model.adapter.tokens(case.prompt)
         logits, inputs = masked_model.clean(tokens)
-        alive = masked_model.weights.pre_sigmoid(inputs, None)[0] > 0
+        alive = vpd.pre_sigmoid(inputs)[0] > 0
         loss = PromptLoss(masked_model, tokens, behaviour_of(masked_model.adapter, logits[0], case.token, -1))
         p = probabilities(loss, alive.to(logits), alive, ADVERSARIAL)
     return {"nodes": int(alive.sum()), **{f"p_{name}": round(value, 6) for name, value in p.items()}}

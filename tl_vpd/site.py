@@ -161,6 +161,25 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
+class BySite(Mapping[str, Tensor]):
+    """Tensors by site."""
+
+    by_site: Mapping[str, Tensor]
+
+    def __getitem__(self, site: str) -> Tensor:
+        if site not in self.by_site:
+            raise KeyError(
+                f"{site!r} is not among these sites{nearest(site, self.by_site)}: {', '.join(self.by_site)}."
+            )
+        return self.by_site[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_site)
+
+    def __len__(self) -> int:
+        return len(self.by_site)
+
+
 class ConcatenatedAxis:
     """Where each site's subcomponents lie on one concatenated axis of ``C_total = sum of C`` entries.
 

@@ -73,7 +73,7 @@ def test_the_gradient_of_the_whole_loss(model, vpd, tokens, variant):
     config = PruneConfig(variant=variant, adversary_steps=0, p=0.7, recorded=False)
     prompt, strengths = tokens[:1], torch.tensor([0.3, 2.0], dtype=torch.float64)
     with MaskedModel(vpd, model) as masked_model:
-        z = masked_model.weights.pre_sigmoid(masked_model.clean(prompt)[1], None)[0].detach()
+        z = vpd.pre_sigmoid(masked_model.clean(prompt)[1], None)[0].detach()
         training = ImportanceTraining(loss_of(masked_model, prompt, 4, -1), z, strengths, config)
         gradient = training.gradient()
         training.generator.manual_seed(config.seed)
@@ -104,7 +104,7 @@ def test_the_gradient_of_the_whole_loss(model, vpd, tokens, variant):
 def test_an_attack_raises_the_loss_within_its_reach(model, vpd, tokens, reach):
     prompt, sites = tokens[:1], len(vpd.sites)
     with MaskedModel(vpd, model) as masked_model, torch.no_grad():
-        z = masked_model.weights.pre_sigmoid(masked_model.clean(prompt)[1], None)[0]
+        z = vpd.pre_sigmoid(masked_model.clean(prompt)[1], None)[0]
         loss, alive = loss_of(masked_model, prompt, 4, -1), z > 0.3
         g = (0.4 * z.clamp(0, 1)).expand(3, -1, -1)
         start = uniform_sources(g, sites, torch.Generator().manual_seed(0))

@@ -24,14 +24,14 @@ CONFIGS = {
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_gives_pieces_importances_and_masked_outputs(name):
     model = TOY.build(0)
-    assert type(CONFIGS[name]) is METHODS[name].config and METHODS[name].name == name
+    assert type(CONFIGS[name]) is METHODS[name].config
     result = METHODS[name].run(model, TOY.batches(2, seed=1), CONFIGS[name])
     x = TOY.batches(5, seed=2).at(0)
     assert result.pieces("embed").shape == (4, 3, 2) and result.pieces("unembed").shape == (4, 2, 3)
     g = result.importances(x)
-    assert list(g) == ["embed", "unembed"] and all(own.shape == (5, 64, 4) for own in g.values())
-    assert all(bool(((own >= 0) & (own <= 1)).all()) for own in g.values())
-    ones = {site: torch.ones_like(own) for site, own in g.items()}
+    assert list(g) == ["embed", "unembed"] and all(values.shape == (5, 64, 4) for values in g.values())
+    assert all(bool(((values >= 0) & (values <= 1)).all()) for values in g.values())
+    ones = {site: torch.ones_like(values) for site, values in g.items()}
     hidden = x @ result.pieces("embed").sum(0)
     expected = (hidden @ result.pieces("unembed").sum(0) + model.unembed.bias).relu()
     torch.testing.assert_close(result.output(x, ones), expected, atol=1e-5, rtol=1e-4)

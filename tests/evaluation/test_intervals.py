@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_vpd.evaluation.intervals import PerRow, interval
+from tl_vpd.evaluation.intervals import PerRow
 
 
 def test_the_interval_of_many_rows_is_the_normal_one():
     values = np.random.default_rng(0).normal(3.0, 2.0, size=400)
-    low, high = interval(values, np.ones(400), resamples=4000)
+    low, high = PerRow(values, np.ones(400)).interval(resamples=4000)
     half = 1.96 * values.std() / 400**0.5
     assert low == pytest.approx(values.mean() - half, abs=0.03)
     assert high == pytest.approx(values.mean() + half, abs=0.03)
@@ -35,13 +35,13 @@ def test_rows_of_padding_change_nothing():
 
 
 def test_one_row_has_no_interval():
-    assert all(math.isnan(v) for v in interval(np.array([2.0]), np.array([5.0])))
+    assert all(math.isnan(v) for v in PerRow(np.array([2.0]), np.array([5.0])).interval())
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=20), st.integers(0, 3))
 def test_the_interval_lies_among_the_values_and_is_seeded(values: list[float], seed: int):
-    rows = np.array(values)
-    low, high = interval(rows, np.ones(len(rows)), seed=seed, resamples=100)
-    assert rows.min() - 1e-9 <= low <= high <= rows.max() + 1e-9
-    assert (low, high) == interval(rows, np.ones(len(rows)), seed=seed, resamples=100)
+    rows = PerRow(np.array(values), np.ones(len(values)))
+    low, high = rows.interval(seed=seed, resamples=100)
+    assert min(values) - 1e-9 <= low <= high <= max(values) + 1e-9
+    assert (low, high) == rows.interval(seed=seed, resamples=100)

@@ -18,7 +18,7 @@ from tl_vpd.evaluation import (
     scrambled,
     union_test,
 )
-from tl_vpd.evaluation.intervals import interval
+from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.evaluation.modes import rounded
 
 
@@ -75,5 +75,5 @@ def test_rows_of_one_token_have_no_cross_entropy_and_the_rest_is_measured():
     assert row["tokens"] == 4 and np.isnan(row["target_ce"]) and row["rounded"] >= 0
     report = evaluate(vpd, model, tokens, EvaluationConfig(budgets=(2,), measures=(), controls=False))
     assert report.record["target_ce"] is None and report.record["tokens"] == 4
-    assert interval(np.array([1.0, 2.0]), np.zeros(2)) == pytest.approx((np.nan, np.nan), nan_ok=True)
+    assert PerRow(np.array([1.0, 2.0]), np.zeros(2)).interval() == pytest.approx((np.nan, np.nan), nan_ok=True)
     assert np.isnan(compute_recovered(float("nan"), [(0, 3.0), (10, 1.0)]))

@@ -10,7 +10,7 @@ from tests.hooks.test_clean import assert_same, snapshot
 from tests.tiny import decomposition_of, draw, tiny_model
 from tl_vpd.adapters import adapt
 from tl_vpd.forward import MaskedModel
-from tl_vpd.forward.masked_model import frozen, users_hooks_aside
+from tl_vpd.forward.quiet import frozen, users_hooks_aside
 from tl_vpd.masking import Masks, SiteMask
 
 

@@ -11,15 +11,14 @@ torch.Size([5, 4, 3])
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter
-from tl_vpd.forward.masked_model import frozen, users_hooks_aside
+from tl_vpd.forward import SitePass, SiteTaps
 
 
 class FullComponents(nn.Module):
@@ -79,19 +78,14 @@ def on_components(
     adapter: Adapter, components: FullComponents, masks: Mapping[str, Float[Tensor, "*batch C"]]
 ) -> Iterator[None]:
     """Within it the model's sites run on masked components instead of their weights."""
-    inputs: dict[str, Tensor] = {}
 
-    def write(site: str, y: Tensor) -> Tensor:
+    def masked(site: str, x: Tensor, y: Tensor) -> Tensor:
         bias = adapter.bias(site)
-        output = components.masked(site, inputs.pop(site), masks[site])
+        output = components.masked(site, x, masks[site])
         return output if bias is None else output + bias
 
-    with ExitStack() as stack:
-        stack.enter_context(frozen(adapter))
-        stack.enter_context(users_hooks_aside(adapter))
-        for site in components.names:
-            for handle in adapter.tap(site, partial(inputs.__setitem__, site), partial(write, site)):
-                stack.callback(handle.remove)
+    taps = SiteTaps(adapter, components.names)
+    with taps.on(), taps.during(SitePass(masked)):
         yield
 
 
@@ -109,16 +103,13 @@ def output_gradients(
     site_inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
 
-    def write(site: str, y: Tensor) -> Tensor:
+    def note(site: str, x: Tensor, y: Tensor) -> Tensor:
+        site_inputs[site] = x
         outputs[site] = y.detach().requires_grad_() if not y.requires_grad else y
         return outputs[site]
 
-    with ExitStack() as stack, torch.enable_grad():
-        stack.enter_context(frozen(adapter))
-        stack.enter_context(users_hooks_aside(adapter))
-        for site in sites:
-            for handle in adapter.tap(site, partial(site_inputs.__setitem__, site), partial(write, site)):
-                stack.callback(handle.remove)
+    taps = SiteTaps(adapter, sites)
+    with taps.on(), taps.during(SitePass(note)), torch.enable_grad():
         target = adapter.run(inputs, None)
         ordered = [outputs[site] for site in sites]
         rows = [torch.autograd.grad(target[..., o].sum(), ordered, retain_graph=True) for o in range(target.shape[-1])]

@@ -14,57 +14,32 @@ apd     Attribution-based Parameter Decomposition (arXiv 2501.14926), for models
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
-
-from torch import nn
 
 from tl_vpd.baselines.apd import APDConfig, apd
 from tl_vpd.baselines.rank_one import vpd
 from tl_vpd.baselines.spd import SPDConfig, spd
 from tl_vpd.evaluation.ground_truth import MethodResult
 from tl_vpd.training import VPDConfig
-from tl_vpd.training.data import Batches
-
-
-@runtime_checkable
-class Decompose(Protocol):
-    """How a method is called."""
-
-    def __call__(
-        self,
-        model: nn.Module,
-        data: Batches,
-        config: Any,
-        *,
-        folder: Path | None = None,
-        progress: bool = False,
-        compile: bool = False,
-    ) -> MethodResult:
-        """Decomposes a model.
-
-        Args:
-            model: the target.
-            data: what it is decomposed on.
-            config: the method's.
-            folder: where VPD and SPD store states, and from which an interrupted run continues (None: nowhere).
-            progress: show a bar.
-            compile: run VPD's and SPD's passes as compiled graphs.
-        """
 
 
 @dataclass(frozen=True)
 class Method:
-    """A method, the class of its config, and how it is called."""
+    """A method.
 
-    name: str
+    Attributes:
+        config: the class of its config.
+        run: takes a model, its data and a config; and by keyword a folder (VPD and SPD store states in it, and continue from it),
+            ``progress`` (show a bar) and ``compile`` (run VPD's and SPD's passes as compiled graphs).
+    """
+
     config: type[VPDConfig] | type[APDConfig]
-    run: Decompose
+    run: Callable[..., MethodResult]
 
 
 METHODS = {
-    "vpd": Method("vpd", VPDConfig, vpd),
-    "spd": Method("spd", SPDConfig, spd),
-    "apd": Method("apd", APDConfig, apd),
+    "vpd": Method(VPDConfig, vpd),
+    "spd": Method(SPDConfig, spd),
+    "apd": Method(APDConfig, apd),
 }

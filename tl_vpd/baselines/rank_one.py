@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
-from tl_vpd.importance import lower_leaky
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.training import ExecutionConfig, SavingConfig, VPDConfig, decompose
 from tl_vpd.training.data import Batches
@@ -34,7 +33,7 @@ class RankOne:
         """Causal importances by site."""
         with MaskedModel(self.decomposition, self.model) as masked_model:
             _, site_inputs = masked_model.clean(inputs)
-            return self.decomposition.site_axis.split_sites(lower_leaky(self.decomposition.pre_sigmoid(site_inputs)))
+            return self.decomposition.site_axis.split_sites(self.decomposition.importances(site_inputs))
 
     def output(
         self, inputs: Shaped[Tensor, "rows pos ..."], masks: Mapping[str, Float[Tensor, "#rows #pos _"]]

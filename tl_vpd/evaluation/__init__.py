@@ -2,7 +2,7 @@
 
 from tl_vpd.evaluation.adversaries import STANDARD, Adversary, Attack, adversaries, attack
 from tl_vpd.evaluation.cancelling import cancelling_pairs
-from tl_vpd.evaluation.config import BUDGETS, MEASURES, EvaluationConfig
+from tl_vpd.evaluation.config import MEASURES, EvaluationConfig
 from tl_vpd.evaluation.consistency import consistency
 from tl_vpd.evaluation.evaluate import evaluate
 from tl_vpd.evaluation.feature_splitting import alive_subcomponents, decompose_at_sizes, feature_splitting
@@ -20,7 +20,6 @@ from tl_vpd.evaluation.verdict import Check, checks, warnings_of
 
 __all__ = [
     "ALIVE",
-    "BUDGETS",
     "MEASURES",
     "STANDARD",
     "Adversary",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.components.storage import library_versions
+from tl_vpd.configs import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.adversaries import EXPLANATIONS
 from tl_vpd.evaluation.batch import BatchStore
@@ -30,7 +31,7 @@ from tl_vpd.evaluation.consistency import check_same_sites
 from tl_vpd.evaluation.controls import controls_of
 from tl_vpd.evaluation.record import defined, record_of
 from tl_vpd.evaluation.report import Evaluation
-from tl_vpd.evaluation.sample import Sample, Session, sampled
+from tl_vpd.evaluation.sample import Sample, sampled
 from tl_vpd.evaluation.tables import (
     SCRAMBLED,
     THESE_ROWS,
@@ -71,7 +72,7 @@ def evaluate(
     Raises:
         ValueError: the tokens, the decomposition, other data or another decomposition do not fit the model.
     """
-    config = config or EvaluationConfig()
+    config = config_of(EvaluationConfig, config)
     data, others = off_distribution or {}, others or {}
     tokens = adapt(model).tokens(tokens)
     _check_beside(decomposition, model, data, others)
@@ -128,11 +129,10 @@ class _Report:
         """The controls, one after the other."""
         self.record["controls"] = {}
         for name, (components, importances) in controls_of(decomposition, sample, weights).items():
-            session = sample.session
+            masked_model, store = sample.masked_model, BatchStore(self.config.keep_bytes)
             if components is not decomposition:
-                session = Session(MaskedModel(components, sample.masked_model.model))
-            store = BatchStore(self.config.keep_bytes)
-            control = replace(sample, weights=components, session=session, importances=importances, store=store)
+                masked_model = MaskedModel(components, masked_model.model)
+            control = replace(sample, masked_model=masked_model, importances=importances, store=store)
             self.record["controls"][name] = self._measured(control, name, self.config.control_budgets)
 
     def add_table(self, name: str, table: pd.DataFrame | str) -> None:

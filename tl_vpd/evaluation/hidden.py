@@ -23,8 +23,8 @@ from torch import Tensor
 
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.modes import rounded
-from tl_vpd.evaluation.replacement import masked_product, replaced
 from tl_vpd.evaluation.sample import Sample, measure
+from tl_vpd.forward import SitePass
 from tl_vpd.masking import Masks
 
 
@@ -105,7 +105,7 @@ def hidden_errors(sample: Sample, *, threshold: float = 0.0) -> pd.DataFrame:
 
 def _points(sample: Sample) -> dict[str, str]:
     """HookPoints of the residual stream after each decomposed block and of its attention patterns -> kind."""
-    sites = sample.weights.sites.values()
+    sites = sample.masked_model.weights.sites.values()
     layers = sorted({s.layer for s in sites if s.layer is not None and s.home != s.name})
     points = {f"blocks.{n}.hook_resid_post": "residual" for n in layers}
     points |= {f"blocks.{n}.attn.hook_pattern": "pattern" for n in layers}
@@ -115,11 +115,12 @@ def _points(sample: Sample) -> dict[str, str]:
 
 def _activations(sample: Sample, batch: Batch, masks: Masks | None, points: Mapping[str, str]) -> dict[str, Tensor]:
     """Every site's output and the values at ``points`` in one pass of a batch, clean or masked."""
-    model: Any = sample.masked_model.model
+    masked_model = sample.masked_model
+    model: Any = masked_model.model
     values: dict[str, Tensor] = {}
 
     def write(name: str, x: Tensor, y: Tensor) -> Tensor | None:
-        output = None if masks is None else masked_product(sample.masked_model, name, x, y, masks[name])
+        output = None if masks is None else masked_model.product(name, x, y).masked(masks[name])
         values[name] = y if output is None else output
         return output
 
@@ -127,5 +128,5 @@ def _activations(sample: Sample, batch: Batch, masks: Masks | None, points: Mapp
         values[name] = value  # under this name: a bridge's hook may have another one
 
     with model.hooks(fwd_hooks=[(name, partial(note, name)) for name in points]):
-        replaced(sample.masked_model, batch.rows, write)
+        masked_model.run(batch.rows.tokens, SitePass(write), batch.rows.token_mask)
     return values

@@ -42,9 +42,21 @@ class PerRow:
         total = float(self.tokens.sum())
         return float(self.values @ self.tokens) / total if total else float("nan")
 
-    def interval(self, *, seed: int = 0, confidence: float = CONFIDENCE) -> tuple[float, float]:
-        """The bootstrap interval of the mean; the same seed resamples the same rows for every figure."""
-        return interval(self.values, self.tokens, seed=seed, confidence=confidence)
+    def interval(self, *, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
+        """The percentile bootstrap interval of the mean (NaN, NaN for one row, or where no row counts).
+
+        The same seed resamples the same rows for every figure.
+        """
+        n, nan = len(self.values), float("nan")
+        if n < 2:
+            return nan, nan
+        counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) * self.tokens
+        total = counts.sum(1)
+        means = (counts @ self.values)[total > 0] / total[total > 0]
+        if not len(means):
+            return nan, nan
+        low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        return float(low), float(high)
 
     def minus(self, other: PerRow) -> PerRow:
         """The paired difference, row by row."""
@@ -54,24 +66,3 @@ class PerRow:
         """``{name, name_low, name_high}`` for a row of a table."""
         low, high = self.interval(seed=seed)
         return {name: self.mean, f"{name}_low": low, f"{name}_high": high}
-
-
-def interval(
-    values: Float[np.ndarray, " row"],
-    weights: Float[np.ndarray, " row"],
-    *,
-    seed: int = 0,
-    confidence: float = CONFIDENCE,
-    resamples: int = RESAMPLES,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of a weighted mean (NaN, NaN for one row, or where no row counts)."""
-    n = len(values)
-    if n < 2:
-        return float("nan"), float("nan")
-    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) * weights
-    total = counts.sum(1)
-    means = (counts @ values)[total > 0] / total[total > 0]
-    if not len(means):
-        return float("nan"), float("nan")
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return float(low), float(high)

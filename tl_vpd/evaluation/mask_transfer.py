@@ -25,8 +25,8 @@ from torch import Tensor
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.evaluation.modes import rounded
-from tl_vpd.evaluation.replacement import inputs_and_outputs, masked_product, replaced
 from tl_vpd.evaluation.sample import Sample, measure
+from tl_vpd.forward import SitePass
 from tl_vpd.masking import Masks
 
 READERS = ("q", "k", "v", "in", "gate")
@@ -48,7 +48,7 @@ def mask_transfer(sample: Sample, *, threshold: float = 0.0, single_sites: bool 
     outputs: dict[str, Callable[[Batch], Tensor]] = {
         "error-propagating": lambda batch: sample.output(batch, masks(batch))
     }
-    if any(site.home != site.name for site in sample.weights.sites.values()):
+    if any(site.home != site.name for site in sample.masked_model.weights.sites.values()):
         outputs["clean-input"] = lambda batch: clean_input_output(sample, batch, masks(batch))
     names = sample.site_axis.names if single_sites else []
     for name in names:
@@ -69,12 +69,16 @@ def mask_transfer(sample: Sample, *, threshold: float = 0.0, single_sites: bool 
 
 def clean_input_output(sample: Sample, batch: Batch, masks: Masks) -> Tensor:
     """The output on a batch when every site is masked and every layer reads the target's residual stream."""
-    masked_model = sample.masked_model
-    inputs, outputs = inputs_and_outputs(masked_model, batch.rows)
+    masked_model, rows = sample.masked_model, batch.rows
+    clean: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def note(name: str, x: Tensor, y: Tensor) -> None:
+        clean[name] = x, y
 
     def replace(name: str, x: Tensor, y: Tensor) -> Tensor:
-        if sample.weights.sites[name].short in READERS:
-            x, y = inputs[name], outputs[name]
-        return masked_product(masked_model, name, x, y, masks[name])
+        if masked_model.weights.sites[name].short in READERS:
+            x, y = clean[name]
+        return masked_model.product(name, x, y).masked(masks[name])
 
-    return replaced(masked_model, batch.rows, replace)
+    masked_model.run(rows.tokens, SitePass(note), rows.token_mask)
+    return masked_model.run(rows.tokens, SitePass(replace), rows.token_mask)

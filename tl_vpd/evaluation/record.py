@@ -107,7 +107,7 @@ def _counts(sample: Sample) -> dict[str, Any]:
         "alive_by_site": {name: int((values > ALIVE).sum()) for name, values in mean.items()},
         "built": site_axis.total,
         "built_by_site": dict(site_axis.counts),
-        "summed_rank": sum(site.rank for site in sample.weights.sites.values()),
+        "summed_rank": sum(site.rank for site in sample.masked_model.weights.sites.values()),
         "tokens": sample.n_tokens,
         "rows": len(sample.rows),
     }

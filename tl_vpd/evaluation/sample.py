@@ -1,10 +1,11 @@
-"""What every measure stands on: rows of a model's data, the target's output on them, and the importances at every token.
+"""What every measure reads: rows of a model's data, the target's output on them, and the importances at every token.
 
     >>> with sampled(vpd, model, tokens) as sample:                # doctest: +SKIP
     ...     union_test(sample), adversaries(sample), mask_transfer(sample)
 
 A measure is a function of a sample. Controls are samples too: with other components, or with importances that were moved.
-Neither the batch size nor the memory that a sample may keep changes a figure (but for rounding): random numbers belong to rows.
+Neither the batch size nor the memory that a sample may keep changes a figure (except for rounding): random numbers
+belong to rows.
 """
 
 from __future__ import annotations
@@ -25,8 +26,6 @@ from tl_vpd.evaluation.batch import Batch, BatchStore, Rows, ce_by_row
 from tl_vpd.evaluation.importance_statistics import ImportanceStatistics
 from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.forward.masked_model import MaskedModel
-from tl_vpd.hooks.importances import zero_padding
-from tl_vpd.importance import lower_leaky
 from tl_vpd.losses import Reconstruction
 from tl_vpd.masking import Masks
 from tl_vpd.masking.row_random import RowRandom
@@ -50,33 +49,10 @@ def measure(function: Measure) -> Measure:
 
     @wraps(function)
     def run(sample: Sample, *args: Any, **options: Any) -> Any:
-        with torch.inference_mode(False), torch.no_grad(), sample.session():
+        with torch.inference_mode(False), torch.no_grad(), sample.masked_model:
             return function(sample, *args, **options)
 
     return cast(Measure, run)
-
-
-class Session:
-    """Enters a MaskedModel for as long as calls need it; calls may nest.
-
-    Args:
-        masked_model: the model with taps.
-    """
-
-    def __init__(self, masked_model: MaskedModel) -> None:
-        self.masked_model, self.depth = masked_model, 0
-
-    @contextmanager
-    def __call__(self) -> Iterator[None]:
-        if self.depth == 0:
-            self.masked_model.__enter__()
-        self.depth += 1
-        try:
-            yield
-        finally:
-            self.depth -= 1
-            if self.depth == 0:
-                self.masked_model.__exit__(None, None, None)
 
 
 @dataclass(frozen=True)
@@ -92,8 +68,7 @@ class Sample:
     """Rows that a decomposition is measured on, batch by batch, on the model's device.
 
     Args:
-        weights: V and U.
-        session: of the masked model.
+        masked_model: the model that runs with masks.
         importances: gives the importances of rows from the clean inputs of the sites.
         rows: the data.
         batch_size: how many rows run together.
@@ -101,8 +76,7 @@ class Sample:
         store: keeps batches between passes.
     """
 
-    weights: Decomposition | Components
-    session: Session
+    masked_model: MaskedModel
     importances: Importances = field(repr=False)
     rows: Rows = field(repr=False)
     batch_size: int
@@ -110,14 +84,9 @@ class Sample:
     store: BatchStore = field(repr=False)
 
     @property
-    def masked_model(self) -> MaskedModel:
-        """The model that runs with masks."""
-        return self.session.masked_model
-
-    @property
     def site_axis(self) -> ConcatenatedAxis:
         """Where each site lies on the concatenated axis."""
-        return self.weights.site_axis
+        return self.masked_model.weights.site_axis
 
     @property
     def has_logits(self) -> bool:
@@ -177,7 +146,7 @@ class Sample:
 
     @cached_property
     def target_ce(self) -> PerRow | None:
-        """The target's cross-entropy of the next token by row (None: the model puts out no logits)."""
+        """The target's cross-entropy of the next token by row (None: the model returns no logits)."""
         return PerRow.concatenated([b.target_ce for b in self.batches() if b.target_ce]) if self.has_logits else None
 
     @cached_property
@@ -203,7 +172,7 @@ class Sample:
 
     def loss(self, batch: Batch, masks: Masks) -> Float[Tensor, ""]:
         """The mean distance on a batch, with gradients to the masks where gradients are on."""
-        with self.session():
+        with self.masked_model:
             output = self.masked_model.masked(batch.rows.tokens, masks, batch.rows.token_mask, constant_weights=True)
         return batch.reconstruction(output)
 
@@ -238,11 +207,7 @@ class Sample:
 
 def learned(decomposition: Decomposition) -> Importances:
     """The importances that Γ gives, 0 at padding."""
-
-    def importances(sample: Sample, rows: Rows, inputs: Mapping[str, Tensor]) -> Tensor:
-        return zero_padding(lower_leaky(decomposition.pre_sigmoid(inputs, rows.token_mask)), rows.token_mask)
-
-    return importances
+    return lambda _, rows, inputs: decomposition.importances(inputs, rows.token_mask)
 
 
 @contextmanager
@@ -279,7 +244,7 @@ def sampled(
     rows = rows_of(masked_model, tokens)
     store = BatchStore(keep_bytes)
     try:
-        yield Sample(decomposition, Session(masked_model), importances, rows, batch_size, seed, store)
+        yield Sample(masked_model, importances, rows, batch_size, seed, store)
     finally:
         store.clear()
 

@@ -3,9 +3,8 @@
 from tl_vpd.forward.blocked import BlockedMasks
 from tl_vpd.forward.cast_weights import CastWeights
 from tl_vpd.forward.masked_model import MaskedModel
-from tl_vpd.forward.pass_masks import PassMasks
 from tl_vpd.forward.product import masked_output
-from tl_vpd.forward.site_product import SiteProduct
+from tl_vpd.forward.site_product import PassMasks, SiteProduct
 from tl_vpd.forward.site_taps import SiteFunction, SitePass, SiteTaps
 from tl_vpd.forward.traceable import TraceableMasks
 

@@ -101,9 +101,9 @@ class CastWeights:
         """Where each site lies on the concatenated axis."""
         return self.weights.site_axis
 
-    def pre_sigmoid(
+    def importances(
         self, inputs: Mapping[str, Float[Tensor, "batch *pos _"]], token_mask: Bool[Tensor, "batch pos"] | None
     ) -> Float[Tensor, "batch *pos C_total"]:
-        """Γ's values before squashing; see ``DecomposedWeights.pre_sigmoid``."""
+        """Causal importances; see ``DecomposedWeights.importances``."""
         assert isinstance(self.weights, DecomposedWeights)
-        return self.weights.pre_sigmoid(inputs, token_mask)
+        return self.weights.importances(inputs, token_mask)

@@ -24,9 +24,7 @@ from tl_vpd.adapters import adapt
 from tl_vpd.components import Components
 from tl_vpd.forward.attachments import attached_to
 from tl_vpd.forward.cast_weights import CastWeights
-from tl_vpd.forward.pass_masks import PassMasks
-from tl_vpd.forward.quiet import frozen, users_hooks_aside
-from tl_vpd.forward.site_product import SiteProduct
+from tl_vpd.forward.site_product import PassMasks, SiteProduct
 from tl_vpd.forward.site_taps import SitePass, SiteTaps
 from tl_vpd.forward.target_check import check_target
 from tl_vpd.importance import DecomposedWeights
@@ -34,7 +32,7 @@ from tl_vpd.masking import Masks
 
 
 class MaskedModel:
-    """A model whose sites can be masked in any pass. A context manager: leaving it takes the taps off.
+    """A model whose sites can be masked in any pass. A context manager, which may be nested: leaving it takes the taps off.
 
     Args:
         weights: V and U are read at every pass, so that training sees its updates (Components will do: they have no Γ).
@@ -61,21 +59,18 @@ class MaskedModel:
         self.weights = CastWeights(weights, self.adapter.device, self.adapter.dtype)
         self.names = list(self.weights.sites)
         self.taps = SiteTaps(self.adapter, self.names)
-        self._stack = ExitStack()
+        self._stack, self._depth = ExitStack(), 0
 
     def __enter__(self) -> MaskedModel:
-        try:
-            self._stack.enter_context(frozen(self.adapter))
-            self._stack.enter_context(users_hooks_aside(self.adapter))
-            for handle in self.taps.put_on():
-                self._stack.callback(handle.remove)
-        except BaseException:
-            self._stack.close()
-            raise
+        if not self._depth:
+            self._stack.enter_context(self.taps.on())
+        self._depth += 1
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._stack.close()
+        self._depth -= 1
+        if not self._depth:
+            self._stack.close()
 
     def clean(
         self, tokens: Shaped[Tensor, "batch ..."], token_mask: Bool[Tensor, "batch pos"] | None = None

@@ -7,9 +7,13 @@ from torch import Tensor
 
 from tl_vpd.adapters import Adapter
 from tl_vpd.components import Layout
-from tl_vpd.forward.pass_masks import PassMasks
+from tl_vpd.forward.blocked import BlockedMasks
 from tl_vpd.forward.product import masked_output
+from tl_vpd.forward.traceable import TraceableMasks
 from tl_vpd.masking import SiteMask
+
+PassMasks = BlockedMasks | TraceableMasks
+"""Masks of one pass that are made inside each site's product."""
 
 
 class SiteProduct:

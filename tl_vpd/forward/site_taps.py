@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter
 from tl_vpd.adapters.taps import Handle
+from tl_vpd.forward.quiet import frozen, users_hooks_aside
 
 SiteFunction = Callable[[str, Tensor, Tensor], Tensor | None]
 """From a site's name, its input and its output as the model passes them to another output (None: the model's stays)."""
@@ -75,6 +76,14 @@ class SiteTaps:
                 handle.remove()
             raise
         return handles
+
+    @contextmanager
+    def on(self) -> Iterator[None]:
+        """Inside, the taps are on the model, which is frozen and without users' hooks."""
+        with frozen(self.adapter), users_hooks_aside(self.adapter), ExitStack() as stack:
+            for handle in self.put_on():
+                stack.callback(handle.remove)
+            yield
 
     @contextmanager
     def during(self, run: SitePass | None) -> Iterator[SitePass | None]:

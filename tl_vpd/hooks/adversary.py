@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.ablations import Subcomponents, indices_by_site
-from tl_vpd.hooks.importances import zero_padding
 from tl_vpd.hooks.mask_spec import MaskSpec
-from tl_vpd.importance import DecomposedWeights, lower_leaky
+from tl_vpd.importance import DecomposedWeights
 from tl_vpd.losses import Reconstruction
 from tl_vpd.masking import Masks, attacked_masks
 from tl_vpd.masking.modes import ModeOptions
@@ -64,7 +63,7 @@ def adversarial_masks(
         logits, inputs = masked_model.clean(tokens, token_mask)
         with torch.no_grad():
             if indices is None:
-                g = zero_padding(lower_leaky(decomposition.pre_sigmoid(inputs, token_mask)), token_mask)
+                g = decomposition.importances(inputs, token_mask)
             else:
                 like = next(iter(inputs.values()))
                 g = MaskSpec("adversarial", None, frozenset(names), node_set=indices).indicator(

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,26 +15,15 @@ from torch import Tensor, nn
 
 from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import DecomposedWeights
-from tl_vpd.site import nearest
+from tl_vpd.site import BySite
 
 
 @dataclass(frozen=True)
-class ComponentActs(Mapping[str, Tensor]):
+class ComponentActs(BySite):
     """Activations ``x @ V`` by site, each ``[batch, pos, C]``; ``token_mask`` is False at padding (None: no padding)."""
 
     by_site: dict[str, Float[Tensor, "batch *pos C"]]
     token_mask: Bool[Tensor, "batch pos"] | None = None
-
-    def __getitem__(self, site: str) -> Float[Tensor, "batch *pos C"]:
-        if site not in self.by_site:
-            raise KeyError(f"{site!r} is not a decomposed site{nearest(site, self.by_site)}.")
-        return self.by_site[site]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.by_site)
-
-    def __len__(self) -> int:
-        return len(self.by_site)
 
     def mean(self, *, by_position: bool = False) -> dict[str, Float[Tensor, "*pos C"]]:
         """Means over real tokens ``[C]``, or over the batch at each position ``[1, pos, C]``.

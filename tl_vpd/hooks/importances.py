@@ -8,8 +8,8 @@ torch.Size([1, 9, 384])
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, cast
 
 import pandas as pd
@@ -18,14 +18,14 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.forward import MaskedModel
-from tl_vpd.importance import DecomposedWeights, lower_leaky
+from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks
 from tl_vpd.masking.modes import Delta, Mode, ModeOptions, masks_of_mode
-from tl_vpd.site import ConcatenatedAxis, nearest
+from tl_vpd.site import BySite, ConcatenatedAxis
 
 
 @dataclass(frozen=True)
-class CausalImportances(Mapping[str, Tensor]):
+class CausalImportances(BySite):
     """Importances in [0, 1] by site, each ``[batch, pos, C]`` (``[batch, C]`` for models without positions); 0 at padding.
 
     Attributes:
@@ -40,16 +40,10 @@ class CausalImportances(Mapping[str, Tensor]):
     tokens: Shaped[Tensor, "batch ..."]
     token_mask: Bool[Tensor, "batch pos"] | None = None
 
-    def __getitem__(self, site: str) -> Float[Tensor, "batch *pos C"]:
-        if site not in self.site_axis.slices:
-            raise KeyError(f"{site!r} is not a decomposed site{nearest(site, self.site_axis.names)}.")
-        return self.concatenated[..., self.site_axis.slices[site]]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.site_axis.names)
-
-    def __len__(self) -> int:
-        return len(self.site_axis.names)
+    @cached_property
+    def by_site(self) -> dict[str, Float[Tensor, "batch *pos C"]]:  # type: ignore[override]
+        """Views of each site."""
+        return self.site_axis.split_sites(self.concatenated)
 
     def masks(
         self,
@@ -134,12 +128,5 @@ def causal_importances(
     """
     with MaskedModel(decomposition, model) as masked_model:
         tokens, token_mask, inputs = masked_model.clean_prompts(prompts, attention_mask)
-    g = lower_leaky(decomposition.pre_sigmoid(inputs, token_mask))
-    return CausalImportances(zero_padding(g, token_mask), decomposition.site_axis, tokens, token_mask)
-
-
-def zero_padding(
-    g: Float[Tensor, "batch *pos C_total"], token_mask: Bool[Tensor, "batch pos"] | None
-) -> Float[Tensor, "batch *pos C_total"]:
-    """Importances with 0 at padding."""
-    return g if token_mask is None else g * token_mask[..., None]
+    g = decomposition.importances(inputs, token_mask)
+    return CausalImportances(g, decomposition.site_axis, tokens, token_mask)

@@ -19,9 +19,7 @@ from tl_vpd.adapters import Adapter
 from tl_vpd.adapters.versions import HookPoint
 from tl_vpd.forward import CastWeights, SitePass, SiteTaps
 from tl_vpd.forward.quiet import users_hooks_aside
-from tl_vpd.hooks.importances import zero_padding
 from tl_vpd.hooks.site_hooks import listening
-from tl_vpd.importance import lower_leaky
 from tl_vpd.masking import Masks
 
 HookPoints = Mapping[str, Mapping[str, HookPoint]]
@@ -105,8 +103,7 @@ class InternalPasses:
 
     def importances(self, call: Call, run: SitePass) -> Float[Tensor, "batch *pos C_total"]:
         """Γ on the inputs of a clean pass, sent through the users' hooks on ``hook_ci``."""
-        token_mask = self.token_mask(call)
-        g = zero_padding(lower_leaky(self.weights.pre_sigmoid(run.inputs, token_mask)), token_mask)
+        g = self.weights.importances(run.inputs, self.token_mask(call))
         listeners = {name: self.listening(name, "ci") for name in self.weights.sites}
         if not any(listeners.values()):
             return g

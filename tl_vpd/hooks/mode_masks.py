@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.adapters.prompts import savable
@@ -32,66 +31,41 @@ def masks_of_call(passes: InternalPasses, spec: MaskSpec, call: Call) -> Masks:
     attacks = spec.mode == "adversarial"
     site_axis = passes.weights.site_axis
     output, run = passes.clean(call, "logits" if attacks else None)
-    if spec.node_set is None:
+    if spec.node_set is None or passes.wants_importances():
         g = passes.importances(call, run)
-    else:
-        if passes.wants_importances():
-            passes.importances(call, run)
+    if spec.node_set is not None:
         first = next(iter(run.inputs.values()))
         g = spec.indicator(first.new_zeros(*first.shape[:-1], site_axis.total), site_axis)
+
+    def limited(masks: Masks) -> Masks:
+        """Masks at the spec's sites and positions, and at real tokens."""
+        names = [name for name in passes.weights.sites if name in spec.sites]
+        token_mask = passes.token_mask(call)
+        return Masks({n: spec.limited(n, masks[n], masks[n].mask, token_mask) for n in names})  # type: ignore[arg-type]
+
     if not attacks:
-        options = spec.options
-        return _limited(
-            passes,
-            spec,
-            call,
-            masks_of_mode(
-                spec.mode,
-                g,
-                site_axis,
-                threshold=options.threshold,
-                delta=options.delta,
-                generator=spec.generator,
-            ),
-        )
+        options = {"threshold": spec.options.threshold, "delta": spec.options.delta, "generator": spec.generator}
+        return limited(masks_of_mode(spec.mode, g, site_axis, **options))  # type: ignore[arg-type]
     if not isinstance(output, Tensor):
         raise TypeError(
             f"The adversarial mode attacks the model's output, which must be a tensor and is a {type(output).__name__}."
         )
-    return _attacked(passes, spec, call, output, g)
-
-
-def _attacked(
-    passes: InternalPasses,
-    spec: MaskSpec,
-    call: Call,
-    output: Float[Tensor, "batch ..."],
-    g: Float[Tensor, "batch *pos C_total"],
-) -> Masks:
-    """The masks of the adversarial mode."""
     # Under inference_mode the attack needs copies that autograd may save.
     with torch.inference_mode(False):
         arguments = tuple(map(savable, call.arguments))
         keywords = {k: savable(v) for k, v in call.keywords.items()}
         token_mask = savable(passes.token_mask(call))
-        constant = savable(g.detach())
         distance = Reconstruction(savable(output), "kl" if passes.adapter.return_types else "mse", token_mask)
-    call.padding = (token_mask,)
+        call.padding = (token_mask,)
 
-    def loss(masks: Masks) -> Tensor:
-        with passes.internal(SitePass(partial(_masked, passes, _limited(passes, spec, call, masks)))):
-            return distance(passes.adapter.call(arguments, keywords, "logits"))
+        def loss(masks: Masks) -> Tensor:
+            run = SitePass(partial(_masked, passes, limited(masks)))
+            with passes.internal(run):
+                return distance(passes.adapter.call(arguments, keywords, "logits"))
 
-    with torch.inference_mode(False):
-        masks = attacked_masks(
-            constant,
-            passes.weights.site_axis,
-            loss,
-            steps=spec.options.steps,
-            step_size=spec.options.step_size,
-            generator=spec.generator,
-        )
-    return _limited(passes, spec, call, masks)
+        attack = {"steps": spec.options.steps, "step_size": spec.options.step_size, "generator": spec.generator}
+        masks = attacked_masks(savable(g.detach()), site_axis, loss, **attack)  # type: ignore[arg-type]
+    return limited(masks)
 
 
 def _masked(passes: InternalPasses, masks: Masks, name: str, x: Tensor, y: Tensor) -> Tensor | None:
@@ -100,10 +74,3 @@ def _masked(passes: InternalPasses, masks: Masks, name: str, x: Tensor, y: Tenso
         return None
     V, U = passes.weights.V[name], passes.weights.U[name]
     return SiteProduct(name, passes.adapter, x, y, V, U).masked(masks[name])
-
-
-def _limited(passes: InternalPasses, spec: MaskSpec, call: Call, masks: Masks) -> Masks:
-    """Masks at the spec's sites and positions, and at real tokens."""
-    names = [name for name in passes.weights.sites if name in spec.sites]
-    token_mask = passes.token_mask(call)
-    return Masks({n: spec.limited(n, masks[n], masks[n].mask, token_mask) for n in names})  # type: ignore[arg-type]

@@ -18,10 +18,7 @@ class ChunkedTransformers(nn.Module):
         d_in: input width by site.
         counts: number of subcomponents by site.
         chunk: number of sites in one.
-        d_ci: width of each transformer.
-        n_blocks: depth of each.
-        n_heads: attention heads of each.
-        d_mlp: MLP width of each (None: ``4 * d_ci``).
+        size: of each transformer: ``d_ci``, ``n_blocks``, ``n_heads``, ``d_mlp``.
     """
 
     needs = "inputs"
@@ -32,21 +29,13 @@ class ChunkedTransformers(nn.Module):
         counts: Mapping[str, int],
         *,
         chunk: int,
-        d_ci: int,
-        n_blocks: int,
-        n_heads: int,
-        d_mlp: int | None = None,
+        **size: int,
     ) -> None:
         super().__init__()
         names = list(d_in)
         self.parts = nn.ModuleList(
             SharedTransformer(
-                {n: d_in[n] for n in names[i : i + chunk]},
-                {n: counts[n] for n in names[i : i + chunk]},
-                d_ci=d_ci,
-                n_blocks=n_blocks,
-                n_heads=n_heads,
-                d_mlp=d_mlp,
+                {n: d_in[n] for n in names[i : i + chunk]}, {n: counts[n] for n in names[i : i + chunk]}, **size
             )
             for i in range(0, len(names), chunk)
         )

@@ -24,6 +24,7 @@ from tl_vpd.components.fingerprint import Fingerprint
 from tl_vpd.components.storage import TENSORS, check_tensors, fill, library_versions, read_config, write_folder
 from tl_vpd.importance.build import build
 from tl_vpd.importance.config import GammaConfig
+from tl_vpd.importance.squash import lower_leaky
 from tl_vpd.site import ConcatenatedAxis, Site, Subcomponent, nearest
 
 D = TypeVar("D", bound="DecomposedWeights")
@@ -151,6 +152,13 @@ class DecomposedWeights(nn.Module):
             shared = {id(inputs[name]): x for name, x in clean.items()}
             clean = {name: shared[id(inputs[name])] for name in clean}
         return self.gamma(clean, token_mask)
+
+    def importances(
+        self, inputs: Mapping[str, Float[Tensor, "batch *pos _"]], token_mask: Bool[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch *pos C_total"]:
+        """Causal importances from every site's clean input, 0 at padding; arguments as for ``pre_sigmoid``."""
+        g = lower_leaky(self.pre_sigmoid(inputs, token_mask))
+        return g if token_mask is None else g * token_mask[..., None]
 
     # -- files -------------------------------------------------------------------------------------------------------
 

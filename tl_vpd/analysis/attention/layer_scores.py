@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from functools import partial
+from contextlib import nullcontext, suppress
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +10,7 @@ from torch import Tensor
 
 from tl_vpd.adapters import Adapter, Unsupported
 from tl_vpd.adapters.taps import tap_output
-from tl_vpd.forward.quiet import frozen, users_hooks_aside
+from tl_vpd.forward import SitePass, SiteTaps
 from tl_vpd.hooks import attached_to
 
 
@@ -52,8 +50,10 @@ def scores_of(
         tokens = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)
         token_mask = torch.ones_like(tokens, dtype=torch.bool)
     scores: list[Tensor] = []
+    values = {f"blocks.{layer}.attn.W_Q": q, f"blocks.{layer}.attn.W_K": k}
 
-    def put(value: Tensor, y: Tensor) -> Tensor:
+    def put(name: str, x: Tensor, y: Tensor) -> Tensor:
+        value = values[name]
         heads = y.shape[2] if y.ndim == 4 else y.shape[2] // q.shape[-1]
         if value.shape[2] == 1:
             return value.expand(-1, -1, heads, -1).reshape(y.shape)
@@ -63,23 +63,15 @@ def scores_of(
         scores.append(value.clone())
         raise _ScoresRead
 
-    point = adapter.model.get_submodule(adapter.scores_hook(layer))
-    with _quiet(adapter), ExitStack() as taps:
-        for weight, value in (("W_Q", q), ("W_K", k)):
-            for handle in adapter.tap(f"blocks.{layer}.attn.{weight}", lambda x: None, partial(put, value)):
-                taps.callback(handle.remove)
-        taps.callback(tap_output(point, read).remove)
-        with suppress(_ScoresRead):
-            adapter.run(tokens, token_mask)
+    taps, attached = SiteTaps(adapter, list(values)), attached_to(adapter.model)
+    paused = nullcontext() if attached is None else attached.paused()
+    with paused, adapter.lengths_forgotten(), taps.on(), taps.during(SitePass(put)):
+        handle = tap_output(adapter.model.get_submodule(adapter.scores_hook(layer)), read)
+        try:
+            with suppress(_ScoresRead):
+                adapter.run(tokens, token_mask)
+        finally:
+            handle.remove()
     if not scores:
         raise Unsupported(f"Block {layer} ran without passing its scores through {adapter.scores_hook(layer)}.")
     return scores[0]
-
-
-@contextmanager
-def _quiet(adapter: Adapter) -> Iterator[None]:
-    """The model itself: frozen, without users' hooks, and with what is attached paused."""
-    attached = attached_to(adapter.model)
-    paused = nullcontext() if attached is None else attached.paused()
-    with frozen(adapter), users_hooks_aside(adapter), adapter.lengths_forgotten(), paused:
-        yield

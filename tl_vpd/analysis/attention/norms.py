@@ -9,7 +9,6 @@ torch.Size([96, 4])
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -18,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.site import Site, Subcomponent, nearest
+from tl_vpd.site import BySite, Site, Subcomponent
 
 
 def spread_over_heads(norms: Float[Tensor, "*batch head"]) -> Float[Tensor, "*batch"]:
@@ -28,22 +27,11 @@ def spread_over_heads(norms: Float[Tensor, "*batch head"]) -> Float[Tensor, "*ba
 
 
 @dataclass(frozen=True)
-class HeadNorms(Mapping[str, Tensor]):
+class HeadNorms(BySite):
     """Norms by site, ``[C, head]``; W_K and W_V have as many heads as the model has key/value heads."""
 
     layer: int
     by_site: dict[str, Float[Tensor, "C head"]]
-
-    def __getitem__(self, site: str) -> Float[Tensor, "C head"]:
-        if site not in self.by_site:
-            raise KeyError(f"{site!r} is not among these{nearest(site, self.by_site)}: {', '.join(self.by_site)}.")
-        return self.by_site[site]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.by_site)
-
-    def __len__(self) -> int:
-        return len(self.by_site)
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per subcomponent: subcomponent, site, norm (over all heads), heads (how many it is spread over), head_0, …"""

@@ -4,7 +4,7 @@
 """
 
 from tl_vpd.analysis.audit.audit import CircuitAudit, audit_circuit
-from tl_vpd.analysis.audit.config import AttackConfig, AuditConfig, RepairConfig
+from tl_vpd.analysis.audit.config import AuditConfig, RepairConfig
 from tl_vpd.analysis.audit.repair import Repair, repair_circuit
 
-__all__ = ["AttackConfig", "AuditConfig", "CircuitAudit", "Repair", "RepairConfig", "audit_circuit", "repair_circuit"]
+__all__ = ["AuditConfig", "CircuitAudit", "Repair", "RepairConfig", "audit_circuit", "repair_circuit"]

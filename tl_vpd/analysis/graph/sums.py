@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from tl_vpd.analysis.graph.config import DatasetGraphConfig
 from tl_vpd.analysis.graph.direct import DirectModel, DirectPass, shared_inputs
-from tl_vpd.importance import lower_leaky
 from tl_vpd.site import Subcomponent
 
 
@@ -78,8 +77,7 @@ class DatasetSums:
             token_mask = None if self.token_mask is None else self.token_mask[rows]
             token_mask = None if token_mask is None or bool(token_mask.all()) else token_mask
             _, inputs = self.direct.clean(self.tokens[rows], token_mask)
-            g = lower_leaky(self.direct.weights.pre_sigmoid(inputs, token_mask)).detach()
-            g = g if token_mask is None else g * token_mask[..., None]
+            g = self.direct.weights.importances(inputs, token_mask).detach()
             yield _Batch(self.tokens[rows], token_mask, inputs, g)
 
     @torch.no_grad()
