@@ -66,9 +66,9 @@ class Adapter(Prompts, Calls, ABC):
         self.sites[site.name] = site
 
     @property
-    @abstractmethod
     def d_model(self) -> int:
         """Width of the residual stream (of the widest input, where there is none)."""
+        return int(self.model.cfg.d_model)
 
     @property
     def n_ctx(self) -> int:

@@ -109,11 +109,6 @@ class BridgeAdapter(Adapter):
                 continue
             self.add(Site(name, *oriented(product).shape))  # type: ignore[arg-type]
 
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.model.cfg.d_model
-
     def modules(self) -> Iterator[nn.Module]:
         """Every module the model runs, each once: the bridge's and the wrapped model's."""
         modules = {id(m): m for m in self.model.modules()}

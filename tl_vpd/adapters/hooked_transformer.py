@@ -83,11 +83,6 @@ class HookedTransformerAdapter(Adapter):
             self.add(Site(f"{prefix}.mlp.W_in", cfg.d_model, cfg.d_mlp))
             self.add(Site(f"{prefix}.mlp.W_out", cfg.d_mlp, cfg.d_model))
 
-    @property
-    def d_model(self) -> int:
-        """Width of the residual stream."""
-        return self.model.cfg.d_model
-
     def processing(self) -> dict[str, bool]:
         """``fold_ln`` as the config says, ``center_writing_weights`` as the weights show."""
         return {

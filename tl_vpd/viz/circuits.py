@@ -13,6 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import circuitsvis
+
 from tl_vpd.analysis import Window
 from tl_vpd.viz.style import IMPORTANCE, NEGATIVE, POSITIVE
 from tl_vpd.viz.text import escape, for_script, number, spaced
@@ -56,12 +58,8 @@ def script() -> str:
     """The ``<script>`` element (1.3 MB) that windows need before them: circuitsvis's script and ``tlVpdDraw``.
 
     Raises:
-        ImportError: circuitsvis is not installed, or this version has its script elsewhere.
+        ImportError: this version of circuitsvis has its script elsewhere.
     """
-    try:
-        import circuitsvis
-    except ImportError as error:
-        raise ImportError("Windows of text need circuitsvis: pip install circuitsvis.") from error
     path = Path(circuitsvis.__file__).parent / "dist" / "cdn" / "iife.js"
     if not path.is_file():
         raise ImportError(f"circuitsvis {circuitsvis.__version__} has no dist/cdn/iife.js; install circuitsvis 1.43.3.")

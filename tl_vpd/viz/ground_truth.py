@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -77,7 +79,8 @@ def needed(result: MethodResult, truth: Truth, *, row: int = 0) -> Any:
     image = axes.imshow(shown.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
     for line, where in enumerate(rows[row] for rows in truth.needed.values()):
         for pos in where.nonzero()[:, 0].tolist():
-            axes.add_patch(_frame((pos - 0.46, line - 0.42)))
+            corner = pos - 0.46, line - 0.42
+            axes.add_patch(Rectangle(corner, 0.92, 0.84, fill=False, edgecolor="#d1495b", linewidth=1.3))
     tokens = truth.probe[row]
     labels = [str(token) for token in tokens.tolist()] if tokens.ndim == 1 else [str(i) for i in range(n_pos)]
     axes.set_xticks(range(n_pos), labels, fontsize=7)
@@ -87,18 +90,8 @@ def needed(result: MethodResult, truth: Truth, *, row: int = 0) -> Any:
     return figure
 
 
-def _figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Figures of ground truth need matplotlib: pip install matplotlib.") from error
+def _figure(width: float, height: float) -> Figure:
     return Figure(figsize=(width, height), layout="constrained", dpi=110)
-
-
-def _frame(corner: tuple[float, float]) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(corner, 0.92, 0.84, fill=False, edgecolor="#d1495b", linewidth=1.3)
 
 
 def _matched(cosines: Float[Tensor, "feature n"]) -> dict[int, int]:

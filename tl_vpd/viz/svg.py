@@ -6,20 +6,15 @@ import io
 from collections.abc import Callable
 from typing import Any
 
+import matplotlib
+from matplotlib.figure import Figure
+
 
 def svg(size: tuple[float, float], draw: Callable[[Any], None]) -> str:
     """An ``<svg>`` of a figure of ``size`` inches, filled by ``draw``.
 
     Text stays text, and ids depend on the content alone, so that the same numbers give the same page.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install matplotlib.") from error
     settings: dict[Any, Any] = {
         "svg.fonttype": "none",
         "svg.hashsalt": "tl_vpd",
