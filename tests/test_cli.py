@@ -35,8 +35,8 @@ def recipe(folder: Path, **sections: str) -> Path:
 
 
 def test_train_then_eval(tmp_path: Path):
-    own = recipe(tmp_path)
-    trained = call("train", own)
+    recipe_file = recipe(tmp_path)
+    trained = call("train", recipe_file)
     assert trained.exit_code == 0, trained.output
     folder = tmp_path / "run" / "decomposition"
     assert Decomposition.load(folder).site_axis.total == 12 * 4
@@ -48,10 +48,10 @@ def test_train_then_eval(tmp_path: Path):
     assert set(record["pgd_kl"]) == {"1", "2"}
     assert record["tokens"] == 128
     assert set(record["controls"]) == {"random", "singular", "shuffled"}
-    again = call("train", own)
+    again = call("train", recipe_file)
     assert again.exit_code == 2
     assert "contains a run: pass resume" in again.output
-    assert call("train", own, "--resume").exit_code == 0
+    assert call("train", recipe_file, "--resume").exit_code == 0
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_mistakes_in_a_recipe_end_in_one_sentence(tmp_path: Path, parts: dict[st
 
 def test_options_of_train_reach_the_run(tmp_path: Path):
     np.save(tmp_path / "rows.npy", np.arange(60, dtype=np.uint16).reshape(3, 20))
-    own = recipe(
+    recipe_file = recipe(
         tmp_path,
         data=f"{{tokens: {tmp_path / 'rows.npy'}, context: 9}}",
         saving=f"{{folder: {tmp_path / 'run'}, save_every: 1}}",
     )
-    trained = call("train", "--micro-batch", 1, "--context", 8, "--keep-states", 1, "--sharding", "full", own)
+    trained = call("train", "--micro-batch", 1, "--context", 8, "--keep-states", 1, "--sharding", "full", recipe_file)
     assert trained.exit_code == 0, trained.output
     assert [p.name for p in (tmp_path / "run" / "state").iterdir()] == ["step-00000002.safetensors"]
     assert json.loads((tmp_path / "run" / "tokens.json").read_text())["context"] == 8
@@ -140,11 +140,11 @@ def test_plan_prints_the_footprint_of_numbers():
 
 
 def test_plan_takes_a_recipe_and_loads_its_model(tmp_path: Path):
-    own = recipe(tmp_path, execution="{micro_batch: 1}")
-    result = call("plan", own)
+    recipe_file = recipe(tmp_path, execution="{micro_batch: 1}")
+    result = call("plan", recipe_file)
     assert result.exit_code == 0, result.output
     model = bundled.model()
-    config = Recipe.read(own).vpd
+    config = Recipe.read(recipe_file).vpd
     expected = footprint(Target.of(model), config, context=16, execution=ExecutionConfig(micro_batch=1))
     assert f"gamma: {expected.counts['gamma']:,}" in result.output
     assert not (tmp_path / "run").exists()
@@ -207,8 +207,8 @@ def test_demo_refuses_a_folder_it_cannot_write_before_it_starts(tmp_path: Path):
 
 
 def test_options_that_a_recipe_or_a_folder_rules_out_are_refused(tmp_path: Path):
-    own = recipe(tmp_path)
-    result = call("plan", own, "--itemsize", "8", "--gated", "--kv-heads", "1")
+    recipe_file = recipe(tmp_path)
+    result = call("plan", recipe_file, "--itemsize", "8", "--gated", "--kv-heads", "1")
     assert result.exit_code == 2
     assert "names the model: leave out --kv-heads, --gated, --itemsize" in result.output.replace("\n", " ")
     assert "is a folder: give the name of a file" in call("eval", "bundled", "--out", tmp_path).output

@@ -31,7 +31,7 @@ def short_trainings(monkeypatch):
     decompose = tl_vpd.decompose
 
     def short(model, tokens, config=None, **options):
-        rows = getattr(tokens, "batch_size", 2)  # of data that makes its own batches
+        rows = getattr(tokens, "batch_size", 2)  # of data that makes batches itself
         config = (config or tl_vpd.VPDConfig()).model_copy(update={"steps": 2, "batch_size": rows, "C": 4})
         return decompose(model, tokens, config, **{**options, "progress": False})
 

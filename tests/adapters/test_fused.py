@@ -24,9 +24,9 @@ SETTINGS = [
 @pytest.fixture
 def calls(monkeypatch):
     """How often the one call is made."""
-    made, own = [], torch.nn.functional.scaled_dot_product_attention
+    made, original = [], torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
-        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: made.append(1) or own(*a, **k)
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: made.append(1) or original(*a, **k)
     )
     return made
 
@@ -53,13 +53,13 @@ def test_outputs_and_gradients_are_those_of_scores_and_pattern(settings, calls):
 
 @pytest.mark.parametrize("name", ["hook_pattern", "hook_attn_scores"])
 def test_a_hooked_pattern_is_still_there(name, calls):
-    model, tokens, seen = tiny_model(), some_tokens(), []
+    model, tokens, recorded = tiny_model(), some_tokens(), []
     hook = f"blocks.1.attn.{name}"
     with adapt(model).fused_attention():
         assert len(calls) == 0
-    with model.hooks(fwd_hooks=[(hook, lambda t, hook: seen.append(t.shape))]), adapt(model).fused_attention():
+    with model.hooks(fwd_hooks=[(hook, lambda t, hook: recorded.append(t.shape))]), adapt(model).fused_attention():
         model(tokens)
-    assert len(calls) == 1 and seen[0][-2:] == (7, 7)
+    assert len(calls) == 1 and recorded[0][-2:] == (7, 7)
 
 
 @pytest.mark.parametrize(

@@ -16,19 +16,23 @@ from tl_vpd.adapters.prompts import check_tokens
 def test_every_tapped_output_is_input_times_weight_plus_bias(name):
     model = tiny_model(**ARCHITECTURES[name])
     adapter = adapt(model)
-    seen: dict[str, dict[str, torch.Tensor]] = {site: {} for site in adapter.sites}
+    recorded: dict[str, dict[str, torch.Tensor]] = {site: {} for site in adapter.sites}
     handles = []
-    for site, own in seen.items():
-        handles += adapter.tap(site, lambda x, own=own: own.update(x=x), lambda y, own=own: own.update(y=y))
+    for site, values in recorded.items():
+        handles += adapter.tap(
+            site, lambda x, values=values: values.update(x=x), lambda y, values=values: values.update(y=y)
+        )
     model(some_tokens())
     for handle in handles:
         handle.remove()
-    for site, own in seen.items():
+    for site, values in recorded.items():
         bias = adapter.bias(site)
         layout = adapter.layout(site)
-        x = layout.aligned(own["x"], has_heads=layout.x_has_heads)
+        x = layout.aligned(values["x"], has_heads=layout.x_has_heads)
         expected = x @ matrix_of(model, site) + (0 if bias is None else bias)
-        assert_close(layout.aligned(own["y"], has_heads=layout.y_has_heads), expected, rtol=1e-10, atol=1e-10, msg=site)
+        assert_close(
+            layout.aligned(values["y"], has_heads=layout.y_has_heads), expected, rtol=1e-10, atol=1e-10, msg=site
+        )
         assert torch.equal(adapter.weight(site), matrix_of(model, site))
 
 

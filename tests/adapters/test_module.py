@@ -89,10 +89,10 @@ def test_ones_and_rest_change_no_bit_and_everything_is_taken_off(case, x):
 
 def test_masks_are_the_formula_and_constant_ones_an_edited_weight(case, x):
     model, vpd = case
-    own = some_masks(vpd, x.shape[:-1])
-    masks = Masks({n: SiteMask(m, d) for n, (m, d) in own.items()})
+    site_masks = some_masks(vpd, x.shape[:-1])
+    masks = Masks({n: SiteMask(m, d) for n, (m, d) in site_masks.items()})
     with torch.no_grad(), vpd.attach(model) as attached:
-        expected = by_hand(model, vpd, x, own)
+        expected = by_hand(model, vpd, x, site_masks)
         with attached.masked(masks):
             assert_close(model(x), expected, rtol=1e-10, atol=1e-11)
         assert_close(model.run_with_hooks(x, fwd_hooks=vpd.mask_hooks(masks)), expected, rtol=1e-10, atol=1e-11)
@@ -133,9 +133,11 @@ def test_every_mode_is_the_formula_under_its_masks(case, x):
     ci = vpd.causal_importances(model, x)
     with torch.no_grad(), vpd.attach(model) as attached:
         for mode in ("unmasked", "stochastic", "rounded", "ci", "zero"):
-            own = {n: (m.mask, m.delta) for n, m in ci.masks(mode, **options_of(mode, seed=2, threshold=0.2)).items()}
+            site_masks = {
+                n: (m.mask, m.delta) for n, m in ci.masks(mode, **options_of(mode, seed=2, threshold=0.2)).items()
+            }
             with attached.masked(mode, **options_of(mode, seed=2, threshold=0.2)):
-                assert_close(model(x), by_hand(model, vpd, x, own), rtol=1e-9, atol=1e-10, msg=mode)
+                assert_close(model(x), by_hand(model, vpd, x, site_masks), rtol=1e-9, atol=1e-10, msg=mode)
 
 
 def test_the_adversary_attacks_the_squared_error(case, x):
@@ -186,13 +188,13 @@ def test_ablations_and_patches_act(case, x, values):
 
 def test_gradients_reach_v_u_masks_and_not_the_model(case, x):
     model, vpd = case
-    own = some_masks(vpd, x.shape[:-1])
-    leaves = [t.requires_grad_() for pair in own.values() for t in pair]
+    site_masks = some_masks(vpd, x.shape[:-1])
+    leaves = [t.requires_grad_() for pair in site_masks.values() for t in pair]
     leaves += [p for n in (FC, OUT) for p in (vpd.V[n], vpd.U[n])]
-    masks = Masks({n: SiteMask(m, d) for n, (m, d) in own.items()})
+    masks = Masks({n: SiteMask(m, d) for n, (m, d) in site_masks.items()})
     with vpd.attach(model) as attached, attached.masked(masks):
         got = torch.autograd.grad(model(x).square().sum(), leaves)
-    expected = torch.autograd.grad(by_hand(model, vpd, x, own).square().sum(), leaves)
+    expected = torch.autograd.grad(by_hand(model, vpd, x, site_masks).square().sum(), leaves)
     for a, b in zip(got, expected, strict=True):
         assert_close(a, b, rtol=1e-9, atol=1e-11)
     assert all(p.grad is None for p in model.parameters())
@@ -298,14 +300,16 @@ def test_layers_in_containers_run_once_and_their_hooks_see_their_own_tensors(nam
 
     model = seeded(build)
     vpd, x = untrained(model), normal(3, 4)
-    clean, seen = model(x), []
+    clean, recorded = model(x), []
     last = model.get_submodule(sites[1])
     with torch.no_grad(), vpd.attach(model) as attached:
         assert list(vpd.sites) == sites and torch.equal(model(x), clean)
-        hooks = [(f"{n}.hook_{k}", lambda t, hook: seen.append((hook.name, t.shape[-1]))) for n in sites for k in KINDS]
+        hooks = [
+            (f"{n}.hook_{k}", lambda t, hook: recorded.append((hook.name, t.shape[-1]))) for n in sites for k in KINDS
+        ]
         assert torch.equal(model.run_with_hooks(x, fwd_hooks=hooks), clean)
-        assert sorted(n for n, _ in seen) == sorted(n for n, _ in hooks)
-        assert all(width == (1 if n.endswith("delta_mask") else 5) for n, width in seen)
+        assert sorted(n for n, _ in recorded) == sorted(n for n, _ in hooks)
+        assert all(width == (1 if n.endswith("delta_mask") else 5) for n, width in recorded)
         with attached.masked("zero", sites=sites[1]):
             assert_close(model(x), last.bias.expand(3, 3), rtol=1e-12, atol=1e-12)
         _, cache = model.run_with_cache(x, names_filter=f"{sites[1]}.hook_component_acts")
@@ -322,8 +326,8 @@ def test_saved_and_loaded_it_attaches_to_the_same_weights_alone(tmp_path):
     with (
         loaded.attach(two_layers()) as attached,
         attached.masked("rounded"),
-        vpd.attach(model) as own,
-        own.masked("rounded"),
+        vpd.attach(model) as site_masks,
+        site_masks.masked("rounded"),
     ):
         assert_close(attached.model(x), model(x), rtol=1e-6, atol=1e-7)
     other = seeded(lambda: type(model)(), seed=5)

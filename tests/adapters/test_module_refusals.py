@@ -1,4 +1,4 @@
-"""What a model of people's own is refused for, by name and with the remedy."""
+"""What a custom model is refused for, by name and with the remedy."""
 
 from __future__ import annotations
 

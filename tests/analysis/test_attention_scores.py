@@ -1,4 +1,4 @@
-"""Scores as sums over pairs: against the models' own scores, rotations and formulas written out, and masks in the way."""
+"""Scores as sums over pairs: against the models' scores, rotations and formulas written out, and masks in the way."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def test_all_pairs_delta_bias_and_position_sum_to_the_models_scores(name):
     pairs = [(f"{Q}:{i}", f"{K}:{j}") for i in range(5) for j in range(5)]
     terms = score_terms(vpd, model, tokens, 1, pairs)
     scores = own_scores(model, tokens)
-    seen = unmasked(scores)
-    assert torch.equal(seen, terms.visible) and bool(seen.any())
+    recorded = unmasked(scores)
+    assert torch.equal(recorded, terms.visible) and bool(recorded.any())
     assert_close(terms.scores, scores, rtol=0, atol=0)
-    assert_close(total(terms)[seen], scores[seen], rtol=0, atol=1e-5)
+    assert_close(total(terms)[recorded], scores[recorded], rtol=0, atol=1e-5)
     assert_close(terms.strengths.sum(0), terms.subcomponents, rtol=0, atol=1e-10)
     assert bool((terms.delta.abs().amax((0, 2, 3)) > 1e-3).all()) and bool((terms.bias.abs() > 1e-3).any())
-    assert bool((terms.position[seen] != 0).any()) == (name == "alibi")
+    assert bool((terms.position[recorded] != 0).any()) == (name == "alibi")
     shares = terms.to_pandas().set_index("term")["share"]
     assert shares[["subcomponents", "delta", "bias", "position"]].sum() == pytest.approx(1.0, abs=1e-5)
     assert shares.iloc[4:].sum() == pytest.approx(shares["subcomponents"], abs=1e-9)
@@ -211,17 +211,17 @@ def test_hooks_see_the_masks_before_them(model, vpd, tokens):
     pairs = [(f"{Q}:1", f"{K}:3")]
     strength = score_terms(vpd, model, tokens, 1, pairs).strengths[0]
     m = {site: draw(6, seed=i) for i, site in enumerate((Q, K))}
-    masks = Masks({site: SiteMask(own.expand(2, 7, 6), None) for site, own in m.items()})
-    seen = []
+    masks = Masks({site: SiteMask(mask.expand(2, 7, 6), None) for site, mask in m.items()})
+    recorded = []
     name = "blocks.1.attn.hook_attn_scores"
-    token_mask = (name, lambda s, hook: seen.append(s.detach()))
+    token_mask = (name, lambda s, hook: recorded.append(s.detach()))
     with vpd.attach(model), torch.no_grad():
         model.run_with_hooks(tokens, fwd_hooks=[*vpd.mask_hooks(masks), token_mask])
         model.run_with_hooks(
             tokens, fwd_hooks=[*vpd.mask_hooks(masks), *pair_ablation_hooks(vpd, model, pairs), token_mask]
         )
-    visible = unmasked(seen[0])
-    assert_close((seen[0] - seen[1])[visible], (m[Q][1] * m[K][3] * strength)[visible], rtol=0, atol=1e-9)
+    visible = unmasked(recorded[0])
+    assert_close((recorded[0] - recorded[1])[visible], (m[Q][1] * m[K][3] * strength)[visible], rtol=0, atol=1e-9)
 
 
 def test_hooks_refuse_what_they_cannot_do(model, vpd, tokens):
@@ -286,8 +286,8 @@ def test_refused_pairs_leave_the_model_as_it_was():
     with pytest.raises(Unsupported, match="scores are capped"):
         attention_by_offset(vpd, model, tokens, 1, ablate=[(f"{Q}:1", f"{K}:2")])
     for length in (tokens.shape[1], model.cfg.n_ctx):
-        own = some_tokens(shape=(1, length))
-        assert torch.equal(model(own), tiny_model(attn_scores_soft_cap=50.0)(own))
+        prompt = some_tokens(shape=(1, length))
+        assert torch.equal(model(prompt), tiny_model(attn_scores_soft_cap=50.0)(prompt))
     assert torch.equal(model(tokens), before) and len(list(model.hook_points())) == hooks
 
 

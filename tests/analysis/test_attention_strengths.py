@@ -46,9 +46,9 @@ def test_static_strengths_are_the_formula(model, vpd, tokens):
         expected = (R[6] @ u) @ (R[6 - offset] @ w)
         assert_close(result.values[c, d, head, offset], expected.detach(), rtol=0, atol=1e-6)
     assert result.values.shape == (6, 6, 2, 7)
-    own = result.standardised.movedim(2, 0).flatten(1)
-    assert_close(own.mean(1), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
-    assert_close(own.std(1, correction=0), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    values = result.standardised.movedim(2, 0).flatten(1)
+    assert_close(values.mean(1), torch.zeros(2, dtype=torch.float64), rtol=0, atol=1e-6)
+    assert_close(values.std(1, correction=0), torch.ones(2, dtype=torch.float64), rtol=0, atol=1e-6)
 
 
 def test_some_pairs_are_the_same_pairs_of_all_and_the_strongest_are_the_strongest(model, vpd, tokens, monkeypatch):
@@ -83,9 +83,11 @@ def test_mean_strengths_are_the_mean_of_the_summands(flags):
     terms = score_terms(vpd, model, tokens, 1, pairs, attention_mask=mask)
     at = [(1, 5), (2, 6), (6, 6)]
     assert result.queries[6] == "bias" and result.keys[5] == f"{K}:5"
-    for (i, j), own in zip(at, terms.strengths, strict=True):
+    for (i, j), strengths in zip(at, terms.strengths, strict=True):
         for offset in (0, 1, 3):
-            summands = [own[b, :, t, t - offset] for b in range(3) for t in range(offset, 7) if mask[b, t - offset]]
+            summands = [
+                strengths[b, :, t, t - offset] for b in range(3) for t in range(offset, 7) if mask[b, t - offset]
+            ]
             assert result.counts[offset] == len(summands)
             assert_close(result.values[i, j, :, offset], torch.stack(summands).mean(0), rtol=0, atol=1e-9)
     weights = result.counts.clone()
@@ -127,11 +129,13 @@ def test_spread_is_between_one_head_and_all(norms):
 
 def test_ov_overlap_is_that_of_the_papers_column_convention(model, vpd, tokens):
     result = ov_overlap(vpd, model, tokens, 1, config=OVConfig(draws=4))
-    seen = {}
-    model.blocks[1].attn.register_forward_pre_hook(lambda m, a, k: seen.update(x=k["value_input"]), with_kwargs=True)
+    recorded = {}
+    model.blocks[1].attn.register_forward_pre_hook(
+        lambda m, a, k: recorded.update(x=k["value_input"]), with_kwargs=True
+    )
     with torch.no_grad():
         model(tokens)
-    x = seen["x"].reshape(-1, 8)
+    x = recorded["x"].reshape(-1, 8)
     _, S, Zt = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     M = [(model.W_V[1, h] @ model.W_O[1, h]).T.detach() @ Zt.T @ torch.diag(S) for h in (0, 1)]
 

@@ -25,7 +25,7 @@ def metric(logits):
 
 
 def by_hand(model, tokens, kept, value=0.0):
-    """The metric with every head and MLP but ``kept`` at a value, by TransformerLens's own hooks."""
+    """The metric with every head and MLP but ``kept`` at a value, by TransformerLens's hooks."""
 
     def heads(z, hook):
         z = z.clone()
@@ -54,8 +54,8 @@ def test_plain_ablations_are_those_by_hand(model, tokens):
         None, model, tokens, circuit, metric, config=AuditConfig(ablations=["zero", "mean", "resample"], **QUICK)
     )
     cache = clean_cache(model, tokens)
-    means = {name: own.mean((0, 1), keepdim=True).expand_as(own) for name, own in cache.items()}
-    other = {name: own.flip(0) for name, own in cache.items()}  # of two prompts the other
+    means = {name: activations.mean((0, 1), keepdim=True).expand_as(activations) for name, activations in cache.items()}
+    other = {name: activations.flip(0) for name, activations in cache.items()}  # of two prompts the other
     everything = [f"{z}:{h}" for z in (Z0, Z1) for h in (0, 1)] + [M0, M1]
     rest = [name for name in everything if name not in circuit]
     for row, value in zip(result.rows.itertuples(), (0.0, means, other), strict=True):
@@ -155,10 +155,10 @@ def test_nodes_at_positions_keep_those_positions_alone(model, tokens):
             out[:, :, 0] = z[:, :, 0]
         return out
 
-    def mlp(own, hook):
-        out = torch.zeros_like(own)
+    def mlp(activations, hook):
+        out = torch.zeros_like(activations)
         if hook.name == M0:
-            out[:, 6] = own[:, 6]
+            out[:, 6] = activations[:, 6]
         return out
 
     with torch.no_grad():
@@ -330,13 +330,13 @@ def test_wrong_arguments_and_metrics_are_refused(model, tokens):
 
 
 def test_interpolation_keeps_a_factor_of_1_to_the_bit():
-    own = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    activations = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     hook_site = HookSite("z", "z", "head", 4)
     m = torch.tensor([1.0, 0.0, 0.25, 1.0])[None, None]
-    out = interpolated(own, torch.full((1, 1, 4, 5), 2.0), m, hook_site)
-    assert torch.equal(out[:, :, [0, 3]], own[:, :, [0, 3]]) and bool((out[:, :, 1] == 2).all())
-    assert_close(out[:, :, 2], 2 + 0.25 * (own[:, :, 2] - 2))
-    flat = interpolated(own.flatten(2), torch.full((1, 1, 20), 2.0), m, hook_site)
+    out = interpolated(activations, torch.full((1, 1, 4, 5), 2.0), m, hook_site)
+    assert torch.equal(out[:, :, [0, 3]], activations[:, :, [0, 3]]) and bool((out[:, :, 1] == 2).all())
+    assert_close(out[:, :, 2], 2 + 0.25 * (activations[:, :, 2] - 2))
+    flat = interpolated(activations.flatten(2), torch.full((1, 1, 20), 2.0), m, hook_site)
     assert torch.equal(flat, out.flatten(2))
 
 
@@ -354,10 +354,10 @@ def test_a_bridge_gives_the_hooked_transformers_audit():
     def logit(logits):
         return logits[:, -1].log_softmax(-1)[:, 20].mean()
 
-    for nodes, own in cases:
+    for nodes, decomposition in cases:
         a, b = (
             audit_circuit(
-                own,
+                decomposition,
                 m,
                 tokens,
                 nodes,
@@ -382,17 +382,17 @@ def test_padding_is_left_out_of_means(model, tokens):
         config=AuditConfig(ablations=["mean"], controls=0),
         attention_mask=mask,
     )
-    seen = {}
-    hooks = [(n, lambda x, hook: seen.update({hook.name: x.detach()})) for n in (Z0, Z1, M0, M1)]
+    recorded = {}
+    hooks = [(n, lambda x, hook: recorded.update({hook.name: x.detach()})) for n in (Z0, Z1, M0, M1)]
     with torch.no_grad(), model.hooks(fwd_hooks=hooks):
         model(tokens, attention_mask=mask)
-    means = {n: own[mask.bool()].mean(0).expand_as(own) for n, own in seen.items()}
+    means = {n: activations[mask.bool()].mean(0).expand_as(activations) for n, activations in recorded.items()}
 
-    def put(own, hook):
+    def put(activations, hook):
         if hook.name != Z0:
             return means[hook.name]
         out = means[Z0].clone()
-        out[:, :, 0] = own[:, :, 0]
+        out[:, :, 0] = activations[:, :, 0]
         return out
 
     with torch.no_grad(), model.hooks(fwd_hooks=[(n, put) for n in (Z0, Z1, M0, M1)]):

@@ -1,4 +1,4 @@
-"""Sweeps of single ablations: every number is that of a run with this subcomponent alone taken out."""
+"""Sweeps of single ablations: every number is that of a run with this subcomponent alone ablated."""
 
 from __future__ import annotations
 

@@ -261,5 +261,5 @@ def test_models_without_tokens_are_refused():
     vpd = new_decomposition(model, VPDConfig(C=3, gamma=TRANSFORMER))
     with pytest.raises(Unsupported, match="A TwoLayers has no known embeddings"):
         attribution_graph(vpd, model, torch.zeros(1, 4))
-    with pytest.raises(ValueError, match="A TwoLayers puts out no logits of tokens"):
+    with pytest.raises(ValueError, match="A TwoLayers returns no logits of tokens"):
         prune(vpd, model, torch.zeros(1, 4), 1)

@@ -14,7 +14,7 @@ def expected(vpd, model, prompts, absolute):
     """The definition, from graphs without importances of each prompt."""
     n = vpd.site_axis.total
     total, g_sum, squares, count = torch.zeros(n, n + 1, dtype=torch.float64), torch.zeros(n + 1), torch.zeros(n), 0
-    starts = torch.tensor([0, *[own.start for own in vpd.site_axis.slices.values()], 0])
+    starts = torch.tensor([0, *[rows.start for rows in vpd.site_axis.slices.values()], 0])
     for prompt in prompts:
         prompt = prompt[None]
         graph = attribution_graph(vpd, model, prompt, 3, config=GraphConfig(importances=False))
@@ -43,13 +43,13 @@ def test_it_is_the_sum_of_prompts_normalised(C):
     vpd = decomposition_of(model, C=C).to(torch.float64)
     prompts = some_tokens(shape=(3, 4))
     result = dataset_graph(vpd, model, prompts, config=DatasetGraphConfig(batch_size=2))
-    own = [i for i, c in enumerate(vpd.site_axis.subcomponents()) if c in result.nodes]
+    columns = [i for i, c in enumerate(vpd.site_axis.subcomponents()) if c in result.nodes]
     for kind in ("signed", "absolute"):
         weights, importance, rms = expected(vpd, model, prompts, kind == "absolute")
-        assert_close(getattr(result, kind), weights[own][:, [0, *[i + 1 for i in own]]], rtol=1e-8, atol=1e-11)
-    assert_close(result.mean_importance, importance[own])
-    assert_close(result.rms, rms[own])
-    assert result.tokens == 12 and (importance[[i for i in range(len(importance)) if i not in own]] <= 1e-6).all()
+        assert_close(getattr(result, kind), weights[columns][:, [0, *[i + 1 for i in columns]]], rtol=1e-8, atol=1e-11)
+    assert_close(result.mean_importance, importance[columns])
+    assert_close(result.rms, rms[columns])
+    assert result.tokens == 12 and (importance[[i for i in range(len(importance)) if i not in columns]] <= 1e-6).all()
 
 
 def test_padding_counts_for_nothing(model, vpd):
@@ -58,8 +58,8 @@ def test_padding_counts_for_nothing(model, vpd):
     mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1] * 6])
     together = dataset_graph(vpd, model, padded, config=DatasetGraphConfig(absolute=False), attention_mask=mask)
     a, b = (
-        dataset_graph(vpd, model, own, together.nodes, config=DatasetGraphConfig(absolute=False))
-        for own in (short, long)
+        dataset_graph(vpd, model, columns, together.nodes, config=DatasetGraphConfig(absolute=False))
+        for columns in (short, long)
     )
     scale = lambda d: d.mean_importance * d.tokens  # noqa: E731
     sums = sum(d.signed[:, 1:] * scale(d) * d.rms[:, None] for d in (a, b))

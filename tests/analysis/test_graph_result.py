@@ -84,7 +84,7 @@ def test_the_strongest_paths_are_the_first_of_all(seed, k):
     n = 7
     pairs = [(s, t) for s, t in itertools.combinations(range(n), 2) if float(torch.rand((), generator=generator)) < 0.6]
     pairs = pairs or [(0, n - 1)]
-    source, target = (torch.tensor(own).int() for own in zip(*pairs, strict=True))
+    source, target = (torch.tensor(names).int() for names in zip(*pairs, strict=True))
     weight = torch.randn(len(pairs), generator=generator, dtype=torch.float64)
     size = {t: sum(abs(float(w)) for (_, u), w in zip(pairs, weight, strict=True) if u == t) for t in range(n)}
     share = {pair: abs(float(w)) / size[pair[1]] for pair, w in zip(pairs, weight, strict=True)}

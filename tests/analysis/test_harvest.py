@@ -91,28 +91,28 @@ def test_everything_against_loops(model, vpd, batch_size):
     assert result.firings.tolist() == fires.sum((0, 1)).tolist()
     for concatenated in range(vpd.site_axis.total):
         address = vpd.site_axis.at(concatenated)
-        own = result[str(address)]
+        record = result[str(address)]
         own_g, own_a, own_fires = g[..., concatenated], a[..., concatenated], fires[..., concatenated]
         V, U = vpd.V[address.site].detach()[:, address.index], vpd.U[address.site].detach()[address.index]
-        assert own.norm == pytest.approx(float(torch.outer(V, U).norm()), rel=1e-5)
-        if own.firings:
-            assert own.mean_activation == pytest.approx(float(own_a[own_fires].mean()), rel=1e-4, abs=1e-6)
+        assert record.norm == pytest.approx(float(torch.outer(V, U).norm()), rel=1e-5)
+        if record.firings:
+            assert record.mean_activation == pytest.approx(float(own_a[own_fires].mean()), rel=1e-4, abs=1e-6)
         else:
-            assert math.isnan(own.mean_activation)
+            assert math.isnan(record.mean_activation)
         best = sorted(
             ((float(own_g[r].max()), r) for r in range(5) if bool(own_fires[r].any())), key=lambda pair: -pair[0]
         )[:3]
-        assert [float(w.importances[w.peak]) for w in own.windows] == pytest.approx([value for value, _ in best])
-        assert len({w.row for w in own.windows}) == len(own.windows)
-        for w in own.windows:
+        assert [float(w.importances[w.peak]) for w in record.windows] == pytest.approx([value for value, _ in best])
+        assert len({w.row for w in record.windows}) == len(record.windows)
+        for w in record.windows:
             inside = slice(max(0, w.pos - 2), w.pos + 3)
             assert w.token_ids == tuple(tokens[w.row, inside].tolist())
             assert w.start == inside.start
             assert_close(w.importances, own_g[w.row, inside].float())
             assert_close(w.activations, own_a[w.row, inside].float())
         for table, at, text in (
-            (own.input_tokens(99, min_count=1), own_fires, tokens),
-            (own.output_tokens(99, min_count=1), own_fires[:, :-1], tokens[:, 1:]),
+            (record.input_tokens(99, min_count=1), own_fires, tokens),
+            (record.output_tokens(99, min_count=1), own_fires[:, :-1], tokens[:, 1:]),
         ):
             met = {t: int((at & (text == t)).sum()) for t in range(11) if bool((at & (text == t)).any())}
             assert dict(zip(table["token_id"], table["count"], strict=True)) == met

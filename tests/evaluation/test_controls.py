@@ -40,8 +40,8 @@ def test_random_importances_keep_each_sites_values_and_spare_the_dead():
     g[..., 5], alive[5] = 0.0, False
     result = random_importances(g, alive, site_axis, torch.rand(g.shape, generator=torch.Generator().manual_seed(0)))
     for name in site_axis.names:
-        own, theirs = site_axis.split_sites(result)[name], site_axis.split_sites(g)[name]
-        assert_close(own.sort(-1).values, theirs.sort(-1).values)
+        moved, theirs = site_axis.split_sites(result)[name], site_axis.split_sites(g)[name]
+        assert_close(moved.sort(-1).values, theirs.sort(-1).values)
     assert (result[..., 5] == 0).all()
     assert not torch.equal(result, g)
 

@@ -41,7 +41,7 @@ def test_shrunk_and_turned_pieces_are_measured_by_hand():
     pieces = torch.zeros(2, 2, 2)
     pieces[0, 0] = torch.tensor([0.9, 0.0])  # feature 0: shrunk
     pieces[1, 1] = torch.tensor([1.0, 1.0])  # feature 1: turned by 45 degrees
-    cosines, ratios = mmcs_and_ml2r(pieces, W)  # on the axis of features, their own basis
+    cosines, ratios = mmcs_and_ml2r(pieces, W)  # on the axis of features, whose basis is the identity
     assert_close(cosines, torch.tensor([1.0, math.sqrt(0.5)]))
     assert_close(ratios, torch.tensor([0.9, math.sqrt(2) / 2]))
 
@@ -172,7 +172,7 @@ def test_reconstruction_is_that_of_edited_weights():
     x = toy.batches(2, seed=5).at(0) + 0.3
     result = ground_truth(RankOne(vpd, model), model, x, toy.truth(model))
     g = RankOne(vpd, model).importances(x)
-    V, U = ({name: part.detach().double().numpy() for name, part in own.items()} for own in (vpd.V, vpd.U))
+    V, U = ({name: part.detach().double().numpy() for name, part in matrices.items()} for matrices in (vpd.V, vpd.U))
     W, b = model.embed.weight.detach().double().numpy().T, model.unembed.bias.detach().double().numpy()
     flat = x.flatten(0, 1).double().numpy()
     target = np.maximum(flat @ W @ W.T + b, 0)

@@ -64,12 +64,12 @@ def test_clean_input_is_every_layer_on_the_targets_residual_stream(setting):
     other = edited(model, vpd, kept, list(vpd.sites))
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens)
-        own = cache["hook_embed"]  # rotary positions: nothing is added at the start
+        residual = cache["hook_embed"]  # rotary positions: nothing is added at the start
         for layer, block in enumerate(other.blocks):
             normed = model.blocks[layer].ln1(cache["resid_pre", layer])
-            own = own + block.attn(normed, normed, normed)
-            own = own + block.mlp(model.blocks[layer].ln2(cache["resid_mid", layer]))
-        expected = kl_divergence(logits.log_softmax(-1), model.unembed(model.ln_final(own)))
+            residual = residual + block.attn(normed, normed, normed)
+            residual = residual + block.mlp(model.blocks[layer].ln2(cache["resid_mid", layer]))
+        expected = kl_divergence(logits.log_softmax(-1), model.unembed(model.ln_final(residual)))
     assert result.loc["clean-input", "kl"] == pytest.approx(float(expected), rel=1e-3)
 
 
@@ -82,8 +82,8 @@ def test_hidden_errors_are_those_of_the_edited_model(setting):
         (_, clean), (_, masked) = model.run_with_cache(tokens), other.run_with_cache(tokens)
 
     def share(name: str, layer: int) -> float:
-        y, own = (c[name, layer].double().flatten(0, 1).flatten(1) for c in (clean, masked))
-        return float((own - y).square().sum() / (y - y.mean(0)).square().sum())
+        y, masked_y = (c[name, layer].double().flatten(0, 1).flatten(1) for c in (clean, masked))
+        return float((masked_y - y).square().sum() / (y - y.mean(0)).square().sum())
 
     for layer in (0, 1):
         assert table.loc[f"blocks.{layer}.attn.W_Q", "error"] == pytest.approx(share("q", layer), rel=1e-3)

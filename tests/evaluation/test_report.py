@@ -45,18 +45,18 @@ def test_every_table_stands_beside_its_controls(found: Evaluation):
     assert {"random", "shuffled"} <= set(found.to_pandas("off_distribution").columns)
     assert {"random pieces", "singular pieces", "shuffled pieces", "low", "high"} <= set(found.table().columns)
     assert list(found.to_pandas("off_distribution")["data"]) == ["these rows", "scrambled", "other"]
-    own = found.record
-    low, high = own["intervals"]["kl"]["rounded"]
-    assert low <= own["kl"]["rounded"] <= high
+    record = found.record
+    low, high = record["intervals"]["kl"]["rounded"]
+    assert low <= record["kl"]["rounded"] <= high
     # The table and the record are two views of one measurement.
     sweep = found.to_pandas("sparsity_sweep").query("pieces == 'learned'").set_index("threshold")
-    assert sweep.loc[0.0, "kl"] == pytest.approx(own["kl"]["rounded"])
-    assert sweep.loc[0.5, "kl"] == pytest.approx(own["kl"]["rounded_0.5"])
-    assert sweep.loc[0.0, "l0"] == pytest.approx(own["l0"])
+    assert sweep.loc[0.0, "kl"] == pytest.approx(record["kl"]["rounded"])
+    assert sweep.loc[0.5, "kl"] == pytest.approx(record["kl"]["rounded_0.5"])
+    assert sweep.loc[0.0, "l0"] == pytest.approx(record["l0"])
     transfer = found.to_pandas("mask_transfer").query("pieces == 'learned'").set_index("replaced")
-    assert transfer.loc["error-propagating", "kl"] == pytest.approx(own["kl"]["rounded"])
+    assert transfer.loc["error-propagating", "kl"] == pytest.approx(record["kl"]["rounded"])
     attacks = found.to_pandas("adversaries").query("pieces == 'learned' and adversary == 'shared'")
-    assert list(attacks["kl"]) == [own["pgd_kl"]["2"]] and own["pgd_tokens"] == 32
+    assert list(attacks["kl"]) == [record["pgd_kl"]["2"]] and record["pgd_tokens"] == 32
 
 
 def test_it_goes_through_json(found: Evaluation, tmp_path: Path):
@@ -102,13 +102,13 @@ def test_a_toy_is_judged_by_squared_errors(tmp_path: Path):
     x = toy.batches(32, seed=0).at(0)
     config = EvaluationConfig(budgets=(2,), adversary_budgets=(1,), control_budgets=(1,), batch_size=16)
     found = evaluate(vpd, model, x, config)
-    own = found.record
-    assert own["output"] == "mse" and "target_ce" not in own and own["compute_recovered"] == {}
+    record = found.record
+    assert record["output"] == "mse" and "target_ce" not in record and record["compute_recovered"] == {}
     with torch.no_grad(), vpd.attach(model) as attached, attached.masked("zero"):
         zero = (model(x) - toy.build(0)(x)).square().mean()
-    assert own["kl"]["zero"] == pytest.approx(float(zero), rel=1e-4)
+    assert record["kl"]["zero"] == pytest.approx(float(zero), rel=1e-4)
     assert "mse" in found.table().columns and "ce" not in found.table().columns
-    assert own["left_out"] == {
+    assert record["left_out"] == {
         "off_distribution": "no other data was passed",
         "future_leakage": "the model returns no next-token predictions",
     }
@@ -149,7 +149,7 @@ def test_the_model_is_left_as_it_was(kind: str):
     tokens = bundled.tokens("validation")[:2, :12]
     fired: list[str] = []
     name = "blocks.0.attn.hook_pattern"
-    model(tokens)  # a bridge puts up hooks of its own in its first pass
+    model(tokens)  # a bridge adds hooks in its first pass
     model.add_hook(name, lambda value, hook: fired.append(name))
     hooks = {n: (dict(m._forward_hooks), dict(m._forward_pre_hooks)) for n, m in model.named_modules()}
     flags = {n: (p.requires_grad, p.grad) for n, p in model.named_parameters()}

@@ -26,14 +26,14 @@ def test_union_of_groups_by_hand():
 def test_random_partners_are_as_many_living_and_new():
     site_axis = ConcatenatedAxis({"blocks.0.mlp.W_in": 6, "blocks.0.mlp.W_out": 5})
     draw = torch.rand(4, 3, 11, generator=torch.Generator().manual_seed(0))
-    own, union = draw > 0.8, draw > 0.6
+    alone, union = draw > 0.8, draw > 0.6
     alive = torch.ones(11, dtype=torch.bool)
     alive[2] = False
-    own[..., 2] = union[..., 2] = False
+    alone[..., 2] = union[..., 2] = False
     result = with_random_partners(
-        own, union, alive, site_axis, torch.rand(own.shape, generator=torch.Generator().manual_seed(1))
+        alone, union, alive, site_axis, torch.rand(alone.shape, generator=torch.Generator().manual_seed(1))
     )
-    assert (result | ~own).all() and not result[..., 2].any()
+    assert (result | ~alone).all() and not result[..., 2].any()
     for name in site_axis.names:
         assert torch.equal(site_axis.split_sites(result)[name].sum(-1), site_axis.split_sites(union)[name].sum(-1))
     assert not torch.equal(result, union)
@@ -52,7 +52,9 @@ def test_pairs_against_the_model_run_by_hand():
 
         def kl(row: int, mask: torch.Tensor) -> float:
             off = torch.zeros(1, tokens.shape[1])
-            by_site = Masks({n: SiteMask(own.float(), off) for n, own in g.site_axis.split_sites(mask[None]).items()})
+            by_site = Masks(
+                {n: SiteMask(alone.float(), off) for n, alone in g.site_axis.split_sites(mask[None]).items()}
+            )
             with attached.masked(by_site):
                 return float(kl_divergence(target[row : row + 1], model(tokens[row : row + 1])))
 

@@ -1,4 +1,4 @@
-"""Every known way to be wrong is caught by its own check, and the right decomposition of the same model passes it."""
+"""Every known way to be wrong is caught by its check, and the right decomposition of the same model passes it."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def test_the_right_decomposition_passes_every_check(right: Evaluation):
         "collapsed", "dense", "delta", "cancelling", "adversary", "union test", "off-distribution", "lookup", "controls"
     ]  # fmt: skip
     assert warnings_of(right) == [] == right.warnings
-    own = right.record
-    assert own["kl"]["zero"] > 0.5
+    record = right.record
+    assert record["kl"]["zero"] > 0.5
     # It is exact under every masking: nothing that may be ablated matters.
     for mode in ("unmasked", "stochastic", "rounded", "partial"):
-        assert own["kl"][mode] < 1e-5
-    assert own["pgd_kl"]["20"] < 1e-5
-    assert 0.05 < own["l0"] / own["alive"] < 0.5
+        assert record["kl"][mode] < 1e-5
+    assert record["pgd_kl"]["20"] < 1e-5
+    assert 0.05 < record["l0"] / record["alive"] < 0.5
 
 
 def test_cancelling_pairs(model: Any, right: Evaluation):
@@ -108,10 +108,10 @@ def test_a_dense_one(model: Any, right: Evaluation):
 def test_what_no_adversary_has_seen(model: Any, right: Evaluation):
     # Many small opposed pieces: chance cancels them, an adversary lines them up.
     result = report(handmade.with_opposed(model, pairs=1500, size=0.0015), model, budgets=(20,))
-    own = result.record
-    z = own["kl"]["zero"]
-    assert max(own["kl"][mode] for mode in ("rounded", "stochastic", "partial", "ci")) < 0.1 * z
-    assert own["pgd_kl"]["20"] > 0.5 * z
+    record = result.record
+    z = record["kl"]["zero"]
+    assert max(record["kl"][mode] for mode in ("rounded", "stochastic", "partial", "ci")) < 0.1 * z
+    assert record["pgd_kl"]["20"] > 0.5 * z
     assert "adversary" in faults(result) and "adversary" not in faults(right)
     assert "cancelling" not in faults(result)
     assert any(s.startswith("It survives chance but not an adversary") for s in result.warnings)

@@ -71,7 +71,7 @@ def test_the_list_of_graphs_grows_and_names_each_once(tmp_path):
     for slug in ("a", "b", "a"):
         to_circuit_tracer(by_hand(), tmp_path, slug=slug)
     listed = json.loads((tmp_path / "graph-metadata.json").read_text())
-    assert [own["slug"] for own in listed["graphs"]] == ["b", "a"]
+    assert [entry["slug"] for entry in listed["graphs"]] == ["b", "a"]
     (tmp_path / "graph-metadata.json").write_text("[]")
     with pytest.raises(ValueError, match="not a list of graphs"):
         to_circuit_tracer(by_hand(), tmp_path, slug="c")

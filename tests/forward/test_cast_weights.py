@@ -50,11 +50,11 @@ def test_those_gradients_are_a_float64_decompositions(tokens):
 
 def test_gradients_reach_v_through_cached_activations_and_patches(case):
     model, vpd, tokens = case
-    seen = {}
+    recorded = {}
     with vpd.attach(model):
-        look = ("blocks.1.hook_in_component_acts", lambda a, hook: seen.update(a=a))
+        look = ("blocks.1.hook_in_component_acts", lambda a, hook: recorded.update(a=a))
         model.run_with_hooks(tokens, fwd_hooks=[look])
-        (gradient,) = torch.autograd.grad(seen["a"].float().sum(), vpd.V[IN])
+        (gradient,) = torch.autograd.grad(recorded["a"].float().sum(), vpd.V[IN])
         x = {}
         with torch.no_grad(), MaskedModel(vpd, model) as masked_model:
             x = masked_model.clean(tokens)[1][IN]
@@ -107,7 +107,7 @@ def test_a_changed_part_is_seen_at_the_next_pass(tokens, change, context):
             after = model(tokens.clone())
             masks = Masks({IN: SiteMask(torch.ones(2, 7, 6), torch.zeros(2, 7))})
             in_tapped = masked_model.masked(tokens.clone(), masks)
-    with context(), vpd.attach(model) as attached, attached.masked("unmasked", sites=IN):  # with casts of its own
+    with context(), vpd.attach(model) as attached, attached.masked("unmasked", sites=IN):  # with separate casts
         expected = model(tokens.clone())
     assert torch.equal(after, expected) and not torch.equal(after, before)
     assert_close(in_tapped, expected, rtol=1e-2, atol=1e-2)

@@ -22,7 +22,7 @@ LAYOUTS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 
 
 def set_flags(model: HookedTransformer, flags: Sequence[str], on: bool = True) -> None:
-    """Switches flags by the model's own setters."""
+    """Switches flags by the model's setters."""
     for flag in flags:
         getattr(model, f"set_{flag}")(on)
 

@@ -49,8 +49,8 @@ def test_ablating_everywhere_is_editing_the_weight(model, vpd, tokens):
 
 
 def test_lists_compose_with_each_other_and_with_modes(model, vpd, tokens):
-    seen = {}
-    look = ("blocks.1.hook_out_mask", lambda m, hook: seen.update(m=m.clone()))
+    recorded = {}
+    look = ("blocks.1.hook_out_mask", lambda m, hook: recorded.update(m=m.clone()))
     masks = Masks({OUT: SiteMask(draw(2, 7, 6), None)})
     with torch.no_grad(), vpd.attach(model) as attached:
         half = vpd.ablation_hooks([f"{OUT}:0"], amount=0.5)
@@ -59,12 +59,12 @@ def test_lists_compose_with_each_other_and_with_modes(model, vpd, tokens):
         expected = draw(2, 7, 6)
         expected[..., 0] *= 0.5
         expected[:, 2, :2] = 0
-        assert_close(seen["m"], expected)
+        assert_close(recorded["m"], expected)
         with attached.masked("rounded"), attached.ablated(f"{OUT}:0"):
             model.run_with_hooks(tokens, fwd_hooks=[look])
         rounded = vpd.causal_importances(model, tokens).masks("rounded")[OUT].mask.clone()
         rounded[..., 0] = 0
-        assert_close(seen["m"], rounded)
+        assert_close(recorded["m"], rounded)
 
 
 def test_mask_hooks_leave_sites_that_are_not_named(model, vpd, tokens):

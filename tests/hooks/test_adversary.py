@@ -37,16 +37,16 @@ def test_they_are_worse_than_any_random_source_and_with_more_steps_worse_still(m
 def test_they_lie_between_importance_and_one_with_one_source_for_all_tokens(model, vpd, tokens):
     ci = vpd.causal_importances(model, tokens)
     result = vpd.adversarial_masks(model, tokens, seed=1, steps=3)
-    for n, own in result.items():
+    for n, site_mask in result.items():
         g = ci[n]
-        assert bool((own.mask >= g - 1e-12).all()) and bool((own.mask <= 1 + 1e-12).all())
-        r = (own.mask - g) / (1 - g).clamp_min(1e-9)
+        assert bool((site_mask.mask >= g - 1e-12).all()) and bool((site_mask.mask <= 1 + 1e-12).all())
+        r = (site_mask.mask - g) / (1 - g).clamp_min(1e-9)
         free = g < 0.99
         spread = torch.where(free, r, torch.nan).flatten(0, 1)
         for c in range(6):
             column = spread[:, c][~spread[:, c].isnan()]
             assert column.numel() == 0 or float(column.max() - column.min()) < 1e-9
-        assert own.delta.shape == (2, 7) and own.delta.unique().numel() == 1
+        assert site_mask.delta.shape == (2, 7) and site_mask.delta.unique().numel() == 1
 
 
 @pytest.mark.parametrize("sites", [None, "*.mlp.*"])
@@ -59,15 +59,15 @@ def test_they_are_those_of_the_mode_with_the_same_seed(model, vpd, tokens, sites
             assert_close(model(tokens), expected, rtol=1e-9, atol=1e-10)
         assert_close(model.run_with_hooks(tokens, fwd_hooks=vpd.mask_hooks(result)), expected, rtol=1e-9, atol=1e-10)
     assert set(result) == {n for n in vpd.sites if sites is None or ".mlp." in n}
-    for n, own in result.items():
-        assert_close(own.mask, cache[vpd.sites[n].hook_name("mask")], rtol=1e-9, atol=1e-10)
-        assert_close(own.delta, cache[vpd.sites[n].hook_name("delta_mask")].reshape(2, 7), rtol=1e-9, atol=1e-10)
+    for n, site_mask in result.items():
+        assert_close(site_mask.mask, cache[vpd.sites[n].hook_name("mask")], rtol=1e-9, atol=1e-10)
+        assert_close(site_mask.delta, cache[vpd.sites[n].hook_name("delta_mask")].reshape(2, 7), rtol=1e-9, atol=1e-10)
 
 
 def test_seeds_reproduce_and_without_one_torchs_own_state_counts(model, vpd, tokens):
     def run(seed):
         result = vpd.adversarial_masks(model, tokens, seed=seed, steps=1)
-        return torch.cat([own.mask for own in result.values()], -1)
+        return torch.cat([site_mask.mask for site_mask in result.values()], -1)
 
     assert torch.equal(run(1), run(1)) and not torch.equal(run(1), run(2))
     before = torch.get_rng_state()
@@ -83,14 +83,14 @@ def test_what_is_kept_is_one_and_all_others_are_free(model, vpd, tokens):
     kept = [str(s) for s in vpd.site_axis.subcomponents() if s.index != 2]
     result = vpd.adversarial_masks(model, tokens, node_set=kept, seed=0, steps=4, step_size=1.0)
     values = set()
-    for own in result.values():
-        assert bool((own.mask[..., [0, 1, 3, 4, 5]] == 1).all())
-        assert own.mask[..., 2].unique().numel() == 1
-        values |= {float(own.mask[0, 0, 2]), float(own.delta[0, 0])}
+    for site_mask in result.values():
+        assert bool((site_mask.mask[..., [0, 1, 3, 4, 5]] == 1).all())
+        assert site_mask.mask[..., 2].unique().numel() == 1
+        values |= {float(site_mask.mask[0, 0, 2]), float(site_mask.delta[0, 0])}
     assert values == {0.0, 1.0}  # steps as long as the interval end in its corners
     one = vpd.adversarial_masks(model, tokens, node_set="blocks.0.mlp.W_in:1", seed=0, steps=1)
     assert bool((one["blocks.0.mlp.W_in"].mask[..., 1] == 1).all())
-    assert not any(bool((own.mask == 1).all()) for own in one.values())
+    assert not any(bool((site_mask.mask == 1).all()) for site_mask in one.values())
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad, torch.inference_mode])
@@ -98,8 +98,8 @@ def test_they_are_found_with_and_without_gradients(model, vpd, tokens, context):
     expected = vpd.adversarial_masks(model, tokens, seed=0, steps=2)
     with context():
         result = vpd.adversarial_masks(model, tokens.clone(), attention_mask=torch.ones_like(tokens), seed=0, steps=2)
-    for n, own in expected.items():
-        assert torch.equal(own.mask, result[n].mask) and torch.equal(own.delta, result[n].delta)
+    for n, site_mask in expected.items():
+        assert torch.equal(site_mask.mask, result[n].mask) and torch.equal(site_mask.delta, result[n].delta)
         assert not result[n].mask.requires_grad and not result[n].mask.is_inference()
     assert all(p.grad is None for p in [*model.parameters(), *vpd.parameters()])
 
@@ -117,8 +117,8 @@ def test_they_leave_the_model_as_it_was_and_see_the_target_alone(model, vpd, tok
         attached.ablated("blocks.0.mlp.W_in:1"),
     ):
         inside = vpd.adversarial_masks(model, tokens, seed=0, steps=2)
-    for n, own in expected.items():
-        assert torch.equal(own.mask, result[n].mask) and torch.equal(own.mask, inside[n].mask)
+    for n, site_mask in expected.items():
+        assert torch.equal(site_mask.mask, result[n].mask) and torch.equal(site_mask.mask, inside[n].mask)
     assert_same(before, snapshot(model))
 
 
@@ -130,12 +130,12 @@ def test_strings_and_padding(monkeypatch):
     tokens = model.to_tokens(prompts)
     by_tokens = vpd.adversarial_masks(model, tokens, seed=0, steps=1, sites="blocks.1.mlp.*")
     token_mask = vpd.causal_importances(model, prompts).token_mask
-    for n, own in result.items():
-        assert own.mask.shape == (*tokens.shape, vpd.counts[n])
-        assert torch.equal(own.mask, by_tokens[n].mask)
+    for n, site_mask in result.items():
+        assert site_mask.mask.shape == (*tokens.shape, vpd.counts[n])
+        assert torch.equal(site_mask.mask, by_tokens[n].mask)
         # Padding has importance 0, so its masks are the bare sources, the smallest masks there are.
-        bare = own.mask[0, 0]
-        assert not bool(token_mask[0, 0]) and bool((own.mask >= bare - 1e-6).all())
+        bare = site_mask.mask[0, 0]
+        assert not bool(token_mask[0, 0]) and bool((site_mask.mask >= bare - 1e-6).all())
     single = vpd.adversarial_masks(model, prompts[0], seed=0, steps=1, sites="blocks.1.mlp.W_in")
     assert single["blocks.1.mlp.W_in"].mask.shape[:2] == model.to_tokens(prompts[0]).shape
 
@@ -148,7 +148,7 @@ def test_other_precisions_keep_what_is_kept(tokens, dtype):
     result = vpd.adversarial_masks(model, tokens, node_set=kept, seed=0, steps=3)
     with torch.no_grad(), vpd.attach(model) as attached, attached.masked(result):
         assert model(tokens).dtype == dtype
-    assert all(bool((own.mask[..., 0] == 1).all()) for own in result.values())
+    assert all(bool((site_mask.mask[..., 0] == 1).all()) for site_mask in result.values())
 
 
 def test_what_does_not_exist_is_said(model, vpd):

@@ -124,7 +124,7 @@ def test_ablations_replacements_patches_and_kept_are_the_hooked_transformers(hoo
     results = []
     for model in (hooked, bridge):
         with torch.no_grad(), vpd.attach(model) as attached:
-            own = [
+            hooked_results = [
                 model.run_with_hooks(tokens, fwd_hooks=vpd.ablation_hooks(addresses, pos=[3, 4], amount=3.0)),
                 model.run_with_hooks(tokens, fwd_hooks=vpd.ablation_hooks(addresses, values=means)),
                 model.run_with_hooks(tokens, fwd_hooks=[patch]),
@@ -132,9 +132,9 @@ def test_ablations_replacements_patches_and_kept_are_the_hooked_transformers(hoo
                 model.run_with_hooks(tokens, fwd_hooks=vpd.delta_hooks(0.0, pos=slice(2, 5))),
             ]
             with attached.keep_only(addresses):
-                own.append(model(tokens))
-            own.append(model(tokens))
-            results.append(own)
+                hooked_results.append(model(tokens))
+            hooked_results.append(model(tokens))
+            results.append(hooked_results)
     for i, (a, b) in enumerate(zip(*results, strict=True)):
         assert_close(b, a, rtol=1e-3, atol=2e-3, msg=str(i))
         assert i == 6 or float((b - results[1][6]).abs().max()) > 1e-3
@@ -159,12 +159,12 @@ def test_generation_is_the_hooked_transformers(hooked, bridge, vpd, tokens):
     for model in (hooked, bridge):
         with torch.no_grad(), vpd.attach(model) as attached:
             with attached.masked("zero"):
-                own = [model.generate(tokens[:1], **settings)]
+                hooked_results = [model.generate(tokens[:1], **settings)]
             with attached.masked("rounded"):
-                own.append(model.generate(tokens[:1], use_past_kv_cache=False, **settings))
+                hooked_results.append(model.generate(tokens[:1], use_past_kv_cache=False, **settings))
                 with pytest.raises(ValueError, match=r"needs the whole prefix.*use_past_kv_cache=False"):
                     model.generate(tokens[:1], **settings)
-            results.append(own)
+            results.append(hooked_results)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
 
@@ -176,8 +176,8 @@ def test_a_pass_that_stops_early_gives_activations_and_refuses_importances(bridg
             bridge.run_with_cache(tokens, stop_at_layer=1)
         _, cache = bridge.run_with_cache(tokens, stop_at_layer=1, names_filter=lambda n: n.endswith("component_acts"))
         assert set(cache) == {s.hook_name("component_acts") for s in vpd.sites.values() if s.layer == 0}
-        for name, own in cache.items():
-            assert torch.equal(own, full[name]), name
+        for name, values in cache.items():
+            assert torch.equal(values, full[name]), name
         assert torch.equal(bridge.run_with_cache(tokens)[1]["q_ci", 0], full["q_ci", 0])
 
 
@@ -212,7 +212,7 @@ def test_an_exception_in_the_middle_of_a_pass_poisons_nothing(bridge, vpd, token
             with attached.masked(mode, **options_of(mode, seed=3, steps=1)):
                 return bridge.run_with_hooks(tokens, fwd_hooks=list(hooks))
 
-    bridge(tokens)  # the first pass makes TransformerLens put up hooks of its own
+    bridge(tokens)  # the first pass makes TransformerLens add hooks
     before = snapshot(bridge)
     with vpd.attach(bridge) as attached:
         expected = run()

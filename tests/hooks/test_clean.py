@@ -123,13 +123,13 @@ def test_a_keyboard_interrupt_in_a_pass_does_not_poison_the_next(model, vpd, tok
 
 
 def test_an_exception_while_another_is_handled_still_checks_the_pass(model, vpd, tokens):
-    seen = []
+    recorded = []
     with vpd.attach(model):
         try:
             raise Stop
         except Stop:
-            model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_q_ci", lambda g, hook: seen.append(g))])
-    assert len(seen) == 1
+            model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_q_ci", lambda g, hook: recorded.append(g))])
+    assert len(recorded) == 1
 
 
 def test_detaching_twice_is_the_same_as_once_and_masking_afterwards_is_refused(model, vpd, tokens):

@@ -87,10 +87,10 @@ def by_hand(model, V, U, tokens, masks):
         return x / (x.square().mean(-1, keepdim=True) + model.cfg.eps).sqrt() * ln.w + ln.b
 
     def linear(x, site, bias):
-        own, delta = masks[site], matrix_of(model, site) - V[site] @ U[site]
-        masked = ((x @ V[site]) * own.mask) @ U[site] + own.delta[..., None] * (x @ delta)
-        if own.routed is not None:
-            masked = torch.where(own.routed[..., None], masked, x @ matrix_of(model, site))
+        columns, delta = masks[site], matrix_of(model, site) - V[site] @ U[site]
+        masked = ((x @ V[site]) * columns.mask) @ U[site] + columns.delta[..., None] * (x @ delta)
+        if columns.routed is not None:
+            masked = torch.where(columns.routed[..., None], masked, x @ matrix_of(model, site))
         return masked + bias.flatten()
 
     x = model.embed.W_E[tokens] + model.pos_embed.W_pos[: tokens.shape[1]]
@@ -99,10 +99,10 @@ def by_hand(model, V, U, tokens, masks):
         q, k, v = (linear(h, f"blocks.{i}.attn.W_{n}", b) for n, b in zip("QKV", (a.b_Q, a.b_K, a.b_V), strict=True))
         z = []
         for head in range(2):
-            own = slice(4 * head, 4 * head + 4)
-            scores = q[..., own] @ k[..., own].transpose(1, 2) / math.sqrt(4)
+            columns = slice(4 * head, 4 * head + 4)
+            scores = q[..., columns] @ k[..., columns].transpose(1, 2) / math.sqrt(4)
             scores = scores.masked_fill(torch.ones(7, 7).triu(1).bool(), -math.inf)
-            z.append(scores.softmax(-1) @ v[..., own])
+            z.append(scores.softmax(-1) @ v[..., columns])
         x = x + linear(torch.cat(z, dim=-1), f"blocks.{i}.attn.W_O", a.b_O)
         h = linear(norm(x, block.ln2), f"blocks.{i}.mlp.W_in", block.mlp.b_in).relu()
         x = x + linear(h, f"blocks.{i}.mlp.W_out", block.mlp.b_out)

@@ -58,12 +58,15 @@ def test_modes_that_need_importances_refuse_a_kv_cache_and_recompute_without(mod
 
 
 def test_importances_listened_to_refuse_a_kv_cache(model, vpd, tokens):
-    seen = []
-    with vpd.attach(model), model.hooks(fwd_hooks=[("blocks.0.hook_q_ci", lambda g, hook: seen.append(g.shape[1]))]):
+    recorded = []
+    with (
+        vpd.attach(model),
+        model.hooks(fwd_hooks=[("blocks.0.hook_q_ci", lambda g, hook: recorded.append(g.shape[1]))]),
+    ):
         with pytest.raises(ValueError, match="hook_ci needs the whole prefix"):
             generate(model, tokens)
         generate(model, tokens, use_past_kv_cache=False)
-    assert seen == [7, 8, 9]
+    assert recorded == [7, 8, 9]
 
 
 def test_masks_of_the_prompt_say_that_a_step_has_one_position(model, vpd, tokens):

@@ -13,17 +13,19 @@ IN, OUT = "blocks.1.mlp.W_in", "blocks.1.mlp.W_out"
 
 def cached(model, tokens, *names):
     """The logits and the very tensors at hook points (``run_with_cache`` detaches its copies)."""
-    seen = {}
-    logits = model.run_with_hooks(tokens, fwd_hooks=[(n, lambda t, hook: seen.update({hook.name: t})) for n in names])
-    return logits, seen
+    recorded = {}
+    logits = model.run_with_hooks(
+        tokens, fwd_hooks=[(n, lambda t, hook: recorded.update({hook.name: t})) for n in names]
+    )
+    return logits, recorded
 
 
 def test_a_cached_activation_has_the_gradient_that_u_projects(model, vpd, tokens):
     weights = torch.randn(2, 7, 11, dtype=torch.float64)
     with vpd.attach(model):
-        logits, seen = cached(model, tokens, "blocks.1.hook_out_component_acts", "blocks.1.hook_mlp_out")
+        logits, recorded = cached(model, tokens, "blocks.1.hook_out_component_acts", "blocks.1.hook_mlp_out")
         loss = (logits * weights).sum()
-        by_acts, by_output = torch.autograd.grad(loss, list(seen.values()))
+        by_acts, by_output = torch.autograd.grad(loss, list(recorded.values()))
     assert_close(by_acts, by_output @ vpd.U[OUT].detach().T, rtol=1e-10, atol=1e-12)
     assert bool((by_acts != 0).any())
 
@@ -39,17 +41,17 @@ def test_that_gradient_is_the_one_of_finite_differences(model, vpd, tokens):
             return model.run_with_hooks(tokens, fwd_hooks=[(name, nudge)]).square().sum()
 
     with vpd.attach(model):
-        logits, seen = cached(model, tokens, name)
-        (gradient,) = torch.autograd.grad(logits.square().sum(), seen[name])
+        logits, recorded = cached(model, tokens, name)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), recorded[name])
         assert_close(gradient[1, 2, 3], (nudged(step) - nudged(-step)) / (2 * step), rtol=1e-6, atol=1e-8)
 
 
 def test_masked_activations_have_the_gradient_through_their_mask(model, vpd, tokens):
     with vpd.attach(model) as attached, attached.masked("ci", delta=0.5, sites=OUT):
         names = ("blocks.1.hook_out_component_acts", "blocks.1.hook_mlp_out", "blocks.1.hook_out_mask")
-        logits, seen = cached(model, tokens, *names)
-        by_acts, by_output = torch.autograd.grad(logits.sum(), [seen[n] for n in names[:2]])
-        assert_close(by_acts, (by_output @ vpd.U[OUT].detach().T) * seen[names[2]], rtol=1e-10, atol=1e-12)
+        logits, recorded = cached(model, tokens, *names)
+        by_acts, by_output = torch.autograd.grad(logits.sum(), [recorded[n] for n in names[:2]])
+        assert_close(by_acts, (by_output @ vpd.U[OUT].detach().T) * recorded[names[2]], rtol=1e-10, atol=1e-12)
 
 
 def test_a_frozen_model_gives_gradients_to_activations_that_a_hook_asks_for(model, vpd, tokens):
@@ -65,8 +67,8 @@ def test_a_frozen_model_gives_gradients_to_activations_that_a_hook_asks_for(mode
         (gradient,) = torch.autograd.grad(logits.sum(), asked)
     model.requires_grad_(True)
     with vpd.attach(model):
-        logits, seen = cached(model, tokens, name)
-        assert_close(gradient, torch.autograd.grad(logits.sum(), seen[name])[0], rtol=1e-10, atol=1e-12)
+        logits, recorded = cached(model, tokens, name)
+        assert_close(gradient, torch.autograd.grad(logits.sum(), recorded[name])[0], rtol=1e-10, atol=1e-12)
 
 
 def test_run_with_cache_gives_gradients_of_activations(model, vpd, tokens):
@@ -99,8 +101,8 @@ def test_training_signal_reaches_v_and_u(model, vpd, tokens, mode):
 
 def test_importances_have_a_gradient_to_gamma_and_none_to_the_target(model, vpd, tokens):
     with vpd.attach(model):
-        _, seen = cached(model, tokens, "blocks.1.hook_in_ci")
-        (-seen["blocks.1.hook_in_ci"].sum()).backward()
+        _, recorded = cached(model, tokens, "blocks.1.hook_in_ci")
+        (-recorded["blocks.1.hook_in_ci"].sum()).backward()
     assert vpd.gamma.unembed.weight.grad is not None and bool((vpd.gamma.unembed.weight.grad != 0).any())
     assert all(p.grad is None for p in [*model.parameters(), *vpd.components.parameters()])
 
@@ -110,8 +112,8 @@ def test_users_backward_hooks_see_the_masked_models_gradient(model, vpd, tokens,
     grads = []
     with vpd.attach(model) as attached, attached.masked("rounded"):
         model.add_hook(name, lambda g, hook: grads.append(g.clone()), dir="bwd")
-        logits, seen = cached(model, tokens, name)
-        (expected,) = torch.autograd.grad(logits.sum(), seen[name], retain_graph=True)
+        logits, recorded = cached(model, tokens, name)
+        (expected,) = torch.autograd.grad(logits.sum(), recorded[name], retain_graph=True)
         logits.sum().backward()
         model.reset_hooks()
     assert_close(grads[-1], expected, rtol=1e-10, atol=1e-12)

@@ -43,7 +43,7 @@ def test_an_input_changed_for_one_head_passes_through_that_heads_masked_weight(a
         assert_close(got, expected, rtol=1e-10, atol=1e-10)
         with attached.masked("unmasked", delta=1.0):
             assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=hooks), clean)
-        # Taking a subcomponent out acts on the changed head's own activation.
+        # Ablating a subcomponent acts on the changed head's activation.
         name = f"blocks.1.attn.{site}"
         mask = torch.ones(6, dtype=torch.float64)
         mask[3] = 0

@@ -104,14 +104,14 @@ def test_a_functions_masks_are_computed_by_hand_from_what_it_is_given(model, vpd
     calls = []
 
     def noting(site, acts):
-        own = by_size(site, acts)
-        calls.append((site, own, acts.clone()))
-        return own
+        site_mask = by_size(site, acts)
+        calls.append((site, site_mask, acts.clone()))
+        return site_mask
 
     with torch.no_grad(), vpd.attach(model) as attached:
         got = model.run_with_hooks(tokens, fwd_hooks=vpd.mask_hooks(noting))
         assert [site for site, *_ in calls] == list(vpd.sites)
-        masks = Masks({site: own for site, own, _ in calls})
+        masks = Masks({site: site_mask for site, site_mask, _ in calls})
         with attached.masked(masks):
             by_hand, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("component_acts"))
         assert_close(got, by_hand, rtol=1e-10, atol=1e-10)

@@ -75,10 +75,10 @@ def test_with_the_rest_drawn_what_is_kept_stays_and_everything_else_is_uniform(m
     tokens = some_tokens(shape=(40, 7))
     with torch.no_grad(), vpd.attach(model) as attached, attached.keep_only(KEPT, rest="stochastic", seed=3):
         _, cache = model.run_with_cache(tokens, names_filter=lambda n: n.endswith("_mask"))
-    for n, own in indicator(vpd).items():
+    for n, row in indicator(vpd).items():
         mask = cache[vpd.sites[n].hook_name("mask")]
-        assert bool((mask[..., own == 1] == 1).all())
-        drawn = mask[..., own == 0]
+        assert bool((mask[..., row == 1] == 1).all())
+        drawn = mask[..., row == 0]
         assert drawn.unique().numel() > 0.95 * drawn.numel()
         assert float(drawn.min()) >= 0 and float(drawn.max()) <= 1
         assert abs(float(drawn.mean()) - 0.5) < 0.05 and abs(float(drawn.var()) - 1 / 12) < 0.02

@@ -137,17 +137,17 @@ def test_gradients_of_v_u_masks_and_activations_are_those_with_the_flags_off(cas
     model, flags, vpd, tokens = case
     weights = draw(2, 7, 11, seed=4)
     masks = by_token(vpd)
-    for own in masks.values():
-        own.mask.requires_grad_()
-        own.delta.requires_grad_()
+    for site_mask in masks.values():
+        site_mask.mask.requires_grad_()
+        site_mask.delta.requires_grad_()
     leaves = [t for n in vpd.sites for t in (vpd.V[n], vpd.U[n], masks[n].mask, masks[n].delta)]
     names = [s.hook_name("component_acts") for s in vpd.sites.values()]
 
     def gradients():
-        seen = {}
-        look = [(n, lambda t, hook: seen.update({hook.name: t})) for n in names]
+        recorded = {}
+        look = [(n, lambda t, hook: recorded.update({hook.name: t})) for n in names]
         logits = model.run_with_hooks(tokens, fwd_hooks=look)
-        return torch.autograd.grad((logits * weights).sum(), [*leaves, *(seen[n] for n in names)])
+        return torch.autograd.grad((logits * weights).sum(), [*leaves, *(recorded[n] for n in names)])
 
     with vpd.attach(model) as attached, attached.masked(masks):
         expected = gradients()

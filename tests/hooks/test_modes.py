@@ -166,13 +166,13 @@ def test_importances_that_a_user_patches_make_the_masks(model, vpd, tokens, how,
             return None
         return torch.cat([g[:, :2], torch.ones_like(g[:, :1]), g[:, 3:]], dim=1)
 
-    seen = {}
-    hooks = [("blocks.1.hook_in_ci", patch), ("blocks.1.hook_in_mask", lambda m, hook: seen.update(mask=m))]
+    recorded = {}
+    hooks = [("blocks.1.hook_in_ci", patch), ("blocks.1.hook_in_mask", lambda m, hook: recorded.update(mask=m))]
     expected = vpd.causal_importances(model, tokens)[IN].clone()
     expected[:, 2] = 1.0
     with context(), vpd.attach(model) as attached, attached.masked("ci"):
         model.run_with_hooks(tokens, fwd_hooks=hooks)
-    assert_close(seen["mask"], expected, rtol=1e-10, atol=1e-10)
+    assert_close(recorded["mask"], expected, rtol=1e-10, atol=1e-10)
 
 
 def test_idle_importances_are_those_of_the_prompt(model, vpd, tokens):

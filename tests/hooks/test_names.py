@@ -1,4 +1,4 @@
-"""Names that TransformerLens's own tools find, what hooks see, and what is computed when nobody looks."""
+"""Names that TransformerLens's tools find, what hooks see, and what is computed when nobody looks."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ def test_patched_activations_move_the_output_along_u(model, vpd, tokens):
     for grad in (torch.enable_grad, torch.no_grad, torch.inference_mode):
         for hook in (in_place, returned):
             with grad(), vpd.attach(model) as attached:
-                seen = {}
-                look = ("blocks.1.hook_mlp_out", lambda y, hook, seen=seen: seen.update(y=y))
+                recorded = {}
+                look = ("blocks.1.hook_mlp_out", lambda y, hook, recorded=recorded: recorded.update(y=y))
                 hooks = [("blocks.1.hook_out_component_acts", hook), look]
                 patched = model.run_with_hooks(tokens, fwd_hooks=hooks)
-                assert_close(seen["y"], expected)
+                assert_close(recorded["y"], expected)
                 assert torch.equal(patched[:, :3], clean[:, :3]) and not torch.equal(patched[:, 3], clean[:, 3])
                 with attached.masked("unmasked", delta=1.0):
                     assert_close(model.run_with_hooks(tokens, fwd_hooks=hooks), patched)
@@ -97,17 +97,17 @@ def test_patched_activations_move_the_output_along_u(model, vpd, tokens):
 
 def test_a_patch_is_scaled_by_the_mask_and_leaves_delta_alone(model, vpd, tokens):
     site = "blocks.1.mlp.W_out"
-    seen = {}
+    recorded = {}
     with torch.no_grad(), vpd.attach(model) as attached, attached.masked("unmasked", delta=0.25, sites=site):
-        look = ("blocks.1.hook_mlp_out", lambda y, hook: seen.update(y=y.clone()))
+        look = ("blocks.1.hook_mlp_out", lambda y, hook: recorded.update(y=y.clone()))
         model.run_with_hooks(tokens, fwd_hooks=[look])
-        plain = seen["y"]
+        plain = recorded["y"]
         half = ("blocks.1.hook_out_mask", lambda m, hook: m * 0.5)
         model.run_with_hooks(tokens, fwd_hooks=[look, half])
-        halved = seen["y"]
+        halved = recorded["y"]
         double = ("blocks.1.hook_out_component_acts", lambda a, hook: a * 2)
         model.run_with_hooks(tokens, fwd_hooks=[look, half, double])
-        assert_close(seen["y"], plain)
+        assert_close(recorded["y"], plain)
         assert not torch.equal(halved, plain)
 
 
@@ -142,20 +142,20 @@ def test_generic_activation_patch_over_layers_and_positions(model, vpd, tokens):
 def test_users_hooks_see_the_decomposed_value_and_may_change_it_before_or_after_attaching(model, vpd, tokens):
     V, U = (p["blocks.0.attn.W_Q"].detach() for p in (vpd.V, vpd.U))
     clean = model(tokens)
-    seen = []
-    model.add_hook("blocks.0.attn.hook_q", lambda q, hook: seen.append(q.clone()))
+    recorded = []
+    model.add_hook("blocks.0.attn.hook_q", lambda q, hook: recorded.append(q.clone()))
     with vpd.attach(model) as attached:
-        model.add_hook("blocks.0.attn.hook_q", lambda q, hook: seen.append(q.clone()))
+        model.add_hook("blocks.0.attn.hook_q", lambda q, hook: recorded.append(q.clone()))
         with torch.no_grad(), attached.masked("unmasked", sites="blocks.0.attn.W_Q"):
             _, cache = model.run_with_cache(tokens, names_filter=["blocks.0.hook_resid_pre", "blocks.0.attn.hook_q"])
             expected = (model.blocks[0].ln1(cache["resid_pre", 0]) @ V @ U + model.blocks[0].attn.b_Q.flatten()).view(
                 2, 7, 2, 4
             )
-            for value in (*seen[-2:], cache["q", 0]):
+            for value in (*recorded[-2:], cache["q", 0]):
                 assert_close(value, expected, rtol=1e-7, atol=1e-7)
-    seen.clear()
+    recorded.clear()
     model(tokens)
-    plain = seen[0]
+    plain = recorded[0]
     with torch.no_grad(), vpd.attach(model) as attached, attached.masked("unmasked", sites="blocks.0.attn.W_Q"):
         undone = model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.attn.hook_q", lambda q, hook: plain)])
     assert torch.equal(undone, clean)
@@ -189,10 +189,10 @@ def test_an_attachment_kept_by_no_variable_is_still_the_models(model, vpd, token
     before = model(tokens)
     vpd.attach(model)
     gc.collect()
-    own = attached_to(model)
-    assert own is not None and own.decomposition is vpd
+    attachment = attached_to(model)
+    assert attachment is not None and attachment.decomposition is vpd
     assert len(vpd.ablation_hooks([f"{next(iter(vpd.sites))}:0"])) == 1
-    own.detach()
+    attachment.detach()
     assert attached_to(model) is None and torch.equal(model(tokens), before)
 
 

@@ -155,7 +155,7 @@ def test_masks_of_other_kinds_say_what_came():
         SiteMask.of([1.0], "a")
     unchecked = getattr(
         SiteMask.__init__, "__wrapped__", SiteMask.__init__
-    )  # the tests' own type check would come first
+    )  # the type check of the tests would come first
     for arguments, message in (
         (([1.0], None), r"SiteMask\.mask is a list: give a tensor or None"),
         ((None, "drawn"), r"SiteMask\.delta is a str: give a tensor, a number or None"),

@@ -33,10 +33,10 @@ def test_masked_positions_are_masked_and_the_others_run_as_they_are(model, vpd, 
     with torch.no_grad(), vpd.attach(model) as attached:
         clean = model(tokens)
         for mode in ("rounded", "zero"):
-            own = ci.masks(mode)
-            with attached.masked(own.routed(routing)):
+            site_masks = ci.masks(mode)
+            with attached.masked(site_masks.routed(routing)):
                 expected = model(tokens)
-            for given in (mode, own, lambda site, acts, own=own: own[site]):
+            for given in (mode, site_masks, lambda site, acts, site_masks=site_masks: site_masks[site]):
                 with attached.masked(given, pos=pos):
                     got = model(tokens)
                 assert_close(got, expected, rtol=1e-10, atol=1e-10)
@@ -150,8 +150,8 @@ def test_positions_may_be_tensors_arrays_and_masks(model, vpd, tokens, given, sa
             expected = model(tokens)
         with attached.masked("zero", pos=given):
             assert torch.equal(model(tokens), expected)
-        hooks = [vpd.ablation_hooks([f"{OUT}:1"], pos=own) for own in (given, same)]
-        one, two = (model.run_with_hooks(tokens, fwd_hooks=own) for own in hooks)
+        hooks = [vpd.ablation_hooks([f"{OUT}:1"], pos=where) for where in (given, same)]
+        one, two = (model.run_with_hooks(tokens, fwd_hooks=fwd_hooks) for fwd_hooks in hooks)
         assert torch.equal(one, two) and not torch.equal(one, model(tokens))
 
 

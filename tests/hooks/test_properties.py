@@ -71,8 +71,8 @@ def test_any_replacements_are_the_activations_they_set(chosen, pos, amount, shap
         for n, i in set(chosen):
             if hook.name == vpd.sites[n].hook_name("component_acts"):
                 for p in set(at(pos)):
-                    own = acts[:, p, i]
-                    acts[:, p, i] = own + amount * (values[n].expand(BATCH, POS, C)[:, p, i] - own)
+                    column = acts[:, p, i]
+                    acts[:, p, i] = column + amount * (values[n].expand(BATCH, POS, C)[:, p, i] - column)
         return acts
 
     by_hand = [(vpd.sites[n].hook_name("component_acts"), set_by_hand) for n in SITES]

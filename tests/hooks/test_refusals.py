@@ -71,7 +71,7 @@ def test_a_copy_in_another_precision_passes(vpd, tokens):
         with vpd.attach(other):
             _, cache = other.run_with_cache(tokens)
         assert cache["q_component_acts", 0].dtype == dtype
-        assert cache["q_ci", 0].dtype == torch.float64  # Γ keeps its own precision
+        assert cache["q_ci", 0].dtype == torch.float64  # Γ keeps its precision
         assert {p.dtype for p in vpd.parameters()} == {torch.float64}
 
 

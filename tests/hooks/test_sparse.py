@@ -35,16 +35,16 @@ def listen(vpd, sites=SITES):
 @pytest.fixture
 def paths(monkeypatch):
     """Which way each site went, as it goes."""
-    taken = []
+    products = []
     for way in ("sparse", "hooked"):
         original = getattr(attached_forward, f"{way}_output")
 
         def counted(product, *arguments, original=original, way=way):
-            taken.append((product.name, way))
+            products.append((product.name, way))
             return original(product, *arguments)
 
         monkeypatch.setattr(attached_forward, f"{way}_output", counted)
-    return taken
+    return products
 
 
 def both(model, vpd, tokens, hooks, paths, weights=None):
@@ -86,10 +86,10 @@ def test_several_lists_on_one_site_compose_in_their_order(model, wide, tokens, p
             wide.ablation_hooks([f"{Q}:0"], pos=-1, amount=2.0),
         ]
         for order in (made, made[::-1]):
-            hooks = [h for own in order for h in own]
+            hooks = [h for hook_list in order for h in hook_list]
             sparse, dense = both(model, wide, tokens, hooks, paths)
             assert_close(sparse, dense, rtol=1e-10, atol=1e-11)
-        with_gradients = both(model, wide, tokens, [h for own in made for h in own], paths, weights)
+        with_gradients = both(model, wide, tokens, [h for hook_list in made for h in hook_list], paths, weights)
         for x, y in zip(*with_gradients, strict=True):
             assert_close(x, y, rtol=1e-9, atol=1e-11)
     untouched = [c for c in range(16) if c not in (1, 2, 3, 7)]
@@ -210,14 +210,14 @@ def test_a_backward_hook_on_the_mask_sees_the_full_gradient(model, wide, tokens)
     grads = []
     with wide.attach(model) as attached, attached.ablated(f"{OUT}:1"):
         model.add_hook("blocks.1.hook_out_mask", lambda g, hook: grads.append(g.clone()), dir="bwd")
-        seen = {}
-        look = ("blocks.1.hook_mlp_out", lambda y, hook: seen.update(y=y))
-        names = ("blocks.1.hook_out_component_acts", lambda a, hook: seen.update(a=a))
+        recorded = {}
+        look = ("blocks.1.hook_mlp_out", lambda y, hook: recorded.update(y=y))
+        names = ("blocks.1.hook_out_component_acts", lambda a, hook: recorded.update(a=a))
         logits = model.run_with_hooks(tokens, fwd_hooks=[look, names])
-        (by_output,) = torch.autograd.grad(logits.sum(), seen["y"], retain_graph=True)
+        (by_output,) = torch.autograd.grad(logits.sum(), recorded["y"], retain_graph=True)
         logits.sum().backward()
         model.reset_hooks()
-    expected = (by_output @ wide.U[OUT].detach().T) * seen["a"].detach()
+    expected = (by_output @ wide.U[OUT].detach().T) * recorded["a"].detach()
     assert_close(grads[-1], expected, rtol=1e-9, atol=1e-12)
 
 
@@ -294,15 +294,15 @@ def test_gradients_reach_the_values(model, wide, tokens):
 
 def test_activations_are_listened_to_next_to_an_ablation(model, wide, tokens):
     """A listener sees activations before the mask, and as a replacement left them if it stands after it."""
-    seen = []
-    look = ("blocks.1.hook_out_component_acts", lambda a, hook: seen.append(a.clone()))
+    recorded = []
+    look = ("blocks.1.hook_out_component_acts", lambda a, hook: recorded.append(a.clone()))
     with torch.no_grad(), wide.attach(model):
         model.run_with_hooks(tokens, fwd_hooks=[look])
         replace = wide.ablation_hooks(f"{OUT}:1", values={OUT: torch.zeros(16)})
         gone = model.run_with_hooks(tokens, fwd_hooks=[look, *wide.ablation_hooks(f"{OUT}:1")])
         replaced = model.run_with_hooks(tokens, fwd_hooks=[look, *replace, look])
         assert_close(gone, replaced, rtol=1e-10, atol=1e-12)
-    plain, under_mask, before, after = seen
+    plain, under_mask, before, after = recorded
     assert torch.equal(under_mask, plain) and torch.equal(before, plain)
     assert bool((after[..., 1] == 0).all()) and torch.equal(after[..., 2:], plain[..., 2:])
 
@@ -313,8 +313,8 @@ def test_ablating_nothing_changes_no_bit(model, wide, tokens):
         for how in (dict(amount=0.0), dict(pos=[]), dict(pos=slice(9, None))):
             with attached.ablated([f"{n}:1" for n in wide.sites], **how):
                 assert torch.equal(model(tokens), clean)
-        own = wide.component_acts(model, tokens)
-        with attached.ablated(f"{Q}:1", values=own):
+        activations = wide.component_acts(model, tokens)
+        with attached.ablated(f"{Q}:1", values=activations):
             assert_close(model(tokens), clean, rtol=1e-10, atol=1e-12)
 
 

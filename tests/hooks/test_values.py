@@ -86,10 +86,10 @@ def test_means_are_over_tokens_or_over_the_batch_at_each_position(model, vpd, to
     with torch.no_grad(), vpd.attach(model):
         _, cache = model.run_with_cache(tokens)
     for n, site in vpd.sites.items():
-        own = cache[site.hook_name("component_acts")]
-        assert_close(acts[n], own, rtol=1e-12, atol=1e-12)
-        assert_close(acts.mean()[n], own.sum((0, 1)) / 14, rtol=1e-12, atol=1e-12)
-        assert_close(acts.mean(by_position=True)[n], own.sum(0, keepdim=True) / 2, rtol=1e-12, atol=1e-12)
+        activations = cache[site.hook_name("component_acts")]
+        assert_close(acts[n], activations, rtol=1e-12, atol=1e-12)
+        assert_close(acts.mean()[n], activations.sum((0, 1)) / 14, rtol=1e-12, atol=1e-12)
+        assert_close(acts.mean(by_position=True)[n], activations.sum(0, keepdim=True) / 2, rtol=1e-12, atol=1e-12)
     with pytest.raises(KeyError, match=r"did you mean 'blocks\.1\.mlp\.W_out'"):
         acts["blocks.1.mlp.W_ou"]
 

@@ -60,8 +60,8 @@ def test_the_gradients_of_small_mlps_are_those_of_the_equation(how, monkeypatch)
     h = torch.nn.functional.gelu(a * gamma.w_in + gamma.b_in)
     plain = (h * gamma.w_out).sum(-1) + gamma.b_out
     assert_close(z, plain)
-    for own, expected in zip(got, torch.autograd.grad((plain * weight).sum(), wanted), strict=True):
-        assert_close(own, expected)
+    for gradient, expected in zip(got, torch.autograd.grad((plain * weight).sum(), wanted), strict=True):
+        assert_close(gradient, expected)
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def test_importances_can_start_as_rising_functions_of_inner_activations():
     config = {"kind": "per_subcomponent_mlps", "hidden": 8}
     a = torch.linspace(0, 3, 50)[:, None]
     acts = {n: a.expand(-1, c) for n, c in COUNTS.items()}
-    below = {n: -own for n, own in acts.items()}
+    below = {n: -values for n, values in acts.items()}
     rising = build(GammaConfig(**config, rising=True), D_IN, COUNTS)
     assert bool((rising(acts).diff(dim=0) > 0).all())
     assert float(rising(below).max()) <= 0 < float(rising(acts)[-1].min())

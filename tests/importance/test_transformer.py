@@ -30,7 +30,7 @@ def rotation(angle):
 
 
 def by_hand(gamma, x):
-    """One row and position at a time, every attention score on its own, float64."""
+    """One row and position at a time, every attention score separately, float64."""
 
     def norm(v):
         return v / math.sqrt(float(v.detach().square().mean()) + 1.1920928955078125e-07)
@@ -64,7 +64,7 @@ def turned(v, t):
 
 def test_forward_equals_one_written_out_by_hand():
     gamma, x = build(), inputs()
-    # Angles are taken in float32, which bounds the agreement.
+    # Angles are computed in float32, which bounds the agreement.
     assert_close(gamma(x), by_hand(gamma, x), rtol=0, atol=1e-6)
 
 

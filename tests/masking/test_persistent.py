@@ -19,25 +19,25 @@ def gradients(n: int):
 
 
 def test_ascent_is_adams_with_a_clamp_after_every_update():
-    own = sources()
-    parameter = torch.nn.Parameter(own.values.clone())
+    persistent = sources()
+    parameter = torch.nn.Parameter(persistent.values.clone())
     adam = torch.optim.Adam([parameter], lr=0.3, betas=(0.5, 0.99), eps=1e-8, maximize=True)
     for gradient in gradients(4):
-        own.ascend(gradient, 0.3)
+        persistent.ascend(gradient, 0.3)
         parameter.grad = gradient.clone()
         adam.step()
         with torch.no_grad():
             parameter.clamp_(0, 1)
-        assert_close(own.values, parameter.detach(), rtol=0, atol=1e-5)
-    assert own.updates == 4 and float(own.values.min()) == 0 and float(own.values.max()) == 1
+        assert_close(persistent.values, parameter.detach(), rtol=0, atol=1e-5)
+    assert persistent.updates == 4 and float(persistent.values.min()) == 0 and float(persistent.values.max()) == 1
 
 
 def test_a_rate_of_zero_moves_the_moments_only():
-    own = sources()
-    before = own.values.clone()
-    own.ascend(gradients(1)[0], 0.0)
-    assert torch.equal(own.values, before) and own.updates == 1
-    assert_close(own.first, gradients(1)[0] * 0.5)
+    persistent = sources()
+    before = persistent.values.clone()
+    persistent.ascend(gradients(1)[0], 0.0)
+    assert torch.equal(persistent.values, before) and persistent.updates == 1
+    assert_close(persistent.first, gradients(1)[0] * 0.5)
 
 
 def test_a_restored_state_goes_on_as_the_original():

@@ -124,14 +124,14 @@ def run(cell: Cell, *, lean: bool = False) -> Result:
                 return _named(Result(cell, "refused", str(error), error.by), flag)
             except Exception:
                 return Result(cell, "failed", _tail())
-            own = list(flag.checks)
+            checks_of_cell = list(flag.checks)
             if dtype != flag.dtypes[0]:
-                own = [checks.ones_change_no_bit, checks.constant_masks_are_edited_weights]
+                checks_of_cell = [checks.ones_change_no_bit, checks.constant_masks_are_edited_weights]
             elif cell.flag == "none":
-                own.append(checks.masks_of_positions_are_an_independent_forward)
+                checks_of_cell.append(checks.masks_of_positions_are_an_independent_forward)
                 if lean:
-                    own = [check for check in own if check not in checks.OF_ACTS_AND_GRADIENTS]
-            for check in own:
+                    checks_of_cell = [check for check in checks_of_cell if check not in checks.OF_ACTS_AND_GRADIENTS]
+            for check in checks_of_cell:
                 try:
                     check(case)
                 except Absent as error:

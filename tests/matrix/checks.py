@@ -175,7 +175,7 @@ def _same(a: Any, b: Any) -> bool:
 def constant_masks_are_edited_weights(case: Case) -> None:
     """Check 2."""
     masks = case.masks(None)
-    expected = case.logits(case.edited({site: (own.mask[0, 0], DELTA) for site, own in masks.items()}))
+    expected = case.logits(case.edited({site: (site_mask.mask[0, 0], DELTA) for site, site_mask in masks.items()}))
     moved("edited weights", expected, case.clean)
     for how, got in masked_logits(case, masks).items():
         close(f"constant masks, {how}", got, expected, case.tolerance)
@@ -236,24 +236,26 @@ def gradients_go_where_they_should(case: Case) -> None:
     """Check 5."""
     model, vpd = case.model, case.vpd
     weights = draw(*case.clean.shape, seed=9).to(case.dtype) - 0.5
-    leaves = {site: own.mask.to(case.dtype).clone().requires_grad_() for site, own in case.masks((2, 7)).items()}
+    leaves = {
+        site: parameters.mask.to(case.dtype).clone().requires_grad_() for site, parameters in case.masks((2, 7)).items()
+    }
     masks = Masks({site: SiteMask(mask, None) for site, mask in leaves.items()})
-    own = case.parameters()
-    flags = [p.requires_grad for p in own]
+    parameters = case.parameters()
+    flags = [p.requires_grad for p in parameters]
     vpd.zero_grad()
     with MaskedModel(vpd, model) as masked_model:
         (masked_model.masked(case.tokens, masks) * weights).sum().backward()
-    assert all(p.grad is None for p in own), "a tapped pass gave the model's weights gradients"
-    assert [p.requires_grad for p in own] == flags, "requires_grad was left changed"
+    assert all(p.grad is None for p in parameters), "a tapped pass gave the model's weights gradients"
+    assert [p.requires_grad for p in parameters] == flags, "requires_grad was left changed"
     for what, parts in (("V", vpd.V), ("U", vpd.U), ("masks", leaves)):
         without = [n for n in vpd.sites if parts[n].grad is None or not bool(parts[n].grad.any())]
         assert not without, f"no gradient reached {what} of {without[:3]}"
     vpd.zero_grad()
 
     def of_weights() -> list[Tensor | None]:
-        return list(torch.autograd.grad((case.logits() * weights).sum(), own, allow_unused=True))
+        return list(torch.autograd.grad((case.logits() * weights).sum(), parameters, allow_unused=True))
 
-    for p in own:
+    for p in parameters:
         p.requires_grad_(True)
     try:
         expected = of_weights()
@@ -264,7 +266,7 @@ def gradients_go_where_they_should(case: Case) -> None:
                     got = of_weights()
                 _same_gradients(how, got, expected, case)
     finally:
-        for p, flag in zip(own, flags, strict=True):
+        for p, flag in zip(parameters, flags, strict=True):
             p.requires_grad_(flag)
 
 

@@ -57,7 +57,7 @@ def padding_is_left_out(case: Case) -> None:
 def a_kv_cache_changes_nothing(case: Case) -> None:
     """Masks that need no importances act with a cache as edited weights do, and step by step as at once; others refuse one.
 
-    Generation is compared with the edited model's in the same setting, since some versions' own generation from standard
+    Generation is compared with the edited model's in the same setting, since some versions' generation from standard
     positions is another with a cache than without.
     """
     model, vpd = case.model, case.vpd
@@ -65,7 +65,7 @@ def a_kv_cache_changes_nothing(case: Case) -> None:
     scales = {name: torch.linspace(-1.0, 1.0, C) for name, C in vpd.counts.items()}
     first = {name: (torch.arange(C) >= 3).double() for name, C in vpd.counts.items()}
     with tempfile.TemporaryDirectory() as folder, vpd.attach(model) as attached:
-        own = tokenizer(Path(folder)) if case.kind == "HookedTransformer" else None
+        hf_tokenizer = tokenizer(Path(folder)) if case.kind == "HookedTransformer" else None
         ways = {
             "idle": (nullcontext, {}),
             "zero on one site": (
@@ -84,27 +84,29 @@ def a_kv_cache_changes_nothing(case: Case) -> None:
         for how, (context, edits) in ways.items():
             edited = case.edited(edits)
             for cached in (True, False):
-                expected = generated(edited, case.tokens, cached, own)
+                expected = generated(edited, case.tokens, cached, hf_tokenizer)
                 with context():
-                    got = generated(model, case.tokens, cached, own)
+                    got = generated(model, case.tokens, cached, hf_tokenizer)
                 assert torch.equal(got, expected), f"{how}: other tokens than the edited model's, cache={cached}"
             if case.kind != "native":
                 with context():
                     _same_logits_step_by_step(case, how)
         with attached.masked("ci"):
             expected = greedy(model, case.tokens)
-            assert torch.equal(generated(model, case.tokens, False, own), expected), "the mode ci, without a cache"
+            assert torch.equal(generated(model, case.tokens, False, hf_tokenizer), expected), (
+                "the mode ci, without a cache"
+            )
             if case.kind == "native":  # has no cache, and goes over the whole prompt at every step
-                assert torch.equal(generated(model, case.tokens, True, own), expected), "the mode ci"
+                assert torch.equal(generated(model, case.tokens, True, hf_tokenizer), expected), "the mode ci"
                 return
             with pytest.raises(ValueError, match="use_past_kv_cache=False"):
-                generated(model, case.tokens, True, own)
+                generated(model, case.tokens, True, hf_tokenizer)
 
 
-def generated(model: Any, tokens: Tensor, cached: bool, own: Any) -> Tensor:
+def generated(model: Any, tokens: Tensor, cached: bool, hf_tokenizer: Any) -> Tensor:
     """Four tokens from the model's ``generate``; HookedTransformer's cache wants a tokenizer."""
-    if own is not None:
-        model.tokenizer = own
+    if hf_tokenizer is not None:
+        model.tokenizer = hf_tokenizer
     settings: dict[str, Any] = dict(max_new_tokens=4, do_sample=False, stop_at_eos=False, verbose=False)
     return model.generate(tokens, use_past_kv_cache=cached, return_type="tokens", **settings)
 

@@ -82,8 +82,8 @@ def read_source(source: nn.Module, at: Location) -> Tensor:
 @torch.no_grad()
 def write_source(source: nn.Module, at: Location, W: Tensor) -> None:
     """Writes a site's weight into a plain module."""
-    own = oriented(source.get_submodule(at.path))
-    own[:, slice(None) if at.columns is None else list(at.columns)] = W.to(own.dtype)
+    weight = oriented(source.get_submodule(at.path))
+    weight[:, slice(None) if at.columns is None else list(at.columns)] = W.to(weight.dtype)
 
 
 @torch.no_grad()
@@ -92,13 +92,15 @@ def write_processed(source: nn.Module, where: Mapping[str, Location], bridge: An
     source.lm_head.weight = nn.Parameter(
         source.lm_head.weight.detach().clone()
     )  # processing unties it from the embedding
-    own = {**dict(bridge.original_model.named_parameters()), **dict(bridge.original_model.named_buffers())}
-    own = {name.replace("._original_component", "").replace(".original_component", ""): p for name, p in own.items()}
-    if "lm_head.bias" in own:
-        source.lm_head.bias = nn.Parameter(own["lm_head.bias"].detach().clone())
+    tensors = {**dict(bridge.original_model.named_parameters()), **dict(bridge.original_model.named_buffers())}
+    tensors = {
+        name.replace("._original_component", "").replace(".original_component", ""): p for name, p in tensors.items()
+    }
+    if "lm_head.bias" in tensors:
+        source.lm_head.bias = nn.Parameter(tensors["lm_head.bias"].detach().clone())
     for name, p in source.named_parameters():
-        if name in own and own[name].shape == p.shape:
-            p.copy_(own[name])
+        if name in tensors and tensors[name].shape == p.shape:
+            p.copy_(tensors[name])
     for site, at in where.items():
         write_source(source, at, read(bridge, site))
         owner, short, product = _in_bridge(bridge, site)
@@ -136,12 +138,12 @@ def masked_source(source: nn.Module, where: Mapping[str, Location], vpd: Decompo
     def hook(module: nn.Module, arguments: Any, y: Tensor) -> Tensor:
         new = y.clone()
         for site in at[paths[module]]:
-            own, columns = masks[site], where[site].columns
+            site_mask, columns = masks[site], where[site].columns
             index = slice(None) if columns is None else list(columns)
-            x = arguments[0].reshape(*own.mask.shape[:-1], -1)
+            x = arguments[0].reshape(*site_mask.mask.shape[:-1], -1)
             b = 0.0 if module.bias is None else module.bias[index]
             V, U = vpd.V[site].detach().to(x), vpd.U[site].detach().to(x)
-            out = product(x, oriented(module)[:, index], b, V, U, own.mask, own.delta)
+            out = product(x, oriented(module)[:, index], b, V, U, site_mask.mask, site_mask.delta)
             new[..., index] = out.reshape(*y.shape[:-1], -1)
         return new
 
@@ -165,8 +167,8 @@ def hand_written(model: Any, tokens: Tensor, vpd: Decomposition, masks: Masks) -
         return x / (x.square().mean(-1, keepdim=True) + cfg.eps).sqrt() * ln.w + ln.b
 
     def linear(x: Tensor, site: str, bias: Tensor) -> Tensor:
-        own, V, U = masks[site], vpd.V[site].detach().to(x), vpd.U[site].detach().to(x)
-        return product(x, matrix_of(model, site), bias.flatten(), V, U, own.mask, own.delta)
+        site_mask, V, U = masks[site], vpd.V[site].detach().to(x), vpd.U[site].detach().to(x)
+        return product(x, matrix_of(model, site), bias.flatten(), V, U, site_mask.mask, site_mask.delta)
 
     batch, pos = tokens.shape
     x = model.embed.W_E[tokens] + model.pos_embed.W_pos[:pos]
@@ -209,6 +211,6 @@ class _Narrowing(TorchDispatchMode):
 @torch.no_grad()
 def in_float64_throughout(model: Any, tokens: Tensor) -> bool:
     """Whether a model of float64 weights computes in nothing smaller (libraries pin some norms and softmaxes to float32)."""
-    with _Narrowing() as seen:
+    with _Narrowing() as recorded:
         model(tokens)
-    return not seen.found
+    return not recorded.found

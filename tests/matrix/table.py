@@ -113,11 +113,11 @@ def _summary(rows: Sequence[Row]) -> str:
     for row in rows:
         families[row["flag"], f"{row['version']} {NAMES[row['kind']]}"].append(row["family"])
     classes: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for (flag, column), own in families.items():
-        classes[flag, ", ".join(own)].append(column)
+    for (flag, column), members in families.items():
+        classes[flag, ", ".join(members)].append(column)
     flags: dict[str, list[str]] = defaultdict(list)
-    for (flag, own), columns in classes.items():
-        flags[f"{'; '.join(columns)}: {own}"].append(flag)
+    for (flag, members), columns in classes.items():
+        flags[f"{'; '.join(columns)}: {members}"].append(flag)
     parts = [f"*{'every flag' if len(f) == len(FLAGS) else ', '.join(f)}* ({where})" for where, f in flags.items()]
     return "; ".join(parts) + "."
 
@@ -156,7 +156,7 @@ def absent(rows: Sequence[Row]) -> str:
     for row in rows:
         if row["status"] == "absent":
             by[row["message"]].append(row)
-    return "\n".join(f"* {message}: {_summary(own)}" for message, own in by.items()) or "Everything does."
+    return "\n".join(f"* {message}: {_summary(members)}" for message, members in by.items()) or "Everything does."
 
 
 def main() -> int:

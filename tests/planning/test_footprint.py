@@ -17,7 +17,7 @@ CONFIG = VPDConfig(steps=9, batch_size=4, C=5, gamma=GAMMA, stochastic_routing="
 WIDE = VPDConfig(C=64, batch_size=8)
 ATEN = torch.ops.aten
 OPERATIONS = {
-    ATEN.addmm_: lambda own, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1],
+    ATEN.addmm_: lambda decomposition, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1],
     ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
         grad, q, k, v
@@ -65,12 +65,16 @@ def test_flops_and_bytes_are_those_of_a_step(config, micro_batch, flags):
         assert result.step_flops == flops
     else:  # of block 0 nothing is differentiated, which the prediction does not know of attention and unembedding
         assert result.step_flops == pytest.approx(flops, rel=0.1)
-    own = trainer.decomposition
-    assert result.counts["components"] == sum(p.numel() for p in own.components.parameters())
-    assert result.counts["gamma"] == sum(p.numel() for p in own.gamma.parameters())
+    decomposition = trainer.decomposition
+    assert result.counts["components"] == sum(p.numel() for p in decomposition.components.parameters())
+    assert result.counts["gamma"] == sum(p.numel() for p in decomposition.gamma.parameters())
     moments = [t for state in trainer.optimizer.state.values() for t in state.values() if t.ndim]
     assert result.bytes["moments"] == sum(t.numel() * 4 for t in moments)
-    assert result.bytes["parameters"] == result.bytes["gradients"] == sum(p.numel() * 4 for p in own.parameters())
+    assert (
+        result.bytes["parameters"]
+        == result.bytes["gradients"]
+        == sum(p.numel() * 4 for p in decomposition.parameters())
+    )
     assert result.counts["sources"] == trainer.sources.values.numel()
     assert result.bytes["target"] == sum(p.numel() * 4 for p in trainer.masked_model.model.parameters())
 
@@ -107,12 +111,12 @@ def gpt2() -> Target:
 
 def test_shapes_of_a_model_and_numbers_given_outright_agree():
     model = tiny_model(dtype=torch.bfloat16, n_heads=2, n_key_value_heads=1, gated_mlp=True, act_fn="silu")
-    own = Target.of(model)
-    weights = sum(s.d_in * s.d_out for s in own.sites) + 2 * 8 * 11
+    target = Target.of(model)
+    weights = sum(s.d_in * s.d_out for s in target.sites) + 2 * 8 * 11
     numbers = dict(layers=2, d_model=8, heads=2, d_mlp=12, vocabulary=11, kv_heads=1, gated=True, itemsize=2)
-    given = Target.of(TransformerShape(**numbers, others=own.parameters - weights))
-    assert {s.name: (s.d_in, s.d_out) for s in given.sites} == {s.name: (s.d_in, s.d_out) for s in own.sites}
-    one, other = (footprint(t, VPDConfig(C=4, gamma=GAMMA, batch_size=2), context=5) for t in (own, given))
+    given = Target.of(TransformerShape(**numbers, others=target.parameters - weights))
+    assert {s.name: (s.d_in, s.d_out) for s in given.sites} == {s.name: (s.d_in, s.d_out) for s in target.sites}
+    one, other = (footprint(t, VPDConfig(C=4, gamma=GAMMA, batch_size=2), context=5) for t in (target, given))
     assert one.bytes == other.bytes
     assert one.step_flops == other.step_flops
 

@@ -56,8 +56,8 @@ def pack(tensors: dict[str, Tensor], prefix: str) -> Tensor:
 
 def pack_sources(tensors: dict[str, Tensor], prefix: str) -> Tensor:
     """``[..., C + 1]`` sources as our concatenated source: all subcomponents, then all Δs."""
-    own = by_site(tensors, prefix).values()
-    return torch.cat([*(s[..., :-1] for s in own), *(s[..., -1:] for s in own)], dim=-1)
+    tensors_of_prefix = by_site(tensors, prefix).values()
+    return torch.cat([*(s[..., :-1] for s in tensors_of_prefix), *(s[..., -1:] for s in tensors_of_prefix)], dim=-1)
 
 
 def gamma_names(d_in: dict[str, int], counts: dict[str, int]) -> dict[str, tuple[str, Tensor | None, int]]:
@@ -109,11 +109,11 @@ class Reference:
                 if f"{letter}/{module}" in stored:
                     pairs[f"{letter}/{site}"] = (parts[site], stored[f"{letter}/{module}"])
         d_in = {s.name: s.d_in for s in self.decomposition.sites.values()}
-        own = dict(self.decomposition.gamma.named_parameters())
+        parameters = dict(self.decomposition.gamma.named_parameters())
         for name, (key, order, dim) in gamma_names(d_in, self.decomposition.counts).items():
             if key in stored:
                 theirs = stored[key] if order is None else stored[key].index_select(dim, order)
-                pairs[f"gamma/{name}"] = (own[name], theirs)
+                pairs[f"gamma/{name}"] = (parameters[name], theirs)
         return pairs
 
 

@@ -110,8 +110,8 @@ def test_gradients(losses: Losses, name: str, tolerance: float):
     for key, (parameter, expected) in pairs.items():
         assert relative_error(parameter.grad, expected) < tolerance, key
     if "ci_pre/h.1.mlp.c_fc" in stored:
-        own = losses.reference.site_axis.split_sites(losses.z.grad)["blocks.1.mlp.W_in"]
-        assert relative_error(own, stored["ci_pre/h.1.mlp.c_fc"]) < tolerance
+        gradient = losses.reference.site_axis.split_sites(losses.z.grad)["blocks.1.mlp.W_in"]
+        assert relative_error(gradient, stored["ci_pre/h.1.mlp.c_fc"]) < tolerance
     if name == "kl_f_ppgd_allrouted":
         assert relative_error(losses.sources.grad, pack_sources(stored, "ppgd_src")) < tolerance
 
@@ -123,9 +123,9 @@ def test_minimality_gradient_at_a_small_exponent(losses: Losses):
     """
     stored = read("grads/imp_p0.4")["ci_pre/h.1.mlp.c_fc"]
     losses.of("imp_p0.4").backward()
-    own = losses.reference.site_axis.split_sites(losses.z.grad)["blocks.1.mlp.W_in"]
+    gradient = losses.reference.site_axis.split_sites(losses.z.grad)["blocks.1.mlp.W_in"]
     above = losses.reference.site_axis.split_sites(losses.z.detach())["blocks.1.mlp.W_in"] > 1e-3
-    assert relative_error(own[above], stored[above]) < 5e-4
+    assert relative_error(gradient[above], stored[above]) < 5e-4
 
 
 def test_reconstruction_gradients_without_faithfulness(losses: Losses):

@@ -1,6 +1,6 @@
 """Compiles an attached model and compares it with itself: ``python -m tests.tools.compiled KIND``.
 
-A process of its own, because the shape checks that tests put on every function of the package cannot be traced.
+A separate process, because the shape checks that tests put on every function of the package cannot be traced.
 """
 
 from __future__ import annotations

@@ -135,15 +135,15 @@ def patching_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def head_detector_demo(model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Heads by what they should attend to: by name, by a pattern of one's own, some heads alone, two measures, many prompts."""
-    own = torch.tril(torch.ones(model.to_tokens(TEXT).shape[1], model.to_tokens(TEXT).shape[1]))
-    own = own / own.sum(-1, keepdim=True)
+    """Heads by what they should attend to: by name, by a custom pattern, a few heads alone, two measures, many prompts."""
+    pattern = torch.tril(torch.ones(model.to_tokens(TEXT).shape[1], model.to_tokens(TEXT).shape[1]))
+    pattern = pattern / pattern.sum(-1, keepdim=True)
     results = {
         "previous": detect_head(model, TEXT, "previous_token_head"),
         "duplicate": detect_head(model, TEXT, "duplicate_token_head", exclude_current_token=True),
         "induction": detect_head(model, TEXT, "induction_head", exclude_bos=True),
         "some": detect_head(model, TEXT, "previous_token_head", heads=[(0, 1), (1, 3)]),
-        "measure": detect_head(model, TEXT, own.to(model.cfg.dtype), error_measure="abs"),
+        "measure": detect_head(model, TEXT, pattern.to(model.cfg.dtype), error_measure="abs"),
         "prompts": detect_head(model, [TEXT, CLEAN[0]], "induction_head"),
     }
     return results, {}

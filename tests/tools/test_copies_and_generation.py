@@ -73,17 +73,17 @@ def test_rounded_generation_picks_what_the_rounded_model_predicts(case):
 @pytest.mark.parametrize("kind", WITH_KV_CACHE)
 def test_masks_from_a_function_follow_generation_with_a_kv_cache(kind):
     """One position comes at a time; a function of site and activations masks each alike."""
-    case, seen = case_of(kind), set()
+    case, recorded = case_of(kind), set()
 
     def fixed(site, acts):
-        seen.add(acts.shape[1])
-        own = case.masks[site]
-        return SiteMask(own.mask, own.delta)
+        recorded.add(acts.shape[1])
+        site_mask = case.masks[site]
+        return SiteMask(site_mask.mask, site_mask.delta)
 
     with case.vpd.attach(case.model) as attached, attached.masked(fixed):
         got = continued(case.model, PROMPTS[2], use_past_kv_cache=True)
     assert torch.equal(got, continued(case.twin, PROMPTS[2], use_past_kv_cache=True))
-    assert seen == {5, 1}
+    assert recorded == {5, 1}
 
 
 def test_a_deep_copy_is_masked_on_its_own(case):

@@ -1,4 +1,4 @@
-"""A hook name that does not exist raises with the nearest one; the model's methods are its own again afterwards."""
+"""A hook name that does not exist raises with the nearest one; the model's methods are restored afterwards."""
 
 from __future__ import annotations
 
@@ -118,6 +118,8 @@ def test_a_deep_copy_checks_its_own_names(case):
         other = copy.deepcopy(case.model)
     with pytest.raises(KeyError, match="did you mean"):
         other.run_with_hooks(case.tokens, fwd_hooks=[("blocks.1.hook_q_component_act", nothing)])
-    seen = []
-    other.run_with_hooks(case.tokens, fwd_hooks=[("blocks.1.hook_q_component_acts", lambda a, hook: seen.append(a))])
-    assert len(seen) == 1 and torch.equal(other(case.tokens), case.model(case.tokens))
+    recorded = []
+    other.run_with_hooks(
+        case.tokens, fwd_hooks=[("blocks.1.hook_q_component_acts", lambda a, hook: recorded.append(a))]
+    )
+    assert len(recorded) == 1 and torch.equal(other(case.tokens), case.model(case.tokens))

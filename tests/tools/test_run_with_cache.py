@@ -26,8 +26,8 @@ def test_everything_is_cached_as_it_was_and_ours_beside_it(case):
         got, cache = case.model.run_with_cache(case.tokens)
     assert torch.equal(got, logits)
     assert all(torch.equal(cache[n], plain[n]) for n in plain.keys())  # noqa: SIM118
-    own = {hook_name(case, site, kind) for site in case.vpd.sites for kind in KINDS_OF_HOOKS}
-    assert set(cache.keys()) - set(plain.keys()) == own
+    our_names = {hook_name(case, site, kind) for site in case.vpd.sites for kind in KINDS_OF_HOOKS}
+    assert set(cache.keys()) - set(plain.keys()) == our_names
 
 
 def test_a_masked_model_caches_what_an_edited_one_does(case):
@@ -58,7 +58,7 @@ def test_a_names_filter_keeps_what_it_names(case, form):
 
 
 def test_a_names_filter_computes_only_what_it_asks_for(case):
-    """Counted in multiply-adds: one product for one site's activations, none for TransformerLens's own names."""
+    """Counted in multiply-adds: one product for one site's activations, none for TransformerLens's names."""
 
     def cost(names_filter):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -80,8 +80,8 @@ def test_without_the_batch_dimension(case):
         _, with_batch = case.model.run_with_cache(row)
         _, cache = case.model.run_with_cache(row, remove_batch_dim=True)
     assert not cache.has_batch_dim
-    own = [hook_name(case, site, kind) for site in case.vpd.sites for kind in KINDS_OF_HOOKS]
-    same(cache, {n: with_batch[n][0] for n in [*own, "blocks.1.hook_resid_post", "blocks.0.attn.hook_z"]})
+    our_names = [hook_name(case, site, kind) for site in case.vpd.sites for kind in KINDS_OF_HOOKS]
+    same(cache, {n: with_batch[n][0] for n in [*our_names, "blocks.1.hook_resid_post", "blocks.0.attn.hook_z"]})
 
 
 @pytest.mark.parametrize("pos", [-1, 2, [1, 3], (1, 5, 2)])
@@ -112,13 +112,13 @@ def test_a_plain_dictionary_instead_of_a_cache(case):
 
 
 def test_stopping_at_a_layer(case):
-    own = {hook_name(case, s, k) for s in case.vpd.sites for k in ("component_acts", "mask", "delta_mask")}
+    our_names = {hook_name(case, s, k) for s in case.vpd.sites for k in ("component_acts", "mask", "delta_mask")}
     expected, plain = case.fresh().run_with_cache(case.tokens, stop_at_layer=1)
     with case.vpd.attach(case.model) as attached:
-        wanted = own | set(plain.keys())
+        wanted = our_names | set(plain.keys())
         got, cache = case.model.run_with_cache(case.tokens, stop_at_layer=1, names_filter=lambda n: n in wanted)
         assert torch.equal(got, expected)
-        assert set(cache.keys()) == set(plain.keys()) | {n for n in own if n.startswith("blocks.0.")}
+        assert set(cache.keys()) == set(plain.keys()) | {n for n in our_names if n.startswith("blocks.0.")}
         with attached.masked(case.masks):
             masked, _ = case.model.run_with_cache(case.tokens, stop_at_layer=1, names_filter=lambda n: False)
         with pytest.raises(ValueError, match="stop_at_layer"):

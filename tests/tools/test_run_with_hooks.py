@@ -38,14 +38,14 @@ def test_hooks_on_transformerlenss_points_act_as_on_the_plain_or_edited_model(ca
 def test_a_hook_on_activations_moves_the_output_along_u(case):
     site = "blocks.1.mlp.W_out"
     _, cache = case.fresh().run_with_cache(case.tokens)
-    seen = {}
+    recorded = {}
 
     def add_one(acts, hook):
         acts[:, 2, 3] += 1.0
         return acts
 
     def token_mask(value, hook):
-        seen[hook.name] = value
+        recorded[hook.name] = value
 
     with case.vpd.attach(case.model):
         case.model.run_with_hooks(
@@ -53,7 +53,7 @@ def test_a_hook_on_activations_moves_the_output_along_u(case):
         )
     expected = cache["blocks.1.hook_resid_post"].clone()
     expected[:, 2] += case.vpd.U[site][3].detach()
-    assert_close(next(iter(seen.values())), expected, **TIGHT)
+    assert_close(next(iter(recorded.values())), expected, **TIGHT)
 
 
 def test_ours_and_theirs_compose_in_either_order(case):

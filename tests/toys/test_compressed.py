@@ -58,19 +58,23 @@ def test_the_truth_has_a_subcomponent_a_feature_in_w_in_and_one_a_neuron_in_w_ou
     toy = TOYS[name]
     model = toy.build(0)
     truth = toy.truth(model)
-    assert [own.count for own in truth.sites.values()] == counts
+    assert [site_truth.count for site_truth in truth.sites.values()] == counts
     assert list(truth.sites) == tl_vpd.sites(model)["site"].tolist()
     _, cache = model.run_with_cache(truth.probe)
-    for site, own in truth.sites.items():
+    for site, site_truth in truth.sites.items():
         if site.endswith("W_in"):
             features = toy.n_features
-            assert not own.whole and torch.equal(own.pattern[:, :features], torch.eye(features).bool())
-            assert torch.equal(own.either.any(0), torch.arange(own.count) >= features)
+            assert not site_truth.whole and torch.equal(site_truth.pattern[:, :features], torch.eye(features).bool())
+            assert torch.equal(site_truth.either.any(0), torch.arange(site_truth.count) >= features)
             continue
-        assert own.whole and torch.equal(own.pattern, cache[site.replace("W_out", "hook_post")][:, 0] > 0)
+        assert site_truth.whole and torch.equal(site_truth.pattern, cache[site.replace("W_out", "hook_post")][:, 0] > 0)
         # Later layers read the stream as well as the unembedding.
-        assert own.visible.shape[1] == toy.n_features + toy.neurons * (toy.n_layers - 1 - int(site.split(".")[1]))
-        assert bool((own.either & ~own.pattern).sum() == 0) and 0 < int(own.either.sum()) < int(own.pattern.sum())
+        assert site_truth.visible.shape[1] == toy.n_features + toy.neurons * (
+            toy.n_layers - 1 - int(site.split(".")[1])
+        )
+        assert bool((site_truth.either & ~site_truth.pattern).sum() == 0) and 0 < int(site_truth.either.sum()) < int(
+            site_truth.pattern.sum()
+        )
     data = toy.batches(1).at(0)
     assert data.shape == (1, 64, toy.n_features) and data.min() < 0
 
@@ -109,8 +113,8 @@ class Known:
     def output(self, inputs, masks):
         h = inputs @ self.model.W_E
         for layer in range(len(self.model.layers)):
-            own = [f"layers.{layer}.{name}" for name in ("W_in", "W_out")]
-            W_in, W_out = (torch.einsum("bpn, nio -> bpio", masks[site], self.pieces(site)) for site in own)
+            site_names = [f"layers.{layer}.{name}" for name in ("W_in", "W_out")]
+            W_in, W_out = (torch.einsum("bpn, nio -> bpio", masks[site], self.pieces(site)) for site in site_names)
             h = h + ((h[..., None, :] @ W_in).relu() @ W_out)[..., 0, :]
         return h @ self.model.W_E.T
 

@@ -32,11 +32,11 @@ def test_the_next_word_at_a_latent_is_the_one_it_decides(step, context):
     words, latents = data.words(step), data.latents(step)
     following = [row[1 : context + 1] for row in longer.words(step)]
     assert [row[:context] for row in longer.words(step)] == words and set(latents) == set(LATENTS)
-    assert all(own.shape == (6, context) for own in latents.values())
+    assert all(positions.shape == (6, context) for positions in latents.values())
     assert int(torch.stack(list(latents.values())).sum(0).max()) <= 1
     for name, where in latents.items():
-        for row, after, own in zip(words, following, where.tolist(), strict=True):
-            for at, needed in enumerate(own):
+        for row, after, positions in zip(words, following, where.tolist(), strict=True):
+            for at, needed in enumerate(positions):
                 if not needed:
                     continue
                 assert after[at] in ADJECTIVES if name == "it_is" else after[at] == NEXT[name]
@@ -52,7 +52,7 @@ def test_the_next_word_at_a_latent_is_the_one_it_decides(step, context):
 def test_every_latent_is_needed_at_some_tokens_of_a_batch_and_none_is_missed():
     data = Sentences(context=33, batch_size=64, seed=0)
     words, latents = data.words(0), data.latents(0)
-    assert all(int(own.sum()) > 10 for own in latents.values())
+    assert all(int(positions.sum()) > 10 for positions in latents.values())
     pronouns = sum(word in ("her", "his") for row in words for word in row[1:])
     inside = sum(int(latents[name][:, :-1].sum()) for name in ("her", "his"))
     assert pronouns == inside

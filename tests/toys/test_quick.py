@@ -1,4 +1,4 @@
-"""Small toys taken apart for a few hundred steps: what the long runs finish is on its way, and was not there at the start."""
+"""Small toys decomposed for a few hundred steps: what the long runs finish has begun, and was not there at the start."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_lengths_and_outputs_come_closer_to_the_truth(method, identity):
     start, end = (decomposed(SMALL[identity], method, steps) for steps in (5, 600))
     assert end.reconstruction["adversarial"] < 0.5 * end.reconstruction["zero"]
     assert end.reconstruction["adversarial"] < 0.7 * start.reconstruction["adversarial"]
-    before, after = (own.sites.set_index("site") for own in (start, end))
+    before, after = (quality.sites.set_index("site") for quality in (start, end))
     for site in ("embed", "unembed"):
         assert after.loc[site, "ml2r"] > 1.5 * before.loc[site, "ml2r"]
         assert after.loc[site, "mmcs"] > 0.93

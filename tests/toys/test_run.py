@@ -46,15 +46,15 @@ def test_entries_are_written_seed_by_seed_and_not_made_twice(command, monkeypatc
         ("tms_5_2_id", "apd", 0),
         ("tms_5_2_id", "apd", 1),
     ]
-    own = more["tms_5_2_id"]["vpd"]
-    assert own["seed"] == [0, 1] and own["true"] == {"embed": 5, "identity": 2, "unembed": 5}
-    assert [len(own[name]) for name in ("mmcs", "ml2r", "seconds")] == [2, 2, 2]
-    assert all(len(counts) == 2 for counts in own["alive"].values())
-    assert own["mmcs"][0] == result["tms_5_2_id"]["vpd"]["mmcs"][0] and own["settings"]["steps"] == 5
-    assert {"torch", "numpy"} <= set(own["versions"]) and own["target"]["seed"] == [0, 0]
-    assert set(own["by_site"]["count_errors"]) == {"embed", "identity", "unembed"}
-    assert set(own["by_site"]["together"]) == {"identity"} and set(own["by_site"]["mmcs"]) == {"embed", "unembed"}
-    assert set(own["reconstruction"]) >= {"unmasked", "stochastic", "adversarial"}
+    entry = more["tms_5_2_id"]["vpd"]
+    assert entry["seed"] == [0, 1] and entry["true"] == {"embed": 5, "identity": 2, "unembed": 5}
+    assert [len(entry[name]) for name in ("mmcs", "ml2r", "seconds")] == [2, 2, 2]
+    assert all(len(counts) == 2 for counts in entry["alive"].values())
+    assert entry["mmcs"][0] == result["tms_5_2_id"]["vpd"]["mmcs"][0] and entry["settings"]["steps"] == 5
+    assert {"torch", "numpy"} <= set(entry["versions"]) and entry["target"]["seed"] == [0, 0]
+    assert set(entry["by_site"]["count_errors"]) == {"embed", "identity", "unembed"}
+    assert set(entry["by_site"]["together"]) == {"identity"} and set(entry["by_site"]["mmcs"]) == {"embed", "unembed"}
+    assert set(entry["reconstruction"]) >= {"unmasked", "stochastic", "adversarial"}
     table = results.table(more)
     assert len(table) == 4 and table["alive identity"].str.fullmatch(r"\d+/2").all()
 
@@ -68,12 +68,12 @@ def test_entries_of_other_settings_are_refused(command):
 def test_settings_added_since_do_not_make_an_entry_another(command, tmp_path):
     result = command("--toy", "tms_5_2", "--steps", "3")
     del result["tms_5_2"]["vpd"]["settings"]["init_scale"]
-    own = recipe("tms_5_2", "vpd", steps=3).model_copy(update={"init_scale": 1.0})
+    settings = recipe("tms_5_2", "vpd", steps=3).model_copy(update={"init_scale": 1.0})
     (tmp_path / "found.json").write_text(json.dumps(result))
     assert results.is_measured(
-        tmp_path / "found.json", "tms_5_2", "vpd", 0, own.model_dump(mode="json", exclude={"seed"})
+        tmp_path / "found.json", "tms_5_2", "vpd", 0, settings.model_dump(mode="json", exclude={"seed"})
     )
-    with pytest.raises(ValueError, match="with other settings"):  # the recipe's own is no default
+    with pytest.raises(ValueError, match="with other settings"):  # the recipe's value is not the default
         command("--toy", "tms_5_2", "--steps", "3")
 
 
@@ -91,30 +91,36 @@ def test_a_target_is_trained_once_and_read_from_then_on(command, tmp_path, capsy
 @pytest.mark.parametrize("toy", ["induction", "grammar"])
 def test_language_toys_are_measured_by_what_is_known(command, toy, method, monkeypatch):
     def small(name: str, method: str, **given: int) -> VPDConfig:
-        own = recipe(name, method, **given)
-        gamma = own.gamma.model_copy(update={"d_ci": 8, "n_blocks": 1, "n_heads": 2, "hidden": 2})
-        return own.model_copy(update={"C": 4, "batch_size": 2, "gamma": gamma})
+        settings = recipe(name, method, **given)
+        gamma = settings.gamma.model_copy(update={"d_ci": 8, "n_blocks": 1, "n_heads": 2, "hidden": 2})
+        return settings.model_copy(update={"C": 4, "batch_size": 2, "gamma": gamma})
 
     monkeypatch.setattr(runner, "recipe", small)
-    own = command("--toy", toy, "--method", method, "--steps", "2")[toy][method]
+    entry = command("--toy", toy, "--method", method, "--steps", "2")[toy][method]
     truth = TOYS[toy].truth(TOYS[toy].build())
-    assert set(own["latents"]) == set(truth.latents) and set(own["needed"]) == set(truth.needed)
+    assert set(entry["latents"]) == set(truth.latents) and set(entry["needed"]) == set(truth.needed)
     assert bool(truth.latents) != bool(truth.needed)
-    assert all(":" in result["subcomponent"][0] for result in own["latents"].values())
-    for result in (*own["latents"].values(), *own["needed"].values()):
+    assert all(":" in result["subcomponent"][0] for result in entry["latents"].values())
+    for result in (*entry["latents"].values(), *entry["needed"].values()):
         assert 0 <= result["overlap"][0] <= 1 and 0 <= result["chance"][0] <= 1
-    assert own["true"] == {} and "mmcs" not in own and own["reconstruction"]["zero"][0] > 0
+    assert entry["true"] == {} and "mmcs" not in entry and entry["reconstruction"]["zero"][0] > 0
 
 
 def test_every_toy_has_a_recipe_of_vpd_and_its_steps_and_seed_can_be_set():
     for name in TOYS:
-        own = recipe(name, "vpd", seed=7, steps=11)
-        assert isinstance(own, VPDConfig) and (own.seed, own.steps) == (7, 11) and own.coefficients.adversarial > 0
-        assert own.output == TOYS[name].output
-        assert recipe(name, "vpd").model_copy(update={"seed": 7, "steps": 11}) == own
+        settings = recipe(name, "vpd", seed=7, steps=11)
+        assert (
+            isinstance(settings, VPDConfig)
+            and (settings.seed, settings.steps) == (7, 11)
+            and settings.coefficients.adversarial > 0
+        )
+        assert settings.output == TOYS[name].output
+        assert recipe(name, "vpd").model_copy(update={"seed": 7, "steps": 11}) == settings
     for name in ("induction", "grammar"):
-        own = recipe(name, "spd")
-        assert own.output == "kl" and own.coefficients.layerwise == 1 and own.coefficients.adversarial == 0
+        settings = recipe(name, "spd")
+        assert (
+            settings.output == "kl" and settings.coefficients.layerwise == 1 and settings.coefficients.adversarial == 0
+        )
     assert recipe("tms_5_2", "spd").coefficients.adversarial == 0 and recipe("compressed", "spd").minimality.p_end == 2
 
 

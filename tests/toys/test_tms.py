@@ -55,7 +55,11 @@ def test_the_gradient_of_w_comes_from_both_layers():
 def test_the_truth_has_a_subcomponent_a_feature_and_the_whole_identity():
     toy = TOYS["tms_40_10_id"]
     truth = toy.truth(toy.build(0))
-    assert {site: own.count for site, own in truth.sites.items()} == {"embed": 40, "identity": 10, "unembed": 40}
+    assert {site: site_truth.count for site, site_truth in truth.sites.items()} == {
+        "embed": 40,
+        "identity": 10,
+        "unembed": 40,
+    }
     assert truth.sites["embed"].axis == "in" and truth.sites["unembed"].axis == "out"
     assert truth.sites["identity"].axis is None and bool(truth.sites["identity"].pattern.all())
     assert truth.probe.shape == (40, 1, 40)

@@ -207,7 +207,7 @@ def test_arguments_that_are_written_into_are_compared_as_well():
 @pytest.mark.parametrize(
     ("how", "settings", "message"),
     [
-        ({"checkpoint": True}, {}, "compile=True goes neither with checkpoint=True"),
+        ({"checkpoint": True}, {}, "compile=True cannot be combined with checkpoint=True"),
         ({}, {"dtype": torch.bfloat16}, r"needs a target in the dtype of V and U"),
     ],
 )

@@ -87,21 +87,21 @@ def test_rows_that_come_one_by_one_keep_their_order_over_epochs_and_after_resumi
 
 
 def test_rows_are_fetched_ahead_and_the_thread_ends():
-    seen = []
+    recorded = []
 
     class Slow:
         def __iter__(self):
             for row in rows(100):
-                seen.append(int(row[0]))
+                recorded.append(int(row[0]))
                 yield row
 
     before = threading.active_count()
     batches = batches_of(Slow(), 4, seed=0)
     batches.at(0)
     deadline = time.monotonic() + 10
-    while len(seen) < 4 * 4 and time.monotonic() < deadline:
+    while len(recorded) < 4 * 4 and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert 4 * 4 <= len(seen) <= 1 + 4 * 7  # a few batches ahead, and no more
+    assert 4 * 4 <= len(recorded) <= 1 + 4 * 7  # a few batches ahead, and no more
     batches.close()
     assert threading.active_count() == before
 

@@ -174,7 +174,7 @@ def test_a_full_disk_is_found_before_the_first_step_and_leaves_no_half_files(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(state_module, "save_file", full)
-    stop_before(monkeypatch, 0, AssertionError("a step was taken"))
+    stop_before(monkeypatch, 0, AssertionError("a step ran"))
     with pytest.raises(OSError, match="No space left"):
         run(target, rows, config, tmp_path)
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
@@ -308,9 +308,9 @@ def test_a_finished_run_without_its_states_is_not_written_over(target, rows, con
 
 
 def test_a_last_update_that_is_not_finite_is_no_result(target, rows, config, tmp_path):
-    own = changed(config, optimizer={"lr": 1e38}, steps=1, faithfulness={"warm_up_steps": 0})
+    diverging = changed(config, optimizer={"lr": 1e38}, steps=1, faithfulness={"warm_up_steps": 0})
     with pytest.raises(FloatingPointError, match="no result was written"):
-        run(target, rows, own, tmp_path)
+        run(target, rows, diverging, tmp_path)
     assert not (tmp_path / "decomposition").exists()
 
 

@@ -53,29 +53,29 @@ def tokens(step: int) -> Tensor:
     return ROWS[torch.randperm(12, generator=torch.Generator().manual_seed(step))[:4]]
 
 
-def steps(own: Trainer, n: int) -> list[StepMetrics]:
-    return [own.step(tokens(own.done)) for _ in range(n)]
+def steps(a_trainer: Trainer, n: int) -> list[StepMetrics]:
+    return [a_trainer.step(tokens(a_trainer.done)) for _ in range(n)]
 
 
-def contents(own: Any, where: str = "trainer", seen: set[int] | None = None) -> dict[str, Tensor | int | float]:
+def contents(item: Any, where: str = "trainer", visited: set[int] | None = None) -> dict[str, Tensor | int | float]:
     """Every tensor and number that can be reached from an object of this package or of torch.optim."""
-    seen = set() if seen is None else seen
-    if isinstance(own, Tensor | int | float):
-        return {where: own}
-    if id(own) in seen or isinstance(own, nn.Module | torch.Generator | torch.device | str):
-        return {} if not isinstance(own, nn.Module) else {f"{where}.{k}": p for k, p in own.named_parameters()}
-    seen.add(id(own))
-    if isinstance(own, dict):
-        parts = {f"{where}[{i}]": value for i, value in enumerate(own.values())}
-    elif isinstance(own, list | tuple):
-        parts = {f"{where}[{i}]": value for i, value in enumerate(own)}
-    elif type(own).__module__.split(".")[0] in ("tl_vpd", "torch") and hasattr(own, "__dict__"):
-        parts = {f"{where}.{name}": value for name, value in vars(own).items()}
+    visited = set() if visited is None else visited
+    if isinstance(item, Tensor | int | float):
+        return {where: item}
+    if id(item) in visited or isinstance(item, nn.Module | torch.Generator | torch.device | str):
+        return {} if not isinstance(item, nn.Module) else {f"{where}.{k}": p for k, p in item.named_parameters()}
+    visited.add(id(item))
+    if isinstance(item, dict):
+        parts = {f"{where}[{i}]": value for i, value in enumerate(item.values())}
+    elif isinstance(item, list | tuple):
+        parts = {f"{where}[{i}]": value for i, value in enumerate(item)}
+    elif type(item).__module__.split(".")[0] in ("tl_vpd", "torch") and hasattr(item, "__dict__"):
+        parts = {f"{where}.{name}": value for name, value in vars(item).items()}
     else:
         return {}
     results: dict[str, Tensor | int | float] = {}
     for name, value in parts.items():
-        results.update(contents(value, name, seen))
+        results.update(contents(value, name, visited))
     return results
 
 
@@ -85,7 +85,7 @@ def test_a_state_restores_everything_that_changes_and_the_next_steps_are_the_sam
         steps(one, 3)
         path = save_state(one, tmp_path)
         steps(other, 5)
-        torch.manual_seed(99)  # torch's own generator is not used
+        torch.manual_seed(99)  # torch's generator is not used
         load_state(other, path)
         a, b = contents(one), contents(other)
         assert a.keys() == b.keys()
@@ -125,15 +125,15 @@ def test_a_run_that_is_carried_out_in_another_way_says_that_it_goes_on_to_roundi
 
 
 def test_the_newest_states_stay(tmp_path):
-    with trainer() as own:
+    with trainer() as resumed:
         for keep in (3, 3, 3, 3, 1):
-            steps(own, 1)
-            save_state(own, tmp_path, keep=keep)
+            steps(resumed, 1)
+            save_state(resumed, tmp_path, keep=keep)
             names = sorted(p.name for p in tmp_path.iterdir())
-            first = max(1, own.done - keep + 1)
-            assert names == [f"step-{n:08d}.safetensors" for n in range(first, own.done + 1)]
+            first = max(1, resumed.done - keep + 1)
+            assert names == [f"step-{n:08d}.safetensors" for n in range(first, resumed.done + 1)]
         with pytest.raises(ValueError, match="keep_states is 0: at least one"):
-            save_state(own, tmp_path, keep=0)
+            save_state(resumed, tmp_path, keep=0)
 
 
 KILLED = """
@@ -147,12 +147,12 @@ def half(tensors, path, **more):
     path.write_bytes(whole[: len(whole) // 2])
     os.kill(os.getpid(), signal.SIGKILL)
 
-with t.trainer() as own:
-    t.steps(own, 2)
-    t.save_state(own, Path(sys.argv[1]))
-    t.steps(own, 1)
+with t.trainer() as resumed:
+    t.steps(resumed, 2)
+    t.save_state(resumed, Path(sys.argv[1]))
+    t.steps(resumed, 1)
     t.state_module.save_file = half
-    t.save_state(own, Path(sys.argv[1]))
+    t.save_state(resumed, Path(sys.argv[1]))
 """
 
 
@@ -165,11 +165,11 @@ def test_a_kill_in_the_middle_of_saving_leaves_the_state_before_and_its_remains_
     assert len(left) == 2 and sum(name.endswith(".tmp") for name in left) == 1
     state = latest_state(tmp_path)
     assert state is not None and state.name == "step-00000002.safetensors"
-    with trainer() as own, trainer() as undisturbed:
+    with trainer() as resumed, trainer() as undisturbed:
         steps(undisturbed, 2)
-        load_state(own, state)
-        assert steps(own, 1) == steps(undisturbed, 1)
-        save_state(own, tmp_path)
+        load_state(resumed, state)
+        assert steps(resumed, 1) == steps(undisturbed, 1)
+        save_state(resumed, tmp_path)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002.safetensors", "step-00000003.safetensors"]
 
 
@@ -190,19 +190,19 @@ def library(tensors, path, **more):
 @pytest.mark.parametrize("writer", [space, quota, library])
 def test_a_full_disk_is_named_and_the_state_before_stays_valid(tmp_path, monkeypatch, writer):
     folder = tmp_path / "run" / "state"
-    with trainer() as own:
+    with trainer() as resumed:
         monkeypatch.setattr(state_module, "save_file", writer)
         with pytest.raises(OSError, match="make room and start again") as none_yet:
-            save_state(own, folder)
+            save_state(resumed, folder)
         assert str(folder) in str(none_yet.value) and list(folder.iterdir()) == []
         monkeypatch.undo()
-        steps(own, 1)
-        before = save_state(own, folder, keep=1)
+        steps(resumed, 1)
+        before = save_state(resumed, folder, keep=1)
         held = load_file(before)
-        steps(own, 1)
+        steps(resumed, 1)
         monkeypatch.setattr(state_module, "save_file", writer)
         with pytest.raises(OSError, match=r"No space left on the disk of .* for a state of 0\.\d MB") as result:
-            save_state(own, folder, keep=1)
+            save_state(resumed, folder, keep=1)
         assert str(folder) in str(result.value) and "step-00000001.safetensors is intact" in str(result.value)
         assert list(folder.iterdir()) == [before]
         assert all(torch.equal(t, load_file(before)[k]) for k, t in held.items())
@@ -214,17 +214,17 @@ from pathlib import Path
 import tests.training.test_state as t
 
 folder = Path(sys.argv[1])
-with t.trainer() as own:
-    t.steps(own, 1)
-    t.save_state(own, folder, keep=1)
-    t.steps(own, 1)
+with t.trainer() as resumed:
+    t.steps(resumed, 1)
+    t.save_state(resumed, folder, keep=1)
+    t.steps(resumed, 1)
     try:
-        t.save_state(own, folder, keep=1)
+        t.save_state(resumed, folder, keep=1)
     except OSError as error:
         print(error)
     print([p.name for p in folder.iterdir()])
-with t.trainer() as own:
-    t.load_state(own, t.latest_state(folder))
+with t.trainer() as resumed:
+    t.load_state(resumed, t.latest_state(folder))
     print(own.step(t.tokens(1)).total)
 """
 
@@ -243,8 +243,8 @@ def test_a_disk_that_is_really_full_leaves_the_state_before(tmp_path):
     message, names, total = ended.stdout.splitlines()
     assert f"No space left on the disk of {tmp_path}" in message and "step-00000001.safetensors is intact" in message
     assert names == "['step-00000001.safetensors']"
-    with trainer() as own:
-        assert float(total) == steps(own, 2)[1].total
+    with trainer() as resumed:
+        assert float(total) == steps(resumed, 2)[1].total
 
 
 def test_another_failure_of_the_disk_is_an_os_error_too(tmp_path, monkeypatch):
@@ -252,8 +252,8 @@ def test_another_failure_of_the_disk_is_an_os_error_too(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(state_module, "save_file", broken)
-    with trainer() as own, pytest.raises(OSError, match=r"No state could be written to .*Input/output error"):
-        save_state(own, tmp_path)
+    with trainer() as resumed, pytest.raises(OSError, match=r"No state could be written to .*Input/output error"):
+        save_state(resumed, tmp_path)
 
 
 def test_a_run_keeps_as_many_states_as_it_is_told(tmp_path):
@@ -264,17 +264,17 @@ def test_a_run_keeps_as_many_states_as_it_is_told(tmp_path):
 
 
 def test_a_state_of_another_shape_is_refused_by_name(tmp_path):
-    with trainer() as own:
-        path = save_state(own, tmp_path)
+    with trainer() as resumed:
+        path = save_state(resumed, tmp_path)
         tensors = load_file(path)
         tensors["sources/first"] = tensors["sources/first"][:, :2].contiguous()
         rewrite(path, tensors)
         with pytest.raises(ValueError, match=r"sources/first is \(4, 2, \d+\), this run's is \(4, 3, \d+\)"):
-            load_state(own, path)
+            load_state(resumed, path)
         del tensors["sources/first"]
         rewrite(path, tensors)
         with pytest.raises(ValueError, match="sources/first is missing"):
-            load_state(own, path)
+            load_state(resumed, path)
 
 
 FLAT = {

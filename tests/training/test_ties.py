@@ -41,10 +41,11 @@ def test_the_gradient_is_that_of_a_function_of_the_first_sites_matrices_alone():
 
     def value(V1, U1, V2, U2):
         return (
-            sum((m * own).sin().sum() for m, own in zip((V1, U1, V2, U2), w, strict=True)) + (V1 @ U1 @ V2 @ U2).sum()
+            sum((m * weight).sin().sum() for m, weight in zip((V1, U1, V2, U2), w, strict=True))
+            + (V1 @ U1 @ V2 @ U2).sum()
         )
 
-    V, U = (own["a"].detach().clone().requires_grad_() for own in (parts.V, parts.U))
+    V, U = (matrices["a"].detach().clone().requires_grad_() for matrices in (parts.V, parts.U))
     expected = torch.autograd.grad(value(V, U, U.T, V.T), (V, U))
     value(parts.V["a"], parts.U["a"], parts.V["b"], parts.U["b"]).backward()
     ties.collect()
@@ -63,9 +64,9 @@ def test_a_follower_alone_gives_its_gradient_to_what_it_follows():
 @pytest.mark.parametrize("compile", [False, "recorded"])
 @pytest.mark.parametrize("init", ["normal", "channels"])
 def test_training_moves_both_and_keeps_them_tied(compile, init):
-    model, own = TOY.build(0), config(init=init, init_scale=0.5)
-    before = new_decomposition(model, own)
-    run = decompose(model, TOY.batches(2, seed=1), own, execution=ExecutionConfig(compile=compile), progress=False)
+    model, settings = TOY.build(0), config(init=init, init_scale=0.5)
+    before = new_decomposition(model, settings)
+    run = decompose(model, TOY.batches(2, seed=1), settings, execution=ExecutionConfig(compile=compile), progress=False)
     assert tied(before) and tied(run.decomposition)
     assert not torch.allclose(before.V["embed"], run.decomposition.V["embed"], atol=1e-3)
     apart = decompose(model, TOY.batches(2, seed=1), config(tied=(), init=init), progress=False).decomposition
@@ -125,22 +126,24 @@ def test_two_processes_keep_sites_tied_and_give_what_one_gives(tmp_path):
         finish(start(tmp_path / str(processes), "tied", processes=processes))
     one, two = (Decomposition.load(tmp_path / str(n) / "decomposition") for n in (1, 2))
     first, second = TIED
-    for own in (one, two):
-        assert torch.equal(own.V[second], own.U[first].T) and torch.equal(own.U[second], own.V[first].T)
+    for components in (one, two):
+        assert torch.equal(components.V[second], components.U[first].T) and torch.equal(
+            components.U[second], components.V[first].T
+        )
     for name in one.sites:
         # Adam gives an entry whose gradient is rounding noise a full-length step.
         assert float((one.V[name] - two.V[name]).abs().gt(1e-4).float().mean()) < 0.05, name
 
 
 def test_a_refused_step_leaves_no_gradient_behind():
-    model, own = TOY.build(0), config(coefficients=Coefficients(adversarial=0.0))
+    model, settings = TOY.build(0), config(coefficients=Coefficients(adversarial=0.0))
     good = TOY.batches(2, seed=1).at(0)
     bad = good.clone()
     bad[0, 0, 0] = float("nan")
     norms = []
     for refused in (False, True):
-        with MaskedModel(vpd := new_decomposition(model, own), model) as masked_model:
-            trainer = Trainer(masked_model, own, (2, 64))
+        with MaskedModel(vpd := new_decomposition(model, settings), model) as masked_model:
+            trainer = Trainer(masked_model, settings, (2, 64))
             if refused:
                 with pytest.raises(FloatingPointError, match="not finite"):
                     trainer.step(bad)

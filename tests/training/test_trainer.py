@@ -56,12 +56,12 @@ def test_a_batch_in_parts_gives_the_losses_and_weights_of_the_whole(name, token_
     if not SETTINGS[name].get("merged"):
         others += [{"micro_batch": 3}]
     for how in others:
-        parts, own, own_sources = run(token_mask=real, **how, **SETTINGS[name])
+        parts, split, own_sources = run(token_mask=real, **how, **SETTINGS[name])
         for a, b in zip(parts, whole, strict=True):
             for field in ("total", "stochastic", "adversarial", "importance", "frequency", "faithfulness", "l0"):
                 assert getattr(a, field) == pytest.approx(getattr(b, field), rel=1e-9), field
         for k in weights:
-            assert_close(own[k], weights[k], rtol=1e-7, atol=1e-8, msg=k)
+            assert_close(split[k], weights[k], rtol=1e-7, atol=1e-8, msg=k)
         assert_close(own_sources, sources, rtol=1e-6, atol=1e-6)
 
 

@@ -39,15 +39,15 @@ def config(**settings) -> VPDConfig:
 def one_site_masked(
     model: TwoLayers, vpd: Decomposition, x: torch.Tensor, site: str, sources: torch.Tensor
 ) -> torch.Tensor:
-    """The output with each input's own edited weight at one site."""
+    """The output with a separate edited weight for each input at one site."""
     W = {"fc": model.fc.weight.T, "head.out": model.head.out.weight.T}
     with torch.no_grad():
         inputs = {"fc": x, "head.out": model.fc(x).relu()}
         g = vpd.site_axis.split_sites(lower_leaky(vpd.pre_sigmoid(inputs)))[site]
         outputs = []
-        for row, own, r in zip(x, g, sources, strict=True):
+        for row, importances, r in zip(x, g, sources, strict=True):
             V, U = vpd.V[site], vpd.U[site]
-            mask = own + (1 - own) * r[:-1]
+            mask = importances + (1 - importances) * r[:-1]
             edited = dict(W)
             edited[site] = (V * mask) @ U + r[-1] * (W[site] - V @ U)
             outputs.append((row @ edited["fc"] + model.fc.bias).relu() @ edited["head.out"])
@@ -64,7 +64,8 @@ def test_the_layerwise_loss_is_the_mean_over_sites_of_the_error_with_that_site_m
         sources = {"fc": drawn[:, [*range(5), 10]], "head.out": drawn[:, [*range(5, 10), 11]]}
         target = model(x[:, 0])
         errors = [
-            (one_site_masked(model, vpd, x[:, 0], site, own) - target).square().mean() for site, own in sources.items()
+            (one_site_masked(model, vpd, x[:, 0], site, source) - target).square().mean()
+            for site, source in sources.items()
         ]
         metrics = trainer.step(x)
     assert metrics.layerwise == pytest.approx(float(sum(errors) / 2), rel=1e-5)
@@ -74,11 +75,13 @@ def test_the_layerwise_loss_is_the_mean_over_sites_of_the_error_with_that_site_m
 @pytest.mark.parametrize("merged", [False, True])
 def test_parts_of_a_batch_give_the_layerwise_loss_of_the_whole(merged):
     x, results = normal(4, 2, 4).float(), []
-    own = config(batch_size=4, coefficients=Coefficients(layerwise=0.7), merged=merged, stochastic_routing="all")
+    settings = config(batch_size=4, coefficients=Coefficients(layerwise=0.7), merged=merged, stochastic_routing="all")
     for micro_batch in (None, 2):
         model = seeded(TwoLayers).float()
-        with MaskedModel(vpd := new_decomposition(model, own), model) as masked_model:
-            metrics = Trainer(masked_model, own, (4, 2), execution=ExecutionConfig(micro_batch=micro_batch)).step(x)
+        with MaskedModel(vpd := new_decomposition(model, settings), model) as masked_model:
+            metrics = Trainer(masked_model, settings, (4, 2), execution=ExecutionConfig(micro_batch=micro_batch)).step(
+                x
+            )
         results.append((metrics.layerwise, metrics.total, metrics.grad_norm, vpd.V["fc"].detach().clone()))
     assert results[0][:3] == pytest.approx(results[1][:3], rel=1e-4)
     assert_close(results[0][3], results[1][3], atol=2e-3, rtol=0)
@@ -98,11 +101,11 @@ def test_without_the_coefficient_nothing_is_drawn_for_it():
     "settings", [{}, dict(coefficients=Coefficients(layerwise=1)), dict(merged=True, batch_size=4)]
 )
 def test_vectors_without_positions_are_sequences_of_one(settings):
-    own, results = config(**settings), []
-    data = normal(own.batch_size * 2, 4).float()
+    values, results = config(**settings), []
+    data = normal(values.batch_size * 2, 4).float()
     for rows in (data, data[:, None]):
         model = seeded(TwoLayers).float()
-        run = decompose(model, rows, own, saving=SavingConfig(log_every=1), progress=False)
+        run = decompose(model, rows, values, saving=SavingConfig(log_every=1), progress=False)
         results.append((run.history, run.decomposition))
     assert_close(results[0][0].to_numpy(), results[1][0].to_numpy(), rtol=1e-4, atol=1e-7)
     assert_close(results[0][1].V["fc"], results[1][1].V["fc"], rtol=0, atol=1e-3)
@@ -133,14 +136,14 @@ class Endless:
 
 
 def test_data_without_end_give_the_batch_of_each_step_and_a_run_resumes_on_them(tmp_path):
-    model, own = seeded(TwoLayers).float(), config(coefficients=Coefficients(layerwise=1))
-    whole = decompose(copy.deepcopy(model), Endless(), own, progress=False)
+    model, settings = seeded(TwoLayers).float(), config(coefficients=Coefficients(layerwise=1))
+    whole = decompose(copy.deepcopy(model), Endless(), settings, progress=False)
     half = decompose(
-        model, Endless(), own, saving=SavingConfig(folder=tmp_path, save_every=2, keep_states=5), progress=False
+        model, Endless(), settings, saving=SavingConfig(folder=tmp_path, save_every=2, keep_states=5), progress=False
     )
     for late in tmp_path.glob("state/*0004*"):
         late.unlink()
-    resumed = decompose(model, Endless(), own, saving=SavingConfig(folder=tmp_path), resume=True, progress=False)
+    resumed = decompose(model, Endless(), settings, saving=SavingConfig(folder=tmp_path), resume=True, progress=False)
     for a, b, c in zip(*(r.decomposition.parameters() for r in (whole, half, resumed)), strict=True):
         assert torch.equal(a, b) and torch.equal(a, c)
     with pytest.raises(ValueError, match="batches of 3 rows and batch_size is 4: give both the same number"):
@@ -156,7 +159,7 @@ def test_a_scaled_start_is_the_start_times_the_scale():
 
 
 def test_a_state_written_before_a_setting_existed_can_be_resumed(tmp_path, monkeypatch):
-    model, own = seeded(TwoLayers).float(), config()
+    model, settings = seeded(TwoLayers).float(), config()
     dumped = VPDConfig.model_dump_json
 
     def older(self) -> str:
@@ -169,11 +172,17 @@ def test_a_state_written_before_a_setting_existed_can_be_resumed(tmp_path, monke
     with monkeypatch.context() as patch:
         patch.setattr(VPDConfig, "model_dump_json", older)
         decompose(
-            model, Endless(), own, saving=SavingConfig(folder=tmp_path, save_every=2, keep_states=5), progress=False
+            model,
+            Endless(),
+            settings,
+            saving=SavingConfig(folder=tmp_path, save_every=2, keep_states=5),
+            progress=False,
         )
     for late in tmp_path.glob("state/*0004*"):
         late.unlink()
-    assert decompose(model, Endless(), own, saving=SavingConfig(folder=tmp_path), resume=True, progress=False).finished
+    assert decompose(
+        model, Endless(), settings, saving=SavingConfig(folder=tmp_path), resume=True, progress=False
+    ).finished
 
 
 @pytest.mark.parametrize("as_array", [False, True])

@@ -22,9 +22,9 @@ def data_of(html):
 
 
 def test_nodes_edges_and_hover_texts():
-    own = by_hand()
-    data = data_of(picture(own).body)
-    assert data["labels"] == list(own.labels)
+    graph = by_hand()
+    data = data_of(picture(graph).body)
+    assert data["labels"] == list(graph.labels)
     assert [e[2] for e in data["edges"]] == [-3, 2, -2, 1.5, 1, 1, -1, 0.5]
     assert data["y"][5] == 3 and data["x"][5] == 1 and data["y"][0] == 0
     about = data["about"][2]
@@ -33,13 +33,13 @@ def test_nodes_edges_and_hover_texts():
 
 
 def test_text_from_tokens_is_escaped_and_the_page_needs_no_network(tmp_path):
-    own = by_hand()
+    graph = by_hand()
     evil = LogitTarget(3, 1, None, "</script><img src=x>", 0.5)
-    panel = picture(dataclasses.replace(own, logits=(evil,)))
+    panel = picture(dataclasses.replace(graph, logits=(evil,)))
     path = panel.save(tmp_path / "graph.html")
     text = path.read_text(encoding="utf-8")
     assert "</script><img" not in text and not addresses(text.partition("<script>")[0])
-    assert panel.html == picture(dataclasses.replace(own, logits=(evil,))).html
+    assert panel.html == picture(dataclasses.replace(graph, logits=(evil,))).html
 
 
 def test_a_models_graph_with_tokens_of_its_subcomponents(model, vpd, tokens):

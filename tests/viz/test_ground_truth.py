@@ -21,8 +21,8 @@ class Columns:
             axis = 0 if name == "embed" else 1
             n = weight.shape[axis]
             eye = torch.eye(n)
-            own = [eye[j][:, None] * weight if axis == 0 else weight * eye[j] for j in order]
-            self.by_site[name] = torch.stack([*own, torch.zeros_like(weight)])
+            matrices = [eye[j][:, None] * weight if axis == 0 else weight * eye[j] for j in order]
+            self.by_site[name] = torch.stack([*matrices, torch.zeros_like(weight)])
 
     def pieces(self, site):
         return self.by_site[site]
@@ -45,9 +45,9 @@ def test_every_piece_lies_on_its_feature(features, hidden):
     result = Columns(model, order)
     for name, known in truth.sites.items():
         weight = {"embed": model.embed, "unembed": model.unembed}[name].weight.detach().T
-        true, own = known.effects(weight), known.effects(result.pieces(name)[:-1])
+        true, effects = known.effects(weight), known.effects(result.pieces(name)[:-1])
         for piece, j in enumerate(order):
-            assert_close(own[piece, j], true[j])
+            assert_close(effects[piece, j], true[j])
     figure = ground_truth(result, model, toy.batches(2, seed=0).at(0), truth)
     panels = [axes for axes in figure.axes if axes.get_title()]
     assert [axes.get_title() for axes in panels] == [f"{n}: {features} alive of {features} true" for n in truth.sites]
@@ -74,7 +74,7 @@ class Fixed:
         self.g = g
 
     def importances(self, inputs):
-        return {site: own[: len(inputs)] for site, own in self.g.items()}
+        return {site: values[: len(inputs)] for site, values in self.g.items()}
 
     def pieces(self, site):
         raise AssertionError("This picture needs no pieces.")

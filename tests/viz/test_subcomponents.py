@@ -25,8 +25,8 @@ EVIL = "</script><b>&\"'\n x"
 @pytest.fixture
 def found(model, vpd) -> Harvest:
     """A harvest in which every token's text is hostile."""
-    own = harvest(vpd, model, some_tokens(shape=(6, 7)), config=HarvestConfig(windows=3, radius=2))
-    return replace(own, names={i: f"{EVIL}{i}" for i in own.names})
+    record = harvest(vpd, model, some_tokens(shape=(6, 7)), config=HarvestConfig(windows=3, radius=2))
+    return replace(record, names={i: f"{EVIL}{i}" for i in record.names})
 
 
 def fullest(found: Harvest) -> str:
@@ -64,17 +64,17 @@ def test_the_place_of_a_window_holds_its_text_until_it_is_drawn():
 def test_the_panel_says_what_the_harvest_found(model, vpd):
     found = harvest(vpd, model, some_tokens(shape=(6, 7)), config=HarvestConfig(windows=3, radius=2))
     address = fullest(found)
-    own, panel = found[address], viz.subcomponent(found, address, note="a <label>", tokens=2)
+    record, panel = found[address], viz.subcomponent(found, address, note="a <label>", tokens=2)
     assert panel.title == address
     assert panel.needs_circuitsvis
-    assert f"<b>{own.density:.2%} of tokens</b>" in panel.body
-    assert f"<b>{own.firings:,} times</b>" in panel.body
+    assert f"<b>{record.density:.2%} of tokens</b>" in panel.body
+    assert f"<b>{record.firings:,} times</b>" in panel.body
     assert "<p>a &lt;label&gt;</p>" in panel.body
-    assert [f"row {w.row}, token {w.pos}" in panel.body for w in own.windows] == [True] * 3
+    assert [f"row {w.row}, token {w.pos}" in panel.body for w in record.windows] == [True] * 3
     cells = re.findall(r'<span class="tok">(.*?)</span></td><td>.*?</td><td>(\d+)</td>', panel.body)
     expected = [
         (token, str(count))
-        for find in (own.input_tokens, own.output_tokens)
+        for find in (record.input_tokens, record.output_tokens)
         for by in ("pmi", "recall")
         for token, count in find(2, by=by)[["token", "count"]].itertuples(index=False)
     ]
