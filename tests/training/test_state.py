@@ -225,7 +225,7 @@ with t.trainer() as resumed:
     print([p.name for p in folder.iterdir()])
 with t.trainer() as resumed:
     t.load_state(resumed, t.latest_state(folder))
-    print(own.step(t.tokens(1)).total)
+    print(resumed.step(t.tokens(1)).total)
 """
 
 
