@@ -126,6 +126,9 @@ def build(
     """A model of a family and class.
 
     Args:
+        name: of the family.
+        kind: of model.
+        dtype: of its weights.
         processing: which of ``PROCESSING`` are on (None: none; for ``compatible`` what it does by itself, which is all).
         source: the plain module to make it from (None: a fresh one). A bridge rewires it.
 

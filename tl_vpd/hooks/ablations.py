@@ -1,8 +1,8 @@
 """Masks and ablations as lists of ``fwd_hooks``, for ``run_with_hooks`` and everything else that takes them.
 
 They act on the HookPoints that ``Decomposition.attach`` puts on the model, so the model must be attached. ``mask_hooks`` and
-``delta_hooks`` set masks; ``ablation_hooks`` multiplies the masks that earlier hooks set, or replaces activations by other values,
-so that several lists compose in their order:
+``delta_hooks`` set masks; ``ablation_hooks`` multiplies the masks that earlier hooks set, or replaces activations by other
+values, so that several lists compose in their order:
 
     y = y₀ − Σ_{c ∈ S} amount · a_c U[c]                  removed from the target (other masks and Δ at 1)
     y = y₀ − Σ_{c ∈ S} amount · (a_c − v_c) U[c]          mean- and resample-ablation, with the values v

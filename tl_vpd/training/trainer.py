@@ -268,7 +268,9 @@ def _engine(masked_model: MaskedModel, config: VPDConfig, execution: ExecutionCo
     """What runs the passes."""
     dtype = next(masked_model.weights.weights.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"V, U and Γ are in {dtype}, in which small updates are lost: train with decomposition.float().")
+        raise ValueError(
+            f"V, U and Γ are in {dtype}, in which small updates are lost: train with decomposition.float()."
+        )
     passes = masked_model, config.output, config.squash
     options = execution.model_dump(include={"precision", "blocked_logits"})
     if not execution.compile:
