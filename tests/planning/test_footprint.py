@@ -17,7 +17,7 @@ CONFIG = VPDConfig(steps=9, batch_size=4, C=5, gamma=GAMMA, stochastic_routing="
 WIDE = VPDConfig(C=64, batch_size=8)
 ATEN = torch.ops.aten
 OPERATIONS = {
-    ATEN.addmm_: lambda decomposition, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1],
+    ATEN.addmm_: lambda target, a, b, out_shape=None, **_: 2 * a[0] * a[1] * b[1],
     ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(
         grad, q, k, v

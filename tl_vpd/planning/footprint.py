@@ -1,7 +1,6 @@
 """What decomposing a model costs: bytes by part, and FLOPs of the matrix products of a step, from shapes alone.
 
-    >>> from tl_vpd.configs import config_of
-from tl_vpd.planning.target import TransformerShape
+    >>> from tl_vpd.planning.target import TransformerShape
     >>> gpt2 = TransformerShape(layers=12, d_model=768, heads=12, d_mlp=3072, vocabulary=50257, others=768 * 1024)
     >>> config = VPDConfig(batch_size=64, gamma={"d_ci": 1536, "n_blocks": 6, "n_heads": 16})
     >>> cost = footprint(Target.of(gpt2), config, context=512, execution=ExecutionConfig(micro_batch=4))
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
+from tl_vpd.configs import config_of
 from tl_vpd.planning.flops import flops_of
 from tl_vpd.planning.memory import bytes_of
 from tl_vpd.planning.run_shape import RunShape
