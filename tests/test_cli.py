@@ -57,7 +57,7 @@ def test_train_then_eval(tmp_path: Path):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"vpd": "{stepz: 2}"}, "vpd.stepz"),
+        ({"vpd": "{stepz: 2}"}, "vpd: VPDConfig has no 'stepz' (did you mean 'steps'?)"),
         ({"vpd": "{steps: 0}"}, "vpd.steps"),
         ({"vpd": "{C: 0}"}, "at least one subcomponent"),
         ({"vpd": "{sites: [blocks.7.*]}"}, "No site matches 'blocks.7.*'"),
@@ -65,10 +65,13 @@ def test_train_then_eval(tmp_path: Path):
         ({"data": "{key: test}"}, "'training' and 'validation'"),
         ({"modle": "{}"}, "modle"),
         ({"saving": "{log_every: 5}"}, "saving.folder is missing"),
-        ({"execution": "{micro_batches: 2}"}, "execution.micro_batches"),
+        (
+            {"execution": "{micro_batches: 2}"},
+            "execution: ExecutionConfig has no 'micro_batches' (did you mean 'micro_batch'?)",
+        ),
         ({"execution": "{sharding: most}"}, "execution.sharding: Input should be 'none', 'optimizer' or 'full'"),
         ({"saving": "{keep_states: 0}"}, "saving.keep_states"),
-        ({"data": "{contxt: 8}"}, "data.contxt"),
+        ({"data": "{contxt: 8}"}, "data: DataRecipe has no 'contxt' (did you mean 'context'?)"),
     ],
 )
 def test_mistakes_in_a_recipe_end_in_one_sentence(tmp_path: Path, parts: dict[str, str], message: str):

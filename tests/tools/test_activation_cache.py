@@ -129,7 +129,7 @@ def test_an_ablation_or_a_patch_of_w_o_counts_and_looking_does_not(case):
         with attached.masked("unmasked", delta=1.0):
             _, at_one = case.model.run_with_cache(case.tokens)
     for cache in (by_hooks, by_context, patched):
-        with pytest.raises(ValueError, match=r"blocks\.1\.attn\.W_O put out"):
+        with pytest.raises(ValueError, match=r"blocks\.1\.attn\.W_O had another output"):
             cache.stack_head_results()
     expected = case.fresh().run_with_cache(case.tokens)[1].stack_head_results()
     for cache in (looked_at, at_one):

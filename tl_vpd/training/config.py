@@ -34,7 +34,7 @@ class Frozen(BaseModel):
     def _refuse_unknown(cls, fields: Any) -> Any:
         for name in fields if isinstance(fields, Mapping) else ():
             if name not in cls.model_fields:
-                near = nearest(name, cls.model_fields)
+                near = nearest(str(name), cls.model_fields)
                 raise ValueError(f"{cls.__name__} has no {name!r}{near}: its fields are {', '.join(cls.model_fields)}.")
         return fields
 
