@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.analysis.metric import Metric, number_of
-from tl_vpd.configs import check_threshold, config_of
+from tl_vpd.checks import check_threshold, config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.importances import causal_importances

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from tl_vpd.analysis.records import Harvest
 from tl_vpd.analysis.tally import HarvestConfig, Tally
-from tl_vpd.configs import config_of
+from tl_vpd.checks import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.site import Subcomponent

@@ -20,8 +20,8 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
+from tl_vpd.checks import config_of
 from tl_vpd.components.storage import library_versions
-from tl_vpd.configs import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.adversaries import EXPLANATIONS
 from tl_vpd.evaluation.batch import BatchStore

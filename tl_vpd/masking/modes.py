@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.configs import check_threshold
+from tl_vpd.checks import check_threshold
 from tl_vpd.masking.masks import Masks, constant_masks, masks_from_sources
 from tl_vpd.site import ConcatenatedAxis, nearest
 

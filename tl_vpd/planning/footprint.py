@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from tl_vpd.configs import config_of
+from tl_vpd.checks import config_of
 from tl_vpd.planning.flops import flops_of
 from tl_vpd.planning.memory import bytes_of
 from tl_vpd.planning.run_shape import RunShape

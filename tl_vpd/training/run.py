@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
-from tl_vpd.configs import config_of
+from tl_vpd.checks import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.training.config import ExecutionConfig, SavingConfig, VPDConfig

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.analysis.attention.layer import attention_site
-from tl_vpd.configs import check_threshold, config_of
+from tl_vpd.checks import check_threshold, config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.importances import causal_importances

@@ -25,7 +25,7 @@ from tl_vpd.adapters import adapt
 from tl_vpd.analysis.attention.layer import attention_site
 from tl_vpd.analysis.attention.norms import HeadNorms
 from tl_vpd.analysis.attention.ov import ov_factors
-from tl_vpd.configs import check_threshold
+from tl_vpd.checks import check_threshold
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.target_check import check_target
 from tl_vpd.hooks.importances import causal_importances

@@ -32,7 +32,7 @@ from tl_vpd.analysis.audit.config import REFERENCES, AuditConfig, Reference
 from tl_vpd.analysis.audit.node_set import NodeSet
 from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
-from tl_vpd.configs import config_of
+from tl_vpd.checks import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent, nearest
 

@@ -23,7 +23,7 @@ from tl_vpd.analysis.audit.auditor import Auditor, auditor, factors
 from tl_vpd.analysis.audit.config import RepairConfig
 from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
-from tl_vpd.configs import config_of
+from tl_vpd.checks import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tl_vpd.configs import check_threshold
+from tl_vpd.checks import check_threshold
 
 Fixed = Literal["norms", "deltas", "patterns"]
 """What gradients may treat as constant: norms' scales, Δs' outputs, attention patterns."""

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tl_vpd.analysis.graph.config import DatasetGraphConfig
 from tl_vpd.analysis.graph.direct import DirectModel
 from tl_vpd.analysis.graph.sums import DatasetSums
-from tl_vpd.configs import config_of
+from tl_vpd.checks import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent, nearest
 

@@ -29,7 +29,7 @@ from tl_vpd.analysis.pruning.circuit import PrunedCircuit, probabilities
 from tl_vpd.analysis.pruning.config import PruneConfig
 from tl_vpd.analysis.pruning.gradients import PromptLoss
 from tl_vpd.analysis.pruning.importance_training import ImportanceTraining
-from tl_vpd.configs import config_of
+from tl_vpd.checks import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 
