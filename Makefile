@@ -1,4 +1,4 @@
-# make demo | make test | make test-matrix: each does all of its own set-up in .venv, .venv-2.18 and .venv-4.3.
+# make demo | make test | make test-matrix | make campaign: each does all of its own set-up in .venv, .venv-2.18 and .venv-4.3.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ OTHERS := 2.18 4.3
 EVERYWHERE := tests/matrix
 OTHER_ENVIRONMENTS := $(OTHERS:%=$(VENV)-%/.installed)
 
-.PHONY: demo test test-main test-others test-matrix check format bundled bench bench-hooks bench-step bench-growth bench-graph bench-pruning clean
+.PHONY: demo test test-main test-others test-matrix campaign check format bundled bench bench-hooks bench-step bench-growth bench-graph bench-pruning clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
@@ -44,6 +44,10 @@ test-matrix: $(VENV)/.installed $(OTHER_ENVIRONMENTS)
 	  $(OFFLINE) $$environment/bin/python -m tests.matrix --out 'build/matrix/{version}.json' || failed=1; \
 	done; $(BIN)/python -m tests.matrix.table build/matrix/*.json --out docs/compatibility.md && exit $$failed
 
+# Everything that is tried hard, seeded and counted (an hour on two cores); an interrupted one continues. Fails if a try does.
+campaign: $(VENV)/.installed
+	$(OFFLINE) $(BIN)/python -m tests.campaigns --out docs/reliability.md
+
 check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -67,4 +71,4 @@ bench-hooks bench-step bench-growth bench-graph bench-pruning: bench-%: $(VENV)/
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$*
 
 clean:
-	rm -rf $(VENV) $(OTHERS:%=$(VENV)-%) build/matrix $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OTHERS:%=$(VENV)-%) build/matrix build/campaign build/campaign-short $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis
