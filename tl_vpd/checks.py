@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
@@ -54,18 +55,24 @@ def integer(name: str, value: Any, *, minimum: int | None = None, maximum: int |
         TypeError: it is not an integer.
         ValueError: it is out of range.
     """
-    number = _item(value)
-    if isinstance(number, bool) or not isinstance(number, Integral):
+    whole = _item(value)
+    if isinstance(whole, bool) or not isinstance(whole, Integral):
         raise TypeError(
             f"{name}={_shown(value)} is a {type(value).__name__}: give an integer{_range(minimum, maximum)}."
         )
-    if (minimum is not None and number < minimum) or (maximum is not None and number > maximum):
+    result = int(whole)
+    if (minimum is not None and result < minimum) or (maximum is not None and result > maximum):
         raise ValueError(f"{name}={_shown(value)}: give an integer{_range(minimum, maximum)}.")
-    return int(number)
+    return result
 
 
 def number(
-    name: str, value: Any, *, minimum: float | None = None, maximum: float | None = None, above: float | None = None
+    name: str,
+    value: Any,
+    *,
+    minimum: int | float | None = None,
+    maximum: int | float | None = None,
+    above: int | float | None = None,
 ) -> float:
     """A finite number in a range.
 
@@ -85,7 +92,7 @@ def number(
         raise TypeError(
             f"{name}={_shown(value)} is a {type(value).__name__}: give a number{_range(minimum, maximum, above)}."
         )
-    result = float(real)
+    result = _float(real)
     small = (minimum is not None and result < minimum) or (above is not None and result <= above)
     if not math.isfinite(result) or small or (maximum is not None and result > maximum):
         raise ValueError(f"{name}={_shown(value)}: give a finite number{_range(minimum, maximum, above)}.")
@@ -94,17 +101,83 @@ def number(
 
 def check_threshold(threshold: Any) -> float:
     """A threshold that an importance can be above or below; raises TypeError or ValueError otherwise."""
-    value = _item(threshold)
-    if isinstance(value, bool) or not isinstance(value, Real):
+    real = _item(threshold)
+    if isinstance(real, bool) or not isinstance(real, Real):
         raise TypeError(f"threshold={_shown(threshold)} is a {type(threshold).__name__}: give a number from 0 to 1.")
+    value = _float(real)
     if not 0 <= value <= 1:
         raise ValueError(f"threshold={_shown(threshold)}: importances are in [0, 1], give a number from 0 to 1.")
-    return float(value)
+    return value
 
 
 def seed_of(value: Any, *, name: str = "seed") -> int:
     """A seed that PyTorch takes; raises TypeError or ValueError otherwise."""
     return integer(name, value, minimum=-(1 << 63), maximum=LARGEST_SEED)
+
+
+def flag(name: str, value: Any) -> bool:
+    """True or False; raises TypeError for anything else, so that ``"no"`` does not count as true."""
+    answer: Any = _item(value)
+    if not isinstance(answer, bool):
+        raise TypeError(f"{name}={_shown(value)} is a {type(value).__name__}: give True or False.")
+    return answer
+
+
+Range = int | float | tuple[int | float | None, int | float | None]
+"""The smallest number that is allowed, or the smallest and the largest (None: no limit)."""
+
+
+def check_fields(config: Any, **ranges: Range) -> None:
+    """Checks the fields of a dataclass by their annotations, and stores them in the type that is needed.
+
+    ``int``, ``float`` and ``bool`` are checked as ``integer``, ``number`` and ``flag`` do, ``Sequence`` of numbers or of ``str``
+    entry by entry (and become tuples); None is allowed where the annotation says so. Fields named ``seed`` and ``threshold`` are
+    checked as such. All others are left alone.
+
+    Args:
+        config: in its ``__post_init__``; its module has ``from __future__ import annotations``.
+        ranges: of numbers, by field.
+
+    Raises:
+        TypeError: a field is of another type.
+        ValueError: a number is out of its range.
+    """
+    for field in fields(config):
+        value, optional = getattr(config, field.name), field.type.endswith(" | None")
+        if value is not None or not optional:
+            kind = field.type.removesuffix(" | None")
+            checked = _checked(field.name, kind, value, ranges.get(field.name, (None, None)))
+            object.__setattr__(config, field.name, checked)
+
+
+def _checked(name: str, kind: str, value: Any, limits: Range) -> Any:
+    """A field's value in the type of its annotation."""
+    minimum, maximum = limits if isinstance(limits, tuple) else (limits, None)
+    if name == "seed":
+        return seed_of(value)
+    if name == "threshold":
+        return check_threshold(value)
+    if kind == "int":
+        return integer(name, value, minimum=minimum, maximum=maximum)  # type: ignore[arg-type]
+    if kind == "float":
+        return number(name, value, minimum=minimum, maximum=maximum)
+    if kind == "bool":
+        return flag(name, value)
+    if kind in ("Sequence[int]", "Sequence[float]", "Sequence[str]"):
+        return tuple(_checked(f"{name}[{i}]", kind[9:-1], v, limits) for i, v in enumerate(sequence(name, value)))
+    if kind == "str" and not isinstance(value, str):
+        raise TypeError(f"{name}={_shown(value)} is a {type(value).__name__}: give a string.")
+    return value
+
+
+def sequence(name: str, value: Any) -> list[Any]:
+    """Several values in a list, tuple or array; raises TypeError for a string, a mapping, a set or a single value."""
+    if isinstance(value, str | bytes):
+        raise TypeError(f"{name}={_shown(value)} is a string: give names in a list, such as [{_shown(value)}].")
+    one_axis = getattr(value, "ndim", 1) == 1 and hasattr(value, "__getitem__") and hasattr(value, "__len__")
+    if not one_axis or hasattr(value, "keys"):
+        raise TypeError(f"{name}={_shown(value)} is a {type(value).__name__}: give values in a list.")
+    return list(value)
 
 
 def choice(name: str, value: Any, allowed: Collection[str]) -> str:
@@ -138,6 +211,14 @@ def _item(value: Any) -> Any:
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
 
+def _float(real: Real) -> float:
+    """A number as a float, infinite where it is too large for one."""
+    try:
+        return float(real)
+    except OverflowError:
+        return math.inf
+
+
 def _shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     try:
@@ -147,7 +228,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _range(minimum: float | None, maximum: float | None, above: float | None = None) -> str:
+def _range(minimum: int | float | None, maximum: int | float | None, above: int | float | None = None) -> str:
     if above is not None:
         return f" above {above}" + ("" if maximum is None else f" and at most {maximum}")
     if minimum is not None and maximum is not None:

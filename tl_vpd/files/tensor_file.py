@@ -1,0 +1,143 @@
+"""One safetensors file with tensors and a JSON content that prove each other.
+
+The header's metadata holds the content, the SHA-256 of every tensor (of its key, dtype, shape and bytes), and the SHA-256 of
+both. A changed byte anywhere is noticed: in the content at once, in a tensor when it is read. Since all is in one file, replacing
+it leaves the old or the new.
+
+>>> write_tensors(path, {"V": torch.ones(2, 3)}, {"sites": ["blocks.0.attn.W_Q"]})     # doctest: +SKIP
+>>> with open_tensors(path) as file:                                                   # doctest: +SKIP
+...     file.content["sites"], file.shapes["V"], file.read("V")
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from tl_vpd.files.atomic import write_file
+from tl_vpd.files.json_files import json_text, parse_json
+
+CONTENT, DIGEST = "tl_vpd", "tl_vpd_sha256"
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""PyTorch's types by their names in the header."""
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """An open file.
+
+    Attributes:
+        path: of the file.
+        content: the JSON content (None: the file was not written by ``write_tensors``).
+        shapes: by key, from the header: nothing is allocated for them.
+        dtypes: by key, from the header; other types have their names.
+        metadata: the header's strings.
+        digests: SHA-256 by key (empty where ``content`` is None).
+    """
+
+    path: Path
+    content: Any
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype | str]
+    metadata: dict[str, str]
+    digests: dict[str, str] = field(repr=False)
+    _file: Any = field(repr=False)
+
+    def read(self, key: str) -> Tensor:
+        """A tensor, on the CPU, proved by its digest where the file has one.
+
+        Raises:
+            ValueError: its bytes are not those that were written.
+        """
+        try:
+            tensor: Tensor = self._file.get_tensor(key)
+        except SafetensorError as error:
+            raise ValueError(f"{self.path}: {key} cannot be read ({error}): the file is damaged.") from error
+        if self.digests and digest_of(key, tensor) != self.digests[key]:
+            raise ValueError(f"{self.path}: {key} is damaged, its checksum differs from the one it was written with.")
+        return tensor
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], content: Any, *, safe: str | None = None) -> None:
+    """Writes tensors and a content; errors of writing as for ``write_file``.
+
+    Args:
+        path: of the file; its folder must exist.
+        tensors: by key; floating-point ones must be finite.
+        content: what JSON can hold.
+        safe: what is intact if it fails, for the message.
+
+    Raises:
+        TypeError: the content is not data.
+        ValueError: the content or a tensor holds NaN or infinite numbers.
+    """
+    ready = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    for key, t in ready.items():
+        if t.is_floating_point() and not bool(t.isfinite().all()):
+            raise ValueError(f"{key} holds values that are NaN or infinite in {t.dtype}: {path.name} was not written.")
+    stored = json_text({"content": content, "tensors": {key: digest_of(key, t) for key, t in ready.items()}})
+    metadata = {CONTENT: stored, DIGEST: hashlib.sha256(stored.encode()).hexdigest()}
+    write_file(path, lambda p: save_file(ready, p, metadata=metadata), safe=safe)
+
+
+@contextmanager
+def open_tensors(path: Path) -> Iterator[TensorFile]:
+    """Opens a file and checks its content; tensors are read, and checked, one at a time.
+
+    Raises:
+        FileNotFoundError: there is no ordinary file of this name.
+        ValueError: the header is damaged or the content is not the one that was written.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} {'is not an ordinary file' if path.exists() else 'does not exist'}.")
+    try:
+        opened = safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not an intact safetensors file: {error}.") from error
+    with opened as file:
+        metadata = file.metadata() or {}
+        content, digests = _proved(path, metadata)
+        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (a safetensors file is not a mapping)
+        if content is not None and set(slices) != set(digests):
+            raise ValueError(f"{path} is damaged: its tensors are not those of its header's content.")
+        shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
+        dtypes = {key: DTYPES.get(s.get_dtype(), s.get_dtype()) for key, s in slices.items()}
+        yield TensorFile(path, content, shapes, dtypes, metadata, digests, file)
+
+
+def digest_of(key: str, tensor: Tensor) -> str:
+    """The SHA-256 of a CPU tensor's key, dtype, shape and bytes, as hexadecimal digits."""
+    digest = hashlib.sha256(f"{key} {tensor.dtype} {list(tensor.shape)} ".encode())
+    digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _proved(path: Path, metadata: Mapping[str, str]) -> tuple[Any, dict[str, str]]:
+    """The content and the tensors' digests; (None, {}) for a file of another program."""
+    if not {CONTENT, DIGEST} & set(metadata):
+        return None, {}
+    stored = metadata.get(CONTENT, "")
+    if hashlib.sha256(stored.encode()).hexdigest() != metadata.get(DIGEST):
+        raise ValueError(f"{path} is damaged: the content in its header is not the one that was written.")
+    parsed = parse_json(stored, f"The content of {path}")
+    return parsed["content"], parsed["tensors"]
