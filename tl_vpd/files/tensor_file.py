@@ -128,7 +128,7 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 def digest_of(key: str, tensor: Tensor) -> str:
     """The SHA-256 of a CPU tensor's key, dtype, shape and bytes, as hexadecimal digits."""
     digest = hashlib.sha256(f"{key} {tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
