@@ -48,6 +48,22 @@ def test_what_is_no_subcomponent_is_refused(text):
         Subcomponent.parse(text)
 
 
+def test_an_index_below_0_is_refused():
+    with pytest.raises(ValueError, match="index=-1 of a: subcomponents are counted from 0"):
+        Subcomponent("a", -1)
+
+
+def test_an_index_of_thousands_of_digits_is_refused_as_an_address():
+    with pytest.raises(ValueError, match=r"write 'site:index'") as refused:
+        Subcomponent.parse("a:" + "9" * 5000)
+    assert len(str(refused.value)) < 200
+
+
+def test_no_patterns_are_not_all_sites():
+    with pytest.raises(ValueError, match="The list of sites is empty: give one pattern or more"):
+        select([], NAMES)
+
+
 def test_select_keeps_the_order_of_the_names():
     assert select(None, NAMES) == NAMES
     assert select("blocks.*.attn.W_Q", NAMES) == ["blocks.0.attn.W_Q", "blocks.1.attn.W_Q"]
@@ -98,6 +114,21 @@ def test_nearest_says_nothing_where_nothing_is_near():
     assert nearest("zzz", NAMES) == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "weight"),
+    [
+        ("blocks.0.attn.hook_q", "blocks.0.attn.W_Q"),
+        ("blocks.0.hook_k_ci", "blocks.0.attn.W_K"),
+        ("blocks.1.attn.q", "blocks.1.attn.W_Q"),
+        ("model.layers.0.self_attn.k_proj", "blocks.0.attn.W_K"),
+        ("blocks.0.mlp.hook_pre", "blocks.0.mlp.W_in"),
+        ("blocks.10.hook_mlp_out", "blocks.10.mlp.W_out"),
+    ],
+)
+def test_the_name_of_a_hook_or_layer_suggests_the_weight_behind_it(name, weight):
+    assert nearest(name, NAMES) == f" (did you mean {weight!r}?)"
+
+
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=6))
 def test_packing_places_every_subcomponent_once(counts):
     site_axis = ConcatenatedAxis({f"s{i}": c for i, c in enumerate(counts)})
@@ -115,5 +146,6 @@ def test_unpacked_parts_are_views_and_a_position_beyond_the_end_is_refused():
     concatenated = torch.zeros(3, 3)
     site_axis.split_sites(concatenated)["b"].fill_(7)
     assert concatenated[:, 2].tolist() == [7, 7, 7] and concatenated[:, :2].sum() == 0
-    with pytest.raises(IndexError, match="beyond the last of 3"):
-        site_axis.at(3)
+    for position in (3, -1):
+        with pytest.raises(IndexError, match=f"Position {position} is outside the 3 subcomponents"):
+            site_axis.at(position)

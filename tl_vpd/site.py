@@ -15,6 +15,7 @@ weight, ``blocks.1.attn.W_Q``; heads are flattened head-major, so ``d_out = n_he
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,19 @@ from torch import Tensor
 SHORT = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
 """TransformerLens's name of a weight -> the short name in ``blocks.{i}.hook_{site}_{what}``."""
 
+_WEIGHTS = {short: weight for weight, short in SHORT.items()} | {
+    "z": "W_O",
+    "result": "W_O",
+    "attn_out": "W_O",
+    "pre": "W_in",
+    "pre_linear": "W_in",
+    "post": "W_out",
+    "mlp_out": "W_out",
+    "up": "W_in",
+    "down": "W_out",
+}
+"""Other names of a weight, without what ``_AFFIXES`` matches, -> TransformerLens's."""
+_AFFIXES = re.compile(r"^hook_|_proj$|_component_acts$|_ci$|_delta_mask$|_mask$")
 _BLOCK_SITE = re.compile(r"(blocks\.\d+)\.(?:attn|mlp)\.(W_[QKVO]|W_in|W_gate|W_out)")
 T = TypeVar("T")
 
@@ -81,19 +95,51 @@ class Site:
 
 @dataclass(frozen=True, order=True)
 class Subcomponent:
-    """A subcomponent's address."""
+    """A subcomponent's address.
+
+    Attributes:
+        site: the name of its site.
+        index: 0 or more.
+
+    Raises:
+        TypeError: the site is not a string, or the index not an integer.
+        ValueError: the index is negative.
+    """
 
     site: str
     index: int
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.site, str):
+            raise TypeError(f"The site of a subcomponent is a {type(self.site).__name__}: give its name.")
+        if isinstance(self.index, bool) or not hasattr(self.index, "__index__"):
+            raise TypeError(f"The index of a subcomponent is a {type(self.index).__name__}: give an integer.")
+        object.__setattr__(self, "index", operator.index(self.index))  # NumPy's integers too
+        if self.index < 0:
+            raise ValueError(f"index={self.index} of {self.site:.80}: subcomponents are counted from 0.")
+
     @classmethod
     def parse(cls, text: str | Subcomponent) -> Subcomponent:
-        """Reads ``site:index``; raises ValueError on anything else."""
+        """Reads ``site:index``.
+
+        Args:
+            text: an address, or a subcomponent, which is returned.
+
+        Raises:
+            TypeError: it is something else.
+            ValueError: it is not written like that.
+        """
         if isinstance(text, Subcomponent):
             return text
+        if not isinstance(text, str):
+            raise TypeError(
+                f"A {type(text).__name__} came for a subcomponent: write 'site:index', such as 'blocks.1.attn.W_Q:316'."
+            )
         site, colon, index = text.rpartition(":")
-        if not colon or not index.isdecimal():
-            raise ValueError(f"{text!r} is not a subcomponent: write 'site:index', such as 'blocks.1.attn.W_Q:316'.")
+        if not colon or not index.isdecimal() or len(index) > 18:
+            raise ValueError(
+                f"{text!r:.80} is not a subcomponent: write 'site:index', such as 'blocks.1.attn.W_Q:316'."
+            )
         return cls(site, int(index))
 
     def __str__(self) -> str:
@@ -101,15 +147,28 @@ class Subcomponent:
 
 
 def select(patterns: str | Iterable[str] | None, names: Iterable[str]) -> list[str]:
-    """The names matched by any of the shell-style patterns, in the order of ``names`` (None: all of them).
+    """The names matched by any of the shell-style patterns, in the order of ``names``.
 
-    Raises KeyError for a pattern that matches nothing, with the nearest name.
+    Args:
+        patterns: one or several (None: every name).
+        names: of all sites.
+
+    Raises:
+        TypeError: the patterns are not strings.
+        ValueError: there are no patterns.
+        KeyError: a pattern matches nothing; the message has the nearest name.
     """
     names = list(names)
     if patterns is None:
         return names
+    if not isinstance(patterns, Iterable):
+        raise TypeError(f"Sites are a {type(patterns).__name__}: give patterns such as 'blocks.1.*', or None for all.")
     patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if not patterns:
+        raise ValueError("The list of sites is empty: give one pattern or more, such as 'blocks.1.*', or None for all.")
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"A pattern of sites is a {type(pattern).__name__}: give a string such as 'blocks.1.*'.")
         if not any(fnmatchcase(name, pattern) for name in names):
             raise KeyError(f"No site matches {pattern!r}{nearest(pattern, names)}. The sites are: {', '.join(names)}.")
     return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
@@ -153,9 +212,17 @@ def by_pattern(values: Mapping[str, T], names: Sequence[str], *, what: str) -> d
     return result
 
 
-def nearest(name: str, names: Iterable[str]) -> str:
-    """``" (did you mean 'x'?)"``, or nothing if no name is near. A name that differs in case alone is the nearest."""
+def nearest(name: object, names: Iterable[str]) -> str:
+    """``" (did you mean 'x'?)"``, or nothing if no name is near.
+
+    A name that differs in case alone is the nearest; the name of a hook or of a Hugging Face layer means the weight behind it.
+    """
+    if not isinstance(name, str):
+        return ""
     names = list(names)
+    path, dot, last = name[:200].rpartition(".")
+    weight = _WEIGHTS.get(_AFFIXES.sub("", last.lower()))
+    name = f"{path}{dot}{weight}" if weight and any(n.endswith(weight) for n in names) else name[:200]
     same = [n for n in names if n.lower() == name.lower()]
     close = same or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     return f" (did you mean {close[0]!r}?)" if close else ""
@@ -169,7 +236,7 @@ class BySite(Mapping[str, Tensor]):
     def __getitem__(self, site: str) -> Tensor:
         if site not in self.by_site:
             raise KeyError(
-                f"{site!r} is not among these sites{nearest(site, self.by_site)}: {', '.join(self.by_site)}."
+                f"{site!r:.80} is not among these sites{nearest(site, self.by_site)}: {', '.join(self.by_site)}."
             )
         return self.by_site[site]
 
@@ -211,8 +278,8 @@ class ConcatenatedAxis:
                 yield Subcomponent(name, index)
 
     def at(self, position: int) -> Subcomponent:
-        """The subcomponent at a concatenated position."""
+        """The subcomponent at a concatenated position; raises IndexError if there is none."""
         for name, columns in self.slices.items():
-            if position < columns.stop:
+            if columns.start <= position < columns.stop:
                 return Subcomponent(name, position - columns.start)
-        raise IndexError(f"Position {position} is beyond the last of {self.total} subcomponents.")
+        raise IndexError(f"Position {position} is outside the {self.total} subcomponents.")
