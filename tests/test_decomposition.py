@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -118,6 +120,27 @@ def test_what_from_tensors_refuses(model, vpd):
             ValueError,
             r"W_Q is \(6, 9\), and \(6, 8\) is needed",
         ),
+        (
+            dict(U={**vpd.U, "blocks.0.attn.W_Q": torch.full((6, 8), float("nan"))}),
+            ValueError,
+            "U/blocks.0.attn.W_Q has 48 of 48 entries that are NaN or infinite",
+        ),
     ]:
         with pytest.raises(error, match=message):
             made(**arguments)
+
+
+def test_from_tensors_reads_tensors_on_demand_and_stores_them_in_the_dtype_asked(model, vpd):
+    class OnDemand(Mapping):
+        def __getitem__(self, name):
+            return dict(vpd.gamma.named_parameters())[name].detach()
+
+        def __iter__(self):
+            return iter(dict(vpd.gamma.named_parameters()))
+
+        def __len__(self):
+            return len(dict(vpd.gamma.named_parameters()))
+
+    made = Decomposition.from_tensors(model, vpd.V, vpd.U, vpd.gamma_config, OnDemand(), dtype=torch.float32)
+    assert all(t.dtype == torch.float32 for t in made.parameters())
+    assert all(torch.equal(t, vpd.file_tensors()[key].float()) for key, t in made.file_tensors().items())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 import tl_vpd.hooks as hooks_room
 from tl_vpd.adapters import adapt
+from tl_vpd.checks import check_finite
 from tl_vpd.components.storage import CONFIG, TENSORS
 from tl_vpd.forward.target_check import fingerprints
 from tl_vpd.hooks import Attached, CausalImportances, ComponentActs
@@ -44,8 +45,12 @@ class Decomposition(DecomposedWeights):
         gamma_tensors: Mapping[str, Tensor],
         *,
         record: Mapping[str, Any] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Decomposition:
-        """A decomposition of ``model`` from tensors, which are copied to the model's device in V's dtype.
+        """A decomposition of ``model`` from tensors, which are copied to the model's device one after the other.
+
+        A mapping's tensor is read when it is copied: one that makes its tensors on demand needs no memory for
+        the others.
 
         Args:
             model: the target, whose weights are fingerprinted.
@@ -54,10 +59,11 @@ class Decomposition(DecomposedWeights):
             gamma: which Γ.
             gamma_tensors: Γ's parameters, by their names in its module.
             record: where it comes from: ``training`` (config), ``metrics``, ``target`` (name and settings), ``versions``.
+            dtype: of the decomposition (None: V's).
 
         Raises:
             KeyError: the model does not have a site, or V and U (or Γ and its tensors) have other names.
-            ValueError: there are no sites, or a shape does not fit.
+            ValueError: there are no sites, a shape does not fit, or a tensor has NaN or infinite entries.
         """
         adapter = adapt(model)
         for name in {**V, **U}:
@@ -68,24 +74,26 @@ class Decomposition(DecomposedWeights):
         names = [name for name in adapter.sites if name in V]
         if not names:
             raise ValueError("V and U are empty: give the matrices of one site or more.")
-        dtype = V[names[0]].dtype
-        decomposition = cls(
-            [adapter.sites[name] for name in names],
-            {name: V[name].shape[1] for name in names},
-            gamma.resolved(adapter.d_model),
-            fingerprints=fingerprints(adapter, names),
-            record=record,
-        ).to(adapter.device, dtype)
-        sources = {f"V/{name}": V[name] for name in names} | {f"U/{name}": U[name] for name in names}
-        sources |= {f"gamma/{name}": t for name, t in gamma_tensors.items()}
+        sites, counts = [adapter.sites[name] for name in names], {name: V[name].shape[1] for name in names}
+        gamma, prints = gamma.resolved(adapter.d_model), fingerprints(adapter, names)
+        with torch.device("meta"):
+            decomposition = cls(sites, counts, gamma, fingerprints=prints, record=record)
+        decomposition.to(dtype or V[names[0]].dtype).to_empty(device=adapter.device)
+        sources: dict[str, tuple[Mapping[str, Tensor], str]] = {}
+        for name in names:
+            sources |= {f"V/{name}": (V, name), f"U/{name}": (U, name)}
+        sources |= {f"gamma/{name}": (gamma_tensors, name) for name in gamma_tensors}
         tensors = decomposition.file_tensors()
         if tensors.keys() != sources.keys():
             missing, extra = sorted(tensors.keys() - sources.keys()), sorted(sources.keys() - tensors.keys())
             raise KeyError(f"Γ ({gamma.kind}) needs the tensors {missing[:3]}, and does not know {extra[:3]}.")
         for key, tensor in tensors.items():
-            if tensor.shape != sources[key].shape:
-                raise ValueError(f"{key} is {tuple(sources[key].shape)}, and {tuple(tensor.shape)} is needed.")
-            tensor.copy_(sources[key])
+            mapping, name = sources[key]
+            source = mapping[name]
+            if tensor.shape != source.shape:
+                raise ValueError(f"{key} is {tuple(source.shape)}, and {tuple(tensor.shape)} is needed.")
+            tensor.copy_(source)
+            check_finite(key, tensor)
         return decomposition
 
     # -- on a model --------------------------------------------------------------------------------------------------
