@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,9 @@ def test_a_full_disk_is_one_sentence(tmp_path):
 
 def test_leftovers_of_dead_processes_are_cleared(tmp_path):
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    leftover = tmp_path / f".x.json.{platform.node()}.{dead.stdout.strip()}.tmp"
-    at_work = tmp_path / f".x.json.{platform.node()}.{os.getppid()}.tmp"
-    elsewhere = tmp_path / f".x.json.another-machine.{dead.stdout.strip()}.tmp"
+    leftover = tmp_path / f".x.json.{platform.node()}.{dead.stdout.strip()}-0.tmp"
+    at_work = tmp_path / f".x.json.{platform.node()}.{os.getppid()}-0.tmp"
+    elsewhere = tmp_path / f".x.json.another-machine.{dead.stdout.strip()}-0.tmp"
     for file in (leftover, at_work, elsewhere):
         file.write_text("half")
     write_text(tmp_path / "x.json", "new")
@@ -75,3 +76,12 @@ def test_folders_pipes_and_files_in_the_way_are_named(tmp_path):
         write_text(tmp_path / "missing" / "x.json", "x")
     with pytest.raises(NotADirectoryError, match="is a file and a folder is needed"):
         make_folder(tmp_path / "file" / "deeper" / "still")
+
+
+def test_threads_write_one_file_at_the_same_time(tmp_path):
+    texts = [str(i) * 100_000 for i in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            list(pool.map(lambda text: write_text(tmp_path / "x.json", text), texts))
+            assert (tmp_path / "x.json").read_text() in texts
+    assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]

@@ -7,6 +7,7 @@ processes that were killed are cleared by the next write.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import platform
 import re
@@ -18,6 +19,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+_count = itertools.count()
+"""Threads of one process write to temporary files of different names."""
 
 
 def write_file(path: Path, write: Callable[[Path], Any], *, safe: str | None = None) -> None:
@@ -39,7 +42,7 @@ def write_file(path: Path, write: Callable[[Path], Any], *, safe: str | None = N
         kind = "is a file" if path.parent.exists() else "does not exist"
         raise OSError(errno.ENOTDIR, f"{path.name} cannot be written: {path.parent} {kind}, a folder is needed.")
     clear_leftovers(path)
-    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}-{next(_count)}.tmp")
     with named_errors(path, safe):
         try:
             write(temporary)
@@ -74,7 +77,7 @@ def make_folder(folder: Path) -> None:
 
 def clear_leftovers(path: Path) -> None:
     """Deletes the temporary files of processes of this machine that were killed while they wrote ``path``."""
-    pattern = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(platform.node())}\.(\d+)\.tmp")
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.{re.escape(platform.node())}\.(\d+)-\d+\.tmp")
     with suppress(OSError):
         for entry in os.scandir(path.parent):
             match = pattern.fullmatch(entry.name)
