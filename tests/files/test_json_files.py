@@ -14,6 +14,7 @@ from tl_vpd.files.json_files import parse_json, read_json, write_json
         ('{"a": 1, "a": 2}', "the key 'a' is there twice"),
         ('{"a": NaN}', "NaN is not a number of JSON"),
         ('{"a": -Infinity}', "-Infinity is not a number of JSON"),
+        ('{"a": 1e999}', "1e999 is not a number of JSON"),
         ("[" * 100_000, "nested too deeply"),
         ("9" * 5_000, "is not JSON: Exceeds the limit"),
         (b"\xff\xfe{\x00}\x00", "is not UTF-8 text"),
@@ -33,6 +34,20 @@ def test_numbers_that_json_lacks_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "x.json", {"a": float("nan")})
     assert read_json(tmp_path / "x.json") == {"a": 1.5}
+
+
+def test_what_is_not_data_is_not_written(tmp_path):
+    nested: list = []
+    for _ in range(100_000):
+        nested = [nested]
+    for content, error, message in (
+        ({"a": {1, 2}}, TypeError, r"must be strings, numbers, lists and dicts \(Object of type set is not JSON"),
+        ([nested], ValueError, "must be finite numbers, without endless nesting"),
+        ([10**5_000], ValueError, "Exceeds the limit"),
+    ):
+        with pytest.raises(error, match=message):
+            write_json(tmp_path / "x.json", content)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,14 @@ def json_text(content: Any, *, indent: int | None = None) -> str:
 
     Raises:
         TypeError: it is not data.
-        ValueError: it has NaN or infinite numbers, which JSON does not.
+        ValueError: it has NaN or infinite numbers, which JSON does not, or is nested or long beyond what is read.
     """
-    return json.dumps(content, indent=indent, allow_nan=False)
+    try:
+        return json.dumps(content, indent=indent, allow_nan=False)
+    except TypeError as error:
+        raise TypeError(f"What is stored as JSON must be strings, numbers, lists and dicts ({error}).") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"What is stored as JSON must be finite numbers, without endless nesting ({error}).") from error
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -37,7 +43,7 @@ def parse_json(text: str | bytes, name: str) -> Any:
     """
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
-        return json.loads(decoded, object_pairs_hook=_once, parse_constant=_refuse)
+        return json.loads(decoded, object_pairs_hook=_once, parse_constant=_refuse, parse_float=_finite)
     except UnicodeDecodeError as error:
         raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
     except RecursionError as error:
@@ -66,5 +72,10 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _refuse(constant: str) -> Any:
-    raise ValueError(f"{constant} is not a number of JSON")
+def _refuse(number: str) -> Any:
+    raise ValueError(f"{number[:80]} is not a number of JSON")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    return value if math.isfinite(value) else _refuse(digits)
