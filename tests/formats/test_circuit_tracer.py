@@ -54,9 +54,9 @@ def test_the_graph_by_hand(tmp_path):
     graph = by_hand()
     content = json.loads(to_circuit_tracer(graph, tmp_path, slug="hand", scan="toy").read_text())
     check(content)
-    assert [n["node_id"] for n in content["nodes"]] == ["E_7_0", "E_8_1", "0_4_1", "0_9_1", "1_0_1", "2_3_1"]
+    assert [n["node_id"] for n in content["nodes"]] == ["E_7_0", "E_8_1", "0_4_1", "1_9_1", "2_0_1", "3_3_1"]
     assert [n["clerp"] for n in content["nodes"]][2:] == [
-        "blocks.0.mlp.W_in:4", "blocks.0.mlp.W_in:9", "blocks.0.mlp.W_out:0", 'Output "x" (p=0.500)',
+        "blocks.0.attn.W_O:4", "blocks.0.mlp.W_in:9", "blocks.0.mlp.W_out:0", 'Output "x" (p=0.500)',
     ]  # fmt: skip
     assert content["links"][1] == {"source": "E_8_1", "target": "0_4_1", "weight": EDGES[1][2]}
     assert content["metadata"]["prompt"] == "a</b>"

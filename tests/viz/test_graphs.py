@@ -26,7 +26,7 @@ def test_nodes_edges_and_hover_texts():
     data = data_of(picture(graph).body)
     assert data["labels"] == list(graph.labels)
     assert [e[2] for e in data["edges"]] == [-3, 2, -2, 1.5, 1, 1, -1, 0.5]
-    assert data["y"][5] == 3 and data["x"][5] == 1 and data["y"][0] == 0
+    assert data["y"][5] == 4 and data["x"][5] == 1 and data["y"][0] == 0
     about = data["about"][2]
     assert "−3 ← embed@1" in about and "−2 → blocks.0.mlp.W_in:9@1" in about and "importance 0.25" in about
     assert data["size"][5] == max(data["size"]) and data["color"][3] != data["color"][2]

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_vpd.analysis.graph.checks import check_graph
 from tl_vpd.analysis.graph.paths import Path as NodePath
 from tl_vpd.analysis.graph.paths import influence, strongest_paths
 from tl_vpd.analysis.graph.targets import LogitTarget
@@ -54,6 +55,10 @@ class AttributionGraph:
         settings: how the graph was made.
         deltas: where norms and Δs were fixed, what Δs add to each node's value beside its edges; else None.
         biases: likewise, what biases add.
+
+    Raises:
+        TypeError: a field is of another type.
+        ValueError: fields contradict each other or are out of range (``graph.checks`` lists what a graph fulfils).
     """
 
     tokens: Int[Tensor, " pos"]
@@ -71,6 +76,9 @@ class AttributionGraph:
     settings: dict[str, Any] = field(default_factory=dict)
     deltas: Float[Tensor, " nodes"] | None = None
     biases: Float[Tensor, " nodes"] | None = None
+
+    def __post_init__(self) -> None:
+        check_graph(self)
 
     def __len__(self) -> int:
         return len(self.kind)
@@ -99,7 +107,7 @@ class AttributionGraph:
 
     def number(self, node: str | Node | int) -> int:
         """A node's number from its label; raises KeyError with the nearest label, IndexError for a number beyond the last."""
-        if isinstance(node, int):
+        if isinstance(node, int) and not isinstance(node, bool):
             if not 0 <= node < len(self):
                 raise IndexError(f"Node {node} does not exist: the graph has {len(self)} nodes.")
             return node
@@ -257,14 +265,33 @@ class AttributionGraph:
         return graph
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes ``graph.safetensors`` and ``graph.json`` into a folder."""
+        """Writes ``graph.safetensors``, which holds everything with checksums, and ``graph.json``, a readable copy of its table.
+
+        Args:
+            folder: is made where it is missing; a graph that it holds is replaced, or stays whole if writing fails.
+
+        Returns:
+            The folder.
+
+        Raises:
+            OSError: it cannot be written; the message names the folder and what is intact.
+        """
         from tl_vpd.analysis.graph.files import save
 
         return save(self, Path(folder))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> AttributionGraph:
-        """Reads what ``save`` wrote; raises FileNotFoundError or ValueError that say what is missing or damaged."""
+        """Reads what ``save`` wrote.
+
+        Args:
+            folder: of the graph.
+            device: of its tensors; its tokens stay on the CPU.
+
+        Raises:
+            FileNotFoundError: the folder has no graph.
+            ValueError: the graph is damaged; the message says where.
+        """
         from tl_vpd.analysis.graph.files import load
 
         return load(Path(folder), device)
