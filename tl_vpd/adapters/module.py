@@ -84,15 +84,23 @@ class ModuleAdapter(Adapter):
         return output
 
     def tokens(self, prompts: Any) -> Tensor:
-        """The model's input, on its device; raises TypeError if it is not a tensor."""
+        """The model's input, on its device; raises TypeError if it is not a tensor, ValueError if it is empty."""
         if not isinstance(prompts, Tensor):
             raise TypeError(f"The input is a {type(prompts).__name__}; a {type(self.model).__name__} takes a tensor.")
+        if prompts.numel() == 0:
+            raise ValueError(f"There are no inputs: the shape is {tuple(prompts.shape)}.")
         return savable(prompts).to(self.device)
 
-    def padding(self, tokens: Tensor | None, attention_mask: Tensor | None) -> None:
-        """Nothing is padded."""
+    def padding(self, tokens: Tensor, attention_mask: Any) -> None:
+        """Nothing is padded; raises ValueError for an attention mask."""
+        if attention_mask is not None:
+            raise ValueError(
+                f"attention_mask does nothing for a {type(self.model).__name__}, which has no tokens: leave it out."
+            )
 
-    def padding_of_call(self, tokens: Tensor | None, attention_mask: Tensor | None, *, by_user: bool) -> None:
+    def padding_of_call(
+        self, tokens: Tensor | None, attention_mask: Tensor | None, *, by_user: bool, cached: bool
+    ) -> None:
         """Nothing is padded."""
 
     def tap_residual(self, change: Write) -> list[Handle]:

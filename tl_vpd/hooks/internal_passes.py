@@ -116,7 +116,8 @@ class InternalPasses:
         """False at the call's padding (None: no padding); to be read when the layers have their tokens."""
         if call.padding is None:
             by_user = self.adapter.by_name(call.arguments, call.keywords).get("attention_mask") is not None
-            mask = self.adapter.padding_of_call(call.tokens, call.attention_mask, by_user=by_user)
+            cached = self.adapter.kv_cache(call.arguments, call.keywords) is not None
+            mask = self.adapter.padding_of_call(call.tokens, call.attention_mask, by_user=by_user, cached=cached)
             call.padding = (mask,)
         return call.padding[0]
 
