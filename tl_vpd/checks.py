@@ -18,6 +18,7 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
 from torch import Tensor
 
 from tl_vpd.site import nearest
@@ -55,7 +56,7 @@ def integer(name: str, value: Any, *, minimum: int | None = None, maximum: int |
         TypeError: it is not an integer.
         ValueError: it is out of range.
     """
-    whole = _item(value)
+    whole = item(value)
     if isinstance(whole, bool) or not isinstance(whole, Integral):
         raise TypeError(
             f"{name}={_shown(value)} is a {type(value).__name__}: give an integer{_range(minimum, maximum)}."
@@ -87,7 +88,7 @@ def number(
         TypeError: it is not a number.
         ValueError: it is not finite, or out of range.
     """
-    real = _item(value)
+    real = item(value)
     if isinstance(real, bool) or not isinstance(real, Real):
         raise TypeError(
             f"{name}={_shown(value)} is a {type(value).__name__}: give a number{_range(minimum, maximum, above)}."
@@ -101,7 +102,7 @@ def number(
 
 def check_threshold(threshold: Any) -> float:
     """A threshold that an importance can be above or below; raises TypeError or ValueError otherwise."""
-    real = _item(threshold)
+    real = item(threshold)
     if isinstance(real, bool) or not isinstance(real, Real):
         raise TypeError(f"threshold={_shown(threshold)} is a {type(threshold).__name__}: give a number from 0 to 1.")
     value = _float(real)
@@ -117,7 +118,7 @@ def seed_of(value: Any, *, name: str = "seed") -> int:
 
 def flag(name: str, value: Any) -> bool:
     """True or False; raises TypeError for anything else, so that ``"no"`` does not count as true."""
-    answer: Any = _item(value)
+    answer: Any = item(value)
     if not isinstance(answer, bool):
         raise TypeError(f"{name}={_shown(value)} is a {type(value).__name__}: give True or False.")
     return answer
@@ -206,7 +207,16 @@ def check_finite(name: str, tensor: Tensor) -> None:
         )
 
 
-def _item(value: Any) -> Any:
+def sentence_of(error: ValidationError) -> str:
+    """The first problem that pydantic reports, in one line: the field, what came, what is allowed."""
+    first = error.errors(include_url=False)[0]
+    where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
+    came = "" if first["type"] == "missing" or not where else f"={_shown(first['input'])}"
+    text = f"{where}{came}: {message}" if where else message
+    return text if text.endswith(".") else f"{text}."
+
+
+def item(value: Any) -> Any:
     """The number in a tensor or array of one, anything else unchanged."""
     return value.item() if getattr(value, "ndim", None) == 0 and hasattr(value, "item") else value
 
@@ -222,7 +232,7 @@ def _float(real: Real) -> float:
 def _shown(value: Any) -> str:
     """A value for a message, cut where it is long."""
     try:
-        text = repr(_item(value))
+        text = repr(item(value))
     except ValueError:  # an integer of more digits than Python prints
         return "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."

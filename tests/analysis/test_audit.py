@@ -305,9 +305,9 @@ def test_what_cannot_be_is_refused(model, vpd, tokens, nodes, error, says):
 
 def test_wrong_arguments_and_metrics_are_refused(model, tokens):
     for arguments, says in [
-        (dict(ablations=["none"]), "is not an ablation"),
-        (dict(reference="median"), "choose zero, mean or resample"),
-        (dict(budgets=()), "at least 1"),
+        (dict(ablations=["none"]), r"ablations\[0\]='none' \(did you mean 'mean'\?\): choose"),
+        (dict(reference="median"), "choose from 'zero', 'mean', 'resample'"),
+        (dict(budgets=()), "give at least one"),
     ]:
         with pytest.raises(ValueError, match=says):
             audit_circuit(None, model, tokens, [f"{Z0}:0"], metric, config=AuditConfig(**arguments))

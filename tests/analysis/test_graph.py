@@ -235,9 +235,9 @@ def test_rows_never_exceed_the_width_and_batches_hold_them_all():
 def test_mistakes_are_said(model, vpd, tokens):
     with pytest.raises(ValueError, match="2: use dataset_graph"):
         attribution_graph(vpd, model, tokens, 3)
-    with pytest.raises(ValueError, match=r"fixed=\['norm'\]"):
+    with pytest.raises(ValueError, match=r"fixed\[0\]='norm' \(did you mean 'norms'\?\)"):
         attribution_graph(vpd, model, tokens[:1], 3, config=GraphConfig(fixed=("norm",)))
-    with pytest.raises(IndexError, match="Position 9 is outside the 7"):
+    with pytest.raises(IndexError, match="pos=9: the prompt has positions -7 to 6"):
         attribution_graph(vpd, model, tokens[:1], 3, pos=9)
     with pytest.raises(ValueError, match="a pair of tokens, each a text or a number"):
         attribution_graph(vpd, model, tokens[:1], (3, 0.5))

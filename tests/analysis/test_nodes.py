@@ -34,8 +34,8 @@ def test_a_subcomponent_is_a_node_at_every_position():
 def test_positions_are_one_integer_within_the_prompt():
     assert [position_of(pos, 7) for pos in (0, 6, -1, -7)] == [0, 6, 6, 0]
     for pos in ([6, 7], 1.0, True, None, slice(2)):
-        with pytest.raises(TypeError, match="give one integer"):
+        with pytest.raises(TypeError, match="give an integer"):
             position_of(pos, 7)
     for pos in (7, -8):
-        with pytest.raises(IndexError, match=f"Position {pos} is outside the 7 positions"):
+        with pytest.raises(IndexError, match=f"pos={pos}: the prompt has positions -7 to 6"):
             position_of(pos, 7)

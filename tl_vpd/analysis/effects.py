@@ -9,6 +9,8 @@ the columns it touches.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -21,11 +23,13 @@ from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.analysis.metric import Metric, number_of
-from tl_vpd.checks import check_threshold, config_of
+from tl_vpd.analysis.nodes import several
+from tl_vpd.checks import check_fields, check_finite, config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.importances import causal_importances
-from tl_vpd.hooks.sparse import AblateEach, Positions
+from tl_vpd.hooks.positions import Positions
+from tl_vpd.hooks.sparse import AblateEach
 from tl_vpd.site import Subcomponent, nearest
 
 
@@ -42,7 +46,8 @@ class AblationTableConfig:
         progress: whether a bar is shown.
 
     Raises:
-        ValueError: the threshold is not in [0, 1].
+        TypeError: a value is of another type.
+        ValueError: the threshold is not in [0, 1], the amount is not finite, or ``rows`` is below 1.
     """
 
     pos: Positions = None
@@ -53,7 +58,9 @@ class AblationTableConfig:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        check_threshold(self.threshold)
+        check_fields(self, rows=1)
+        if self.values is not None and not isinstance(self.values, Mapping):
+            raise TypeError(f"values is a {type(self.values).__name__}: give tensors by site.")
 
 
 @torch.no_grad()
@@ -74,7 +81,8 @@ def ablation_table(
         model: the target.
         prompts: a string, strings, or tokens ``[batch, pos]``.
         metric: takes the logits of all prompts ``[batch, pos, vocab]``, gives a number.
-        subcomponents: such as ``"blocks.1.attn.W_Q:316"`` (None: those that are important at any token of the prompts).
+        subcomponents: such as ``"blocks.1.attn.W_Q:316"``, one or several (None: those that are important at any token of the
+            prompts).
         config: how they are ablated (None: the defaults).
         attention_mask: 0 at padding (None: where TransformerLens sees padding).
 
@@ -85,8 +93,11 @@ def ablation_table(
     Raises:
         KeyError: a site is not decomposed, or ``values`` lacks it.
         IndexError: a subcomponent or position does not exist.
-        ValueError: the metric gives no single number, the model has other weights, another decomposition is attached to it, or
-            the config's threshold comes with a choice of subcomponents.
+        ValueError: the metric gives several numbers, the model has other weights, another decomposition is attached to it, no
+            subcomponent is named, ``values`` are not finite, or the config's threshold comes with a choice of subcomponents.
+        TypeError: an argument is of another type, or the metric gives no number.
+
+    Warns (RuntimeWarning) where the metric is NaN or infinite.
     """
     config = config_of(AblationTableConfig, config)
     if subcomponents is not None and config.threshold:
@@ -100,7 +111,7 @@ def ablation_table(
         important = (g > config.threshold).flatten(0, -2).any(0).nonzero().flatten().tolist()
         chosen = [decomposition.site_axis.at(i) for i in important]
     else:
-        chosen = [decomposition.subcomponent(c) for c in subcomponents]
+        chosen = [decomposition.subcomponent(c) for c in several("subcomponents", subcomponents)]
     with decomposition.attach(model) if attached is None else nullcontext():
         clean = number_of(metric(adapter.run(tokens, token_mask)))
         values: list[float] = []
@@ -110,6 +121,7 @@ def ablation_table(
             with model.hooks(fwd_hooks=_hooks(decomposition, group, len(tokens), config)):  # type: ignore[operator]
                 output = _run_copies(adapter, tokens, token_mask, len(group))
             values += [number_of(metric(logits)) for logits in output.split(len(tokens))]
+    _warn_of_undefined(clean, values, chosen)
     return pd.DataFrame(
         {
             "subcomponent": [str(c) for c in chosen],
@@ -119,6 +131,17 @@ def ablation_table(
             "change": [value - clean for value in values],
         }
     )
+
+
+def _warn_of_undefined(clean: float, values: Sequence[float], chosen: Sequence[Subcomponent]) -> None:
+    undefined = [str(c) for c, value in zip(chosen, values, strict=True) if not math.isfinite(value)]
+    if not math.isfinite(clean) or undefined:
+        where = "the model itself" if not math.isfinite(clean) else f"the model without {undefined[0]}"
+        warnings.warn(
+            f"The metric is NaN or infinite on {where}, and on {len(undefined)} of {len(chosen)} ablated models.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
 
 
 def _run_copies(adapter: Adapter, tokens: Tensor, token_mask: Tensor | None, n: int) -> Tensor:
@@ -135,9 +158,19 @@ def _hooks(
     for site in dict.fromkeys(c.site for c in group):
         copies = tuple(copy for copy, c in enumerate(group) if c.site == site)
         indices = tuple(group[copy].index for copy in copies)
-        if config.values is not None and site not in config.values:
-            raise KeyError(f"values has nothing for {site}{nearest(site, config.values)}.")
-        values = None if config.values is None else config.values[site][..., list(indices)]
+        values = None if config.values is None else _values_of(decomposition, config.values, site)[..., list(indices)]
         hook = AblateEach(indices, config.pos, copies, batch, config.amount, values)
         hooks.append((decomposition.sites[site].hook_name(kind), hook))
     return hooks
+
+
+def _values_of(decomposition: Decomposition, values: Mapping[str, Tensor], site: str) -> Tensor:
+    """What a site's activations are replaced by."""
+    if site not in values:
+        raise KeyError(f"values has nothing for {site}{nearest(site, values)}.")
+    if values[site].shape[-1:] != (decomposition.counts[site],):
+        raise ValueError(
+            f"values of {site} are {tuple(values[site].shape)}: their last axis needs {decomposition.counts[site]} subcomponents."
+        )
+    check_finite(f"values[{site!r}]", values[site])
+    return values[site]

@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from tl_vpd.analysis.nodes import several
 from tl_vpd.analysis.records import Harvest
 from tl_vpd.analysis.tally import HarvestConfig, Tally
 from tl_vpd.checks import config_of
@@ -50,14 +51,18 @@ def harvest(
         attention_mask: 0 at padding (None: where TransformerLens sees padding).
 
     Raises:
-        ValueError: no subcomponent is named, the prompts are not this model's, or it has other weights.
+        ValueError: no subcomponent is named, the prompts are not this model's or not tokens, or it has other weights.
         KeyError: a site is not decomposed.
         IndexError: there is no such subcomponent.
+        TypeError: an argument is of another type.
+
+    Warns (RuntimeWarning) where importances or activations are NaN or infinite.
     """
     config = config_of(HarvestConfig, config)
     chosen = _chosen(decomposition, subcomponents)
     with MaskedModel(decomposition, model) as masked_model:
         tokens = masked_model.adapter.tokens(prompts)
+        check_are_tokens(tokens, "A harvest")
         token_mask = masked_model.adapter.padding(tokens, attention_mask)
         real = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
         tally = Tally(len(chosen), int(tokens.max()) + 1, config, tokens.device)
@@ -79,12 +84,14 @@ def _chosen(
     site_axis = decomposition.site_axis
     if subcomponents is None:
         return torch.arange(site_axis.total)
-    if isinstance(subcomponents, (str, Subcomponent)):
-        subcomponents = [subcomponents]
-    if not len(subcomponents):
-        raise ValueError("No subcomponent is named; pass subcomponents=None for all of them.")
-    parsed = [decomposition.subcomponent(address) for address in subcomponents]
+    parsed = [decomposition.subcomponent(address) for address in several("subcomponents", subcomponents)]
     return torch.tensor(sorted({site_axis.slices[c.site].start + c.index for c in parsed}))
+
+
+def check_are_tokens(tokens: Tensor, what: str) -> None:
+    """Raises ValueError unless the prompts are rows of tokens, which custom models need not take."""
+    if tokens.is_floating_point() or tokens.ndim != 2:
+        raise ValueError(f"{what} is made of tokens; this model takes {tokens.dtype} of shape {tuple(tokens.shape)}.")
 
 
 def _activations(

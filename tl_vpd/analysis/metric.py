@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from numbers import Real
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +14,40 @@ Metric = Callable[[Tensor], Any]
 
 
 def number_of(value: Any) -> float:
-    """A metric's result as a number; raises ValueError if it is not a single one."""
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"The metric gave a tensor of shape {tuple(value.shape)}; one number is needed.")
-    return float(value.detach() if isinstance(value, Tensor) else value)
+    """A metric's result as a number, which may be NaN or infinite.
+
+    Args:
+        value: from the metric.
+
+    Raises:
+        TypeError: it is not a number.
+        ValueError: it is several.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"The metric gave a tensor of shape {tuple(value.shape)}; one number is needed.")
+        value = value.detach().item()
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"The metric gave a {type(value).__name__}; one number is needed.")
+    return float(value)
+
+
+def finite_number_of(value: Any, where: str) -> float:
+    """A metric's result as a finite number.
+
+    Args:
+        value: from the metric.
+        where: it was taken, for the message.
+
+    Raises:
+        TypeError: as ``number_of``.
+        ValueError: as ``number_of``.
+        FloatingPointError: it is NaN or infinite.
+    """
+    result = number_of(value)
+    if not math.isfinite(result):
+        raise FloatingPointError(
+            f"The metric is {result} {where}: give one that is finite there, such as a difference of logits, or a model in "
+            "float32."
+        )
+    return result

@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
+from tl_vpd.checks import integer, sequence
 from tl_vpd.site import Subcomponent
 
 _NODE = re.compile(r"(?P<name>[^:@]+)(?::(?P<index>\d+))?(?:@(?P<pos>\d+))?")
@@ -29,19 +30,32 @@ class Node:
         name: a site (``blocks.1.attn.W_Q``), or a hook (``blocks.0.attn.hook_z``, ``blocks.0.hook_mlp_out``).
         index: the subcomponent, head or neuron (None: all of what the hook sees).
         pos: the position in the prompt (None: every position).
+
+    Raises:
+        TypeError: a value is of another type.
+        ValueError: the index or the position is negative.
     """
 
     name: str
     index: int | None = None
     pos: int | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise TypeError(f"name={self.name!r} is a {type(self.name).__name__}: give the name of a site or a hook.")
+        for what in ("index", "pos"):
+            if getattr(self, what) is not None:
+                object.__setattr__(self, what, integer(what, getattr(self, what), minimum=0))
+
     @classmethod
     def parse(cls, text: str | Node | Subcomponent) -> Node:
-        """Reads ``name[:index][@position]``; raises ValueError on anything else."""
+        """Reads ``name[:index][@position]``; raises ValueError on other texts, TypeError on anything else."""
         if isinstance(text, Node):
             return text
         if isinstance(text, Subcomponent):
             return cls(text.site, text.index)
+        if not isinstance(text, str):
+            raise TypeError(f"{text!r} is a {type(text).__name__}: write a node as 'name[:index][@position]'.")
         match = _NODE.fullmatch(text)
         if match is None:
             raise ValueError(
@@ -64,8 +78,17 @@ class Node:
 
 def position_of(pos: Any, length: int) -> int:
     """A position of a prompt, counted from the start; raises TypeError unless it is one integer, IndexError beyond the prompt."""
-    if isinstance(pos, bool) or not isinstance(pos, int):
-        raise TypeError(f"pos={pos!r}: logits are taken at one position, so give one integer.")
-    if not -length <= pos < length:
-        raise IndexError(f"Position {pos} is outside the {length} positions of the prompt.")
-    return pos % length
+    position = integer("pos", pos)
+    if not -length <= position < length:
+        raise IndexError(f"pos={position}: the prompt has positions {-length} to {length - 1}.")
+    return position % length
+
+
+def several(name: str, addresses: Any) -> list[Any]:
+    """One address (of a subcomponent or node), or several in a list, as a list; raises ValueError for an empty one."""
+    if isinstance(addresses, str | Subcomponent | Node):
+        return [addresses]
+    result = sequence(name, addresses)
+    if not result:
+        raise ValueError(f"{name} is empty: name at least one, such as 'blocks.0.mlp.W_in:3'.")
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tl_vpd.analysis.records import Harvest
+from tl_vpd.checks import integer, number
 from tl_vpd.site import Subcomponent
 
 
@@ -22,10 +23,11 @@ def pick(harvest: Harvest, n: int = 12, *, min_firings: int = 10, max_density: f
         max_density: the largest density.
 
     Raises:
-        ValueError: ``n`` is below 1, or no subcomponent qualifies.
+        ValueError: a number is out of its range, or no subcomponent qualifies.
+        TypeError: an argument is of another type.
     """
-    if n < 1:
-        raise ValueError(f"n={n}: at least one subcomponent has to be picked.")
+    n, min_firings = integer("n", n, minimum=1), integer("min_firings", min_firings, minimum=0)
+    max_density = number("max_density", max_density, minimum=0, maximum=1)
     table = harvest.to_pandas()
     table = table[(table["firings"] >= min_firings) & (table["density"] <= max_density)]
     if not len(table):
@@ -36,10 +38,10 @@ def pick(harvest: Harvest, n: int = 12, *, min_firings: int = 10, max_density: f
     sites = {site: rows.sort_values(["density", "subcomponent"]) for site, rows in table.groupby("site", sort=False)}
     counts = picks_per_site({site: len(rows) for site, rows in sites.items()}, n)
     picked: list[Subcomponent] = []
-    for number, (site, count) in enumerate(counts.items()):
+    for place, (site, count) in enumerate(counts.items()):
         rows = sites[site].assign(strength=lambda d: d["mean_importance"] / d["density"])
         # With one pick per site, the golden ratio moves the rank in the order of densities from site to site.
-        offset = (number * 0.618034 + 0.5) % 1
+        offset = (place * 0.618034 + 0.5) % 1
         names: set[str] = set()
         for j in range(count):
             centre = (j + offset) / count * len(rows)

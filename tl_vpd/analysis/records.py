@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_vpd.checks import choice, integer
 from tl_vpd.site import ConcatenatedAxis, Subcomponent, nearest
 
 By = Literal["pmi", "recall"]
@@ -97,8 +98,8 @@ class TokenCounts:
 
     def table(self, i: int, names: Mapping[int, str], *, k: int, by: str, min_count: int) -> pd.DataFrame:
         """The ``k`` best tokens of the i-th subcomponent by PMI or recall."""
-        if by not in ("pmi", "recall"):
-            raise ValueError(f"Tokens are ranked by 'pmi' or 'recall', not by {by!r}.")
+        by = choice("by", by, ("pmi", "recall"))
+        k, min_count = integer("k", k, minimum=0), integer("min_count", min_count)
         low, high = torch.searchsorted(self.index, torch.tensor([i, i + 1], device=self.index.device)).tolist()
         token, count = self.token[low:high], self.count[low:high]
         occurrences, firings = self.occurrences[token], int(self.firings[i])
@@ -220,6 +221,7 @@ class Harvest:
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` subcomponents of the largest mean importance."""
+        k = integer("k", k, minimum=0)
         ordered = self.to_pandas().sort_values("mean_importance", ascending=False, kind="stable")
         return ordered.head(k).reset_index(drop=True)
 
@@ -228,7 +230,7 @@ class Harvest:
         if parsed.site not in self.site_axis.slices:
             raise KeyError(f"{parsed.site!r} is not a decomposed site{nearest(parsed.site, self.site_axis.names)}.")
         count = self.site_axis.counts[parsed.site]
-        if parsed.index >= count:
+        if not 0 <= parsed.index < count:
             raise IndexError(f"{parsed} does not exist: {parsed.site} has {count} subcomponents, 0 to {count - 1}.")
         concatenated = self.site_axis.slices[parsed.site].start + parsed.index
         matches = (self.chosen == concatenated).nonzero()

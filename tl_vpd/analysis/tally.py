@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_vpd.analysis.records import Harvest, TokenCounts
+from tl_vpd.checks import check_fields
 from tl_vpd.decomposition import Decomposition
 
 
@@ -24,6 +26,7 @@ class HarvestConfig:
         batch_size: rows run at once, which bounds memory.
 
     Raises:
+        TypeError: a value is of another type.
         ValueError: a value is out of range.
     """
 
@@ -33,13 +36,9 @@ class HarvestConfig:
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        for name, least in (("windows", 1), ("radius", 0), ("batch_size", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}={getattr(self, name)}: give at least {least}.")
-        if not 0 <= self.threshold < 1:
-            raise ValueError(
-                f"threshold={self.threshold}: importances lie in [0, 1], so it must be at least 0 and below 1."
-            )
+        check_fields(self, windows=1, radius=0, batch_size=1)
+        if self.threshold == 1:
+            raise ValueError("threshold=1: no importance exceeds 1, give a number of at least 0 and below 1.")
 
 
 def peaks(
@@ -133,16 +132,26 @@ class Tally:
         names: Mapping[int, str],
     ) -> Harvest:
         """The harvest of all batches."""
+        mean, activation = self.g / self.n, self.a / self.firings
+        undefined = ~mean.isfinite() | ~(activation.isfinite() | (self.firings == 0))
+        if bool(undefined.any()):
+            first = decomposition.site_axis.at(int(chosen[undefined][0]))
+            warnings.warn(
+                f"Importances or activations of {int(undefined.sum())} of {len(undefined)} harvested subcomponents are NaN or "
+                f"infinite, the first is {first}: look at the weights and at the model's activations.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         norm = torch.cat(
             [decomposition.V[s].norm(dim=0) * decomposition.U[s].norm(dim=-1) for s in decomposition.sites]
         )
         return Harvest(
             site_axis=decomposition.site_axis,
             chosen=chosen,
-            mean_importance=(self.g / self.n).float(),
+            mean_importance=mean.float(),
             density=(self.positive / self.n).float(),
             firings=self.firings,
-            mean_activation=(self.a / self.firings).float(),
+            mean_activation=activation.float(),
             norm=norm.detach()[chosen.to(norm.device)].to(chosen.device),
             rows=torch.where(self.score > 0, self.rows, -1),
             positions=self.positions,

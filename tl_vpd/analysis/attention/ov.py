@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.analysis.attention.layer import attention_site
-from tl_vpd.checks import check_threshold, config_of
+from tl_vpd.checks import check_fields, choice, config_of, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.importances import causal_importances
@@ -49,7 +49,8 @@ class OVConfig:
         seed: of the random heads.
 
     Raises:
-        ValueError: the threshold is not in [0, 1].
+        TypeError: a value is of another type.
+        ValueError: the threshold is not in [0, 1], or there are no draws.
     """
 
     threshold: float = 0.0
@@ -57,7 +58,7 @@ class OVConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_threshold(self.threshold)
+        check_fields(self, draws=1)
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,7 @@ class OVOverlap:
 
     def top(self, k: int = 10, *, by: str = "read") -> pd.DataFrame:
         """The ``k`` pairs of heads of the largest ``raw``, ``read`` or ``write`` overlap."""
+        k, by = integer("k", k, minimum=0), choice("by", by, ("raw", "read", "write"))
         return self.to_pandas().nlargest(k, by).reset_index(drop=True)
 
 

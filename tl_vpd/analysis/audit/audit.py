@@ -18,6 +18,7 @@ nothing more.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,11 +29,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_vpd.analysis.audit.auditor import Auditor, auditor, random_circuit
-from tl_vpd.analysis.audit.config import REFERENCES, AuditConfig, Reference
+from tl_vpd.analysis.audit.config import ABLATIONS, REFERENCES, AuditConfig, Reference
 from tl_vpd.analysis.audit.node_set import NodeSet
 from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
-from tl_vpd.checks import config_of
+from tl_vpd.checks import choice, config_of, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent, nearest
 
@@ -70,8 +71,10 @@ class CircuitAudit:
         """The circuit's metric under an ablation (``steps`` None: the largest budget).
 
         Raises:
+            ValueError: there is no such ablation.
             KeyError: this ablation or budget was not run.
         """
+        choice("ablation", ablation, ABLATIONS)
         rows = self.rows[self.rows["ablation"] == ablation]
         rows = rows if steps is None else rows[rows["steps"] == steps]
         if not len(rows):
@@ -84,11 +87,15 @@ class CircuitAudit:
         """The ``k`` nodes of the adversary's largest sources: node, source (the mean over positions where they differ).
 
         Raises:
-            KeyError: no adversary was run.
+            KeyError: no adversary was run, or none with so many steps.
         """
+        k = integer("k", k, minimum=0)
         if not self.worst:
             raise KeyError("No adversary was run: audit with ablations that include 'adversarial'.")
-        sources = self.worst[max(self.worst) if steps is None else steps].mean(0)
+        budget = max(self.worst) if steps is None else integer("steps", steps)
+        if budget not in self.worst:
+            raise KeyError(f"steps={budget} was not run: the budgets are {', '.join(map(str, self.worst))}.")
+        sources = self.worst[budget].mean(0)
         best = sources.topk(min(k, len(sources))).indices.tolist()
         labels = self.node_set.labels()
         return pd.DataFrame({"node": [labels[i] for i in best], "source": sources[best].tolist()})
@@ -123,6 +130,10 @@ def audit_circuit(
         ValueError: the nodes mix kinds, prompts do not fit, the model has other weights, or the metric gives no single number
             or none that can be differentiated.
         RuntimeError: a hook does not run in this model.
+        TypeError: an argument is of another type, or the metric gives no number.
+        FloatingPointError: the metric is NaN or infinite.
+
+    Warns (RuntimeWarning) where ablating every node leaves the metric as it is, so that ``recovered`` is not defined (NaN).
     """
     config = config_of(AuditConfig, config)
     with auditor(decomposition, model, prompts, nodes, metric, config, reference_prompts, attention_mask) as audit:
@@ -135,6 +146,13 @@ def audit_circuit(
             if reference not in limits:
                 nothing = audit.plain(torch.zeros_like(in_circuit), reference)
                 limits[reference] = nothing, audit.plain(~in_circuit, reference)
+                if nothing == audit.whole:
+                    warnings.warn(
+                        f"The metric is {nothing:.6g} for the whole model and with every node at the reference {reference!r} "
+                        "too: what is recovered is not defined (NaN), so choose a metric that the nodes change.",
+                        RuntimeWarning,
+                        stacklevel=2,
+                    )
             for steps in config.budgets if ablation == "adversarial" else (None,):
                 value, sources = _under(audit, config, ablation, in_circuit, steps)
                 if sources is not None and steps is not None:

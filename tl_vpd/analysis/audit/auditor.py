@@ -15,12 +15,14 @@ from tl_vpd.adapters import adapt
 from tl_vpd.analysis.audit.ablate import AblatedModel
 from tl_vpd.analysis.audit.config import AttackConfig, Reference
 from tl_vpd.analysis.audit.node_set import NodeSet, node_set_of
-from tl_vpd.analysis.metric import Metric, number_of
-from tl_vpd.analysis.nodes import Node
+from tl_vpd.analysis.metric import Metric, finite_number_of
+from tl_vpd.analysis.nodes import Node, several
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.target_check import check_target
 from tl_vpd.masking import restarted_pgd
 from tl_vpd.site import Subcomponent
+
+ABLATED = "with nodes ablated"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Auditor:
     def at(self, in_circuit: Bool[Tensor, "pos total"], sources: Tensor, reference: Reference) -> float:
         """The metric with everything else at the sources."""
         m = factors(in_circuit, sources)
-        return number_of(self.metric(self.ablated_model.run(m, self.values[reference])))
+        return finite_number_of(self.metric(self.ablated_model.run(m, self.values[reference])), ABLATED)
 
     def stochastic(self, in_circuit: Bool[Tensor, "pos total"], reference: Reference, draws: int) -> float:
         """The mean metric over uniform sources per token and node."""
@@ -79,8 +81,10 @@ class Auditor:
             m = factors(in_circuit, sources)
             value = self.metric(self.ablated_model.run(m, self.values[reference]))
             if not isinstance(value, Tensor) or (torch.is_grad_enabled() and not value.requires_grad):
-                raise ValueError("The metric cannot be differentiated: return a tensor computed from the logits.")
-            signed = sign * number_of(value)
+                raise ValueError(
+                    "The metric cannot be differentiated, or does not depend on the logits: return a tensor computed from them."
+                )
+            signed = sign * finite_number_of(value, ABLATED)
             if worst is None or signed < worst[0]:
                 worst = signed, sources.detach().clone()
             return -sign * value.squeeze()
@@ -140,7 +144,7 @@ def auditor(
         adapter = adapt(model)
         if decomposition is not None:
             check_target(decomposition, adapter)
-        circuit = tuple(Node.parse(node) for node in nodes)
+        circuit = tuple(Node.parse(node) for node in several("nodes", nodes))
         node_set = node_set_of(adapter, circuit, decomposition, config.among)
         tokens = adapter.tokens(prompts)
         token_mask = adapter.padding(tokens, attention_mask)
@@ -155,7 +159,7 @@ def auditor(
             yield Auditor(
                 circuit=circuit,
                 in_circuit=in_circuit,
-                whole=number_of(metric(ablated_model.clean())),
+                whole=finite_number_of(metric(ablated_model.clean()), "on the model itself"),
                 ablated_model=ablated_model,
                 metric=metric,
                 values={

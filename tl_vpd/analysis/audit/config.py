@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tl_vpd.site import nearest
+from tl_vpd.checks import check_fields, choice, number, sequence
 
 Reference = str
 """What ablated nodes are replaced by: one of ``REFERENCES``."""
@@ -27,7 +27,8 @@ class AttackConfig:
         seed: of all random draws.
 
     Raises:
-        ValueError: a value is out of range.
+        TypeError: a value is of another type.
+        ValueError: a value is out of range or unknown.
     """
 
     lower_is_better: bool = False
@@ -39,11 +40,12 @@ class AttackConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.reference not in REFERENCES:
-            near = nearest(self.reference, REFERENCES)
-            raise ValueError(f"reference={self.reference!r}{near}: choose zero, mean or resample.")
-        if self.restarts < 1:
-            raise ValueError(f"restarts={self.restarts}: give at least 1.")
+        choice("reference", self.reference, REFERENCES)
+        check_fields(self, restarts=1)
+        if self.step_size is not None:
+            number("step_size", self.step_size, above=0)
+        if self.among is not None and not isinstance(self.among, str):
+            object.__setattr__(self, "among", tuple(sequence("among", self.among)))
 
     @property
     def sign(self) -> float:
@@ -74,16 +76,12 @@ class AuditConfig(AttackConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in self.ablations:
-            if name not in ABLATIONS:
-                raise ValueError(
-                    f"{name!r} is not an ablation{nearest(name, ABLATIONS)}: choose from {', '.join(ABLATIONS)}."
-                )
-        if self.draws < 1 or self.controls < 0 or not self.budgets or any(steps < 1 for steps in self.budgets):
-            raise ValueError(
-                f"budgets={list(self.budgets)}, draws={self.draws}, controls={self.controls}: give at least one budget, each "
-                "budget and draws at least 1, and controls at least 0."
-            )
+        check_fields(self, budgets=1, draws=1, controls=0)
+        for i, name in enumerate(self.ablations):
+            choice(f"ablations[{i}]", name, ABLATIONS)
+        for name in ("ablations", "budgets"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}=(): give at least one.")
 
     @property
     def references(self) -> tuple[Reference, ...]:
@@ -114,8 +112,4 @@ class RepairConfig(AttackConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.steps < 1 or self.candidates < 1 or self.max_added < 0 or self.target > 1:
-            raise ValueError(
-                f"steps={self.steps}, candidates={self.candidates}, max_added={self.max_added}, target={self.target}: counts "
-                "must be at least 1 (max_added 0) and the target at most 1, the whole model."
-            )
+        check_fields(self, target=(None, 1), steps=1, max_added=0, candidates=1)

@@ -131,11 +131,9 @@ def node_set_of(
         among: patterns of names (``blocks.1.*``): only these are audited, the others run as in the model (None: all).
 
     Raises:
-        ValueError: the nodes mix kinds that contain each other, or there are none.
+        ValueError: the nodes mix kinds that contain each other.
         KeyError: a node's name is not a hook or site that can be audited, or a pattern matches nothing.
     """
-    if not nodes:
-        raise ValueError("The circuit has no nodes: give at least one, such as 'blocks.0.attn.hook_z:3'.")
     subcomponents = [n for n in nodes if decomposition is not None and n.name in decomposition.sites]
     if subcomponents and len(subcomponents) < len(nodes):
         other = next(n for n in nodes if n not in subcomponents)
@@ -150,7 +148,7 @@ def node_set_of(
     if among is not None:
         names = [site.name for site in hook_sites]
         for pattern in [among] if isinstance(among, str) else among:
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):
                 raise KeyError(f"Nothing audited matches {pattern!r}{nearest(pattern, names)}: {', '.join(names)}.")
         audited = select(among, names)
         hook_sites = [site for site in hook_sites if site.name in audited]

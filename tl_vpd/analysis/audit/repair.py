@@ -23,7 +23,7 @@ from tl_vpd.analysis.audit.auditor import Auditor, auditor, factors
 from tl_vpd.analysis.audit.config import RepairConfig
 from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
-from tl_vpd.checks import config_of
+from tl_vpd.checks import config_of, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent
 
@@ -55,6 +55,7 @@ class Repair:
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` additions after which the metric under the adversary rose most: added, gain."""
+        k = integer("k", k, minimum=0)
         gain = self.rows["recovered"].diff().iloc[1:]
         table = pd.DataFrame({"added": self.rows["added"].iloc[1:], "gain": gain})
         return table.nlargest(k, "gain").reset_index(drop=True)
@@ -86,13 +87,19 @@ def repair_circuit(
     Raises:
         KeyError: as in ``audit_circuit``.
         IndexError: as in ``audit_circuit``.
-        ValueError: as in ``audit_circuit``.
+        ValueError: as in ``audit_circuit``, or ablating every node leaves the metric as it is.
         RuntimeError: as in ``audit_circuit``.
+        TypeError: as in ``audit_circuit``.
+        FloatingPointError: as in ``audit_circuit``.
     """
     config = config_of(RepairConfig, config)
     with auditor(decomposition, model, prompts, nodes, metric, config, reference_prompts, attention_mask) as audit:
         in_circuit, circuit, added = audit.in_circuit, list(audit.circuit), ""
         nothing = audit.plain(torch.zeros_like(in_circuit), config.reference)
+        if nothing == audit.whole:
+            raise ValueError(
+                f"The metric is {nothing:.6g} for the whole model and with every node ablated too: there is nothing to repair."
+            )
         rows = []
         while True:
             value, sources = audit.attack(in_circuit, config.reference, config.steps)

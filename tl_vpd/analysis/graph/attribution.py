@@ -29,6 +29,7 @@ from tl_vpd.analysis.graph.edges import Edges
 from tl_vpd.analysis.graph.result import AttributionGraph
 from tl_vpd.analysis.graph.rows import groups
 from tl_vpd.analysis.graph.targets import logit_targets
+from tl_vpd.analysis.harvest import check_are_tokens
 from tl_vpd.checks import config_of
 from tl_vpd.decomposition import Decomposition
 
@@ -84,8 +85,7 @@ def attribution_graph(
 def _one_prompt(direct: DirectModel, prompt: Any) -> Int[Tensor, "1 pos"]:
     """The prompt as tokens; raises ValueError unless it is one, without padding."""
     tokens = direct.adapter.tokens(prompt)
-    if tokens.is_floating_point() or tokens.ndim != 2:
-        raise ValueError(f"A graph is made of tokens; this model takes {tokens.dtype} of shape {tuple(tokens.shape)}.")
+    check_are_tokens(tokens, "A graph")
     if len(tokens) != 1:
         raise ValueError(f"A graph is of one prompt, and there are {len(tokens)}: use dataset_graph for many.")
     if direct.adapter.padding(tokens, None) is not None:

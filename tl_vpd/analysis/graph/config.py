@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from tl_vpd.checks import check_threshold
+from tl_vpd.checks import check_fields, choice
 
 Fixed = Literal["norms", "deltas", "patterns"]
 """What gradients may treat as constant: norms' scales, Δs' outputs, attention patterns."""
@@ -25,23 +25,21 @@ class GraphConfig:
         progress: whether a bar is shown.
 
     Raises:
+        TypeError: a value is of another type.
         ValueError: a value is out of range or unknown.
     """
 
     threshold: float = 0.0
     min_weight: float = 0.0
     importances: bool = True
-    fixed: Collection[str] = ()
+    fixed: Sequence[str] = ()
     tokens_at_once: int = 1024
     progress: bool = False
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.fixed) - set(get_args(Fixed)))
-        if unknown:
-            raise ValueError(f"fixed={unknown}: choose from 'norms', 'deltas' and 'patterns'.")
-        if self.tokens_at_once < 1:
-            raise ValueError(f"tokens_at_once={self.tokens_at_once}: give at least 1.")
-        check_threshold(self.threshold)
+        check_fields(self, min_weight=0, tokens_at_once=1)
+        for i, name in enumerate(self.fixed):
+            choice(f"fixed[{i}]", name, get_args(Fixed))
         if self.threshold and not self.importances:
             raise ValueError(
                 f"threshold={self.threshold} does nothing with importances=False, which makes every subcomponent a node."
@@ -58,6 +56,7 @@ class DatasetGraphConfig:
         progress: whether a bar is shown.
 
     Raises:
+        TypeError: a value is of another type.
         ValueError: the batch size is below 1.
     """
 
@@ -66,5 +65,4 @@ class DatasetGraphConfig:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: give at least 1.")
+        check_fields(self, batch_size=1)

@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from tl_vpd.analysis.graph.config import DatasetGraphConfig
 from tl_vpd.analysis.graph.direct import DirectModel
 from tl_vpd.analysis.graph.sums import DatasetSums
-from tl_vpd.checks import config_of
+from tl_vpd.analysis.harvest import check_are_tokens
+from tl_vpd.analysis.nodes import several
+from tl_vpd.checks import config_of, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent, nearest
 
@@ -70,7 +72,12 @@ class DatasetGraph:
         return pd.DataFrame(columns)
 
     def top_edges(
-        self, k: int = 20, *, source: str | None = None, target: str | None = None, absolute: bool = False
+        self,
+        k: int = 20,
+        *,
+        source: str | Subcomponent | None = None,
+        target: str | Subcomponent | None = None,
+        absolute: bool = False,
     ) -> pd.DataFrame:
         """The k edges of largest size: ``source, target, signed`` and ``absolute``.
 
@@ -84,12 +91,14 @@ class DatasetGraph:
             KeyError: there is no such node.
             ValueError: the graph has no absolute version.
         """
+        k = integer("k", k, minimum=0)
         weights = self.absolute if absolute else self.signed
         if weights is None:
             raise ValueError("This graph has no absolute version: make it with DatasetGraphConfig(absolute=True).")
         weights = weights.clone()
-        for label, axis, names in ((target, 0, self.labels[1:]), (source, 1, self.labels)):
-            if label is not None:
+        for node, axis, names in ((target, 0, self.labels[1:]), (source, 1, self.labels)):
+            if node is not None:
+                label = str(node)
                 if label not in names:
                     raise KeyError(f"{label!r} is not a node of this graph{nearest(label, names)}.")
                 others = torch.arange(len(names), device=weights.device) != names.index(label)
@@ -124,11 +133,16 @@ def dataset_graph(
         ValueError: nothing is important on these prompts; attention runs head by head; or the model has other weights.
         KeyError: a site is not decomposed.
         IndexError: there is no such subcomponent.
+        TypeError: an argument is of another type.
+        FloatingPointError: an attribution is NaN or infinite.
     """
     config = config_of(DatasetGraphConfig, config)
-    nodes = None if subcomponents is None else [decomposition.subcomponent(c) for c in subcomponents]
+    nodes = None
+    if subcomponents is not None:
+        nodes = [decomposition.subcomponent(c) for c in several("subcomponents", subcomponents)]
     with DirectModel(decomposition, model) as direct:
         tokens = direct.adapter.tokens(prompts)
+        check_are_tokens(tokens, "A graph")
         sums = DatasetSums(direct, tokens, direct.adapter.padding(tokens, attention_mask), config, nodes)
         signed, absolute = sums.attributions()
         dtype = direct.adapter.dtype

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tl_vpd.adapters.changes import Later
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel, SitePass
 
@@ -123,7 +124,8 @@ class DirectModel(MaskedModel):
         self._pass: DirectPass | None = None
         self._deltas: dict[str, Tensor] = {}
 
-    def __enter__(self) -> DirectModel:
+    def put_on(self, undo: Later) -> None:
+        """Puts the taps on the model; raises ValueError where attention is computed head by head."""
         for name in self.names:
             layout = self.adapter.layout(name)
             if layout.by_head or layout.repeats > 1:
@@ -131,23 +133,18 @@ class DirectModel(MaskedModel):
                     f"{name} is computed head by head here: switch use_split_qkv_input, use_attn_in, use_attn_result and "
                     "ungroup_grouped_query_attention off for a graph."
                 )
-        super().__enter__()
-        try:
-            with torch.no_grad():
-                for name in self.names:
-                    product = self.weights.V[name].detach() @ self.weights.U[name].detach()
-                    self._deltas[name] = self.adapter.weight(name).to(product) - product
-            self._stack.callback(self._deltas.clear)
-            for handle in self.adapter.tap_residual(self._embed):
-                self._stack.callback(handle.remove)
-            if self.fixed & {"norms", "patterns"}:
-                options = {"norms": "norms" in self.fixed, "patterns": "patterns" in self.fixed}
-                for handle in self.adapter.linearised(**options, see=self._note_norm):
-                    self._stack.callback(handle.remove)
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
+        super().put_on(undo)
+        undo(self._deltas.clear)
+        with torch.no_grad():
+            for name in self.names:
+                product = self.weights.V[name].detach() @ self.weights.U[name].detach()
+                self._deltas[name] = self.adapter.weight(name).to(product) - product
+        for handle in self.adapter.tap_residual(self._embed):
+            undo(handle.remove)
+        if self.fixed & {"norms", "patterns"}:
+            options = {"norms": "norms" in self.fixed, "patterns": "patterns" in self.fixed}
+            for handle in self.adapter.linearised(**options, see=self._note_norm):
+                undo(handle.remove)
 
     def direct(
         self,

@@ -27,6 +27,7 @@ from tl_vpd.analysis.graph.paths import Path as NodePath
 from tl_vpd.analysis.graph.paths import influence, strongest_paths
 from tl_vpd.analysis.graph.targets import LogitTarget
 from tl_vpd.analysis.nodes import Node
+from tl_vpd.checks import integer, item, number
 from tl_vpd.site import nearest
 
 if TYPE_CHECKING:
@@ -106,11 +107,23 @@ class AttributionGraph:
         return {label: number for number, label in enumerate(self.labels)}
 
     def number(self, node: str | Node | int) -> int:
-        """A node's number from its label; raises KeyError with the nearest label, IndexError for a number beyond the last."""
+        """A node's number.
+
+        Args:
+            node: its label, address or number.
+
+        Raises:
+            KeyError: no node has this label; the message has the nearest.
+            IndexError: the number is beyond the last.
+            TypeError: it is something else.
+        """
+        node = item(node)
         if isinstance(node, int) and not isinstance(node, bool):
             if not 0 <= node < len(self):
-                raise IndexError(f"Node {node} does not exist: the graph has {len(self)} nodes.")
+                raise IndexError(f"Node {node} does not exist: the graph has nodes 0 to {len(self) - 1}.")
             return node
+        if not isinstance(node, str | Node):
+            raise TypeError(f"{node!r} is a {type(node).__name__}: give a node's label, such as {self.labels[-1]!r}.")
         label = str(node)
         if label not in self._numbers:
             raise KeyError(f"{label!r} is not a node of this graph{nearest(label, self.labels)}.")
@@ -175,6 +188,7 @@ class AttributionGraph:
         self, k: int = 20, *, source: str | Node | int | None = None, target: str | Node | int | None = None
     ) -> pd.DataFrame:
         """The k edges of largest size, of all or of those from or into a node."""
+        k = integer("k", k, minimum=0)
         chosen = torch.ones_like(self.source, dtype=torch.bool)
         if source is not None:
             chosen &= self.source == self.number(source)
@@ -188,6 +202,7 @@ class AttributionGraph:
 
         A path's strength is the product over its edges of ``|weight|`` as a fraction of all that enters the edge's target.
         """
+        k = integer("k", k, minimum=0)
         end = int(self.start().argmax()) if target is None else self.number(target)
         paths = strongest_paths(self.source, self.target, self.weight, end, k)
         return [replace(path, nodes=tuple(self.labels[i] for i in path.numbers)) for path in paths]
@@ -214,14 +229,16 @@ class AttributionGraph:
     def subgraph(self, nodes: Iterable[str | Node | int]) -> AttributionGraph:
         """These nodes and the edges among them; embeddings and logits stay."""
         chosen = ~self.is_subcomponent
-        numbers = [self.number(node) for node in nodes]
+        numbers = [self.number(node) for node in ([nodes] if isinstance(nodes, str) else nodes)]
         chosen[torch.tensor(numbers, dtype=torch.long, device=chosen.device)] = True
         return self._of(chosen)
 
     def pruned(self, *, nodes: int | None = None, min_weight: float = 0.0) -> AttributionGraph:
         """The subcomponents of largest influence on the logits (None: all) and their edges of more than a size."""
+        min_weight = number("min_weight", min_weight, minimum=0)
         chosen = torch.ones_like(self.is_subcomponent)
         if nodes is not None:
+            nodes = integer("nodes", nodes, minimum=0)
             ranked = torch.where(self.is_subcomponent, self.influence, torch.inf).argsort(descending=True, stable=True)
             chosen[ranked[nodes + int((~self.is_subcomponent).sum()) :]] = False
         return self._of(chosen, min_weight)

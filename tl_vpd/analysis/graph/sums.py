@@ -103,7 +103,14 @@ class DatasetSums:
                 self._add(batch, signed, absolute, bar)
         importance = torch.cat([self.importance.new_full((1,), self.n_tokens), self.importance[self.nodes]])
         scale = (importance[None] * self.rms[self.nodes, None]).clamp_min(1e-300)
-        return signed / scale, None if absolute is None else absolute / scale
+        results = signed / scale, None if absolute is None else absolute / scale
+        for result in results:
+            if result is not None and not bool(result.isfinite().all()):
+                first = self.direct.weights.site_axis.at(int(self.nodes[(~result.isfinite()).any(1)][0]))
+                raise FloatingPointError(
+                    f"Attributions to {first} are NaN or infinite: load the model in float32, and look at its activations."
+                )
+        return results
 
     def _add(self, batch: _Batch, signed: Tensor, absolute: Tensor | None, bar: tqdm) -> None:  # type: ignore[type-arg]
         """Adds a batch's attributions, family by family of sites that share an input."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tl_vpd.adapters import Adapter
 from tl_vpd.analysis.nodes import position_of
+from tl_vpd.checks import item
 
 LEAST_PROBABILITY = 0.05
 
@@ -61,8 +62,10 @@ def logit_targets(adapter: Adapter, logits: Float[Tensor, "pos vocab"], targets:
         IndexError: the position or a token does not exist.
         ValueError: a text is not one token, or nothing is left to explain.
         TypeError: the position or a target is something else.
+        FloatingPointError: the logits are NaN or infinite.
     """
     pos = position_of(pos, len(logits))
+    check_logits(logits[pos], pos)
     p = logits[pos].float().softmax(-1)
     if targets is None:
         targets = min(LEAST_PROBABILITY, float(p.max()))
@@ -77,7 +80,16 @@ def logit_targets(adapter: Adapter, logits: Float[Tensor, "pos vocab"], targets:
     return list(parsed.values())
 
 
+def check_logits(logits: Float[Tensor, " vocab"], pos: int) -> None:
+    """Raises FloatingPointError unless the logits of a position are finite (−∞ says that a token is impossible)."""
+    if bool((logits.isnan() | (logits == torch.inf)).any()):
+        raise FloatingPointError(
+            f"The model's logits at position {pos} are NaN or infinite: load it in float32, and look at its weights."
+        )
+
+
 def _parse(adapter: Adapter, p: Tensor, target: Any, pos: int) -> list[LogitTarget]:
+    target = item(target)
     if isinstance(target, bool) or not isinstance(target, str | int | float | tuple):
         raise TypeError(f"{target!r} is not a target: give a token, a pair of tokens, or a probability.")
     if isinstance(target, float):
@@ -85,6 +97,7 @@ def _parse(adapter: Adapter, p: Tensor, target: Any, pos: int) -> list[LogitTarg
             raise ValueError(f"{target} is not a probability: 0.05 explains every token of at least this probability.")
         return [_token(adapter, p, token, pos) for token in (p >= target).nonzero().flatten().tolist()]
     if isinstance(target, tuple):
+        target = tuple(item(t) for t in target)
         if len(target) != 2 or any(isinstance(t, bool) or not isinstance(t, str | int) for t in target):
             raise ValueError(f"{target!r}: a difference of logits is a pair of tokens, each a text or a number.")
         first, second = (_token(adapter, p, token, pos) for token in target)

@@ -20,7 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter
+from tl_vpd.analysis.graph.targets import check_logits
 from tl_vpd.analysis.nodes import position_of
+from tl_vpd.checks import item
 from tl_vpd.losses.precision import at_least_float32
 
 
@@ -69,12 +71,14 @@ def behaviour_of(adapter: Adapter, logits: Float[Tensor, "pos vocab"], behaviour
         IndexError: the position or a token does not exist.
         ValueError: a text is not one token.
         TypeError: the position is not an integer, or the behaviour is something else.
+        FloatingPointError: the logits are NaN or infinite.
     """
     pos = position_of(pos, len(logits))
+    check_logits(logits[pos], pos)
     target = at_least_float32(logits[pos].detach()).log_softmax(-1)
     if behaviour is None:
         return Behaviour(pos, None, None, target, "the model's distribution")
-    pair = behaviour if isinstance(behaviour, tuple) else (behaviour,)
+    pair = tuple(item(t) for t in (behaviour if isinstance(behaviour, tuple) else (behaviour,)))
     if not 1 <= len(pair) <= 2 or any(isinstance(t, bool) or not isinstance(t, str | int) for t in pair):
         raise TypeError(
             f"{behaviour!r} is not a behaviour: give a token, a pair of tokens, or None for the whole distribution."

@@ -11,11 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_vpd.analysis.nodes import Node
+from tl_vpd.analysis.nodes import Node, several
 from tl_vpd.analysis.pruning.attack import attack, uniform_sources, within_reach
 from tl_vpd.analysis.pruning.behaviours import behaviour_of
 from tl_vpd.analysis.pruning.config import PruneConfig
 from tl_vpd.analysis.pruning.gradients import PromptLoss
+from tl_vpd.checks import integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.site import ConcatenatedAxis
@@ -37,8 +38,8 @@ class PrunedCircuit:
         alive: how many nodes the prompt had before pruning.
         coefficient: λ.
         probabilities: of the behaviour: ``target`` (the model), ``importances`` (as masks, Δ off), ``stochastic`` (mean of 64
-            draws), and the mean over 8 starts under ``adversarial`` (the adversary of pruning), ``adversarial_fresh`` (20 steps
-            of 0.1 on all alive subcomponents that are left out, and on Δs; also the worst of the 8) and
+            draws), and the mean over 8 starts under ``adversarial`` (the adversary of pruning, if any), ``adversarial_fresh`` (20
+            steps of 0.1 on all alive subcomponents that are left out, and on Δs; also the worst of the 8) and
             ``adversarial_everything`` (20 steps on every subcomponent at every position, alive or not, and on Δs).
         settings: how it was pruned.
     """
@@ -83,6 +84,7 @@ class PrunedCircuit:
 
     def top(self, k: int = 20) -> pd.DataFrame:
         """The k nodes of largest importance."""
+        k = integer("k", k, minimum=0)
         return self.to_pandas().sort_values("importance", ascending=False, kind="stable").head(k)
 
 
@@ -99,7 +101,7 @@ def probabilities(
     """
     generator = torch.Generator(g.device).manual_seed(config.seed + 1)
     sites = len(loss.masked_model.names)
-    many, several = g.expand(STOCHASTIC_DRAWS, -1, -1), g.expand(FRESH_STARTS, -1, -1)
+    many, starts = g.expand(STOCHASTIC_DRAWS, -1, -1), g.expand(FRESH_STARTS, -1, -1)
     plain = loss.probability(g[None], g.new_zeros(1, len(g), g.shape[1] + sites))
     stochastic = loss.probability(many, uniform_sources(many, sites, generator))
     attacks: list[tuple[str, int, float]] = [
@@ -109,14 +111,14 @@ def probabilities(
     ]
     worst = []
     for reach, steps, step_size in attacks:
-        start = uniform_sources(several, sites, generator)
+        start = uniform_sources(starts, sites, generator)
         reachable = within_reach(reach, alive, sites)
-        worst.append(attack(loss.gradient, several, start, reachable, steps=steps, step_size=step_size))
-    trained, fresh, everything = (loss.probability(several, sources) for sources in worst)
+        worst.append(attack(loss.gradient, starts, start, reachable, steps=steps, step_size=step_size))
+    trained, fresh, everything = (loss.probability(starts, sources) for sources in worst)
     return {
         "importances": float(plain),
         "stochastic": float(stochastic.mean()),
-        "adversarial": float(trained.mean()),
+        **({"adversarial": float(trained.mean())} if config.adversary_steps else {}),
         "adversarial_fresh": float(fresh.mean()),
         "adversarial_fresh_worst": float(fresh.min()),
         "adversarial_everything": float(everything.mean()),
@@ -148,8 +150,13 @@ def ablate_nodes(
     Raises:
         KeyError: a node's site is not decomposed.
         IndexError: a node's subcomponent or position does not exist.
-        ValueError: a node is not a subcomponent, or the model has other weights.
+        ValueError: a node is not a subcomponent, a group is empty, or the model has other weights.
+        TypeError: an argument is of another type.
     """
+    if not isinstance(circuit, PrunedCircuit):
+        raise TypeError(f"circuit is a {type(circuit).__name__}: give what prune(...) returns.")
+    if not isinstance(groups, Mapping):
+        raise TypeError(f"groups is a {type(groups).__name__}: give nodes by name of the group.")
     ablated = {name: _ablated(decomposition, circuit, nodes) for name, nodes in groups.items()}
     rows = torch.stack([torch.zeros_like(circuit.importances, dtype=torch.bool), *ablated.values()])
     with torch.inference_mode(False), MaskedModel(decomposition, model) as masked_model:
@@ -173,7 +180,7 @@ def _ablated(
 ) -> Bool[Tensor, "pos C_total"]:
     """True for the subcomponents and positions of the nodes."""
     result = torch.zeros_like(circuit.importances, dtype=torch.bool)
-    for address in nodes:
+    for address in several("nodes", nodes):
         node = Node.parse(address)
         subcomponent = decomposition.subcomponent(node.subcomponent)
         if node.pos is not None and node.pos >= len(result):

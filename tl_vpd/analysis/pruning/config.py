@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tl_vpd.analysis.pruning.attack import REACHES
+from tl_vpd.checks import check_fields, choice, number
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class PruneConfig:
         lr: its learning rate, cosine to 0 after a warm-up.
         warm_up: the fraction of the steps that the warm-up takes.
         p: exponent of the minimality loss.
-        adversary_steps: of the attack in every step.
+        adversary_steps: of the attack in every step (0: sources stay random, and no attack of pruning is reported).
         adversary_step_size: of the attack in every step.
         reach: what the attack chooses sources for (``pruning.attack`` has the table); all other sources are random.
         seed: of sources.
@@ -25,7 +26,8 @@ class PruneConfig:
         progress: whether a bar is shown.
 
     Raises:
-        ValueError: a value is out of range.
+        TypeError: a value is of another type.
+        ValueError: a value is out of range or unknown.
     """
 
     variant: str = "adversarial"
@@ -41,11 +43,8 @@ class PruneConfig:
     progress: bool = False
 
     def __post_init__(self) -> None:
-        if self.variant not in ("adversarial", "importances_only"):
-            raise ValueError(f"variant={self.variant!r}: choose 'adversarial' or 'importances_only'.")
-        if self.reach not in REACHES:
-            raise ValueError(f"reach={self.reach!r}: choose one of {', '.join(REACHES)}.")
-        if self.steps < 1 or self.adversary_steps < 0:
-            raise ValueError(
-                f"steps={self.steps}, adversary_steps={self.adversary_steps}: give at least 1 step and 0 adversary steps."
-            )
+        choice("variant", self.variant, ("adversarial", "importances_only"))
+        choice("reach", self.reach, REACHES)
+        check_fields(self, steps=1, warm_up=(0, 1), adversary_steps=0)
+        for name in ("lr", "p", "adversary_step_size"):
+            number(name, getattr(self, name), above=0)

@@ -29,7 +29,7 @@ from tl_vpd.analysis.pruning.circuit import PrunedCircuit, probabilities
 from tl_vpd.analysis.pruning.config import PruneConfig
 from tl_vpd.analysis.pruning.gradients import PromptLoss
 from tl_vpd.analysis.pruning.importance_training import ImportanceTraining
-from tl_vpd.checks import config_of
+from tl_vpd.checks import config_of, number, sequence
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 
@@ -73,6 +73,7 @@ def prune(
         ValueError: there are several prompts, padding, a model of other weights, or nothing is alive.
         IndexError: the position or a token does not exist.
         TypeError: the behaviour or the position is something else.
+        FloatingPointError: logits or importances are NaN or infinite.
     """
     return prune_sweep(decomposition, model, prompt, behaviour, [coefficient], pos=pos, config=config).circuits[0]
 
@@ -102,25 +103,27 @@ def prune_sweep(
         ValueError: there is no coefficient, or one is negative, or as in ``prune``.
         IndexError: as in ``prune``.
         TypeError: as in ``prune``.
+        FloatingPointError: as in ``prune``.
     """
     config = config_of(PruneConfig, config)
+    coefficients = [number("coefficient λ", value, minimum=0) for value in sequence("coefficients", coefficients)]
     if not coefficients:
-        raise ValueError("A sweep needs at least one coefficient.")
-    if not all(coefficient >= 0 for coefficient in coefficients):
-        raise ValueError(
-            f"coefficients={list(coefficients)}: λ weighs what a circuit costs, give numbers of 0 or more."
-        )
+        raise ValueError("coefficients=[]: a sweep needs at least one.")
     with torch.inference_mode(False), MaskedModel(decomposition, model, fused_attention=True) as masked_model:
         tokens = _one_prompt(masked_model, prompt)
         logits, inputs = masked_model.clean(tokens)
         z = decomposition.pre_sigmoid(inputs)[0].detach().to(logits)
+        if not bool(z.isfinite().all()):
+            raise FloatingPointError(
+                "Importances on this prompt are NaN or infinite: look at the decomposition's weights."
+            )
         if not bool((z > 0).any()):
             raise ValueError("No subcomponent is important at any token of this prompt: there is nothing to prune.")
         loss = PromptLoss(masked_model, tokens, behaviour_of(masked_model.adapter, logits[0], behaviour, pos))
-        strengths = torch.tensor([float(c) for c in coefficients], dtype=z.dtype, device=z.device)
+        strengths = torch.tensor(coefficients, dtype=z.dtype, device=z.device)
         importances = ImportanceTraining(loss, z, strengths, config).run()
         circuits = [
-            _circuit(loss, logits, g, z, float(coefficient), config)
+            _circuit(loss, logits, g, z, coefficient, config)
             for g, coefficient in zip(importances, coefficients, strict=True)
         ]
     return PruneSweep(tuple(circuits))
