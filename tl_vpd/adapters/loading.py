@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -60,3 +62,17 @@ def converted_neox_weights(source: Any, cfg: Any) -> dict[str, torch.Tensor]:
     from transformer_lens.pretrained.weight_conversions import convert_neox_weights
 
     return convert_neox_weights(source, cfg)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Inside, transformers shows no progress bars; the user's setting is restored."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

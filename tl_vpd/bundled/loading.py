@@ -11,8 +11,6 @@ both. The weights are stored in the layout of transformers and loaded without an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,7 +20,7 @@ from jaxtyping import Int
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from tl_vpd.adapters.loading import Kind, converted_neox_weights, default_kind, load_model
+from tl_vpd.adapters.loading import Kind, converted_neox_weights, default_kind, load_model, quiet_transformers
 from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
 from tl_vpd.decomposition import Decomposition
 
@@ -45,7 +43,7 @@ def model(*, kind: Kind | None = None, device: str | torch.device = "cpu", folde
         ImportError: the installed TransformerLens has no such class.
     """
     if (kind or default_kind()) == "bridge":
-        with _quiet_transformers():
+        with quiet_transformers():
             bridge: Any = load_model(str(folder), kind="bridge", device=device)
         bridge.cfg.default_prepend_bos = True  # as the model was trained, and as the HookedTransformer reads strings
         return bridge
@@ -79,7 +77,7 @@ def hooked_transformer(folder: Path, *, device: str | torch.device = "cpu") -> A
         raise ImportError("This TransformerLens has no HookedTransformer: use kind='bridge', or install 3.x.")
     from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
-    with _quiet_transformers():
+    with quiet_transformers():
         source = GPTNeoXForCausalLM.from_pretrained(folder, dtype=torch.float32)
     config = source.config
     cfg = HookedTransformerConfig(
@@ -109,20 +107,6 @@ def hooked_transformer(folder: Path, *, device: str | torch.device = "cpu") -> A
         state, fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
     )
     return hooked.to(device, print_details=False)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No progress bar for a small file; the user's setting is restored."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
 
 
 def evaluation() -> Evaluation:

@@ -1,0 +1,275 @@
+"""Models of one architecture from their weights, as either class: pre-norm, RMSNorm with scale, rotary positions over whole
+heads, an MLP of tanh-GELU without a gate, no biases, one matrix for embedding and unembedding (Hugging Face calls it Arcee).
+
+Weights have TransformerLens's names and orientation, heads flattened: the sites', ``embed.W_E`` ``[vocab, d_model]``, and the
+norms' ``blocks.{i}.ln1.w``, ``blocks.{i}.ln2.w``, ``ln_final.w``.
+
+    >>> write_arcee(shape, weights, folder, tokenizer)                          # doctest: +SKIP
+    >>> model = load_arcee(folder, kind="bridge")                               # doctest: +SKIP
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tl_vpd.adapters.loading import Kind, load_model, quiet_transformers
+from tl_vpd.adapters.lookup import adapt
+from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig, is_hooked_transformer
+from tl_vpd.files.atomic import write_file
+from tl_vpd.files.json_files import read_json, write_json
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_LINEAR = {
+    "attn.W_Q": "self_attn.q_proj",
+    "attn.W_K": "self_attn.k_proj",
+    "attn.W_V": "self_attn.v_proj",
+    "attn.W_O": "self_attn.o_proj",
+    "mlp.W_in": "mlp.up_proj",
+    "mlp.W_out": "mlp.down_proj",
+}
+_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
+
+
+@dataclass(frozen=True)
+class ArceeShape:
+    """The sizes of a model of this architecture; ``n_ctx`` is its longest prompt."""
+
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    eps: float
+    rotary_base: float
+
+    @property
+    def d_head(self) -> int:
+        """Width of a head."""
+        return self.d_model // self.n_heads
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Every weight's name and shape."""
+        d, kv = self.d_model, self.n_kv_heads * self.d_head
+        sizes = {"W_Q": (d, d), "W_K": (d, kv), "W_V": (d, kv), "W_O": (d, d)}
+        sizes |= {"W_in": (d, self.d_mlp), "W_out": (self.d_mlp, d)}
+        shapes: dict[str, tuple[int, ...]] = {"embed.W_E": (self.d_vocab, d)}
+        for i in range(self.n_layers):
+            shapes |= {f"blocks.{i}.{norm}.w": (d,) for norm in _NORMS}
+            shapes |= {f"blocks.{i}.{name}": sizes[name.split(".")[1]] for name in _LINEAR}
+        return {**shapes, "ln_final.w": (d,)}
+
+
+def write_arcee(shape: ArceeShape, weights: Mapping[str, Tensor], folder: Path, tokenizer: Any | None) -> None:
+    """Writes the folder that transformers, and so TransformerBridge, loads: config, weights, tokenizer.
+
+    Args:
+        shape: of the model.
+        weights: by name.
+        folder: exists.
+        tokenizer: of transformers (None: the folder has none).
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    config = {
+        "architectures": ["ArceeForCausalLM"],
+        "model_type": "arcee",
+        "hidden_act": "gelu_new",
+        "hidden_size": shape.d_model,
+        "intermediate_size": shape.d_mlp,
+        "num_hidden_layers": shape.n_layers,
+        "num_attention_heads": shape.n_heads,
+        "num_key_value_heads": shape.n_kv_heads,
+        "head_dim": shape.d_head,
+        "vocab_size": shape.d_vocab,
+        "max_position_embeddings": shape.n_ctx,
+        "rms_norm_eps": shape.eps,
+        "rope_theta": shape.rotary_base,
+        "tie_word_embeddings": True,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "bos_token_id": getattr(tokenizer, "bos_token_id", None),
+        "eos_token_id": getattr(tokenizer, "eos_token_id", None),
+        "pad_token_id": None,
+    }
+    write_json(folder / CONFIG, config)
+    tensors = {}
+    for name in shape.weights():
+        W = weights[name]
+        tensors[_hugging_face_name(name)] = (W.T if _is_linear(name) else W).contiguous()
+    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def load_arcee(
+    folder: Path,
+    *,
+    kind: Kind,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Any:
+    """A folder of ``write_arcee`` as a model of TransformerLens; without a tokenizer in it, the model has none.
+
+    Args:
+        folder: with the model's files.
+        kind: ``hooked_transformer`` or ``bridge``.
+        device: where the model goes.
+        dtype: of its weights.
+
+    Raises:
+        ImportError: the installed TransformerLens has no such class.
+    """
+    with torch.random.fork_rng(devices=[]), quiet_transformers():
+        if kind == "bridge":
+            return _bridge(folder, device, dtype)
+        return _hooked_transformer(folder, device, dtype)
+
+
+def _bridge(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any:
+    with_tokenizer = (folder / "tokenizer.json").is_file()
+    if not with_tokenizer:  # TransformerBridge does not boot without one
+        _numbers_as_words(int(read_json(folder / CONFIG)["vocab_size"])).save_pretrained(folder)
+    bridge: Any = load_model(str(folder), kind="bridge", device=device, dtype=dtype)
+    bridge.cfg.default_prepend_bos = False
+    if not with_tokenizer:
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            (folder / name).unlink(missing_ok=True)
+        bridge.tokenizer = None
+    return bridge
+
+
+def _hooked_transformer(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any:
+    if HookedTransformer is None:
+        raise ImportError(
+            "This TransformerLens has no HookedTransformer: use model_class='TransformerBridge', or install 3.x."
+        )
+    from transformers import AutoTokenizer
+
+    shape = _shape_of_config(read_json(folder / CONFIG))
+    cfg = HookedTransformerConfig(
+        n_layers=shape.n_layers,
+        d_model=shape.d_model,
+        n_ctx=shape.n_ctx,
+        d_head=shape.d_head,
+        n_heads=shape.n_heads,
+        n_key_value_heads=None if shape.n_kv_heads == shape.n_heads else shape.n_kv_heads,
+        d_mlp=shape.d_mlp,
+        d_vocab=shape.d_vocab,
+        act_fn="gelu_new",
+        normalization_type="RMS",
+        final_rms=True,
+        eps=shape.eps,
+        positional_embedding_type="rotary",
+        rotary_dim=shape.d_head,
+        rotary_base=int(shape.rotary_base) if float(shape.rotary_base).is_integer() else shape.rotary_base,  # type: ignore[arg-type]
+        default_prepend_bos=False,
+        init_weights=False,
+        seed=None,
+        dtype=dtype,
+        device=str(device),
+    )
+    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    model = HookedTransformer(cfg, tokenizer=tokenizer, move_to_device=False).to(device, print_details=False)
+    stored, adapter = load_file(folder / WEIGHTS), adapt(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[2].lstrip("_").startswith("b_"):
+                parameter.zero_()
+        model.unembed.W_U.copy_(stored[_hugging_face_name("embed.W_E")].T)
+        for name in shape.weights():
+            tensor = stored.pop(_hugging_face_name(name))
+            if name in adapter.sites:
+                adapter.set_weight(name, tensor.T)
+            else:
+                model.get_parameter(name).copy_(tensor)
+    return model
+
+
+def arcee_of(model: Any) -> tuple[ArceeShape, dict[str, Float[Tensor, "..."]]]:
+    """The sizes and weights of a model as if it were of this architecture: whether it is, its output must show.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+
+    Raises:
+        ValueError: a weight of the architecture is missing or has another shape.
+    """
+    adapter, cfg, hooked = adapt(model), model.cfg, is_hooked_transformer(model)
+    shape = ArceeShape(
+        n_layers=cfg.n_layers,
+        d_model=cfg.d_model,
+        n_heads=cfg.n_heads,
+        n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
+        d_mlp=cfg.d_mlp or 0,
+        d_vocab=cfg.d_vocab,
+        n_ctx=cfg.n_ctx,
+        eps=cfg.eps,
+        rotary_base=float(getattr(cfg, "rotary_base", 10_000)),
+    )
+    weights: dict[str, Tensor] = {}
+    for name, size in shape.weights().items():
+        if name in adapter.sites:
+            tensor: Tensor | None = adapter.weight(name)
+        else:
+            owner, _, attribute = name.rpartition(".")
+            module: Any = model
+            for part in owner.split("."):
+                module = getattr(module, part, None)
+            tensor = getattr(module, attribute, None) if hooked else _original_weight(module)
+        if tensor is None or tuple(tensor.shape) != size:
+            came = "is missing" if tensor is None else f"is {tuple(tensor.shape)}"
+            raise ValueError(
+                f"{name} {came}, and a LlamaSimpleMLP has one of {size}: only models of that architecture can be written."
+            )
+        weights[name] = tensor.detach()
+    return shape, weights
+
+
+def _original_weight(module: Any) -> Tensor | None:
+    return getattr(getattr(module, "original_component", None), "weight", None)
+
+
+def _shape_of_config(config: Mapping[str, Any]) -> ArceeShape:
+    return ArceeShape(
+        n_layers=config["num_hidden_layers"],
+        d_model=config["hidden_size"],
+        n_heads=config["num_attention_heads"],
+        n_kv_heads=config["num_key_value_heads"],
+        d_mlp=config["intermediate_size"],
+        d_vocab=config["vocab_size"],
+        n_ctx=config["max_position_embeddings"],
+        eps=config["rms_norm_eps"],
+        rotary_base=config["rope_theta"],
+    )
+
+
+def _hugging_face_name(name: str) -> str:
+    if name in ("embed.W_E", "ln_final.w"):
+        return {"embed.W_E": "model.embed_tokens.weight", "ln_final.w": "model.norm.weight"}[name]
+    _, layer, rest = name.split(".", 2)
+    module = _LINEAR[rest] if _is_linear(name) else _NORMS[rest.removesuffix(".w")]
+    return f"model.layers.{layer}.{module}.weight"
+
+
+def _is_linear(name: str) -> bool:
+    return name.split(".", 2)[-1] in _LINEAR
+
+
+def _numbers_as_words(n: int) -> Any:
+    """A tokenizer whose words are the numbers of its tokens."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(n)}, unk_token="0"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="0")

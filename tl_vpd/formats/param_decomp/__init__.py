@@ -1,0 +1,6 @@
+"""The authors' runs: the torch format of ``goodfire-ai/param-decomp``, read and written."""
+
+from tl_vpd.formats.param_decomp.certificate import Certificate, certify
+from tl_vpd.formats.param_decomp.load import load_param_decomp
+
+__all__ = ["Certificate", "certify", "load_param_decomp"]
