@@ -2,5 +2,6 @@
 
 from tl_vpd.formats.param_decomp.certificate import Certificate, certify
 from tl_vpd.formats.param_decomp.load import load_param_decomp
+from tl_vpd.formats.param_decomp.save import save_param_decomp
 
-__all__ = ["Certificate", "certify", "load_param_decomp"]
+__all__ = ["Certificate", "certify", "load_param_decomp", "save_param_decomp"]

@@ -12,9 +12,11 @@ config                                has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from types import NoneType
 from typing import Any
 
 from pydantic import ValidationError
@@ -90,6 +92,16 @@ class RunConfig:
                 raise ValueError(f"The checkpoint decomposes {module}, which {self.source} does not list.")
 
 
+def as_data(value: Any) -> Any:
+    """A value of YAML or of a checkpoint as JSON can hold it; dates, infinite numbers and objects become text."""
+    if isinstance(value, Mapping):
+        return {str(key): as_data(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_data(entry) for entry in value]
+    finite = not isinstance(value, float) or math.isfinite(value)
+    return value if finite and isinstance(value, str | bool | int | float | NoneType) else str(value)
+
+
 @dataclass(frozen=True)
 class _Reader:
     source: str
@@ -109,7 +121,7 @@ class _Reader:
             self.gamma(pd["ci_config"], pd),
             spec.get("run_path") or spec.get("name"),
             self.tokenizer(settings.get("data") or {}),
-            dict(settings),
+            as_data(settings),
         )
 
     def older(self, settings: Mapping[str, Any]) -> RunConfig:
@@ -130,7 +142,7 @@ class _Reader:
             self.gamma(ci_config, settings),
             settings.get("pretrained_model_name") or settings.get("pretrained_model_path"),
             self.tokenizer({**(settings.get("task_config") or {}), **settings}),
-            dict(settings),
+            as_data(settings),
         )
 
     def single_file(self, settings: Mapping[str, Any]) -> RunConfig:
@@ -144,7 +156,7 @@ class _Reader:
         )
         self.check_base(base)
         counts = tuple((module, int(C)) for module, C in settings["C_per_module"].items())
-        return RunConfig(self.source, counts, gamma, None, self.tokenizer(settings), dict(settings))
+        return RunConfig(self.source, counts, gamma, None, self.tokenizer(settings), as_data(settings))
 
     def gamma(self, ci: Mapping[str, Any], settings: Mapping[str, Any]) -> GammaConfig:
         sigmoid = settings.get("sigmoid_type", "leaky_hard")

@@ -22,8 +22,8 @@ from tl_vpd.adapters import adapt
 from tl_vpd.adapters.building import ArceeShape, load_arcee, write_arcee
 from tl_vpd.adapters.loading import Kind
 from tl_vpd.checks import choice
-from tl_vpd.components.storage import library_versions
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.files.versions import library_versions
 from tl_vpd.formats.param_decomp.certificate import Certificate, certify
 from tl_vpd.formats.param_decomp.checkpoint import Checkpoint, read_checkpoint
 from tl_vpd.formats.param_decomp.config import RunConfig
@@ -80,14 +80,7 @@ def load_param_decomp(
     """
     kind = KINDS[choice("model_class", model_class, KINDS)]
     files = RunFiles.of(run, target)
-    shape, weights = files.target()
-    with tempfile.TemporaryDirectory() as folder:
-        write_arcee(
-            shape, weights, Path(folder), tokenizer_of(files.target_folder or files.folder, files.config.tokenizer)
-        )
-        model = load_arcee(Path(folder), kind=kind, device=device, dtype=dtype)
-    vpd = _decomposition(files, model, dtype)
-    del weights
+    model, vpd = model_and_decomposition(files, kind, device=device, dtype=dtype)
     certificate = certify(vpd, model, tokens, own_metrics=files.metrics())
     vpd.record["certificate"] = certificate.as_record()
     if check_order and certificate.order_is_doubtful:
@@ -153,6 +146,30 @@ class RunFiles:
     def metrics(self) -> dict[str, float]:
         """The run's own metrics."""
         return own_metrics(self.folder, self.checkpoint.metrics)
+
+
+def model_and_decomposition(
+    files: RunFiles, kind: Kind, *, device: str | torch.device, dtype: torch.dtype
+) -> tuple[Any, Decomposition]:
+    """The model and the decomposition of a run's files, not measured.
+
+    Args:
+        files: of the run.
+        kind: of model.
+        device: where both go.
+        dtype: of both.
+
+    Raises:
+        ValueError: a file is damaged or contradicts another.
+        ImportError: the installed TransformerLens has no such class.
+    """
+    shape, weights = files.target()
+    tokenizer = tokenizer_of(files.target_folder or files.folder, files.config.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        write_arcee(shape, weights, Path(folder), tokenizer)
+        del weights
+        model = load_arcee(Path(folder), kind=kind, device=device, dtype=dtype)
+    return model, _decomposition(files, model, dtype)
 
 
 def _decomposition(files: RunFiles, model: Any, dtype: torch.dtype) -> Decomposition:
