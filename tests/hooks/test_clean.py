@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
+import pickle
 import weakref
 
 import pytest
 import torch
 
 from tests.tiny import decomposition_of, options_of, tiny_model
+from tl_vpd.forward import MaskedModel
+from tl_vpd.hooks import attached_to
 
 
 def snapshot(model):
@@ -183,14 +187,123 @@ def test_a_forward_of_the_users_own_comes_back_and_one_put_on_later_stays(model,
     assert torch.equal(model(tokens), clean + 2)
 
 
-def test_a_deep_copy_of_an_attached_model_is_masked_on_its_own(model, vpd, tokens):
+def saved_and_loaded(model):
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model)), "save": saved_and_loaded}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_a_copy_of_an_attached_model_is_the_model_with_nothing_attached(model, vpd, tokens, way):
+    clean, before = model(tokens), snapshot(model)
+    untouched = snapshot(COPIES[way](model))
+    with vpd.attach(model) as attached:
+        attached_state = snapshot(model)
+        with attached.masked("zero"):
+            other = COPIES[way](model)
+            assert torch.equal(other(tokens), clean)
+        assert_same(attached_state, snapshot(model))
+        after = snapshot(other)
+        assert other.hook_dict.keys() == before["hook_dict"].keys() and attached_to(other) is None
+        for key in ("children", "state", "hooks", "training", "requires_grad", "attributes"):
+            assert_same({key: untouched[key]}, {key: after[key]})
+        with vpd.attach(other) as second, second.masked("zero"):
+            assert not torch.equal(other(tokens), clean) and torch.equal(model(tokens), clean)
+    assert other.blocks[0].attn.W_Q.data_ptr() != model.blocks[0].attn.W_Q.data_ptr()
+
+
+def test_a_copy_has_the_users_hooks_and_forward(model, vpd, tokens):
+    clean, plain = model(tokens), model.forward
+    model.forward = lambda *a, **k: plain(*a, **k) + 1
+    model.add_hook("blocks.1.hook_resid_post", lambda x, hook: x * 0)
+    with vpd.attach(model):
+        other = copy.deepcopy(model)
+        expected = model(tokens)
+    assert torch.equal(other.forward(tokens), expected) and not torch.equal(expected, clean)
+    assert other.hook_dict["blocks.1.hook_resid_post"].fwd_hooks
+
+
+def test_a_copy_made_inside_a_masked_model_is_the_model(model, vpd, tokens):
+    clean, keys = model(tokens), set(vars(model))
+    with MaskedModel(vpd, model) as masked_model:
+        other = copy.deepcopy(model)
+        masked_model.clean(tokens)
+    assert torch.equal(other(tokens), clean) and set(vars(other)) == keys
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in other.modules())
+
+
+def test_the_copy_of_a_part_can_be_used_and_attached_to(model, vpd, tokens):
+    with vpd.attach(model):
+        block = copy.deepcopy(model.blocks[0])
+    other = tiny_model()
+    clean = other(tokens)
+    other.blocks[0] = block
+    other.setup()
+    assert torch.equal(other(tokens), clean)
+    with vpd.attach(other) as attached, attached.masked("zero"):
+        assert not torch.equal(other(tokens), clean)
+    assert not any("component_acts" in name for name in other.hook_dict) and torch.equal(other(tokens), clean)
+
+
+def test_models_that_have_the_same_layers_are_refused_by_name(model, vpd):
+    other = copy.copy(model)
+    with vpd.attach(model), pytest.raises(ValueError, match="has layers of another model that a decomposition is"):
+        vpd.attach(other)
+
+
+def test_an_attachment_that_nobody_has_stays_and_makes_way_for_the_next(model, vpd, tokens):
+    before, clean = snapshot(model), model(tokens)
+    vpd.attach(model)
+    gc.collect()
+    assert "blocks.0.hook_q_ci" in model.hook_dict and model.run_with_cache(tokens)[1]["q_ci", 0].shape == (2, 7, 6)
+    attached_state = snapshot(model)
+    attached = attached_to(model)
+    with attached.masked("zero"):
+        assert not torch.equal(model(tokens), clean)
+    del attached
+    second = decomposition_of(model).to(torch.float64).attach(model)
+    assert attached_state["hook_dict"].keys() == snapshot(model)["hook_dict"].keys()
+    with pytest.raises(ValueError, match=r"detach it first, with tl_vpd.hooks.attached_to\(model\).detach\(\)"):
+        vpd.attach(model)
+    second.detach()
+    assert_same(before, snapshot(model))
+
+
+CONTEXTS = {
+    "masked": lambda attached: attached.masked("zero"),
+    "keep_only": lambda attached: attached.keep_only([]),
+    "ablated": lambda attached: attached.ablated("blocks.0.mlp.W_in:1"),
+}
+
+
+@pytest.mark.parametrize("method", CONTEXTS)
+def test_a_context_that_is_never_entered_is_said(model, vpd, tokens, method):
     clean = model(tokens)
     with vpd.attach(model) as attached:
-        with attached.masked("zero"):
-            masked = model(tokens)
-            other = copy.deepcopy(model)
+        with pytest.warns(RuntimeWarning, match=rf"attached.{method}\(...\) without `with` does nothing"):
+            CONTEXTS[method](attached)
         assert torch.equal(model(tokens), clean)
-        assert torch.equal(other(tokens), masked)
+        context = CONTEXTS[method](attached)
+        for _ in range(2):
+            with context:
+                assert not torch.equal(model(tokens), clean)
+        with context, pytest.raises(RuntimeError, match="is entered already"):
+            context.__enter__()
+        assert torch.equal(model(tokens), clean)
+
+
+def test_a_context_has_the_attachment_for_as_long_as_it_lasts(model, vpd, tokens):
+    clean = model(tokens)
+    with vpd.attach(model).masked("zero"):
+        gc.collect()
+        assert not torch.equal(model(tokens), clean)
+        with pytest.raises(ValueError, match="attached to this model already"):
+            vpd.attach(model)
+    assert torch.equal(model(tokens), clean)
 
 
 def test_an_attached_model_that_is_forgotten_goes_away():

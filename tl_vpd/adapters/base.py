@@ -43,6 +43,7 @@ class Adapter(Prompts, Calls, ABC):
         self.model = model
         self.sites: dict[str, Site] = {}
         self.refused: dict[str, str] = {}
+        self._tapped: dict[str, nn.Module] = {}
         self.check()
         self.find_sites()
         if not self.sites:
@@ -196,6 +197,15 @@ class Adapter(Prompts, Calls, ABC):
         self.model.setup()
 
     # -- taps --------------------------------------------------------------------------------------------------------
+
+    def tapped(self, path: str) -> Any:
+        """The module at a path, noted as one that taps stand on."""
+        module = self._tapped[path] = self.model.get_submodule(path)
+        return module
+
+    def moved(self) -> str | None:
+        """The path of a module that is no longer the one that was tapped, if there is one."""
+        return next((path for path, m in self._tapped.items() if self.model.get_submodule(path) is not m), None)
 
     @abstractmethod
     def tap(self, name: str, read: Read, write: Write) -> list[Handle]:

@@ -38,7 +38,7 @@ from tl_vpd.adapters.calls import Arguments, Keywords
 from tl_vpd.adapters.linearised import SeeNorm, constant, norm_modules, pattern_points
 from tl_vpd.adapters.linears import oriented, overwrite, why_not
 from tl_vpd.adapters.scores import bilinear_scores
-from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_output, tap_product, tap_result
+from tl_vpd.adapters.taps import Handle, Read, Tap, Unsupported, Write, tap_output, tap_product, tap_result
 from tl_vpd.adapters.versions import transformer_lens_version
 from tl_vpd.components import WHOLE, Layout
 from tl_vpd.site import SHORT, Site
@@ -193,11 +193,9 @@ class BridgeAdapter(Adapter):
         """Cuts gradients at norms' scales and attention patterns."""
         handles: list[Handle] = []
         for module in norm_modules(self.modules()) if norms else []:
-            handles.append(
-                module.register_forward_hook(partial(norm_at_fixed_scale, see), prepend=True, with_kwargs=True)
-            )
+            handles.append(module.register_forward_hook(Tap(norm_at_fixed_scale, see), prepend=True, with_kwargs=True))
         for point in pattern_points(self.modules()) if patterns else []:
-            handles.append(point.register_forward_hook(constant))
+            handles.append(point.register_forward_hook(Tap(constant)))
         return handles
 
     # -- calls ---------------------------------------------------------------------------------------------------
@@ -231,10 +229,10 @@ class BridgeAdapter(Adapter):
     ) -> list[Handle]:
         """Tokens and attention mask as the wrapped model gets them."""
         source = self.model.original_model
-        begin = partial(self._begin, see_tokens, see_attention_mask)
+        begin = Tap(self._begin, see_tokens, see_attention_mask)
         return [
             source.register_forward_pre_hook(begin, with_kwargs=True),
-            source.register_forward_hook(self._end),
+            source.register_forward_hook(Tap(self._end)),
         ]
 
     def _begin(
@@ -250,7 +248,7 @@ class BridgeAdapter(Adapter):
         mask = keywords.get("attention_mask")
         self.batch, self._completed = (None if shaped is None else len(shaped)), False
         see_tokens(tokens)
-        see_attention_mask(mask if isinstance(mask, Tensor) and mask.ndim == 2 else None)
+        see_attention_mask(mask if isinstance(mask, Tensor) else None)
 
     def _end(self, module: nn.Module, arguments: Arguments, output: Any) -> None:
         self._completed = True

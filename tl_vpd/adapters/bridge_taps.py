@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from tl_vpd.adapters.calls import Arguments, Keywords
 from tl_vpd.adapters.linearised import SeeNorm, at_fixed_scale
-from tl_vpd.adapters.taps import Read, Write
+from tl_vpd.adapters.taps import OnModel, Read, Write
 
 _PER_HEAD = "_project_per_head_qkv"
 
@@ -71,12 +72,17 @@ class BatchedRows:
         return None if changed is None else changed.reshape(y.shape)
 
 
-class _HeadInputs:
+class _HeadInputs(OnModel):
     """Replaces an attention's ``_project_per_head_qkv`` and shows its input to readers."""
 
     def __init__(self, attn: nn.Module) -> None:
         self.attn = attn
         self.readers: dict[str, Read] = {}
+
+    def __deepcopy__(self, memo: Any) -> _HeadInputs:
+        copied = _HeadInputs(copy.deepcopy(self.attn, memo))
+        copied.readers.update(self.readers)
+        return copied
 
     def __call__(self, product: nn.Module, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         for short, read in self.readers.items():

@@ -22,7 +22,17 @@ class Calls:
 
     @cached_property
     def _parameters(self) -> list[str]:
-        return list(inspect.signature(type(self.model).forward).parameters)[1:]
+        """The positional parameters of ``forward``; what a subclass passes on as ``*arguments`` is the class's above it."""
+        names: list[str] = []
+        for cls in type(self.model).__mro__:
+            if "forward" in cls.__dict__:
+                parameters = list(inspect.signature(cls.__dict__["forward"]).parameters.values())[1:]
+                names += [p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][
+                    len(names) :
+                ]
+                if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+                    break
+        return names
 
     def by_name(self, arguments: Arguments, keywords: Keywords) -> dict[str, Any]:
         """The arguments of a call by name."""
@@ -32,8 +42,8 @@ class Calls:
         """Runs the model's ``forward`` on the same arguments with another ``return_type``."""
         if not self.return_types:
             return self.model.forward(*arguments, **keywords)
-        at = self._parameters.index("return_type")
-        if len(arguments) > at:
+        at = self._parameters.index("return_type") if "return_type" in self._parameters else None
+        if at is not None and len(arguments) > at:
             arguments = (*arguments[:at], return_type, *arguments[at + 1 :])
             return self.model.forward(*arguments, **{k: v for k, v in keywords.items() if k != "return_type"})
         return self.model.forward(*arguments, **{**keywords, "return_type": return_type})

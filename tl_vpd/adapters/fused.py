@@ -8,13 +8,15 @@ pattern become a single number, and z is computed from the queries and keys that
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from tl_vpd.adapters.changes import Later, change, put_attribute
+from tl_vpd.adapters.taps import Tap
 
 METHODS = ("calculate_attention_scores", "apply_causal_mask", "calculate_z_scores")
 
@@ -33,21 +35,16 @@ def can_be_fused(attn: Any) -> bool:
     return plain and not any(point._forward_hooks or point._backward_hooks for point in points)
 
 
-@contextmanager
-def fused_attention(layers: Iterable[Any]) -> Iterator[None]:
+@change
+def fused_attention(undo: Later, layers: Iterable[Any]) -> None:
     """Inside, those layers that can be are computed in one call. The model must run without padding or a KV cache."""
-    fused = [attn for attn in layers if can_be_fused(attn)]
-    for attn in fused:
-        _replace(attn)
-    try:
-        yield
-    finally:
-        for attn in fused:
-            for name in METHODS:
-                del attn.__dict__[name]
+    for attn in [attn for attn in layers if can_be_fused(attn)]:
+        for name, method in zip(METHODS, _fused(attn), strict=True):
+            put_attribute(undo, attn, name, Tap(method))
 
 
-def _replace(attn: Any) -> None:
+def _fused(attn: Any) -> tuple[Callable[..., Tensor], ...]:
+    """An attention layer's ``METHODS`` in one call."""
     aside: list[tuple[Tensor, Tensor]] = []
     causal = (getattr(attn, "_attention_dir_override", None) or attn.cfg.attention_dir) == "causal"
 
@@ -64,7 +61,7 @@ def _replace(attn: Any) -> None:
         heads = F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=1 / float(attn.attn_scale))
         return attn.hook_z(heads.transpose(1, 2))
 
-    attn.__dict__.update(zip(METHODS, (scores, mask, z), strict=True))
+    return scores, mask, z
 
 
 def _all_heads(t: Tensor, heads: int) -> Tensor:

@@ -18,8 +18,8 @@ switched while a decomposition is attached.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -29,10 +29,22 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters.base import Adapter, centred
 from tl_vpd.adapters.calls import Arguments, Keywords
+from tl_vpd.adapters.changes import Later, change
 from tl_vpd.adapters.fused import fused_attention
 from tl_vpd.adapters.linearised import SeeNorm, constant, norm_modules, pattern_points
 from tl_vpd.adapters.scores import bilinear_scores
-from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_input, tap_keyword, tap_output, tap_result
+from tl_vpd.adapters.taps import (
+    Handle,
+    Read,
+    Tap,
+    Unsupported,
+    Write,
+    tap_input,
+    tap_keyword,
+    tap_output,
+    tap_point,
+    tap_result,
+)
 from tl_vpd.components import WHOLE, Layout
 from tl_vpd.site import Site
 
@@ -58,10 +70,10 @@ class HookedTransformerAdapter(Adapter):
         """Cuts gradients at norms' scales and attention patterns."""
         handles: list[Handle] = []
         for module in norm_modules(self.modules()) if norms else []:
-            handles.append(module.hook_scale.register_forward_hook(constant))  # type: ignore[union-attr, operator]
-            handles.append(module.register_forward_hook(partial(_show_norm, see)))
+            handles.append(module.hook_scale.register_forward_hook(Tap(constant)))  # type: ignore[union-attr, operator]
+            handles.append(module.register_forward_hook(Tap(_show_norm, see)))
         for point in pattern_points(self.modules()) if patterns else []:
-            handles.append(point.register_forward_hook(constant))
+            handles.append(point.register_forward_hook(Tap(constant)))
         return handles
 
     def find_sites(self) -> None:
@@ -139,16 +151,9 @@ class HookedTransformerAdapter(Adapter):
         repeats = cfg.n_heads // site.n_heads if cfg.ungroup_grouped_query_attention else 1
         return Layout("split" if split else "whole", site.n_heads, repeats, x_has_heads=split, y_has_heads=True)
 
-    @contextmanager
-    def lengths_forgotten(self) -> Iterator[None]:
+    def lengths_forgotten(self) -> AbstractContextManager[None]:
         """Restores the ALiBi biases that layers store of the longest pass so far, whose length shifts scores by a constant."""
-        stored = [(block.attn, block.attn.__dict__.get("alibi")) for block in self.model.blocks]
-        try:
-            yield
-        finally:
-            for attn, alibi in stored:
-                if "alibi" in attn.__dict__:
-                    attn.alibi = alibi
+        return _lengths_forgotten([block.attn for block in self.model.blocks])
 
     def scores_hook(self, layer: int) -> str:
         """``blocks.{layer}.attn.hook_attn_scores``; raises Unsupported where scores are not bilinear in queries and keys."""
@@ -188,27 +193,28 @@ class HookedTransformerAdapter(Adapter):
     def tap(self, name: str, read: Read, write: Write) -> list[Handle]:
         """Sends a site's input to ``read`` and its output through ``write`` in every forward pass."""
         site = self.sites[name]
-        module: Any = self.model.get_submodule(name.rsplit(".", 1)[0])
+        path = name.rsplit(".", 1)[0]
+        module = self.tapped(path)
         match site.short:
             case "q" | "k" | "v":
                 keyword = {"q": "query_input", "k": "key_input", "v": "value_input"}[site.short]
                 return [
                     tap_keyword(module, keyword, read),
-                    tap_output(getattr(module, f"hook_{site.short}"), write),
+                    tap_point(self.tapped(f"{path}.hook_{site.short}"), write),
                 ]
             case "o":
                 return [
-                    tap_result(module.hook_z, read),
+                    tap_result(self.tapped(f"{path}.hook_z"), read),
                     tap_output(module, write, partial(self._attn_result, False)),
-                    tap_output(module.hook_result, write, partial(self._attn_result, True)),
+                    tap_point(self.tapped(f"{path}.hook_result"), write, partial(self._attn_result, True)),
                 ]
             case "out":
-                return [tap_result(module.hook_post, read), tap_output(module, write)]
+                return [tap_result(self.tapped(f"{path}.hook_post"), read), tap_output(module, write)]
             case "in" if self.model.cfg.gated_mlp:
-                output = module.hook_pre_linear
+                output = self.tapped(f"{path}.hook_pre_linear")
             case _:
-                output = module.hook_pre
-        return [tap_input(module, read), tap_output(output, write)]
+                output = self.tapped(f"{path}.hook_pre")
+        return [tap_input(module, read), tap_point(output, write)]
 
     def _attn_result(self, on: bool) -> bool:
         return bool(self.model.cfg.use_attn_result) is on
@@ -216,3 +222,9 @@ class HookedTransformerAdapter(Adapter):
 
 def _show_norm(see: SeeNorm, module: nn.Module, arguments: Any, output: Tensor) -> None:
     see(output, getattr(module, "b", None))
+
+
+@change
+def _lengths_forgotten(undo: Later, layers: Sequence[nn.Module]) -> None:
+    stored = [(attn.__dict__, attn.__dict__.get("alibi")) for attn in layers]
+    undo(lambda: [attributes.update(alibi=alibi) for attributes, alibi in stored if "alibi" in attributes])

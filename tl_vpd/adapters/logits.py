@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
+from tl_vpd.adapters.changes import Later, change, put_attribute
+from tl_vpd.adapters.taps import Tap
 from tl_vpd.losses import Unembedding
 
 
@@ -24,14 +24,10 @@ def _hooked(module: nn.Module) -> bool:
     return any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in module.modules())
 
 
-@contextmanager
-def without(module: nn.Module) -> Iterator[None]:
+@change
+def without(undo: Later, module: nn.Module) -> None:
     """Inside, a module returns its input."""
-    module.__dict__["forward"] = _identity
-    try:
-        yield
-    finally:
-        del module.__dict__["forward"]
+    put_attribute(undo, module, "forward", Tap(_identity))
 
 
 def _identity(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:

@@ -1,7 +1,8 @@
-"""Torch-level hooks on modules and HookPoints: bound methods and ``partial``s, which survive ``deepcopy``; closures would not."""
+"""Torch-level hooks on modules and HookPoints. Copies of a module share them: they act in the passes of the original alone."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol, runtime_checkable
@@ -29,6 +30,22 @@ class Unsupported(ValueError):
     """A flag or layer type that cannot be decomposed; the message names it and the remedy."""
 
 
+class OnModel:
+    """Marks what this package puts on a model, so that it can be told from what others put there."""
+
+
+def is_ours(value: Any) -> bool:
+    """Whether a hook or attribute of a module is this package's."""
+    return isinstance(value, OnModel) or isinstance(getattr(value, "__self__", None), OnModel)
+
+
+class Tap(partial[Any], OnModel):
+    """A function with arguments, as a torch-level hook of this package."""
+
+    def __deepcopy__(self, memo: Any) -> Tap:
+        return self
+
+
 def always() -> bool:
     """The condition of a tap that is always on."""
     return True
@@ -40,7 +57,7 @@ def _first_argument(see: Read, module: nn.Module, arguments: tuple[Any, ...]) ->
 
 def tap_input(module: nn.Module, read: Read) -> RemovableHandle:
     """Sends a module's first argument to ``read``."""
-    return module.register_forward_pre_hook(partial(_first_argument, read))
+    return module.register_forward_pre_hook(Tap(_first_argument, read))
 
 
 def _changed_argument(
@@ -56,7 +73,7 @@ def _changed_argument(
 
 def tap_argument(module: nn.Module, change: Write) -> RemovableHandle:
     """Sends a module's first argument through ``change``, after every other hook."""
-    return module.register_forward_pre_hook(partial(_changed_argument, change), with_kwargs=True)
+    return module.register_forward_pre_hook(Tap(_changed_argument, change), with_kwargs=True)
 
 
 def _keyword(
@@ -67,28 +84,47 @@ def _keyword(
 
 def tap_keyword(module: nn.Module, keyword: str, see: Callable[[Any], None]) -> RemovableHandle:
     """Sends a keyword argument of a module (None: it is missing) to ``see``."""
-    return module.register_forward_pre_hook(partial(_keyword, keyword, see), with_kwargs=True)
+    return module.register_forward_pre_hook(Tap(_keyword, keyword, see), with_kwargs=True)
 
 
 def _output(write: Write, when: Callable[[], bool], module: nn.Module, arguments: Any, y: Tensor) -> Tensor | None:
     return write(y) if when() else None
 
 
+def _input(
+    write: Write, when: Callable[[], bool], module: nn.Module, arguments: tuple[Any, ...]
+) -> tuple[Any, ...] | None:
+    changed = write(arguments[0]) if when() else None
+    return None if changed is None else (changed, *arguments[1:])
+
+
+def tap_point(point: nn.Module, write: Write, when: Callable[[], bool] = always) -> RemovableHandle:
+    """Sends what reaches a HookPoint, or the SAE in its place, through ``write`` before every hook sees it."""
+    if isinstance(point, HookPoint):
+        return tap_output(point, write, when)
+    return point.register_forward_pre_hook(Tap(_input, write, when), prepend=True)
+
+
 def tap_output(module: nn.Module, write: Write, when: Callable[[], bool] = always) -> RemovableHandle:
     """Sends a module's output through ``write`` before every other hook sees it, while ``when()`` holds."""
-    return module.register_forward_hook(partial(_output, write, when), prepend=True)
+    return module.register_forward_hook(Tap(_output, write, when), prepend=True)
 
 
-class _TappedCall:
+class _TappedCall(OnModel):
     """Calls a HookPoint and shows its output, after every hook on it, to every reader.
 
     A forward hook, even the last, sees the tensor before the node that torch adds for backward hooks; a gradient from a
     reader's branch would then be missing in those hooks. So the call itself is wrapped, on the instance.
     """
 
-    def __init__(self, hook_point: HookPoint) -> None:
+    def __init__(self, hook_point: nn.Module) -> None:
         self.hook_point = hook_point
         self.readers: list[tuple[Read, Callable[[], bool]]] = []
+
+    def __deepcopy__(self, memo: Any) -> _TappedCall:
+        copied = _TappedCall(copy.deepcopy(self.hook_point, memo))
+        copied.readers += self.readers
+        return copied
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
         output = type(self.hook_point)._call_impl(self.hook_point, *arguments, **keywords)
@@ -99,9 +135,9 @@ class _TappedCall:
 
 
 class _ResultTap:
-    """One reader of a HookPoint's result."""
+    """One reader of the result of a HookPoint, or of the SAE in its place."""
 
-    def __init__(self, hook_point: HookPoint, read: Read, when: Callable[[], bool]) -> None:
+    def __init__(self, hook_point: nn.Module, read: Read, when: Callable[[], bool]) -> None:
         self.hook_point, self.read = hook_point, read
         call = hook_point.__dict__.setdefault("_call_impl", _TappedCall(hook_point))
         call.readers.append((read, when))
@@ -116,8 +152,8 @@ class _ResultTap:
             del self.hook_point.__dict__["_call_impl"]
 
 
-def tap_result(hook_point: HookPoint, read: Read, when: Callable[[], bool] = always) -> _ResultTap:
-    """Sends a HookPoint's output, after all its hooks, to ``read`` while ``when()`` holds."""
+def tap_result(hook_point: nn.Module, read: Read, when: Callable[[], bool] = always) -> _ResultTap:
+    """Sends the output of a HookPoint (or of the SAE in its place), after all its hooks, to ``read`` while ``when()`` holds."""
     return _ResultTap(hook_point, read, when)
 
 
@@ -130,4 +166,4 @@ def _product(
 
 def tap_product(module: nn.Module, read: Read, write: Write) -> RemovableHandle:
     """Sends the argument of a module that is a product to ``read`` and its output through ``write``."""
-    return module.register_forward_hook(partial(_product, read, write), prepend=True, with_kwargs=True)
+    return module.register_forward_hook(Tap(_product, read, write), prepend=True, with_kwargs=True)

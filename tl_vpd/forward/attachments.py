@@ -24,24 +24,32 @@ class Attachment(Protocol):
         """Inside, the model runs as if nothing were attached."""
 
 
-_attached: weakref.WeakSet[Attachment] = weakref.WeakSet()
+_attached: weakref.WeakValueDictionary[int, Attachment] = weakref.WeakValueDictionary()
+"""By the model's ``id``."""
 
 
 def attached_to(model: nn.Module) -> Attachment | None:
     """The attachment of this model, if there is one."""
-    return next((a for a in _attached if a.model is model), None)
+    attached = _attached.get(id(model))
+    return attached if attached is not None and attached.model is model else None
+
+
+def all_attachments() -> list[Attachment]:
+    """Those of all models."""
+    return list(_attached.values())
 
 
 def attachments(decomposition: DecomposedWeights) -> list[Attachment]:
     """All attachments of a decomposition."""
-    return [a for a in _attached if a.decomposition is decomposition]
+    return [a for a in all_attachments() if a.decomposition is decomposition]
 
 
 def add(attached: Attachment) -> None:
     """Registers an attachment."""
-    _attached.add(attached)
+    _attached[id(attached.model)] = attached
 
 
 def discard(attached: Attachment) -> None:
     """Removes an attachment."""
-    _attached.discard(attached)
+    if _attached.get(id(attached.model)) is attached:
+        del _attached[id(attached.model)]

@@ -11,9 +11,9 @@ the target's weights collect no gradients. Masks are arguments of each call; not
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.utils.checkpoint
@@ -21,6 +21,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
+from tl_vpd.adapters.changes import Change, Later, enter, put_attribute
+from tl_vpd.adapters.taps import Tap
 from tl_vpd.components import Components
 from tl_vpd.forward.attachments import attached_to
 from tl_vpd.forward.cast_weights import CastWeights
@@ -29,6 +31,8 @@ from tl_vpd.forward.site_taps import SitePass, SiteTaps
 from tl_vpd.forward.target_check import check_target
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks
+
+M = TypeVar("M", bound="MaskedModel")
 
 
 class MaskedModel:
@@ -59,18 +63,27 @@ class MaskedModel:
         self.weights = CastWeights(weights, self.adapter.device, self.adapter.dtype)
         self.names = list(self.weights.sites)
         self.taps = SiteTaps(self.adapter, self.names)
-        self._stack, self._depth = ExitStack(), 0
+        self._change, self._depth = Change(self.put_on), 0
 
-    def __enter__(self) -> MaskedModel:
+    def __enter__(self: M) -> M:
         if not self._depth:
-            self._stack.enter_context(self.taps.on())
+            self._change.undo()  # what an interrupted one has left
+            self._change.__enter__()
         self._depth += 1
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self._depth -= 1
         if not self._depth:
-            self._stack.close()
+            self._change.undo()
+
+    def put_on(self, undo: Later) -> None:
+        """Puts the taps on the model.
+
+        Args:
+            undo: notes how to remove them.
+        """
+        enter(undo, self.taps.on())
 
     def clean(
         self, tokens: Shaped[Tensor, "batch ..."], token_mask: Bool[Tensor, "batch pos"] | None = None
@@ -141,10 +154,9 @@ class MaskedModel:
         output: Tensor = self.weights.components.by_site[name](masked, x, y)
         return output
 
-    @contextmanager
     def _recomputing(
         self, function: Callable[[str, Tensor, Tensor], Tensor | None], token_mask: Tensor | None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Layers that store only their inputs; computed again, they see the masks of the pass they belong to."""
 
         @contextmanager
@@ -153,7 +165,7 @@ class MaskedModel:
                 yield
 
         def recomputed(block: nn.Module) -> Callable[..., Any]:
-            return partial(
+            return Tap(
                 torch.utils.checkpoint.checkpoint,
                 block.forward,
                 use_reentrant=False,
@@ -161,18 +173,11 @@ class MaskedModel:
                 context_fn=lambda: (nullcontext(), again()),
             )
 
-        blocks = self.adapter.blocks()
-        forwards = [block.__dict__.get("forward") for block in blocks]
-        for block in blocks:
-            block.forward = recomputed(block)  # type: ignore[method-assign]
-        try:
-            yield
-        finally:
-            for block, before in zip(blocks, forwards, strict=True):
-                if before is None:
-                    del block.forward
-                else:
-                    block.forward = before  # type: ignore[method-assign]
+        def replace(undo: Later) -> None:
+            for block in self.adapter.blocks():
+                put_attribute(undo, block, "forward", recomputed(block))
+
+        return Change(replace)
 
     def _fused(self, token_mask: Tensor | None) -> AbstractContextManager[None]:
         return self.adapter.fused_attention() if self.fused_attention and token_mask is None else nullcontext()

@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
 from tl_vpd.adapters import Adapter
+from tl_vpd.adapters.changes import Later, change
 
 
-@contextmanager
-def frozen(adapter: Adapter) -> Iterator[None]:
+@change
+def frozen(undo: Later, adapter: Adapter) -> None:
     """Inside, the model is in eval mode and its weights have no gradients; both are restored afterwards."""
     modes = [(m, m.training) for m in adapter.modules()]
     parameters = [(p, p.requires_grad) for m, _ in modes for p in m.parameters(recurse=False)]
-    try:
-        for p, _ in parameters:
-            p.requires_grad_(False)
-        for m, _ in modes:
-            m.training = False
-        yield
-    finally:
+
+    def restore() -> None:
         for p, flag in parameters:
             p.requires_grad_(flag)
         for m, training in modes:
             m.training = training
 
+    undo(restore)
+    for p, _ in parameters:
+        p.requires_grad_(False)
+    for m, _ in modes:
+        m.training = False
 
-@contextmanager
-def users_hooks_aside(adapter: Adapter) -> Iterator[None]:
+
+@change
+def users_hooks_aside(undo: Later, adapter: Adapter) -> None:
     """Sets aside every HookPoint's hooks that are not permanent, and restores the same dictionaries afterwards.
 
     A clean pass must see the target, not the user's patches. Hooks on other modules (the decomposition's taps among them)
     are left alone.
     """
     saved: list[tuple[nn.Module, dict[int, Any], dict[int, Any]]] = []
+
+    def restore() -> None:
+        for module, forward, backward in saved:
+            module._forward_hooks, module._backward_hooks = forward, backward
+
+    undo(restore)
     for module in adapter.modules():
         handles = [*getattr(module, "fwd_hooks", ()), *getattr(module, "bwd_hooks", ())]
         transient = {h.hook.id for h in handles if not h.is_permanent}
@@ -46,8 +52,3 @@ def users_hooks_aside(adapter: Adapter) -> Iterator[None]:
             saved.append((module, forward, backward))
             module._forward_hooks = OrderedDict((k, f) for k, f in forward.items() if k not in transient)
             module._backward_hooks = OrderedDict((k, f) for k, f in backward.items() if k not in transient)
-    try:
-        yield
-    finally:
-        for module, forward, backward in saved:
-            module._forward_hooks, module._backward_hooks = forward, backward

@@ -4,8 +4,7 @@ Users' hooks (``tl_vpd.hooks``) and training (``MaskedModel``) read inputs, repl
 once in the same way: a ``SitePass`` is made for a forward pass, given to the taps while the pass runs, and dropped.
 
     >>> taps = SiteTaps(adapter, names)                                # doctest: +SKIP
-    >>> handles = taps.put_on()                                        # doctest: +SKIP
-    >>> with taps.during(SitePass(lambda name, x, y: 2 * y)) as run:   # doctest: +SKIP
+    >>> with taps.on(), taps.during(SitePass(lambda name, x, y: 2 * y)) as run:   # doctest: +SKIP
     ...     model(tokens)
     >>> taps.check_each_once(run)                                      # doctest: +SKIP
 """
@@ -14,14 +13,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
+from threading import get_ident
 
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter
-from tl_vpd.adapters.taps import Handle
+from tl_vpd.adapters.changes import Change, Later, enter
 from tl_vpd.forward.quiet import frozen, users_hooks_aside
+from tl_vpd.forward.remains import copies_are_clean
+from tl_vpd.forward.turns import others_wait, turn
 
 SiteFunction = Callable[[str, Tensor, Tensor], Tensor | None]
 """From a site's name, its input and its output as the model passes them to another output (None: the model's stays)."""
@@ -38,6 +40,7 @@ class SitePass:
     Attributes:
         inputs: by site ``[batch, pos, d_in]``; sites that read the same tensor share it.
         times: how often each site ran.
+        thread: that made it; what the model does in others is not this pass.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class SitePass:
         self.inputs: dict[str, Tensor] = {}
         self.times: Counter[str] = Counter()
         self.waiting: dict[str, Tensor] = {}
+        self.thread = get_ident()
 
 
 class SiteTaps:
@@ -65,25 +69,27 @@ class SiteTaps:
         self.adapter, self.names = adapter, list(names)
         self.current: SitePass | None = None
 
-    def put_on(self) -> list[Handle]:
-        """Taps every site; if one cannot be tapped, none is."""
-        handles: list[Handle] = []
-        try:
-            for name in self.names:
-                handles += self.adapter.tap(name, partial(self._read, name), partial(self._write, name))
-        except BaseException:
-            for handle in handles:
-                handle.remove()
-            raise
-        return handles
+    def put_on(self, undo: Later) -> None:
+        """Taps every site.
 
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        """Inside, the taps are on the model, which is frozen and without users' hooks."""
-        with frozen(self.adapter), users_hooks_aside(self.adapter), ExitStack() as stack:
-            for handle in self.put_on():
-                stack.callback(handle.remove)
-            yield
+        Args:
+            undo: notes how to remove the taps.
+        """
+        for name in self.names:
+            for handle in self.adapter.tap(name, partial(self._read, name), partial(self._write, name)):
+                undo(handle.remove)
+
+    def on(self) -> Change[None]:
+        """Inside, the taps are on the model, which is frozen and without users' hooks; other threads wait."""
+        return Change(self._on)
+
+    def _on(self, undo: Later) -> None:
+        enter(undo, turn(self.adapter.model))
+        enter(undo, others_wait(self.adapter.model))
+        copies_are_clean(undo, self.adapter)
+        enter(undo, frozen(self.adapter))
+        enter(undo, users_hooks_aside(self.adapter))
+        self.put_on(undo)
 
     @contextmanager
     def during(self, run: SitePass | None) -> Iterator[SitePass | None]:
@@ -97,15 +103,26 @@ class SiteTaps:
     def check_each_once(self, run: SitePass) -> None:
         """Raises RuntimeError unless every site ran exactly once: masks would not act on the others."""
         wrong = {name: run.times[name] for name in self.names if run.times[name] != 1}
-        if wrong:
+        if not wrong:
+            return
+        if (moved := self.adapter.moved()) is not None:
             raise RuntimeError(
-                f"In one forward pass these sites did not run exactly once: {wrong}. The model does not "
-                "compute them the way its adapter expects, so masks and hooks would not act."
+                f"{moved} was replaced by another module after it was tapped, as adding or removing an SAE does: detach the "
+                "decomposition, and attach it again."
             )
+        if max(wrong.values()) > 1:
+            raise RuntimeError(
+                f"In one forward pass these sites ran more than once: {wrong}; a layer that a model uses several times cannot be "
+                "decomposed, so use a copy of it for each time."
+            )
+        raise RuntimeError(
+            f"In one forward pass these sites did not run: {list(wrong)}; the model does not compute them the way its "
+            "adapter expects, so masks and hooks would not act."
+        )
 
     def _read(self, name: str, x: Tensor) -> None:
         run = self.current
-        if run is None:
+        if run is None or run.thread != get_ident():
             return
         run.waiting[name] = x
         if run.collect:
@@ -116,7 +133,7 @@ class SiteTaps:
 
     def _write(self, name: str, y: Tensor) -> Tensor | None:
         run = self.current
-        if run is None:
+        if run is None or run.thread != get_ident():
             return None
         x = run.waiting.pop(name, None)
         if x is None:  # a second HookPoint for the same product, as some versions fire

@@ -12,26 +12,31 @@ Nothing is computed for a HookPoint that nobody listens to; with no listener and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import sys
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from tl_vpd.adapters import adapt
-from tl_vpd.adapters.taps import Handle
-from tl_vpd.adapters.versions import HookPoint
-from tl_vpd.forward import CastWeights, attachments
+from tl_vpd.adapters import Adapter, adapt
+from tl_vpd.adapters.changes import Change, Later, enter
+from tl_vpd.forward import attachments
+from tl_vpd.forward.remains import clear
 from tl_vpd.forward.target_check import accept_target, check_target
+from tl_vpd.forward.turns import turn, turns_of
 from tl_vpd.hooks import hook_points
-from tl_vpd.hooks.ablations import Subcomponents, ablation_hooks, indices_by_site
-from tl_vpd.hooks.attached_forward import AttachedForward
-from tl_vpd.hooks.checked_names import CheckedNames
+from tl_vpd.hooks.ablations import FwdHooks, Subcomponents, ablation_hooks, indices_by_site
+from tl_vpd.hooks.attachment import Attachment
 from tl_vpd.hooks.hook_points import KINDS
 from tl_vpd.hooks.mask_spec import MaskFunction, MaskSpec
-from tl_vpd.hooks.sparse import Positions
+from tl_vpd.hooks.positions import Positions
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.masking.modes import Mode, ModeKeywords, ModeOptions
@@ -40,7 +45,8 @@ from tl_vpd.site import nearest, select
 
 def attached_to(model: nn.Module) -> Attached | None:
     """What is attached to this model, if anything."""
-    return cast("Attached | None", attachments.attached_to(model))
+    attachment = attachments.attached_to(model)
+    return None if attachment is None else Attached.of(cast(Attachment, attachment))
 
 
 def attachment_of(decomposition: DecomposedWeights, model: nn.Module) -> Attached | None:
@@ -77,71 +83,55 @@ class Attached:
         hooks: str | Sequence[str] = KINDS,
         check_weights: bool = True,
     ) -> None:
-        if attachments.attached_to(model) is not None:
-            raise ValueError("A decomposition is attached to this model already: detach it first.")
         kinds = hook_points.check_kinds(hooks)
-        self.decomposition = decomposition
-        self.model = model
-        self.adapter = adapt(model)
-        check_target(decomposition, self.adapter, check_weights=check_weights)
-        if not check_weights:
-            accept_target(decomposition, model)
-        self.sites = select(sites, decomposition.sites)
-        self.hook_points: dict[str, dict[str, HookPoint]] = {}
-        self._handles: list[Handle] = []
-        weights = CastWeights(decomposition, self.adapter.device, self.adapter.dtype)
-        self._forward = AttachedForward(self.adapter, weights, self.hook_points)
-        self._forward_before = self.model.__dict__.get("forward")
-        try:
-            self._put_on(kinds)
-        except BaseException:
-            self.detach()
-            raise
-        self._forward.owner = self
-        attachments.add(self)
+        alone = turns_of(model).owner is not threading.current_thread()
+        with turn(model):
+            if (other := attachments.attached_to(model)) is not None:
+                _remove_unused(cast(Attachment, other))
+            adapter = adapt(model)
+            _check_layers(adapter)
+            if alone and clear(adapter.modules()):  # what an interrupt has left, or the copy of a part
+                adapter.hook_points_changed()
+            check_target(decomposition, adapter, check_weights=check_weights)
+            if not check_weights:
+                accept_target(decomposition, model)
+            self._become(Attachment(decomposition, adapter, select(sites, decomposition.sites)))
+            self._attachment.put_on(kinds)
 
-    # -- putting on and removing -----------------------------------------------------------------------------------
+    @classmethod
+    def of(cls, attachment: Attachment) -> Attached:
+        """The user's object of what is on a model."""
+        attached = None if attachment.user is None else attachment.user()
+        if attached is None:
+            attached = cls.__new__(cls)
+            attached._become(attachment)
+        return attached
 
-    def _put_on(self, kinds: Sequence[str]) -> None:
-        for name in self.sites:
-            self.hook_points[name] = {}
-            hook_points.put_on(self.adapter, self.decomposition.sites[name], kinds, self.hook_points[name])
-        self._handles += self._forward.taps.put_on()
-        self._handles += self.adapter.tap_inputs(self._forward.see_tokens, self._forward.see_attention_mask)
-        # ``run_with_hooks`` and ``generate`` call ``forward`` past the module's hooks.
-        self.model.__dict__["forward"] = self._forward.forward
-        names = [self.decomposition.sites[n].hook_name(k) for n, points in self.hook_points.items() for k in points]
-        self._handles.append(CheckedNames(self.model, names, self._forward))
-        self.adapter.hook_points_changed()
+    def _become(self, attachment: Attachment) -> None:
+        self._attachment, self._forward = attachment, attachment.passes
+        self.decomposition, self.model, self.adapter = attachment.decomposition, attachment.model, attachment.adapter
+        self.sites, self.hook_points = attachment.sites, attachment.hook_points
+        attachment.user = weakref.ref(self)
 
     def detach(self) -> None:
         """Removes the HookPoints and taps; hooks that users put on these HookPoints go with them."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._forward.on = False
-        if self.model.__dict__.get("forward") == self._forward.forward:
-            if self._forward_before is None:
-                del self.model.__dict__["forward"]
-            else:
-                self.model.__dict__["forward"] = self._forward_before
-        for name, points in self.hook_points.items():
-            hook_points.remove(self.adapter, self.decomposition.sites[name], points)
-        if self.hook_points:
-            self.hook_points.clear()
-            self.adapter.hook_points_changed()
-        self._forward.specs.clear()
-        attachments.discard(self)
+        self._attachment.remove()
+
+    _entered = False
 
     def __enter__(self) -> Attached:
+        self._entered = True
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.detach()
 
+    def __del__(self) -> None:
+        if self._entered and self._attachment.is_on and not sys.is_finalizing():  # interrupted while leaving
+            self.detach()
+
     # -- modes -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
     def masked(
         self,
         mode: Mode | str | Mapping[str, SiteMask | Tensor] | MaskFunction,
@@ -149,7 +139,7 @@ class Attached:
         sites: str | Sequence[str] | None = None,
         pos: Positions = None,
         **options: Unpack[ModeKeywords],
-    ) -> Iterator[Attached]:
+    ) -> Inside:
         """Every call of the model inside runs masked. The innermost context counts.
 
         Args:
@@ -163,7 +153,8 @@ class Attached:
                 the KL to the target at every real token.
 
         Raises:
-            ValueError: the mode is unknown or does not take an option, an option is impossible, or the masks are of other sites.
+            ValueError: the mode is unknown or does not take an option, an option is impossible, the masks are of other sites or
+                not finite, or ``sites`` or ``pos`` select none.
             TypeError: there is no such option, or a mode, option or mask is of another type.
             KeyError: a site pattern that matches nothing.
             RuntimeError: the decomposition has been detached.
@@ -179,10 +170,7 @@ class Attached:
                         "A SiteMask(mask, delta) carries the factor of Δ."
                     )
             if isinstance(mode, Mapping):
-                for site in mode:
-                    if site not in self.decomposition.sites:
-                        raise KeyError(f"The masks name {site!r}, which is not decomposed{nearest(site, self.sites)}.")
-                mode = mode if isinstance(mode, Masks) else Masks(mode)
+                mode = Masks.of(mode, self.decomposition.counts)
             elif not callable(mode):
                 raise TypeError(
                     f"{mode!r} is a {type(mode).__name__}: give a mode's name, masks by site, or a function (site, acts) -> mask."
@@ -192,10 +180,8 @@ class Attached:
                 raise ValueError(
                     f"The masks name {list(mode)} and the sites masked here are {sorted(spec.sites)}: nothing would be masked."
                 )
-        with self._running(spec):
-            yield self
+        return Inside(self, partial(self._runs_masked, spec), "masked")
 
-    @contextmanager
     def keep_only(
         self,
         subcomponents: Subcomponents,
@@ -204,7 +190,7 @@ class Attached:
         sites: str | Sequence[str] | None = None,
         pos: Positions = None,
         **options: Unpack[ModeKeywords],
-    ) -> Iterator[Attached]:
+    ) -> Inside:
         """Every call of the model inside runs with these subcomponents alone; the rest of every site is masked.
 
         Args:
@@ -225,10 +211,9 @@ class Attached:
             raise ValueError(f"rest={rest!r}{nearest(rest, modes)}: choose zero, stochastic or adversarial.")
         checked = ModeOptions.of(modes[rest], options, label=f"keep_only with rest={rest!r}")
         node_set = indices_by_site(self.decomposition, subcomponents)
-        with self._running(self._spec(modes[rest], None, checked, sites, pos, node_set)):
-            yield self
+        spec = self._spec(modes[rest], None, checked, sites, pos, node_set)
+        return Inside(self, partial(self._runs_masked, spec), "keep_only")
 
-    @contextmanager
     def ablated(
         self,
         subcomponents: Subcomponents,
@@ -236,20 +221,21 @@ class Attached:
         pos: Positions = None,
         amount: float = 1.0,
         values: Mapping[str, Tensor] | None = None,
-    ) -> Iterator[Attached]:
+    ) -> Inside:
         """Every call of the model inside runs without these subcomponents; see ``ablation_hooks``."""
         hooks = ablation_hooks(self.decomposition, subcomponents, pos=pos, amount=amount, values=values)
-        with self.model.hooks(fwd_hooks=hooks):  # type: ignore[operator]
-            yield self
+        return Inside(self, partial(self._runs_with, hooks), "ablated")
 
     @property
     def runs_masked(self) -> bool:
         """Whether calls of the model run masked now."""
         return bool(self._forward.specs)
 
-    def paused(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def paused(self) -> Iterator[None]:
         """Inside, the model runs as if nothing were attached, even from a hook in the middle of a forward pass."""
-        return self._forward.paused()
+        with turn(self.model), self._forward.paused():
+            yield
 
     def _spec(
         self,
@@ -264,13 +250,73 @@ class Attached:
         generator = None if seed is None else torch.Generator(self.adapter.device).manual_seed(seed)
         return MaskSpec(mode, masks, frozenset(select(sites, self.sites)), options, generator, pos, node_set)
 
-    @contextmanager
-    def _running(self, spec: MaskSpec) -> Iterator[None]:
-        if not self._handles:
+    def _runs_masked(self, spec: MaskSpec, undo: Later) -> None:
+        if not self._attachment.is_on:
             raise RuntimeError("This decomposition has been detached, so nothing would be masked: attach it again.")
-        specs = self._forward.specs
-        specs.append(spec)
-        try:
-            yield
-        finally:
-            specs[:] = [s for s in specs if s is not spec]
+        self._forward.in_context(undo, spec)
+
+    def _runs_with(self, hooks: FwdHooks, undo: Later) -> None:
+        enter(undo, self.model.hooks(fwd_hooks=hooks))  # type: ignore[operator]
+
+
+class Inside(Change[Attached]):
+    """What ``masked``, ``keep_only`` and ``ablated`` give: a context, which acts on the calls of the model inside it.
+
+    Args:
+        attached: what ``with`` gives.
+        make: begins it.
+        method: that gives this, for a warning if it is never entered.
+    """
+
+    def __init__(self, attached: Attached, make: Callable[[Later], None], method: str) -> None:
+        super().__init__(partial(self._begin, attached, make))
+        self._method, self._entered = method, False
+
+    @staticmethod
+    def _begin(attached: Attached, make: Callable[[Later], None], undo: Later) -> Attached:
+        make(undo)
+        return attached
+
+    def __enter__(self) -> Attached:
+        if self._undos:
+            raise RuntimeError(
+                f"This {self._method}(...) is entered already: call {self._method} again for each block."
+            )
+        self._entered = True
+        return super().__enter__()
+
+    def __del__(self) -> None:
+        if not self._entered and not sys.is_finalizing():
+            warnings.warn(
+                f"attached.{self._method}(...) without `with` does nothing: write `with attached.{self._method}(...):` and call "
+                "the model inside.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        super().__del__()
+
+
+def _remove_unused(attachment: Attachment) -> None:
+    """Removes an attachment that nobody uses.
+
+    Raises:
+        ValueError: somebody does.
+    """
+    if attachment.passes.contexts or (attachment.user is not None and attachment.user() is not None):
+        raise ValueError(
+            "A decomposition is attached to this model already: detach it first, with "
+            "tl_vpd.hooks.attached_to(model).detach() if you have no name for it."
+        )
+    attachment.remove()
+
+
+def _check_layers(adapter: Adapter) -> None:
+    """Raises ValueError if layers of a model are those of another one that something is attached to."""
+    others = [a for a in attachments.all_attachments() if a.model is not adapter.model]
+    if others:
+        modules = {id(module) for module in adapter.modules()}
+        if any(id(module) in modules for other in others for module in other.model.modules()):
+            raise ValueError(
+                "This model has layers of another model that a decomposition is attached to: detach it there first, or use "
+                "copy.deepcopy(model)."
+            )

@@ -7,6 +7,7 @@ that somebody listens to are computed from the inputs just read.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -16,10 +17,13 @@ import torch
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter
+from tl_vpd.adapters.changes import Later
+from tl_vpd.adapters.taps import OnModel
 from tl_vpd.forward import CastWeights, SitePass, SiteProduct
 from tl_vpd.forward.target_check import check_target
+from tl_vpd.forward.turns import in_backward, turns_of
 from tl_vpd.hooks.internal_passes import Call, HookPoints, InternalPasses
-from tl_vpd.hooks.mask_spec import MaskSpec, check_mask, mask_from_function
+from tl_vpd.hooks.mask_spec import MaskSpec, mask_from_function
 from tl_vpd.hooks.mode_masks import masks_of_call
 from tl_vpd.hooks.site_hooks import hooked_output, sparse_hooks, sparse_output
 from tl_vpd.masking import Masks, SiteMask
@@ -30,36 +34,84 @@ OF_PRODUCT = ("component_acts", "mask", "delta_mask")
 """The kinds of HookPoints that stand on a site's product."""
 
 
-class AttachedForward(InternalPasses):
-    """The forward passes of an attached model. ``specs`` is a stack: the last one counts.
+class AttachedForward(InternalPasses, OnModel):
+    """The forward passes of an attached model.
 
     Args:
         adapter: of the model.
         weights: V, U and Γ in the model's dtype and on its device.
         hook_points: by site and kind; what is not there is never listened to.
+
+    Attributes:
+        plain: the model's ``forward``.
+        specs: those of the masked contexts; the last one counts.
+        contexts: of masks and of hooks: the thread of each, and its spec.
+        owner: whose passes they are: the model holds its passes, and so what is attached to it.
+        on: whether the decomposition is attached.
     """
 
     def __init__(self, adapter: Adapter, weights: CastWeights, hook_points: HookPoints) -> None:
         super().__init__(adapter, weights, hook_points)
-        self.plain_forward = adapter.model.forward
+        self.plain = adapter.model.forward
+        self.turns = turns_of(adapter.model)
         self.specs: list[MaskSpec] = []
+        self.contexts: list[tuple[threading.Thread, MaskSpec | None]] = []
         self.owner: object = None
-        """Whose passes they are: the model holds its passes, and so what is attached to it."""
         self.on = True
         self._processed = adapter.processed
         self._changed: set[str] | None = None
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         """Replaces the model's ``forward``: ``run_with_hooks`` and ``generate`` call that without the model's hooks."""
+        if torch.compiler.is_compiling():
+            return self._pass(arguments, keywords)
+        use = object()
+        try:
+            self.turns.begin(use)
+            if self.turns.only(use):
+                self.forget()
+            if not self._inside:
+                self.refuse_other_threads()
+            return self._pass(arguments, keywords)
+        finally:
+            self.turns.end(use)
+
+    def _pass(self, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         if self._inside or not self.on:
-            return self.plain_forward(*arguments, **keywords)
+            return self.plain(*arguments, **keywords)
         call = Call(arguments, keywords)
         with self._during(call):
             run = SitePass(partial(self._output, call), collect=self._before(call))
             with self.taps.during(run):
-                output = self.plain_forward(*arguments, **keywords)
+                output = self.plain(*arguments, **keywords)
             self._after(call, run)
             return output
+
+    def refuse_other_threads(self) -> None:
+        """Raises RuntimeError if the model runs masked or with hooks in another thread: its calls would get those too."""
+        me = threading.current_thread()
+        other = next((thread for thread, _ in self.contexts if thread is not me and thread.is_alive()), None)
+        if other is not None and not in_backward():
+            raise RuntimeError(
+                f"This model is in a context of masks or hooks in thread {other.name!r}, which would act on the calls of thread "
+                f"{me.name!r} too: leave that context first, or give each thread a copy of the model."
+            )
+
+    def in_context(self, undo: Later, spec: MaskSpec | None) -> None:
+        """From now on, calls of the model are this thread's alone and run masked.
+
+        Args:
+            undo: notes how to end that.
+            spec: of the masks (None: calls run as they do).
+        """
+        self.refuse_other_threads()
+        context = (threading.current_thread(), spec)
+        contexts, specs = self.contexts, self.specs
+        undo(lambda: contexts.remove(context) if context in contexts else None)
+        contexts.append(context)
+        if spec is not None:
+            undo(lambda: specs.remove(spec) if spec in specs else None)
+            specs.append(spec)
 
     @contextmanager
     def noting_changes(self) -> Iterator[set[str]]:
@@ -159,8 +211,7 @@ class AttachedForward(InternalPasses):
         if spec.mode is None:
             assert spec.masks is not None
             if isinstance(spec.masks, Masks):
-                mask = spec.masks.get(name, SiteMask(None, None))
-                check_mask(name, mask, acts)
+                mask = spec.masks.get(name, SiteMask(None, None)).fitted(name, acts.shape, acts.device)
             else:
                 mask = mask_from_function(spec.masks, name, acts)
             return spec.limited(name, mask, acts)

@@ -10,11 +10,16 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from tl_vpd.adapters.caches import MaskedCache
+from tl_vpd.adapters.changes import Change, Later, enter, put_attribute
+from tl_vpd.adapters.taps import OnModel
+from tl_vpd.forward.turns import turn
 from tl_vpd.hooks.attached_forward import AttachedForward
 from tl_vpd.site import nearest
 
@@ -22,8 +27,8 @@ OUR_ENDINGS = ("_component_acts", "_ci", "_mask")
 METHODS = ("hooks", "run_with_hooks", "add_hook", "run_with_cache")
 
 
-class Checked:
-    """Replaces a method of a model that takes hook names.
+class Checked(OnModel):
+    """Replaces a method of a model that takes hook names; threads call it in their turn.
 
     Args:
         model: whose method it is.
@@ -33,7 +38,6 @@ class Checked:
     """
 
     def __init__(self, model: nn.Module, method: str, our_names: Iterable[str], passes: AttachedForward) -> None:
-        self.before = model.__dict__.get(method)
         self.plain = getattr(model, method)
         functools.update_wrapper(self, self.plain)
         self.model, self.method = model, method
@@ -42,13 +46,22 @@ class Checked:
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """The method, after its names have been checked."""
         self._check(*arguments, **keywords)
-        if self.method != "run_with_cache":
-            return self.plain(*arguments, **keywords)
-        with self.passes.noting_changes() as changed:
-            output, cache = self.plain(*arguments, **keywords)
+        if self.method == "hooks":
+            return Change(partial(self._hooks, self.plain(*arguments, **keywords)))
+        with turn(self.model):
+            if self.method != "run_with_cache":
+                return self.plain(*arguments, **keywords)
+            self.passes.refuse_other_threads()  # before its hooks are on
+            with self.passes.noting_changes() as changed:
+                output, cache = self.plain(*arguments, **keywords)
         if changed and hasattr(cache, "cache_dict"):
             cache = MaskedCache(cache.cache_dict, cache.model, cache.has_batch_dim, changed)
         return output, cache
+
+    def _hooks(self, context: AbstractContextManager[Any], undo: Later) -> Any:
+        """A context of hooks, as a change: their calls are one thread's alone."""
+        self.passes.in_context(undo, None)
+        return enter(undo, context)
 
     def _check(self, *arguments: Any, **keywords: Any) -> None:
         try:
@@ -97,28 +110,15 @@ def _by_path(model: Any, name: str) -> bool:
     return find is not None and find(model, name) is not None
 
 
-class CheckedNames:
-    """``Checked`` methods on a model; ``remove()`` removes those that are still there.
+def check_names(undo: Later, model: nn.Module, our_names: Iterable[str], passes: AttachedForward) -> None:
+    """Puts ``Checked`` methods on a model.
 
     Args:
+        undo: notes how to remove them.
         model: whose methods they are.
         our_names: of this package's HookPoints on the model.
         passes: notes which sites had another output than the model computed.
     """
-
-    def __init__(self, model: nn.Module, our_names: Iterable[str], passes: AttachedForward) -> None:
-        self.model = model
-        names = list(our_names)
-        self.checked = {method: Checked(model, method, names, passes) for method in METHODS}
-        model.__dict__.update(self.checked)
-
-    def remove(self) -> None:
-        """Restores the methods."""
-        attributes = self.model.__dict__
-        for method, checked in self.checked.items():
-            if attributes.get(method) is not checked:
-                continue  # somebody has replaced it since
-            if checked.before is None:
-                del attributes[method]
-            else:
-                attributes[method] = checked.before
+    names = list(our_names)
+    for method in METHODS:
+        put_attribute(undo, model, method, Checked(model, method, names, passes))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 from torch import nn
 
 from tl_vpd.adapters import Adapter
+from tl_vpd.adapters.changes import Later
 from tl_vpd.adapters.versions import HookPoint
+from tl_vpd.forward.remains import MARK
 from tl_vpd.hooks.sparse import SparsePoint
 from tl_vpd.site import Site, nearest
 
@@ -27,14 +30,15 @@ def check_kinds(kinds: str | Sequence[str]) -> list[str]:
     return kinds
 
 
-def put_on(adapter: Adapter, site: Site, kinds: Sequence[str], points: dict[str, HookPoint]) -> None:
+def put_on(undo: Later, adapter: Adapter, site: Site, kinds: Sequence[str], points: dict[str, HookPoint]) -> None:
     """Puts one site's HookPoints on the model.
 
     Args:
+        undo: notes how to remove them; hooks that users put on them go with them.
         adapter: of the model.
         site: whose they are.
         kinds: which of them.
-        points: gets them by kind, one by one, so that they can be removed if one fails.
+        points: gets them by kind.
 
     Raises:
         ValueError: the model has an attribute of that name.
@@ -45,14 +49,10 @@ def put_on(adapter: Adapter, site: Site, kinds: Sequence[str], points: dict[str,
             raise ValueError(f"The model has a {site.hook_name(kind)} already, which attaching would hide.")
         point = SparsePoint() if kind in ("component_acts", "mask") else HookPoint()
         point.training = module.training
+        point.__dict__[MARK] = True
+        undo(partial(module._modules.pop, attribute, None))
         module.add_module(attribute, point)
         points[kind] = point
-
-
-def remove(adapter: Adapter, site: Site, points: Mapping[str, HookPoint]) -> None:
-    """Removes one site's HookPoints; hooks that users put on them go with them."""
-    for kind in points:
-        adapter.home(site.name)._modules.pop(_attribute(site, kind), None)
 
 
 def _attribute(site: Site, kind: str) -> str:

@@ -62,6 +62,10 @@ class InternalPasses:
         self._call: Call | None = None
         self._inside = False
 
+    def forget(self) -> None:
+        """Forgets what a pass has left that was interrupted while it ended."""
+        self._call, self._inside, self.taps.current = None, False, None
+
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Inside, the model runs as if nothing were attached, even from a hook in the middle of a forward pass."""
