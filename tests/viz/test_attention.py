@@ -34,8 +34,8 @@ def test_patterns_of_pairs_stand_beside_the_models(model, vpd, tokens, tmp_path)
     terms = attention.score_terms(vpd, model, tokens, 0, PAIRS)
     words = ["</script><b>", *"abcdefghijklmno"]
     panel = viz.pair_attention(terms, words, row=1, heads=[3, 0])
-    given = json.loads(re.search(r"AttentionHeads, (\{.*\})\);", panel.body)[1])
-    assert given["tokens"][0] == "</script><b>" and "</script><b>" not in panel.body
+    given = json.loads(re.search(r"AttentionHeads, (\{.*\})\);", panel.scripts[0])[1])
+    assert given["tokens"][0] == "</script><b>" and "</script><b>" not in panel.html
     kinds = ["model", "without", "pairs alone"]
     assert given["attentionHeadNames"] == [f"head {h}: {kind}" for h in (3, 0) for kind in kinds]
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_attention_by_offset(model, vpd, tokens):
 
 def test_tokens_by_importance(model, vpd, tokens, tmp_path):
     panel = viz.importances(vpd, model, tokens[:1], [f"{Q}:77"])
-    given = json.loads(re.search(r"tlVpdDraw\((\{.*?\})\)</script>", panel.body)[1])
+    given = json.loads(re.fullmatch(r"tlVpdDraw\((\{.*\})\)", panel.scripts[0])[1])
     (window,) = given.values()
     ci = vpd.causal_importances(model, tokens[:1])
     assert window["values"] == pytest.approx(ci[Q][0, :, 77].tolist(), abs=1e-4)

@@ -17,13 +17,13 @@ from tl_vpd.analysis.graph import LogitTarget, attribution_graph
 from tl_vpd.viz.graphs import graph as picture
 
 
-def data_of(html):
-    return json.loads(re.search(r"tlVpdGraph\(\"tlvpd-graph-\w+\", (\{.*?\})\)</script>", html, re.S)[1])
+def data_of(panel):
+    return json.loads(re.fullmatch(r"tlVpdGraph\(\"tlvpd-graph-\w+\", (\{.*\})\)", panel.scripts[0])[1])
 
 
 def test_nodes_edges_and_hover_texts():
     graph = by_hand()
-    data = data_of(picture(graph).body)
+    data = data_of(picture(graph))
     assert data["labels"] == list(graph.labels)
     assert [e[2] for e in data["edges"]] == [-3, 2, -2, 1.5, 1, 1, -1, 0.5]
     assert data["y"][5] == 4 and data["x"][5] == 1 and data["y"][0] == 0
@@ -46,7 +46,7 @@ def test_a_models_graph_with_tokens_of_its_subcomponents(model, vpd, tokens):
     graph = attribution_graph(vpd, model, tokens[:1], 3)
     result = harvest(vpd, model, tokens, config=HarvestConfig(windows=1))
     panel = picture(graph, nodes=12, edges=30, harvest=result, title="Mine")
-    data = data_of(panel.body)
+    data = data_of(panel)
     assert len(data["edges"]) == 30 and sum("blocks" in label for label in data["labels"]) == 12
     assert any("fires at" in about for about in data["about"]) and "12 of" in panel.body
     assert sorted((abs(e[2]) for e in data["edges"]), reverse=True) == [abs(e[2]) for e in data["edges"]]

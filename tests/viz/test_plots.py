@@ -25,14 +25,14 @@ HISTORY = pd.DataFrame(
 
 def heights(svg: str, colour: str) -> list[list[float]]:
     """The y of each point of every curve of a colour (in SVG, y grows downwards)."""
-    curves = re.findall(rf'<path d="([^"]*)" clip-path="[^"]*" style="fill: none; stroke: {colour}', svg)
+    curves = re.findall(rf'<path d="([^"]*)" clip-path="[^"]*" fill="none" stroke="{colour}"', svg)
     return [[float(y) for y in re.findall(r"[ML] \S+ (\S+)", d)] for d in curves]
 
 
 def test_six_curves_that_fall_evenly_where_the_numbers_do():
     panel = viz.losses(HISTORY, title="Run <1>")
     assert "<h3>Run &lt;1&gt;</h3>" in panel.body
-    assert not panel.needs_circuitsvis
+    assert not panel.libraries
     blue, orange = heights(panel.body, "#1f5fd0"), heights(panel.body, "#e07b00")
     assert len(blue) == 4
     assert len(orange) == 2

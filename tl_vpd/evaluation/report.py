@@ -8,36 +8,34 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from tl_vpd.components.storage import write_json
 from tl_vpd.evaluation.modes import ROWS
+from tl_vpd.evaluation.record import defined
+from tl_vpd.evaluation.stored import read_record, write_record
 from tl_vpd.evaluation.verdict import checks, number, warnings_of
 from tl_vpd.site import nearest
-
-RENAMED: dict[str, tuple[str, dict[str, str]]] = {
-    "aggregation": ("union_test", {}),
-    "transfer": ("mask_transfer", {}),
-    "resolution": ("sparsity_sweep", {}),
-    "slices": ("off_distribution", {"slice": "data"}),
-    "foresight": ("future_leakage", {}),
-    "sizes": ("feature_splitting", {"size": "decomposition"}),
-}
-"""Tables of stored reports -> their name, and the names of their columns."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The flat record of an evaluation; ``controls`` holds records of the same form, ``tables`` the rows of all tables."""
+    """The flat record of an evaluation; ``controls`` holds records of the same form, ``tables`` the rows of all tables.
+
+    Figures that are NaN or infinite become None, with the reason under their name in ``left_out``.
+    """
 
     record: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        record, reasons = defined(self.record)
+        if reasons:
+            record["left_out"] = {**record.get("left_out", {}), **reasons}
+        object.__setattr__(self, "record", record)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:
@@ -48,13 +46,21 @@ class Evaluation:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not JSON.
+            ValueError: it is damaged, or is not a report.
         """
-        return cls(upgraded(json.loads(Path(path).read_text(encoding="utf-8"))))
+        return cls(read_record(Path(path)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the record as JSON."""
-        write_json(Path(path), self.record)
+        """Writes the record as JSON with a checksum; an older file is replaced, or stays whole if writing fails.
+
+        Args:
+            path: of the JSON file; its folder must exist.
+
+        Raises:
+            OSError: it cannot be written; the message names the folder and what is intact.
+            TypeError: the record holds what is not data.
+        """
+        write_record(Path(path), self.record)
 
     @property
     def warnings(self) -> list[str]:
@@ -117,20 +123,3 @@ class Evaluation:
                 else f"The report has no table {table!r}{nearest(table, tables)}. It has: {', '.join(tables) or 'none'}."
             )
         return pd.DataFrame(tables[table])
-
-
-def upgraded(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored record with the present names of tables and columns.
-
-    >>> upgraded({"tables": {"sizes": [{"size": "C-2", "alive": 7}]}, "left_out": {"foresight": "rows are padded"}})
-    {'tables': {'feature_splitting': [{'decomposition': 'C-2', 'alive': 7}]}, 'left_out': {'future_leakage': 'rows are padded'}}
-    """
-    result = dict(record)
-    if "tables" in record:
-        result["tables"] = {}
-        for stored, rows in record["tables"].items():
-            name, columns = RENAMED.get(stored, (stored, {}))
-            result["tables"][name] = [{columns.get(c, c): value for c, value in row.items()} for row in rows]
-    if "left_out" in record:
-        result["left_out"] = {RENAMED.get(what, (what,))[0]: why for what, why in record["left_out"].items()}
-    return result

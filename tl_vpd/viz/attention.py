@@ -18,7 +18,9 @@ from torch import Tensor
 from tl_vpd.analysis.attention import AttentionByOffset, HeadNorms, ScoreTerms, StaticStrengths, pattern_of
 from tl_vpd.site import Subcomponent
 from tl_vpd.viz.attention_plots import lines
+from tl_vpd.viz.circuits import library
 from tl_vpd.viz.panel import Panel
+from tl_vpd.viz.style import shade
 from tl_vpd.viz.text import escape, for_script, number, visible
 
 LONGEST = 128
@@ -100,9 +102,9 @@ def pair_attention(
     body = (
         f'<h3>{escape(title)}</h3><p class="note"><code>{escape(pairs)}</code></p>'
         f'<div class="wide"><div data-tlvpd-heads="{key}">{fallback}</div></div>'
-        f"<script>{_DRAW_HEADS.replace('KEY', key).replace('PROPS', data)}</script>"
     )
-    return Panel(title=title, body=body, how_to_read=HOW_PAIRS, needs_circuitsvis=True)
+    call = _DRAW_HEADS.replace("KEY", key).replace("PROPS", data)
+    return Panel(title=title, body=body, how_to_read=HOW_PAIRS, libraries=(library(),), scripts=(call,))
 
 
 def _rounded(pattern: Float[Tensor, "query key"]) -> list[list[float]]:
@@ -192,16 +194,11 @@ def head_norms(norms: HeadNorms, *, top: int = 12, title: str = "") -> Panel:
             f"<div><h4>{escape(str(site))}</h4><table><tr><th></th>{head}<th>norm</th><th>heads</th></tr>{''.join(html)}</table></div>"
         )
     title = title or f"Block {norms.layer}: subcomponents' norms by head"
-    style = "border:0;margin:0;padding:0;grid-template-columns:repeat(auto-fit,minmax(420px,1fr))"
-    body = f'<h3>{escape(title)}</h3><div class="columns" style="{style}">{"".join(blocks)}</div>'
+    body = f'<h3>{escape(title)}</h3><div class="columns matrices">{"".join(blocks)}</div>'
     return Panel(title=title, body=body, how_to_read=HOW_NORMS)
 
 
 def _norm_row(row: dict[Any, Any], columns: list[str], largest: float) -> str:
-    cells = "".join(
-        f'<td style="background:rgba(31,95,208,{row[c] / largest if largest else 0:.2f});'
-        f'color:{"#fff" if row[c] > 0.55 * largest else "#1d2430"}">{number(row[c])}</td>'
-        for c in columns
-    )
+    cells = "".join(f'<td class="{shade(row[c] / largest if largest else 0.0)}">{number(row[c])}</td>' for c in columns)
     name = ":" + str(row["subcomponent"]).rpartition(":")[2]
     return f"<tr><td>{name}</td>{cells}<td>{number(row['norm'])}</td><td>{row['heads']:.1f}</td></tr>"

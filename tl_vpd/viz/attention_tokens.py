@@ -11,9 +11,8 @@ from torch import nn
 from tl_vpd.adapters import adapt
 from tl_vpd.analysis import Window
 from tl_vpd.site import Subcomponent
-from tl_vpd.viz.circuits import draw
+from tl_vpd.viz.circuits import draw, library
 from tl_vpd.viz.panel import Panel
-from tl_vpd.viz.style import NEGATIVE, POSITIVE
 from tl_vpd.viz.text import escape, number
 
 if TYPE_CHECKING:
@@ -64,7 +63,7 @@ def importances(
         raise ValueError("There is nothing to show: no subcomponent was named, or none is important anywhere.")
     acts = decomposition.component_acts(model, g.tokens)
     words = adapt(model).words(g.tokens[0])
-    blocks, script = [], ""
+    blocks, scripts = [], []
     for c in chosen:
         norm = decomposition.U[c.site][c.index].detach().norm().to(acts[c.site])
         a = (acts[c.site][0, :, c.index] * norm).float().cpu()
@@ -73,15 +72,16 @@ def importances(
         window = Window(0, peak, 0, tuple(g.tokens[0].tolist()), tuple(words), ci, a)
         scale = float(a.abs().max())
         (place,), script_of_window = draw([window], scale)
-        script += script_of_window
+        scripts.append(script_of_window)
         blocks.append(
-            f'<div class="window"><div class="where" style="overflow-wrap:anywhere"><code>{escape(str(c))}</code><br>importance '
+            f'<div class="window"><div class="where"><code>{escape(str(c))}</code><br>importance '
             f"up to {number(float(ci[peak]))}<br>activation up to {number(scale)}</div>{place}</div>"
         )
     legend = (
         '<div class="legend"><span>importance 0<i class="ramp"></i>1</span>'
-        f'<span>activation<i class="line" style="background:{POSITIVE}"></i>positive'
-        f'<i class="line" style="background:{NEGATIVE}"></i>negative</span></div>'
+        '<span>activation<i class="line positive"></i>positive'
+        '<i class="line negative"></i>negative</span></div>'
     )
     title = "Tokens by importance"
-    return Panel(title, f"<h3>{title}</h3>{legend}{''.join(blocks)}{script}", HOW, needs_circuitsvis=True)
+    body = f"<h3>{title}</h3>{legend}{''.join(blocks)}"
+    return Panel(title=title, body=body, how_to_read=HOW, libraries=(library(),), scripts=tuple(scripts))

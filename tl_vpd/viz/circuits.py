@@ -9,6 +9,7 @@ scripts are not allowed, the window is plain text.
 from __future__ import annotations
 
 import hashlib
+import math
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ window.tlVpdDraw = function (windows) {
 
 
 @lru_cache(maxsize=1)
-def script() -> str:
-    """The ``<script>`` element (1.3 MB) that windows need before them: circuitsvis's script and ``tlVpdDraw``.
+def library() -> str:
+    """The script (1.3 MB) that windows need before them: circuitsvis's and ``tlVpdDraw``.
 
     Raises:
         ImportError: this version of circuitsvis has its script elsewhere.
@@ -65,13 +66,13 @@ def script() -> str:
         raise ImportError(f"circuitsvis {circuitsvis.__version__} has no dist/cdn/iife.js; install circuitsvis 1.43.3.")
     code = path.read_text(encoding="utf-8").replace("</script", "<\\/script")
     code = code.rpartition("//# sourceMappingURL=")[0] or code
-    return f"<script>{code}\n{_DRAW}</script>"
+    return f"{code}\n{_DRAW}"
 
 
 def underline(activation: float, scale: float) -> str:
     """The CSS colour under a token: hue by sign, strength by ``|activation| / scale``; none where that is tiny."""
     share = min(abs(activation) / scale, 1.0) if scale > 0 else 0.0
-    if share < FAINT:
+    if not share >= FAINT:  # NaN has none
         return ""
     colour = POSITIVE if activation > 0 else NEGATIVE
     return f"{colour}{round(255 * share):02x}"
@@ -86,7 +87,7 @@ def window_data(window: Window, scale: float) -> dict[str, Any]:
     ]
     return {
         "tokens": [escape(spaced(token)) for token in window.tokens],
-        "values": [round(value, 4) for value in g],
+        "values": [round(value, 4) if math.isfinite(value) else 0.0 for value in g],
         "underline": [underline(value, scale) for value in a],
         "about": about,
         "peak": window.peak,
@@ -95,7 +96,7 @@ def window_data(window: Window, scale: float) -> dict[str, Any]:
 
 
 def draw(windows: list[Window], scale: float) -> tuple[list[str], str]:
-    """The elements of windows, and the ``<script>`` that draws them, which has to come after them all."""
+    """The elements of windows, and the script that draws them, which has to come after them all."""
     places, data = [], {}
     for window in windows:
         content = window_data(window, scale)
@@ -104,4 +105,4 @@ def draw(windows: list[Window], scale: float) -> tuple[list[str], str]:
         texts = [escape(spaced(token)) for token in window.tokens]
         texts[window.peak] = f"<mark>{texts[window.peak]}</mark>"
         places.append(f'<div class="text" data-tlvpd="{key}">{"".join(texts)}</div>')
-    return places, f"<script>tlVpdDraw({for_script(data)})</script>"
+    return places, f"tlVpdDraw({for_script(data)})"

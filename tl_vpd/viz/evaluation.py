@@ -94,25 +94,30 @@ def _verdict(report: Evaluation) -> Panel:
     checks = report.checks()
     rows = "".join(
         f"<tr><td>{escape(str(name))}</td><td class=words>{_outcome(check)}</td>"
-        f"<td class=words style='white-space:normal'>{escape(str(check.sentence))}</td></tr>"
+        f'<td class="words sentence">{escape(str(check.sentence))}</td></tr>'
         for name, check in zip(checks.index, checks.itertuples(index=False), strict=True)
     )
     n = int(checks["fault"].sum())
     head = "No known fault" if not n else f"{n} known {'fault' if n == 1 else 'faults'}"
+    reasons = report.record.get("left_out", {}).items()
     left_out = "".join(
-        f'<p class="note">Left out: {escape(k)}, as {escape(v)}.</p>'
-        for k, v in report.record.get("left_out", {}).items()
+        f'<p class="note">{_missing(name)}: {escape(name)}, as {escape(why)}.</p>' for name, why in reasons
     )
     note = "Limits are conventions (docs/evaluation.md); that no fault is known does not make a decomposition right."
     body = f'<h3>{head}</h3><p class="note">{note}</p><div class="wide"><table>{rows}</table></div>{left_out}'
     return Panel(title="Verdict", body=body)
 
 
+def _missing(name: str) -> str:
+    """What is said of a name in ``left_out``: a measure, rows of data, or a figure (a dash in the tables)."""
+    return "Left out" if name in TABLES or name == "rows" else "Not defined (– in the tables)"
+
+
 def _outcome(check: Any) -> str:
     if pd.isna(check.value):
         return "not measured"
-    colour, word = ("#c2185b", "fault") if check.fault else ("#2e7d32", "passed")
-    return f"<b style='color:{colour}'>{word}</b>"
+    word = "fault" if check.fault else "passed"
+    return f'<b class="{word}">{word}</b>'
 
 
 def _counts(record: Mapping[str, Any]) -> str:

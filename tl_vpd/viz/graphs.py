@@ -7,6 +7,7 @@ leads to and from a node that is clicked.
 from __future__ import annotations
 
 import hashlib
+import re
 from functools import lru_cache
 from typing import Any
 
@@ -14,7 +15,7 @@ from tl_vpd.analysis.graph import AttributionGraph
 from tl_vpd.analysis.records import Harvest
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.style import IMPORTANCE, NEGATIVE, POSITIVE
-from tl_vpd.viz.text import escape, for_script, number, spaced, visible
+from tl_vpd.viz.text import escape, for_plotly, for_script, number, spaced, visible
 
 HOW = (
     "Every circle is a subcomponent at a position (or an embedding, below, or a logit, above); its size grows with its influence "
@@ -30,6 +31,7 @@ window.tlVpdGraph = function (id, g) {
   const place = document.getElementById(id), slider = document.getElementById(id + "-weight");
   const caption = document.getElementById(id + "-caption");
   let chosen = null;
+  place.style.height = g.layout.height + "px";
   function reach(from, start, end) {
     const visited = new Set([from]), waiting = [from];
     while (waiting.length) {
@@ -65,7 +67,7 @@ window.tlVpdGraph = function (id, g) {
     traces.push({ x: g.x, y: g.y, mode: "markers", type: "scatter", text: g.about, hoverinfo: "text", showlegend: false,
       marker: { size: g.size, color: g.color, line: { width: g.x.map((_, i) => i === chosen ? 3 : 1), color: "#1d2430" },
                 opacity: g.x.map((_, i) => nodes === null || nodes.has(i) ? 1 : .12) } });
-    Plotly.react(place, traces, g.layout, { displaylogo: false, responsive: true, scrollZoom: true,
+    Plotly.react(place, traces, g.layout, { displaylogo: false, responsive: true, scrollZoom: true, typesetMath: false,
       modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]] });
     const least = visible.length ? Math.abs(g.edges[visible[visible.length - 1]][2]) : 0;
     caption.textContent = visible.length + " edges" + (visible.length ? ", the weakest " + least.toPrecision(2) : "") +
@@ -98,8 +100,10 @@ def _library() -> str:
     except ImportError as error:
         raise ImportError("Graphs need plotly: pip install 'tl_vpd[viz]'.") from error
     code = get_plotlyjs().replace("</script", "<\\/script")
+    # The style sheet of maps, which nothing here draws, and which the pages' policy would refuse.
+    code = re.sub(r'if\(!document\.getElementById\("[0-9a-f]{64}"\)\)', "if(false)", code)
     hidden = f"(function(define,module,exports){{{code}\n}}).call(window);"
-    return f"<script>if(!window.Plotly){{{hidden}window.Plotly=window.Plotly||window.moduleName}}{_DRAW}</script>"
+    return f"if(!window.Plotly){{{hidden}window.Plotly=window.Plotly||window.moduleName}}{_DRAW}"
 
 
 def graph(
@@ -138,11 +142,11 @@ def graph(
     body = (
         f'<h3>{escape(title)}</h3><p class="note">{heading}</p>'
         f'<p class="note"><label>edges <input type="range" id="{id_}-weight" min="1" max="{max(n_edges, 1)}" '
-        f'value="{min(n_edges, 400)}" style="width:260px;vertical-align:middle"></label> <span id="{id_}-caption"></span></p>'
-        f'<div id="{id_}" style="width:100%;height:{data["layout"]["height"]}px"></div>'
-        f"{_library()}<script>tlVpdGraph({for_script(id_)}, {script})</script>"
+        f'value="{min(n_edges, 400)}"></label> <span id="{id_}-caption"></span></p>'
+        f'<div id="{id_}"></div>'
     )
-    return Panel(title=title, body=body, how_to_read=HOW)
+    call = f"tlVpdGraph({for_script(id_)}, {script})"
+    return Panel(title=title, body=body, how_to_read=HOW, libraries=(_library(),), scripts=(call,))
 
 
 def _data(shown: AttributionGraph, most: int, harvest: Harvest | None) -> dict[str, Any]:
@@ -195,7 +199,7 @@ def _places(shown: AttributionGraph) -> tuple[list[float], list[float]]:
 
 def _layout(shown: AttributionGraph) -> dict[str, Any]:
     names = [name.replace("blocks.", "").replace(".attn.", " ").replace(".mlp.", " ") for name in shown.names]
-    words = [f"{escape(spaced(word))}<br>{i}" for i, word in enumerate(shown.words)]
+    words = [f"{for_plotly(_short(word))}<br>{i}" for i, word in enumerate(shown.words)]
     return {
         "height": 120 + 46 * len(names),
         "margin": {"l": 80, "r": 10, "t": 10, "b": 60},
@@ -204,8 +208,18 @@ def _layout(shown: AttributionGraph) -> dict[str, Any]:
         "plot_bgcolor": "#fff",
         "dragmode": "pan",
         "xaxis": {"tickvals": list(range(len(words))), "ticktext": words, "zeroline": False, "gridcolor": "#eef0f4"},
-        "yaxis": {"tickvals": list(range(len(names))), "ticktext": names, "zeroline": False, "gridcolor": "#eef0f4"},
+        "yaxis": {
+            "tickvals": list(range(len(names))),
+            "ticktext": [for_plotly(_short(name)) for name in names],
+            "zeroline": False,
+            "gridcolor": "#eef0f4",
+        },
     }
+
+
+def _short(text: str) -> str:
+    """The beginning of a text that labels an axis."""
+    return spaced(text if len(text) <= 24 else f"{text[:22]}…")
 
 
 def _about(shown: AttributionGraph, harvest: Harvest | None) -> list[str]:
@@ -217,13 +231,13 @@ def _about(shown: AttributionGraph, harvest: Harvest | None) -> list[str]:
     for e in order:
         into, out_of = strongest[targets[e]][0], strongest[sources[e]][1]
         if len(into) < 5:
-            into.append(f"{number(weights[e])} ← {labels[sources[e]]}")
+            into.append(f"{number(weights[e])} ← {for_plotly(labels[sources[e]])}")
         if len(out_of) < 5:
-            out_of.append(f"{number(weights[e])} → {labels[targets[e]]}")
+            out_of.append(f"{number(weights[e])} → {for_plotly(labels[targets[e]])}")
     rows: list[dict[str, Any]] = shown.nodes().to_dict("records")  # type: ignore[assignment]
     texts = []
     for i, row in enumerate(rows):
-        lines = [f"<b>{row['node']}</b>", f"token {escape(visible(row['token']))}"]
+        lines = [f"<b>{for_plotly(row['node'])}</b>", f"token {for_plotly(visible(row['token']))}"]
         if bool(shown.is_subcomponent[i]):
             lines.append(f"activation {number(row['activation'])}, importance {number(row['importance'])}")
             if harvest is not None:
@@ -240,5 +254,5 @@ def _tokens(harvest: Harvest, address: str) -> list[str]:
     lines = []
     for what, table in (("fires at", record.input_tokens(k=5)), ("followed by", record.output_tokens(k=5))):
         if len(table):
-            lines.append(f"{what} " + " ".join(escape(visible(token)) for token in table["token"]))
+            lines.append(f"{what} " + " ".join(for_plotly(visible(token)) for token in table["token"]))
     return lines

@@ -7,19 +7,35 @@ IMPORTANCE = "rgb(255, 190, 70)"
 POSITIVE, NEGATIVE = "#1f5fd0", "#c2185b"
 """Underline of positive and negative activations."""
 
+SHADES = 50
+"""Steps from white to the strongest background of a number in a table."""
+
+
+def shade(share: float) -> str:
+    """The class of a table cell whose number is this share of the largest (no shade where it is not a number)."""
+    return f"shade-{round(SHADES * min(max(share, 0.0), 1.0))}" if share == share else ""
+
+
+def _shade_rule(i: int) -> str:
+    white = " color: #fff;" if i > 0.55 * SHADES else ""
+    return f".tlvpd td.shade-{i} {{ background: rgba(31, 95, 208, {i / SHADES:.2f});{white} }}\n"
+
+
+_SHADES = "".join(_shade_rule(i) for i in range(SHADES + 1))
+
 PANEL = f"""
 .tlvpd {{ font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
   color: #1d2430; background: #fff; border: 1px solid #e3e6eb; border-radius: 10px; padding: 18px 22px;
   margin: 0 0 22px; max-width: 1080px; box-sizing: border-box; }}
 .tlvpd code, .tlvpd .tok, .tlvpd .text {{
   font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; }}
-.tlvpd h3 {{ font-size: 17px; margin: 0 0 4px; font-weight: 650; }}
+.tlvpd h3 {{ font-size: 17px; margin: 0 0 4px; font-weight: 650; overflow-wrap: anywhere; }}
 .tlvpd h4 {{ font-size: 12px; margin: 0 0 4px; font-weight: 650; color: #4a5464; }}
 .tlvpd p {{ margin: 4px 0; }}
 .tlvpd .facts {{ display: flex; flex-wrap: wrap; gap: 2px 22px; margin: 2px 0 10px; color: #4a5464;
   font-size: 13.5px; }}
 .tlvpd .facts b {{ color: #1d2430; font-weight: 600; font-variant-numeric: tabular-nums; }}
-.tlvpd .note {{ color: #4a5464; font-size: 13.5px; }}
+.tlvpd .note {{ color: #4a5464; font-size: 13.5px; overflow-wrap: anywhere; }}
 .tlvpd .how {{ color: #4a5464; font-size: 13.5px; margin-top: 12px; }}
 .tlvpd .how summary {{ cursor: pointer; }}
 .tlvpd .legend {{ display: flex; flex-wrap: wrap; gap: 4px 18px; align-items: center; font-size: 12.5px; color: #4a5464;
@@ -28,17 +44,19 @@ PANEL = f"""
 .tlvpd .legend .ramp {{ width: 64px; height: 12px; border: 1px solid #ddd;
   background: linear-gradient(90deg, #fff, {IMPORTANCE}); }}
 .tlvpd .legend .line {{ width: 22px; height: 3px; vertical-align: 3px; }}
+.tlvpd .legend .positive {{ background: {POSITIVE}; }}
+.tlvpd .legend .negative {{ background: {NEGATIVE}; }}
 .tlvpd .legend .peak {{ width: 14px; height: 12px; box-shadow: inset 0 0 0 1.5px #1d2430; }}
 .tlvpd .window {{ display: grid; grid-template-columns: 118px 1fr; gap: 10px; padding: 7px 0;
   border-top: 1px solid #eef0f3; }}
 .tlvpd .where {{ font-size: 12px; line-height: 1.35; color: #6b7484; padding-top: 2px;
-  font-variant-numeric: tabular-nums; }}
-.tlvpd .text {{ font-size: 13px; line-height: 1.75; overflow-wrap: anywhere; min-width: 0; }}
+  font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
+.tlvpd .text {{ font-size: 13px; line-height: 2.15; overflow-wrap: anywhere; min-width: 0; }}
 .tlvpd .text mark {{ background: {IMPORTANCE}; color: inherit; }}
 .tlvpd .text .colored-tokens {{ padding: 0 0 0 1px !important; }}
 .tlvpd .text .colored-tokens > div {{ display: none !important; }}
 .tlvpd .text .colored-tokens > span > span {{ position: relative; color: #1d2430 !important;
-  padding: 3px 0 4px !important; }}
+  padding: 3px 0 7px !important; }}
 .tlvpd .text .peak {{ outline: 1.5px solid #1d2430; outline-offset: -1px; z-index: 1; }}
 .tlvpd .text [data-about]:hover {{ z-index: 10; }}
 .tlvpd .text [data-about]:hover::after {{ content: attr(data-about); position: absolute; left: 0; top: 100%;
@@ -47,6 +65,8 @@ PANEL = f"""
 .tlvpd .text .right[data-about]::after {{ left: auto; right: 0; }}
 .tlvpd .columns {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); gap: 14px 26px;
   margin-top: 14px; padding-top: 12px; border-top: 1px solid #eef0f3; }}
+.tlvpd .columns.matrices {{ border: 0; margin: 0; padding: 0;
+  grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }}
 .tlvpd .wide {{ overflow-x: auto; }}
 .tlvpd table {{ border-collapse: collapse; font-size: 13px; border: 0; margin: 0; color: inherit; background: none; }}
 .tlvpd .columns table {{ width: 100%; }}
@@ -56,15 +76,20 @@ PANEL = f"""
 .tlvpd td:first-child, .tlvpd th:first-child {{ text-align: left; }}
 .tlvpd td:last-child, .tlvpd th:last-child {{ padding-right: 2px; }}
 .tlvpd td.words, .tlvpd th.words {{ text-align: left; }}
+.tlvpd td.sentence {{ white-space: normal; }}
+.tlvpd .fault {{ color: #c2185b; }}
+.tlvpd .passed {{ color: #2e7d32; }}
+.tlvpd input[type=range] {{ width: 260px; vertical-align: middle; }}
 .tlvpd td .tok {{ background: #f1f3f6; border-radius: 3px; padding: 0 4px; }}
 .tlvpd .plot svg {{ width: 100%; height: auto; display: block; }}
-"""
+{_SHADES}"""
 
 PAGE = """
 html { background: #f5f6f8; }
 body { margin: 0 auto; padding: 34px 20px 60px; max-width: 1080px; background: #f5f6f8; color: #1d2430;
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
-body > header h1 { font-size: 27px; line-height: 1.2; margin: 0 0 8px; font-weight: 680; letter-spacing: -.01em; }
+body > header h1 { font-size: 27px; line-height: 1.2; margin: 0 0 8px; font-weight: 680; letter-spacing: -.01em;
+  overflow-wrap: anywhere; }
 body > header p { max-width: 78ch; margin: 0 0 10px; }
 body > .explanation { color: #4a5464; font-size: 14px; margin: 0 0 14px; padding: 0 23px;
   columns: 2 380px; column-gap: 34px; }

@@ -6,9 +6,8 @@ import pandas as pd
 
 from tl_vpd.analysis import Harvest, SubcomponentHarvest
 from tl_vpd.site import Subcomponent
-from tl_vpd.viz.circuits import draw
+from tl_vpd.viz.circuits import draw, library
 from tl_vpd.viz.panel import Panel
-from tl_vpd.viz.style import NEGATIVE, POSITIVE
 from tl_vpd.viz.text import escape, number, visible
 
 HOW = (
@@ -26,8 +25,8 @@ HOW = (
 
 _LEGEND = (
     '<div class="legend"><span>importance 0<i class="ramp"></i>1</span>'
-    f'<span>activation<i class="line" style="background:{POSITIVE}"></i>positive'
-    f'<i class="line" style="background:{NEGATIVE}"></i>negative, up to {{scale}}</span>'
+    '<span>activation<i class="line positive"></i>positive'
+    '<i class="line negative"></i>negative, up to {scale}</span>'
     '<span><i class="peak"></i>largest importance</span></div>'
 )
 
@@ -72,9 +71,10 @@ def subcomponent(
     text = _LEGEND.format(scale=number(scale)) + "".join(rows) if record.windows else nothing
     body = (
         f"<h3><code>{escape(str(record.subcomponent))}</code></h3>{_facts(record, harvest)}"
-        f"{f'<p>{escape(note)}</p>' if note else ''}{text}{_token_tables(record, tokens)}{script if shown else ''}"
+        f"{f'<p>{escape(note)}</p>' if note else ''}{text}{_token_tables(record, tokens)}"
     )
-    return Panel(title=str(record.subcomponent), body=body, how_to_read=HOW, needs_circuitsvis=bool(shown))
+    libraries, scripts = ((library(),), (script,)) if shown else ((), ())
+    return Panel(str(record.subcomponent), body, HOW, libraries, scripts)
 
 
 def _facts(record: SubcomponentHarvest, harvest: Harvest) -> str:

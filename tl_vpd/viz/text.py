@@ -1,22 +1,44 @@
-"""Text that goes into HTML and scripts: escaped, and with whitespace one can see.
+"""Text that goes into HTML, scripts and plots: escaped, and with characters one can see.
+
+Texts come from tokenizers, models and files, and may hold anything: markup, control characters, marks that turn the direction of
+writing, halves of surrogate pairs, thousands of characters.
 
 >>> visible("\\n        return")
 '⏎·×8return'
+>>> escape("<b>\\u202e")
+'&lt;b&gt;\\\\u202e'
 >>> for_script({"token": "</script>"})
 '{"token": "\\\\u003c/script\\\\u003e"}'
+>>> for_plotly("<b>$x$")
+'&#60;b&#62;&#36;x&#36;'
 """
 
 from __future__ import annotations
 
+import html
 import json
 import re
-from html import escape
 from typing import Any
-
-__all__ = ["escape", "for_script", "number", "spaced", "visible"]
 
 LONG = 4
 """Runs of this many spaces or more are counted where ``visible`` shows them."""
+LONGEST = 120
+"""Most characters of a token or label; of longer ones the beginning is shown, with their number."""
+
+
+def printable(text: str) -> str:
+    """Characters that cannot be seen, or that move others, as their codes; line breaks, tabs and spaces stay."""
+    return "".join(c if c.isprintable() or c in "\n\t\u00a0" else c.encode("unicode_escape").decode() for c in text)
+
+
+def escape(text: str) -> str:
+    """Text for HTML, in elements and in quoted attributes."""
+    return html.escape(printable(text))
+
+
+def for_plotly(text: str) -> str:
+    """Text for plotly, which reads tags, links, entities and TeX in labels: their characters as numbered entities."""
+    return re.sub(r"[<>&\"'$]", lambda found: f"&#{ord(found[0])};", label(text))
 
 
 def for_script(value: Any) -> str:
@@ -29,24 +51,25 @@ def for_script(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _marks(token: str) -> str:
-    """Line breaks and tabs as signs, other control characters as their code."""
-    token = token.replace("\r\n", "⏎").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥")
-    return "".join(c if c.isprintable() or c in "⏎␍⇥" else c.encode("unicode_escape").decode() for c in token)
+def label(text: str) -> str:
+    """One line of bounded length: line breaks and tabs as signs, other characters as ``printable`` shows them (not escaped)."""
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}…\u00a0({len(text):,}\u00a0characters)"
+    return printable(text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥"))
 
 
 def visible(token: str) -> str:
     """A single token, as in a table: spaces are dots, long runs of them counted (not yet escaped)."""
-    return re.sub(" +", lambda run: "·" * n if (n := len(run[0])) < LONG else f"·×{n}", _marks(token))
+    return re.sub(" +", lambda run: "·" * n if (n := len(run[0])) < LONG else f"·×{n}", label(token))
 
 
 def spaced(token: str) -> str:
     """A token in its text: spaces become spaces that do not collapse (not yet escaped)."""
-    return _marks(token).replace(" ", "\u00a0")
+    return label(token).replace(" ", "\u00a0")
 
 
 def number(value: float) -> str:
     """Three significant digits with a true minus sign; a dash for NaN."""
     if value != value:
         return "–"
-    return f"{value:.3g}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−").replace("inf", "∞")
