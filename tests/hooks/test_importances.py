@@ -75,7 +75,7 @@ def test_tokens_that_do_not_fit_are_refused(model, vpd):
         vpd.causal_importances(model, torch.tensor([[11]]))
     with pytest.raises(ValueError, match="longer than the model's context of 10"):
         vpd.causal_importances(model, torch.zeros(1, 11, dtype=torch.long))
-    with pytest.raises(TypeError, match="pass a string"):
+    with pytest.raises(TypeError, match="give a string, a list of strings, or tokens"):
         vpd.causal_importances(model, 3)
 
 

@@ -158,7 +158,7 @@ def test_masks_of_other_kinds_say_what_came():
     )  # the type check of the tests would come first
     for arguments, message in (
         (([1.0], None), r"SiteMask\.mask is a list: give a tensor or None"),
-        ((None, "drawn"), r"SiteMask\.delta is a str: give a tensor, a number or None"),
+        ((None, "drawn"), r"SiteMask\.delta='drawn' is a str: give a number"),
         ((None, None, True), r"SiteMask\.routed is a bool: give a tensor or None"),
     ):
         with pytest.raises(TypeError, match=message):

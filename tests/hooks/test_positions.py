@@ -5,9 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tests.tiny import options_of, tiny_model
+from tl_vpd.hooks.positions import checked_positions, position_indices
 from tl_vpd.masking import Masks, SiteMask
 
 from .test_edited import by_token
@@ -15,6 +18,7 @@ from .test_generate import generate
 from .test_hook_lists import by_size
 
 OUT = "blocks.1.mlp.W_out"
+unchecked = getattr(checked_positions, "__wrapped__", checked_positions)  # without the type check of the tests
 
 
 def masks_in(cache, vpd):
@@ -24,7 +28,7 @@ def masks_in(cache, vpd):
     }
 
 
-@pytest.mark.parametrize("pos", [3, -2, [0, 5], (1,), slice(2, 4), slice(None, None, -3), []])
+@pytest.mark.parametrize("pos", [3, -2, [0, 5], (1,), slice(2, 4), slice(None, None, -3)])
 def test_masked_positions_are_masked_and_the_others_run_as_they_are(model, vpd, tokens, pos):
     where = torch.zeros(7, dtype=torch.bool)
     where[list(range(7)[pos]) if isinstance(pos, slice) else list(pos) if isinstance(pos, tuple | list) else pos] = True
@@ -40,9 +44,9 @@ def test_masked_positions_are_masked_and_the_others_run_as_they_are(model, vpd, 
                 with attached.masked(given, pos=pos):
                     got = model(tokens)
                 assert_close(got, expected, rtol=1e-10, atol=1e-10)
-                first = int(where.int().argmax()) if bool(where.any()) else 7
+                first = int(where.int().argmax())
                 assert torch.equal(got[:, :first], clean[:, :first])
-        assert torch.equal(got, clean) is not bool(where.any())
+        assert not torch.equal(got, clean)
 
 
 def test_at_positions_that_are_not_masked_the_cache_shows_ones(model, vpd, tokens):
@@ -155,8 +159,62 @@ def test_positions_may_be_tensors_arrays_and_masks(model, vpd, tokens, given, sa
         assert torch.equal(one, two) and not torch.equal(one, model(tokens))
 
 
-@pytest.mark.parametrize("wrong", [torch.tensor([1.0]), np.zeros((2, 7), dtype=bool)], ids=str)
-def test_what_is_no_position_is_refused(model, vpd, tokens, wrong):
-    refused = pytest.raises(TypeError, match="give an index, a slice, a sequence of indices, or a mask of one axis")
-    with vpd.attach(model) as attached, attached.masked("zero", pos=wrong), refused:
-        model(tokens)
+indices = st.lists(st.integers(-7, 6), min_size=1, max_size=9)
+slices = st.builds(slice, *[st.none() | st.integers(-9, 9)] * 2, st.none() | st.integers(-3, 3).filter(bool))
+
+
+@given(chosen=indices, form=st.sampled_from([list, tuple, np.array, torch.tensor, lambda p: [np.int16(i) for i in p]]))
+def test_indices_of_any_form_are_pythons(chosen, form):
+    result = position_indices(form(chosen), 7, torch.device("cpu"), "")
+    assert result.tolist() == [range(7)[i] for i in chosen] and result.dtype == torch.int64
+
+
+@given(
+    selects=st.lists(st.booleans(), min_size=7, max_size=7).filter(any),
+    form=st.sampled_from([list, np.array, torch.tensor]),
+)
+def test_masks_of_any_form_are_the_positions_where_they_are_true(selects, form):
+    expected = [i for i, selected in enumerate(selects) if selected]
+    assert position_indices(form(selects), 7, torch.device("cpu"), "").tolist() == expected
+    with pytest.raises(IndexError, match="pos is a mask of 7 positions, and there are 6 at here"):
+        position_indices(form(selects), 6, torch.device("cpu"), "here")
+
+
+@given(pos=slices)
+def test_slices_are_pythons_and_those_that_select_none_are_refused(pos):
+    expected = list(range(7)[pos])
+    if expected:
+        assert position_indices(pos, 7, torch.device("cpu"), "").tolist() == expected
+        return
+    with pytest.raises(IndexError, match="selects none of the 7 positions at here"):
+        position_indices(pos, 7, torch.device("cpu"), "here")
+
+
+@pytest.mark.parametrize("pos", [7, -8, [0, 7], 10**30])
+def test_positions_that_do_not_exist_are_said(pos):
+    with pytest.raises(IndexError, match=r"is outside the 7 positions at here"):
+        position_indices(pos, 7, torch.device("cpu"), "here")
+
+
+@pytest.mark.parametrize("wrong", [[], (), slice(9, None), slice(4, 4), torch.zeros(7, dtype=torch.bool)], ids=str)
+def test_positions_that_select_none_are_refused_wherever_they_are_given(model, vpd, tokens, wrong):
+    with torch.no_grad(), vpd.attach(model) as attached:
+        for act in (
+            lambda: attached.masked("zero", pos=wrong),
+            lambda: attached.keep_only(f"{OUT}:1", pos=wrong),
+            lambda: attached.ablated(f"{OUT}:1", pos=wrong),
+            lambda: model.hooks(fwd_hooks=vpd.delta_hooks(0.0, pos=wrong)),
+        ):
+            with pytest.raises((ValueError, IndexError), match=r"selects no(ne of the 7 positions| position)"), act():
+                model(tokens)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.tensor([1.0]), np.zeros((2, 7), dtype=bool), True, [True, 2], "3", [None], {3}, slice("a")], ids=str
+)
+def test_what_is_not_a_position_is_refused(wrong):
+    with pytest.raises(
+        TypeError, match="give an index, a slice, a sequence of indices, or a mask of one axis"
+    ) as refused:
+        unchecked(wrong)
+    assert "\n" not in str(refused.value)

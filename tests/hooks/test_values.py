@@ -135,7 +135,7 @@ def test_an_attention_mask_says_what_is_padding_and_a_position_without_tokens_ha
 def test_values_that_do_not_fit_say_what_is_needed(model, vpd, tokens):
     acts = vpd.component_acts(model, some_tokens(shape=(3, 5)))
     with vpd.attach(model):
-        with pytest.raises(ValueError, match=r"values of blocks\.1\.mlp\.W_out has 5 subcomponents.*has 6"):
+        with pytest.raises(ValueError, match=r"values of blocks\.1\.mlp\.W_out is \(7, 5\).*has 6 subcomponents"):
             vpd.ablation_hooks(ADDRESSES, values={OUT: torch.zeros(7, 5)})
         with pytest.raises(KeyError, match=r"values has nothing for blocks\.1\.mlp\.W_out.*did you mean"):
             vpd.ablation_hooks(ADDRESSES, values={"blocks.1.mlp.W_ou": torch.zeros(6)})

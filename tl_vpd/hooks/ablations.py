@@ -10,22 +10,23 @@ values, so that several lists compose in their order:
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.checks import check_finite
 from tl_vpd.forward.attachments import attachments
 from tl_vpd.hooks.mask_spec import MaskFunction, mask_from_function, unrouted
-from tl_vpd.hooks.sparse import Ablate, Positions, Replace, check_axes, position_indices
+from tl_vpd.hooks.positions import Positions, axis_positions, checked_positions
+from tl_vpd.hooks.sparse import Ablate, Replace
 from tl_vpd.importance import DecomposedWeights
-from tl_vpd.masking import SiteMask
+from tl_vpd.masking import Masks, SiteMask
+from tl_vpd.masking.factors import check_axes, factor_of
 from tl_vpd.site import Subcomponent, nearest, select
 
 FwdHooks = list[tuple[str, Callable[..., Any]]]
@@ -50,13 +51,14 @@ class SetDelta:
     value: float
     pos: Positions
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pos", checked_positions(self.pos))
+
     def __call__(self, tensor: Float[Tensor, "batch *pos 1"], hook: Any) -> Float[Tensor, "batch *pos 1"]:
         """Δ's factors with those of the positions set."""
         if self.pos is None:
             return torch.full_like(tensor, self.value)
-        if tensor.ndim < 3:
-            raise IndexError(f"pos={self.pos} needs positions, and {hook.name} has none.")
-        return tensor.index_fill(1, position_indices(self.pos, tensor.shape[1], tensor.device, hook.name), self.value)
+        return tensor.index_fill(1, axis_positions(self.pos, tensor, hook.name), self.value)
 
 
 class Computed:
@@ -124,14 +126,6 @@ def indices_by_site(decomposition: DecomposedWeights, subcomponents: Subcomponen
     return {site: tuple(indices) for site, indices in by_site.items()}
 
 
-def check_factor(name: str, value: Any) -> None:
-    """Raises TypeError or ValueError unless a factor is a finite number."""
-    if not isinstance(value, Real):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give a number.")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}={value}: give a finite number.")
-
-
 def mask_hooks(decomposition: DecomposedWeights, masks: Mapping[str, SiteMask | Tensor] | MaskFunction) -> FwdHooks:
     """``fwd_hooks`` that set the masks (and Δ's) of every site in ``masks``; the other sites are left unmasked.
 
@@ -143,6 +137,7 @@ def mask_hooks(decomposition: DecomposedWeights, masks: Mapping[str, SiteMask | 
         RuntimeError: the decomposition is attached to no model.
         KeyError: the masks name a site that is not decomposed, or the model was attached without its HookPoints.
         TypeError: a mask is neither a tensor nor a SiteMask.
+        ValueError: there are no masks, one has another number of subcomponents, or factors are not finite.
     """
     sites = decomposition.sites
     if not isinstance(masks, Mapping):
@@ -160,10 +155,8 @@ def mask_hooks(decomposition: DecomposedWeights, masks: Mapping[str, SiteMask | 
             for kind, hook in zip(kinds, (hooks_of_site.acts, hooks_of_site.mask, hooks_of_site.delta), strict=True)
         ]
     hooks: list[tuple[str, str, SetTo]] = []
-    for name, value in masks.items():
-        if name not in sites:
-            raise KeyError(f"The masks name {name!r}, which this decomposition does not have{nearest(name, sites)}.")
-        mask = unrouted(SiteMask.of(value, name))
+    for name, site_mask in Masks.of(masks, decomposition.counts).items():
+        mask = unrouted(site_mask)
         if mask.mask is not None:
             hooks.append((name, "mask", SetTo(mask.mask)))
         if mask.delta is not None:
@@ -191,7 +184,7 @@ def delta_hooks(
         RuntimeError: the decomposition is attached to no model.
         KeyError: a pattern matches nothing, or the model was attached without ``delta_mask``.
     """
-    check_factor("value", value)
+    value = factor_of("value", value)
     names = [n for n in decomposition.sites if any(n in a.sites for a in attachments(decomposition))]
     names = select(sites, names) if names else []
     require_points(decomposition, "delta_hooks", [(name, "delta_mask") for name in names])
@@ -225,7 +218,7 @@ def ablation_hooks(
             subcomponents.
     """
     chosen = indices_by_site(decomposition, subcomponents)
-    check_factor("amount", amount)
+    amount = factor_of("amount", amount)
     if values is not None and not isinstance(values, Mapping):
         raise TypeError(
             f"values is a {type(values).__name__}: give tensors by site, such as those of component_acts(...)."
@@ -240,12 +233,22 @@ def ablation_hooks(
         if values is None:
             hooks.append((name, Ablate(indices, pos, amount)))
             continue
-        if site not in values:
-            raise KeyError(f"values has nothing for {site}{nearest(site, values)}.")
-        if values[site].shape[-1] != decomposition.counts[site]:
-            raise ValueError(
-                f"values of {site} has {values[site].shape[-1]} subcomponents on its last axis, the site has "
-                f"{decomposition.counts[site]}."
-            )
-        hooks.append((name, Replace(indices, pos, values[site][..., list(indices)], amount)))
+        value = _values_of(values, site, decomposition.counts[site])
+        hooks.append((name, Replace(indices, pos, value[..., list(indices)], amount)))
     return hooks
+
+
+def _values_of(values: Mapping[str, Tensor], site: str, C: int) -> Float[Tensor, "*rows C"]:
+    """The values of one site, checked as far as they can be before a pass."""
+    if site not in values:
+        raise KeyError(f"values has nothing for {site}{nearest(site, values)}.")
+    value = values[site]
+    if not isinstance(value, Tensor):
+        raise TypeError(f"values of {site} is a {type(value).__name__}: give a tensor [C] or [batch, pos, C].")
+    if value.ndim == 0 or value.shape[-1] != C:
+        raise ValueError(
+            f"values of {site} is {tuple(value.shape)}, and the site has {C} subcomponents: give one value each, on the last "
+            "axis."
+        )
+    check_finite(f"values of {site}", value.float())  # as a model of single precision has them
+    return value

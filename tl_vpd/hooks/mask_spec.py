@@ -13,8 +13,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.hooks.sparse import Positions, check_axes, position_indices
+from tl_vpd.hooks.positions import Positions, axis_positions, checked_positions
 from tl_vpd.masking import Masks, SiteMask
+from tl_vpd.masking.masks import check_factors
 from tl_vpd.masking.modes import NEED_IMPORTANCES, Mode, ModeOptions
 from tl_vpd.site import ConcatenatedAxis
 
@@ -44,6 +45,9 @@ class MaskSpec:
     pos: Positions = None
     node_set: Mapping[str, tuple[int, ...]] | None = None
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pos", checked_positions(self.pos))
+
     @property
     def needs_clean_pass(self) -> bool:
         """Whether a clean pass has to come first: for Γ's importances, or for the target of an attack."""
@@ -72,10 +76,9 @@ class MaskSpec:
             mask = mask.also_routed(token_mask[:, -acts.shape[1] :])  # behind a KV cache the mask covers the prefix too
         if self.pos is None:
             return mask
-        if acts.ndim < 3:
-            raise IndexError(f"pos={self.pos} needs positions, and the activations of {name} have none.")
+        selected = axis_positions(self.pos, acts, name)
         where = torch.zeros(1, acts.shape[1], dtype=torch.bool, device=acts.device)
-        where[:, position_indices(self.pos, acts.shape[1], acts.device, name)] = True
+        where[:, selected] = True
         return mask.also_routed(where)
 
 
@@ -90,21 +93,21 @@ def unrouted(mask: SiteMask) -> SiteMask:
 def mask_from_function(function: MaskFunction, name: str, acts: Float[Tensor, "*batch C"]) -> SiteMask:
     """What a user's function returns for one site, checked.
 
+    Args:
+        function: of the user.
+        name: of the site.
+        acts: its activations in this pass.
+
     Raises:
-        TypeError: it is neither a tensor nor a SiteMask.
-        ValueError: it does not fit the activations.
+        TypeError: it returns neither a tensor nor a SiteMask.
+        ValueError: the mask does not fit the activations, or its factors are not finite.
     """
-    mask = SiteMask.of(function(name, acts), name)
-    check_mask(name, mask, acts)
+    value = function(name, acts)
+    if value is None:
+        raise TypeError(
+            f"The mask function returned None for {name}: return one factor per subcomponent, or SiteMask(None, None) to leave "
+            "the site unmasked."
+        )
+    mask = SiteMask.of(value, name).fitted(name, acts.shape, acts.device)
+    check_factors({name: mask})
     return mask
-
-
-def check_mask(name: str, mask: SiteMask, acts: Float[Tensor, "*batch C"]) -> None:
-    """Raises ValueError unless the site's mask has the axes of its activations ``[batch, pos, C]``."""
-    for what, tensor, shape, shared in (
-        ("mask", mask.mask, acts.shape, 1),
-        ("Δ's mask", mask.delta, acts.shape[:-1], 0),
-        ("routing", mask.routed, acts.shape[:-1], 0),
-    ):
-        if tensor is not None:
-            check_axes(f"The {what} for {name}", tensor, shape, shared=shared)

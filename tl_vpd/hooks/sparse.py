@@ -10,44 +10,17 @@ Each hook is an ordinary hook function as well, so that it composes with every o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.adapters.versions import HookPoint
-
-Positions = int | np.integer | slice | Sequence[int] | Tensor | np.ndarray | None
-"""Positions of each forward pass: an index, a slice, several indices, a mask ``[pos]``, or None for all."""
-
-
-def check_axes(what: str, tensor: Tensor, shape: Sequence[int], *, shared: int) -> None:
-    """Raises ValueError unless a tensor has the last ``shared`` axes of ``shape``, or all of them with 1 where it is shared.
-
-    Args:
-        what: its name, for the message.
-        tensor: a mask, or values for activations.
-        shape: of this forward pass.
-        shared: number of axes of a tensor that is the same for all tokens.
-    """
-    shape = tuple(shape)
-    if tensor.ndim not in (shared, len(shape)):
-        full = ", ".join(["batch", "pos"][: len(shape) - shared] + ["C"] * shared)
-        alone = "[C]" if shared else "a number"
-        raise ValueError(
-            f"{what} is {tuple(tensor.shape)}, which leaves open what its axes are: give {alone} for all tokens, or [{full}] "
-            f"with 1 where it is shared, in this pass {shape}: unsqueeze(1) makes it one per row, unsqueeze(0) one per position."
-        )
-    if any(n not in (1, m) for n, m in zip(reversed(tensor.shape), reversed(shape), strict=False)):
-        raise ValueError(
-            f"{what} is {tuple(tensor.shape)}, this forward pass needs {shape}: masks and values belong to the prompt they were "
-            "made for (generation with a KV cache sees one position at a time). Give a function (site, acts) -> mask where the "
-            "length changes."
-        )
+from tl_vpd.hooks.positions import Positions, axis_positions, checked_positions
+from tl_vpd.masking.factors import check_axes
 
 
 @dataclass(frozen=True)
@@ -56,6 +29,9 @@ class Sparse(ABC):
 
     indices: tuple[int, ...]
     pos: Positions
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "pos", checked_positions(self.pos))
 
     @abstractmethod
     def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
@@ -67,43 +43,7 @@ class Sparse(ABC):
 
     def positions(self, tensor: Tensor, hook: Any) -> Tensor | slice:
         """The positions that the hook acts on, as an index of axis 1."""
-        if self.pos is None:
-            return slice(None)
-        if tensor.ndim < 3:
-            raise IndexError(f"pos={self.pos} needs positions, and {hook.name} has none.")
-        return position_indices(self.pos, tensor.shape[1], tensor.device, hook.name)
-
-
-def position_indices(pos: Positions, n: int, device: torch.device, name: str) -> Tensor:
-    """Positions as indices below ``n``.
-
-    Args:
-        pos: an index, a slice, indices, or a mask of one axis.
-        n: number of positions of the pass.
-        device: of the result.
-        name: of the HookPoint or site, for messages.
-
-    Raises:
-        IndexError: there is no such position.
-        TypeError: ``pos`` is something else than positions.
-    """
-    if pos is None or isinstance(pos, slice):
-        selected = range(n)[slice(None) if pos is None else pos]
-        return torch.arange(selected.start, selected.stop if selected else selected.start, selected.step, device=device)
-    message = f"pos={pos!r}: give an index, a slice, a sequence of indices, or a mask of one axis."
-    single = isinstance(pos, int | Tensor | np.ndarray | np.generic)
-    try:
-        index = torch.as_tensor(pos if single else list(pos), device=device)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise TypeError(message) from error
-    if not index.numel() and index.dtype != torch.bool:
-        index = index.long()
-    if index.is_floating_point() or index.ndim > 1:
-        raise TypeError(message)
-    try:
-        return torch.arange(n, device=device)[index.reshape(-1)]
-    except IndexError as error:
-        raise IndexError(f"pos={pos} is outside the {n} positions at {name}.") from error
+        return slice(None) if self.pos is None else axis_positions(self.pos, tensor, hook.name)
 
 
 @dataclass(frozen=True)
@@ -143,7 +83,7 @@ class AblateEach(Sparse):
         columns = torch.tensor(self.indices, device=tensor.device).repeat_interleave(self.batch)
         index: tuple[Tensor, ...] = (rows, columns)
         if tensor.ndim == 3:
-            pos = position_indices(self.pos, tensor.shape[1], tensor.device, hook.name)
+            pos = axis_positions(self.pos, tensor, hook.name)
             index = (rows[:, None], pos, columns[:, None])
         else:
             self.positions(tensor, hook)  # raises where ``pos`` is not None

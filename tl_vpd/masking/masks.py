@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.site import ConcatenatedAxis
+from tl_vpd.masking.factors import check_all, check_axes, factor_of
+from tl_vpd.site import ConcatenatedAxis, nearest
 
 
 @dataclass(frozen=True, init=False)
@@ -44,16 +45,19 @@ class SiteMask:
         delta: Float[Tensor, "*#batch"] | float | None,
         routed: Bool[Tensor, "*#batch"] | None = None,
     ) -> None:
-        if isinstance(delta, int | float):
-            delta = torch.tensor(float(delta), dtype=torch.float64)
+        if delta is not None and not isinstance(delta, Tensor):
+            delta = torch.tensor(factor_of("SiteMask.delta", delta), dtype=torch.float64)
         for name, value in (("mask", mask), ("delta", delta), ("routed", routed)):
             if value is not None and not isinstance(value, Tensor):
-                number = ", a number" if name == "delta" else ""
-                raise TypeError(f"SiteMask.{name} is a {type(value).__name__}: give a tensor{number} or None.")
+                raise TypeError(f"SiteMask.{name} is a {type(value).__name__}: give a tensor or None.")
             if name == "routed" and value is not None and value.dtype != torch.bool:
                 raise TypeError(
                     f"SiteMask.routed is of {value.dtype}: give a tensor of bools, True where the mask counts."
                 )
+            if value is not None and value.is_complex():
+                raise TypeError(f"SiteMask.{name} is of {value.dtype}: give real numbers.")
+            if name != "routed" and value is not None and not value.is_floating_point():
+                value = value.double()  # integers and bools are numbers too
             object.__setattr__(self, name, value)
 
     @classmethod
@@ -71,6 +75,23 @@ class SiteMask:
             f"The mask of {site} is a {type(value).__name__}: give a tensor with one factor per subcomponent (1 leaves it "
             "unmasked), or a SiteMask(mask, delta)."
         )
+
+    def fitted(self, name: str, shape: Sequence[int], device: torch.device) -> SiteMask:
+        """The same mask on a device.
+
+        Args:
+            name: of the site, for messages.
+            shape: of the site's activations in this pass, ``[batch, pos, C]``.
+            device: theirs.
+
+        Raises:
+            ValueError: the mask has other axes.
+        """
+        for what, tensor, shared in (("mask", self.mask, 1), ("Δ's mask", self.delta, 0), ("routing", self.routed, 0)):
+            if tensor is not None:
+                check_axes(f"The {what} for {name}", tensor, shape if shared else shape[:-1], shared=shared)
+        tensors = (t if t is None else t.to(device) for t in (self.mask, self.delta, self.routed))
+        return SiteMask(*tensors)
 
     def also_routed(self, where: Bool[Tensor, "*#batch"] | None) -> SiteMask:
         """The same mask, computed only where ``where`` is True as well (None: no further limit)."""
@@ -104,6 +125,34 @@ class Masks(Mapping[str, SiteMask]):
     def __repr__(self) -> str:
         return f"Masks({', '.join(self)})"
 
+    @classmethod
+    def of(cls, masks: Mapping[str, SiteMask | Tensor], counts: Mapping[str, int]) -> Masks:
+        """Masks as a user gives them, checked as far as they can be before a pass.
+
+        Args:
+            masks: by site.
+            counts: number of subcomponents C by site.
+
+        Raises:
+            KeyError: a site is not decomposed.
+            TypeError: a mask is neither a SiteMask nor a tensor.
+            ValueError: there are no masks, one has another C, or factors are not finite.
+        """
+        if not masks:
+            raise ValueError("There are no masks, so nothing would be masked: name one site or more.")
+        for name in masks:
+            if name not in counts:
+                raise KeyError(f"The masks name {name!r:.80}, which is not decomposed{nearest(name, counts)}.")
+        result = masks if isinstance(masks, Masks) else cls(masks)
+        for name, mask in result.items():
+            if mask.mask is not None and (mask.mask.ndim == 0 or mask.mask.shape[-1] not in (1, counts[name])):
+                raise ValueError(
+                    f"The mask for {name} is {tuple(mask.mask.shape)}, and the site has {counts[name]} subcomponents: give one "
+                    "factor each, on the last axis."
+                )
+        check_factors(result)
+        return result
+
     def only(self, sites: list[str]) -> Masks:
         """The masks of these sites alone; the others run unmasked."""
         return Masks({name: self[name] for name in sites})
@@ -117,6 +166,13 @@ class Masks(Mapping[str, SiteMask]):
         if token_mask is None:
             return self
         return Masks({name: mask.also_routed(token_mask) for name, mask in self._by_site.items()})
+
+
+def check_factors(masks: Mapping[str, SiteMask]) -> None:
+    """Raises ValueError if factors are NaN, infinite or too large for half precision; waits for the device once."""
+    factors = {f"The mask for {name}": mask.mask for name, mask in masks.items()}
+    factors |= {f"Δ's mask for {name}": mask.delta for name, mask in masks.items()}
+    check_all({what: tensor for what, tensor in factors.items() if tensor is not None})
 
 
 def mask_of(g: Float[Tensor, "*batch C"], r: Float[Tensor, "*#batch C"]) -> Float[Tensor, "*batch C"]:
