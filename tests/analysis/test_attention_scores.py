@@ -73,7 +73,7 @@ def test_the_kernel_is_the_rotation_over_the_scale(flags):
     assert kernel.scale == pytest.approx(2.0, abs=1e-9)
     with pytest.raises(IndexError, match="was not measured"):
         kernel.at(10)
-    with pytest.raises(ValueError, match="1 to 10 tokens"):
+    with pytest.raises(ValueError, match="length=11: give an integer from 1 to 10"):
         measured_kernel(adapt(tiny_model(**flags)), 1, 11)
 
 

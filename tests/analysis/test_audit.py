@@ -286,7 +286,7 @@ def test_a_repair_adds_until_the_adversary_no_longer_breaks_it():
 @pytest.mark.parametrize(
     ("nodes", "error", "says"),
     [
-        ([], ValueError, "no nodes"),
+        ([], ValueError, "nodes is empty"),
         ([f"{Z0}:9"], IndexError, "indices 0 to 1"),
         ([f"{M0}:1"], IndexError, "no indices"),
         ([f"{Z0}:0@9"], IndexError, "7 positions"),
@@ -305,7 +305,7 @@ def test_what_cannot_be_is_refused(model, vpd, tokens, nodes, error, says):
 
 def test_wrong_arguments_and_metrics_are_refused(model, tokens):
     for arguments, says in [
-        (dict(ablations=["none"]), r"ablations\[0\]='none' \(did you mean 'mean'\?\): choose"),
+        (dict(ablations=["none"]), r"ablations\[0\]='none': choose"),
         (dict(reference="median"), "choose from 'zero', 'mean', 'resample'"),
         (dict(budgets=()), "give at least one"),
     ]:

@@ -58,7 +58,7 @@ def test_labels_and_tables():
     assert graph.top_edges(9, source=2).weight.tolist() == [-2.0, 0.5]
     with pytest.raises(KeyError, match=r"did you mean 'blocks\.0\.attn\.W_O:4@1'"):
         graph.number("blocks.0.attn.W_O:4@2")
-    with pytest.raises(IndexError, match="the graph has 6 nodes"):
+    with pytest.raises(IndexError, match="the graph has nodes 0 to 5"):
         graph.number(6)
     with pytest.raises(ValueError, match="fixed="):
         graph.sums()

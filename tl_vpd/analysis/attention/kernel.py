@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tl_vpd.adapters import Adapter, Unsupported
 from tl_vpd.analysis.attention.layer_scores import allowed_error, scores_of, unmasked
+from tl_vpd.checks import integer
 
 BYTES = 1 << 28
 """What the scores of one batch of measurements may fill; a single row (one prompt of the model) may take more."""
@@ -48,6 +49,7 @@ class ScoreKernel:
 
     def at(self, offset: int) -> Float[Tensor, "d_head d_head"]:
         """K of one offset; raises IndexError where the layer never looks that far."""
+        offset = integer("offset", offset)
         index = offset - int(self.offsets[0])
         if not 0 <= index < len(self.offsets):
             raise IndexError(
@@ -100,8 +102,7 @@ def measured_kernel(adapter: Adapter, layer: int, length: int) -> ScoreKernel:
     if site is None or site.d_head is None or f"blocks.{layer}.attn.W_K" not in adapter.sites:
         raise KeyError(f"Block {layer} has no W_Q and W_K that can be decomposed.")
     n_ctx = adapter.n_ctx
-    if not 1 <= length <= n_ctx:
-        raise ValueError(f"length={length}: offsets are measured for 1 to {n_ctx} tokens, the model's context.")
+    length = integer("length", length, minimum=1, maximum=n_ctx)
     d, heads = site.d_head, site.n_heads or 1
     n = min(n_ctx, length + d)
     zero = torch.zeros(1, n, heads, d, dtype=adapter.dtype, device=adapter.device)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from tl_vpd.adapters import Adapter, Unsupported, adapt
 from tl_vpd.adapters.taps import tap_output
 from tl_vpd.analysis.attention.kernel import ScoreKernel, measured_kernel
+from tl_vpd.analysis.nodes import several
+from tl_vpd.checks import integer, sequence
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.forward.target_check import check_target
@@ -60,11 +62,12 @@ class AttentionLayer:
 
     Raises:
         KeyError: the block or one of the two sites is not decomposed.
-        ValueError: the model has other weights.
+        TypeError: the layer is not an integer.
+        ValueError: the layer is negative, or the model has other weights.
     """
 
     def __init__(self, decomposition: Decomposition, model: nn.Module, layer: int) -> None:
-        self.decomposition, self.model, self.index = decomposition, model, layer
+        self.decomposition, self.model, self.index = decomposition, model, integer("layer", layer, minimum=0)
         self.adapter: Adapter = adapt(model)
         check_target(decomposition, self.adapter)
         self.q, self.k = (attention_site(decomposition, layer, weight) for weight in ("W_Q", "W_K"))
@@ -104,12 +107,11 @@ class AttentionLayer:
 
         Raises:
             ValueError: a pair is not one of this block's W_Q and W_K, or there is no bias.
+            TypeError: the pairs are not in a list.
             KeyError: a site is not decomposed.
             IndexError: there is no such subcomponent.
         """
-        for pair in pairs:
-            if isinstance(pair, str) or len(pair) != 2:
-                raise ValueError(f"{pair!r} is not a pair: give ('{self.q.name}:3', '{self.k.name}:5').")
+        pairs = pairs_of(pairs)
         return [(self._member(q, self.q), self._member(k, self.k)) for q, k in pairs]
 
     def _member(self, address: str | Subcomponent, site: Site) -> Member:
@@ -133,7 +135,7 @@ class AttentionLayer:
             IndexError: there is no such subcomponent.
         """
         indices: dict[str, list[int]] = {self.q.name: [], self.k.name: []}
-        for address in subcomponents or ():
+        for address in () if subcomponents is None else several("subcomponents", subcomponents):
             subcomponent = self.decomposition.subcomponent(address)
             if subcomponent.site not in indices:
                 raise ValueError(f"{subcomponent} is not of {self.q.name} or {self.k.name}.")
@@ -180,11 +182,29 @@ def with_one(acts: Float[Tensor, "*batch C"]) -> Float[Tensor, "*batch C_and_bia
     return torch.nn.functional.pad(acts, (0, 1), value=1.0)
 
 
+def pairs_of(pairs: Any) -> list[tuple[Any, Any]]:
+    """Pairs of addresses as tuples; raises TypeError or ValueError unless each is of two."""
+    result = sequence("pairs", pairs)
+    for pair in result:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise ValueError(f"{pair!r} is not a pair: give ('blocks.1.attn.W_Q:3', 'blocks.1.attn.W_K:5').")
+    return [(q, k) for q, k in result]
+
+
 def attention_site(decomposition: Decomposition, layer: int, weight: str) -> Site:
-    """``blocks.{layer}.attn.{weight}`` of a decomposition; raises KeyError if it is not decomposed, TypeError for no index."""
-    if not isinstance(layer, int):
-        raise TypeError(f"layer={layer!r} is a {type(layer).__name__}: give the block's index as an integer.")
-    name = f"blocks.{layer}.attn.{weight}"
+    """``blocks.{layer}.attn.{weight}`` of a decomposition.
+
+    Args:
+        decomposition: with this site.
+        layer: the block's index.
+        weight: ``W_Q``, ``W_K``, ``W_V`` or ``W_O``.
+
+    Raises:
+        KeyError: it is not decomposed.
+        TypeError: the layer is not an integer.
+        ValueError: the layer is negative.
+    """
+    name = f"blocks.{integer('layer', layer, minimum=0)}.attn.{weight}"
     if name not in decomposition.sites:
         raise KeyError(f"{name} is not decomposed{nearest(name, decomposition.sites)}.")
     return decomposition.sites[name]

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.analysis.attention.layer import BIAS, AttentionLayer
+from tl_vpd.checks import integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Site, Subcomponent
 
@@ -59,6 +60,7 @@ class MeanStrengths:
         return self.values[..., index] - self.values @ (others / others.sum().clamp(min=1))
 
     def _index(self, offset: int) -> int:
+        offset = integer("offset", offset)
         index = offset - int(self.offsets[0])
         if not 0 <= index < len(self.offsets) or not self.counts[index]:
             raise IndexError(
@@ -88,8 +90,14 @@ class MeanStrengths:
         """The ``k`` pairs of largest contrast at an offset, summed over heads (or in one): query, key, contrast, heads.
 
         ``heads`` is over how many heads the pair is spread: ``(Σ_h x_h)² / Σ_h x_h²`` of the heads' positive contrasts x.
+
+        Raises:
+            ValueError: there is no such head, or ``k`` is negative.
+            IndexError: the offset does not occur.
         """
-        by_head = self.contrast(offset)
+        k, by_head = integer("k", k, minimum=0), self.contrast(offset)
+        if head is not None:
+            head = integer("head", head, minimum=0, maximum=by_head.shape[-1] - 1)
         total = by_head.sum(-1) if head is None else by_head[..., head]
         best = total.flatten().topk(min(k, total.numel())).indices
         query, key = (w.tolist() for w in torch.unravel_index(best, total.shape))
@@ -170,6 +178,7 @@ def mean_strengths(
         IndexError: there is no such subcomponent.
         ValueError: a subcomponent is of another site, the prompts do not fit, or the model has other weights.
     """
+    max_offset = integer("max_offset", max_offset, minimum=0)
     attention = AttentionLayer(decomposition, model, layer)
     queries, keys = attention.sides(subcomponents)
     clean = attention.clean(prompts, attention_mask)
@@ -184,7 +193,7 @@ def mean_strengths(
         values.append(together[..., None] * torch.einsum("qhd,de,khe->qkh", query_writes, K, key_writes))
         counts.append(count)
     counted = torch.tensor(counts, device=q_acts.device)
-    return MeanStrengths(layer, query_names, key_names, kernel.offsets, counted, torch.stack(values, dim=-1))
+    return MeanStrengths(attention.index, query_names, key_names, kernel.offsets, counted, torch.stack(values, dim=-1))
 
 
 def _with_bias(

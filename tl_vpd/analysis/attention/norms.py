@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.checks import integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import BySite, Site, Subcomponent
 
@@ -47,8 +48,9 @@ class HeadNorms(BySite):
 
     def top(self, k: int = 10, *, head: int | None = None) -> pd.DataFrame:
         """The ``k`` subcomponents of the largest norm, over all heads or in one."""
-        column = "norm" if head is None else f"head_{head}"
-        return self.to_pandas().nlargest(k, column).reset_index(drop=True)
+        heads = max(norms.shape[1] for norms in self.by_site.values())
+        column = "norm" if head is None else f"head_{integer('head', head, minimum=0, maximum=heads - 1)}"
+        return self.to_pandas().nlargest(integer("k", k, minimum=0), column).reset_index(drop=True)
 
 
 def norms_by_head(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], site: Site) -> Float[Tensor, "C head"]:
@@ -74,12 +76,15 @@ def head_norms(decomposition: Decomposition, layer: int) -> HeadNorms:
 
     Raises:
         KeyError: nothing of the block's attention is decomposed.
+        TypeError: the layer is not an integer.
+        ValueError: the layer is negative.
     """
+    layer = integer("layer", layer, minimum=0)
     sites = [
         s for s in decomposition.sites.values() if s.layer == layer and s.short in ("q", "k", "v", "o") and s.n_heads
     ]
     if not sites:
         raise KeyError(
-            f"Nothing of block {layer}'s attention is decomposed. Sites here: {', '.join(decomposition.sites)}."
+            f"Nothing of block {layer}'s attention is decomposed: the sites are {', '.join(decomposition.sites)}."
         )
     return HeadNorms(layer, {s.name: norms_by_head(decomposition.V[s.name], decomposition.U[s.name], s) for s in sites})

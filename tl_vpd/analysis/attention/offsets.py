@@ -19,7 +19,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Unsupported, adapt
+from tl_vpd.analysis.attention.layer import pairs_of
 from tl_vpd.analysis.attention.pair_ablation import pair_ablation_hooks
+from tl_vpd.checks import integer, sequence
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.ablations import FwdHooks
@@ -69,7 +71,7 @@ class AttentionByOffset:
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` rows of the largest change, or of the most attention if nothing was ablated."""
-        table = self.to_pandas()
+        k, table = integer("k", k, minimum=0), self.to_pandas()
         column = "before" if self.after is None else "change"
         return table.loc[table[column].abs().nlargest(k).index].reset_index(drop=True)
 
@@ -101,9 +103,9 @@ def attention_by_offset(
         IndexError: there is no such subcomponent.
         ValueError: an offset, pair or prompt does not fit, the model has other weights, or another decomposition is attached.
     """
-    if max_offset < 0:
-        raise ValueError(f"max_offset={max_offset}: give how far back a query looks at most, 0 or more.")
-    adapter = adapt(model)
+    max_offset, adapter = integer("max_offset", max_offset, minimum=0), adapt(model)
+    layer = integer("layer", layer, minimum=0, maximum=len(adapter.blocks()) - 1)
+    ablate = [ablate] if isinstance(ablate, str | Subcomponent) else sequence("ablate", ablate)
     tokens = adapter.tokens(prompts)
     token_mask = adapter.padding(tokens, attention_mask)
     attached = attachment_of(decomposition, model)
@@ -121,7 +123,7 @@ def attention_by_offset(
         before = run([])
         if not ablate:
             return AttentionByOffset(layer, (), before, None)
-        pairs = [entry for entry in ablate if isinstance(entry, tuple)]
+        pairs = pairs_of([entry for entry in ablate if isinstance(entry, tuple)])
         whole = [entry for entry in ablate if not isinstance(entry, tuple)]
         names = [*(str(decomposition.subcomponent(c)) for c in whole), *(f"{q} · {k}" for q, k in pairs)]
         hooks = decomposition.ablation_hooks(whole) if whole else []

@@ -21,6 +21,7 @@ for weighted ones the mean over random heads on the same data. Source: VPD paper
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,14 +133,16 @@ def ov_overlap(
         IndexError: there is no such subcomponent.
         ValueError: the prompts do not fit, fewer than two tokens count, the key is of another site, the threshold is given
             without a key, or the model has other weights.
+
+    Warns (RuntimeWarning) of heads that move nothing, where overlaps are not defined (NaN).
     """
     config = config_of(OVConfig, config)
     if key is None and config.threshold:
         raise ValueError(
             f"threshold={config.threshold} without key=: give the subcomponent of W_K whose importance counts."
         )
-    W_V, W_O = ov_factors(adapt(model), layer)
     site = attention_site(decomposition, layer, "W_V")
+    W_V, W_O = ov_factors(adapt(model), layer)
     with MaskedModel(decomposition, model) as masked_model:
         tokens, token_mask, inputs = masked_model.clean_prompts(prompts, attention_mask)
     counted = torch.ones(tokens.shape, dtype=torch.bool, device=tokens.device) if token_mask is None else token_mask
@@ -156,8 +159,15 @@ def ov_overlap(
         raise ValueError(f"{len(x)} real tokens remain: at least two are needed to measure how the data vary.")
     covariance, d_head = covariance_of(x), W_O.shape[1]
     raw, read, write = overlaps(W_V, W_O, covariance)
+    undefined = ~torch.stack([raw, read, write]).isfinite().all(0).diagonal()
+    if bool(undefined.any()):
+        warnings.warn(
+            f"Heads {undefined.nonzero().flatten().tolist()} of block {layer} move nothing on these tokens: overlaps are NaN.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     random_read, random_write = random_overlaps(covariance, W_O.shape[2], d_head, config.draws, config.seed)
-    return OVOverlap(layer, len(x), raw, read, write, random_read, random_write)
+    return OVOverlap(int(layer), len(x), raw, read, write, random_read, random_write)
 
 
 def ov_factors(

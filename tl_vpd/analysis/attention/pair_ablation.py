@@ -21,9 +21,10 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Unsupported, adapt
-from tl_vpd.analysis.attention.layer import BIAS, AttentionLayer, Pairs, with_one
+from tl_vpd.analysis.attention.layer import BIAS, AttentionLayer, Pairs, pairs_of, with_one
 from tl_vpd.analysis.attention.layer_scores import unmasked
 from tl_vpd.analysis.attention.score_terms import between_writes, summed_strengths
+from tl_vpd.checks import number
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.ablations import FwdHooks, require_points
 
@@ -103,9 +104,12 @@ def pair_ablation_hooks(
         RuntimeError: the decomposition is not attached.
         KeyError: it is attached without ``component_acts`` and ``mask``, or a site is not decomposed.
         Unsupported: a layer's scores are not bilinear in queries and keys, or the flags give every head its own input.
-        ValueError: a pair is not one of W_Q and W_K of the same block.
+        ValueError: a pair is not one of W_Q and W_K of the same block, there are none, or the amount is not finite.
         IndexError: there is no such subcomponent.
     """
+    amount, pairs = number("amount", amount), pairs_of(pairs)
+    if not pairs:
+        raise ValueError("pairs=[]: name at least one pair.")
     by_layer: dict[int, list[tuple[Any, Any]]] = defaultdict(list)
     for pair in pairs:
         by_layer[_layer_of(decomposition, pair)].append(pair)

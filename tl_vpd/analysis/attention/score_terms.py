@@ -26,6 +26,7 @@ from tl_vpd.adapters import Unsupported
 from tl_vpd.analysis.attention.kernel import ScoreKernel, toeplitz
 from tl_vpd.analysis.attention.layer import AttentionLayer, AttentionPass, Pair, Pairs
 from tl_vpd.analysis.attention.layer_scores import allowed_error, scores_of, unmasked
+from tl_vpd.checks import integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Site
 
@@ -76,7 +77,7 @@ class ScoreTerms:
         """One row per term: the mean over visible entries of its size, and the share of the scores' spread over keys it makes.
 
         The share is the slope of the term on the scores, both centred over each query's keys (softmax depends on nothing else);
-        the shares of the four terms sum to 1.
+        the shares of the four terms sum to 1 (NaN where no query sees two keys of different scores).
         """
         visible = self.visible
         scores = _centred(self.scores, visible)
@@ -90,7 +91,7 @@ class ScoreTerms:
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` strongest summands of the chosen pairs: both subcomponents, batch, head, query, key, strength, score."""
-        flat = self.strengths.flatten()
+        k, flat = integer("k", k, minimum=0), self.strengths.flatten()
         best = flat.abs().topk(min(k, flat.numel())).indices
         pair, batch, head, query, key = (w.tolist() for w in torch.unravel_index(best, self.strengths.shape))
         return pd.DataFrame(
@@ -204,7 +205,9 @@ def score_terms(
         acts_k = attention.acts(attention.k, clean.inputs)[..., keys]
         strengths = pair_strengths(acts_q, acts_k, between_writes(attention, kernel, members), kernel.offsets)
         strengths = strengths.masked_fill(~visible, 0)
-    return ScoreTerms(layer, clean.tokens, scores, subcomponents, delta, bias, position, tuple(members), strengths)
+    return ScoreTerms(
+        attention.index, clean.tokens, scores, subcomponents, delta, bias, position, tuple(members), strengths
+    )
 
 
 def _outputs(

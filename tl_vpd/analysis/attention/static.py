@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from tl_vpd.analysis.attention.kernel import ScoreKernel
 from tl_vpd.analysis.attention.layer import AttentionLayer, AttentionPass
+from tl_vpd.checks import integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Site, Subcomponent
 
@@ -86,7 +87,7 @@ class StaticStrengths:
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` largest standardised strengths by size."""
-        flat = self.standardised.flatten()
+        k, flat = integer("k", k, minimum=0), self.standardised.flatten()
         return self._table(flat.abs().topk(min(k, flat.numel())).indices)
 
     def _table(self, flat: Int[Tensor, " row"]) -> pd.DataFrame:
@@ -169,7 +170,7 @@ def strongest_static(
         KeyError: as in ``static_strengths``.
         ValueError: as in ``static_strengths``.
     """
-    attention = AttentionLayer(decomposition, model, layer)
+    k, attention = integer("k", k, minimum=0), AttentionLayer(decomposition, model, layer)
     kernel, queries, keys = _signed(attention, prompts, length, attention_mask)
     statistics = _statistics(queries, keys, kernel)
     best = [

@@ -25,7 +25,7 @@ from tl_vpd.adapters import adapt
 from tl_vpd.analysis.attention.layer import attention_site
 from tl_vpd.analysis.attention.norms import HeadNorms
 from tl_vpd.analysis.attention.ov import ov_factors
-from tl_vpd.checks import check_threshold
+from tl_vpd.checks import check_threshold, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.target_check import check_target
 from tl_vpd.hooks.importances import causal_importances
@@ -72,7 +72,7 @@ class ValueGivenKey:
 
         ``lift`` is ``P(V | K) / P(V)``: how much more often V is important where K is than anywhere.
         """
-        i, j = (self.both >= max(min_both, 1)).nonzero(as_tuple=True)
+        i, j = (self.both >= max(integer("min_both", min_both), 1)).nonzero(as_tuple=True)
         value_given_key = self.value_given_key[i, j]
         return pd.DataFrame(
             {
@@ -87,7 +87,7 @@ class ValueGivenKey:
 
     def top(self, k: int = 10, *, min_both: int = 20) -> pd.DataFrame:
         """The ``k`` pairs, on at least ``min_both`` tokens, that say most about each other: largest P(V|K) · P(K|V)."""
-        table = self.to_pandas(min_both=min_both)
+        k, table = integer("k", k, minimum=0), self.to_pandas(min_both=min_both)
         order = (table["value_given_key"] * table["key_given_value"]).nlargest(k).index
         return table.loc[order].reset_index(drop=True)
 
@@ -116,7 +116,7 @@ def value_given_key(
         KeyError: W_K or W_V of the block is not decomposed.
         ValueError: the threshold is not in [0, 1], the prompts do not fit, or the model has other weights.
     """
-    check_threshold(threshold)
+    threshold = check_threshold(threshold)
     k, v = (attention_site(decomposition, layer, weight) for weight in ("W_K", "W_V"))
     g = causal_importances(decomposition, model, prompts, attention_mask=attention_mask)
     real = torch.ones_like(g.tokens, dtype=torch.bool) if g.token_mask is None else g.token_mask
@@ -163,4 +163,4 @@ def head_alignment(decomposition: Decomposition, model: nn.Module, layer: int) -
     # One head at a time: W_OV itself, d_model × d_model per head, is never formed.
     reads = torch.stack([(V_v.T @ V_h @ O_h).norm(dim=-1) for V_h, O_h in zip(W_V, W_O, strict=True)], dim=-1)
     writes = torch.stack([(U_o @ O_h.T @ V_h.T).norm(dim=-1) for V_h, O_h in zip(W_V, W_O, strict=True)], dim=-1)
-    return HeadNorms(layer, {v: reads * U_v.norm(dim=1)[:, None], o: writes * V_o.norm(dim=0)[:, None]})
+    return HeadNorms(int(layer), {v: reads * U_v.norm(dim=1)[:, None], o: writes * V_o.norm(dim=0)[:, None]})

@@ -11,12 +11,12 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_vpd.analysis.nodes import Node, several
+from tl_vpd.analysis.nodes import Node
 from tl_vpd.analysis.pruning.attack import attack, uniform_sources, within_reach
 from tl_vpd.analysis.pruning.behaviours import behaviour_of
 from tl_vpd.analysis.pruning.config import PruneConfig
 from tl_vpd.analysis.pruning.gradients import PromptLoss
-from tl_vpd.checks import integer
+from tl_vpd.checks import integer, sequence
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.site import ConcatenatedAxis
@@ -150,7 +150,7 @@ def ablate_nodes(
     Raises:
         KeyError: a node's site is not decomposed.
         IndexError: a node's subcomponent or position does not exist.
-        ValueError: a node is not a subcomponent, a group is empty, or the model has other weights.
+        ValueError: a node is not a subcomponent, or the model has other weights.
         TypeError: an argument is of another type.
     """
     if not isinstance(circuit, PrunedCircuit):
@@ -180,7 +180,7 @@ def _ablated(
 ) -> Bool[Tensor, "pos C_total"]:
     """True for the subcomponents and positions of the nodes."""
     result = torch.zeros_like(circuit.importances, dtype=torch.bool)
-    for address in several("nodes", nodes):
+    for address in [nodes] if isinstance(nodes, str | Node) else sequence("nodes", nodes):
         node = Node.parse(address)
         subcomponent = decomposition.subcomponent(node.subcomponent)
         if node.pos is not None and node.pos >= len(result):
