@@ -85,3 +85,16 @@ def test_threads_write_one_file_at_the_same_time(tmp_path):
             list(pool.map(lambda text: write_text(tmp_path / "x.json", text), texts))
             assert (tmp_path / "x.json").read_text() in texts
     assert [entry.name for entry in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_who_may_read_a_file_is_as_for_any_other(tmp_path):
+    def private(temporary: Path) -> None:
+        temporary.write_text("new")
+        temporary.chmod(0o600)
+
+    (tmp_path / "any").touch()
+    write_file(tmp_path / "new", private)
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "any").stat().st_mode
+    (tmp_path / "new").chmod(0o640)
+    write_file(tmp_path / "new", private)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tl_vpd.files.tensor_file import CONTENT, open_tensors, write_tensors
+from tl_vpd.files.tensor_file import CONTENT, DTYPES, open_tensors, write_tensors
 
 CONTENT_OF_FILE = {"sites": ["blocks.0.attn.W_Q"], "C": 3, "α": 0.5}
 
@@ -51,6 +51,17 @@ def test_reads_what_was_written(path):
         assert file.shapes["V"] == (5, 7)
         assert file.dtypes["half"] == torch.bfloat16
     assert torch.equal(load_file(path)["V"], tensors()["V"])  # and any other program can
+
+
+def test_the_file_is_one_of_safetensors(path, tmp_path):
+    """Types in an order in which all are aligned, and one header length; the library reads what it would have written."""
+    values = {str(dtype): torch.arange(3).to(dtype) for dtype in DTYPES.values()}
+    write_tensors(path, values, None)
+    loaded = load_file(path)
+    assert loaded.keys() == values.keys()
+    assert all(torch.equal(loaded[key], t) and loaded[key].dtype == t.dtype for key, t in values.items())
+    with pytest.raises(TypeError, match=r"x is of torch\.complex64: store it as"):
+        write_tensors(path, {"x": torch.zeros(1, dtype=torch.complex64)}, None)
 
 
 def test_every_flipped_byte_is_refused(path, tmp_path):

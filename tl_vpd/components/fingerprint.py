@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 TOLERANCE = 2e-2
+PROJECTIONS = 16
 
 
 class Fingerprint(BaseModel):
@@ -30,12 +31,12 @@ class Fingerprint(BaseModel):
     """``r_kᵀ W s_k / ‖W‖``."""
 
     @classmethod
-    def of(cls, W: Float[Tensor, "d_in d_out"], n: int = 16) -> Fingerprint:
+    def of(cls, W: Float[Tensor, "d_in d_out"]) -> Fingerprint:
         """The fingerprint of a weight, computed in float64."""
         # NumPy guarantees RandomState's stream, so that every later version recognises the files of this one.
         draw = np.random.RandomState(0)
-        left = torch.from_numpy(draw.standard_normal((n, W.shape[0])))
-        right = torch.from_numpy(draw.standard_normal((n, W.shape[1])))
+        left = torch.from_numpy(draw.standard_normal((PROJECTIONS, W.shape[0])))
+        right = torch.from_numpy(draw.standard_normal((PROJECTIONS, W.shape[1])))
         exact = W.detach().to(device="cpu", dtype=torch.float64)
         norm = float(exact.norm())
         projections = torch.einsum("ki,io,ko->k", left, exact, right) / max(norm, 1e-300)

@@ -1,139 +1,185 @@
 """A decomposition on disk: a folder with ``decomposition.safetensors`` and ``config.json``.
 
-Loading executes nothing. This module knows the two files and their checksum; ``tl_vpd.importance.decomposed`` knows what the
-config and the tensors mean.
+The tensor file has everything: the tensors, the config, and the digests of both (``tl_vpd.files.tensor_file``). So a changed
+byte is noticed, and replacing the file leaves the old decomposition or the new one. ``config.json`` is a copy of the config for
+people; nothing is read from it, except in folders of format 1 (``tl_vpd.components.format_1``).
+
+This module knows the two files; ``tl_vpd.importance.stored_config`` knows what the config means.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tl_vpd.checks import check_finite
+from tl_vpd.components.format_1 import read_config
+from tl_vpd.files.atomic import make_folder, write_file
+from tl_vpd.files.json_files import json_text, parse_json, read_json
+from tl_vpd.files.tensor_file import TensorFile, open_tensors, write_tensors
+
 CONFIG, TENSORS = "config.json", "decomposition.safetensors"
-FORMAT_VERSION = 1
-
-
-def library_versions() -> dict[str, str]:
-    """Installed versions of what a result depends on."""
-    installed = {}
-    for package in ("tl-vpd", "torch", "transformer-lens", "transformers", "numpy"):
-        try:
-            installed[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return installed
-
-
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
-    """Calls ``write(temporary_path)`` and moves the result into place, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically."""
-    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+FORMAT_VERSION = 2
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""The types that a decomposition can have."""
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Writes both files; the config gets the format version and the tensors' checksum.
+    """Writes both files; a decomposition that is there is replaced.
+
+    Args:
+        folder: made if needed.
+        config: what JSON can hold.
+        tensors: by key, on the CPU.
 
     Raises:
-        OSError: the folder cannot be written.
-        TypeError: the config is not JSON; nothing has been written then.
+        FileExistsError: ``config.json`` there belongs to something else.
+        OSError: the folder cannot be written; the message says what is safe.
+        TypeError: the config is not data; nothing has been written then.
         ValueError: the same.
     """
-    json.dumps(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / TENSORS, lambda p: save_file(dict(tensors), p))
-    write_json(folder / CONFIG, {"format_version": FORMAT_VERSION, **config, "sha256": sha256_of(folder / TENSORS)})
+    content = parse_json(json_text({"format_version": FORMAT_VERSION, **config}), "The config")
+    make_folder(folder)
+    _check_replaceable(folder)
+    write_tensors(folder / TENSORS, tensors, content)
+    copied: Any = None
+    while copied != content:  # another process may have replaced the tensors since
+        copied, text = content, json_text(content, indent=1) + "\n"
+        write_file(
+            folder / CONFIG,
+            lambda p, text=text: p.write_text(text, encoding="utf-8"),  # type: ignore[misc]
+            safe=f"{TENSORS} is whole, and a decomposition can be loaded without {CONFIG}",
+        )
+        with open_tensors(folder / TENSORS) as file:
+            content = file.content
     return folder
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config of a folder, its ``sha256`` included.
+@contextmanager
+def open_folder(folder: Path) -> Iterator[tuple[dict[str, Any], TensorFile]]:
+    """The config of a folder, without its version, and the open tensor file.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it does not hold both files.
-        ValueError: the config is not JSON, or of another format.
+        FileNotFoundError: there is no such folder, or it is not a decomposition.
+        ValueError: a file is damaged or of another format.
     """
-    for name in (CONFIG, TENSORS):
-        if not (folder / name).is_file():
-            reason = "does not exist" if not folder.is_dir() else f"has no {name}"
-            raise FileNotFoundError(
-                f"{folder} {reason}, so it is not a decomposition: give the folder that Decomposition.save wrote "
-                f"({CONFIG} and {TENSORS})."
+    if not (folder / TENSORS).is_file():
+        reason = f"has no {TENSORS}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
+        raise FileNotFoundError(
+            f"{folder} {reason}, so it is not a decomposition: give the folder that Decomposition.save wrote."
+        )
+    with open_tensors(folder / TENSORS) as file:
+        if file.content is None:
+            yield read_config(folder / CONFIG, file.path), file
+            return
+        config = dict(file.content) if isinstance(file.content, dict) else {}
+        version = config.pop("format_version", None)
+        if version != FORMAT_VERSION:
+            newer = isinstance(version, int) and version > FORMAT_VERSION
+            hint = "update tl_vpd" if newer else "give a folder that Decomposition.save wrote"
+            raise ValueError(
+                f"{file.path}: format version {version!r}, this tl_vpd reads 1 and {FORMAT_VERSION}; {hint}."
             )
-    path = folder / CONFIG
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    stored = config.pop("format_version", None) if isinstance(config, dict) else None
-    if stored != FORMAT_VERSION:
-        hint = (
-            "update tl_vpd"
-            if isinstance(stored, int) and stored > FORMAT_VERSION
-            else "is it the config of a decomposition?"
-        )
-        raise ValueError(f"{path}: format version {stored!r}, this tl_vpd reads {FORMAT_VERSION}; {hint}")
-    return config
+        _compare_copy(folder / CONFIG, file.content)
+        yield config, file
 
 
-def check_tensors(folder: Path, checksum: str) -> None:
-    """Raises ValueError unless the tensor file is the one that the config was written for."""
-    if sha256_of(folder / TENSORS) != checksum:
-        raise ValueError(
-            f"{folder / TENSORS} is not the file that {CONFIG} was written for (its checksum differs): it was cut short or "
-            "changed. Copy the folder again."
-        )
+def check_tensors(tensors: Mapping[str, Tensor], file: TensorFile) -> None:
+    """Compares the file's header with the tensors that the config asks for.
+
+    Args:
+        tensors: by key; nothing needs to be allocated for them.
+        file: the open file.
+
+    Raises:
+        ValueError: a key, shape or type is wrong; the message names it.
+    """
+    if file.shapes.keys() != tensors.keys():
+        missing, extra = sorted(tensors.keys() - file.shapes.keys()), sorted(file.shapes.keys() - tensors.keys())
+        raise ValueError(f"{file.path}: missing keys {missing[:3]}, unexpected keys {extra[:3]}.")
+    for key, tensor in tensors.items():
+        if file.shapes[key] != tensor.shape:
+            raise ValueError(f"{file.path}: {key} is {file.shapes[key]}, the config says {tuple(tensor.shape)}.")
+        if file.dtypes[key] not in FLOATS:
+            raise ValueError(
+                f"{file.path}: {key} is of {file.dtypes[key]}, a type of floating-point numbers is needed."
+            )
 
 
 @torch.no_grad()
-def fill(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Reads every tensor of a file into the tensor of the same key, in place, on that tensor's device and in its dtype.
+def fill(tensors: Mapping[str, Tensor], file: TensorFile) -> None:
+    """Reads every tensor into the one of the same key, in place, on its device and in its dtype, one after the other.
 
     Raises:
-        ValueError: the file is damaged, or a key, shape or value is wrong; the message names it.
+        ValueError: a tensor is damaged, or has values that are not finite in the dtype; the message names it.
     """
-    device = next(iter(tensors.values())).device
+    for key, tensor in tensors.items():
+        stored = file.read(key)
+        tensor.copy_(stored)
+        check_values(f"{file.path}: {key}", stored, tensor)
+
+
+def check_values(name: str, exact: Tensor, converted: Tensor) -> None:
+    """Checks a tensor after a change of its dtype.
+
+    Args:
+        name: of the tensor, for messages.
+        exact: before.
+        converted: after.
+
+    Raises:
+        ValueError: values are NaN or infinite, before or after.
+    """
+    if not bool(converted.isfinite().all()):
+        check_finite(name, exact)
+        raise ValueError(
+            f"{name} has values up to {float(exact.abs().max()):.4g}, too large for {converted.dtype}: choose another dtype."
+        )
+
+
+def float_dtype(dtype: Any) -> torch.dtype:
+    """A dtype that a decomposition can have; raises TypeError or ValueError for anything else."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype={dtype!r} is a {type(dtype).__name__}: give a dtype, such as torch.float32.")
+    if dtype not in FLOATS:
+        raise ValueError(f"dtype={dtype}: choose from {', '.join(map(str, FLOATS))}.")
+    return dtype
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Raises FileExistsError if the folder's config.json is not that of a decomposition."""
+    path = folder / CONFIG
+    if not path.exists():
+        return
+    with suppress(ValueError, OSError):
+        content = read_json(path)
+        if isinstance(content, dict) and {"format_version", "sites", "fingerprints"} <= content.keys():
+            return
+        raise FileExistsError(f"{path} belongs to something else than a decomposition: choose another folder.")
+    if not (folder / TENSORS).is_file():
+        raise FileExistsError(f"{path} is not the config of a decomposition: choose another folder.")
+
+
+def _compare_copy(path: Path, content: Any) -> None:
+    """Warns if config.json is not the copy of the content that it should be."""
     try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            keys = set(file.keys())
-            if keys != set(tensors):
-                missing, extra = sorted(set(tensors) - keys), sorted(keys - set(tensors))
-                raise ValueError(f"{path}: missing keys {missing[:3]}, unexpected keys {extra[:3]}.")
-            for key, target in tensors.items():
-                stored = file.get_tensor(key)
-                if stored.shape != target.shape:
-                    raise ValueError(f"{path}: {key} is {tuple(stored.shape)}, the config says {tuple(target.shape)}.")
-                if not bool(stored.isfinite().all()):
-                    raise ValueError(f"{path}: {key} holds values that are not finite.")
-                target.copy_(stored)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        problem = "" if read_json(path) == content else f"{path} differs from the config in {TENSORS}"
+    except (OSError, ValueError) as error:
+        problem = str(error).rstrip(".")
+    if problem:
+        warn(
+            f"{problem}: only {TENSORS} is read, which is intact (an edit of {CONFIG} has no effect, and a save that was "
+            "interrupted leaves it behind; save again to renew it).",
+            stacklevel=2,
+        )
 
 
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+from tl_vpd.files.atomic import write_file as write_atomically  # noqa
+from tl_vpd.files.json_files import write_json  # noqa
+from tl_vpd.files.versions import library_versions  # noqa

@@ -45,7 +45,11 @@ def write_file(path: Path, write: Callable[[Path], Any], *, safe: str | None = N
     temporary = path.with_name(f".{path.name}.{platform.node()}.{os.getpid()}-{next(_count)}.tmp")
     with named_errors(path, safe):
         try:
+            temporary.touch()
+            mode = (path if path.exists() else temporary).stat().st_mode
             write(temporary)
+            with suppress(OSError):  # not every file system has modes
+                temporary.chmod(mode & 0o777)
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())
             temporary.replace(path)

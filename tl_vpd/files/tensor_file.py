@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from tl_vpd.files.atomic import write_file
@@ -40,6 +39,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """PyTorch's types by their names in the header."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -88,16 +88,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], content: Any, *, sa
         safe: what is intact if it fails, for the message.
 
     Raises:
-        TypeError: the content is not data.
+        TypeError: the content is not data, or a tensor is of a type that is not stored (complex, 8-bit floats).
         ValueError: the content or a tensor holds NaN or infinite numbers.
     """
     ready = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     for key, t in ready.items():
+        if t.dtype not in NAMES:
+            raise TypeError(f"{key} is of {t.dtype}: store it as one of {', '.join(map(str, NAMES))}.")
         if t.is_floating_point() and not bool(t.isfinite().all()):
             raise ValueError(f"{key} holds values that are NaN or infinite in {t.dtype}: {path.name} was not written.")
     stored = json_text({"content": content, "tensors": {key: digest_of(key, t) for key, t in ready.items()}})
     metadata = {CONTENT: stored, DIGEST: hashlib.sha256(stored.encode()).hexdigest()}
-    write_file(path, lambda p: save_file(ready, p, metadata=metadata), safe=safe)
+    write_file(path, lambda p: _write(p, ready, metadata), safe=safe)
 
 
 @contextmanager
@@ -128,8 +130,33 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
 def digest_of(key: str, tensor: Tensor) -> str:
     """The SHA-256 of a CPU tensor's key, dtype, shape and bytes, as hexadecimal digits."""
     digest = hashlib.sha256(f"{key} {tensor.dtype} {list(tensor.shape)} ".encode())
-    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """A safetensors file. The library's own function leaves a temporary file of any name where its process is killed, and makes
+    files that only their owner can read."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    keys, start = (
+        sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)),
+        0,
+    )  # wide types first: all are aligned
+    for key in keys:
+        t = tensors[key]
+        header[key] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, start + t.nbytes]}
+        start += t.nbytes
+    text = json_text(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for key in keys:
+            file.write(_bytes(tensors[key]))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the CPU."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _proved(path: Path, metadata: Mapping[str, str]) -> tuple[Any, dict[str, str]]:

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from tl_vpd.frozen import Frozen
+
+Size = Annotated[int, Field(gt=0, le=1 << 28)]
+"""A width, depth or number of something; two of them make a tensor whose size can still be computed."""
 
 
-class GammaConfig(BaseModel):
+class GammaConfig(Frozen):
     """Which Γ, and how large."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps"] = (
         "shared_transformer"
     )
-    d_ci: int | None = Field(None, gt=0)
+    d_ci: Size | None = None
     """Width of the transformer (None: twice ``d_model``, rounded to whole heads)."""
-    n_blocks: int = Field(2, gt=0)
+    n_blocks: Size = 2
     """Depth of the transformer; a rule of thumb is half to twice the target's depth."""
-    n_heads: int = Field(4, gt=0)
+    n_heads: Size = 4
     """Attention heads of the transformer."""
-    d_mlp: int | None = Field(None, gt=0)
+    d_mlp: Size | None = None
     """MLP width of the transformer (None: four times ``d_ci``)."""
-    chunk: int = Field(8, gt=0)
+    chunk: Size = 8
     """Sites a transformer reads, for ``chunked_transformers``."""
-    hidden: int = Field(16, gt=0)
+    hidden: Size = 16
     """Hidden units, for the MLP kinds."""
     rising: bool = False
     """For ``per_subcomponent_mlps``: whether every importance starts as a rising function of its inner activation. Otherwise it

@@ -10,21 +10,23 @@ versions).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
-from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from tl_vpd.components.components import Components
 from tl_vpd.components.fingerprint import Fingerprint
-from tl_vpd.components.storage import TENSORS, check_tensors, fill, library_versions, read_config, write_folder
+from tl_vpd.components.storage import check_tensors, check_values, fill, float_dtype, open_folder, write_folder
+from tl_vpd.files.versions import library_versions
 from tl_vpd.importance.build import build
 from tl_vpd.importance.config import GammaConfig
 from tl_vpd.importance.squash import lower_leaky
+from tl_vpd.importance.stored_config import StoredConfig
 from tl_vpd.site import ConcatenatedAxis, Site, Subcomponent, nearest
 
 D = TypeVar("D", bound="DecomposedWeights")
@@ -175,48 +177,52 @@ class DecomposedWeights(nn.Module):
         """Writes the folder; ``dtype`` stores in another precision.
 
         Raises:
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written, or belongs to something else.
+            TypeError: the record is not data, or ``dtype`` is not a dtype.
+            ValueError: the record or a tensor holds values that are NaN or infinite (in ``dtype``); nothing is written then.
         """
-        config = {
-            "sites": [
-                {"name": s.name, "d_in": s.d_in, "d_out": s.d_out, "n_heads": s.n_heads, "d_head": s.d_head}
-                for s in self.sites.values()
-            ],
+        config: dict[str, Any] = {
+            "sites": [asdict(site) for site in self.sites.values()],
             "C": self.counts,
             "gamma": self.gamma_config.model_dump(),
             "fingerprints": {name: f.model_dump() for name, f in self.fingerprints.items()},
-            "versions": library_versions(),
-            **self.record,
         }
-        tensors = {key: t.to("cpu", dtype or t.dtype).contiguous() for key, t in self.file_tensors().items()}
+        StoredConfig.of(config, "The decomposition")
+        config["record"] = {"versions": library_versions(), **self.record}
+        tensors = {}
+        for key, tensor in self.file_tensors().items():
+            tensors[key] = tensor.to("cpu", float_dtype(dtype or tensor.dtype)).contiguous()
+            check_values(key, tensor, tensors[key])
         return write_folder(folder, config, tensors)
 
     @classmethod
     def read(cls: type[D], folder: Path, *, device: torch.device, dtype: torch.dtype) -> D:
-        """Reads a folder straight to a device and dtype.
+        """Reads a folder straight to a device and dtype, tensor by tensor.
 
         Raises:
             FileNotFoundError: there is no such folder, or it is not a decomposition.
-            ValueError: a file is damaged, or a key or shape is wrong; the message names it.
+            TypeError: ``dtype`` is not a dtype.
+            ValueError: a file is damaged, a key or shape is wrong, or values are too large for the dtype; the message says which.
         """
-        config = read_config(folder)
-        try:
-            sites = [Site(**s) for s in config.pop("sites")]
-            counts = config.pop("C")
-            gamma = GammaConfig(**config.pop("gamma"))
-            fingerprints = {name: Fingerprint(**f) for name, f in config.pop("fingerprints").items()}
-            checksum = config.pop("sha256")
-            names = {s.name for s in sites}
-            missing = names ^ set(counts) or names ^ set(fingerprints)
-            if missing:
-                raise ValueError(f"sites, C and fingerprints disagree about {', '.join(sorted(missing))}")
-            with torch.device("meta"):
-                weights = cls(sites, counts, gamma, fingerprints=fingerprints, record=config)
-        except (KeyError, TypeError, ValueError, ValidationError) as error:
-            raise ValueError(f"{folder / 'config.json'} is damaged: {error}") from error
-        check_tensors(folder, checksum)
-        weights.to_empty(device=device).to(dtype)
-        fill(weights.file_tensors(), folder / TENSORS)
+        dtype = float_dtype(dtype)
+        with open_folder(folder) as (config, file):
+            record = config.pop("record", None)
+            stored = StoredConfig.of(config, f"The config of {folder}")
+            stored.check_sizes(file)
+            try:
+                with torch.device("meta"):
+                    weights = cls(
+                        stored.as_sites(),
+                        stored.C,
+                        stored.gamma,
+                        fingerprints=stored.fingerprints,
+                        record=record if isinstance(record, dict) else {},
+                    )
+            except ValueError as error:
+                raise ValueError(f"The config of {folder} is damaged: {error}") from error
+            check_tensors(weights.file_tensors(), file)
+            weights.to(dtype).to_empty(device=device)
+            fill(weights.file_tensors(), file)
         return weights
 
 

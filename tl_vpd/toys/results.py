@@ -12,7 +12,8 @@ from typing import Any
 import pandas as pd
 
 from tl_vpd.baselines import METHODS, APDConfig
-from tl_vpd.components.storage import library_versions, write_json
+from tl_vpd.files.json_files import write_json
+from tl_vpd.files.versions import library_versions
 from tl_vpd.toys.published import PUBLISHED
 from tl_vpd.training.stored_config import upgraded
 

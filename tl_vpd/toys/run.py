@@ -20,8 +20,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from tl_vpd.baselines import METHODS
-from tl_vpd.components.storage import write_atomically
 from tl_vpd.evaluation.ground_truth import GroundTruth, ground_truth
+from tl_vpd.files.atomic import write_file
 from tl_vpd.toys import results
 from tl_vpd.toys.recipes import TOYS, recipe
 from tl_vpd.toys.toy import train
@@ -64,7 +64,7 @@ def target_of(name: str, seed: int, work: Path, *, steps: int | None = None, pro
     model = train(toy, seed, steps=steps, progress=progress)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    write_atomically(path, lambda p: save_file(tensors, p))
+    write_file(path, lambda p: save_file(tensors, p))
     return model
 
 
