@@ -191,7 +191,7 @@ class DecomposedWeights(nn.Module):
         config["record"] = {"versions": library_versions(), **self.record}
         tensors = {}
         for key, tensor in self.file_tensors().items():
-            tensors[key] = tensor.to("cpu", float_dtype(dtype or tensor.dtype)).contiguous()
+            tensors[key] = tensor.to("cpu", float_dtype(tensor.dtype if dtype is None else dtype)).contiguous()
             check_values(key, tensor, tensors[key])
         return write_folder(folder, config, tensors)
 
