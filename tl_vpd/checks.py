@@ -18,6 +18,7 @@ from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any, TypeVar
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -59,11 +60,11 @@ def integer(name: str, value: Any, *, minimum: int | None = None, maximum: int |
     whole = item(value)
     if isinstance(whole, bool) or not isinstance(whole, Integral):
         raise TypeError(
-            f"{name}={_shown(value)} is a {type(value).__name__}: give an integer{_range(minimum, maximum)}."
+            f"{name}={shown(value)} is a {type(value).__name__}: give an integer{_range(minimum, maximum)}."
         )
     result = int(whole)
     if (minimum is not None and result < minimum) or (maximum is not None and result > maximum):
-        raise ValueError(f"{name}={_shown(value)}: give an integer{_range(minimum, maximum)}.")
+        raise ValueError(f"{name}={shown(value)}: give an integer{_range(minimum, maximum)}.")
     return result
 
 
@@ -91,12 +92,12 @@ def number(
     real = item(value)
     if isinstance(real, bool) or not isinstance(real, Real):
         raise TypeError(
-            f"{name}={_shown(value)} is a {type(value).__name__}: give a number{_range(minimum, maximum, above)}."
+            f"{name}={shown(value)} is a {type(value).__name__}: give a number{_range(minimum, maximum, above)}."
         )
     result = _float(real)
     small = (minimum is not None and result < minimum) or (above is not None and result <= above)
     if not math.isfinite(result) or small or (maximum is not None and result > maximum):
-        raise ValueError(f"{name}={_shown(value)}: give a finite number{_range(minimum, maximum, above)}.")
+        raise ValueError(f"{name}={shown(value)}: give a finite number{_range(minimum, maximum, above)}.")
     return result
 
 
@@ -104,10 +105,10 @@ def check_threshold(threshold: Any) -> float:
     """A threshold that an importance can be above or below; raises TypeError or ValueError otherwise."""
     real = item(threshold)
     if isinstance(real, bool) or not isinstance(real, Real):
-        raise TypeError(f"threshold={_shown(threshold)} is a {type(threshold).__name__}: give a number from 0 to 1.")
+        raise TypeError(f"threshold={shown(threshold)} is a {type(threshold).__name__}: give a number from 0 to 1.")
     value = _float(real)
     if not 0 <= value <= 1:
-        raise ValueError(f"threshold={_shown(threshold)}: importances are in [0, 1], give a number from 0 to 1.")
+        raise ValueError(f"threshold={shown(threshold)}: importances are in [0, 1], give a number from 0 to 1.")
     return value
 
 
@@ -116,11 +117,34 @@ def seed_of(value: Any, *, name: str = "seed") -> int:
     return integer(name, value, minimum=-(1 << 63), maximum=LARGEST_SEED)
 
 
+def device_of(value: Any, *, name: str = "device") -> torch.device:
+    """A device that tensors can be made on here.
+
+    Args:
+        value: from the caller, such as ``"cpu"``, ``"cuda:1"`` or a ``torch.device``.
+        name: of the argument, for messages.
+
+    Raises:
+        TypeError: it is something else.
+        ValueError: there is no such device, or not here; ``meta`` holds no numbers.
+    """
+    if not isinstance(value, str | torch.device):
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}: give 'cpu', 'cuda' or a torch.device.")
+    try:
+        device = torch.device(value)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ValueError(f"{name}={str(value)!r} is not a device of this PyTorch and machine: give 'cpu'.") from error
+    if device.type == "meta":
+        raise ValueError(f"{name}='meta' holds no numbers: give 'cpu' or 'cuda'.")
+    return device
+
+
 def flag(name: str, value: Any) -> bool:
     """True or False; raises TypeError for anything else, so that ``"no"`` does not count as true."""
     answer: Any = item(value)
     if not isinstance(answer, bool):
-        raise TypeError(f"{name}={_shown(value)} is a {type(value).__name__}: give True or False.")
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}: give True or False.")
     return answer
 
 
@@ -167,17 +191,17 @@ def _checked(name: str, kind: str, value: Any, limits: Range) -> Any:
     if kind in ("Sequence[int]", "Sequence[float]", "Sequence[str]"):
         return tuple(_checked(f"{name}[{i}]", kind[9:-1], v, limits) for i, v in enumerate(sequence(name, value)))
     if kind == "str" and not isinstance(value, str):
-        raise TypeError(f"{name}={_shown(value)} is a {type(value).__name__}: give a string.")
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}: give a string.")
     return value
 
 
 def sequence(name: str, value: Any) -> list[Any]:
     """Several values in a list, tuple or array; raises TypeError for a string, a mapping, a set or a single value."""
     if isinstance(value, str | bytes):
-        raise TypeError(f"{name}={_shown(value)} is a string: give names in a list, such as [{_shown(value)}].")
+        raise TypeError(f"{name}={shown(value)} is a string: give names in a list, such as [{shown(value)}].")
     one_axis = getattr(value, "ndim", 1) == 1 and hasattr(value, "__getitem__") and hasattr(value, "__len__")
     if not one_axis or hasattr(value, "keys"):
-        raise TypeError(f"{name}={_shown(value)} is a {type(value).__name__}: give values in a list.")
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}: give values in a list.")
     return list(value)
 
 
@@ -194,7 +218,7 @@ def choice(name: str, value: Any, allowed: Collection[str]) -> str:
     """
     if not isinstance(value, str) or value not in allowed:
         near = nearest(value, allowed) if isinstance(value, str) else ""
-        raise ValueError(f"{name}={_shown(value)}{near}: choose from {', '.join(map(repr, allowed))}.")
+        raise ValueError(f"{name}={shown(value)}{near}: choose from {', '.join(map(repr, allowed))}.")
     return value
 
 
@@ -211,7 +235,7 @@ def sentence_of(error: ValidationError) -> str:
     """The first problem that pydantic reports, in one line: the field, what came, what is allowed."""
     first = error.errors(include_url=False)[0]
     where, message = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-    came = "" if first["type"] == "missing" or not where else f"={_shown(first['input'])}"
+    came = "" if first["type"] == "missing" or not where else f"={shown(first['input'])}"
     text = f"{where}{came}: {message}" if where else message
     return text if text.endswith(".") else f"{text}."
 
@@ -229,12 +253,14 @@ def _float(real: Real) -> float:
         return math.inf
 
 
-def _shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
+def shown(value: Any) -> str:
+    """A value for a message: on one line, cut where it is long; tensors, arrays and tables of many entries as their shape."""
     try:
-        text = repr(item(value))
-    except ValueError:  # an integer of more digits than Python prints
-        return "a number of thousands of digits"
+        if math.prod(getattr(value, "shape", ())) > 8:
+            return f"<{type(value).__name__} of shape {tuple(value.shape)}>"
+        text = " ".join(repr(item(value)).split())
+    except Exception:  # an integer of more digits than Python prints, an object that cannot say what it is
+        return f"<{type(value).__name__}>" if not isinstance(value, int) else "a number of thousands of digits"
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
