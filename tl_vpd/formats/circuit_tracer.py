@@ -9,14 +9,14 @@ in ``clerp``. Node ids are integers joined by underscores: ``{layer}_{feature}_{
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from pathlib import Path
 from typing import Any
 
 from tl_vpd.analysis.graph import AttributionGraph
-from tl_vpd.components.storage import write_json
+from tl_vpd.files.atomic import make_folder
+from tl_vpd.files.json_files import read_json, write_json
 
 _SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 METADATA = "graph-metadata.json"
@@ -44,6 +44,7 @@ def to_circuit_tracer(
 
     Raises:
         ValueError: the slug is not a plain file name, two targets have one token and position, or the metadata file is damaged.
+        OSError: the files cannot be written; older ones are whole then.
     """
     if not _SLUG.fullmatch(slug):
         raise ValueError(f"slug={slug!r}: letters, digits, '.', '_' and '-' make the name of a file.")
@@ -52,7 +53,7 @@ def to_circuit_tracer(
     content = as_json(graph, slug=slug, scan=scan, prompt=prompt)
     folder = Path(folder)
     listed = _listed(folder / METADATA)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     path = folder / f"{slug}.json"
     write_json(path, content)
     others = [entry for entry in listed if entry.get("slug") != slug]
@@ -134,7 +135,10 @@ def _listed(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     try:
-        graphs = json.loads(path.read_text(encoding="utf-8"))["graphs"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        graphs = read_json(path)["graphs"]
+        known = isinstance(graphs, list) and all(isinstance(graph, dict) for graph in graphs)
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a list of graphs: move it away, or write to another folder.") from error
-    return list(graphs)
+    if not known:
+        raise ValueError(f"{path} is not a list of graphs: move it away, or write to another folder.")
+    return graphs

@@ -92,7 +92,8 @@ def _write(
     make_folder(folder / TARGET_CHECKPOINT.rpartition("/")[0])
     target = {}
     for key, name in target_keys(shape.n_layers).items():
-        target[key] = _stored(weights[name] if name == "embed.W_E" else weights[name].T)  # a vector's .T is itself
+        linear = weights[name].ndim == 2 and name != "embed.W_E"
+        target[key] = _stored(weights[name].T if linear else weights[name])
     target["lm_head.weight"] = target["wte.weight"]
     state = {f"{TARGET}{key}": tensor for key, tensor in target.items()}
     for site in sorted(decomposition.sites, key=lambda site: module_of(site) or ""):
