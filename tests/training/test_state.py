@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from tests.tiny import GAMMA, some_tokens, tiny_model
 from tl_vpd import VPDConfig, decompose
+from tl_vpd.files import tensor_file
 from tl_vpd.forward import MaskedModel
 from tl_vpd.training import ExecutionConfig, SavingConfig, StepMetrics, Trainer, new_decomposition
-from tl_vpd.training import state as state_module
-from tl_vpd.training.state import latest_state, load_state, save_state
+from tl_vpd.training.state import StoredRun, latest_state, load_state, read_run, save_state
 
 from .test_processes import ENVIRONMENT, ROOT
 
@@ -132,7 +132,7 @@ def test_the_newest_states_stay(tmp_path):
             names = sorted(p.name for p in tmp_path.iterdir())
             first = max(1, resumed.done - keep + 1)
             assert names == [f"step-{n:08d}.safetensors" for n in range(first, resumed.done + 1)]
-        with pytest.raises(ValueError, match="keep_states is 0: at least one"):
+        with pytest.raises(ValueError, match="keep_states=0: give an integer of at least 1"):
             save_state(resumed, tmp_path, keep=0)
 
 
@@ -141,8 +141,10 @@ import os, signal, sys
 from pathlib import Path
 import tests.training.test_state as t
 
-def half(tensors, path, **more):
-    t.real_save(tensors, path, **more)
+whole_file = t.tensor_file._write
+
+def half(path, *content):
+    whole_file(path, *content)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     os.kill(os.getpid(), signal.SIGKILL)
@@ -151,7 +153,7 @@ with t.trainer() as resumed:
     t.steps(resumed, 2)
     t.save_state(resumed, Path(sys.argv[1]))
     t.steps(resumed, 1)
-    t.state_module.save_file = half
+    t.tensor_file._write = half
     t.save_state(resumed, Path(sys.argv[1]))
 """
 
@@ -173,17 +175,17 @@ def test_a_kill_in_the_middle_of_saving_leaves_the_state_before_and_its_remains_
         assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000002.safetensors", "step-00000003.safetensors"]
 
 
-def space(tensors, path, **more):
+def space(path, *content):
     path.write_bytes(b"half")
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def quota(tensors, path, **more):
+def quota(path, *content):
     path.write_bytes(b"half")
     raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
 
 
-def library(tensors, path, **more):
+def library(path, *content):
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
@@ -191,8 +193,8 @@ def library(tensors, path, **more):
 def test_a_full_disk_is_named_and_the_state_before_stays_valid(tmp_path, monkeypatch, writer):
     folder = tmp_path / "run" / "state"
     with trainer() as resumed:
-        monkeypatch.setattr(state_module, "save_file", writer)
-        with pytest.raises(OSError, match="make room and start again") as none_yet:
+        monkeypatch.setattr(tensor_file, "_write", writer)
+        with pytest.raises(OSError, match="there is no older state; make room and try again") as none_yet:
             save_state(resumed, folder)
         assert str(folder) in str(none_yet.value) and list(folder.iterdir()) == []
         monkeypatch.undo()
@@ -200,8 +202,8 @@ def test_a_full_disk_is_named_and_the_state_before_stays_valid(tmp_path, monkeyp
         before = save_state(resumed, folder, keep=1)
         held = load_file(before)
         steps(resumed, 1)
-        monkeypatch.setattr(state_module, "save_file", writer)
-        with pytest.raises(OSError, match=r"No space left on the disk of .* for a state of 0\.\d MB") as result:
+        monkeypatch.setattr(tensor_file, "_write", writer)
+        with pytest.raises(OSError, match=r"No space left on the disk of .* for step-00000002\.safetensors") as result:
             save_state(resumed, folder, keep=1)
         assert str(folder) in str(result.value) and "step-00000001.safetensors is intact" in str(result.value)
         assert list(folder.iterdir()) == [before]
@@ -248,11 +250,14 @@ def test_a_disk_that_is_really_full_leaves_the_state_before(tmp_path):
 
 
 def test_another_failure_of_the_disk_is_an_os_error_too(tmp_path, monkeypatch):
-    def broken(tensors, path, **more):
+    def broken(path, *content):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(state_module, "save_file", broken)
-    with trainer() as resumed, pytest.raises(OSError, match=r"No state could be written to .*Input/output error"):
+    monkeypatch.setattr(tensor_file, "_write", broken)
+    with (
+        trainer() as resumed,
+        pytest.raises(OSError, match=r"safetensors cannot be written \(Input/output error\)"),
+    ):
         save_state(resumed, tmp_path)
 
 
@@ -266,13 +271,17 @@ def test_a_run_keeps_as_many_states_as_it_is_told(tmp_path):
 def test_a_state_of_another_shape_is_refused_by_name(tmp_path):
     with trainer() as resumed:
         path = save_state(resumed, tmp_path)
-        tensors = load_file(path)
+        tensors, content = load_file(path), content_of(path)
         tensors["sources/first"] = tensors["sources/first"][:, :2].contiguous()
-        rewrite(path, tensors)
+        tensor_file.write_tensors(path, tensors, content)
         with pytest.raises(ValueError, match=r"sources/first is \(4, 2, \d+\), this run's is \(4, 3, \d+\)"):
             load_state(resumed, path)
+        tensors["sources/first"] = load_file(save_state(resumed, tmp_path / "b"))["sources/first"].double()
+        tensor_file.write_tensors(path, tensors, content)
+        with pytest.raises(ValueError, match=r"sources/first is torch\.float64, this run's is torch\.float32"):
+            load_state(resumed, path)
         del tensors["sources/first"]
-        rewrite(path, tensors)
+        tensor_file.write_tensors(path, tensors, content)
         with pytest.raises(ValueError, match="sources/first is missing"):
             load_state(resumed, path)
 
@@ -294,7 +303,7 @@ FLAT = {
 """Where the fields of a flat config stand now."""
 
 
-def test_a_state_with_a_flat_config_goes_on(tmp_path):
+def test_a_state_of_an_older_version_goes_on_and_is_said_to_be_unproved(tmp_path, caplog):
     nested = CONFIG.model_dump(mode="json")
     flat = {name: value for name, value in nested.items() if name not in ("minimality", "optimizer", "faithfulness")}
     flat |= {name: nested[section][field] for name, (section, field) in FLAT.items()}
@@ -302,15 +311,78 @@ def test_a_state_with_a_flat_config_goes_on(tmp_path):
     with trainer() as one, trainer() as other:
         steps(one, 2)
         path = save_state(one, tmp_path)
-        rewrite(path, load_file(path), config=json.dumps(flat))
+        as_before_checksums(path, config=flat)
+        assert read_run(path) == StoredRun() and "has no checksums" in caplog.text
         load_state(other, path)
         assert other.done == 2 and steps(other, 1) == steps(one, 1)
-        rewrite(path, load_file(path), config=json.dumps({**flat, "lr": 0.5}))
+        as_before_checksums(path, config={**flat, "lr": 0.5})
         with pytest.raises(ValueError, match=r"another config \(optimizer\.lr: 0\.5 then, 0\.0005 now\)"):
             load_state(other, path)
 
 
-def rewrite(path: Path, tensors: dict[str, Tensor], **changes: str) -> None:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-    real_save(tensors, path, metadata={**metadata, **changes})
+def content_of(path: Path) -> dict[str, Any]:
+    with tensor_file.open_tensors(path) as file:
+        return file.content
+
+
+def as_before_checksums(path: Path, **changes: Any) -> None:
+    """Writes a state as older versions did: strings in the header, no history, no checksums."""
+    tensors, content = load_file(path), changes
+    if safe_open(path, framework="pt").metadata().keys() == {tensor_file.CONTENT, tensor_file.DIGEST}:
+        content = {**content_of(path), **changes}
+    metadata = {key: json.dumps(content.get(key, {})) for key in ("config", "fingerprints", "how")}
+    real_save(
+        {key: t for key, t in tensors.items() if key != "history"},
+        path,
+        metadata={**metadata, "precision": "float32"},
+    )
+
+
+@pytest.mark.parametrize("at", [8, 400, 0.3, 0.6, 0.9, -1])
+def test_a_flipped_bit_is_noticed_before_anything_is_restored_and_the_state_before_is_offered(tmp_path, at):
+    with trainer() as one, trainer(seed_of_init=1) as other:
+        steps(one, 1)
+        before = save_state(one, tmp_path)
+        steps(one, 1)
+        path = save_state(one, tmp_path)
+        data = bytearray(path.read_bytes())
+        data[int(at * len(data)) if isinstance(at, float) else at] ^= 4
+        path.write_bytes(data)
+        held = {k: v.clone() if isinstance(v, Tensor) else v for k, v in contents(other).items()}
+        with pytest.raises(
+            ValueError, match=r"is not an intact training state .*resume from the state before"
+        ) as refused:
+            load_state(other, path)
+        assert "\n" not in str(refused.value) and repr(str(before)) in str(refused.value)
+        assert all(same(v, held[k]) for k, v in contents(other).items() if k in held)
+
+
+def test_a_state_has_the_history_and_the_datas_description(tmp_path):
+    with trainer() as one:
+        run = StoredRun({"rows": 12, "context": 6}, steps(one, 3))
+        assert read_run(save_state(one, tmp_path, run=run)) == run
+
+
+def test_what_is_not_finite_is_not_written(tmp_path):
+    with trainer() as one:
+        save_state(one, tmp_path)
+        steps(one, 1)
+        with torch.no_grad():
+            one.decomposition.V["blocks.0.attn.W_Q"][0, 0] = float("nan")
+        with pytest.raises(
+            FloatingPointError, match=r"After 1 steps parts/V/.*; step-00000000\.safetensors is intact\."
+        ):
+            save_state(one, tmp_path)
+        assert [p.name for p in tmp_path.iterdir()] == ["step-00000000.safetensors"]
+
+
+def test_states_of_later_steps_are_removed_when_the_work_is_done_again(tmp_path):
+    with trainer() as one:
+        steps(one, 1)
+        first = save_state(one, tmp_path, keep=3)
+        steps(one, 2)
+        save_state(one, tmp_path, keep=3)
+        load_state(one, first)
+        steps(one, 1)
+        save_state(one, tmp_path, keep=3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-00000001.safetensors", "step-00000002.safetensors"]

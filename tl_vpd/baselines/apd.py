@@ -31,8 +31,9 @@ from tqdm.auto import trange
 from tl_vpd.adapters import adapt
 from tl_vpd.baselines.apd_losses import attributions, batch_top_k, simplicity, unfaithfulness
 from tl_vpd.baselines.components import FullComponents, on_components, output_gradients
+from tl_vpd.checks import LARGEST_SEED, config_of
+from tl_vpd.frozen import Frozen
 from tl_vpd.losses import squared_error
-from tl_vpd.training.config import Frozen
 from tl_vpd.training.data import Batches
 from tl_vpd.training.schedules import cosine, warm_up
 from tl_vpd.training.ties import check_ties
@@ -49,7 +50,7 @@ class APDConfig(Frozen):
     steps: int = Field(6_000, ge=1)
     batch_size: int = Field(32, ge=1)
     """Rows of the data in a batch."""
-    seed: int = 0
+    seed: int = Field(0, ge=-(1 << 63), le=LARGEST_SEED)
     C: int = Field(20, ge=1)
     tied: tuple[tuple[str, str], ...] = ()
     """Pairs of sites that are one matrix, the second transposed: a component has one matrix for both."""
@@ -106,7 +107,9 @@ def apd(
         KeyError: a tied site does not exist.
         ValueError: a tied site is not the other's transpose, or ``compile`` is on.
         FloatingPointError: a loss is not finite.
+        TypeError: the config is another one.
     """
+    config = config_of(APDConfig, config)
     if compile:
         raise ValueError("APD's trainer has nothing to compile: leave compile out.")
     adapter = adapt(model)

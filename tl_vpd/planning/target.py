@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import nn
 
 from tl_vpd.adapters import adapt
+from tl_vpd.frozen import Frozen
 from tl_vpd.site import Site
-from tl_vpd.training.config import Frozen
 
 
 class TransformerShape(Frozen):
@@ -39,6 +39,15 @@ class TransformerShape(Frozen):
     """Bytes of a number (bfloat16: 2)."""
     others: int = Field(0, ge=0)
     """Parameters beyond blocks' weights, embedding and unembedding."""
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TransformerShape:
+        kv_heads = self.kv_heads or self.heads
+        if self.d_model % self.heads or self.heads % kv_heads:
+            raise ValueError(
+                f"heads={self.heads} and kv_heads={kv_heads}: heads must divide d_model={self.d_model}, and kv_heads heads."
+            )
+        return self
 
     def sites(self) -> list[Site]:
         """All weights in blocks."""

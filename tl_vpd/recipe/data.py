@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from tl_vpd import bundled
-from tl_vpd.training.config import Frozen
+from tl_vpd.frozen import Frozen
 
 
 class DataRecipe(Frozen):

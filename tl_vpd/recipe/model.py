@@ -10,7 +10,7 @@ from pydantic import Field
 
 from tl_vpd import bundled
 from tl_vpd.adapters.loading import Kind, load_model
-from tl_vpd.training.config import Frozen
+from tl_vpd.frozen import Frozen
 
 
 class ModelRecipe(Frozen):

@@ -20,11 +20,11 @@ import yaml
 from pydantic import ValidationError
 
 from tl_vpd.evaluation.feature_splitting import decompose_at_sizes, feature_splitting
+from tl_vpd.frozen import Frozen
 from tl_vpd.planning import Footprint, Target, TransformerShape, footprint
 from tl_vpd.recipe.data import DataRecipe
 from tl_vpd.recipe.model import ModelRecipe
 from tl_vpd.training import ExecutionConfig, Run, SavingConfig, VPDConfig, decompose
-from tl_vpd.training.config import Frozen
 
 
 class Recipe(Frozen):

@@ -11,38 +11,22 @@ budgets far below its 400,000 steps. Unknown names are refused.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from tl_vpd.checks import LARGEST_SEED
+from tl_vpd.frozen import Frozen
 from tl_vpd.importance import GammaConfig
 from tl_vpd.importance.squash import Squash
-from tl_vpd.site import Site, by_pattern, nearest
+from tl_vpd.site import Site, by_pattern
 
 Precision = Literal["float32", "bfloat16"]
 ShardingKind = Literal["none", "optimizer", "full"]
-
-
-class Frozen(BaseModel):
-    """A config: its fields cannot be changed, and unknown ones are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown(cls, fields: Any) -> Any:
-        for name in fields if isinstance(fields, Mapping) else ():
-            if name not in cls.model_fields:
-                near = nearest(str(name), cls.model_fields)
-                raise ValueError(f"{cls.__name__} has no {name!r}{near}: its fields are {', '.join(cls.model_fields)}.")
-        return fields
-
-    def refuse_unused(self, names: tuple[str, ...], reason: str) -> None:
-        """Raises ValueError if one of these fields differs from its default."""
-        for name in names:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"{name}={getattr(self, name)!r} would do nothing: {reason}")
+Decay = Annotated[float, Field(ge=0, lt=1)]
+"""The decay rate of a running mean."""
 
 
 class AdversaryConfig(Frozen):
@@ -54,7 +38,7 @@ class AdversaryConfig(Frozen):
     """Adam's learning rate, constant after the warm-up."""
     warm_up: float = Field(0.025, ge=0, le=1)
     """Fraction of the run over which the learning rate rises from 0."""
-    betas: tuple[float, float] = (0.5, 0.99)
+    betas: tuple[Decay, Decay] = (0.5, 0.99)
     """Adam's decay rates of both moments."""
     eps: float = Field(1e-8, gt=0)
     """Adam's ε."""
@@ -145,7 +129,7 @@ class VPDConfig(Frozen):
     """Updates of V, U and Γ."""
     batch_size: int = Field(32, ge=1)
     """Rows per step, over all processes."""
-    seed: int = 0
+    seed: int = Field(0, ge=-(1 << 63), le=LARGEST_SEED)
     """Of the initialisation, the order of the data and all random numbers."""
     sites: tuple[str, ...] | None = Field(None, min_length=1)
     """Patterns of the sites to decompose (None: all)."""
@@ -231,6 +215,11 @@ class SavingConfig(Frozen):
     """The newest states that stay on the disk."""
     log_every: int = Field(10, ge=1)
     """Steps between rows of metrics."""
+
+    @field_validator("folder", mode="before")
+    @classmethod
+    def _path(cls, value: object) -> object:
+        return Path(value).expanduser() if isinstance(value, str | PathLike) else value
 
     @model_validator(mode="after")
     def _used(self) -> SavingConfig:

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.components.initialise import start_at_channels
-from tl_vpd.components.storage import library_versions
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.files.versions import library_versions
 from tl_vpd.forward.target_check import fingerprints
 from tl_vpd.site import select
 from tl_vpd.training.config import VPDConfig, counts_for

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import logging
 import threading
-from contextlib import closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
-from tl_vpd.checks import config_of
+from tl_vpd.checks import config_of, flag
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.frozen import checked
 from tl_vpd.training.config import ExecutionConfig, SavingConfig, VPDConfig
 from tl_vpd.training.data import ProcessBatches, batches_of, is_dataset, token_column
 from tl_vpd.training.distributed.processes import World, world
 from tl_vpd.training.distributed.sharding import shard, unshard
 from tl_vpd.training.interrupts import interruptible
 from tl_vpd.training.new_decomposition import new_decomposition
-from tl_vpd.training.run_files import RunFiles
-from tl_vpd.training.state import load_state
+from tl_vpd.training.run_files import RunFiles, plain_data
+from tl_vpd.training.state import StoredRun, load_state
 from tl_vpd.training.trainer import StepMetrics, Trainer
 
 log = logging.getLogger(__name__)
@@ -56,7 +59,7 @@ def decompose(
     *,
     execution: ExecutionConfig | None = None,
     saving: SavingConfig | None = None,
-    resume: bool = False,
+    resume: bool | str | PathLike[str] = False,
     context: int | None = None,
     progress: bool = True,
 ) -> Run:
@@ -70,7 +73,8 @@ def decompose(
         config: what is learned (None: ``VPDConfig()``).
         execution: how it runs (None: ``ExecutionConfig()``).
         saving: what is written (None: nothing).
-        resume: continue from the newest state in ``saving.folder`` (there must be one).
+        resume: continue from the newest state in ``saving.folder`` (there must be one), or from the state at this path there;
+            states of later steps are removed then.
         context: length of the rows that a dataset of text is cut into (None: the model's context).
         progress: show a bar.
 
@@ -78,40 +82,60 @@ def decompose(
         ValueError, KeyError, TypeError: tokens, sites, C or the model do not fit; nothing has been written then.
         FileExistsError: ``saving.folder`` holds a run and ``resume`` is off.
         FileNotFoundError: ``resume`` is on and it holds none.
-        OSError: ``saving.folder`` cannot be written, checked before the first step.
+        OSError: ``saving.folder`` cannot be written, checked before the first step, or another process trains in it.
         FloatingPointError: a loss is not finite; the last saved state is intact.
     """
-    config, execution = config_of(VPDConfig, config), config_of(ExecutionConfig, execution)
-    saving = config_of(SavingConfig, saving)
-    if resume and saving.folder is None:
-        raise ValueError("resume=True needs the folder of the run: pass saving=SavingConfig(folder=...).")
+    config, execution = checked(config_of(VPDConfig, config)), checked(config_of(ExecutionConfig, execution))
+    saving, start_from = checked(config_of(SavingConfig, saving)), _resume(resume)
+    if start_from and saving.folder is None:
+        raise ValueError(f"resume={resume!r} needs the folder of the run: pass saving=SavingConfig(folder=...).")
     files = None if saving.folder is None else RunFiles(saving.folder, saving)
+    if files is not None:
+        files.state_to_resume(start_from)  # refused before anything is computed; asked again when the folder is locked
     adapter = adapt(model)
-    with world(adapter.device) as processes, closing(_batches(adapter, tokens, config, context, processes)) as batches:
+    with (
+        _gradients(adapter.device),
+        world(adapter.device) as processes,
+        closing(_batches(adapter, tokens, config, context, processes)) as batches,
+    ):
+        run = StoredRun(plain_data(batches.describe()))
         decomposition = new_decomposition(model, config)
-        state = None if files is None else files.state_to_resume(resume)
-        if files is not None and state is not None:
-            files.check_tokens(batches.describe())
-        processes.wait()  # nobody writes before all have looked
-        shard(decomposition, execution.sharding, processes)
-        with (
-            MaskedModel(decomposition, model, fused_attention=True) as masked_model,
-            interruptible() as interrupted,
-        ):
-            shape = (config.batch_size, batches.context)
-            trainer = Trainer(masked_model, config, shape, execution=execution, world=processes)
-            loop = _Loop(trainer, batches, files, saving.log_every, interrupted)
-            loop.start(state)
-            loop.train(progress=progress and processes.first)
-        history, finished = loop.history, trainer.done >= config.steps
-        del trainer, loop  # and with them AdamW's moments, before parameters are gathered
-        unshard(decomposition)
-        if finished and not all(bool(p.isfinite().all()) for p in decomposition.parameters()):
-            raise FloatingPointError("The last update gave values that are not finite; no result was written.")
-        if files is not None and finished and processes.first:
-            files.finish(decomposition)
-        processes.wait()
+        with nullcontext() if files is None else files.locked(processes, adapter.device):
+            state = None if files is None else files.state_to_resume(start_from)
+            if files is not None and state is not None:
+                run = files.stored_run(state, run.data or {})
+            processes.wait()  # nobody writes before all have looked
+            shard(decomposition, execution.sharding, processes)
+            with (
+                MaskedModel(decomposition, model, fused_attention=True) as masked_model,
+                interruptible() as interrupted,
+            ):
+                shape = (config.batch_size, batches.context)
+                trainer = Trainer(masked_model, config, shape, execution=execution, world=processes)
+                loop = _Loop(trainer, batches, files, saving.log_every, interrupted, run.data or {})
+                loop.start(state, run.history)
+                loop.train(progress=progress and processes.first)
+            history, finished = loop.history, trainer.done >= config.steps
+            del trainer, loop  # and with them AdamW's moments, before parameters are gathered
+            unshard(decomposition)
+            if finished and not all(bool(p.isfinite().all()) for p in decomposition.parameters()):
+                raise FloatingPointError("The last update gave values that are not finite; no result was written.")
+            if files is not None and finished and processes.first:
+                files.finish(decomposition)
+            processes.wait()
     return Run(decomposition, pd.DataFrame([asdict(m) for m in history]), finished, config)
+
+
+def _resume(resume: Any) -> bool | Path:
+    """``resume`` as True, False or a path."""
+    return Path(resume).expanduser() if isinstance(resume, str | PathLike) else flag("resume", resume)
+
+
+@contextmanager
+def _gradients(device: torch.device) -> Iterator[None]:
+    """Gradients on and autocast off, whatever the caller has set; afterwards as it was."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        yield
 
 
 def _batches(adapter: Adapter, data: Any, config: VPDConfig, context: int | None, processes: World) -> ProcessBatches:
@@ -149,18 +173,20 @@ class _Loop:
     files: RunFiles | None
     log_every: int
     interrupted: threading.Event
+    data: Mapping[str, Any]
     history: list[StepMetrics] = field(default_factory=list)
 
-    def start(self, state: Path | None) -> None:
+    def start(self, state: Path | None, history: Sequence[StepMetrics]) -> None:
         """Restores a state, or warms up; then writes the first files."""
-        if self.files is not None and state is not None:
+        if state is not None:
             load_state(self.trainer, state)
-            self.history.extend(self.files.history(before=self.trainer.done))
+            # Of an older version, the history is what was logged, and may be ahead of the state.
+            self.history.extend(metrics for metrics in history if metrics.step < self.trainer.done)
             log.info("resumed at step %d", self.trainer.done)
         else:
             self.trainer.warm_up()
         if self.files is not None:
-            self.files.start(self.trainer, self.batches.describe(), self.history)
+            self.files.start(self.trainer, self._run())
 
     def train(self, *, progress: bool) -> None:
         """Goes on to the last step, or until an interrupt."""
@@ -194,7 +220,10 @@ class _Loop:
 
     def _save(self) -> None:
         if self.files is not None:
-            self.files.save(self.trainer)
+            self.files.save(self.trainer, self._run())
+
+    def _run(self) -> StoredRun:
+        return StoredRun(self.data, self.history)
 
     def _stopped(self) -> bool:
         """Whether any process was interrupted: all of them stop after the same step."""

@@ -1,8 +1,9 @@
-"""The state of a run on disk: everything that the next step depends on.
+"""The state of a run on disk: everything that the next step depends on, and what has been measured.
 
 A folder ``state/`` with ``step-00001000.safetensors``: V, U, Γ, AdamW's moments, the adversary's sources and moments, the
-frequencies' running mean and the step (random numbers, schedules and the place in the data follow from seed and step). Written
-to a temporary file, synced and renamed; the newest ``keep`` files stay.
+frequencies' running mean and the step (random numbers, schedules and the place in the data follow from seed and step), the
+metrics up to the step, and the description of the data. Every tensor and everything else has a checksum
+(``tl_vpd.files.tensor_file``). The newest ``keep`` files stay.
 
 A state has whole tensors, whatever the sharding and the number of processes that wrote it, so that a run may continue with
 others.
@@ -10,115 +11,72 @@ others.
 
 from __future__ import annotations
 
-import errno
 import json
 import logging
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from tl_vpd.checks import integer
 from tl_vpd.components.fingerprint import Fingerprint
-from tl_vpd.components.storage import write_atomically
+from tl_vpd.files.atomic import make_folder
+from tl_vpd.files.tensor_file import TensorFile, open_tensors, write_tensors
 from tl_vpd.training.distributed.sharding import copy_whole, whole
 from tl_vpd.training.state_checks import RefusedState, check_config, check_precision, check_target
-from tl_vpd.training.trainer import Trainer
+from tl_vpd.training.state_entries import SHARED, entries_of, start_moments
+from tl_vpd.training.trainer import StepMetrics, Trainer
 
 log = logging.getLogger(__name__)
-SHARED = ("sources/values", "sources/first", "sources/second")
-"""Tensors of which every process has its rows; a state has all rows, in the order of the batch."""
+HISTORY = "history"
+"""The key of the rows of metrics; the content has the names of the columns."""
 
 
-def save_state(trainer: Trainer, folder: Path, *, keep: int = 2) -> Path:
+@dataclass(frozen=True)
+class StoredRun:
+    """What a state knows of its run besides the trainer.
+
+    Attributes:
+        data: the description of what is trained on (None: a state of an older version, which has neither).
+        history: the rows of metrics of the steps before the state's.
+    """
+
+    data: Mapping[str, Any] | None = None
+    history: Sequence[StepMetrics] = ()
+
+
+def save_state(trainer: Trainer, folder: Path, *, keep: int = 2, run: StoredRun | None = None) -> Path:
     """Writes the trainer's state; every process must call it, and the first writes.
+
+    States of later steps are removed: they are of work that is done again, after the run was resumed from an older state.
 
     Args:
         trainer: of the run.
         folder: of states.
         keep: the newest states that stay.
+        run: what is stored with it (None: nothing).
 
     Raises:
         ValueError: ``keep`` is below 1.
         OSError: it cannot be written; older states are left alone, and all processes raise.
+        FloatingPointError: something is not finite; older states are left alone, and all processes raise.
     """
-    if keep < 1:
-        raise ValueError(f"keep_states is {keep}: at least one state must stay.")
+    integer("keep_states", keep, minimum=1)
     path = folder / f"step-{trainer.done:08d}.safetensors"
     tensors = _gathered(trainer)
-    failure: OSError | None = None
+    failure: Exception | None = None
     if trainer.world.first:
         try:
-            _write(trainer, path, tensors, keep)
-        except OSError as error:
+            _write(trainer, path, tensors, run or StoredRun())
+            _remove_others(path, keep)
+        except (OSError, FloatingPointError) as error:
             failure = error
-    if trainer.world.add(torch.tensor(float(failure is not None), device=trainer.decomposition.device)) > 0:
-        raise failure or OSError(f"The first process could not write {path}; its message says why.")
+    trainer.world.raise_together(failure, trainer.decomposition.device, f"The first process could not write {path}.")
     return path
-
-
-def _gathered(trainer: Trainer) -> dict[str, Tensor]:
-    """The whole state on the CPU, tensor by tensor; only the first process stores it."""
-    _start_moments(trainer)
-    tensors: dict[str, Tensor] = {}
-    for key, entry in _entries(trainer).items():
-        tensor = trainer.world.gather_rows(entry) if key in SHARED else whole(entry)
-        if trainer.world.first:
-            tensors[key] = tensor.cpu().contiguous()
-    return tensors
-
-
-def _write(trainer: Trainer, path: Path, tensors: dict[str, Tensor], keep: int) -> None:
-    folder = path.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    for unfinished in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
-        unfinished.unlink()
-    fingerprints = {name: f.model_dump() for name, f in trainer.decomposition.fingerprints.items()}
-    metadata = {
-        "config": trainer.config.model_dump_json(),
-        "fingerprints": json.dumps(fingerprints),
-        "precision": trainer.engine.precision,
-        "how": json.dumps(trainer.how),
-    }
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
-    with _full_disk_named(folder, size):
-        write_atomically(path, lambda p: save_file(tensors, p, metadata=metadata))
-        _sync(folder)
-    for old in _states(folder)[:-keep]:
-        old.unlink()
-
-
-@contextmanager
-def _full_disk_named(folder: Path, size: int) -> Iterator[None]:
-    """Turns the safetensors library's error into an OSError that names the full folder and the newest intact state."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = error.errno if isinstance(error, OSError) else None
-        text = str(error)
-        full = number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "quota exceeded" in text
-        if not full:
-            raise OSError(number or errno.EIO, f"No state could be written to {folder}: {text}") from error
-        intact = [path.name for path in _states(folder)]
-        remedy = f"{intact[-1]} is intact, so make room and resume" if intact else "make room and start again"
-        raise OSError(
-            errno.ENOSPC,
-            f"No space left on the disk of {folder} for a state of {size / 1e6:.1f} MB: {remedy}",
-        ) from error
-
-
-def _sync(folder: Path) -> None:
-    """A rename is on the disk when its folder is."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def latest_state(folder: Path) -> Path | None:
@@ -127,11 +85,30 @@ def latest_state(folder: Path) -> Path | None:
     return states[-1] if states else None
 
 
+def read_run(path: Path) -> StoredRun:
+    """What a state knows of its run besides the trainer.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    with _intact(path) as file:
+        if file.content is None:
+            log.warning("%s is of an older version and has no checksums: what it holds cannot be proved.", path)
+            return StoredRun()
+        names, rows = file.content[HISTORY], file.read(HISTORY).tolist()
+        whole_numbers = {f.name for f in fields(StepMetrics) if f.type == "int"}
+        history = [
+            StepMetrics(**{n: int(v) if n in whole_numbers else v for n, v in zip(names, row, strict=True)})
+            for row in rows
+        ]
+        return StoredRun(file.content["data"], history)
+
+
 def load_state(trainer: Trainer, path: Path) -> None:
     """Restores a state in place; the number of processes and the sharding may differ from those that wrote it.
 
-    Where the run is carried out in another way than before, so that it continues to rounding and not bit for bit, a warning says
-    in which.
+    All is checked before anything is changed. Where the run is carried out in another way than before, so that it continues to
+    rounding and not bit for bit, a warning says in which.
 
     Args:
         trainer: of the run, of the same config, precision and target.
@@ -140,22 +117,16 @@ def load_state(trainer: Trainer, path: Path) -> None:
     Raises:
         ValueError: the file is damaged, or the run it belongs to had another config, precision or other target weights.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            saved = json.loads(file.metadata()["config"])
-            fingerprints = json.loads(file.metadata().get("fingerprints", "{}"))
-            check_config(trainer.config, path, saved)
-            check_precision(trainer.engine.precision, path, file.metadata().get("precision", "float32"))
-            check_target(trainer.weights, path, {name: Fingerprint(**f) for name, f in fingerprints.items()})
-            how = json.loads(file.metadata().get("how", "{}"))
-            _start_moments(trainer)
-            _fill(trainer, path, file)
-    except RefusedState as error:
-        raise ValueError(str(error)) from error
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not an intact training state ({error}); delete it to resume from an older one."
-        ) from error
+    with _intact(path) as file:
+        content = _content(file)
+        check_config(trainer.config, path, content["config"])
+        check_precision(trainer.engine.precision, path, content["precision"])
+        stored = {name: Fingerprint(**f) for name, f in content["fingerprints"].items()}
+        check_target(trainer.weights, path, stored)
+        start_moments(trainer)
+        _check_tensors(trainer, file)
+        _fill(trainer, file)
+    how = content["how"]
     changed = [
         f"{k}={how[k]!r} then, {trainer.how[k]!r} now" for k in how if k in trainer.how and how[k] != trainer.how[k]
     ]
@@ -163,62 +134,127 @@ def load_state(trainer: Trainer, path: Path) -> None:
         log.warning("%s: the run continues, the same to rounding, not bit for bit (%s)", path, "; ".join(changed))
 
 
-@torch.no_grad()
-def _fill(trainer: Trainer, path: Path, file: Any) -> None:
-    """Copies a file's tensors, one at a time, into this process's part of them."""
-    keys = set(file.keys())
-    for key, entry in _entries(trainer).items():
-        if key not in keys:
-            raise RefusedState(f"{path}: {key} is missing.")
-        stored = file.get_tensor(key)
-        if key in SHARED:
-            n = len(trainer.split.attacked)
-            stored = stored[trainer.world.rank * n : (trainer.world.rank + 1) * n]
-        if stored.shape != entry.shape:
-            raise RefusedState(
-                f"{path}: {key} is {tuple(stored.shape)}, this run's is {tuple(entry.shape)}: resume with the batch size, "
-                "sequence length and subcomponents that the run was started with."
-            )
-        copy_whole(entry, stored)
-    trainer.after_update()
-    trainer.sources.updates = int(file.get_tensor("sources/updates"))
-    if trainer.minimality.frequencies is not None:
-        trainer.minimality.frequencies.updates = int(file.get_tensor("frequencies/updates"))
-    trainer.done = int(file.get_tensor("step"))
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def _gathered(trainer: Trainer) -> dict[str, Tensor]:
+    """The whole state on the CPU, tensor by tensor; only the first process stores it."""
+    start_moments(trainer)
+    tensors: dict[str, Tensor] = {}
+    for key, entry in entries_of(trainer).items():
+        tensor = trainer.world.gather_rows(entry) if key in SHARED else whole(entry)
+        if trainer.world.first:
+            tensors[key] = tensor.cpu().contiguous()
+    return tensors
+
+
+def _write(trainer: Trainer, path: Path, tensors: dict[str, Tensor], run: StoredRun) -> None:
+    folder = path.parent
+    make_folder(folder)
+    for unfinished in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
+        unfinished.unlink(missing_ok=True)
+    columns = [f.name for f in fields(StepMetrics)]
+    content = {
+        "config": trainer.config.model_dump(mode="json"),
+        "fingerprints": {name: f.model_dump() for name, f in trainer.decomposition.fingerprints.items()},
+        "precision": trainer.engine.precision,
+        "how": trainer.how,
+        "data": run.data,
+        HISTORY: columns,
+    }
+    rows = [[float(getattr(metrics, name)) for name in columns] for metrics in run.history]
+    history = torch.tensor(rows, dtype=torch.float64).reshape(len(rows), len(columns))
+    intact = latest_state(folder)
+    safe = "there is no older state" if intact is None else f"{intact.name} is intact"
+    try:
+        write_tensors(path, {**tensors, HISTORY: history}, content, safe=safe)
+    except ValueError as error:  # the only values that cannot be written
+        raise FloatingPointError(f"After {trainer.done} steps {str(error).rstrip('.')}; {safe}.") from error
+
+
+def _remove_others(path: Path, keep: int) -> None:
+    """Removes states of later steps and all but the newest ``keep``."""
+    states = _states(path.parent)
+    at = states.index(path) + 1
+    for other in (*states[at:], *states[: max(0, at - keep)]):
+        other.unlink(missing_ok=True)
 
 
 def _states(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*.safetensors"))
 
 
-def _entries(trainer: Trainer) -> dict[str, Tensor]:
-    """Everything that the next step depends on, by its key in the file."""
-    decomposition, frequencies = trainer.decomposition, trainer.minimality.frequencies
-    names = [f"{kind}/{site}" for kind in ("V", "U") for site in decomposition.sites]
-    names = [name for name in names if name not in trainer.ties.followers]
-    names += [f"gamma/{name}" for name, _ in decomposition.gamma.named_parameters()]
-    entries: dict[str, Tensor] = {}
-    for i, (name, p) in enumerate(zip(names, trainer.parameters, strict=True)):
-        moments = trainer.optimizer.state[p]
-        entries[f"parts/{name}"] = p
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            entries[f"adamw/{i}/{key}"] = moments[key]
-    entries.update({f"sources/{key}": tensor for key, tensor in trainer.sources.state_dict().items()})
-    if frequencies is not None:
-        entries["frequencies/mean"] = frequencies.mean
-        entries["frequencies/updates"] = torch.tensor(frequencies.updates)
-    entries["step"] = torch.tensor(trainer.done)
-    return entries
+# -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def _start_moments(trainer: Trainer) -> None:
-    """Gives AdamW the zero moments that it otherwise makes at the first step, so that every state has the same tensors."""
-    for group in trainer.optimizer.param_groups:
-        for p in group["params"]:
-            if trainer.optimizer.state.get(p):
-                continue
-            trainer.optimizer.state[p] = {
-                "step": torch.zeros((), dtype=torch.float32, device=p.device),
-                "exp_avg": torch.zeros_like(p),
-                "exp_avg_sq": torch.zeros_like(p),
-            }
+@contextmanager
+def _intact(path: Path) -> Iterator[TensorFile]:
+    """An open state; what is wrong with it is said together with the state to resume from instead."""
+    try:
+        with open_tensors(path) as file:
+            yield file
+    except RefusedState as error:
+        raise ValueError(str(error)) from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        reason = reason.removeprefix(str(path)).lstrip(": ").rstrip(".")
+        older = [state for state in _states(path.parent) if state.name < path.name]
+        remedy = (
+            f"resume from the state before with resume={str(older[-1])!r} (tl-vpd train: --from-state {older[-1]})"
+            if older
+            else "there is no older one, so start again in another folder"
+        )
+        raise ValueError(f"{path} is not an intact training state ({reason}): {remedy}.") from error
+
+
+def _content(file: TensorFile) -> Mapping[str, Any]:
+    """What a state says about itself; those of older versions have strings in the metadata."""
+    if file.content is not None:
+        return file.content
+    metadata = file.metadata
+    return {
+        "config": json.loads(metadata["config"]),
+        "fingerprints": json.loads(metadata.get("fingerprints", "{}")),
+        "precision": metadata.get("precision", "float32"),
+        "how": json.loads(metadata.get("how", "{}")),
+    }
+
+
+def _check_tensors(trainer: Trainer, file: TensorFile) -> None:
+    """Refuses a state whose tensors do not fit, and reads each one once, so that a damaged one is noticed before any is used."""
+    path, n = file.path, len(trainer.split.attacked)
+    for key, entry in entries_of(trainer).items():
+        if key not in file.shapes:
+            raise RefusedState(f"{path}: {key} is missing.")
+        shape = tuple(entry.shape)
+        if key in SHARED:
+            shape = (n * trainer.world.size, *shape[1:])
+        if file.shapes[key] != shape:
+            raise RefusedState(
+                f"{path}: {key} is {file.shapes[key]}, this run's is {shape}: resume with the batch size, sequence length and "
+                "subcomponents that the run was started with."
+            )
+        if file.dtypes[key] != entry.dtype:
+            raise RefusedState(
+                f"{path}: {key} is {file.dtypes[key]}, this run's is {entry.dtype}: resume in that dtype."
+            )
+        file.read(key)
+    step = int(file.read("step"))
+    if not 0 <= step <= trainer.config.steps:
+        raise ValueError(f"its step is {step}")
+
+
+@torch.no_grad()
+def _fill(trainer: Trainer, file: TensorFile) -> None:
+    """Copies a file's tensors, one at a time, into this process's part of them."""
+    n = len(trainer.split.attacked)
+    for key, entry in entries_of(trainer).items():
+        stored = file.read(key)
+        if key in SHARED:
+            stored = stored[trainer.world.rank * n : (trainer.world.rank + 1) * n]
+        copy_whole(entry, stored)
+    trainer.after_update()
+    trainer.sources.updates = int(file.read("sources/updates"))
+    if trainer.minimality.frequencies is not None:
+        trainer.minimality.frequencies.updates = int(file.read("frequencies/updates"))
+    trainer.done = int(file.read("step"))

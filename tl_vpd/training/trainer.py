@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.forward.masked_model import MaskedModel
-from tl_vpd.losses import Penalty
+from tl_vpd.losses import Penalty, check_relative
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training.adversary import Adversary
 from tl_vpd.training.config import ExecutionConfig, VPDConfig
@@ -69,7 +69,8 @@ class Trainer:
         world: the processes that split the batch (None: one).
 
     Raises:
-        ValueError: the batch cannot be split, tied sites are sharded, or V, U and Γ are in less than float32.
+        ValueError: the batch cannot be split, tied sites are sharded, V, U and Γ are in less than float32, or a weight to which
+            faithfulness is relative is zero.
         Unsupported: ``checkpoint`` with a model that is not a stack of layers, ``blocked_logits`` with one whose logits are more
             than a product (raised by the first step), or ``compile`` with one in another dtype than V and U.
     """
@@ -88,6 +89,8 @@ class Trainer:
         self.engine = _engine(masked_model, config, self.execution)
         self.decomposition = self.engine.decomposition
         self.weights = {name: masked_model.adapter.weight(name) for name in self.decomposition.sites}
+        if config.faithfulness.kind == "relative":
+            check_relative(self.weights)
         self.how = {
             **self.execution.model_dump(include={"compile", "micro_batch", "blocked_logits"}),
             "processes": self.world.size,

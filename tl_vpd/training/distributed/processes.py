@@ -67,6 +67,17 @@ class World:
         dist.all_gather(blocks, tensor.contiguous())
         return torch.cat(blocks)
 
+    def raise_together(self, failure: Exception | None, device: torch.device, elsewhere: str) -> None:
+        """Raises in every process what the first one has met (None: nothing).
+
+        Args:
+            failure: of the first process.
+            device: of the model.
+            elsewhere: the message of the OSError that the other processes raise.
+        """
+        if self.add(torch.tensor(float(failure is not None), device=device)) > 0:
+            raise failure or OSError(elsewhere)
+
     def wait(self) -> None:
         """Until every process has come to this point."""
         if self.size > 1:

@@ -36,7 +36,7 @@ from tl_vpd.importance.chunked import ChunkedTransformers
 from tl_vpd.importance.mlps import PerSubcomponentMLPs
 from tl_vpd.importance.squash import LOWER_LEAKY, Squash
 from tl_vpd.importance.transformer import SharedTransformer
-from tl_vpd.losses import Penalty, faithfulness
+from tl_vpd.losses import Penalty, faithfulness_terms
 from tl_vpd.losses.precision import at_least_float32
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training.config import Precision
@@ -108,7 +108,7 @@ class CompiledEngine(EagerEngine):
         def loss(coefficient: Tensor, *tensors: Tensor) -> Tensor:
             with torch.enable_grad():
                 by_site = dict(zip(weights, tensors[:n], strict=True))
-                value = faithfulness(components, by_site, relative=relative)
+                value = torch.stack(list(faithfulness_terms(components, by_site, relative=relative))).sum()
                 gradients = torch.autograd.grad(coefficient * value, matrices)
             for stored, gradient in zip(tensors[n:], gradients, strict=True):
                 stored += gradient
