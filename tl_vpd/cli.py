@@ -202,6 +202,7 @@ def feature_splitting_command(
     out: Annotated[Path | None, typer.Option(help="File for the table (.csv).")] = None,
 ) -> None:
     """Train decompositions with fewer and more subcomponents, and count how many of each are alive."""
+    from tl_vpd.files.atomic import write_text
     from tl_vpd.recipe import Recipe
     from tl_vpd.recipe.evaluating import check_writable, numbers
 
@@ -209,7 +210,7 @@ def feature_splitting_command(
     table = Recipe.read(recipe).feature_splitting(numbers("--factors", factors, float), rows=rows)
     _say(table.round(4).to_string())
     if out is not None:
-        table.to_csv(out)
+        write_text(out, table.to_csv())
 
 
 @app.command()

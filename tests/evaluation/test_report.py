@@ -189,7 +189,11 @@ def test_what_does_not_fit_beside_is_refused_before_anything_is_measured(monkeyp
 
 
 def test_stored_reports_load_with_their_names_of_today(tmp_path: Path):
+    figures = ("l0", "alive", "built", "tokens", "summed_rank")
+    by_name = ("compute_recovered", "pgd_kl", "pgd_kl_starts", "l0_by_site", "alive_by_site", "built_by_site")
     stored = {
+        **dict.fromkeys(figures, 1),
+        **{name: {} for name in by_name},
         "kl": {"zero": 1.0},
         "tables": {
             "aggregation": [{"pieces": "learned", "inputs": 2, "kl_alone": 0.1, "kl_union": 0.9}],

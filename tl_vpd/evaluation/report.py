@@ -82,7 +82,8 @@ class Evaluation:
             row: dict[str, Any] = {"mode": mode}
             if "target_ce" in record:
                 target, zero, ce = (number(record[name]) for name in ("target_ce", "zero_ce", f"{mode}_ce"))
-                row |= {"ce": ce, "above_target": ce - target, "share_of_zero": (ce - target) / (zero - target)}
+                share = (ce - target) / (zero - target) if zero != target else float("nan")
+                row |= {"ce": ce, "above_target": ce - target, "share_of_zero": share}
             row[record.get("output", "kl")] = number(record["kl"][mode])
             if (bounds := record.get("intervals", {}).get("kl", {}).get(mode)) is not None:
                 row["low"], row["high"] = bounds

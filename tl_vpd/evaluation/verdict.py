@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = Mapping[str, Any]
+NOT_FINITE = "it is not a finite number"
+"""Why a figure was left out of a record that should have one."""
 FLOOR = 0.02
 """Share of z below which a distance counts as nothing."""
 ROWS_FOR_LOOKUP = 8
@@ -52,8 +54,13 @@ class NotMeasured(Exception):
 
 
 def warnings_of(record: Record | Any) -> list[str]:
-    """The sentences of all faults of a report (an ``Evaluation``, or its record)."""
-    return [check.sentence for check in checks(record) if check.fault]
+    """The sentences of all faults of a report (an ``Evaluation``, or its record), and one of figures that are not finite."""
+    record = record if isinstance(record, Mapping) else record.record
+    sentences = [check.sentence for check in checks(record) if check.fault]
+    undefined = [name for name, why in record.get("left_out", {}).items() if why == NOT_FINITE]
+    if undefined:
+        sentences.append(f"{len(undefined)} figures are NaN or infinite: {', '.join(undefined)}.")
+    return sentences
 
 
 def checks(record: Record | Any) -> list[Check]:
@@ -133,7 +140,8 @@ def _dense(record: Record) -> Check | None:
 def _delta(record: Record) -> Check | None:
     """The subcomponents do not add up to the weights."""
     share = _figure(record, "kl", "unmasked") / max(_figure(record, "kl", "zero"), 1e-30)
-    largest = max(record.get("delta_share", {"": 0.0}).items(), key=lambda item: item[1])
+    shares = {name: share for name, share in record.get("delta_share", {}).items() if share is not None} or {"": 0.0}
+    largest = max(shares.items(), key=lambda item: item[1])
     where = f" (Δ has {largest[1]:.1%} of the square of {largest[0]})" if largest[0] else ""
     return _above(
         "delta",

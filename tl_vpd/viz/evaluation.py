@@ -62,7 +62,18 @@ TABLES: dict[str, tuple[str, str]] = {
 
 
 def evaluation_page(report: Evaluation, path: str | os.PathLike[str], *, title: str = "Evaluation") -> Path:
-    """Writes the page of an evaluation, which opens offline; returns the path."""
+    """Writes the page of an evaluation, which opens offline; returns the path.
+
+    Args:
+        report: from ``evaluate``.
+        path: of the page.
+        title: of the page.
+
+    Raises:
+        TypeError: the report is something else.
+    """
+    if not isinstance(report, Evaluation):
+        raise TypeError(f"report is a {type(report).__name__}: give what evaluate(...) returns.")
     return page(panels(report), title, path, introduction=INTRODUCTION)
 
 
@@ -122,9 +133,11 @@ def _outcome(check: Any) -> str:
 
 def _counts(record: Mapping[str, Any]) -> str:
     target = f"Target cross-entropy {record['target_ce']:.4f}. " if record.get("target_ce") is not None else ""
-    share = record["l0"] / record["alive"] if record["alive"] else 0.0
+    l0 = "not defined"
+    if record["l0"] is not None:
+        l0 = f"{record['l0']:.1f} per token, {record['l0'] / max(record['alive'], 1):.1%} of {record['alive']} alive"
     return (
-        f"{target}L0 {record['l0']:.1f} per token, {share:.1%} of {record['alive']} alive; {record['built']} built, "
+        f"{target}L0 {l0}; {record['built']} built, "
         f"{record['summed_rank']} summed ranks; {record['tokens']:,} tokens. Δ is 0, but random in the stochastic mode. Partial "
         "uses a random half of what is unimportant."
     )
