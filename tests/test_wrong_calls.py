@@ -1,11 +1,17 @@
-"""Wrong calls end in one sentence."""
+"""Wrong calls end in one sentence, and other forms of right arguments give the same numbers.
+
+Scripts of their own, since the tests check every argument's type before the library sees it.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 
+import pytest
 
-def test_wrong_calls_say_what_came_and_what_to_do():
-    result = subprocess.run([sys.executable, "-m", "tests.wrong_calls"], capture_output=True, text=True)
+
+@pytest.mark.parametrize("script", ["tests.wrong_calls", "tests.hooks.wrong_calls", "tests.hooks.other_forms"])
+def test_calls_are_right_or_refused_in_one_sentence(script):
+    result = subprocess.run([sys.executable, "-m", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

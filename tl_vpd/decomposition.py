@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from jaxtyping import Float
 from torch import Tensor, nn
 
 import tl_vpd.hooks as hooks_room
 from tl_vpd.adapters import adapt
-from tl_vpd.checks import check_finite
+from tl_vpd.checks import check_finite, config_of, device_of
 from tl_vpd.components.storage import CONFIG, TENSORS
+from tl_vpd.files.hub import fetch
 from tl_vpd.forward.target_check import fingerprints
 from tl_vpd.hooks import Attached, CausalImportances, ComponentActs
 from tl_vpd.hooks.ablations import FwdHooks
@@ -63,9 +63,14 @@ class Decomposition(DecomposedWeights):
 
         Raises:
             KeyError: the model does not have a site, or V and U (or Γ and its tensors) have other names.
+            TypeError: an argument is of another type, such as arrays where tensors are needed.
             ValueError: there are no sites, a shape does not fit, or a tensor has NaN or infinite entries.
         """
         adapter = adapt(model)
+        gamma = config_of(GammaConfig, gamma)
+        for what, tensors_of in (("V", V), ("U", U), ("gamma_tensors", gamma_tensors)):
+            if not isinstance(tensors_of, Mapping):
+                raise TypeError(f"{what} is a {type(tensors_of).__name__}: give tensors by name, in a dict.")
         for name in {**V, **U}:
             if name not in adapter.sites:
                 raise KeyError(f"This model has no site {name!r}{nearest(name, adapter.sites)}.")
@@ -74,7 +79,7 @@ class Decomposition(DecomposedWeights):
         names = [name for name in adapter.sites if name in V]
         if not names:
             raise ValueError("V and U are empty: give the matrices of one site or more.")
-        sites, counts = [adapter.sites[name] for name in names], {name: V[name].shape[1] for name in names}
+        sites, counts = [adapter.sites[name] for name in names], {name: _columns(name, V[name]) for name in names}
         gamma, prints = gamma.resolved(adapter.d_model), fingerprints(adapter, names)
         with torch.device("meta"):
             decomposition = cls(sites, counts, gamma, fingerprints=prints, record=record)
@@ -90,6 +95,8 @@ class Decomposition(DecomposedWeights):
         for key, tensor in tensors.items():
             mapping, name = sources[key]
             source = mapping[name]
+            if not isinstance(source, Tensor):
+                raise TypeError(f"{key} is a {type(source).__name__}: give a tensor.")
             if tensor.shape != source.shape:
                 raise ValueError(f"{key} is {tuple(source.shape)}, and {tuple(tensor.shape)} is needed.")
             tensor.copy_(source)
@@ -140,12 +147,21 @@ class Decomposition(DecomposedWeights):
     # -- files -------------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> Path:
-        """Writes ``decomposition.safetensors`` and ``config.json``; ``dtype`` stores in another precision.
+        """Writes ``decomposition.safetensors``, which has everything, and ``config.json``, a copy of the config for people.
+
+        A decomposition that is there is replaced: whatever happens meanwhile, the folder has the old one or the new one.
+
+        Args:
+            folder: made if needed.
+            dtype: stores in another precision (float64, float32, bfloat16, float16).
 
         Raises:
-            OSError: the folder cannot be written.
+            FileExistsError: the folder's ``config.json`` belongs to something else.
+            OSError: the folder cannot be written; the message says what is safe.
+            TypeError: ``record`` is not data, or ``dtype`` is not a dtype.
+            ValueError: ``record`` or a tensor has values that are NaN or infinite, or too large for ``dtype``.
         """
-        return self.write(Path(folder), dtype=dtype)
+        return self.write(_folder(folder), dtype=dtype)
 
     @classmethod
     def load(
@@ -155,13 +171,22 @@ class Decomposition(DecomposedWeights):
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
     ) -> Decomposition:
-        """Reads a folder written by ``save`` straight to a device and dtype (None: float32).
+        """Reads a folder written by ``save``, tensor by tensor, straight to a device and dtype.
+
+        Warns if ``config.json``, of which nothing is read, is missing or differs.
+
+        Args:
+            folder: that ``save`` wrote.
+            device: where the decomposition goes.
+            dtype: float64, float32, bfloat16 or float16 (None: float32).
 
         Raises:
             FileNotFoundError: there is no such folder, or it is not a decomposition.
-            ValueError: a file is damaged, or a key or shape is wrong; the message names it.
+            TypeError: the device or dtype is of another type.
+            ValueError: there is no such device, a file is damaged, a key or shape is wrong, or values are too large for
+                ``dtype``; the message says which.
         """
-        return cls.read(Path(folder), device=torch.device(device), dtype=dtype or torch.float32)
+        return cls.read(_folder(folder), device=device_of(device), dtype=torch.float32 if dtype is None else dtype)
 
     @classmethod
     def bundled(cls, *, device: str | torch.device = "cpu") -> Decomposition:
@@ -172,7 +197,43 @@ class Decomposition(DecomposedWeights):
     def from_hub(
         cls, repository: str, *, revision: str | None = None, device: str | torch.device = "cpu"
     ) -> Decomposition:
-        """Loads ``user/repo`` from the Hugging Face Hub (downloads ``config.json`` and ``decomposition.safetensors``)."""
-        return cls.load(
-            snapshot_download(repository, revision=revision, allow_patterns=[CONFIG, TENSORS]), device=device
-        )
+        """Loads ``user/repo`` from the Hugging Face Hub.
+
+        Args:
+            repository: its name.
+            revision: a branch, tag or commit (None: the main branch).
+            device: where the decomposition goes.
+
+        Raises:
+            FileNotFoundError: the repository is not a decomposition.
+            OSError: it cannot be fetched; the message says why.
+            ValueError: its name is not one, or what was fetched is damaged.
+        """
+        folder = fetch(repository, [CONFIG, TENSORS], revision=revision)
+        if not (folder / TENSORS).is_file():
+            raise FileNotFoundError(f"{repository} is not a decomposition: it has no {TENSORS}.")
+        try:
+            return cls.load(folder, device=device)
+        except ValueError as error:
+            text = str(error).rstrip(".")
+            raise ValueError(
+                f"{repository}: {text}; if the download broke off, delete {folder} and try again."
+            ) from error
+
+
+def _folder(folder: str | os.PathLike[str]) -> Path:
+    """A folder's path; raises TypeError or NotADirectoryError for anything else."""
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(f"The folder is a {type(folder).__name__}: give its path.")
+    if Path(folder).is_file():
+        raise NotADirectoryError(f"{folder} is a file: give the folder of a decomposition.")
+    return Path(folder)
+
+
+def _columns(name: str, V: Tensor) -> int:
+    """Number of subcomponents of a site's read directions; raises TypeError or ValueError if they are not a matrix."""
+    if not isinstance(V, Tensor):
+        raise TypeError(f"V/{name} is a {type(V).__name__}: give a tensor [d_in, C].")
+    if V.ndim != 2 or not V.is_floating_point():
+        raise ValueError(f"V/{name} is {tuple(V.shape)} of {V.dtype}: give floating-point numbers [d_in, C].")
+    return V.shape[1]

@@ -112,9 +112,13 @@ class Subcomponent:
     def __post_init__(self) -> None:
         if not isinstance(self.site, str):
             raise TypeError(f"The site of a subcomponent is a {type(self.site).__name__}: give its name.")
-        if isinstance(self.index, bool) or not hasattr(self.index, "__index__"):
+        try:
+            index = operator.index(self.index)  # NumPy's integers too
+        except TypeError:
+            index = None
+        if index is None or isinstance(self.index, bool):
             raise TypeError(f"The index of a subcomponent is a {type(self.index).__name__}: give an integer.")
-        object.__setattr__(self, "index", operator.index(self.index))  # NumPy's integers too
+        object.__setattr__(self, "index", index)
         if self.index < 0:
             raise ValueError(f"index={self.index} of {self.site:.80}: subcomponents are counted from 0.")
 

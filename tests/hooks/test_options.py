@@ -102,8 +102,8 @@ def test_an_option_that_does_not_exist_is_named_with_the_nearest(model, vpd, tok
         with misspelt, attached.masked("rounded", treshold=0.1):
             pass
         with (
-            pytest.raises(ValueError, match=r"steps=-1: give how many steps"),
-            attached.masked("adversarial", steps=-1),
+            pytest.raises(ValueError, match=r"steps=0: give an integer of at least 1"),
+            attached.masked("adversarial", steps=0),
         ):
             pass
     for options, error, message in (

@@ -81,8 +81,30 @@ def test_momentum_by_hand():
 def test_no_momentum_is_the_plain_attack_to_the_bit():
     plain, zero = (fresh_pgd(linear, draw(1, 1, 4), steps=3, **more) for more in ({}, {"momentum": 0.0}))
     assert torch.equal(plain.sources, zero.sources) and plain.losses == zero.losses
-    with pytest.raises(ValueError, match="momentum is 1"):
+    with pytest.raises(ValueError, match="momentum=1: give a number"):
         fresh_pgd(linear, draw(1, 1, 4), momentum=1.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": -1}, "steps=-1: give an integer of at least 0"),
+        ({"step_size": 0.0}, "step_size=0.0: give a finite number above 0"),
+        ({"step_size": float("nan")}, "step_size=nan"),
+        ({"momentum": -0.1}, "momentum=-0.1: give a finite number from 0 to 1"),
+    ],
+)
+def test_an_attack_that_is_none_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        fresh_pgd(linear, draw(1, 1, 4), **options)
+
+
+@pytest.mark.parametrize("entry", [float("nan"), float("inf"), -0.1, 1.1])
+def test_sources_that_no_mask_has_are_refused(entry):
+    start = draw(1, 1, 4)
+    start[..., 2] = entry
+    with pytest.raises(ValueError, match=r"sources are in \[0, 1\]"):
+        fresh_pgd(linear, start)
 
 
 def test_the_worst_start_comes_first():

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
 
 from tl_vpd.adapters.versions import HookedTransformer, transformer_bridge
+from tl_vpd.checks import choice, device_of
 
 Kind = Literal["hooked_transformer", "bridge"]
 
@@ -38,9 +41,17 @@ def load_model(
 
     Raises:
         ImportError: the installed TransformerLens has no such class.
-        ValueError: an option of the other class.
+        TypeError: the name or device is of another type.
+        ValueError: an option of the other class, or no such kind or device.
+        NotADirectoryError: the name is that of a file.
     """
-    kind = kind or default_kind()
+    if not isinstance(name, str | os.PathLike):
+        raise TypeError(f"The model's name is a {type(name).__name__}: give the name of a model, or of a folder.")
+    name, device = os.fspath(name), device_of(device)
+    if Path(name).is_file():
+        raise NotADirectoryError(f"{name} is a file: give the folder that it is in, or the name of a model.")
+    kind = default_kind() if kind is None else kind
+    choice("kind", kind, get_args(Kind))
     if kind == "bridge":
         bridge = transformer_bridge().boot_transformers(name, device=str(device), **options)
         if compatibility_mode:

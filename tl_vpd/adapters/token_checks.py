@@ -91,7 +91,7 @@ def check_tokens(tokens: Int[Tensor, "..."], *, d_vocab: int, n_ctx: int) -> Non
     low, high = torch.stack(tokens.aminmax()).tolist()
     if low < 0 or high >= d_vocab:
         raise ValueError(
-            f"Tokens run from {low} to {high}, outside the vocabulary 0..{d_vocab - 1}: were they made by another tokenizer?"
+            f"Tokens run from {low} to {high}, outside the vocabulary 0..{d_vocab - 1}: give tokens of this model's tokenizer."
         )
 
 

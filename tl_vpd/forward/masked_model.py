@@ -31,6 +31,7 @@ from tl_vpd.forward.site_taps import SitePass, SiteTaps
 from tl_vpd.forward.target_check import check_target
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks
+from tl_vpd.site import nearest
 
 M = TypeVar("M", bound="MaskedModel")
 
@@ -122,7 +123,15 @@ class MaskedModel:
             token_mask: False at padding (None: no padding).
             constant_weights: gradients reach the masks but not V and U (an adversary's steps).
             checkpoint: a layer's activations are not stored for backward but computed again in it.
+
+        Raises:
+            KeyError: the masks name a site that is not decomposed.
+            ValueError: a mask has other axes than ``[C]`` or ``[batch, pos, C]``.
         """
+        if isinstance(masks, Masks) and (others := [name for name in masks if name not in self.weights.sites]):
+            raise KeyError(
+                f"The masks name {others[0]!r}, which is not decomposed{nearest(others[0], self.weights.sites)}."
+            )
         function = partial(self._output, masks, constant_weights)
         with self._recomputing(function, token_mask) if checkpoint else nullcontext():
             return self.run(tokens, SitePass(function), token_mask)
@@ -145,7 +154,8 @@ class MaskedModel:
         if isinstance(masks, Masks):
             V, U = self.weights.V, self.weights.U
             matrices = (V.constant(name), U.constant(name)) if constant else (V[name], U[name])
-            return SiteProduct(name, self.adapter, x, y, *matrices).masked(masks[name])
+            product = SiteProduct(name, self.adapter, x, y, *matrices)
+            return product.masked(masks[name].fitted(name, (*product.rows, product.V.shape[1]), x.device))
 
         def masked(V: Tensor, U: Tensor, x: Tensor, y: Tensor) -> Tensor:
             V, U = (V.detach(), U.detach()) if constant else (V, U)

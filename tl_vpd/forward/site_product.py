@@ -48,6 +48,11 @@ class SiteProduct:
         """What was added to the output before it was tapped, which is never masked."""
         return self.adapter.bias(self.name)
 
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """The axes of the product's tokens: (batch, pos), or (batch,) without positions."""
+        return tuple(self.y.shape[: -2 if self.layout.by_head else -1])
+
     def acts(self, columns: Tensor | None = None) -> Float[Tensor, "*batch C"]:
         """Inner activations ``x @ V`` in the layout of the pass, of all subcomponents or of ``columns``."""
         V = self.V if columns is None else self.V[:, columns]

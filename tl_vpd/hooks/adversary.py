@@ -43,8 +43,8 @@ def adversarial_masks(
         node_set: subcomponents that may not be ablated at all, all others being free (None: Γ's importances say how far).
         sites: patterns of the sites that are attacked (None: all).
         attention_mask: 0 at padding (None: the tokens tell, see ``tl_vpd.adapters.prompts``).
-        **options: ``steps`` of the attack (20), ``step_size`` (``2 / steps``), and ``seed`` of its start (None: torch's global
-            generator).
+        **options: ``steps`` of the attack (20; 1 or more), ``step_size`` (``2 / steps``), and ``seed`` of its start (None:
+            torch's global generator).
 
     Raises:
         KeyError: a site does not exist.

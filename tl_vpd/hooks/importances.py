@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
+from tl_vpd.checks import integer, number
 from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks
@@ -70,7 +71,9 @@ class CausalImportances(BySite):
                 "attached.masked('adversarial')."
             )
         options = ModeOptions.of(mode, {"threshold": threshold, "delta": delta, "seed": seed})
-        generator = None if seed is None else torch.Generator(self.concatenated.device).manual_seed(seed)
+        generator = None
+        if options.seed is not None:
+            generator = torch.Generator(self.concatenated.device).manual_seed(options.seed)
         return masks_of_mode(
             cast(Mode, mode),
             self.concatenated,
@@ -86,8 +89,16 @@ class CausalImportances(BySite):
         return (self.concatenated > 0).sum(-1)
 
     def to_pandas(self, *, above: float = 0.0) -> pd.DataFrame:
-        """One row per importance above a threshold: batch, pos and token (of models that have them), subcomponent, ci."""
-        index = (self.concatenated > above).nonzero(as_tuple=True)
+        """One row per importance above a threshold: batch, pos and token (of models that have them), subcomponent, ci.
+
+        Args:
+            above: the threshold, at most 1.
+
+        Raises:
+            TypeError: it is not a number.
+            ValueError: no importance can be above it.
+        """
+        index = (self.concatenated > number("above", above, maximum=1)).nonzero(as_tuple=True)
         *rows, subcomponents = index
         columns: dict[str, Any] = dict(zip(("batch", "pos"), (axis.tolist() for axis in rows), strict=False))
         same_shape = self.tokens.shape == self.concatenated.shape[:-1]
@@ -98,7 +109,16 @@ class CausalImportances(BySite):
         return pd.DataFrame(columns)
 
     def top(self, k: int = 10) -> pd.DataFrame:
-        """The ``k`` subcomponents of the largest mean importance over real tokens, with how often they are above 0."""
+        """The subcomponents of the largest mean importance over real tokens, with how often they are above 0.
+
+        Args:
+            k: how many, at most.
+
+        Raises:
+            TypeError: it is not an integer.
+            ValueError: it is below 1.
+        """
+        k = integer("k", k, minimum=1)
         real = self.concatenated.flatten(0, -2) if self.token_mask is None else self.concatenated[self.token_mask]
         mean = real.mean(0)
         best = mean.topk(min(k, mean.numel())).indices
@@ -120,10 +140,12 @@ def causal_importances(
     Args:
         decomposition: of this model.
         model: the target; its parameters and hooks are left unchanged.
-        prompts: a string (the empty one is BOS alone, where the model prepends it), strings, or tokens ``[batch, pos]``.
-        attention_mask: 0 at padding (None: the tokens tell, see ``tl_vpd.adapters.prompts``).
+        prompts: a string (the empty one is BOS alone, where the model prepends it), strings, or tokens ``[batch, pos]``: a
+            tensor, an array or lists of integers of any type.
+        attention_mask: 1 at real tokens and 0 at padding (None: the tokens tell, see ``tl_vpd.adapters.prompts``).
 
     Raises:
+        TypeError: the prompts are neither text nor tokens.
         ValueError: there are no tokens, too many, or not this model's; or the model is not the decomposed one.
     """
     with MaskedModel(decomposition, model) as masked_model:

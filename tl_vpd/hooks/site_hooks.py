@@ -40,6 +40,10 @@ def hooked_output(product: SiteProduct, points: Points, mask_of: MaskOf | None) 
     """
     layout, acts = product.layout, product.acts()
     after, shown = through(points["component_acts"], layout.shown(acts), lambda: layout.shown(product.acts()))
+    if after is not None and after.shape != shown.shape:
+        raise ValueError(
+            f"A hook on the activations of {product.name} returned {tuple(after.shape)}: return {tuple(shown.shape)} or None."
+        )
     acts = acts if layout.by_head else shown
     # Where a spec is not routed its masks are 1, so that hooks act there as well.
     site_mask = SiteMask(None, None) if mask_of is None else unrouted(mask_of(shown))
@@ -56,7 +60,8 @@ def hooked_output(product: SiteProduct, points: Points, mask_of: MaskOf | None) 
     if after is None and mask is None and delta is None:
         return None
     patched = None if after is None else layout.patched(acts, shown, after)
-    return product.masked(SiteMask(mask, delta), acts=acts, patched_acts=patched)
+    fitted = SiteMask(mask, delta).fitted(product.name, shown.shape, shown.device)  # hooks return what they like
+    return product.masked(fitted, acts=acts, patched_acts=patched)
 
 
 def sparse_output(product: SiteProduct, on_acts: list[Sparse], on_mask: list[Sparse], points: Points) -> Tensor:

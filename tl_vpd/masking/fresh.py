@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.checks import integer, number
 from tl_vpd.masking.masks import Masks, masks_from_sources
 from tl_vpd.site import ConcatenatedAxis
 
@@ -56,17 +57,22 @@ def fresh_pgd(
         loss: differentiable in the sources. It may run its backward pass piecewise: then it returns a detached value and
             leaves the gradient in ``sources.grad``.
         start: sources in [0, 1].
-        steps: number of updates.
+        steps: number of updates; 0 scores the start.
         step_size: length of each (None: ``2 / steps``).
         momentum: μ in [0, 1), the factor of the running sum of gradients.
 
     Raises:
-        ValueError: the momentum is not in [0, 1).
+        TypeError: an option is not a number.
+        ValueError: an option is out of its range, or the start is not in [0, 1].
     """
-    if not 0 <= momentum < 1:
-        raise ValueError(f"The momentum is {momentum}; give a number from 0 (none) to below 1.")
+    steps = integer("steps", steps, minimum=0)
+    size = 2.0 / max(steps, 1) if step_size is None else number("step_size", step_size, above=0)
+    momentum = number("momentum", momentum, minimum=0, maximum=1)
+    if momentum == 1:
+        raise ValueError("momentum=1: give a number from 0 (none) to below 1.")
+    if not bool(((start >= 0) & (start <= 1)).all()):
+        raise ValueError("The start has entries that are NaN or outside [0, 1]: sources are in [0, 1].")
     velocity: Tensor | None = None
-    size = 2.0 / steps if step_size is None and steps else step_size or 0.0
     sources = start.detach().clone()
     losses: list[float] = []
     with torch.enable_grad():
@@ -143,7 +149,7 @@ def restarted_pgd(
         momentum: as in ``fresh_pgd``.
 
     Raises:
-        ValueError: there is no start, or the momentum is not in [0, 1).
+        ValueError: there is no start, or ``fresh_pgd`` refuses one or an option.
     """
     results = [fresh_pgd(loss, start, steps=steps, step_size=step_size, momentum=momentum) for start in starts]
     if not results:

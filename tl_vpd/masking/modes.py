@@ -17,17 +17,16 @@ on masked forwards; *stochastic* and *rounded* are also the SPD paper's.)
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.checks import check_threshold
+from tl_vpd.checks import check_threshold, integer, number, seed_of
+from tl_vpd.masking.factors import factor_of
 from tl_vpd.masking.masks import Masks, constant_masks, masks_from_sources
 from tl_vpd.site import ConcatenatedAxis, nearest
 
@@ -64,7 +63,7 @@ class ModeOptions:
         threshold: of ``rounded``: importances above it give mask 1.
         delta: factor of Δ: a number, ``"drawn"``, or None for the mode's default.
         seed: of every random number (None: torch's global generator).
-        steps: of the adversary's ascent.
+        steps: of the adversary's ascent, 1 or more.
         step_size: length of each step (None: ``2 / steps``).
     """
 
@@ -87,8 +86,8 @@ class ModeOptions:
             ValueError: there is no such mode, the mode does not take an option, or a value is impossible.
             TypeError: there is no such option, or it is not a number.
         """
-        if mode not in MODES:
-            raise ValueError(f"{mode!r} is not a mask mode{nearest(mode, MODES)}. Modes: {', '.join(MODES)}.")
+        if not isinstance(mode, str) or mode not in MODES:
+            raise ValueError(f"{mode!r:.80} is not a mask mode{nearest(mode, MODES)}. Modes: {', '.join(MODES)}.")
         label = label or f"the mode {mode!r}"
         names = [field.name for field in fields(cls)]
         for name in options:
@@ -97,34 +96,30 @@ class ModeOptions:
         options = {name: value for name, value in options.items() if value is not None}
         delta = options.get("delta")
         if isinstance(delta, str) and delta != "drawn":
-            raise ValueError(f"delta={delta!r}: give a number, 'drawn', or None for the mode's default.")
+            raise ValueError(f"delta={delta!r:.80}: give a number, 'drawn', or None for the mode's default.")
         for name, value in options.items():
             if mode in MODES_OF_OPTION[name] or (name == "seed" and delta == "drawn"):
                 continue
             if name == "delta":
-                raise ValueError(f"delta={value!r} does nothing in {label}, which attacks Δ as well: leave delta out.")
+                raise ValueError(
+                    f"delta={value!r:.80} does nothing in {label}, which attacks Δ as well: leave delta out."
+                )
             modes = " and ".join(repr(m) for m in MODES_OF_OPTION[name])
-            raise ValueError(f"{name}={value!r} does nothing in {label}: {name} belongs to {modes}; leave it out.")
-        for name, value in options.items():
-            _check_value(name, value)
-        return cls(**options)
+            raise ValueError(f"{name}={value!r:.80} does nothing in {label}: {name} belongs to {modes}; leave it out.")
+        return cls(**{name: _checked(name, value) for name, value in options.items()})
 
 
-def _check_value(name: str, value: Any) -> None:
-    """Raises TypeError or ValueError unless a mode's option is a number of its range."""
-    if value == "drawn" and name == "delta":
-        return
-    kind, allowed = (Integral, "an integer") if name in ("seed", "steps") else (Real, "a number")
-    if isinstance(value, bool) or not isinstance(value, kind):
-        raise TypeError(f"{name}={value!r} is a {type(value).__name__}: give {allowed}.")
+def _checked(name: str, value: Any) -> Any:
+    """A mode's option in its type; raises TypeError or ValueError if it is not a number of its range."""
     if name == "threshold":
-        check_threshold(float(value))
-    if not math.isfinite(value):
-        raise ValueError(f"{name}={value}: give a finite number.")
-    if name == "steps" and float(value) < 0:
-        raise ValueError(f"steps={value}: give how many steps the adversary makes, 0 or more.")
-    if name == "step_size" and float(value) <= 0:
-        raise ValueError(f"step_size={value}: give the length of each of the adversary's steps, above 0.")
+        return check_threshold(value)
+    if name == "seed":
+        return seed_of(value)
+    if name == "steps":
+        return integer("steps", value, minimum=1)
+    if name == "step_size":
+        return number("step_size", value, above=0)
+    return value if isinstance(value, str) else factor_of("delta", value)
 
 
 def masks_of_mode(
