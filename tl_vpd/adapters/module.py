@@ -115,4 +115,4 @@ class ModuleAdapter(Adapter):
 
     def tap(self, name: str, read: Read, write: Write) -> list[Handle]:
         """Sends the layer's input to ``read`` and its output through ``write``."""
-        return [tap_product(self.model.get_submodule(name), read, write)]
+        return [tap_product(self.tapped(name), read, write)]

@@ -173,7 +173,7 @@ class Attached:
                 mode = Masks.of(mode, self.decomposition.counts)
             elif not callable(mode):
                 raise TypeError(
-                    f"{mode!r} is a {type(mode).__name__}: give a mode's name, masks by site, or a function (site, acts) -> mask."
+                    f"The mode is a {type(mode).__name__}: give a mode's name, masks by site, or a function (site, acts) -> mask."
                 )
             spec = self._spec(None, mode, ModeOptions(), sites, pos)
             if isinstance(mode, Mapping) and spec.sites.isdisjoint(mode):
