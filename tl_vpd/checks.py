@@ -65,6 +65,8 @@ def integer(name: str, value: Any, *, minimum: int | None = None, maximum: int |
     result = int(whole)
     if (minimum is not None and result < minimum) or (maximum is not None and result > maximum):
         raise ValueError(f"{name}={shown(value)}: give an integer{_range(minimum, maximum)}.")
+    if not -(1 << 63) <= result <= LARGEST_SEED:
+        raise ValueError(f"{name}={shown(value)} is beyond 64 bits: give an integer{_range(minimum, maximum)}.")
     return result
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter
+from tl_vpd.checks import integer, seed_of
 from tl_vpd.forward import SitePass, SiteTaps
 
 
@@ -29,6 +30,10 @@ class FullComponents(nn.Module):
         C: components.
         tied: pairs of sites that are one matrix, the second transposed; its factors are the first's: ``P₂ = P₁ᵀ``.
         seed: of the initialisation.
+
+    Raises:
+        TypeError: a number is of another type.
+        ValueError: there are no components, or the seed is too large.
     """
 
     def __init__(
@@ -40,7 +45,8 @@ class FullComponents(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
+        C = integer("C", C, minimum=1)
+        generator = torch.Generator().manual_seed(seed_of(seed))
         self.names, self.shapes, self.C = list(shapes), dict(shapes), C
         self.leads = {second: first for first, second in tied}
         self.leaders = [site for site in shapes if site not in self.leads]

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from tl_vpd.checks import config_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.masking import Masks, SiteMask
@@ -57,7 +58,9 @@ def vpd(
 
     Raises:
         KeyboardInterrupt: the run was interrupted; with a folder, the next call continues it.
+        TypeError: the config is another one.
     """
+    config = config_of(VPDConfig, config)
     run = decompose(
         model,
         data,

@@ -22,6 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tl_vpd.baselines.rank_one import RankOne, vpd
+from tl_vpd.checks import config_of
 from tl_vpd.importance import GammaConfig
 from tl_vpd.importance.squash import Squash
 from tl_vpd.training import Coefficients, FaithfulnessConfig, VPDConfig
@@ -70,7 +71,9 @@ def spd(
 
     Raises:
         ValueError: the config has an adversary.
+        TypeError: the config is another one.
     """
+    config = config_of(SPDConfig, config)
     if config.coefficients.adversarial:
         raise ValueError("SPD has no adversary: set coefficients.adversarial to 0, or choose vpd.")
     return vpd(model, data, config, folder=folder, progress=progress, compile=compile)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tl_vpd.adapters.loading import Kind, converted_neox_weights, default_kind, load_model, quiet_transformers
 from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
+from tl_vpd.checks import choice
 from tl_vpd.decomposition import Decomposition
 
 if TYPE_CHECKING:
@@ -41,7 +42,10 @@ def model(*, kind: Kind | None = None, device: str | torch.device = "cpu", folde
 
     Raises:
         ImportError: the installed TransformerLens has no such class.
+        ValueError: there is no such kind.
     """
+    if kind is not None:
+        choice("kind", kind, get_args(Kind))
     if (kind or default_kind()) == "bridge":
         with quiet_transformers():
             bridge: Any = load_model(str(folder), kind="bridge", device=device)
@@ -57,7 +61,7 @@ def decomposition(*, device: str | torch.device = "cpu") -> Decomposition:
 
 def tokens(part: Literal["validation", "training"], folder: Path = MODEL) -> Int[Tensor, "window pos"]:
     """Token windows of the standard library's source, each opened by BOS: 256 of validation or 2,000 of training files."""
-    if part not in ("validation", "training"):
+    if not isinstance(part, str) or part not in ("validation", "training"):
         raise KeyError(f"part={part!r}: the bundled tokens are 'validation' and 'training'.")
     return torch.from_numpy(load_file(folder / "tokens.safetensors")[part].astype(np.int64))
 

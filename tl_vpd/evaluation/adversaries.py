@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_vpd.checks import check_fields, check_threshold, choice, integer, number, sequence
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.evaluation.sample import Sample, measure
@@ -47,7 +48,8 @@ class Adversary:
         explanations: how many tokens' important sets it may combine (None: it chooses every mask and Δ freely).
 
     Raises:
-        ValueError: there are no starts, fewer than one explanation, or no such scope.
+        TypeError: a value is of another type.
+        ValueError: a number is out of its range (an adversary without steps or starts is none), or there is no such scope.
     """
 
     scope: Scope | str = "shared"
@@ -58,12 +60,12 @@ class Adversary:
     explanations: int | None = None
 
     def __post_init__(self) -> None:
-        if self.starts < 1:
-            raise ValueError(f"starts={self.starts}: an adversary needs one random start or more.")
-        if self.explanations is not None and self.explanations < 1:
-            raise ValueError(f"explanations={self.explanations}: give 1 or more, or None.")
-        if self.scope not in ("shared", "position", "token"):
-            raise ValueError(f"scope={self.scope!r}: choose shared, position or token.")
+        choice("scope", self.scope, ("shared", "position", "token"))
+        check_fields(self, steps=1, momentum=0, starts=1, explanations=1)
+        if self.step_size is not None:
+            number("step_size", self.step_size, above=0)
+        if self.momentum >= 1:
+            raise ValueError(f"momentum={self.momentum}: give a number of at least 0 and below 1.")
 
     @property
     def name(self) -> str:
@@ -100,12 +102,12 @@ class Attack:
     def record(self, *, seed: int = 0) -> dict[str, Any]:
         """One row of the table: the adversary, its budget, its result."""
         adversary = self.adversary
-        step_size = 2.0 / adversary.steps if adversary.step_size is None and adversary.steps else adversary.step_size
+        step_size = 2.0 / adversary.steps if adversary.step_size is None else adversary.step_size
         low, high = self.by_row.interval(seed=seed)
         return {
             "adversary": adversary.name,
             "steps": adversary.steps,
-            "step_size": step_size or 0.0,
+            "step_size": step_size,
             "starts": adversary.starts,
             "tokens": self.tokens,
             "kl": self.kl,
@@ -123,6 +125,7 @@ def union_of(weights: Float[Tensor, "*batch K"], sets: Bool[Tensor, "K C_total"]
 @measure
 def explanations(sample: Sample, n: int, *, threshold: float = 0.0) -> Bool[Tensor, "_ C_total"]:
     """The important sets of n random real tokens of a sample (of all, if it has fewer)."""
+    n, threshold = integer("n", n, minimum=1), check_threshold(threshold)
     device = sample.masked_model.adapter.device
     chosen = torch.randperm(sample.n_tokens, generator=sample.generator(7), device=device)[:n]
     sets = torch.empty(len(chosen), sample.site_axis.total, dtype=torch.bool, device=device)
@@ -228,6 +231,8 @@ def adversaries(
         budgets: steps, in the place of those that each adversary has.
         rows: attack only the first rows (None: all); the span comes from all.
     """
+    rows = None if rows is None else integer("rows", rows, minimum=1)
+    budgets = [integer(f"budgets[{i}]", steps, minimum=1) for i, steps in enumerate(sequence("budgets", budgets))]
     if kinds is None:
         kinds = [kind for kind in STANDARD.values() if kind.scope != "position" or sample.position_shape]
     attacked = sample.first(rows)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.checks import integer, number
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
 
@@ -41,7 +42,13 @@ def cancelling_pairs(
         below: the bound.
         smallest: leave out subcomponents with less than this share of their site's largest norm, ``‖V_c‖ ‖U_c‖``.
         k: at most so many pairs per site.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a number is out of its range.
     """
+    below, smallest = number("below", below, maximum=1), number("smallest", smallest, minimum=0)
+    k = integer("k", k, minimum=0)
     rows = []
     for name in decomposition.sites:
         V, U = decomposition.V[name].detach().float(), decomposition.U[name].detach().float()

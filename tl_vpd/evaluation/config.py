@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
+from tl_vpd.checks import check_fields, integer, number, sequence
 from tl_vpd.evaluation.sample import KEEP_BYTES
 from tl_vpd.site import nearest
 
@@ -39,14 +42,14 @@ class EvaluationConfig:
         control_budgets: steps of the standard adversary on the controls.
         batch_size: how many rows run together; figures do not depend on it.
         seed: of all random numbers.
-        curve: the target's validation curve of (step, CE), for compute recovered.
+        curve: the target's validation curve of (step, CE), steps ascending, for compute recovered.
         keep_bytes: how much memory the targets and importances of one sample may take between passes. What does not fit is
             computed again in each pass, with the same figures.
 
     Raises:
         KeyError: there is no such measure.
-        TypeError: the measures are a string.
-        ValueError: a number is out of its range, or ``starts`` names a budget that is not attacked.
+        TypeError: a value is of another type.
+        ValueError: a number is out of its range, ``starts`` names a budget that is not attacked, or the curve does not rise.
     """
 
     measures: Sequence[str] = MEASURES
@@ -62,24 +65,41 @@ class EvaluationConfig:
     keep_bytes: int = KEEP_BYTES
 
     def __post_init__(self) -> None:
-        if isinstance(self.measures, str):
-            raise TypeError(
-                f"measures={self.measures!r} is a string: give names in a list, such as [{self.measures!r}]."
-            )
+        check_fields(self, budgets=1, adversary_budgets=1, attack_rows=1, control_budgets=1, batch_size=1, keep_bytes=0)
         for name in self.measures:
             if name not in MEASURES:
                 raise KeyError(f"{name!r} is not a measure{nearest(name, MEASURES)}. Measures: {', '.join(MEASURES)}.")
-        if self.attack_rows is not None and self.attack_rows < 1:
-            raise ValueError(f"attack_rows={self.attack_rows}: at least one row is attacked (budgets=() attacks none).")
-        if self.batch_size < 1 or self.keep_bytes < 0:
-            raise ValueError(
-                f"batch_size={self.batch_size}, keep_bytes={self.keep_bytes}: a batch has at least one row, and memory is not "
-                "negative."
-            )
-        unknown = () if isinstance(self.starts, int) else sorted(set(self.starts) - set(self.budgets))
-        if unknown:
-            raise ValueError(f"starts names {unknown}, which budgets={tuple(self.budgets)} does not attack with.")
+        if isinstance(self.starts, Mapping):
+            starts = {integer("starts", k): integer(f"starts[{k}]", n, minimum=1) for k, n in self.starts.items()}
+            object.__setattr__(self, "starts", starts)
+            unknown = sorted(set(starts) - set(self.budgets))
+            if unknown:
+                raise ValueError(f"starts names {unknown}, which budgets={tuple(self.budgets)} does not attack with.")
+        else:
+            object.__setattr__(self, "starts", integer("starts", self.starts, minimum=1))
+        if self.curve is not None:
+            object.__setattr__(self, "curve", checked_curve(self.curve))
 
     def starts_at(self, steps: int) -> int:
         """The random starts at a budget."""
         return self.starts if isinstance(self.starts, int) else self.starts.get(steps, 1)
+
+
+def checked_curve(curve: Any) -> tuple[tuple[float, float], ...]:
+    """A validation curve as pairs of numbers.
+
+    Args:
+        curve: of (step, cross-entropy).
+
+    Raises:
+        TypeError: it is not a list of pairs of numbers.
+        ValueError: a number is not finite, or steps do not rise.
+    """
+    points = []
+    for i, point in enumerate(sequence("curve", curve)):
+        if len(sequence(f"curve[{i}]", point)) != 2:
+            raise ValueError(f"curve[{i}]={point!r}: give a pair of a step and a cross-entropy.")
+        points.append((number(f"curve[{i}]", point[0], minimum=0), number(f"curve[{i}]", point[1])))
+    if not points or points[-1][0] == 0 or any(a[0] >= b[0] for a, b in pairwise(points)):
+        raise ValueError(f"curve has the steps {[p[0] for p in points]}: give steps that rise, the last above 0.")
+    return tuple(points)

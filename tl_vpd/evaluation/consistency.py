@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_vpd.checks import seed_of
 from tl_vpd.decomposition import Decomposition
 
 MEASURES = ("V", "U", "rank_one")
@@ -63,9 +64,15 @@ def consistency(
         seed: of the random baselines.
 
     Raises:
-        ValueError: the two do not decompose the same sites.
+        ValueError: the two do not decompose the same sites, or ``alive`` does not fit them.
+        TypeError: an argument is of another type.
     """
+    seed = seed_of(seed)
     check_same_sites(one, other)
+    for bounds, of in zip(alive or (), (one, other), strict=False):
+        shapes = {name: tuple(bounds[name].shape) if name in bounds else None for name in of.sites}
+        if shapes != {name: (of.counts[name],) for name in of.sites}:
+            raise ValueError(f"alive has the shapes {shapes}: give True or False for each subcomponent of every site.")
     rows = []
     for name in one.sites:
         V, U = _vectors(one, name, None if alive is None else alive[0])
@@ -103,7 +110,10 @@ def _like(t: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def check_same_sites(one: Decomposition, other: Decomposition) -> None:
-    """Raises ValueError where two decompositions are of other sites or shapes."""
+    """Raises ValueError where two decompositions are of other sites or shapes, TypeError for other things."""
+    for vpd in (one, other):
+        if not isinstance(vpd, Decomposition):
+            raise TypeError(f"A {type(vpd).__name__} came for a Decomposition.")
     shapes, other_shapes = ({s: (x.d_in, x.d_out) for s, x in vpd.sites.items()} for vpd in (one, other))
     if shapes != other_shapes:
         different = sorted(set(one.sites) ^ set(other.sites))

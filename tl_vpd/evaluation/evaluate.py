@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.checks import config_of
-from tl_vpd.components.storage import library_versions
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.adversaries import EXPLANATIONS
 from tl_vpd.evaluation.batch import BatchStore
@@ -29,7 +28,8 @@ from tl_vpd.evaluation.cancelling import cancelling_pairs
 from tl_vpd.evaluation.config import EvaluationConfig
 from tl_vpd.evaluation.consistency import check_same_sites
 from tl_vpd.evaluation.controls import controls_of
-from tl_vpd.evaluation.record import defined, record_of
+from tl_vpd.evaluation.off_distribution import check_by_name
+from tl_vpd.evaluation.record import defined, record_of, undefined_columns
 from tl_vpd.evaluation.report import Evaluation
 from tl_vpd.evaluation.sample import Sample, sampled
 from tl_vpd.evaluation.tables import (
@@ -43,6 +43,8 @@ from tl_vpd.evaluation.tables import (
     tables_of_others,
     tables_of_sample,
 )
+from tl_vpd.evaluation.verdict import NOT_FINITE
+from tl_vpd.files.versions import library_versions
 from tl_vpd.forward.masked_model import MaskedModel
 
 
@@ -71,6 +73,9 @@ def evaluate(
 
     Raises:
         ValueError: the tokens, the decomposition, other data or another decomposition do not fit the model.
+        TypeError: an argument is of another type.
+
+    Figures that are NaN or infinite are None in the record; ``left_out`` names them, and ``warnings`` too.
     """
     config = config_of(EvaluationConfig, config)
     data, others = off_distribution or {}, others or {}
@@ -162,6 +167,8 @@ class _Report:
         config = self.config
         settings = {"seed": config.seed, "attack_rows": config.attack_rows, "explanations": EXPLANATIONS}
         record, reasons = defined(self.record)
+        for name, of_pieces in self.tables.items():
+            reasons |= {f"tables.{name}.{column}": NOT_FINITE for column in undefined_columns(of_pieces)}
         left_out = {**self.left_out, **reasons}
         whole = {"tables": tables, "left_out": left_out, "settings": settings, "versions": library_versions()}
         return Evaluation({**record, **whole})
@@ -179,6 +186,8 @@ def _check_beside(
     decomposition: Decomposition, model: nn.Module, data: Mapping[str, Any], others: Mapping[str, Decomposition]
 ) -> None:
     """Refuses other data and decompositions that do not fit, before anything is measured."""
+    check_by_name("off_distribution", data, "rows of tokens")
+    check_by_name("others", others, "decompositions")
     reserved = {THESE_ROWS, SCRAMBLED} & set(data) | {THIS} & set(others)
     if reserved:
         raise ValueError(f"The report itself uses the name {', '.join(sorted(reserved))}: choose another name.")

@@ -19,6 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
+from tl_vpd.checks import config_of, number, sequence
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.importance_statistics import ALIVE
 from tl_vpd.evaluation.modes import masks_in_row
@@ -43,7 +44,12 @@ def alive_subcomponents(
         tokens: rows, or prompts.
         above: the bound.
         batch_size: how many rows run together.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a number is out of its range.
     """
+    above = number("above", above, minimum=0)
     with sampled(decomposition, model, tokens, batch_size=batch_size, keep_bytes=0) as sample:
         return {name: mean > above for name, mean in sample.site_axis.split_sites(sample.statistics.mean).items()}
 
@@ -68,7 +74,13 @@ def feature_splitting(
         batch_size: how many rows run together.
         seed: of the stochastic masks.
         keep_bytes: memory for targets and importances between passes.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: there are no decompositions, or a number is out of its range.
     """
+    if not isinstance(decompositions, Mapping) or not decompositions:
+        raise ValueError(f"decompositions={decompositions!r}: give at least one, by name.")
     rows: list[dict[str, Any]] = []
     for name, vpd in decompositions.items():
         with sampled(vpd, model, tokens, batch_size=batch_size, seed=seed, keep_bytes=keep_bytes) as sample:
@@ -110,9 +122,12 @@ def decompose_at_sizes(
         progress: show a bar for each run.
 
     Raises:
-        ValueError: a folder holds a finished run with other settings.
+        ValueError: a folder holds a finished run with other settings, or a factor is not above 0.
+        TypeError: an argument is of another type.
         InterruptedError: a run was stopped; call again to continue (with ``saving``).
     """
+    config = config_of(VPDConfig, config)
+    factors = [number(f"factors[{i}]", factor, above=0) for i, factor in enumerate(sequence("factors", factors))]
     sites = adapt(model).sites
     counts = counts_for(config, {name: sites[name] for name in select(config.sites, list(sites))})
     saving = saving or SavingConfig()

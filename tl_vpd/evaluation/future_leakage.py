@@ -17,10 +17,10 @@ import pandas as pd
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_vpd.checks import choice, integer, sequence
 from tl_vpd.evaluation.batch import Batch, Rows
 from tl_vpd.evaluation.modes import row_masks
 from tl_vpd.evaluation.sample import Sample, measure
-from tl_vpd.site import nearest
 
 MODES = ("rounded", "rounded_0.1", "rounded_0.5", "ci", "stochastic", "partial")
 """Rows of the mode table whose masks depend on importances."""
@@ -42,8 +42,10 @@ def future_leakage(sample: Sample, *, positions: Sequence[int], mode: str = "rou
     reason = why_not(sample)
     if reason:
         raise ValueError(f"Future leakage cannot be measured: {reason}.")
-    if mode not in MODES:
-        raise ValueError(f"mode={mode!r}{nearest(mode, MODES)}: choose one of {', '.join(MODES)}.")
+    choice("mode", mode, MODES)
+    positions = [integer(f"positions[{i}]", p) for i, p in enumerate(sequence("positions", positions))]
+    if not positions:
+        raise ValueError("positions=[]: give at least one.")
     length = sample.rows.tokens.shape[1]
     beyond = [p for p in positions if not 0 <= p < length - 1]
     if beyond:

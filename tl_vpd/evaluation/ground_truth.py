@@ -21,6 +21,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
+from tl_vpd.checks import choice, seed_of
 from tl_vpd.evaluation.importance_statistics import ALIVE
 from tl_vpd.evaluation.matching import count_errors, mmcs_and_ml2r, overlap, pattern_errors
 from tl_vpd.evaluation.truth import SiteTruth, Truth
@@ -95,7 +96,10 @@ def ground_truth(
     Raises:
         KeyError: the truth names a site that the model does not have.
         AttributeError: the same, of a custom model.
+        ValueError: there is no such ``output``, or the seed is too large.
     """
+    choice("output", output, ("kl", "mse"))
+    seed = seed_of(seed)
     weights = {site: adapt(model).weight(site) for site in truth.sites}
     g = result.importances(inputs)
     alive = {site: values.mean((0, 1)) > ALIVE for site, values in g.items()}

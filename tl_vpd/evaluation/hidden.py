@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_vpd.checks import check_threshold
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.modes import rounded
 from tl_vpd.evaluation.sample import Sample, measure
@@ -79,7 +80,7 @@ def hidden_errors(sample: Sample, *, threshold: float = 0.0) -> pd.DataFrame:
         threshold: θ.
     """
     points = _points(sample)
-    masks = rounded(sample, threshold)
+    masks = rounded(sample, check_threshold(threshold))
     sums: dict[str, Unexplained] = {}
     patterns: dict[str, list[Tensor]] = {}
     n_tokens: list[int] = []

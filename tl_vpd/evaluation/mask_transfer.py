@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from tl_vpd.checks import check_threshold
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.evaluation.modes import rounded
@@ -44,7 +45,7 @@ def mask_transfer(sample: Sample, *, threshold: float = 0.0, single_sites: bool 
         threshold: θ.
         single_sites: whether sites are also replaced one at a time.
     """
-    masks = rounded(sample, threshold)
+    masks = rounded(sample, check_threshold(threshold))
     outputs: dict[str, Callable[[Batch], Tensor]] = {
         "error-propagating": lambda batch: sample.output(batch, masks(batch))
     }

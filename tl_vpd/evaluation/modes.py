@@ -15,6 +15,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.evaluation.config import checked_curve
 from tl_vpd.evaluation.sample import MasksOf, Sample
 from tl_vpd.masking import Masks, constant_masks, masks_from_sources
 from tl_vpd.masking.modes import Mode, masks_of_mode
@@ -68,7 +69,12 @@ def compute_recovered(ce: float, curve: Sequence[Sequence[int | float]]) -> floa
     """Share of training steps after which the target's curve of (step, CE) first reached ``ce`` (linear in between).
 
     NaN for a NaN cross-entropy (no row has a next token).
+
+    Raises:
+        TypeError: the curve is not a list of pairs of numbers.
+        ValueError: its steps do not rise.
     """
+    curve = checked_curve(curve)
     if math.isnan(ce):
         return ce
     last = curve[-1][0]

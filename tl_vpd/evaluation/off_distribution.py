@@ -18,6 +18,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
+from tl_vpd.checks import config_of, seed_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.adversaries import Adversary, attack
 from tl_vpd.evaluation.batch import BatchStore
@@ -48,10 +49,12 @@ def off_distribution(
 
     Raises:
         ValueError: there are no data, or a set does not fit the model; the message names it.
+        TypeError: an argument is of another type.
     """
+    check_by_name("data", data, "rows of tokens")
     if not data:
-        raise ValueError("There are no data: give rows of tokens by name.")
-    config = config or EvaluationConfig(budgets=(20,), attack_rows=8)
+        raise ValueError("data={}: give rows of tokens by name.")
+    config = config_of(EvaluationConfig, config or EvaluationConfig(budgets=(20,), attack_rows=8))
     adversary = Adversary(steps=min(config.budgets)) if config.budgets else None
     options: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "keep_bytes": config.keep_bytes}
     table = []
@@ -62,6 +65,12 @@ def off_distribution(
         except (ValueError, TypeError) as error:
             raise type(error)(f"Data {name!r}: {error}") from error
     return pd.DataFrame(table).set_index("data")
+
+
+def check_by_name(argument: str, value: Any, what: str) -> None:
+    """Raises TypeError unless an argument has things by name."""
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"{argument} is a {type(value).__name__}: give {what} by name, in a dict.")
 
 
 @measure
@@ -107,8 +116,9 @@ def scrambled(model: nn.Module, tokens: Int[Tensor, "n pos"], *, seed: int = 0) 
         tokens: rows.
         seed: of the orders.
     """
+    tokens = adapt(model).tokens(tokens)
     token_mask = adapt(model).padding(tokens, None)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed_of(seed))
     return torch.stack(
         [_scrambled_row(row, None if token_mask is None else token_mask[i], generator) for i, row in enumerate(tokens)]
     )

@@ -7,8 +7,10 @@ becomes None in ``defined``, with a reason.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import pandas as pd
 
 from tl_vpd.evaluation.adversaries import Adversary, Attack, attack
 from tl_vpd.evaluation.config import EvaluationConfig
@@ -16,9 +18,9 @@ from tl_vpd.evaluation.importance_statistics import ALIVE
 from tl_vpd.evaluation.intervals import METHOD, PerRow
 from tl_vpd.evaluation.modes import ROWS, compute_recovered, masks_in_row
 from tl_vpd.evaluation.sample import Sample
+from tl_vpd.evaluation.verdict import NOT_FINITE
 
 NO_NEXT_TOKEN = "no row has two real tokens, one after the other"
-NOT_FINITE = "it is not a finite number"
 
 
 def record_of(sample: Sample, config: EvaluationConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -80,6 +82,18 @@ def defined(record: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
         return value
 
     return cleaned(record, ""), reasons
+
+
+def undefined_columns(tables: Iterable[pd.DataFrame]) -> list[str]:
+    """Columns with infinite figures, or with distances that are NaN (intervals and what a row lacks may be)."""
+    columns: dict[str, None] = {}
+    for table in tables:
+        for name in table.select_dtypes("number").columns:
+            values = table[name]
+            is_distance = name.startswith("kl") and not name.endswith(("_low", "_high"))
+            if bool(values.isin([math.inf, -math.inf]).any()) or (is_distance and bool(values.isna().any())):
+                columns[name] = None
+    return list(columns)
 
 
 def _attack_figures(attacks: Sequence[Attack], attacked: Sample) -> dict[str, Any]:

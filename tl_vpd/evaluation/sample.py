@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from tl_vpd.checks import integer, seed_of
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.batch import Batch, BatchStore, Rows, ce_by_row
@@ -235,11 +236,15 @@ def sampled(
         keep_bytes: how much memory targets and importances may take between passes; what does not fit is computed again.
 
     Raises:
-        ValueError: the tokens or the decomposition do not fit the model, or all tokens are padding.
+        ValueError: the tokens or the decomposition do not fit the model, all tokens are padding, or a number is out of its range.
+        TypeError: bare Components have no importances, or an argument is of another type.
     """
+    batch_size, seed = integer("batch_size", batch_size, minimum=1), seed_of(seed)
+    keep_bytes = integer("keep_bytes", keep_bytes, minimum=0)
     masked_model = MaskedModel(decomposition, model)
     if importances is None:
-        assert isinstance(decomposition, Decomposition), "Components have no Γ: pass importances."
+        if not isinstance(decomposition, Decomposition):
+            raise TypeError(f"A {type(decomposition).__name__} has no Γ: pass importances=.")
         importances = learned(decomposition)
     rows = rows_of(masked_model, tokens)
     store = BatchStore(keep_bytes)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
+from tl_vpd.checks import check_threshold, sequence
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.modes import rounded_masks
 from tl_vpd.evaluation.sample import Sample, measure
@@ -27,8 +28,14 @@ def sparsity_sweep(sample: Sample, *, thresholds: Sequence[float] = THRESHOLDS) 
     Args:
         sample: the rows.
         thresholds: θ.
+
+    Raises:
+        TypeError: the thresholds are not numbers in a list.
+        ValueError: one is not in [0, 1], or there are none.
     """
-    counts = dict.fromkeys(thresholds, 0.0)
+    counts = {check_threshold(threshold): 0.0 for threshold in sequence("thresholds", thresholds)}
+    if not counts:
+        raise ValueError("thresholds=[]: give at least one.")
 
     def masks(batch: Batch, threshold: float) -> Masks:
         counts[threshold] += float((batch.g > threshold).sum())

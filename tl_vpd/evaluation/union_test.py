@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_vpd.checks import check_threshold, integer, sequence
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.evaluation.sample import Sample, measure
@@ -86,8 +87,8 @@ def union_distances(sample: Sample, size: int = 2, *, threshold: float = 0.0) ->
     Raises:
         ValueError: there are fewer rows than a group needs.
     """
-    n = len(sample.rows)
-    if not 2 <= size <= n:
+    n, threshold = len(sample.rows), check_threshold(threshold)
+    if not 2 <= integer("size", size) <= n:
         raise ValueError(f"Groups of {size} cannot be formed of {n} rows: give a size from 2 to {n}.")
     device = sample.masked_model.adapter.device
     order = torch.randperm(n, generator=sample.generator(11, size), device=device)[: n // size * size].tolist()
@@ -127,7 +128,7 @@ def union_test(sample: Sample, *, sizes: Sequence[int] = (2, 4), threshold: floa
         ValueError: there are fewer rows than a group needs.
     """
     table = []
-    for size in sizes:
+    for size in sequence("sizes", sizes):
         result = union_distances(sample, size, threshold=threshold)
         table.append(
             {

@@ -5,7 +5,7 @@
 The first two are one distance between outputs (``reconstruction``) under two kinds of masks.
 """
 
-from tl_vpd.losses.faithfulness import faithfulness, faithfulness_terms
+from tl_vpd.losses.faithfulness import check_relative, faithfulness, faithfulness_terms
 from tl_vpd.losses.frequency_minimality import RunningFrequency, frequency_minimality
 from tl_vpd.losses.importance_minimality import importance_minimality
 from tl_vpd.losses.kl import kl_divergence
@@ -19,6 +19,7 @@ __all__ = [
     "Reconstruction",
     "RunningFrequency",
     "Unembedding",
+    "check_relative",
     "faithfulness",
     "faithfulness_terms",
     "frequency_minimality",

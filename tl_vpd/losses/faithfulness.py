@@ -24,14 +24,34 @@ def faithfulness(
         components: V and U of every site.
         weights: W ``[d_in, d_out]`` by site.
         relative: divide each site's error by ``‖W‖²`` and average over sites; otherwise divide by the number of weights.
+
+    Raises:
+        ValueError: relative to a weight of zeros.
     """
+    if relative:
+        check_relative(weights)
     return torch.stack(list(faithfulness_terms(components, weights, relative=relative))).sum()
+
+
+def check_relative(weights: Mapping[str, Float[Tensor, "_ _"]]) -> None:
+    """Raises ValueError unless every weight has a norm that errors can be relative to."""
+    for name, W in weights.items():
+        if not bool(W.any()):
+            raise ValueError(f"{name} is a matrix of zeros, to which no error is relative: leave it out of the sites.")
 
 
 def faithfulness_terms(
     components: Components, weights: Mapping[str, Float[Tensor, "_ _"]], *, relative: bool = False
 ) -> Iterator[Float[Tensor, ""]]:
-    """The terms of ``faithfulness``, one per site: with a backward after each, only one Δ is in memory at a time."""
+    """The terms of ``faithfulness``, one per site: with a backward after each, only one Δ is in memory at a time.
+
+    Nothing waits for the device: ``check_relative`` is called once, before the first step.
+
+    Args:
+        components: V and U of every site.
+        weights: W by site.
+        relative: as in ``faithfulness``.
+    """
     total = sum(W.numel() for W in weights.values())
     for name, W in weights.items():
         yield components.delta(name, W).square().sum() / (len(weights) * W.square().sum() if relative else total)

@@ -17,6 +17,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.checks import number
+
 
 def frequency_minimality(
     s: Float[Tensor, " C_total"],
@@ -52,6 +54,9 @@ class RunningFrequency:
         half_life: in steps; ``β = ½^(1 / half_life)``.
         device: of the mean.
         dtype: of the mean.
+
+    Raises:
+        ValueError: the half-life is not above 0.
     """
 
     def __init__(
@@ -62,7 +67,7 @@ class RunningFrequency:
         device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.beta = 0.5 ** (1 / half_life)
+        self.beta = 0.5 ** (1 / number("half_life", half_life, above=0))
         self.mean = torch.zeros(width, device=device, dtype=dtype)
         self.updates = 0
 

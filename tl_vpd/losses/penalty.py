@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_vpd.checks import choice, integer
 from tl_vpd.importance.squash import LEAK, LOWER_LEAKY, Squash
 
 EPS = 1e-12
@@ -31,11 +32,18 @@ class Penalty:
         kind: ``power`` or ``smooth_l0``.
         parameter: the exponent p, or the width γ.
         block: how many importances are processed at once; few enough to stay in the processor's cache.
+
+    Raises:
+        ValueError: there is no such kind, or the block is empty.
     """
 
     kind: Literal["power", "smooth_l0"]
     parameter: float | Float[Tensor, ""]
     block: int = _BLOCK
+
+    def __post_init__(self) -> None:
+        choice("kind", self.kind, ("power", "smooth_l0"))
+        integer("block", self.block, minimum=1)
 
     def value(self, g: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """φ(g); g is overwritten."""

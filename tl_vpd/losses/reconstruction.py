@@ -14,6 +14,7 @@ from typing import Literal
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_vpd.checks import choice
 from tl_vpd.losses.kl import kl_divergence
 from tl_vpd.losses.precision import at_least_float32
 from tl_vpd.losses.squared_error import squared_error
@@ -28,6 +29,9 @@ class Reconstruction:
         kind: ``kl`` for logits (nats), ``mse`` for other outputs.
         token_mask: False at padding, which the mean leaves out (None: no padding).
         unembedding: makes logits of outputs, a block of tokens at a time (None: outputs are compared directly).
+
+    Raises:
+        ValueError: there is no such kind.
     """
 
     def __init__(
@@ -37,6 +41,7 @@ class Reconstruction:
         token_mask: Bool[Tensor, "batch pos"] | None = None,
         unembedding: Unembedding | None = None,
     ) -> None:
+        choice("kind", kind, ("kl", "mse"))
         self.kind, self.token_mask, self.unembedding = kind, token_mask, unembedding
         if unembedding is not None:
             self.target = target

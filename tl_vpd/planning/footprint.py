@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from tl_vpd.checks import config_of
+from tl_vpd.checks import config_of, integer, number
 from tl_vpd.planning.flops import flops_of
 from tl_vpd.planning.memory import bytes_of
 from tl_vpd.planning.run_shape import RunShape
@@ -60,11 +60,17 @@ class Footprint:
         Args:
             steps: of the run.
             tflops: what a device computes per second, in 10¹² FLOP (None: no time is shown).
+
+        Raises:
+            TypeError: an argument is not a number.
+            ValueError: a number is out of its range.
         """
+        steps = integer("steps", steps, minimum=1)
         table = self.table().round(3).astype(object)
         lines = [table.where(table.notna(), "").to_string(index=False)]
         lines.append(", ".join(f"{name}: {n:,}" for name, n in self.counts.items()))
-        if tflops:
+        if tflops is not None:
+            tflops = number("tflops", tflops, above=0)
             seconds = self.step_flops / (tflops * 1e12)
             lines.append(
                 f"at {tflops:g} TFLOP per second: {seconds:.3g} s per step, {seconds * steps / 3600:.3g} h for {steps:,}"
@@ -90,9 +96,15 @@ def footprint(
         processes: how many split the batch.
 
     Raises:
-        ValueError: the batch cannot be split equally.
+        ValueError: the batch cannot be split equally, or a number is below 1.
         KeyError: ``sites`` or ``C`` does not fit the target.
+        TypeError: an argument is of another type.
     """
+    if not isinstance(target, Target):
+        raise TypeError(
+            f"target is a {type(target).__name__}: give Target.of(model), or Target.of(TransformerShape(...))."
+        )
+    context, processes = integer("context", context, minimum=1), integer("processes", processes, minimum=1)
     config, execution = config_of(VPDConfig, config), config_of(ExecutionConfig, execution)
     if config.batch_size % processes:
         raise ValueError(

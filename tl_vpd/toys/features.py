@@ -18,10 +18,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.checks import check_fields
+
 
 @dataclass(frozen=True)
 class SparseFeatures:
-    """Batches ``[batch_size, context, n_features]`` for ``tl_vpd.decompose`` and for training a target."""
+    """Batches ``[batch_size, context, n_features]`` for ``tl_vpd.decompose`` and for training a target.
+
+    Raises:
+        TypeError: a value is of another type.
+        ValueError: a number is out of its range.
+    """
 
     n_features: int
     probability: float
@@ -32,6 +39,11 @@ class SparseFeatures:
     low: float = 0.0
     high: float = 1.0
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, n_features=1, probability=(0, 1), batch_size=1, context=1)
+        if self.low > self.high:
+            raise ValueError(f"low={self.low} is above high={self.high}: give the smaller number first.")
 
     def at(self, step: int) -> Float[Tensor, "batch pos features"]:
         """The batch of a step."""

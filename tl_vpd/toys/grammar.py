@@ -29,6 +29,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_vpd.checks import check_fields
 from tl_vpd.evaluation.truth import Truth
 from tl_vpd.toys.toy import TargetTraining, Toy
 from tl_vpd.toys.transformers import accuracy_at, cross_entropy_at, small_transformer
@@ -99,11 +100,19 @@ SENTENCES = (_possession, _bracketed, _being, _felt)
 
 @dataclass(frozen=True)
 class Sentences:
-    """Batches ``[batch_size, context]`` of sentences."""
+    """Batches ``[batch_size, context]`` of sentences.
+
+    Raises:
+        TypeError: a value is of another type.
+        ValueError: a number is below 1.
+    """
 
     context: int
     batch_size: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, context=1, batch_size=1)
 
     def at(self, step: int) -> Int[Tensor, "batch pos"]:
         """The tokens of a step."""

@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_vpd.checks import check_fields
 from tl_vpd.evaluation.truth import Truth
 from tl_vpd.losses import kl_divergence
 from tl_vpd.toys.toy import TargetTraining, Toy
@@ -36,7 +37,12 @@ TRAINING = TargetTraining(steps=3_000, rows=64, lr=2e-3, schedule="cosine", weig
 
 @dataclass(frozen=True)
 class Repeated:
-    """Batches ``[batch_size, context]`` of repeated blocks of ``shortest`` to ``longest`` distinct tokens."""
+    """Batches ``[batch_size, context]`` of repeated blocks of ``shortest`` to ``longest`` distinct tokens.
+
+    Raises:
+        TypeError: a value is of another type.
+        ValueError: a number is out of its range: ``1 ≤ shortest ≤ longest < d_vocab``.
+    """
 
     d_vocab: int
     context: int
@@ -44,6 +50,10 @@ class Repeated:
     longest: int
     batch_size: int
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self, d_vocab=2, context=2, shortest=1, batch_size=1)
+        check_fields(self, longest=(self.shortest, self.d_vocab - 1))
 
     def at(self, step: int) -> Int[Tensor, "batch pos"]:
         """The batch of a step."""

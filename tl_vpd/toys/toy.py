@@ -19,6 +19,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from tqdm.auto import trange
 
+from tl_vpd.checks import check_fields, choice, integer, number, seed_of
 from tl_vpd.evaluation.truth import Truth
 from tl_vpd.training.data import Batches
 from tl_vpd.training.schedules import cosine
@@ -26,7 +27,12 @@ from tl_vpd.training.schedules import cosine
 
 @dataclass(frozen=True)
 class TargetTraining:
-    """How a toy's model is trained: AdamW with a learning rate that is constant, or falls to 0 on a cosine."""
+    """How a toy's model is trained: AdamW with a learning rate that is constant, or falls to 0 on a cosine.
+
+    Raises:
+        TypeError: a value is of another type.
+        ValueError: a number is out of its range, or there is no such schedule.
+    """
 
     steps: int
     rows: int
@@ -34,6 +40,11 @@ class TargetTraining:
     lr: float
     schedule: Literal["constant", "cosine"] = "constant"
     weight_decay: float = 0.01
+
+    def __post_init__(self) -> None:
+        check_fields(self, steps=1, rows=1, weight_decay=0)
+        number("lr", self.lr, above=0)
+        choice("schedule", self.schedule, ("constant", "cosine"))
 
 
 class Toy(ABC):
@@ -81,9 +92,14 @@ def train(toy: Toy, seed: int = 0, *, steps: int | None = None, progress: bool =
         seed: of the model and its data.
         steps: of training (None: those of the toy's config).
         progress: show a bar.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: the seed is too large, or the steps are negative.
     """
+    seed = seed_of(seed)
     model, training = toy.build(seed), toy.training
-    steps = training.steps if steps is None else steps
+    steps = training.steps if steps is None else integer("steps", steps, minimum=0)
     batches = toy.batches(training.rows, seed=seed + 1_000_003)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.lr, weight_decay=training.weight_decay, fused=True)

@@ -147,8 +147,9 @@ class Trainer:
             token_mask: False at padding (None: no padding).
 
         Raises:
-            ValueError: there are more or fewer rows than the trainer was made for.
-            FloatingPointError: a loss is not finite (V, U and Γ have not been updated then; the adversary may have been).
+            ValueError: there are more or fewer rows than the trainer was made for, or all is padding.
+            FloatingPointError: a loss or gradient is not finite (V, U and Γ have not been updated then, the adversary may have
+                been).
         """
         if len(tokens) != len(self.split.rows):
             raise ValueError(
@@ -157,6 +158,8 @@ class Trainer:
         c, now, samples = self.config.coefficients, Schedule.at(self.done, self.config), self.sampler.at(self.done)
         penalty, ascents = self.minimality.penalty(now), self.config.adversary.inner_steps if c.adversarial else 0
         counts, n = self._count(tokens, token_mask)
+        if not n:
+            raise ValueError(f"Step {self.done}: every token of the batch is padding: leave out rows that are empty.")
         passes = MaskedPasses(self.config, self.engine, self.adversary, self.sampler)
         # Everything, also followers of tied sites and what a refused step has left.
         self.optimizer.zero_grad(set_to_none=True)
@@ -245,6 +248,8 @@ class Trainer:
             raise FloatingPointError(f"Step {self.done}: not finite: {', '.join(wrong) or 'total'} ({numbers}).")
         self._add_gradients(self.parameters)
         norm = clip_gradients(self.matrices, self.config.optimizer.clip)
+        if not math.isfinite(norm):  # and clipped by it, every gradient would be NaN
+            raise FloatingPointError(f"Step {self.done}: the gradient of V and U is not finite ({numbers}).")
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * now.rate
         self.optimizer.step()

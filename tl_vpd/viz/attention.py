@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.analysis.attention import AttentionByOffset, HeadNorms, ScoreTerms, StaticStrengths, pattern_of
+from tl_vpd.analysis.attention.layer import pairs_of
+from tl_vpd.checks import integer, sequence
 from tl_vpd.site import Subcomponent
 from tl_vpd.viz.attention_plots import lines
 from tl_vpd.viz.circuits import library
@@ -74,9 +76,12 @@ def pair_attention(
     Raises:
         ValueError: the terms have no pairs, the prompt is too long to draw, or the number of words is not that of the tokens.
         IndexError: there is no such row or head.
+        TypeError: an argument is of another type.
     """
+    check_kind("terms", terms, ScoreTerms)
     if not terms.pairs:
         raise ValueError("The terms have no pairs: pass score_terms the pairs to look at.")
+    row = integer("row", row)
     if not 0 <= row < len(terms.tokens):
         raise IndexError(f"There is no row {row}: the terms are of {len(terms.tokens)} prompts.")
     numbers = terms.tokens[row].tolist()
@@ -86,8 +91,10 @@ def pair_attention(
             f"{len(words)} words for {len(numbers)} tokens: give one word per token, and at most {LONGEST}."
         )
     n_heads = terms.scores.shape[1]
-    chosen = list(range(n_heads)) if heads is None else list(heads)
-    if any(not 0 <= h < n_heads for h in chosen):
+    chosen = list(range(n_heads))
+    if heads is not None:
+        chosen = [integer(f"heads[{i}]", h) for i, h in enumerate(sequence("heads", heads))]
+    if not chosen or any(not 0 <= h < n_heads for h in chosen):
         raise IndexError(f"heads={chosen}: the layer has heads 0 to {n_heads - 1}.")
     kinds = {"model": terms.scores, "without": terms.without(), "pairs alone": terms.only()}
     shown = {kind: pattern_of(scores[row].float()).cpu() for kind, scores in kinds.items()}
@@ -105,6 +112,12 @@ def pair_attention(
     )
     call = _DRAW_HEADS.replace("KEY", key).replace("PROPS", data)
     return Panel(title=title, body=body, how_to_read=HOW_PAIRS, libraries=(library(),), scripts=(call,))
+
+
+def check_kind(name: str, value: Any, kind: type) -> None:
+    """Raises TypeError unless an argument is of the class that is drawn."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} is a {type(value).__name__}: a {kind.__name__} is drawn.")
 
 
 def _rounded(pattern: Float[Tensor, "query key"]) -> list[list[float]]:
@@ -128,8 +141,13 @@ def static_strengths(
 
     Raises:
         KeyError: a pair is not among the strengths.
+        TypeError: an argument is of another type.
+        ValueError: a number is out of its range, or no pair is named.
         ImportError: matplotlib is not installed.
     """
+    check_kind("strengths", strengths, StaticStrengths)
+    top = integer("top", top, minimum=1)
+    max_offset = None if max_offset is None else integer("max_offset", max_offset, minimum=int(strengths.offsets[0]))
     queries, keys = ([str(c) for c in side] for side in (strengths.queries, strengths.keys))
     values = strengths.standardised.detach().cpu()
     if pairs is None:
@@ -137,6 +155,9 @@ def static_strengths(
         best = peak.flatten().topk(min(top, peak.numel())).indices
         at = [divmod(i, len(keys)) for i in best.tolist()]
     else:
+        pairs = pairs_of(pairs)
+        if not pairs:
+            raise ValueError("pairs=[]: name at least one pair.")
         for q, k in pairs:
             if str(q) not in queries or str(k) not in keys:
                 raise KeyError(f"({q}, {k}) is not among the {len(queries)} x {len(keys)} pairs of these strengths.")
@@ -156,8 +177,10 @@ def attention_by_offset(attention: AttentionByOffset) -> Panel:
     """Mean attention by offset, one plot per head; dashed where something was left out.
 
     Raises:
+        TypeError: it is something else.
         ImportError: matplotlib is not installed.
     """
+    check_kind("attention", attention, AttentionByOffset)
     plots = []
     for head, before in enumerate(attention.before.detach().cpu()):
         by_name: dict[str, Tensor] = {"model": before}
@@ -178,10 +201,11 @@ def head_norms(norms: HeadNorms, *, top: int = 12, title: str = "") -> Panel:
     """Norms by head of each matrix's largest subcomponents, as a coloured table.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: ``top`` is below 1.
     """
-    if top < 1:
-        raise ValueError(f"top={top}: show at least one row.")
+    check_kind("norms", norms, HeadNorms)
+    top = integer("top", top, minimum=1)
     table = norms.to_pandas()
     blocks = []
     for site, of_site in table.groupby("site", sort=False):

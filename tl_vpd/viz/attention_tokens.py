@@ -10,6 +10,8 @@ from torch import nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.analysis import Window
+from tl_vpd.analysis.nodes import several
+from tl_vpd.checks import integer
 from tl_vpd.site import Subcomponent
 from tl_vpd.viz.circuits import draw, library
 from tl_vpd.viz.panel import Panel
@@ -48,7 +50,9 @@ def importances(
         ValueError: there is more than one prompt, or nothing to show.
         KeyError: there is no such site.
         IndexError: the site has no such subcomponent.
+        TypeError: an argument is of another type.
     """
+    k = integer("k", k, minimum=1)
     g = decomposition.causal_importances(model, prompt)
     if len(g.tokens) != 1:
         raise ValueError(f"{len(g.tokens)} prompts: one is shown at a time, pass a single one.")
@@ -58,7 +62,7 @@ def importances(
         best = mean.topk(min(k, len(mean)))
         chosen = [g.site_axis.at(i) for i, m in zip(best.indices.tolist(), best.values.tolist(), strict=True) if m > 0]
     else:
-        chosen = [decomposition.subcomponent(c) for c in subcomponents]
+        chosen = [decomposition.subcomponent(c) for c in several("subcomponents", subcomponents)]
     if not chosen:
         raise ValueError("There is nothing to show: no subcomponent was named, or none is important anywhere.")
     acts = decomposition.component_acts(model, g.tokens)

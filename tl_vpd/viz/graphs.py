@@ -13,6 +13,7 @@ from typing import Any
 
 from tl_vpd.analysis.graph import AttributionGraph
 from tl_vpd.analysis.records import Harvest
+from tl_vpd.checks import integer
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.style import IMPORTANCE, NEGATIVE, POSITIVE
 from tl_vpd.viz.text import escape, for_plotly, for_script, number, spaced, visible
@@ -124,11 +125,13 @@ def graph(
         title: of the panel (empty: the graph's targets).
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: ``nodes`` or ``edges`` is below 1.
         ImportError: plotly is not installed.
     """
-    if nodes < 1 or edges < 1:
-        raise ValueError(f"nodes={nodes}, edges={edges}: show at least one of each.")
+    if not isinstance(attribution, AttributionGraph):
+        raise TypeError(f"attribution is a {type(attribution).__name__}: give what attribution_graph(...) returns.")
+    nodes, edges = integer("nodes", nodes, minimum=1), integer("edges", edges, minimum=1)
     pruned = attribution.pruned(nodes=nodes)
     title = title or "Attribution graph of " + ", ".join(visible(t.text) for t in attribution.logits)
     data = _data(pruned, edges, harvest)

@@ -15,6 +15,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
+from tl_vpd.checks import integer
 from tl_vpd.evaluation import ALIVE
 from tl_vpd.evaluation.ground_truth import MethodResult
 from tl_vpd.evaluation.truth import Truth
@@ -65,10 +66,12 @@ def needed(result: MethodResult, truth: Truth, *, row: int = 0) -> Any:
     Raises:
         ValueError: the truth does not say where any site is needed.
         IndexError: the probe has no such row.
+        TypeError: the row is not an integer.
         ImportError: matplotlib is not installed.
     """
     if not truth.needed:
         raise ValueError("This truth does not say where any site is needed.")
+    row = integer("row", row)
     if not 0 <= row < len(truth.probe):
         raise IndexError(f"row={row}: the probe has rows 0 to {len(truth.probe) - 1}.")
     g = result.importances(truth.probe[row : row + 1])

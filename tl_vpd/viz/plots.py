@@ -30,9 +30,12 @@ def losses(history: pd.DataFrame, *, title: str = "Training") -> Panel:
     """The course of a run's losses, from ``decompose(...).history`` or the table in ``metrics.jsonl``.
 
     Raises:
+        TypeError: the history is not a table.
         ValueError: the history is empty or lacks columns.
         ImportError: matplotlib is not installed.
     """
+    if not isinstance(history, pd.DataFrame):
+        raise TypeError(f"history is a {type(history).__name__}: pass run.history.")
     needed = {"step", *(name for columns, _ in _PLOTS.values() for name in columns)}
     missing = sorted(needed - set(history.columns))
     if missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 
 from tl_vpd.analysis import Harvest, SubcomponentHarvest
+from tl_vpd.checks import integer
 from tl_vpd.site import Subcomponent
 from tl_vpd.viz.circuits import draw, library
 from tl_vpd.viz.panel import Panel
@@ -52,12 +53,12 @@ def subcomponent(
         KeyError: there is no such site, or the subcomponent was not harvested.
         IndexError: the site has no such subcomponent.
         ValueError: ``windows`` or ``tokens`` is below 0.
-        TypeError: ``harvest`` is not a Harvest.
+        TypeError: ``harvest`` is not a Harvest, or another argument is of another type.
     """
     if not isinstance(harvest, Harvest):
         raise TypeError(f"A Harvest is needed, as harvest(vpd, model, tokens) gives; got a {type(harvest).__name__}.")
-    if (windows is not None and windows < 0) or tokens < 0:
-        raise ValueError(f"windows={windows}, tokens={tokens}: neither can be below 0.")
+    windows = None if windows is None else integer("windows", windows, minimum=0)
+    tokens = integer("tokens", tokens, minimum=0)
     record = harvest[address]
     shown = list(record.windows[:windows])
     scale = max((float(w.activations.abs().max()) for w in shown), default=0.0)
