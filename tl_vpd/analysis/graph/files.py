@@ -39,7 +39,8 @@ def save(graph: AttributionGraph, folder: Path) -> Path:
         "settings": graph.settings,
         "versions": library_versions(),
     }
-    write_tensors(folder / TENSORS, {name: t for name, t in named.items() if t is not None}, content)
+    # Copies: safetensors refuses tensors that share memory.
+    write_tensors(folder / TENSORS, {name: t.clone() for name, t in named.items() if t is not None}, content)
     write_json(folder / TABLE, content)
     return folder
 
