@@ -142,7 +142,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, *, causal: bool, base
 
 
 def forward(
-    state: dict[str, Tensor], tokens: Tensor, n_layer: int, masks: dict[str, Tensor] | None = None
+    state: dict[str, Tensor],
+    tokens: Tensor,
+    n_layer: int,
+    masks: dict[str, Tensor] | None = None,
+    *,
+    base: float = 10_000.0,
+    eps: float = 1e-6,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The target's logits and its modules' inputs, in float64; with masks, every module is ``(x V ⊙ m) U``."""
     s = {key: t.double() for key, t in state.items()}
@@ -157,12 +163,12 @@ def forward(
 
     x = s["target_model.wte.weight"][tokens]
     for i in range(n_layer):
-        h = rms(x, s[f"target_model.h.{i}.rms_1.weight"], 1e-6)
+        h = rms(x, s[f"target_model.h.{i}.rms_1.weight"], eps)
         q, k, v = (linear(f"h.{i}.attn.{n}_proj", h) for n in "qkv")
-        x = x + linear(f"h.{i}.attn.o_proj", attention(q, k, v, HEADS, causal=True))
-        h = rms(x, s[f"target_model.h.{i}.rms_2.weight"], 1e-6)
+        x = x + linear(f"h.{i}.attn.o_proj", attention(q, k, v, HEADS, causal=True, base=base))
+        h = rms(x, s[f"target_model.h.{i}.rms_2.weight"], eps)
         x = x + linear(f"h.{i}.mlp.down_proj", F.gelu(linear(f"h.{i}.mlp.c_fc", h), approximate="tanh"))
-    return rms(x, s["target_model.ln_f.weight"], 1e-6) @ s["target_model.lm_head.weight"].T, inputs
+    return rms(x, s["target_model.ln_f.weight"], eps) @ s["target_model.lm_head.weight"].T, inputs
 
 
 def importances(state: dict[str, Tensor], inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -73,7 +73,8 @@ def test_saved_loaded_attached_evaluated_traced_and_pruned(imported, tmp_path):
     model, vpd = imported
     again = tl_vpd.Decomposition.load(vpd.save(tmp_path / "vpd"))
     assert again.record["certificate"] == vpd.record["certificate"]
-    assert all(torch.equal(t, again.file_tensors()[key]) for key, t in vpd.file_tensors().items())
+    tensors = again.file_tensors()
+    assert all(torch.equal(t, tensors[key]) for key, t in vpd.file_tensors().items())
     with again.attach(model):
         _, cache = model.run_with_cache(TOKENS)
         assert cache["q_ci", 1].shape == (4, 12, 24)

@@ -91,10 +91,13 @@ def test_another_rotary_base_and_norm_epsilon_reach_the_model(tmp_path, model_cl
     folder = authors.write_run(tmp_path / "run", state, 1)
     config = {**authors.model_config(1, base=500), "rms_norm_eps": 1e-3}
     (folder / "model_config.yaml").write_text(yaml.safe_dump(config))
-    model, _ = load_param_decomp(folder, model_class, check_order=False)
+    model, vpd = load_param_decomp(folder, model_class, check_order=False)
     assert (model.cfg.rotary_base, model.cfg.eps) == (500, 1e-3)
-    plain, _ = load_param_decomp(authors.write_run(tmp_path / "plain", state, 1), model_class, check_order=False)
-    assert not torch.allclose(model(tokens_of()), plain(tokens_of()), atol=1e-4)
+    expected, _ = authors.forward(state, tokens_of(), 1, base=500, eps=1e-3)
+    assert_close(model(tokens_of()).double(), expected, atol=2e-5, rtol=1e-6)
+    written = save_param_decomp(vpd, model, tmp_path / "written")
+    config = yaml.safe_load((written / "target" / "model_config.yaml").read_text())
+    assert (config["rotary_base"], config["rms_norm_eps"]) == (500, 1e-3)
 
 
 def test_a_small_mlp_per_subcomponent(tmp_path):
@@ -205,13 +208,13 @@ def target_folder(folder: Path, state: dict[str, torch.Tensor], n_layer: int) ->
 
 @pytest.mark.parametrize("with_weights", [False, True])
 def test_a_single_file_with_its_target_beside(tmp_path, with_weights):
-    state = authors.random_state(11)
-    target = target_folder(tmp_path / "target-run", state, 11)
+    state = authors.random_state(2)
+    target = target_folder(tmp_path / "target-run", state, 2)
     (tmp_path / "nano").mkdir()
-    torch.save(single_file(state, 11, with_weights=with_weights), tmp_path / "nano" / "result.pt")
-    _, vpd = check(tmp_path / "nano", state, 11, target=target)
+    torch.save(single_file(state, 2, with_weights=with_weights), tmp_path / "nano" / "result.pt")
+    _, vpd = check(tmp_path / "nano", state, 2, target=target)
     assert vpd.record["certificate"]["own_metrics"] == {"kl_ci": 0.25}
-    check(tmp_path / "nano" / "result.pt", state, 11, target=str(target))
+    check(tmp_path / "nano" / "result.pt", state, 2, target=str(target))
 
 
 @pytest.mark.parametrize("place", ["run/target", "run/t-0000abcd", "t-0000abcd", "target"])
@@ -276,16 +279,18 @@ def test_half_precision_is_read_with_a_warning(tmp_path):
 @pytest.mark.parametrize("mlps", [None, 4])
 @pytest.mark.parametrize("model_class", CLASSES)
 def test_written_and_read_again_it_is_the_same_to_the_bit(tmp_path, mlps, model_class):
-    state = authors.random_state(12, mlps=mlps)
+    n_layer = 2 if mlps else 11
+    state = authors.random_state(n_layer, mlps=mlps)
     ci = {"mode": "layerwise", "fn_type": "mlp", "hidden_dims": [4]} if mlps else None
     model, vpd = load_param_decomp(
-        authors.write_run(tmp_path / "run", state, 12, ci=ci), model_class, tokens=tokens_of(), check_order=False
+        authors.write_run(tmp_path / "run", state, n_layer, ci=ci), model_class, tokens=tokens_of(), check_order=False
     )
     folder = save_param_decomp(vpd, model, tmp_path / "written")
     stored = torch.load(folder / "model_7.pth", weights_only=True)
     assert stored.keys() == state.keys() and all(torch.equal(stored[k], t) for k, t in state.items())
     again, read = load_param_decomp(folder, model_class, tokens=tokens_of(), check_order=False)
-    assert all(torch.equal(t, read.file_tensors()[key]) for key, t in vpd.file_tensors().items())
+    tensors = read.file_tensors()
+    assert all(torch.equal(t, tensors[key]) for key, t in vpd.file_tensors().items())
     assert torch.equal(again(tokens_of()), model(tokens_of()))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "written"]
 

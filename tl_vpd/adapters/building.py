@@ -142,6 +142,7 @@ def _bridge(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any
         _numbers_as_words(int(read_json(folder / CONFIG)["vocab_size"])).save_pretrained(folder)
     bridge: Any = load_model(str(folder), kind="bridge", device=device, dtype=dtype)
     bridge.cfg.default_prepend_bos = False
+    bridge.cfg.rotary_base = int(_rotary_base(bridge))  # which TransformerBridge leaves at its default
     if not with_tokenizer:
         for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
             (folder / name).unlink(missing_ok=True)
@@ -172,7 +173,7 @@ def _hooked_transformer(folder: Path, device: str | torch.device, dtype: torch.d
         eps=shape.eps,
         positional_embedding_type="rotary",
         rotary_dim=shape.d_head,
-        rotary_base=int(shape.rotary_base) if float(shape.rotary_base).is_integer() else shape.rotary_base,  # type: ignore[arg-type]
+        rotary_base=int(shape.rotary_base),
         default_prepend_bos=False,
         init_weights=False,
         seed=None,
@@ -215,7 +216,7 @@ def arcee_of(model: Any) -> tuple[ArceeShape, dict[str, Float[Tensor, "..."]]]:
         d_vocab=cfg.d_vocab,
         n_ctx=cfg.n_ctx,
         eps=cfg.eps,
-        rotary_base=float(getattr(cfg, "rotary_base", 10_000)),
+        rotary_base=float(getattr(cfg, "rotary_base", 10_000) if hooked else _rotary_base(model)),
     )
     weights: dict[str, Tensor] = {}
     for name, size in shape.weights().items():
@@ -234,6 +235,12 @@ def arcee_of(model: Any) -> tuple[ArceeShape, dict[str, Float[Tensor, "..."]]]:
             )
         weights[name] = tensor.detach()
     return shape, weights
+
+
+def _rotary_base(bridge: Any) -> float:
+    config = bridge.original_model.config
+    base: Any = (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or getattr(config, "rope_theta", 10_000)
+    return float(base)
 
 
 def _original_weight(module: Any) -> Tensor | None:

@@ -19,8 +19,6 @@ from fnmatch import fnmatchcase
 from types import NoneType
 from typing import Any
 
-from pydantic import ValidationError
-
 from tl_vpd.importance import GammaConfig
 
 ROPE_BASE = 10_000.0
@@ -65,10 +63,6 @@ class RunConfig:
             if "pd" in settings:
                 return reader.newer(settings)
             return reader.older(settings)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name, value = ".".join(map(str, first["loc"])), first["input"]
-            raise ValueError(f"{source}: {name} of Γ is {value!r} ({first['msg']}).") from error
         except KeyError as error:
             raise ValueError(
                 f"{source} has no {error.args[0]}: it is not the config of a decomposition that is read."
@@ -147,7 +141,7 @@ class _Reader:
 
     def single_file(self, settings: Mapping[str, Any]) -> RunConfig:
         base = float(settings.get("ci_rope_base", ROPE_BASE))
-        gamma = GammaConfig(
+        gamma = self.sized(
             kind="shared_transformer",
             d_ci=settings["ci_d_model"],
             n_blocks=settings["ci_n_blocks"],
@@ -173,7 +167,7 @@ class _Reader:
                 raise ValueError(
                     f"{self.source}: hidden_dims of the small MLPs is {hidden}, and one hidden layer is what is read."
                 )
-            return GammaConfig(kind="per_subcomponent_mlps", hidden=hidden[0])
+            return self.sized(kind="per_subcomponent_mlps", hidden=hidden[0])
         raise ValueError(
             f"{self.source}: a Γ of fn_type {kind!r} (mode {mode!r}) is not read; 'global_shared_transformer' and 'mlp' (one "
             "small MLP per subcomponent) are."
@@ -184,13 +178,19 @@ class _Reader:
         self.check_base(float(attention.get("rope_base", ROPE_BASE)))
         if d_mlp is not None and len(d_mlp) != 1:
             raise ValueError(f"{self.source}: mlp_hidden_dim of Γ is {d_mlp}, and one hidden layer is what is read.")
-        return GammaConfig(
+        return self.sized(
             kind="shared_transformer",
             d_ci=size["d_model"],
             n_blocks=size["n_blocks"],
             n_heads=attention["n_heads"],
             d_mlp=d_mlp[0] if d_mlp else None,
         )
+
+    def sized(self, **sizes: Any) -> GammaConfig:
+        try:
+            return GammaConfig(**sizes)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {str(error).splitlines()[0].rstrip('.')}.") from error
 
     def patterns(self, entries: Any) -> tuple[tuple[str, int], ...]:
         return tuple((entry["module_pattern"], int(entry["C"])) for entry in entries)

@@ -175,10 +175,9 @@ def _check(folder: Path, decomposition: Decomposition, model: Any, tokens: Tenso
     adapter, kind = adapt(model), "bridge" if is_bridge(model) else "hooked_transformer"
     files = RunFiles.of(folder, None)
     copy, read = model_and_decomposition(files, kind, device=adapter.device, dtype=adapter.dtype)  # type: ignore[arg-type]
+    tensors = read.file_tensors()
     for key, tensor in decomposition.file_tensors().items():
-        assert torch.equal(read.file_tensors()[key].cpu(), tensor.to("cpu", adapter.dtype)), (
-            f"{key} was read back otherwise"
-        )
+        assert torch.equal(tensors[key].cpu(), tensor.to("cpu", adapter.dtype)), f"{key} was read back otherwise"
     with torch.no_grad():
         difference = float((copy(tokens) - logits).abs().max() / logits.abs().max())
     if not difference <= TOLERANCE.get(adapter.dtype, 0.05):

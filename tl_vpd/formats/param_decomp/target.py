@@ -95,6 +95,13 @@ def shape_of(config: Mapping[str, Any], source: str) -> ArceeShape:
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise ValueError(f"{source}: {name} is {size!r}, and a number of at least 1 is needed.")
         sizes[name] = size
+    base = config.get("rotary_base", 10_000)
+    if not isinstance(base, int | float) or base < 1 or base != int(base):
+        raise ValueError(f"{source}: rotary_base is {base!r}, and TransformerLens takes a whole number of at least 1.")
+    try:
+        eps = float(config.get("rms_norm_eps", 1e-6))  # YAML reads 1e-6, without a dot, as text
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source}: rms_norm_eps is {config['rms_norm_eps']!r}, and a number is needed.") from error
     kv_heads = config.get("n_key_value_heads", sizes["n_head"])
     if sizes["n_embd"] % sizes["n_head"] or not isinstance(kv_heads, int) or kv_heads < 1 or sizes["n_head"] % kv_heads:
         raise ValueError(
@@ -108,8 +115,8 @@ def shape_of(config: Mapping[str, Any], source: str) -> ArceeShape:
         d_mlp=sizes["n_intermediate"],
         d_vocab=sizes["vocab_size"],
         n_ctx=min(sizes["n_ctx"], config.get("block_size") or sizes["n_ctx"]),
-        eps=float(config.get("rms_norm_eps", 1e-6)),
-        rotary_base=float(config.get("rotary_base", 10_000)),
+        eps=eps,
+        rotary_base=float(base),
     )
 
 
