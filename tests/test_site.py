@@ -49,7 +49,7 @@ def test_what_is_no_subcomponent_is_refused(text):
 
 
 def test_an_index_below_0_is_refused():
-    with pytest.raises(ValueError, match="index=-1 of a: subcomponents are counted from 0"):
+    with pytest.raises(ValueError, match="index=-1: give an integer of at least 0"):
         Subcomponent("a", -1)
 
 

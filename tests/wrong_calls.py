@@ -75,7 +75,7 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         TypeError,
         "SiteMask.routed is of torch.float32: give a tensor of bools",
     ),
-    (ablated(3), TypeError, "Subcomponents are a int: give 'site:index'"),
+    (ablated(3), TypeError, "subcomponents=3: give 'site:index'"),
     (ablated(f"{Q}:3", amount="all"), TypeError, "amount='all' is a str: give a number"),
     (ablated(f"{Q}:3", amount=float("nan")), ValueError, "amount=nan: give a finite number"),
     (ablated(f"{Q}:3", values=[1.0]), TypeError, "values is a list: give tensors by site"),

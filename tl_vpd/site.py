@@ -20,7 +20,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from jaxtyping import Shaped
 from torch import Tensor
@@ -55,6 +55,10 @@ class Site:
         d_out: width of the output.
         n_heads: heads of ``d_out`` (Q, K, V) or of ``d_in`` (O); None for other weights.
         d_head: width of a head; None for other weights.
+
+    Raises:
+        TypeError: the name is not a string, or a size not an integer.
+        ValueError: a size is below 1.
     """
 
     name: str
@@ -62,6 +66,13 @@ class Site:
     d_out: int
     n_heads: int | None = None
     d_head: int | None = None
+
+    def __post_init__(self) -> None:
+        _check_name("The name of a site", self.name)
+        for field in ("d_in", "d_out", "n_heads", "d_head"):
+            size = getattr(self, field)
+            if size is not None or field in ("d_in", "d_out"):
+                object.__setattr__(self, field, _whole(field, size, 1))
 
     @property
     def layer(self) -> int | None:
@@ -110,17 +121,8 @@ class Subcomponent:
     index: int
 
     def __post_init__(self) -> None:
-        if not isinstance(self.site, str):
-            raise TypeError(f"The site of a subcomponent is a {type(self.site).__name__}: give its name.")
-        try:
-            index = operator.index(self.index)  # NumPy's integers too
-        except TypeError:
-            index = None
-        if index is None or isinstance(self.index, bool):
-            raise TypeError(f"The index of a subcomponent is a {type(self.index).__name__}: give an integer.")
-        object.__setattr__(self, "index", index)
-        if self.index < 0:
-            raise ValueError(f"index={self.index} of {self.site:.80}: subcomponents are counted from 0.")
+        _check_name("The site of a subcomponent", self.site)
+        object.__setattr__(self, "index", _whole("index", self.index, 0))
 
     @classmethod
     def parse(cls, text: str | Subcomponent) -> Subcomponent:
@@ -137,17 +139,37 @@ class Subcomponent:
             return text
         if not isinstance(text, str):
             raise TypeError(
-                f"A {type(text).__name__} came for a subcomponent: write 'site:index', such as 'blocks.1.attn.W_Q:316'."
+                f"The address of a subcomponent is a {type(text).__name__}: write 'site:index', such as 'blocks.1.attn.W_Q:316'."
             )
         site, colon, index = text.rpartition(":")
         if not colon or not index.isdecimal() or len(index) > 18:
             raise ValueError(
-                f"{text!r:.80} is not a subcomponent: write 'site:index', such as 'blocks.1.attn.W_Q:316'."
+                f"{str(text)!r:.80} is not a subcomponent: write 'site:index', such as 'blocks.1.attn.W_Q:316'."
             )
         return cls(site, int(index))
 
     def __str__(self) -> str:
         return f"{self.site}:{self.index}"
+
+
+def _check_name(what: str, name: object) -> None:
+    """Raises TypeError unless a name is a string."""
+    if not isinstance(name, str):
+        raise TypeError(f"{what} is a {type(name).__name__}: give a string.")
+
+
+def _whole(what: str, value: Any, least: int) -> int:
+    """An integer (NumPy's too) of at least ``least``; ``tl_vpd.checks`` stands above this module."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"The {what} is a {type(value).__name__}: give an integer.")
+    if not least <= number < 1 << 63:
+        came = number if abs(number) < 1 << 63 else "an integer beyond 64 bits"
+        raise ValueError(f"{what}={came}: give an integer of at least {least}.")
+    return number
 
 
 def select(patterns: str | Iterable[str] | None, names: Iterable[str]) -> list[str]:
@@ -165,16 +187,21 @@ def select(patterns: str | Iterable[str] | None, names: Iterable[str]) -> list[s
     names = list(names)
     if patterns is None:
         return names
-    if not isinstance(patterns, Iterable):
-        raise TypeError(f"Sites are a {type(patterns).__name__}: give patterns such as 'blocks.1.*', or None for all.")
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    try:
+        patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    except TypeError as error:
+        raise TypeError(
+            f"The sites are a {type(patterns).__name__}: give patterns such as 'blocks.1.*', or None for all."
+        ) from error
     if not patterns:
         raise ValueError("The list of sites is empty: give one pattern or more, such as 'blocks.1.*', or None for all.")
     for pattern in patterns:
         if not isinstance(pattern, str):
             raise TypeError(f"A pattern of sites is a {type(pattern).__name__}: give a string such as 'blocks.1.*'.")
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise KeyError(f"No site matches {pattern!r}{nearest(pattern, names)}. The sites are: {', '.join(names)}.")
+            raise KeyError(
+                f"No site matches {pattern!r:.80}{nearest(pattern, names)}. The sites are: {', '.join(names)}."
+            )
     return [name for name in names if any(fnmatchcase(name, p) for p in patterns)]
 
 
@@ -238,10 +265,9 @@ class BySite(Mapping[str, Tensor]):
     by_site: Mapping[str, Tensor]
 
     def __getitem__(self, site: str) -> Tensor:
-        if site not in self.by_site:
-            raise KeyError(
-                f"{site!r:.80} is not among these sites{nearest(site, self.by_site)}: {', '.join(self.by_site)}."
-            )
+        if not isinstance(site, str) or site not in self.by_site:
+            came = f"{site!r:.80}" if isinstance(site, str) else f"A {type(site).__name__}"
+            raise KeyError(f"{came} is not among these sites{nearest(site, self.by_site)}: {', '.join(self.by_site)}.")
         return self.by_site[site]
 
     def __iter__(self) -> Iterator[str]:

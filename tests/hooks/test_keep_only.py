@@ -224,8 +224,8 @@ def test_one_name_or_a_subcomponent_will_do_and_what_does_not_exist_is_said(mode
         for arguments, keywords, error, message in [
             (["blocks.1.mlp.W_ni:0"], {}, KeyError, r"did you mean 'blocks\.1\.mlp\.W_in'"),
             ([f"{IN}:6"], {}, IndexError, "6 subcomponents, 0 to 5"),
-            ([IN], {}, ValueError, "write 'site:index'"),
-            (KEPT, dict(rest="adverserial"), ValueError, r"did you mean 'adversarial'\?\): choose zero"),
+            ([IN], {}, ValueError, "give 'site:index'"),
+            (KEPT, dict(rest="adverserial"), ValueError, r"did you mean 'adversarial'\?\): choose from 'zero'"),
             (KEPT, dict(rest="adversarial", delta=0.0), ValueError, "attacks Δ as well"),
             (KEPT, dict(delta="often"), ValueError, "give a number, 'drawn'"),
             (KEPT, dict(sites="blocks.1.mlp.W_ni"), KeyError, r"did you mean 'blocks\.1\.mlp\.W_in'"),

@@ -161,7 +161,7 @@ def calls_with_masks() -> Iterator[Call]:
         (torch.full((6,), NAN), ValueError, "has 6 of 6 factors that are NaN, infinite or beyond 65504"),
         (ones * 1e5, ValueError, "has 84 of 84 factors that are NaN"),
         (SiteMask(None, torch.tensor(-INF)), ValueError, "Δ's mask for .* has 1 of 1 factors"),
-        (ones * 1j, TypeError, "is of torch.complex64: give real numbers"),
+        (ones * 1j, TypeError, "is of torch.complex64 and torch.strided: give dense real"),
     ):
         yield masked(lambda site, acts, value=value: value), error, message
         yield hooked(lambda value=value: vpd.mask_hooks(lambda site, acts: value)), error, message
@@ -205,26 +205,26 @@ def calls_with_masks() -> Iterator[Call]:
 def calls_with_names() -> Iterator[Call]:
     """Subcomponents, sites and positions."""
     for wrong, error, message in (
-        ([(Q, 1)], TypeError, "A tuple came for a subcomponent: write 'site:index'"),
-        ((Q, 1), (TypeError, ValueError), "write 'site:index'"),
-        (3, TypeError, "Subcomponents are a int"),
-        (None, TypeError, "Subcomponents are a NoneType"),
+        ([(Q, 1)], TypeError, r"=\[\('blocks.0.attn.W_Q', 1\)\]: give 'site:index'"),
+        ((Q, 1), (TypeError, ValueError), "give 'site:index'"),
+        (3, TypeError, "=3: give 'site:index'"),
+        (None, TypeError, "=None: give 'site:index'"),
         (f"{Q}:6", IndexError, "has 6 subcomponents, 0 to 5"),
-        (f"{Q}:-1", ValueError, "write 'site:index'"),
+        (f"{Q}:-1", ValueError, "give 'site:index'"),
         ("blocks.0.attn.hook_q:1", KeyError, "did you mean 'blocks.0.attn.W_Q'"),
     ):
         yield ablated(wrong), error, message
         yield kept(wrong), error, message
         if wrong is not None:
             yield lambda wrong=wrong: vpd.adversarial_masks(model, tokens, node_set=wrong), error, message
-    yield lambda: Subcomponent(Q, -1), ValueError, "index=-1 of blocks.0.attn.W_Q: subcomponents are counted from 0"
+    yield lambda: Subcomponent(Q, -1), ValueError, "index=-1: give an integer of at least 0"
     for index in (True, 1.0, "1", None, torch.tensor(1.0), np.float32(1)):
-        yield lambda index=index: Subcomponent(Q, index), TypeError, "The index of a subcomponent is a"
+        yield lambda index=index: Subcomponent(Q, index), TypeError, "The index is a"
     yield lambda: Subcomponent(anything, 1), TypeError, "The site of a subcomponent is a"
     yield ablated([]), ValueError, "There are no subcomponents to ablate"
     for sites, error, message in (
         ([], ValueError, "The list of sites is empty"),
-        (3, TypeError, "Sites are a int"),
+        (3, TypeError, "The sites are a int"),
         ([3], TypeError, "A pattern of sites is a int"),
         ("blocks.0.attn.hook_k", KeyError, "did you mean 'blocks.0.attn.W_K'"),
     ):
@@ -287,7 +287,7 @@ def calls_with_options() -> Iterator[Call]:
     yield lambda: importances.top(2.0), TypeError, "k=2.0 is a float"
     yield lambda: importances.to_pandas(above=NAN), ValueError, "above=nan: give a finite number of at most 1"
     yield lambda: importances.to_pandas(above=2), ValueError, "above=2: give a finite number of at most 1"
-    yield lambda: importances[3], KeyError, "3 is not among these sites"
+    yield lambda: importances[3], KeyError, "A int is not among these sites"
     yield lambda: importances["blocks.0.attn.hook_q"], KeyError, "did you mean 'blocks.0.attn.W_Q'"
     yield lambda: importances.masks(None), ValueError, "None is not a mask mode"
 

@@ -132,7 +132,9 @@ def checked_attention_mask(
 
 def check_entries(attention_mask: Tensor) -> None:
     """Raises ValueError if an attention mask has other entries than 0 and 1."""
-    if attention_mask.is_meta or not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
+    if attention_mask.is_meta or attention_mask.layout != torch.strided:
+        raise ValueError("attention_mask is a tensor without data or a sparse one: give a dense tensor of 0 and 1.")
+    if not bool(((attention_mask == 0) | (attention_mask == 1)).all()):
         raise ValueError(
             "attention_mask has other entries than 0 and 1: give 1 (or True) at real tokens and 0 at padding; an additive mask "
             "(0 and large negative numbers) is `mask == 0` in this form."

@@ -40,6 +40,12 @@ _remembered: weakref.WeakKeyDictionary[nn.Module, _Remembered] = weakref.WeakKey
 _accepted: weakref.WeakKeyDictionary[nn.Module, weakref.WeakSet[DecomposedWeights]] = weakref.WeakKeyDictionary()
 
 
+def check_decomposition(weights: object) -> None:
+    """Raises TypeError unless an argument is a decomposition (or bare ``Components``)."""
+    if not isinstance(weights, DecomposedWeights | Components):
+        raise TypeError(f"The decomposition is a {type(weights).__name__}: give a tl_vpd.Decomposition.")
+
+
 def check_target(weights: DecomposedWeights | Components, adapter: Adapter, *, check_weights: bool = True) -> None:
     """Raises unless the model has the sites, shapes and weights that were decomposed.
 
@@ -51,8 +57,10 @@ def check_target(weights: DecomposedWeights | Components, adapter: Adapter, *, c
         check_weights: whether weights are compared; sites and shapes always are.
 
     Raises:
+        TypeError: ``weights`` is something else.
         ValueError: a site is missing, has another shape or other weights; the message gives the size of the mismatch.
     """
+    check_decomposition(weights)
     for name, site in weights.sites.items():
         other = adapter.sites.get(name)
         if other is None:

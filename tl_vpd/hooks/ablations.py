@@ -11,7 +11,7 @@ values, so that several lists compose in their order:
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.checks import check_finite
+from tl_vpd.checks import check_finite, shown
 from tl_vpd.forward.attachments import attachments
+from tl_vpd.forward.target_check import check_decomposition
 from tl_vpd.hooks.mask_spec import MaskFunction, mask_from_function, unrouted
 from tl_vpd.hooks.positions import Positions, axis_positions, checked_positions
 from tl_vpd.hooks.sparse import Ablate, Replace
@@ -93,6 +94,7 @@ def require_points(decomposition: DecomposedWeights, function: str, points: Sequ
         RuntimeError: it is attached to no model.
         KeyError: it is attached without one of the HookPoints.
     """
+    check_decomposition(decomposition)
     attached = attachments(decomposition)
     if not attached:
         raise RuntimeError(
@@ -107,20 +109,32 @@ def require_points(decomposition: DecomposedWeights, function: str, points: Sequ
             )
 
 
-def indices_by_site(decomposition: DecomposedWeights, subcomponents: Subcomponents) -> dict[str, tuple[int, ...]]:
+def indices_by_site(
+    decomposition: DecomposedWeights, subcomponents: Subcomponents, *, name: str = "subcomponents"
+) -> dict[str, tuple[int, ...]]:
     """Indices of subcomponents by site, each once.
 
+    Args:
+        decomposition: that has them.
+        subcomponents: one or several.
+        name: of the argument, for messages.
+
     Raises:
+        TypeError: they are neither addresses nor Subcomponents.
         KeyError: a site does not exist.
         IndexError: a site has no such subcomponent.
         ValueError: an address is not written ``site:index``.
     """
     if isinstance(subcomponents, str | Subcomponent):
         subcomponents = [subcomponents]
-    if not isinstance(subcomponents, Iterable):
-        raise TypeError(f"Subcomponents are a {type(subcomponents).__name__}: give 'site:index', or several in a list.")
+    try:
+        addresses = [Subcomponent.parse(address) for address in subcomponents]
+    except (TypeError, ValueError) as error:
+        raise type(error)(
+            f"{name}={shown(subcomponents)}: give 'site:index', such as 'blocks.1.attn.W_Q:316', or several in a list."
+        ) from error
     by_site: dict[str, dict[int, None]] = defaultdict(dict)
-    for address in subcomponents:
+    for address in addresses:
         subcomponent = decomposition.subcomponent(address)
         by_site[subcomponent.site][subcomponent.index] = None
     return {site: tuple(indices) for site, indices in by_site.items()}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_vpd.forward import MaskedModel
+from tl_vpd.forward.target_check import check_decomposition
 from tl_vpd.hooks.ablations import Subcomponents, indices_by_site
 from tl_vpd.hooks.mask_spec import MaskSpec
 from tl_vpd.importance import DecomposedWeights
@@ -53,8 +54,9 @@ def adversarial_masks(
         TypeError: there is no such option.
     """
     attack = ModeOptions.of("adversarial", options, label="adversarial_masks")
+    check_decomposition(decomposition)
     names = select(sites, decomposition.sites)
-    indices = None if node_set is None else indices_by_site(decomposition, node_set)
+    indices = None if node_set is None else indices_by_site(decomposition, node_set, name="node_set")
     site_axis = decomposition.site_axis
     with torch.inference_mode(False), MaskedModel(decomposition, model) as masked_model:
         adapter = masked_model.adapter

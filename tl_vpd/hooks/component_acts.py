@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from tl_vpd.checks import flag
 from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.site import BySite
@@ -32,8 +33,10 @@ class ComponentActs(BySite):
             by_position: whether each position has its mean.
 
         Raises:
+            TypeError: ``by_position`` is not True or False.
             ValueError: a position is padding in every row, so that it has no mean.
         """
+        by_position = flag("by_position", by_position)
         if self.token_mask is None:
             return {
                 name: acts.mean(0, keepdim=True) if by_position else acts.flatten(0, -2).mean(0)

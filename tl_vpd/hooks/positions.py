@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from tl_vpd.checks import shown
+
 Positions = int | np.integer | slice | Sequence[int | np.integer] | Tensor | np.ndarray | None
 """Positions of each forward pass: an index, a slice, several indices, a mask ``[pos]`` (True: this one), or None for all."""
 CheckedPositions = slice | tuple[int, ...] | None
@@ -43,7 +45,7 @@ def checked_positions(pos: Any) -> CheckedPositions:
         if isinstance(pos, slice):
             checked = slice(*(None if i is None else operator.index(i) for i in (pos.start, pos.stop, pos.step)))
             if checked.step == 0:
-                raise ValueError(f"pos={pos}: the step of a slice is not 0.")
+                raise ValueError(f"pos={shown(pos)}: the step of a slice is not 0.")
             return checked
         if isinstance(pos, Tensor | np.ndarray) and pos.ndim == 1:
             pos = pos.tolist()
@@ -54,12 +56,12 @@ def checked_positions(pos: Any) -> CheckedPositions:
             raise TypeError("a mixture of bools and indices")
         entries = tuple(bool(p) for p in pos) if masks else tuple(_index(p) for p in pos)
     except TypeError:
-        came = f"pos={pos!r:.80}" if isinstance(pos, str | float | slice) else f"pos is a {type(pos).__name__}"
+        came = f"pos={shown(pos)}" if isinstance(pos, str | float | slice) else f"pos is a {type(pos).__name__}"
         raise TypeError(
             f"{came}: give an index, a slice, a sequence of indices, or a mask of one axis (True at the positions)."
         ) from None
     if not entries or (masks and not any(entries)):
-        raise ValueError(f"pos={pos!r:.80} selects no position: name one or more, or None for all.")
+        raise ValueError(f"pos={shown(pos)} selects no position: name one or more, or None for all.")
     return entries
 
 
@@ -81,7 +83,7 @@ def position_indices(pos: Positions, n: int, device: torch.device, name: str) ->
     if isinstance(pos, slice):
         selected = range(n)[pos]
         if not selected:
-            raise IndexError(f"pos={pos} selects none of the {n} positions at {name} ({_CACHED}).")
+            raise IndexError(f"pos={shown(pos)} selects none of the {n} positions at {name} ({_CACHED}).")
         return torch.tensor(selected, device=device)
     if isinstance(pos[0], bool):
         if len(pos) != n:
@@ -89,7 +91,7 @@ def position_indices(pos: Positions, n: int, device: torch.device, name: str) ->
         return torch.tensor([i for i, selects in enumerate(pos) if selects], device=device)
     for p in pos:
         if not -n <= p < n:
-            raise IndexError(f"pos={p} is outside the {n} positions at {name} ({_CACHED}).")
+            raise IndexError(f"pos={shown(p)} is outside the {n} positions at {name} ({_CACHED}).")
     return torch.tensor([p % n for p in pos], device=device)
 
 
@@ -102,7 +104,7 @@ def axis_positions(pos: Positions, tensor: Tensor, name: str) -> Int[Tensor, " s
         name: of the HookPoint or site, for messages.
     """
     if tensor.ndim < 3:
-        raise IndexError(f"pos={pos} needs positions, and {name} has none.")
+        raise IndexError(f"pos={shown(pos)} needs positions, and {name} has none.")
     return position_indices(pos, tensor.shape[1], tensor.device, name)
 
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.checks import integer, number
+from tl_vpd.checks import integer, number, shown
 from tl_vpd.masking.masks import Masks, masks_from_sources
 from tl_vpd.site import ConcatenatedAxis
 
@@ -62,9 +62,13 @@ def fresh_pgd(
         momentum: μ in [0, 1), the factor of the running sum of gradients.
 
     Raises:
-        TypeError: an option is not a number.
+        TypeError: an option is not a number, the loss not a function, or the start not a tensor.
         ValueError: an option is out of its range, or the start is not in [0, 1].
     """
+    if not callable(loss):
+        raise TypeError(f"The loss is a {type(loss).__name__}: give a function of the sources.")
+    if not isinstance(start, Tensor) or not start.is_floating_point():
+        raise TypeError(f"The start is {shown(start)}: give a tensor of floating-point numbers in [0, 1].")
     steps = integer("steps", steps, minimum=0)
     size = 2.0 / max(steps, 1) if step_size is None else number("step_size", step_size, above=0)
     momentum = number("momentum", momentum, minimum=0, maximum=1)

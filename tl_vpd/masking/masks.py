@@ -17,8 +17,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from tl_vpd.checks import shown
 from tl_vpd.masking.factors import check_all, check_axes, factor_of
-from tl_vpd.site import ConcatenatedAxis, nearest
+from tl_vpd.site import ConcatenatedAxis, nearest, select
 
 
 @dataclass(frozen=True, init=False)
@@ -54,8 +55,8 @@ class SiteMask:
                 raise TypeError(
                     f"SiteMask.routed is of {value.dtype}: give a tensor of bools, True where the mask counts."
                 )
-            if value is not None and value.is_complex():
-                raise TypeError(f"SiteMask.{name} is of {value.dtype}: give real numbers.")
+            if value is not None and (value.is_complex() or value.layout != torch.strided):
+                raise TypeError(f"SiteMask.{name} is of {value.dtype} and {value.layout}: give dense real numbers.")
             if name != "routed" and value is not None and not value.is_floating_point():
                 value = value.double()  # integers and bools are numbers too
             object.__setattr__(self, name, value)
@@ -111,9 +112,13 @@ class Masks(Mapping[str, SiteMask]):
     """
 
     def __init__(self, by_site: Mapping[str, SiteMask | Tensor]) -> None:
+        if not isinstance(by_site, Mapping):
+            raise TypeError(f"by_site is a {type(by_site).__name__}: give masks by site, in a dict.")
         self._by_site = {name: SiteMask.of(value, name) for name, value in by_site.items()}
 
     def __getitem__(self, site: str) -> SiteMask:
+        if site not in self._by_site:
+            raise KeyError(f"There is no mask for {shown(site)}{nearest(site, self)}: {', '.join(self) or 'no site'}.")
         return self._by_site[site]
 
     def __iter__(self) -> Iterator[str]:
@@ -142,7 +147,7 @@ class Masks(Mapping[str, SiteMask]):
             raise ValueError("There are no masks, so nothing would be masked: name one site or more.")
         for name in masks:
             if name not in counts:
-                raise KeyError(f"The masks name {name!r:.80}, which is not decomposed{nearest(name, counts)}.")
+                raise KeyError(f"The masks name {shown(name)}, which is not decomposed{nearest(name, counts)}.")
         result = masks if isinstance(masks, Masks) else cls(masks)
         for name, mask in result.items():
             if mask.mask is not None and (mask.mask.ndim == 0 or mask.mask.shape[-1] not in (1, counts[name])):
@@ -153,9 +158,16 @@ class Masks(Mapping[str, SiteMask]):
         check_factors(result)
         return result
 
-    def only(self, sites: list[str]) -> Masks:
-        """The masks of these sites alone; the others run unmasked."""
-        return Masks({name: self[name] for name in sites})
+    def only(self, sites: str | Sequence[str] | None) -> Masks:
+        """The masks of some sites alone; the others run unmasked.
+
+        Args:
+            sites: patterns (None: all).
+
+        Raises:
+            KeyError: a pattern matches nothing.
+        """
+        return Masks({name: self[name] for name in select(sites, self)})
 
     def routed(self, routing: Mapping[str, Bool[Tensor, "*batch"]]) -> Masks:
         """The same masks with the masked path computed only where ``routing`` is True."""
@@ -230,5 +242,6 @@ def constant_masks(
     mask: Float[Tensor, "*batch C_total"], delta: float | Float[Tensor, "*#batch"], site_axis: ConcatenatedAxis
 ) -> Masks:
     """Masks from one concatenated tensor of factors, with one factor for every site's Δ."""
+    delta = delta if isinstance(delta, Tensor) else factor_of("delta", delta)
     factor = torch.as_tensor(delta, dtype=mask.dtype, device=mask.device).expand(mask.shape[:-1])
     return Masks({name: SiteMask(site_mask, factor) for name, site_mask in site_axis.split_sites(mask).items()})

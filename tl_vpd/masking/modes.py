@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.checks import check_threshold, integer, number, seed_of
+from tl_vpd.checks import check_threshold, integer, number, seed_of, shown
 from tl_vpd.masking.factors import factor_of
 from tl_vpd.masking.masks import Masks, constant_masks, masks_from_sources
 from tl_vpd.site import ConcatenatedAxis, nearest
@@ -87,7 +87,7 @@ class ModeOptions:
             TypeError: there is no such option, or it is not a number.
         """
         if not isinstance(mode, str) or mode not in MODES:
-            raise ValueError(f"{mode!r:.80} is not a mask mode{nearest(mode, MODES)}. Modes: {', '.join(MODES)}.")
+            raise ValueError(f"mode={shown(mode)} is not a mask mode{nearest(mode, MODES)}. Modes: {', '.join(MODES)}.")
         label = label or f"the mode {mode!r}"
         names = [field.name for field in fields(cls)]
         for name in options:
@@ -96,16 +96,16 @@ class ModeOptions:
         options = {name: value for name, value in options.items() if value is not None}
         delta = options.get("delta")
         if isinstance(delta, str) and delta != "drawn":
-            raise ValueError(f"delta={delta!r:.80}: give a number, 'drawn', or None for the mode's default.")
+            raise ValueError(f"delta={shown(delta)}: give a number, 'drawn', or None for the mode's default.")
         for name, value in options.items():
-            if mode in MODES_OF_OPTION[name] or (name == "seed" and delta == "drawn"):
+            if mode in MODES_OF_OPTION[name] or (name == "seed" and isinstance(delta, str)):
                 continue
             if name == "delta":
                 raise ValueError(
-                    f"delta={value!r:.80} does nothing in {label}, which attacks Δ as well: leave delta out."
+                    f"delta={shown(value)} does nothing in {label}, which attacks Δ as well: leave delta out."
                 )
             modes = " and ".join(repr(m) for m in MODES_OF_OPTION[name])
-            raise ValueError(f"{name}={value!r:.80} does nothing in {label}: {name} belongs to {modes}; leave it out.")
+            raise ValueError(f"{name}={shown(value)} does nothing in {label}: {name} belongs to {modes}; leave it out.")
         return cls(**{name: _checked(name, value) for name, value in options.items()})
 
 
