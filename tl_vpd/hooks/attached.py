@@ -27,6 +27,7 @@ from typing_extensions import Unpack
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.adapters.changes import Change, Later, enter
+from tl_vpd.checks import choice
 from tl_vpd.forward import attachments
 from tl_vpd.forward.remains import clear
 from tl_vpd.forward.target_check import accept_target, check_target
@@ -40,7 +41,7 @@ from tl_vpd.hooks.positions import Positions
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.masking.modes import Mode, ModeKeywords, ModeOptions
-from tl_vpd.site import nearest, select
+from tl_vpd.site import select
 
 
 def attached_to(model: nn.Module) -> Attached | None:
@@ -207,8 +208,7 @@ class Attached:
             IndexError: a site has no such subcomponent.
         """
         modes: dict[str, Mode] = {"zero": "ci", "stochastic": "stochastic", "adversarial": "adversarial"}
-        if rest not in modes:
-            raise ValueError(f"rest={rest!r}{nearest(rest, modes)}: choose zero, stochastic or adversarial.")
+        rest = choice("rest", rest, tuple(modes))
         checked = ModeOptions.of(modes[rest], options, label=f"keep_only with rest={rest!r}")
         node_set = indices_by_site(self.decomposition, subcomponents)
         spec = self._spec(modes[rest], None, checked, sites, pos, node_set)
