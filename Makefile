@@ -27,6 +27,21 @@ $(VENV)-%/.installed: pyproject.toml constraints/%.txt
 	$(VENV)-$*/bin/python -m pip install --quiet -c constraints/$*.txt -e '.[dev]'
 	touch $@
 
+$(VENV)-saelens/.installed: pyproject.toml constraints/saelens.txt
+	$(PYTHON) -m venv $(VENV)-saelens
+	$(VENV)-saelens/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-saelens/bin/python -m pip install --quiet -c constraints/saelens.txt torch
+	$(VENV)-saelens/bin/python -m pip install --quiet -c constraints/saelens.txt -e '.[dev]' sae-lens
+	touch $@
+
+# What pyproject.toml allows at the least, without the tools of development.
+$(VENV)-lowest/.installed: pyproject.toml constraints/lowest.txt
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(VENV)-lowest/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints/lowest.txt torch
+	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints/lowest.txt -e '.[viz]' pytest
+	touch $@
+
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/tl-vpd demo --out $(DEMO)
 
@@ -35,8 +50,9 @@ test: test-main test-others
 test-main: $(VENV)/.installed
 	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile
 
-test-others: $(OTHER_ENVIRONMENTS)
+test-others: $(OTHER_ENVIRONMENTS) $(VENV)-saelens/.installed
 	set -e; for version in $(OTHERS); do $(OFFLINE) $(VENV)-$$version/bin/python -m pytest $(EVERYWHERE); done
+	$(OFFLINE) $(VENV)-saelens/bin/python -m pytest tests/saelens
 
 # Every cell of docs/compatibility.md, which it writes; fails if a cell does (about an hour on one core).
 test-matrix: $(VENV)/.installed $(OTHER_ENVIRONMENTS)
@@ -71,4 +87,4 @@ bench-hooks bench-step bench-growth bench-graph bench-pruning: bench-%: $(VENV)/
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$*
 
 clean:
-	rm -rf $(VENV) $(OTHERS:%=$(VENV)-%) build/matrix build/campaign build/campaign-short $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OTHERS:%=$(VENV)-%) $(VENV)-saelens build/matrix build/campaign build/campaign-short $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.hooks.test_clean import assert_same, snapshot
+from tests.hooks.snapshots import assert_same, snapshot
 from tests.tiny import decomposition_of, draw, tiny_model
 from tl_vpd.adapters import adapt
 from tl_vpd.forward import MaskedModel

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.hooks.test_clean import assert_same, snapshot
+from tests.hooks.snapshots import assert_same, snapshot
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import bundled
 from tl_vpd.losses import kl_divergence

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.hooks.test_clean import Stop, assert_same, stop
+from tests.hooks.snapshots import assert_same
+from tests.hooks.test_clean import Stop, stop
 from tests.tiny import draw, options_of
 from tl_vpd import bundled
 from tl_vpd.forward import MaskedModel

@@ -104,7 +104,10 @@ def test_a_site_that_does_not_run_once_is_said_aloud(model, vpd, tokens):
         model.blocks[0].mlp.hook_post.forward = lambda x: x
         skipped = model.blocks[0].forward
         model.blocks[0].forward = lambda x, **k: x
-        with pytest.raises(RuntimeError, match=r"did not run exactly once: .*'blocks\.0\.attn\.W_Q': 0"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"exactly once: blocks\.0\.attn\.W_Q 0 times, .*does not compute them",
+        ):
             model(tokens)
         model.blocks[0].forward = skipped
         model(tokens)

@@ -100,7 +100,7 @@ class Change(AbstractContextManager[T], Generic[T]):
                     self._undos.pop()
 
     def __del__(self) -> None:
-        if not self._lasting and not sys.is_finalizing():
+        if self._undos and not self._lasting and not sys.is_finalizing():
             self.undo()
 
 

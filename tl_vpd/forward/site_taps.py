@@ -110,15 +110,14 @@ class SiteTaps:
                 f"{moved} was replaced by another module after it was tapped, as adding or removing an SAE does: detach the "
                 "decomposition, and attach it again."
             )
-        if max(wrong.values()) > 1:
-            raise RuntimeError(
-                f"In one forward pass these sites ran more than once: {wrong}; a layer that a model uses several times cannot be "
-                "decomposed, so use a copy of it for each time."
-            )
-        raise RuntimeError(
-            f"In one forward pass these sites did not run: {list(wrong)}; the model does not compute them the way its "
-            "adapter expects, so masks and hooks would not act."
+        sites = ", ".join(f"{name} {n} times" for name, n in list(wrong.items())[:6])
+        more = f" (and {len(wrong) - 6} more)" if len(wrong) > 6 else ""
+        reason = (
+            "a layer that a model uses several times cannot be decomposed, so use a copy of it for each time"
+            if max(wrong.values()) > 1
+            else "the model does not compute them the way its adapter expects, so masks and hooks would not act"
         )
+        raise RuntimeError(f"In one forward pass these sites did not run exactly once: {sites}{more}; {reason}.")
 
     def _read(self, name: str, x: Tensor) -> None:
         run = self.current

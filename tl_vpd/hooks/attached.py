@@ -126,9 +126,10 @@ class Attached:
 
     def __exit__(self, *exception: Any) -> None:
         self.detach()
+        self._entered = False
 
     def __del__(self) -> None:
-        if self._entered and self._attachment.is_on and not sys.is_finalizing():  # interrupted while leaving
+        if self._entered and not sys.is_finalizing():  # interrupted while leaving
             self.detach()
 
     # -- modes -----------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from tl_vpd.adapters.changes import Later
 from tl_vpd.adapters.taps import OnModel
 from tl_vpd.forward import CastWeights, SitePass, SiteProduct
 from tl_vpd.forward.target_check import check_target
-from tl_vpd.forward.turns import in_backward, turns_of
+from tl_vpd.forward.turns import in_backward, turn, turns_of
 from tl_vpd.hooks.internal_passes import Call, HookPoints, InternalPasses
 from tl_vpd.hooks.mask_spec import MaskSpec, mask_from_function
 from tl_vpd.hooks.mode_masks import masks_of_call
@@ -104,6 +104,10 @@ class AttachedForward(InternalPasses, OnModel):
             undo: notes how to end that.
             spec: of the masks (None: calls run as they do).
         """
+        with turn(self.adapter.model):  # not in the middle of another thread's pass
+            self._begin_context(undo, spec)
+
+    def _begin_context(self, undo: Later, spec: MaskSpec | None) -> None:
         self.refuse_other_threads()
         context = (threading.current_thread(), spec)
         contexts, specs = self.contexts, self.specs
