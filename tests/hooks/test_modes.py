@@ -243,7 +243,7 @@ def test_impossible_requests_say_what_is_possible(model, vpd, tokens):
             pass
         for shape, message in (
             ((2, 6, 6), r"is .*, this forward pass needs \(2, 7, 6\)"),
-            ((5,), r"is .*, this forward pass needs \(2, 7, 6\)"),
+            ((5,), r"is \(5,\), and the site has 6 subcomponents"),
             (
                 (2, 6),
                 r"leaves open what its axes are: give \[C\] for all tokens, or \[batch, pos, C\].*\(2, 7, 6\): unsqueeze",
