@@ -27,10 +27,10 @@ from tl_vpd.components.format_1 import sha256_of
 from tl_vpd.components.storage import CONFIG, TENSORS
 from tl_vpd.files.tensor_file import open_tensors, write_tensors
 
-TRIED = """A saved decomposition is damaged (bytes of every region of both files flipped, zeroed, cut, doubled; fields of config.json
-and of the header changed; files mixed with another decomposition's) and loaded: it must give bit-equal importances or be
-refused in one sentence. A process that saves over an older decomposition is killed at any line: the folder must load as the old or the
-new one, and the next save must clear what is left."""
+TRIED = """A saved decomposition is damaged (bytes of every region of both files flipped, zeroed, cut, doubled; fields of
+config.json and of the header changed; files mixed with another decomposition's) and loaded: it must give bit-equal importances or
+be refused in one sentence. A process that saves over an older decomposition is killed at any line: the folder must load as the
+old or the new one, and the next save must clear what is left."""
 SHORT, LONG = Budget(400, 50), Budget(20_000, 540)
 
 SLOW = 20.0

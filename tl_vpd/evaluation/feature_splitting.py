@@ -135,7 +135,7 @@ def decompose_at_sizes(
     for factor in factors:
         scaled = config.model_copy(update={"C": {name: max(1, round(factor * n)) for name, n in counts.items()}})
         folder = None if saving.folder is None else saving.folder / f"C-{factor:g}"
-        if folder is not None and (folder / "decomposition" / "config.json").is_file():
+        if folder is not None and (folder / "decomposition" / "decomposition.safetensors").is_file():
             stored = Decomposition.load(folder / "decomposition", device=adapt(model).device)
             if VPDConfig(**upgraded(stored.record["training"])) != VPDConfig(**scaled.model_dump()):
                 raise ValueError(f"{folder} holds a run with other settings: choose another folder.")

@@ -5,14 +5,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from tl_vpd.baselines import METHODS, APDConfig
-from tl_vpd.files.json_files import write_json
+from tl_vpd.files.atomic import make_folder
+from tl_vpd.files.json_files import read_json, write_json
 from tl_vpd.files.versions import library_versions
 from tl_vpd.toys.published import PUBLISHED
 from tl_vpd.training.stored_config import upgraded
@@ -21,8 +21,11 @@ RESULTS = Path("benchmarks/results/ground_truth.json")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The results in a file (empty if there is no file)."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """The results in a file (empty if there is no file); raises ValueError if it is not one of results."""
+    results = read_json(path) if path.exists() else {}
+    if not isinstance(results, dict):
+        raise ValueError(f"{path} holds a {type(results).__name__}: give a file of results, or a new one.")
+    return results
 
 
 def add(path: Path, toy: str, method: str, entry: dict[str, Any]) -> None:
@@ -31,7 +34,7 @@ def add(path: Path, toy: str, method: str, entry: dict[str, Any]) -> None:
     entries = results.setdefault(toy, {}).setdefault(method, {})
     _append(entries, {key: value for key, value in entry.items() if key not in ("settings", "true")})
     entries |= {"settings": entry["settings"], "true": entry.get("true", {}), "versions": library_versions()}
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_json(path, results)
 
 

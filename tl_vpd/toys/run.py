@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 
 from tl_vpd.baselines import METHODS
 from tl_vpd.evaluation.ground_truth import GroundTruth, ground_truth
-from tl_vpd.files.atomic import write_file
+from tl_vpd.files.atomic import make_folder
+from tl_vpd.files.tensor_file import open_tensors, write_tensors
 from tl_vpd.toys import results
 from tl_vpd.toys.recipes import TOYS, recipe
 from tl_vpd.toys.toy import train
@@ -57,14 +57,15 @@ def target_of(name: str, seed: int, work: Path, *, steps: int | None = None, pro
     """
     toy = TOYS[name]
     path = work / f"{name}-target{seed}{'' if steps is None else f'-{steps}'}.safetensors"
-    if path.is_file():
+    if path.exists():
         model = toy.build(seed)
-        model.load_state_dict(load_file(path))
+        with open_tensors(path) as file:
+            model.load_state_dict(model.state_dict() | {key: file.read(key) for key in file.shapes})
         return model.eval()
     model = train(toy, seed, steps=steps, progress=progress)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    write_file(path, lambda p: save_file(tensors, p))
+    make_folder(path.parent)
+    # Only parameters: TransformerLens has -inf in a buffer, and what is stored must be finite.
+    write_tensors(path, dict(model.named_parameters()), {"toy": name, "seed": seed, "steps": steps})
     return model
 
 
