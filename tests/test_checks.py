@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_vpd.checks import check_fields, check_threshold, flag, integer, number, seed_of, sequence
+from tl_vpd.checks import (
+    check_fields,
+    check_threshold,
+    flag,
+    instance,
+    integer,
+    number,
+    path_of,
+    seed_of,
+    sequence,
+    shown,
+    text_of,
+)
 
 CHECKS: list[Callable[[Any], Any]] = [
     lambda value: integer("k", value, minimum=0),
@@ -23,6 +36,9 @@ CHECKS: list[Callable[[Any], Any]] = [
     seed_of,
     lambda value: flag("controls", value),
     lambda value: sequence("budgets", value),
+    lambda value: instance("name", value, str, Fraction),
+    lambda value: text_of("title", value),
+    lambda value: path_of("folder", value),
 ]
 ANYTHING = st.one_of(
     st.none(),
@@ -101,3 +117,39 @@ def test_fields_of_another_type_or_range_are_refused(fields: dict[str, Any], err
     with pytest.raises(error) as caught:
         Settings(**fields)
     assert str(caught.value) == message
+
+
+def test_objects_texts_and_paths():
+    assert instance("name", "x", int, str) == "x" and text_of("title", "") == "" and path_of("folder", "a") == Path("a")
+    for check, message in [
+        (lambda: instance("model", 0.5, str, Fraction), r"model=0.5 is a float: give a str or a Fraction\."),
+        (lambda: text_of("title", None), r"title=None is a NoneType: give a string\."),
+        (lambda: path_of("folder", b"x"), r"folder=b'x' is a bytes: give a path"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            check()
+    for name in ("", "a\0b"):
+        with pytest.raises(ValueError, match="names no file or folder: give a path"):
+            path_of("folder", name)
+
+
+def test_values_in_messages_are_short_and_on_one_line():
+    class Unspeakable:
+        def __repr__(self) -> str:
+            raise RuntimeError
+
+    values = [
+        torch.zeros(3, 4),
+        np.zeros((9, 9)),
+        "x" * 10**6,
+        "a\nb",
+        10**5000,
+        torch.zeros(3, device="meta"),
+        Unspeakable(),
+    ]
+    assert all(len(shown(v)) <= 80 and "\n" not in shown(v) for v in values)
+    assert (
+        shown(torch.zeros(3, 4)) == "<Tensor of shape (3, 4)>"
+        and shown(torch.tensor(2.0)) == "2.0"
+        and shown([1]) == "[1]"
+    )

@@ -13,9 +13,11 @@ NumPy's numbers and tensors of one number count as numbers; bools and strings do
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Collection
 from dataclasses import fields
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -42,6 +44,36 @@ def config_of(kind: type[C], value: Any) -> C:
     if value is not None and not isinstance(value, kind):
         raise TypeError(f"A {type(value).__name__} came where {kind.__name__} is needed: give {kind.__name__}(...).")
     return kind() if value is None else value
+
+
+def instance(name: str, value: Any, *kinds: type[C]) -> C:
+    """An object of one of some classes; raises TypeError for anything else.
+
+    Args:
+        name: of the argument, for messages.
+        value: from the caller.
+        *kinds: the classes.
+    """
+    if not isinstance(value, kinds):
+        needed = " or ".join(f"{'an' if kind.__name__[0] in 'AEIOU' else 'a'} {kind.__name__}" for kind in kinds)
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}: give {needed}.")
+    return value
+
+
+def text_of(name: str, value: Any) -> str:
+    """A string; raises TypeError for anything else."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}: give a string.")
+    return value
+
+
+def path_of(name: str, value: Any) -> Path:
+    """A path from a string or path; raises TypeError for anything else, ValueError where no file can have the name."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}: give a path as a string or Path.")
+    if not os.fspath(value) or "\0" in os.fspath(value):
+        raise ValueError(f"{name}={shown(value)} names no file or folder: give a path.")
+    return Path(value)
 
 
 def integer(name: str, value: Any, *, minimum: int | None = None, maximum: int | None = None) -> int:
@@ -192,9 +224,7 @@ def _checked(name: str, kind: str, value: Any, limits: Range) -> Any:
         return flag(name, value)
     if kind in ("Sequence[int]", "Sequence[float]", "Sequence[str]"):
         return tuple(_checked(f"{name}[{i}]", kind[9:-1], v, limits) for i, v in enumerate(sequence(name, value)))
-    if kind == "str" and not isinstance(value, str):
-        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}: give a string.")
-    return value
+    return text_of(name, value) if kind == "str" else value
 
 
 def sequence(name: str, value: Any) -> list[Any]:
