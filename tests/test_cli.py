@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -11,13 +12,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
 from tl_vpd import Decomposition, ExecutionConfig, VPDConfig, bundled
 from tl_vpd.cli import app
+from tl_vpd.files import tensor_file
+from tl_vpd.files.lock import locked
 from tl_vpd.planning import Target, TransformerShape, footprint
-from tl_vpd.recipe import Recipe
+from tl_vpd.recipe import ModelRecipe, Recipe
 
 ROOT = Path(__file__).parents[1]
 VPD = "{steps: 2, batch_size: 2, C: 4, gamma: {d_ci: 8, n_blocks: 1, n_heads: 2}, faithfulness: {warm_up_steps: 2}}"
@@ -57,7 +61,7 @@ def test_train_then_eval(tmp_path: Path):
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        ({"vpd": "{stepz: 2}"}, "vpd: VPDConfig has no 'stepz' (did you mean 'steps'?)"),
+        ({"vpd": "{stepz: 2}"}, "VPDConfig has no 'stepz' (did you mean 'steps'?)"),
         ({"vpd": "{steps: 0}"}, "vpd.steps"),
         ({"vpd": "{C: 0}"}, "at least one subcomponent"),
         ({"vpd": "{sites: [blocks.7.*]}"}, "No site matches 'blocks.7.*'"),
@@ -67,11 +71,11 @@ def test_train_then_eval(tmp_path: Path):
         ({"saving": "{log_every: 5}"}, "saving.folder is missing"),
         (
             {"execution": "{micro_batches: 2}"},
-            "execution: ExecutionConfig has no 'micro_batches' (did you mean 'micro_batch'?)",
+            "ExecutionConfig has no 'micro_batches' (did you mean 'micro_batch'?)",
         ),
-        ({"execution": "{sharding: most}"}, "execution.sharding: Input should be 'none', 'optimizer' or 'full'"),
+        ({"execution": "{sharding: most}"}, "execution.sharding='most': Input should be 'none', 'optimizer' or 'full'"),
         ({"saving": "{keep_states: 0}"}, "saving.keep_states"),
-        ({"data": "{contxt: 8}"}, "data: DataRecipe has no 'contxt' (did you mean 'context'?)"),
+        ({"data": "{contxt: 8}"}, "DataRecipe has no 'contxt' (did you mean 'context'?)"),
     ],
 )
 def test_mistakes_in_a_recipe_end_in_one_sentence(tmp_path: Path, parts: dict[str, str], message: str):
@@ -215,7 +219,7 @@ def test_options_that_a_recipe_or_a_folder_rules_out_are_refused(tmp_path: Path)
     assert result.exit_code == 2
     assert "names the model: leave out --kv-heads, --gated, --itemsize" in result.output.replace("\n", " ")
     assert "is a folder: give the name of a file" in call("eval", "bundled", "--out", tmp_path).output
-    assert "give cpu, cuda, cuda:0" in call("eval", "bundled", "--device", "gpu").output
+    assert "is not a device of this PyTorch and machine" in call("eval", "bundled", "--device", "gpu").output
 
 
 def test_a_folder_whose_name_looks_like_markup_is_printed_as_it_is(tmp_path: Path):
@@ -223,3 +227,85 @@ def test_a_folder_whose_name_looks_like_markup_is_printed_as_it_is(tmp_path: Pat
     result = call("train", recipe(tmp_path, saving=f"{{folder: '{folder}'}}"))
     assert result.exit_code == 0, result.output
     assert f"Finished: {folder / 'decomposition'}" in result.output
+
+
+def test_a_damaged_state_is_named_and_the_one_before_resumes_to_the_same_result(tmp_path: Path):
+    (tmp_path / "whole").mkdir()
+    for folder in (tmp_path, tmp_path / "whole"):
+        saving = f"{{folder: {folder / 'run'}, save_every: 1}}"
+        assert call("train", recipe(folder, saving=saving)).exit_code == 0
+    newest = tmp_path / "run" / "state" / "step-00000002.safetensors"
+    newest.write_bytes(newest.read_bytes()[:-1] + b"?")
+    damaged = call("train", tmp_path / "recipe.yaml", "--resume")
+    assert damaged.exit_code == 2 and len(damaged.output.splitlines()) == 1
+    before = newest.with_name("step-00000001.safetensors")
+    assert f"{newest} is not an intact training state" in damaged.output and f"--from-state {before}" in damaged.output
+    resumed = call("train", tmp_path / "recipe.yaml", "--from-state", before)
+    assert resumed.exit_code == 0, resumed.output
+    a, b = (
+        load_file(f / "run" / "decomposition" / "decomposition.safetensors") for f in (tmp_path, tmp_path / "whole")
+    )
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    nowhere = call("train", tmp_path / "recipe.yaml", "--from-state", tmp_path / "recipe.yaml")
+    assert nowhere.exit_code == 2 and "is not a state of" in nowhere.output
+
+
+def test_a_folder_in_use_and_a_full_disk_are_one_line_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    recipe_file = recipe(tmp_path)
+    with locked(tmp_path / "run"):
+        used = call("train", recipe_file)
+    assert used.exit_code == 2 and len(used.output.splitlines()) == 1
+    assert f"{tmp_path / 'run'} is in use by process {os.getpid()} on" in used.output
+
+    def full(path: Path, *content: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tensor_file, "_write", full)
+    result = call("train", recipe_file)
+    assert result.exit_code == 2 and len(result.output.splitlines()) == 1
+    assert f"No space left on the disk of {tmp_path / 'run' / 'state'}" in result.output
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyboardInterrupt(), 130, "Interrupted; what was saved before is intact."),
+        (RuntimeError("two\nlines"), 1, "RuntimeError: two lines (an error of the program or of a library: set TL_VPD"),
+        (ValueError("two\nlines"), 2, "ValueError: two lines"),
+        (KeyError("a sentence."), 2, "KeyError: a sentence."),
+    ],
+)
+def test_every_error_is_one_line_with_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
+):
+    def fail(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(Recipe, "train", fail)
+    result = call("train", recipe(tmp_path))
+    assert result.exit_code == code and len(result.output.splitlines()) == 1 and said in result.output
+    if code < 3:
+        monkeypatch.setenv("TL_VPD_TRACEBACK", "1")
+        assert call("train", recipe(tmp_path)).exception is error
+
+
+def test_a_models_code_is_trusted_on_the_command_line_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = []
+
+    def load(self: ModelRecipe, *, trust_remote_code: bool = False) -> None:
+        asked.append(trust_remote_code)
+        raise ValueError("That is all.")
+
+    monkeypatch.setattr(ModelRecipe, "load", load)
+    recipe_file = recipe(tmp_path)
+    for command in (
+        ("train", recipe_file),
+        ("plan", recipe_file),
+        ("feature-splitting", recipe_file),
+        ("eval", "bundled"),
+    ):
+        assert "That is all." in call(*command).output
+        assert "That is all." in call(*command, "--trust-remote-code").output
+    assert asked == [False, True] * 4
+    refused = call("train", recipe(tmp_path, model="{options: {trust_remote_code: true}}"))
+    assert refused.exit_code == 2 and "pass --trust-remote-code on the command line" in refused.output

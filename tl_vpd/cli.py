@@ -1,6 +1,15 @@
 """The command line: ``tl-vpd train``, ``plan``, ``eval``, ``feature-splitting`` and ``demo``.
 
-Mistakes end in one line that says what to do, and exit code 2; nothing is half done then. Under ``torchrun`` the first process
+Errors are one line that says what to do (with ``TL_VPD_TRACEBACK=1`` in the environment, Python's traceback). Exit codes:
+
+====  ================================================================================================================
+0     done
+1     an error of the program or of a library
+2     a mistake, a file that is missing or damaged, a full disk, a folder in use; files from before are intact
+130   interrupted; ``train`` has saved, and continues with ``--resume``
+====  ================================================================================================================
+
+Under ``torchrun`` the first process
 prints for all; the others are silent, except for errors that the system raises in them alone::
 
     torchrun --nproc-per-node 2 -m tl_vpd.cli train recipe.yaml
@@ -27,24 +36,39 @@ app = typer.Typer(
 )
 _out = Console(soft_wrap=True)
 _err = Console(stderr=True, soft_wrap=True)
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")]
 
 
 @contextmanager
 def _plain_errors() -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, IndexError, TypeError, OSError, FloatingPointError) as error:
-        if os.environ.get("TL_VPD_TRACEBACK"):
-            raise
-        text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-        rank = _rank()
-        if rank and getattr(error, "errno", None) is None:
-            raise typer.Exit(2) from error
-        if rank:
-            _err.print(f"Process {rank}: ", end="")
-        _err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        _err.print(text, markup=False, highlight=False)
+    except (ValueError, KeyError, IndexError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        _show(error)
         raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        if not _rank():
+            _err.print("Interrupted; what was saved before is intact.", markup=False, highlight=False)
+        raise typer.Exit(130) from error
+    except (RuntimeError, MemoryError, AssertionError, ArithmeticError, AttributeError) as error:
+        if isinstance(error, typer.Exit | typer.Abort):
+            raise
+        _show(error, " (an error of the program or of a library: set TL_VPD_TRACEBACK=1 to see where)")
+        raise typer.Exit(1) from error
+
+
+def _show(error: Exception, hint: str = "") -> None:
+    """Prints an error on one line; raises it instead if ``TL_VPD_TRACEBACK`` is set."""
+    if os.environ.get("TL_VPD_TRACEBACK"):
+        raise error
+    rank = _rank()
+    if rank and getattr(error, "errno", None) is None:
+        return
+    if rank:
+        _err.print(f"Process {rank}: ", end="")
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    _err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+    _err.print(" ".join(text.splitlines()) + hint, markup=False, highlight=False)
 
 
 def _rank() -> int:
@@ -78,6 +102,10 @@ def train(
     sharding: Annotated[str | None, typer.Option(help="Under torchrun: none, optimizer or full.")] = None,
     context: Annotated[int | None, typer.Option(min=2, help="Tokens in a row.")] = None,
     keep_states: Annotated[int | None, typer.Option(min=1, help="The newest states that stay on the disk.")] = None,
+    from_state: Annotated[
+        Path | None, typer.Option(help="Continue from this file of saving.folder/state; later states are removed.")
+    ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train a decomposition as a recipe says; options overrule it."""
     from tl_vpd.recipe import Recipe
@@ -89,10 +117,10 @@ def train(
         data={"context": context},
         saving={"keep_states": keep_states},
     )
-    if settings.train(resume=resume).finished:
+    if settings.train(resume=from_state or resume, trust_remote_code=trust_remote_code).finished:
         _say(f"Finished: {settings.saving.folder}/decomposition")
     else:
-        _say(f"Stopped and saved; continue with: tl-vpd train {recipe} --resume")
+        _say(f"Stopped and saved; continue with the same command and --resume: tl-vpd train {recipe} --resume")
         raise typer.Exit(130)
 
 
@@ -119,6 +147,7 @@ def plan(
     tflops: Annotated[
         float | None, typer.Option(min=0, help="10^12 FLOP of a device per second: adds the time.")
     ] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Memory and matrix products of a run, for one of its processes, before anything is trained."""
     from tl_vpd.recipe.recipe import recipe_and_shape
@@ -131,7 +160,11 @@ def plan(
         execution={"micro_batch": micro_batch, "sharding": sharding},
         data={"context": context},
     )
-    _say(*settings.footprint(shape, processes=processes).lines(settings.vpd.steps, tflops))
+    _say(
+        *settings.footprint(shape, processes=processes, trust_remote_code=trust_remote_code).lines(
+            settings.vpd.steps, tflops
+        )
+    )
 
 
 @app.command("eval")
@@ -155,6 +188,7 @@ def evaluate_command(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     out: Annotated[Path | None, typer.Option(help="File for the report, metrics.json.")] = None,
     html: Annotated[Path | None, typer.Option(help="File for the report as one page.")] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Evaluate a decomposition: its faults, mask modes, adversaries, union test, transfer, controls."""
     from tl_vpd import bundled, viz
@@ -185,6 +219,7 @@ def evaluate_command(
         rows=rows,
         off_distribution=evaluating.by_name("--off-distribution", off_distribution),
         others=evaluating.by_name("--others", others),
+        trust_remote_code=trust_remote_code,
     )
     if out is not None:
         result.save(out)
@@ -200,6 +235,7 @@ def feature_splitting_command(
     factors: Annotated[str, typer.Option(help="Times the recipe's C, with commas.")] = "0.5,1,2,4",
     rows: Annotated[int, typer.Option(min=1, help="Rows that the counts are measured on.")] = 64,
     out: Annotated[Path | None, typer.Option(help="File for the table (.csv).")] = None,
+    trust_remote_code: Trust = False,
 ) -> None:
     """Train decompositions with fewer and more subcomponents, and count how many of each are alive."""
     from tl_vpd.files.atomic import write_text

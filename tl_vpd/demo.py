@@ -22,9 +22,10 @@ from tl_vpd import bundled
 from tl_vpd.adapters import adapt
 from tl_vpd.analysis import Harvest, harvest, pick
 from tl_vpd.bundled.recipe import CONFIG
-from tl_vpd.components.storage import write_json
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import Evaluation, EvaluationConfig, evaluate
+from tl_vpd.files.atomic import make_folder
+from tl_vpd.files.json_files import write_json
 from tl_vpd.masking import constant_masks
 from tl_vpd.site import Subcomponent
 from tl_vpd.training import Run, decompose
@@ -51,7 +52,7 @@ def run_demo(folder: Path, *, steps: int, say: Say) -> None:
     Raises:
         OSError: the folder cannot be written (checked first).
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / "metrics.json", {})
     say("1. The bundled model and its decomposition")
     model, vpd = bundled.model(), bundled.decomposition()

@@ -27,10 +27,12 @@ from tl_vpd.site import nearest
 F = TypeVar("F", bound="Frozen")
 
 
-class _OneSentence(type(BaseModel)):  # type: ignore[misc]
-    """Raises one sentence where a config is made, in place of pydantic's lines."""
+if TYPE_CHECKING:  # type checkers see pydantic's, and with it the fields
+    from pydantic._internal._model_construction import ModelMetaclass as _OneSentence
+else:
 
-    if not TYPE_CHECKING:  # type checkers see the fields
+    class _OneSentence(type(BaseModel)):
+        """Raises one sentence where a config is made, in place of pydantic's lines."""
 
         def __call__(cls, *arguments: Any, **fields: Any) -> Any:
             try:

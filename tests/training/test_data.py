@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 import time
 from contextlib import closing
@@ -16,6 +19,7 @@ from hypothesis import strategies as st
 from tests.tiny import GAMMA, tiny_model
 from tl_vpd import SavingConfig, VPDConfig, bundled, decompose
 from tl_vpd.training.data import batches_of
+from tl_vpd.training.data.mapped_rows import MappedRows
 from tl_vpd.training.data.token_batches import TokenBatches
 
 
@@ -256,3 +260,75 @@ def test_texts_without_a_list_and_datasets_without_text_are_named():
 def test_a_length_of_rows_that_have_one_already_is_refused():
     with pytest.raises(ValueError, match="context=5 would do nothing: only datasets of text are cut into rows"):
         decompose(tiny_model(), torch.zeros(8, 6).long(), VPDConfig(steps=1, batch_size=4, C=3, gamma=GAMMA), context=5)
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda a: a,
+        lambda a: a[:, 1:3],
+        lambda a: a[5:, :2],
+        lambda a: a[::-2, ::-1],
+        lambda a: np.asarray(a)[2:],
+        lambda a: a.T[:2],
+    ],
+)
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_rows_of_a_view_of_a_file_are_those_of_the_view(tmp_path, view, order):
+    np.save(tmp_path / "tokens.npy", np.arange(80, dtype=np.int32).reshape(20, 4, order=order))
+    mapped = view(np.load(tmp_path / "tokens.npy", mmap_mode="r"))
+    with closing(batches_of(mapped, 2, seed=3)) as from_file:
+        assert isinstance(from_file.tokens, MappedRows)
+        plain = batches_of(np.array(mapped), 2, seed=3)
+        assert all(torch.equal(from_file.at(step), plain.at(step)) for step in range(6))
+
+
+def test_vectors_in_a_file_are_read_as_they_are(tmp_path):
+    x = np.random.default_rng(0).normal(size=(6, 3, 4)).astype(np.float32)
+    np.save(tmp_path / "x.npy", x)
+    with closing(batches_of(np.load(tmp_path / "x.npy", mmap_mode="r"), 6, seed=0)) as batches:
+        assert torch.equal(batches.at(0), batches_of(torch.from_numpy(x), 6, seed=0).at(0))
+
+
+CUT = """
+import os, sys
+import numpy as np
+from tl_vpd.training.data import batches_of
+path = sys.argv[1]
+batches = batches_of(np.load(path, mmap_mode="r"), 2, seed=0)
+batches.at(0)
+os.truncate(path, 200)
+for step in range(1, 400):
+    batches.at(step)
+"""
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the_process(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.zeros((1000, 512), dtype=np.int64))
+    command = [sys.executable, "-c", CUT, str(tmp_path / "tokens.npy")]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ended.returncode == 1
+    assert "tokens.npy became shorter while its tokens were read: put the file back and resume the run." in ended.stderr
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 3), dtype=bool),
+        np.zeros((4, 3), dtype=complex),
+        np.array([["a"]]),
+        np.array([[None]]),
+        np.zeros((4, 3), dtype="V2"),  # bfloat16, as NumPy reads it from a file
+        torch.zeros(4, 3, dtype=torch.bool),
+        torch.zeros(4, 3, dtype=torch.complex64),
+    ],
+)
+def test_what_is_neither_integers_nor_vectors_is_refused(array):
+    with pytest.raises(ValueError, match=r"^The data is \S+ of shape .*: give integers \[n, pos\]"):
+        batches_of(array, 1, seed=0)
+
+
+def test_a_mapping_whose_changes_are_not_in_the_file_is_refused(tmp_path):
+    np.save(tmp_path / "tokens.npy", np.zeros((4, 3), dtype=np.int64))
+    with pytest.raises(ValueError, match="memory-mapped in mode 'c': open the file with mode 'r'"):
+        batches_of(np.load(tmp_path / "tokens.npy", mmap_mode="c"), 2, seed=0)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import re
 import shutil
 import signal
 
@@ -13,12 +15,14 @@ import pytest
 import torch
 
 from tests.tiny import tiny_model
-from tl_vpd import Decomposition, SavingConfig, VPDConfig, decompose
+from tl_vpd import Decomposition, ExecutionConfig, SavingConfig, VPDConfig, decompose
 from tl_vpd.files import tensor_file
-from tl_vpd.training import Trainer
+from tl_vpd.forward import MaskedModel
+from tl_vpd.training import Trainer, new_decomposition
 from tl_vpd.training.state import latest_state
 
 from ..hooks.test_clean import assert_same, snapshot
+from .test_state import as_before_checksums
 
 
 def run(target, rows, config, folder=None, resume=False, **saving):
@@ -318,3 +322,111 @@ def test_a_last_update_that_is_not_finite_is_no_result(target, rows, config, tmp
 def test_the_same_rows_in_another_width_are_the_same(target, rows, config, tmp_path):
     run(target, rows.numpy().astype("uint16"), config, tmp_path)
     assert run(target, rows, config, tmp_path, resume=True).finished
+
+
+def test_one_run_a_folder(target, rows, config, tmp_path, monkeypatch):
+    plain, refused = Trainer.step, []
+
+    def step(self, *a, **k):
+        if self.done == 1:
+            with pytest.raises(BlockingIOError, match=rf"is in use by process {os.getpid()} on .*: wait until it ends"):
+                run(target, rows, config, tmp_path / "run", resume=True)
+            refused.append(True)
+        return plain(self, *a, **k)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    assert run(target, rows, config, tmp_path / "run").finished and refused
+    assert run(target, rows, config, tmp_path / "run", resume=True).finished  # the lock was released
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("metrics.jsonl", None, "does not exist"),
+        ("metrics.jsonl", b"\xff\xfe\n", "is not UTF-8 text"),
+        ("metrics.jsonl", b'{"step": 0}\n', "Line 1 of .* is not a row of metrics"),
+        ("metrics.jsonl", b"", "it differs from what the state has"),
+        ("tokens.json", None, "does not exist"),
+        ("tokens.json", b"{", "is not JSON"),
+        ("tokens.json", b'{"rows": 3, "context": 6}', "it differs from what the state has"),
+    ],
+)
+def test_damaged_files_beside_a_state_are_said_and_written_again(
+    target, rows, config, tmp_path, monkeypatch, caplog, name, damage, said
+):
+    expected = run(target, rows, config, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        stop_before(patched, 2)
+        run(target, rows, config, tmp_path / "run")
+    path = tmp_path / "run" / name
+    path.unlink() if damage is None else path.write_bytes(damage)
+    resumed = run(target, rows, config, tmp_path / "run", resume=True)
+    assert re.search(rf"{name} is written again from the state: .*{said}", caplog.text)
+    assert_equal(resumed.decomposition, expected.decomposition)
+    pd.testing.assert_frame_equal(resumed.history, expected.history)
+    assert path.read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_other_tokens_are_noticed_without_tokens_json_too(target, rows, config, tmp_path):
+    run(target, rows, config, tmp_path)
+    (tmp_path / "tokens.json").unlink()
+    with pytest.raises(ValueError, match=r"was trained on other tokens \(10 rows of 6\)"):
+        run(target, rows.flip(0), config, tmp_path, resume=True)
+
+
+def test_a_state_of_an_older_version_needs_the_files_beside_it(target, rows, config, tmp_path, monkeypatch, caplog):
+    expected = run(target, rows, config)
+    with monkeypatch.context() as patched:
+        stop_before(patched, 2)
+        run(target, rows, config, tmp_path)
+    as_before_checksums(latest_state(tmp_path / "state"))
+    (tmp_path / "tokens.json").rename(tmp_path / "aside")
+    with pytest.raises(FileNotFoundError, match=r"tokens\.json is missing, and .* is of an older version"):
+        run(target, rows, config, tmp_path, resume=True)
+    (tmp_path / "aside").rename(tmp_path / "tokens.json")
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "tot')  # what a killed process leaves of a line
+    resumed = run(target, rows, config, tmp_path, resume=True)
+    assert "has no checksums" in caplog.text
+    assert_equal(resumed.decomposition, expected.decomposition)
+    pd.testing.assert_frame_equal(resumed.history, expected.history)
+
+
+def test_gradients_that_are_off_are_on_inside_and_off_afterwards(target, rows, config):
+    expected = run(target, rows, config)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert_equal(run(target, rows, config).decomposition, expected.decomposition)
+        assert not torch.is_grad_enabled() and torch.is_autocast_enabled("cpu")
+    with torch.inference_mode():
+        result = run(target, rows, config)
+        assert torch.is_inference_mode_enabled()
+    assert_equal(result.decomposition, expected.decomposition)
+    assert all(p.requires_grad and not p.is_inference() for p in result.decomposition.parameters())
+
+
+def test_a_batch_of_padding_is_refused(target, rows, config):
+    with MaskedModel(new_decomposition(target, config), target) as masked_model:
+        trainer = Trainer(masked_model, config, (4, 6))
+        with pytest.raises(ValueError, match="Step 0: every token of the batch is padding"):
+            trainer.step(rows[:4], torch.zeros(4, 6, dtype=torch.bool))
+
+
+def test_a_file_where_a_folder_is_needed_is_named(target, rows, config, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(NotADirectoryError, match="file is a file and a folder is needed"):
+            run(target, rows, config, folder)
+
+
+def test_sharding_one_process_is_said(target, rows, config, caplog):
+    decompose(target, rows, config, execution=ExecutionConfig(sharding="full"), progress=False)
+    assert "sharding='full' does nothing in a run of one process" in caplog.text
+
+
+def test_a_state_of_another_folder_is_not_resumed_from(target, rows, config, tmp_path):
+    run(target, rows, config, tmp_path / "one")
+    with pytest.raises(FileNotFoundError, match=r"is not a state of .*other: give a file of"):
+        run(target, rows, config, tmp_path / "other", resume=latest_state(tmp_path / "one" / "state"))
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(ValueError, match="needs the folder of the run"):
+        run(target, rows, config, resume=str(latest_state(tmp_path / "one" / "state")))

@@ -10,11 +10,10 @@ import numpy as np
 import torch
 from jaxtyping import Int, Integer
 from pydantic import Field
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 from torch import Tensor
 
 from tl_vpd import bundled
+from tl_vpd.files.tensor_file import open_tensors
 from tl_vpd.frozen import Frozen
 
 
@@ -43,14 +42,17 @@ class DataRecipe(Frozen):
         length = self.context or model.cfg.n_ctx
         if self.tokens == "bundled":
             return bundled.tokens(_bundled_part(self.key or default_key))[:, :length]  # type: ignore[arg-type]
-        paths = [Path(p) for p in sorted(glob(self.tokens, recursive=True))]
+        paths = [Path(p) for p in sorted(glob(self.tokens, recursive=True)) if not Path(p).is_dir()]
+        for path in paths:
+            if not path.is_file():
+                raise ValueError(f"{path} is a device, a socket or a pipe: give an ordinary file.")
         if not paths:
             raise FileNotFoundError(f"No file matches data.tokens = {self.tokens!r}.")
         suffix = paths[0].suffix
         if self.key is not None and suffix != ".safetensors":
             raise ValueError(f"data.key is {self.key!r}, and {paths[0]} has no tensors by name: leave it out.")
         if suffix not in (".npy", ".safetensors"):
-            return text_windows(model, [_read_text(p) for p in paths], length)
+            return text_windows(model, [read_utf8(p) for p in paths], length)
         if len(paths) > 1:
             raise ValueError(f"data.tokens = {self.tokens!r} matches {len(paths)} files of arrays: give one.")
         rows = _read_npy(paths[0]) if suffix == ".npy" else _read_safetensors(paths[0], self.key or default_key)
@@ -73,26 +75,41 @@ def _bundled_part(key: str) -> str:
 
 def _read_npy(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False, mmap_mode="r")
-    except (ValueError, EOFError) as error:
+        rows = np.load(path, allow_pickle=False, mmap_mode="r")
+    except (ValueError, EOFError, SyntaxError) as error:
         raise ValueError(f"{path} is damaged, or not a .npy file of numbers.") from error
+    if not isinstance(rows, np.ndarray):
+        raise ValueError(f"{path} is an archive of several arrays: save one with numpy.save.")
+    return rows
 
 
 def _read_safetensors(path: Path, key: str) -> np.ndarray:
-    try:
-        tensors = load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if key not in tensors:
-        raise ValueError(f"{path} has no tensor {key!r}; it has {', '.join(tensors)}. Set data.key.")
-    return tensors[key]
+    with open_tensors(path) as file:
+        if key not in file.shapes:
+            raise ValueError(f"{path} has no tensor {key!r}, it has {', '.join(file.shapes)}: set data.key.")
+        dtype = str(file.dtypes[key]).removeprefix("torch.")
+        if not dtype.lower().startswith(("int", "uint", "u")):
+            raise ValueError(f"{path} holds {dtype} of shape {file.shapes[key]}; integers [n, pos] are needed.")
+        return file.read(key).numpy()
 
 
-def _read_text(path: Path) -> str:
+def read_utf8(path: Path) -> str:
+    """A text file, without a byte order mark.
+
+    Raises:
+        ValueError: it is in another encoding.
+    """
+    data = path.read_bytes()
+    remedy = "save it as UTF-8"
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{path} is UTF-16 text: {remedy}.")
     try:
-        return path.read_text(encoding="utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}).") from error
+        raise ValueError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): {remedy}.") from error
+    if "\0" in text:
+        raise ValueError(f"{path} has zero bytes, so it is UTF-16 or not text at all: {remedy}.")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def text_windows(model: Any, texts: list[str], length: int) -> Int[Tensor, "n pos"]:

@@ -27,6 +27,7 @@ def evaluate_by_name(
     rows: int,
     off_distribution: Mapping[str, str],
     others: Mapping[str, str],
+    trust_remote_code: bool = False,
 ) -> Evaluation:
     """Evaluates a decomposition.
 
@@ -38,13 +39,14 @@ def evaluate_by_name(
         rows: of tokens, of this data and of each in ``off_distribution``.
         off_distribution: files of other text, as in ``data``, by name.
         others: folders of other decompositions of the model, by name.
+        trust_remote_code: as for ``ModelRecipe.load``.
     """
     device = usable_device(model.device)
 
     def load(name: str) -> Decomposition:
         return bundled.decomposition(device=device) if name == "bundled" else Decomposition.load(name, device=device)
 
-    vpd, target = load(decomposition), model.load()
+    vpd, target = load(decomposition), model.load(trust_remote_code=trust_remote_code)
 
     def tokens(recipe: DataRecipe) -> Int[Tensor, "_ pos"]:
         return recipe.first(target, rows, default_key="validation")

@@ -1,16 +1,46 @@
-"""Which model, by name, and on which device."""
+"""Which model, by name, and on which device.
+
+A recipe runs no code but this package's and its libraries': the options of a model are plain values from a list, and code that
+comes with a model (``trust_remote_code``) runs only where the caller says so, not the recipe.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
+from unittest import mock
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from tl_vpd import bundled
 from tl_vpd.adapters.loading import Kind, load_model
+from tl_vpd.checks import choice, device_of, shown
 from tl_vpd.frozen import Frozen
+
+OPTIONS = (
+    "fold_ln",
+    "center_writing_weights",
+    "center_unembed",
+    "refactor_factored_attn_matrices",
+    "fold_value_biases",
+    "compatibility_mode",
+    "dtype",
+    "n_ctx",
+    "first_n_layers",
+    "default_prepend_bos",
+    "default_padding_side",
+    "checkpoint_index",
+    "checkpoint_value",
+    "checkpoint_label",
+    "revision",
+    "cache_dir",
+    "local_files_only",
+)
+"""What a recipe may say about a model. Others could make it run code, such as ``trust_remote_code`` and, with kernels from the
+Hub, ``attn_implementation``."""
 
 
 class ModelRecipe(Frozen):
@@ -21,23 +51,63 @@ class ModelRecipe(Frozen):
     kind: Kind | None = None
     """``hooked_transformer`` or ``bridge`` (None: HookedTransformer where the installed TransformerLens has it)."""
     options: dict[str, Any] = Field(default_factory=dict)
-    """Keyword arguments of ``HookedTransformer.from_pretrained`` (``fold_ln``, ``center_unembed``, ...) or, for a bridge, of
+    """Keyword arguments (those of ``OPTIONS``) of ``HookedTransformer.from_pretrained`` or, for a bridge, of
     ``boot_transformers``; ``compatibility_mode: true`` processes a bridge's weights."""
     device: str = "cpu"
     """Under ``torchrun``, ``cuda`` is the device of each process."""
 
-    def load(self) -> Any:
+    @field_validator("options")
+    @classmethod
+    def _plain_options(cls, options: dict[str, Any]) -> dict[str, Any]:
+        for name, value in options.items():
+            if name == "trust_remote_code":
+                raise ValueError(
+                    "a recipe cannot let a model's own code run: leave trust_remote_code out, and pass --trust-remote-code on "
+                    "the command line if you trust it."
+                )
+            if name not in OPTIONS:
+                raise ValueError(f"{name!r} is not an option of a recipe: its options are {', '.join(OPTIONS)}.")
+            if not isinstance(value, str | int | float | bool | None):
+                raise ValueError(f"{name}={shown(value)} is a {type(value).__name__}: give a plain value.")
+        if "dtype" in options:
+            choice("dtype", options["dtype"], ("float32", "float64", "bfloat16", "float16"))
+        return options
+
+    def load(self, *, trust_remote_code: bool = False) -> Any:
         """The model on its device.
 
+        Args:
+            trust_remote_code: run the code that comes with the model, if it comes with any.
+
         Raises:
-            ValueError: the device is not available, or the bundled model has options.
+            ValueError: the device is not available, the bundled model has options, or the model comes with code.
         """
         device = usable_device(self.device)
         if self.name != "bundled":
-            return load_model(self.name, kind=self.kind, device=device, **self.options)
+            options = dict(self.options)
+            if "dtype" in options:
+                options["dtype"] = getattr(torch, options["dtype"])
+            if trust_remote_code:
+                options["trust_remote_code"] = True
+            with nullcontext() if trust_remote_code else _no_code_of(self.name):
+                return load_model(self.name, kind=self.kind, device=device, **options)
         if self.options:
             raise ValueError(f"model.options ({', '.join(self.options)}): the bundled model takes none.")
         return bundled.model(kind=self.kind, device=device)
+
+
+@contextmanager
+def _no_code_of(name: str) -> Iterator[None]:
+    """Refuses what transformers would import from a model's files; for some names TransformerLens lets it unasked."""
+
+    def refuse(*arguments: Any, **options: Any) -> Any:
+        raise ValueError(
+            f"The model {name!r} comes with code that would run: pass --trust-remote-code on the command line (or "
+            "load(trust_remote_code=True)) if you trust it."
+        )
+
+    with mock.patch("transformers.dynamic_module_utils.get_cached_module_file", refuse):
+        yield
 
 
 def usable_device(device: str) -> str:
@@ -46,11 +116,7 @@ def usable_device(device: str) -> str:
     Raises:
         ValueError: PyTorch knows no such device, or this machine has none.
     """
-    try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
-        raise ValueError(f"device is {device!r}: give cpu, cuda, cuda:0, ...") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {device!r}, and PyTorch sees no GPU on this machine: use cpu.")
     rank = os.environ.get("LOCAL_RANK")
-    return f"cuda:{rank}" if device == "cuda" and rank is not None else device
+    name = f"cuda:{rank}" if device == "cuda" and rank is not None else device
+    device_of(name)
+    return name

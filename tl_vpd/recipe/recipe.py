@@ -6,7 +6,8 @@
     execution: {micro_batch: 4}            # tl_vpd.ExecutionConfig: how it runs
     saving: {folder: runs/first}           # tl_vpd.SavingConfig: what is written
 
-Unknown keys are refused. Under ``torchrun`` every process reads the same recipe.
+Unknown keys are refused. A recipe is data: nothing in it makes code of a file or of the Hub run (``tl_vpd.recipe.model``). Under
+``torchrun`` every process reads the same recipe.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from pydantic import ValidationError
 
+from tl_vpd.checks import sentence_of
 from tl_vpd.evaluation.feature_splitting import decompose_at_sizes, feature_splitting
 from tl_vpd.frozen import Frozen
 from tl_vpd.planning import Footprint, Target, TransformerShape, footprint
-from tl_vpd.recipe.data import DataRecipe
+from tl_vpd.recipe.data import DataRecipe, read_utf8
 from tl_vpd.recipe.model import ModelRecipe
+from tl_vpd.recipe.yaml_text import yaml_data
 from tl_vpd.training import ExecutionConfig, Run, SavingConfig, VPDConfig, decompose
 
 
@@ -46,17 +48,16 @@ class Recipe(Frozen):
         """
         sections = "model, data, vpd, execution and saving"
         if not path.is_file():
-            raise FileNotFoundError(f"{path} does not exist: give a YAML file with {sections}.")
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
+            what = "is not an ordinary file" if path.exists() else "does not exist"
+            raise FileNotFoundError(f"{path} {what}: give a YAML file with {sections}.")
+        content = yaml_data(read_utf8(path), str(path))
         if not isinstance(content, dict):
-            raise ValueError(f"{path} holds a {type(content).__name__}; keys {sections} are needed.")
+            what = "is empty" if content is None else f"holds a {type(content).__name__}"
+            raise ValueError(f"{path} {what}; keys {sections} are needed.")
         try:
             return cls.model_validate(content)
         except ValidationError as error:
-            raise ValueError(f"{path}: {_sentence(error)}") from error
+            raise ValueError(f"{path}: {sentence_of(error)}") from error
 
     def changed(self, **sections: Mapping[str, Any]) -> Recipe:
         """The recipe with other values in sections; values of None leave the recipe's.
@@ -70,40 +71,50 @@ class Recipe(Frozen):
         try:
             return Recipe.model_validate(_merged(self.model_dump(), sections))
         except ValidationError as error:
-            raise ValueError(_sentence(error)) from error
+            raise ValueError(sentence_of(error)) from error
 
-    def train(self, *, resume: bool = False) -> Run:
+    def train(self, *, resume: bool | Path = False, trust_remote_code: bool = False) -> Run:
         """Trains the decomposition.
+
+        Args:
+            resume: from the newest state, or from this one.
+            trust_remote_code: as for ``ModelRecipe.load``.
 
         Raises:
             ValueError: no folder is named.
         """
         if self.saving.folder is None:
             raise ValueError("saving.folder is missing: name the folder that the decomposition goes to.")
-        model = self.model.load()
+        model = self.model.load(trust_remote_code=trust_remote_code)
         configs = {"execution": self.execution, "saving": self.saving}
         return decompose(model, self.data.load(model), self.vpd, **configs, resume=resume)  # type: ignore[arg-type]
 
-    def feature_splitting(self, factors: Sequence[float], *, rows: int) -> pd.DataFrame:
+    def feature_splitting(
+        self, factors: Sequence[float], *, rows: int, trust_remote_code: bool = False
+    ) -> pd.DataFrame:
         """Trains decompositions with other numbers of subcomponents, and counts how many of each are alive.
 
         Args:
             factors: of the recipe's C.
             rows: of tokens that the counts are measured on.
+            trust_remote_code: as for ``ModelRecipe.load``.
         """
-        model = self.model.load()
+        model = self.model.load(trust_remote_code=trust_remote_code)
         tokens = self.data.load(model)
         runs = decompose_at_sizes(
             model, tokens, self.vpd, factors=factors, execution=self.execution, saving=self.saving
         )
         return feature_splitting(runs, model, self.data.first(model, rows))
 
-    def footprint(self, shape: TransformerShape | None = None, *, processes: int = 1) -> Footprint:
+    def footprint(
+        self, shape: TransformerShape | None = None, *, processes: int = 1, trust_remote_code: bool = False
+    ) -> Footprint:
         """What one process of the run stores and computes.
 
         Args:
             shape: of a transformer that is not loaded (None: the recipe's model).
             processes: how many split the batch.
+            trust_remote_code: as for ``ModelRecipe.load``.
 
         Raises:
             ValueError: the length of rows is not known, or the batch cannot be split equally.
@@ -111,7 +122,7 @@ class Recipe(Frozen):
         if shape is not None:
             target, context = Target.of(shape), self.data.context
         else:
-            model = self.model.load()
+            model = self.model.load(trust_remote_code=trust_remote_code)
             target, context = Target.of(model), self.data.context or model.cfg.n_ctx
         if context is None:
             raise ValueError("Give --context: the tokens in a row.")
@@ -151,12 +162,6 @@ def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, 
         elif change is not None:
             result[name] = change
     return result
-
-
-def _sentence(error: ValidationError) -> str:
-    return "; ".join(
-        f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}".lstrip(": ") for e in error.errors()
-    )
 
 
 def _options(names: Any) -> str:

@@ -15,19 +15,23 @@ def interruptible() -> Iterator[threading.Event]:
 
     Signals reach the main thread only: in another one the flag is never set.
     """
-    flag = threading.Event()
+    flag, leaving = threading.Event(), threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return
 
     def set_flag(number: int, frame: Any) -> None:
-        if flag.is_set():
+        if flag.is_set() and not leaving.is_set():
             raise KeyboardInterrupt
         flag.set()
 
+    # Ctrl-C is the first to wait and the last to interrupt again, so that none comes between.
     before = {number: signal.signal(number, set_flag) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield flag
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        try:
+            leaving.set()
+        finally:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, before[number])

@@ -131,7 +131,7 @@ class RunFiles:
         if trainer.world.first:
             state = latest_state(self.folder / "state")
             with (
-                named_errors(self._metrics, state and f"{state.name} is intact"),
+                named_errors(self._metrics, None if state is None else f"{state.name} is intact"),
                 self._metrics.open("a", encoding="utf-8") as file,
             ):
                 file.write(_line(metrics))

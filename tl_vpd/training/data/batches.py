@@ -28,6 +28,7 @@ import numpy as np
 from torch import Tensor
 
 from tl_vpd.training.data.datasets import DatasetRows, is_dataset, token_column, tokenised
+from tl_vpd.training.data.mapped_rows import MappedRows, mapping_of
 from tl_vpd.training.data.protocol import EVERY_ROW, Batches, RowsOfBatches
 from tl_vpd.training.data.stream_batches import StreamBatches
 from tl_vpd.training.data.token_batches import TokenBatches, holds_vectors
@@ -66,9 +67,7 @@ def batches_of(
             )
         return RowsOfBatches(data, row_slice)
     if isinstance(data, Tensor | np.ndarray):
-        if data.ndim != 2 and not (data.ndim == 3 and holds_vectors(data)):
-            raise ValueError(f"Tokens are of shape {tuple(data.shape)}; rows [n, pos] are needed.")
-        return TokenBatches(data, batch_size, seed, row_slice=row_slice)
+        return TokenBatches(_rows(data), batch_size, seed, row_slice=row_slice)
     if is_dataset(data):
         if (column := token_column(data)) is None:
             data, column = tokenised(data, tokenizer, context), "tokens"
@@ -77,3 +76,22 @@ def batches_of(
     elif not isinstance(data, Iterable):
         raise TypeError(f"The data is a {type(data).__name__}: pass tokens [n, pos], strings, rows or a dataset.")
     return StreamBatches(data, batch_size, row_slice=row_slice)
+
+
+def _rows(data: Tensor | np.ndarray) -> Tensor | np.ndarray | MappedRows:
+    """A tensor or array of rows, after a look at its type and shape."""
+    kind = str(data.dtype).removeprefix("torch.")
+    # NumPy has no bfloat16; other libraries' types count as none of its kinds.
+    numbers = (
+        data.dtype.kind in "iuf" if isinstance(data, np.ndarray) else kind.startswith(("int", "uint", "float", "bf"))
+    )
+    if not numbers:
+        raise ValueError(
+            f"The data is {kind} of shape {tuple(data.shape)}: give integers [n, pos], or vectors in a floating-point type "
+            "(bfloat16 as a tensor)."
+        )
+    if data.ndim != 2 and not (data.ndim == 3 and holds_vectors(data)):
+        raise ValueError(f"Tokens are of shape {tuple(data.shape)}; rows [n, pos] are needed.")
+    if isinstance(data, np.ndarray) and (mapping := mapping_of(data)) is not None:
+        return MappedRows(data, mapping)
+    return data

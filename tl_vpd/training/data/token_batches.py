@@ -12,6 +12,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from tl_vpd.training.data.datasets import DatasetRows
+from tl_vpd.training.data.mapped_rows import MappedRows
 from tl_vpd.training.data.prefetch import Prefetcher
 from tl_vpd.training.data.protocol import EVERY_ROW
 
@@ -36,7 +37,7 @@ class TokenBatches:
 
     def __init__(
         self,
-        tokens: Shaped[Tensor, "n _ ..."] | np.ndarray | DatasetRows,
+        tokens: Shaped[Tensor, "n _ ..."] | np.ndarray | MappedRows | DatasetRows,
         batch_size: int,
         seed: int,
         *,
@@ -50,7 +51,7 @@ class TokenBatches:
         self.per_epoch = len(tokens) // batch_size
         self._epoch = -1
         self._order = torch.empty(0, dtype=torch.long)
-        in_memory = isinstance(tokens, Tensor) or (isinstance(tokens, np.ndarray) and not isinstance(tokens, np.memmap))
+        in_memory = isinstance(tokens, Tensor | np.ndarray)
         self._prefetcher = None if in_memory else Prefetcher(lambda step: map(self._read, count(step)))
 
     def at(self, step: int) -> Shaped[Tensor, "rows _ ..."]:
@@ -89,7 +90,7 @@ class TokenBatches:
             "context": self.context,
             "sha256_of_sample": _digest(rows[_spread(len(rows))]),
         }
-        if isinstance(rows, np.ndarray) and not isinstance(rows, np.memmap):
+        if isinstance(rows, np.ndarray):
             description["sha256"] = _digest(rows)
         return description
 
@@ -99,11 +100,11 @@ class TokenBatches:
             self._prefetcher.close()
 
 
-def holds_vectors(rows: Tensor | np.ndarray | DatasetRows) -> bool:
+def holds_vectors(rows: Tensor | np.ndarray | MappedRows | DatasetRows) -> bool:
     """Whether rows are floating-point vectors, not tokens."""
     if isinstance(rows, Tensor):
         return rows.is_floating_point()
-    return isinstance(rows, np.ndarray) and np.issubdtype(rows.dtype, np.floating)
+    return isinstance(rows, np.ndarray | MappedRows) and np.issubdtype(rows.dtype, np.floating)
 
 
 def _digest(rows: np.ndarray) -> str:

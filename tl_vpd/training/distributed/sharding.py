@@ -20,7 +20,9 @@ Stages: Rajbhandari et al., *ZeRO: Memory Optimizations Toward Training Trillion
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from tl_vpd.checks import choice
 from tl_vpd.components import Components
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.importance.build import build
@@ -35,6 +38,8 @@ from tl_vpd.importance.mlps import PerSiteMLPs
 from tl_vpd.importance.transformer import SharedTransformer
 from tl_vpd.training.config import ShardingKind
 from tl_vpd.training.distributed.processes import World
+
+log = logging.getLogger(__name__)
 
 
 def shard(weights: DecomposedWeights, kind: ShardingKind, world: World) -> None:
@@ -49,9 +54,10 @@ def shard(weights: DecomposedWeights, kind: ShardingKind, world: World) -> None:
         ValueError: the kind does not exist.
         RuntimeError: this PyTorch is too old.
     """
-    if kind not in ("none", "optimizer", "full"):
-        raise ValueError(f"sharding is {kind!r}: give 'none', 'optimizer' or 'full'.")
+    choice("sharding", kind, get_args(ShardingKind))
     if kind == "none" or world.size == 1:
+        if kind != "none":
+            log.warning("sharding=%r does nothing in a run of one process: start several with torchrun.", kind)
         return
     if not hasattr(FSDPModule, "set_force_sum_reduction_for_comms"):
         raise RuntimeError(
