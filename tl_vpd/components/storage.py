@@ -178,8 +178,3 @@ def _compare_copy(path: Path, content: Any) -> None:
             "interrupted leaves it behind; save again to renew it).",
             stacklevel=2,
         )
-
-
-from tl_vpd.files.atomic import write_file as write_atomically  # noqa
-from tl_vpd.files.json_files import write_json  # noqa
-from tl_vpd.files.versions import library_versions  # noqa
