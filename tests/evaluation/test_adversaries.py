@@ -112,9 +112,9 @@ def test_a_fixed_seed_gives_the_same_attack(tiny):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"starts": 0}, "one random start or more"),
-        ({"explanations": 0}, "give 1 or more"),
-        ({"scope": "row"}, "choose shared"),
+        ({"starts": 0}, "starts=0: give an integer of at least 1"),
+        ({"explanations": 0}, "explanations=0: give an integer of at least 1"),
+        ({"scope": "row"}, "choose from .shared."),
     ],
 )
 def test_impossible_adversaries_are_refused(settings: dict[str, Any], message: str):

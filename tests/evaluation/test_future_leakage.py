@@ -50,7 +50,7 @@ def test_a_position_without_a_next_token_and_other_modes_are_refused():
     vpd, tokens = decomposition_of(model), some_tokens(shape=(2, 8))
     with pytest.raises(IndexError, match=r"\[7\] have no next token"):
         leakage(vpd, model, tokens, positions=[3, 7])
-    with pytest.raises(ValueError, match="mode='zero': choose one of rounded"):
+    with pytest.raises(ValueError, match="mode='zero': choose from 'rounded'"):
         leakage(vpd, model, tokens, positions=[3], mode="zero")
     with pytest.raises(ValueError, match="the rows are shorter than three tokens"):
         leakage(vpd, model, tokens[:, :2], positions=[0])

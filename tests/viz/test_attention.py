@@ -79,7 +79,7 @@ def test_norms_by_head(vpd):
     assert panel.body.count("<tr>") == 4 * 4 and ">:77<" in panel.body
     largest = float(norms[Q][77].max())
     assert f"{largest:.3g}" in panel.body
-    with pytest.raises(ValueError, match="at least one row"):
+    with pytest.raises(ValueError, match="top=0: give an integer of at least 1"):
         viz.head_norms(norms, top=0)
 
 
