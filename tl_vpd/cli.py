@@ -1,4 +1,4 @@
-"""The command line: ``tl-vpd train``, ``plan``, ``eval``, ``feature-splitting`` and ``demo``.
+"""The command line: ``tl-vpd train``, ``plan``, ``eval``, ``feature-splitting``, ``import`` and ``demo``.
 
 Errors are one line that says what to do (with ``TL_VPD_TRACEBACK=1`` in the environment, Python's traceback). Exit codes:
 
@@ -247,6 +247,22 @@ def feature_splitting_command(
     _say(table.round(4).to_string())
     if out is not None:
         write_text(out, table.to_csv())
+
+
+@app.command("import")
+@_command
+def import_command(
+    run: Annotated[str, typer.Argument(help="Folder or checkpoint of the authors' code, or the id of a W&B run.")],
+    out: Annotated[Path, typer.Option(help="New folder of the decomposition; its model goes to 'model' in it.")],
+    target: Annotated[str | None, typer.Option(help="The target's folder or W&B run, where it is not found.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...: that the certificate is measured on.")] = "cpu",
+    check_order: Annotated[bool, typer.Option(help="Stop if importances look like a wrong order.")] = True,
+) -> None:
+    """Import a released run: the decomposition, its model, and a certificate of what was measured."""
+    from tl_vpd.formats.param_decomp import import_run
+
+    certificate = import_run(run, out, target=target, device=device, check_order=check_order)
+    _say(certificate.to_pandas().to_string(index=False), f"Written: {out} and {out / 'model'}")
 
 
 @app.command()

@@ -10,23 +10,30 @@ norms' ``blocks.{i}.ln1.w``, ``blocks.{i}.ln2.w``, ``ln_final.w``.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tl_vpd.adapters.loading import Kind, load_model, quiet_transformers
 from tl_vpd.adapters.lookup import adapt
-from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig, is_hooked_transformer
+from tl_vpd.adapters.quiet import quiet_transformers
+from tl_vpd.adapters.versions import (
+    HookedTransformer,
+    HookedTransformerConfig,
+    is_hooked_transformer,
+    transformer_bridge,
+)
 from tl_vpd.files.atomic import write_file
 from tl_vpd.files.json_files import read_json, write_json
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"
+Kind = Literal["hooked_transformer", "bridge"]
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
 _LINEAR = {
     "attn.W_Q": "self_attn.q_proj",
     "attn.W_K": "self_attn.k_proj",
@@ -136,16 +143,28 @@ def load_arcee(
         return _hooked_transformer(folder, device, dtype)
 
 
+def is_arcee(folder: Path) -> bool:
+    """Whether a folder is one of ``write_arcee``: transformers' Arcee with tanh-GELU."""
+    try:
+        config = read_json(folder / CONFIG)
+    except (OSError, ValueError):
+        return False
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    return kind == "arcee" and config.get("hidden_act") == "gelu_new" and (folder / WEIGHTS).is_file()
+
+
 def _bridge(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any:
-    with_tokenizer = (folder / "tokenizer.json").is_file()
-    if not with_tokenizer:  # TransformerBridge does not boot without one
-        _numbers_as_words(int(read_json(folder / CONFIG)["vocab_size"])).save_pretrained(folder)
-    bridge: Any = load_model(str(folder), kind="bridge", device=device, dtype=dtype)
+    with tempfile.TemporaryDirectory() as beside:
+        place, with_tokenizer = folder, (folder / TOKENIZER).is_file()
+        if not with_tokenizer:  # TransformerBridge does not boot without one
+            place = Path(beside)
+            for name in (CONFIG, WEIGHTS):
+                (place / name).symlink_to((folder / name).resolve())
+            _numbers_as_words(int(read_json(folder / CONFIG)["vocab_size"])).save_pretrained(place)
+        bridge: Any = transformer_bridge().boot_transformers(str(place), device=str(device), dtype=dtype)
     bridge.cfg.default_prepend_bos = False
     bridge.cfg.rotary_base = int(_rotary_base(bridge))  # which TransformerBridge leaves at its default
     if not with_tokenizer:
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            (folder / name).unlink(missing_ok=True)
         bridge.tokenizer = None
     return bridge
 
@@ -180,7 +199,7 @@ def _hooked_transformer(folder: Path, device: str | torch.device, dtype: torch.d
         dtype=dtype,
         device=str(device),
     )
-    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / "tokenizer.json").is_file() else None
+    tokenizer = AutoTokenizer.from_pretrained(folder) if (folder / TOKENIZER).is_file() else None
     model = HookedTransformer(cfg, tokenizer=tokenizer, move_to_device=False).to(device, print_details=False)
     stored, adapter = load_file(folder / WEIGHTS), adapt(model)
     with torch.no_grad():
@@ -239,7 +258,9 @@ def arcee_of(model: Any) -> tuple[ArceeShape, dict[str, Float[Tensor, "..."]]]:
 
 def _rotary_base(bridge: Any) -> float:
     config = bridge.original_model.config
-    base: Any = (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or getattr(config, "rope_theta", 10_000)
+    base: Any = (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or getattr(
+        config, "rope_theta", 10_000
+    )
     return float(base)
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from tl_vpd.adapters.building import Kind, is_arcee, load_arcee
 from tl_vpd.adapters.versions import HookedTransformer, transformer_bridge
 from tl_vpd.checks import choice, device_of
-
-Kind = Literal["hooked_transformer", "bridge"]
 
 
 def default_kind() -> Kind:
@@ -33,7 +30,7 @@ def load_model(
     """A model by a name or folder that TransformerLens knows.
 
     Args:
-        name: of a model, or a folder.
+        name: of a model, or a folder (of an imported model too).
         kind: ``hooked_transformer`` or ``bridge`` (None: what the installed TransformerLens has).
         device: where the model goes.
         compatibility_mode: of a bridge: process its weights as HookedTransformer does.
@@ -52,6 +49,11 @@ def load_model(
         raise NotADirectoryError(f"{name} is a file: give the folder that it is in, or the name of a model.")
     kind = default_kind() if kind is None else kind
     choice("kind", kind, get_args(Kind))
+    if is_arcee(Path(name)):  # HookedTransformer.from_pretrained does not know this architecture
+        dtype = options.pop("dtype", torch.float32)
+        if options or compatibility_mode:
+            raise ValueError(f"{name} is an imported model, which takes dtype and none of the other options.")
+        return load_arcee(Path(name), kind=kind, device=device, dtype=dtype)
     if kind == "bridge":
         bridge = transformer_bridge().boot_transformers(name, device=str(device), **options)
         if compatibility_mode:
@@ -73,17 +75,3 @@ def converted_neox_weights(source: Any, cfg: Any) -> dict[str, torch.Tensor]:
     from transformer_lens.pretrained.weight_conversions import convert_neox_weights
 
     return convert_neox_weights(source, cfg)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Inside, transformers shows no progress bars; the user's setting is restored."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()

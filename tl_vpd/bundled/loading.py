@@ -20,7 +20,8 @@ from jaxtyping import Int
 from safetensors.numpy import load_file
 from torch import Tensor
 
-from tl_vpd.adapters.loading import Kind, converted_neox_weights, default_kind, load_model, quiet_transformers
+from tl_vpd.adapters.loading import Kind, converted_neox_weights, default_kind, load_model
+from tl_vpd.adapters.quiet import quiet_transformers
 from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
 from tl_vpd.checks import choice
 from tl_vpd.decomposition import Decomposition

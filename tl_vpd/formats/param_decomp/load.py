@@ -19,13 +19,12 @@ import torch
 from torch import Tensor
 
 from tl_vpd.adapters import adapt
-from tl_vpd.adapters.building import ArceeShape, load_arcee, write_arcee
-from tl_vpd.adapters.loading import Kind
-from tl_vpd.checks import choice
+from tl_vpd.adapters.building import ArceeShape, Kind, load_arcee, write_arcee
+from tl_vpd.checks import choice, device_of, instance, path_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.files.versions import library_versions
 from tl_vpd.formats.param_decomp.certificate import Certificate, certify
-from tl_vpd.formats.param_decomp.checkpoint import Checkpoint, read_checkpoint
+from tl_vpd.formats.param_decomp.checkpoint import FLOATS, Checkpoint, read_checkpoint
 from tl_vpd.formats.param_decomp.config import RunConfig
 from tl_vpd.formats.param_decomp.files import CONFIGS, checkpoint_in, first_of, inside, read_yaml, step_of
 from tl_vpd.formats.param_decomp.gamma import our_gamma
@@ -78,7 +77,9 @@ def load_param_decomp(
         ValueError: a file is damaged, of another format, or contradicts another; the message names it.
         ImportError: the installed TransformerLens has no such class, or ``wandb`` is needed.
     """
-    kind = KINDS[choice("model_class", model_class, KINDS)]
+    kind, device = KINDS[choice("model_class", model_class, KINDS)], device_of(device)
+    if instance("dtype", dtype, torch.dtype) not in FLOATS:
+        raise ValueError(f"dtype={dtype}: give one of {', '.join(map(str, FLOATS))}.")
     files = RunFiles.of(run, target)
     model, vpd = model_and_decomposition(files, kind, device=device, dtype=dtype)
     certificate = certify(vpd, model, tokens, own_metrics=files.metrics())
@@ -212,7 +213,7 @@ def _decomposition(files: RunFiles, model: Any, dtype: torch.dtype) -> Decomposi
 
 def _located(run: str | os.PathLike[str]) -> tuple[Path, Path | None, bool]:
     """The run's folder, its checkpoint where a file was given, and whether it was fetched."""
-    path = Path(run).expanduser()
+    path = path_of("run", run).expanduser()
     if path.is_dir():
         return path, None, False
     if path.exists() or path.is_symlink():
@@ -226,7 +227,7 @@ def _located(run: str | os.PathLike[str]) -> tuple[Path, Path | None, bool]:
 
 
 def _target_at(target: str | os.PathLike[str]) -> Path:
-    path = Path(target).expanduser()
+    path = path_of("target", target).expanduser()
     if not path.is_dir() and wandb_path(str(target)) is not None:
         return fetched_target(str(target), with_checkpoint=True)
     if first_of(path, ["model_config.yaml"]) is None:

@@ -12,8 +12,6 @@ Settings of training that the authors' config has are written where the decompos
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -26,9 +24,10 @@ from torch import Tensor, nn
 from tl_vpd.adapters import adapt
 from tl_vpd.adapters.building import ArceeShape, arcee_of
 from tl_vpd.adapters.versions import is_bridge
+from tl_vpd.checks import path_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.files.atomic import make_folder, write_file, write_text
-from tl_vpd.formats.param_decomp.files import CONFIGS, MODEL_CONFIG, TOKENIZER
+from tl_vpd.formats.param_decomp.files import CONFIGS, MODEL_CONFIG, TOKENIZER, new_folder
 from tl_vpd.formats.param_decomp.gamma import their_gamma
 from tl_vpd.formats.param_decomp.load import RunFiles, model_and_decomposition
 from tl_vpd.formats.param_decomp.names import COMPONENTS, TARGET, module_of, target_keys
@@ -56,27 +55,19 @@ def save_param_decomp(decomposition: Decomposition, model: nn.Module, folder: st
         ValueError: the model is of another architecture or not the target, or the format has no such Γ.
         OSError: the folder cannot be written; it is not there then.
     """
-    place = Path(folder)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise FileExistsError(f"{place} is not an empty folder: give the path of a new one.")
+    place = path_of("folder", folder)
     for site in decomposition.sites:
         if module_of(site) is None:
             raise ValueError(
                 f"{site} is not a weight of a LlamaSimpleMLP: only decompositions of such models can be written."
             )
-    with MaskedModel(decomposition, model) as masked_model:  # refuses another model
-        shape, weights = arcee_of(model)
-        tokens = _some_tokens(shape, masked_model.adapter.device)
-        logits, _ = masked_model.clean(tokens)
-    gamma = their_gamma(decomposition)
-    make_folder(place.resolve().parent)
-    with tempfile.TemporaryDirectory(dir=place.resolve().parent, prefix=f".{place.name}-") as temporary:
-        written = Path(temporary) / "run"
-        _write(written, decomposition, model, shape, weights, gamma)
+    with new_folder(place) as written:
+        with MaskedModel(decomposition, model) as masked_model:  # refuses another model
+            shape, weights = arcee_of(model)
+            tokens = _some_tokens(shape, masked_model.adapter.device)
+            logits, _ = masked_model.clean(tokens)
+        _write(written, decomposition, model, shape, weights, their_gamma(decomposition))
         _check(written, decomposition, model, tokens, logits)
-        if place.is_dir():
-            place.rmdir()
-        shutil.move(written, place)
     return place
 
 

@@ -19,7 +19,7 @@ from tl_vpd.files.atomic import make_folder
 from tl_vpd.formats.param_decomp.files import CHECKPOINT, CONFIGS, METRICS, MODEL_CONFIG, TOKENIZER
 
 PROJECT = "goodfire/spd"
-_FULL = re.compile(r"(?:wandb:)?([\w.-]+/[\w.-]+)/(?:runs/)?([\w-]+)")
+_FULL = re.compile(r"(?:wandb:)?(\w[\w.-]*/\w[\w.-]*)/(?:runs/)?(\w[\w-]*)")
 _ID = re.compile(r"(?:wandb:)?([a-z]-[0-9a-f]{8})")
 
 
