@@ -13,7 +13,7 @@ from typing import Any
 
 from tl_vpd.analysis.graph import AttributionGraph
 from tl_vpd.analysis.records import Harvest
-from tl_vpd.checks import integer
+from tl_vpd.checks import instance, integer, text_of
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.style import IMPORTANCE, NEGATIVE, POSITIVE
 from tl_vpd.viz.text import escape, for_plotly, for_script, number, spaced, visible
@@ -129,8 +129,10 @@ def graph(
         ValueError: ``nodes`` or ``edges`` is below 1.
         ImportError: plotly is not installed.
     """
-    if not isinstance(attribution, AttributionGraph):
-        raise TypeError(f"attribution is a {type(attribution).__name__}: give what attribution_graph(...) returns.")
+    instance("attribution", attribution, AttributionGraph)
+    if harvest is not None:
+        instance("harvest", harvest, Harvest)
+    title = text_of("title", title)
     nodes, edges = integer("nodes", nodes, minimum=1), integer("edges", edges, minimum=1)
     pruned = attribution.pruned(nodes=nodes)
     title = title or "Attribution graph of " + ", ".join(visible(t.text) for t in attribution.logits)
@@ -240,7 +242,7 @@ def _about(shown: AttributionGraph, harvest: Harvest | None) -> list[str]:
     rows: list[dict[str, Any]] = shown.nodes().to_dict("records")  # type: ignore[assignment]
     texts = []
     for i, row in enumerate(rows):
-        lines = [f"<b>{for_plotly(row['node'])}</b>", f"token {for_plotly(visible(row['token']))}"]
+        lines = [for_plotly(row["node"]), f"token {for_plotly(visible(row['token']))}"]
         if bool(shown.is_subcomponent[i]):
             lines.append(f"activation {number(row['activation'])}, importance {number(row['importance'])}")
             if harvest is not None:
