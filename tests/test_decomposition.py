@@ -76,10 +76,10 @@ def test_weights_with_nans_are_not_decomposed():
         decomposition_of(model)
 
 
-def test_a_subcomponent_below_0_does_not_exist():
+def test_a_subcomponent_beyond_the_last_does_not_exist():
     vpd = decomposition_of(tiny_model())
     with pytest.raises(IndexError, match=r"does not exist: blocks\.0\.attn\.W_K has 6 subcomponents, 0 to 5"):
-        vpd.subcomponent(Subcomponent("blocks.0.attn.W_K", -1))
+        vpd.subcomponent(Subcomponent("blocks.0.attn.W_K", 6))
 
 
 def test_making_and_loading_leave_every_generator_alone(model, vpd, tmp_path, monkeypatch):

@@ -168,7 +168,7 @@ def device_of(value: Any, *, name: str = "device") -> torch.device:
         device = torch.device(value)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"{name}={str(value)!r} is not a device of this PyTorch and machine: give 'cpu'.") from error
+        raise ValueError(f"{name}={shown(str(value))} is not a device of this PyTorch and machine: give 'cpu'.") from error
     if device.type == "meta":
         raise ValueError(f"{name}='meta' holds no numbers: give 'cpu' or 'cuda'.")
     return device

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import tl_vpd.hooks as hooks_room
 from tl_vpd.adapters import adapt
-from tl_vpd.checks import check_finite, config_of, device_of
+from tl_vpd.checks import check_finite, config_of, device_of, shown
 from tl_vpd.components.storage import CONFIG, TENSORS
 from tl_vpd.files.hub import fetch
 from tl_vpd.forward.target_check import fingerprints
@@ -73,7 +73,9 @@ class Decomposition(DecomposedWeights):
                 raise TypeError(f"{what} is a {type(tensors_of).__name__}: give tensors by name, in a dict.")
         for name in {**V, **U}:
             if name not in adapter.sites:
-                raise KeyError(f"This model has no site {name!r}{nearest(name, adapter.sites)}.")
+                raise KeyError(
+                    f"V or U names {shown(name)}: this model has no such site{nearest(name, adapter.sites)}."
+                )
             if name not in V or name not in U:
                 raise KeyError(f"{name} is in {'U' if name in U else 'V'} only: give V and U of the same sites.")
         names = [name for name in adapter.sites if name in V]
@@ -91,7 +93,9 @@ class Decomposition(DecomposedWeights):
         tensors = decomposition.file_tensors()
         if tensors.keys() != sources.keys():
             missing, extra = sorted(tensors.keys() - sources.keys()), sorted(sources.keys() - tensors.keys())
-            raise KeyError(f"Γ ({gamma.kind}) needs the tensors {missing[:3]}, and does not know {extra[:3]}.")
+            raise KeyError(
+                f"Γ ({gamma.kind}) needs the tensors {missing[:3]}, and does not know {extra[:3]}: rename gamma_tensors."
+            )
         for key, tensor in tensors.items():
             mapping, name = sources[key]
             source = mapping[name]
@@ -225,8 +229,14 @@ def _folder(folder: str | os.PathLike[str]) -> Path:
     """A folder's path; raises TypeError or NotADirectoryError for anything else."""
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"The folder is a {type(folder).__name__}: give its path.")
-    if Path(folder).is_file():
+    try:
+        is_file = Path(folder).is_file()
+    except OSError as error:
+        raise ValueError(f"folder={shown(str(folder))} is not a path: {error.strerror}.") from error
+    if is_file:
         raise NotADirectoryError(f"{folder} is a file: give the folder of a decomposition.")
+    if "\0" in os.fspath(folder):
+        raise ValueError(f"folder={shown(str(folder))} is not a path: it has a null character.")
     return Path(folder)
 
 

@@ -161,7 +161,8 @@ def _check_name(what: str, name: object) -> None:
 def _whole(what: str, value: Any, least: int) -> int:
     """An integer (NumPy's too) of at least ``least``; ``tl_vpd.checks`` stands above this module."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        truth = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
+        number = None if truth else operator.index(value)
     except TypeError:
         number = None
     if number is None:

@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.tiny import decomposition_of, draw, edited, tiny_model
-from tl_vpd.hooks.ablations import SetTo
+from tl_vpd.hooks.setters import SetTo
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.site import Subcomponent
 
@@ -96,12 +96,14 @@ def test_gradients_reach_masks_set_by_hooks(model, vpd, tokens):
 
 
 def test_hooks_need_an_attached_model_and_things_that_exist(model, vpd, tokens):
-    for make in (lambda: vpd.ablation_hooks([f"{OUT}:0"]), lambda: vpd.mask_hooks(Masks({}))):
+    for make in (lambda: vpd.ablation_hooks([f"{OUT}:0"]), lambda: vpd.mask_hooks({OUT: draw(6)})):
         with pytest.raises(RuntimeError, match=r"attached to none: call `with vpd\.attach\(model\):` first"):
             make()
     with decomposition_of(tiny_model()).attach(model), pytest.raises(RuntimeError, match="attached to none"):
         vpd.ablation_hooks([f"{OUT}:0"])
     with vpd.attach(model):
+        with pytest.raises(ValueError, match="There are no masks, so nothing would be masked"):
+            vpd.mask_hooks(Masks({}))
         with pytest.raises(IndexError, match="6 subcomponents, 0 to 5"):
             vpd.ablation_hooks([f"{OUT}:6"])
         with pytest.raises(KeyError, match="did you mean"):

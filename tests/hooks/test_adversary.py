@@ -29,7 +29,8 @@ def test_they_are_worse_than_any_random_source_and_with_more_steps_worse_still(m
             sources = torch.rand(1, 1, site_axis.total + 12, generator=generator, dtype=torch.float64)
             chance.append(kl_under(model, attached, masks_from_sources(g, sources, site_axis), tokens))
         results = [
-            kl_under(model, attached, vpd.adversarial_masks(model, tokens, seed=0, steps=n), tokens) for n in (0, 2, 12)
+            kl_under(model, attached, vpd.adversarial_masks(model, tokens, seed=0, **attack), tokens)
+            for attack in (dict(steps=1, step_size=1e-9), dict(steps=2), dict(steps=12))
         ]
     assert results[2] > max(chance) and results[2] > results[1] > results[0]
 

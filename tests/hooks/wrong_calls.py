@@ -161,7 +161,7 @@ def calls_with_masks() -> Iterator[Call]:
         (torch.full((6,), NAN), ValueError, "has 6 of 6 factors that are NaN, infinite or beyond 65504"),
         (ones * 1e5, ValueError, "has 84 of 84 factors that are NaN"),
         (SiteMask(None, torch.tensor(-INF)), ValueError, "Δ's mask for .* has 1 of 1 factors"),
-        (ones * 1j, TypeError, "is of torch.complex64 and torch.strided: give dense real"),
+        (ones * 1j, TypeError, "is of torch.complex64, torch.strided, on cpu: give dense real"),
     ):
         yield masked(lambda site, acts, value=value: value), error, message
         yield hooked(lambda value=value: vpd.mask_hooks(lambda site, acts: value)), error, message
@@ -193,6 +193,9 @@ def calls_with_masks() -> Iterator[Call]:
             ValueError,
             "values of .* 6 of 6 entries",
         )
+    yield lambda: vpd.ablation_hooks.__func__(None, f"{Q}:1"), TypeError, "give a tl_vpd.Decomposition"
+    yield lambda: vpd.mask_hooks.__func__(3, {}), TypeError, "The decomposition is a int"
+    yield lambda: vpd.delta_hooks.__func__({}, 0.0), TypeError, "The decomposition is a dict"
     yield returns("mask", lambda mask: mask[0]), ValueError, "The mask for blocks.0.attn.W_Q .* leaves open"
     yield returns("delta_mask", lambda mask: mask[:, :3]), ValueError, "Δ's mask for blocks.0.attn.W_Q"
     yield (
@@ -240,6 +243,7 @@ def calls_with_names() -> Iterator[Call]:
         (slice(None, None, 0), ValueError, "the step of a slice is not 0"),
         (slice(0, 1.5), TypeError, "give an index, a slice"),
         (7, IndexError, "pos=7 is outside the 7 positions"),
+        (10**5000, IndexError, "pos=a number of thousands of digits is outside the positions of any pass"),
         (np.int64(-8), IndexError, "pos=-8 is outside the 7 positions"),
         ([True, False], IndexError, "pos is a mask of 2 positions, and there are 7"),
         ([True, 2, 3], TypeError, "pos is a list: give an index"),
@@ -303,6 +307,8 @@ def calls_with_options() -> Iterator[Call]:
     for path, error, message in (
         (file, NotADirectoryError, "config.json is a file: give the folder"),
         (3, TypeError, "The folder is a int: give its path"),
+        ("x" * 10**6, ValueError, "folder=.* is not a path"),
+        ("nul\0", ValueError, "folder=.* is not a path: it has a null character"),
     ):
         yield lambda path=path: Decomposition.load(path), error, message
         yield lambda path=path: vpd.save(path), error, message

@@ -12,74 +12,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.checks import check_finite, shown
 from tl_vpd.forward.attachments import attachments
 from tl_vpd.forward.target_check import check_decomposition
-from tl_vpd.hooks.mask_spec import MaskFunction, mask_from_function, unrouted
-from tl_vpd.hooks.positions import Positions, axis_positions, checked_positions
+from tl_vpd.hooks.mask_spec import MaskFunction, unrouted
+from tl_vpd.hooks.positions import Positions
+from tl_vpd.hooks.setters import Computed, SetDelta, SetTo
 from tl_vpd.hooks.sparse import Ablate, Replace
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks, SiteMask
-from tl_vpd.masking.factors import check_axes, factor_of
+from tl_vpd.masking.factors import factor_of
 from tl_vpd.site import Subcomponent, nearest, select
 
 FwdHooks = list[tuple[str, Callable[..., Any]]]
 Subcomponents = str | Subcomponent | Sequence[str | Subcomponent]
-
-
-@dataclass(frozen=True)
-class SetTo:
-    """A hook that replaces the mask by a tensor."""
-
-    value: Float[Tensor, "*batch"] = field(repr=False)  # TransformerLens names hooks by their repr
-
-    def __call__(self, tensor: Tensor, hook: Any) -> Tensor:
-        check_axes(f"The mask for {hook.name}", self.value, tensor.shape, shared=1)
-        return self.value.to(tensor).expand_as(tensor)
-
-
-@dataclass(frozen=True)
-class SetDelta:
-    """A hook that sets Δ's factor at positions."""
-
-    value: float
-    pos: Positions
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "pos", checked_positions(self.pos))
-
-    def __call__(self, tensor: Float[Tensor, "batch *pos 1"], hook: Any) -> Float[Tensor, "batch *pos 1"]:
-        """Δ's factors with those of the positions set."""
-        if self.pos is None:
-            return torch.full_like(tensor, self.value)
-        return tensor.index_fill(1, axis_positions(self.pos, tensor, hook.name), self.value)
-
-
-class Computed:
-    """Three hooks that call a function ``(site, acts) -> mask`` once in each pass and set the mask it returns."""
-
-    def __init__(self, site: str, function: MaskFunction) -> None:
-        self.site, self.function = site, function
-        self._mask = SiteMask(None, None)
-
-    def acts(self, tensor: Tensor, hook: Any) -> None:
-        """On ``component_acts``: computes the masks."""
-        self._mask = unrouted(mask_from_function(self.function, self.site, tensor))
-
-    def mask(self, tensor: Tensor, hook: Any) -> Tensor:
-        """On ``mask``: sets it."""
-        return tensor if self._mask.mask is None else self._mask.mask.to(tensor).expand_as(tensor)
-
-    def delta(self, tensor: Tensor, hook: Any) -> Tensor:
-        """On ``delta_mask``: sets it."""
-        return tensor if self._mask.delta is None else self._mask.delta.unsqueeze(-1).to(tensor).expand_as(tensor)
 
 
 def require_points(decomposition: DecomposedWeights, function: str, points: Sequence[tuple[str, str]]) -> None:
@@ -94,7 +45,6 @@ def require_points(decomposition: DecomposedWeights, function: str, points: Sequ
         RuntimeError: it is attached to no model.
         KeyError: it is attached without one of the HookPoints.
     """
-    check_decomposition(decomposition)
     attached = attachments(decomposition)
     if not attached:
         raise RuntimeError(
@@ -125,6 +75,7 @@ def indices_by_site(
         IndexError: a site has no such subcomponent.
         ValueError: an address is not written ``site:index``.
     """
+    check_decomposition(decomposition)
     if isinstance(subcomponents, str | Subcomponent):
         subcomponents = [subcomponents]
     try:
@@ -153,6 +104,7 @@ def mask_hooks(decomposition: DecomposedWeights, masks: Mapping[str, SiteMask | 
         TypeError: a mask is neither a tensor nor a SiteMask.
         ValueError: there are no masks, one has another number of subcomponents, or factors are not finite.
     """
+    check_decomposition(decomposition)
     sites = decomposition.sites
     if not isinstance(masks, Mapping):
         if not callable(masks):
@@ -198,6 +150,7 @@ def delta_hooks(
         RuntimeError: the decomposition is attached to no model.
         KeyError: a pattern matches nothing, or the model was attached without ``delta_mask``.
     """
+    check_decomposition(decomposition)
     value = factor_of("value", value)
     names = [n for n in decomposition.sites if any(n in a.sites for a in attachments(decomposition))]
     names = select(sites, names) if names else []

@@ -26,6 +26,8 @@ Positions = int | np.integer | slice | Sequence[int | np.integer] | Tensor | np.
 CheckedPositions = slice | tuple[int, ...] | None
 """A slice of Python's integers, indices, or a mask as a tuple of bools."""
 
+LARGEST = 2**31
+"""No pass has so many positions."""
 _CACHED = "a pass behind a KV cache has the new ones only"
 
 
@@ -37,6 +39,7 @@ def checked_positions(pos: Any) -> CheckedPositions:
 
     Raises:
         TypeError: ``pos`` is something else than positions.
+        IndexError: no pass has such a position.
         ValueError: it selects none in any pass.
     """
     if pos is None:
@@ -112,4 +115,7 @@ def _index(value: Any) -> int:
     """An integer; raises TypeError for anything else."""
     if isinstance(value, bool | np.bool_) or (isinstance(value, Tensor) and value.dtype == torch.bool):
         raise TypeError("a bool")
-    return operator.index(value)
+    index = operator.index(value)
+    if not -LARGEST <= index <= LARGEST:
+        raise IndexError(f"pos={shown(value)} is outside the positions of any pass.")
+    return index

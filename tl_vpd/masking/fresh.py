@@ -65,8 +65,7 @@ def fresh_pgd(
         TypeError: an option is not a number, the loss not a function, or the start not a tensor.
         ValueError: an option is out of its range, or the start is not in [0, 1].
     """
-    if not callable(loss):
-        raise TypeError(f"The loss is a {type(loss).__name__}: give a function of the sources.")
+    _check_loss(loss)
     if not isinstance(start, Tensor) or not start.is_floating_point():
         raise TypeError(f"The start is {shown(start)}: give a tensor of floating-point numbers in [0, 1].")
     steps = integer("steps", steps, minimum=0)
@@ -83,6 +82,8 @@ def fresh_pgd(
         for _ in range(steps):
             leaf = sources.requires_grad_()
             value = loss(leaf)
+            if not isinstance(value, Tensor):
+                raise TypeError(f"The loss returned a {type(value).__name__}: return a tensor of one number.")
             if value.requires_grad:
                 (gradient,) = torch.autograd.grad(value, leaf)
             else:
@@ -97,6 +98,12 @@ def fresh_pgd(
     with torch.no_grad():
         losses.append(float(loss(sources)))
     return AttackResult(sources, losses)
+
+
+def _check_loss(loss: object) -> None:
+    """Raises TypeError unless a loss is a function."""
+    if not callable(loss):
+        raise TypeError(f"The loss is a {type(loss).__name__}: give a function that returns a tensor of one number.")
 
 
 def shared_start(
@@ -126,6 +133,7 @@ def attacked_masks(
         step_size: length of each (None: ``2 / steps``).
         generator: of the random start (None: torch's global one).
     """
+    _check_loss(loss)
     result = fresh_pgd(
         lambda sources: loss(masks_from_sources(g, sources, site_axis)),
         shared_start(g, site_axis, generator),

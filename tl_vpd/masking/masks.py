@@ -55,8 +55,10 @@ class SiteMask:
                 raise TypeError(
                     f"SiteMask.routed is of {value.dtype}: give a tensor of bools, True where the mask counts."
                 )
-            if value is not None and (value.is_complex() or value.layout != torch.strided):
-                raise TypeError(f"SiteMask.{name} is of {value.dtype} and {value.layout}: give dense real numbers.")
+            if value is not None and (value.is_complex() or value.is_meta or value.layout != torch.strided):
+                raise TypeError(
+                    f"SiteMask.{name} is of {value.dtype}, {value.layout}, on {value.device}: give dense real numbers."
+                )
             if name != "routed" and value is not None and not value.is_floating_point():
                 value = value.double()  # integers and bools are numbers too
             object.__setattr__(self, name, value)
@@ -242,6 +244,9 @@ def constant_masks(
     mask: Float[Tensor, "*batch C_total"], delta: float | Float[Tensor, "*#batch"], site_axis: ConcatenatedAxis
 ) -> Masks:
     """Masks from one concatenated tensor of factors, with one factor for every site's Δ."""
-    delta = delta if isinstance(delta, Tensor) else factor_of("delta", delta)
+    if isinstance(delta, Tensor):
+        check_axes("delta", delta, mask.shape[:-1], shared=0)
+    else:
+        delta = factor_of("delta", delta)
     factor = torch.as_tensor(delta, dtype=mask.dtype, device=mask.device).expand(mask.shape[:-1])
     return Masks({name: SiteMask(site_mask, factor) for name, site_mask in site_axis.split_sites(mask).items()})
