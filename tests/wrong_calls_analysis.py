@@ -193,7 +193,7 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: analysis.prune_sweep(vpd, model, prompt, 3, 0.1), TypeError, "coefficients=0.1 is a float: give values"),  # type: ignore[arg-type]
     (lambda: analysis.prune(vpd, model, prompt, 99), IndexError, "Token 99 is outside the vocabulary 0..10"),
     (lambda: analysis.prune(vpd, model, tokens, 3), ValueError, "one prompt without padding"),
-    (lambda: analysis.ablate_nodes(vpd, model, graph, {}, 3), TypeError, "give what prune"),  # type: ignore[arg-type]
+    (lambda: analysis.ablate_nodes(vpd, model, graph, {}, 3), TypeError, "give a PrunedCircuit"),  # type: ignore[arg-type]
     (lambda: analysis.ablate_nodes(vpd, model, circuit, [f"{Q}:1"], 3), TypeError, "groups is a list: give nodes by"),  # type: ignore[arg-type]
     (
         lambda: analysis.ablate_nodes(vpd, model, circuit, {"late": [f"{Q}:1@9"]}, 3),
@@ -284,13 +284,26 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         "heads must divide d_model=8",
     ),
-    (lambda: viz.graph(harvest), TypeError, "attribution is a Harvest: give"),  # type: ignore[arg-type]
+    (lambda: viz.graph(harvest), TypeError, "is a Harvest: give an AttributionGraph"),  # type: ignore[arg-type]
     (lambda: viz.pair_attention(terms, row=1), IndexError, "There is no row 1"),
     (lambda: viz.pair_attention(terms, heads=[2]), IndexError, r"heads=\[2\]: the layer has heads 0 to 1"),
-    (lambda: viz.pair_attention(static), TypeError, "terms is a StaticStrengths"),  # type: ignore[arg-type]
+    (lambda: viz.pair_attention(static), TypeError, "is a StaticStrengths: give a ScoreTerms"),  # type: ignore[arg-type]
     (lambda: viz.static_strengths(static, []), ValueError, "name at least one pair"),
-    (lambda: viz.losses([1.0]), TypeError, "history is a list: pass run.history"),  # type: ignore[arg-type]
-    (lambda: viz.evaluation_page({}, "page.html"), TypeError, "report is a dict: give what evaluate"),  # type: ignore[arg-type]
+    (lambda: analysis.harvest(model, vpd, tokens), TypeError, "decomposition=.*give a Decomposition"),  # type: ignore[arg-type]
+    (lambda: attention.head_norms(model, 1), TypeError, "decomposition=.*give a Decomposition"),  # type: ignore[arg-type]
+    (lambda: analysis.ablation_table(vpd, model, prompt, 3), TypeError, "metric=3 is a int: give a function"),  # type: ignore[arg-type]
+    (lambda: analysis.audit_circuit(vpd, model, prompt, [f"{Q}:1"], 3), TypeError, "metric=3 is a int: give a"),  # type: ignore[arg-type]
+    (
+        lambda: analysis.audit_circuit(vpd, model, prompt, [f"{Q}:1"], metric, reference_prompts=[]),
+        ValueError,
+        "^reference_prompts: ",
+    ),
+    (lambda: evaluation.union_test(3), TypeError, "sample=3 is a int: give a Sample"),  # type: ignore[arg-type]
+    (lambda: evaluation.warnings_of(3), TypeError, "record is a int: give an Evaluation"),
+    (lambda: tl_vpd.evaluate(vpd, model, tokens, off_distribution=[]), TypeError, "off_distribution is a list"),  # type: ignore[arg-type]
+    (lambda: viz.table(harvest.to_pandas(), None), TypeError, "caption=None is a NoneType: give a string"),  # type: ignore[arg-type]
+    (lambda: viz.losses([1.0]), TypeError, "is a list: give a DataFrame"),  # type: ignore[arg-type]
+    (lambda: viz.evaluation_page({}, "page.html"), TypeError, "is a dict: give an Evaluation"),  # type: ignore[arg-type]
 ]
 
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
-from tl_vpd.analysis.metric import Metric, number_of
+from tl_vpd.analysis.metric import Metric, check_metric, number_of
 from tl_vpd.analysis.nodes import several
-from tl_vpd.checks import check_fields, check_finite, config_of
+from tl_vpd.checks import check_fields, check_finite, config_of, instance
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.importances import causal_importances
@@ -100,6 +100,8 @@ def ablation_table(
     Warns (RuntimeWarning) where the metric is NaN or infinite.
     """
     config = config_of(AblationTableConfig, config)
+    instance("decomposition", decomposition, Decomposition)
+    check_metric(metric)
     if subcomponents is not None and config.threshold:
         raise ValueError(f"threshold={config.threshold} does nothing with subcomponents=: leave out one of the two.")
     attached = attachment_of(decomposition, model)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tl_vpd.analysis.nodes import several
 from tl_vpd.analysis.records import Harvest
 from tl_vpd.analysis.tally import HarvestConfig, Tally
-from tl_vpd.checks import config_of
+from tl_vpd.checks import config_of, instance
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.site import Subcomponent
@@ -59,6 +59,7 @@ def harvest(
     Warns (RuntimeWarning) where importances or activations are NaN or infinite.
     """
     config = config_of(HarvestConfig, config)
+    instance("decomposition", decomposition, Decomposition)
     chosen = _chosen(decomposition, subcomponents)
     with MaskedModel(decomposition, model) as masked_model:
         tokens = masked_model.adapter.tokens(prompts)

@@ -9,8 +9,16 @@ from typing import Any
 
 from torch import Tensor
 
+from tl_vpd.checks import shown
+
 Metric = Callable[[Tensor], Any]
 """Takes logits ``[batch, pos, vocab]`` of all prompts, gives one number, differentiable where an adversary is to use it."""
+
+
+def check_metric(metric: Any) -> None:
+    """Raises TypeError unless a metric can be called."""
+    if not callable(metric):
+        raise TypeError(f"metric={shown(metric)} is a {type(metric).__name__}: give a function of the logits.")
 
 
 def number_of(value: Any) -> float:

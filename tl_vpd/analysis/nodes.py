@@ -16,7 +16,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from tl_vpd.checks import integer, sequence
+from tl_vpd.checks import integer, sequence, shown, text_of
 from tl_vpd.site import Subcomponent
 
 _NODE = re.compile(r"(?P<name>[^:@]+)(?::(?P<index>\d+))?(?:@(?P<pos>\d+))?")
@@ -41,8 +41,7 @@ class Node:
     pos: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str):
-            raise TypeError(f"name={self.name!r} is a {type(self.name).__name__}: give the name of a site or a hook.")
+        text_of("name", self.name)
         for what in ("index", "pos"):
             if getattr(self, what) is not None:
                 object.__setattr__(self, what, integer(what, getattr(self, what), minimum=0))
@@ -55,11 +54,11 @@ class Node:
         if isinstance(text, Subcomponent):
             return cls(text.site, text.index)
         if not isinstance(text, str):
-            raise TypeError(f"{text!r} is a {type(text).__name__}: write a node as 'name[:index][@position]'.")
+            raise TypeError(f"{shown(text)} is a {type(text).__name__}: write a node as 'name[:index][@position]'.")
         match = _NODE.fullmatch(text)
         if match is None:
             raise ValueError(
-                f"{text!r} is not a node: write 'name[:index][@position]', such as 'blocks.1.attn.W_Q:316@5'."
+                f"{shown(text)} is not a node: write 'name[:index][@position]', such as 'blocks.1.attn.W_Q:316@5'."
             )
         index, pos = match["index"], match["pos"]
         return cls(match["name"], None if index is None else int(index), None if pos is None else int(pos))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from tl_vpd.analysis.records import Harvest
-from tl_vpd.checks import integer, number
+from tl_vpd.checks import instance, integer, number
 from tl_vpd.site import Subcomponent
 
 
@@ -26,6 +26,7 @@ def pick(harvest: Harvest, n: int = 12, *, min_firings: int = 10, max_density: f
         ValueError: a number is out of its range, or no subcomponent qualifies.
         TypeError: an argument is of another type.
     """
+    instance("harvest", harvest, Harvest)
     n, min_firings = integer("n", n, minimum=1), integer("min_firings", min_firings, minimum=0)
     max_density = number("max_density", max_density, minimum=0, maximum=1)
     table = harvest.to_pandas()

@@ -99,7 +99,7 @@ class TokenCounts:
     def table(self, i: int, names: Mapping[int, str], *, k: int, by: str, min_count: int) -> pd.DataFrame:
         """The ``k`` best tokens of the i-th subcomponent by PMI or recall."""
         by = choice("by", by, ("pmi", "recall"))
-        k, min_count = integer("k", k, minimum=0), integer("min_count", min_count)
+        k, min_count = integer("k", k, minimum=0), integer("min_count", min_count, minimum=0)
         low, high = torch.searchsorted(self.index, torch.tensor([i, i + 1], device=self.index.device)).tolist()
         token, count = self.token[low:high], self.count[low:high]
         occurrences, firings = self.occurrences[token], int(self.firings[i])

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.checks import check_fields, check_threshold, choice, integer, number, sequence
+from tl_vpd.checks import check_fields, check_threshold, choice, instance, integer, number, sequence
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.evaluation.sample import Sample, measure
@@ -201,6 +201,7 @@ def attack(sample: Sample, adversary: Adversary, *, span: Bool[Tensor, "K C_tota
     Raises:
         ValueError: there is no position to choose for in these inputs.
     """
+    instance("adversary", adversary, Adversary)
     if adversary.scope == "position" and not sample.position_shape:
         raise ValueError("These inputs have no positions: choose the scope shared or token.")
     if adversary.explanations is not None and span is None:
@@ -231,6 +232,9 @@ def adversaries(
         budgets: steps, in the place of those that each adversary has.
         rows: attack only the first rows (None: all); the span comes from all.
     """
+    instance("sample", sample, Sample)
+    if kinds is not None:
+        kinds = [instance(f"kinds[{i}]", kind, Adversary) for i, kind in enumerate(sequence("kinds", kinds))]
     rows = None if rows is None else integer("rows", rows, minimum=1)
     budgets = [integer(f"budgets[{i}]", steps, minimum=1) for i, steps in enumerate(sequence("budgets", budgets))]
     if kinds is None:

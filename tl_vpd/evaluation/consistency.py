@@ -70,6 +70,8 @@ def consistency(
     seed = seed_of(seed)
     check_same_sites(one, other)
     for bounds, of in zip(alive or (), (one, other), strict=False):
+        if not isinstance(bounds, Mapping):
+            raise TypeError(f"alive has a {type(bounds).__name__}: give a pair of tensors of bools by site.")
         shapes = {name: tuple(bounds[name].shape) if name in bounds else None for name in of.sites}
         if shapes != {name: (of.counts[name],) for name in of.sites}:
             raise ValueError(f"alive has the shapes {shapes}: give True or False for each subcomponent of every site.")

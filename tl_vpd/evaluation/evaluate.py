@@ -78,7 +78,8 @@ def evaluate(
     Figures that are NaN or infinite are None in the record; ``left_out`` names them, and ``warnings`` too.
     """
     config = config_of(EvaluationConfig, config)
-    data, others = off_distribution or {}, others or {}
+    data = {} if off_distribution is None else off_distribution
+    others = {} if others is None else others
     tokens = adapt(model).tokens(tokens)
     _check_beside(decomposition, model, data, others)
     options: dict[str, Any] = {

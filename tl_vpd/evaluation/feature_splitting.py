@@ -19,7 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.checks import config_of, number, sequence
+from tl_vpd.checks import config_of, number, sequence, shown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.importance_statistics import ALIVE
 from tl_vpd.evaluation.modes import masks_in_row
@@ -49,7 +49,7 @@ def alive_subcomponents(
         TypeError: an argument is of another type.
         ValueError: a number is out of its range.
     """
-    above = number("above", above, minimum=0)
+    above = number("above", above, minimum=0, maximum=1)
     with sampled(decomposition, model, tokens, batch_size=batch_size, keep_bytes=0) as sample:
         return {name: mean > above for name, mean in sample.site_axis.split_sites(sample.statistics.mean).items()}
 
@@ -80,7 +80,7 @@ def feature_splitting(
         ValueError: there are no decompositions, or a number is out of its range.
     """
     if not isinstance(decompositions, Mapping) or not decompositions:
-        raise ValueError(f"decompositions={decompositions!r}: give at least one, by name.")
+        raise ValueError(f"decompositions={shown(decompositions)}: give at least one, by name.")
     rows: list[dict[str, Any]] = []
     for name, vpd in decompositions.items():
         with sampled(vpd, model, tokens, batch_size=batch_size, seed=seed, keep_bytes=keep_bytes) as sample:

@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from tl_vpd.checks import check_threshold
+from tl_vpd.checks import check_threshold, flag
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.evaluation.modes import rounded
@@ -51,7 +51,7 @@ def mask_transfer(sample: Sample, *, threshold: float = 0.0, single_sites: bool 
     }
     if any(site.home != site.name for site in sample.masked_model.weights.sites.values()):
         outputs["clean-input"] = lambda batch: clean_input_output(sample, batch, masks(batch))
-    names = sample.site_axis.names if single_sites else []
+    names = sample.site_axis.names if flag("single_sites", single_sites) else []
     for name in names:
         outputs[f"single-site, {name}"] = lambda batch, site=name: sample.output(batch, masks(batch).only([site]))  # type: ignore[misc]
     outcomes = sample.outcomes_of(outputs)

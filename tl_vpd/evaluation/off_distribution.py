@@ -54,7 +54,7 @@ def off_distribution(
     check_by_name("data", data, "rows of tokens")
     if not data:
         raise ValueError("data={}: give rows of tokens by name.")
-    config = config_of(EvaluationConfig, config or EvaluationConfig(budgets=(20,), attack_rows=8))
+    config = config_of(EvaluationConfig, EvaluationConfig(budgets=(20,), attack_rows=8) if config is None else config)
     adversary = Adversary(steps=min(config.budgets)) if config.budgets else None
     options: dict[str, Any] = {"batch_size": config.batch_size, "seed": config.seed, "keep_bytes": config.keep_bytes}
     table = []

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from tl_vpd.checks import integer, seed_of
+from tl_vpd.checks import instance, integer, seed_of
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.batch import Batch, BatchStore, Rows, ce_by_row
@@ -50,6 +50,7 @@ def measure(function: Measure) -> Measure:
 
     @wraps(function)
     def run(sample: Sample, *args: Any, **options: Any) -> Any:
+        instance("sample", sample, Sample)
         with torch.inference_mode(False), torch.no_grad(), sample.masked_model:
             return function(sample, *args, **options)
 

@@ -127,8 +127,10 @@ def union_test(sample: Sample, *, sizes: Sequence[int] = (2, 4), threshold: floa
     Raises:
         ValueError: there are fewer rows than a group needs.
     """
-    table = []
-    for size in sequence("sizes", sizes):
+    sizes, table = sequence("sizes", sizes), []
+    if not sizes:
+        raise ValueError("sizes=[]: give at least one.")
+    for size in sizes:
         result = union_distances(sample, size, threshold=threshold)
         table.append(
             {

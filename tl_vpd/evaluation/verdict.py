@@ -55,7 +55,7 @@ class NotMeasured(Exception):
 
 def warnings_of(record: Record | Any) -> list[str]:
     """The sentences of all faults of a report (an ``Evaluation``, or its record), and one of figures that are not finite."""
-    record = record if isinstance(record, Mapping) else record.record
+    record = _record_of(record)
     sentences = [check.sentence for check in checks(record) if check.fault]
     undefined = [name for name, why in record.get("left_out", {}).items() if why == NOT_FINITE]
     if undefined:
@@ -65,7 +65,7 @@ def warnings_of(record: Record | Any) -> list[str]:
 
 def checks(record: Record | Any) -> list[Check]:
     """All checks that a report allows. Measures that were left out are not judged; what is not defined is named."""
-    record = record if isinstance(record, Mapping) else record.record
+    record = _record_of(record)
     results = []
     for name, check in _CHECKS.items():
         try:
@@ -77,6 +77,14 @@ def checks(record: Record | Any) -> list[Check]:
         if result is not None:
             results.append(result)
     return results
+
+
+def _record_of(record: Any) -> Record:
+    """The record of a report, or the record itself."""
+    result = record if isinstance(record, Mapping) else getattr(record, "record", None)
+    if not isinstance(result, Mapping):
+        raise TypeError(f"record is a {type(record).__name__}: give an Evaluation, or its record.")
+    return result
 
 
 def number(value: float | None) -> float:

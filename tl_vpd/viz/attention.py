@@ -17,13 +17,13 @@ from torch import Tensor
 
 from tl_vpd.analysis.attention import AttentionByOffset, HeadNorms, ScoreTerms, StaticStrengths, pattern_of
 from tl_vpd.analysis.attention.layer import pairs_of
-from tl_vpd.checks import integer, sequence
+from tl_vpd.checks import instance, integer, sequence, text_of
 from tl_vpd.site import Subcomponent
 from tl_vpd.viz.attention_plots import lines
 from tl_vpd.viz.circuits import library
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.style import shade
-from tl_vpd.viz.text import escape, for_script, number, visible
+from tl_vpd.viz.text import escape, for_script, not_drawn, number, visible
 
 LONGEST = 128
 """Most tokens of a pattern in a picture: its widget grows past what a browser draws smoothly."""
@@ -78,14 +78,18 @@ def pair_attention(
         IndexError: there is no such row or head.
         TypeError: an argument is of another type.
     """
-    check_kind("terms", terms, ScoreTerms)
+    instance("terms", terms, ScoreTerms)
     if not terms.pairs:
         raise ValueError("The terms have no pairs: pass score_terms the pairs to look at.")
     row = integer("row", row)
     if not 0 <= row < len(terms.tokens):
         raise IndexError(f"There is no row {row}: the terms are of {len(terms.tokens)} prompts.")
     numbers = terms.tokens[row].tolist()
-    words = [str(n) for n in numbers] if tokens is None else list(tokens)
+    words = (
+        [str(n) for n in numbers]
+        if tokens is None
+        else [text_of(f"tokens[{i}]", t) for i, t in enumerate(sequence("tokens", tokens))]
+    )
     if len(words) != len(numbers) or len(words) > LONGEST:
         raise ValueError(
             f"{len(words)} words for {len(numbers)} tokens: give one word per token, and at most {LONGEST}."
@@ -103,25 +107,20 @@ def pair_attention(
     pairs = "; ".join(f"{q} · {k}" for q, k in terms.pairs)
     props = {"tokens": [visible(w) for w in words], "attention": patterns, "attentionHeadNames": names}
     data = for_script(props)
+    missing = not_drawn(sum(int((~shown[kind][h].isfinite()).sum()) for h in chosen for kind in shown))
     key = hashlib.sha256(data.encode()).hexdigest()[:16]
     title = f"Attention of block {terms.layer}, pair by pair"
     fallback = "Patterns are drawn when scripts may run."
     body = (
-        f'<h3>{escape(title)}</h3><p class="note"><code>{escape(pairs)}</code></p>'
+        f'<h3>{escape(title)}</h3><p class="note"><code>{escape(pairs)}</code></p>{missing}'
         f'<div class="wide"><div data-tlvpd-heads="{key}">{fallback}</div></div>'
     )
     call = _DRAW_HEADS.replace("KEY", key).replace("PROPS", data)
     return Panel(title=title, body=body, how_to_read=HOW_PAIRS, libraries=(library(),), scripts=(call,))
 
 
-def check_kind(name: str, value: Any, kind: type) -> None:
-    """Raises TypeError unless an argument is of the class that is drawn."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} is a {type(value).__name__}: a {kind.__name__} is drawn.")
-
-
 def _rounded(pattern: Float[Tensor, "query key"]) -> list[list[float]]:
-    return [[round(p, 3) for p in row] for row in pattern.tolist()]
+    return [[round(p, 3) for p in row] for row in pattern.nan_to_num(0.0, 0.0, 0.0).tolist()]
 
 
 def static_strengths(
@@ -145,7 +144,7 @@ def static_strengths(
         ValueError: a number is out of its range, or no pair is named.
         ImportError: matplotlib is not installed.
     """
-    check_kind("strengths", strengths, StaticStrengths)
+    instance("strengths", strengths, StaticStrengths)
     top = integer("top", top, minimum=1)
     max_offset = None if max_offset is None else integer("max_offset", max_offset, minimum=int(strengths.offsets[0]))
     queries, keys = ([str(c) for c in side] for side in (strengths.queries, strengths.keys))
@@ -180,7 +179,7 @@ def attention_by_offset(attention: AttentionByOffset) -> Panel:
         TypeError: it is something else.
         ImportError: matplotlib is not installed.
     """
-    check_kind("attention", attention, AttentionByOffset)
+    instance("attention", attention, AttentionByOffset)
     plots = []
     for head, before in enumerate(attention.before.detach().cpu()):
         by_name: dict[str, Tensor] = {"model": before}
@@ -204,14 +203,15 @@ def head_norms(norms: HeadNorms, *, top: int = 12, title: str = "") -> Panel:
         TypeError: an argument is of another type.
         ValueError: ``top`` is below 1.
     """
-    check_kind("norms", norms, HeadNorms)
+    instance("norms", norms, HeadNorms)
+    title = text_of("title", title)
     top = integer("top", top, minimum=1)
     table = norms.to_pandas()
     blocks = []
     for site, of_site in table.groupby("site", sort=False):
         rows = of_site.nlargest(top, "norm")
         columns = [c for c in rows.columns if c.startswith("head_") and rows[c].notna().all()]
-        largest = float(rows[columns].to_numpy().max())
+        largest = float(rows[columns].replace(float("inf"), 0.0).max(axis=None))
         head = "".join(f"<th>{c.replace('_', ' ')}</th>" for c in columns)
         html = [_norm_row(row, columns, largest) for row in rows.to_dict("records")]
         blocks.append(

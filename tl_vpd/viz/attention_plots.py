@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_vpd.viz.svg import svg
+from tl_vpd.viz.text import not_drawn
 
 COLOURS = ("#1f5fd0", "#e07b00", "#168a5b", "#c2185b", "#7b4bc4", "#5c6775", "#0f8b9d", "#9a6b00")
 
@@ -23,7 +24,7 @@ def lines(
     dashed: Sequence[str] = (),
     share_y: bool = False,
 ) -> str:
-    """An ``<svg>`` of plots (title, line by name) over the same x, two in each row.
+    """An ``<svg>`` (after a note, where numbers are not finite) of plots (title, line by name) over the same x, two in each row.
 
     Raises:
         ValueError: there is nothing to draw.
@@ -55,7 +56,8 @@ def lines(
             axes.set_ylabel(y_label)
         shown[0].legend(frameon=False, fontsize=8, ncols=2)
 
-    return _short(svg((5.2 * columns, 2.3 * rows + 0.2), draw))
+    missing = sum(int((~y.isfinite()).sum()) for _, by_name in plots for y in by_name.values())
+    return not_drawn(missing) + _short(svg((5.2 * columns, 2.3 * rows + 0.2), draw))
 
 
 def _short(svg: str) -> str:

@@ -13,7 +13,7 @@ from tl_vpd.analysis import Window
 from tl_vpd.analysis.nodes import several
 from tl_vpd.checks import integer
 from tl_vpd.site import Subcomponent
-from tl_vpd.viz.circuits import draw, library
+from tl_vpd.viz.circuits import draw, library, note_of, scale_of
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.text import escape, number
 
@@ -72,14 +72,14 @@ def importances(
         norm = decomposition.U[c.site][c.index].detach().norm().to(acts[c.site])
         a = (acts[c.site][0, :, c.index] * norm).float().cpu()
         ci = g[c.site][0, :, c.index].float().cpu()
-        peak = int(ci.argmax())
+        peak = int(ci.nan_to_num(-1.0).argmax())
         window = Window(0, peak, 0, tuple(g.tokens[0].tolist()), tuple(words), ci, a)
-        scale = float(a.abs().max())
+        scale = scale_of([window])
         (place,), script_of_window = draw([window], scale)
         scripts.append(script_of_window)
         blocks.append(
             f'<div class="window"><div class="where"><code>{escape(str(c))}</code><br>importance '
-            f"up to {number(float(ci[peak]))}<br>activation up to {number(scale)}</div>{place}</div>"
+            f"up to {number(float(ci[peak]))}<br>activation up to {number(scale)}</div>{place}</div>{note_of([window])}"
         )
     legend = (
         '<div class="legend"><span>importance 0<i class="ramp"></i>1</span>'

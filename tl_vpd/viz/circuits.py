@@ -18,7 +18,7 @@ import circuitsvis
 
 from tl_vpd.analysis import Window
 from tl_vpd.viz.style import IMPORTANCE, NEGATIVE, POSITIVE
-from tl_vpd.viz.text import escape, for_script, number, spaced
+from tl_vpd.viz.text import escape, for_script, not_drawn, number, spaced
 
 FAINT = 0.05
 """Activations below this share of the scale get no underline."""
@@ -93,6 +93,16 @@ def window_data(window: Window, scale: float) -> dict[str, Any]:
         "peak": window.peak,
         "color": IMPORTANCE,
     }
+
+
+def scale_of(windows: list[Window]) -> float:
+    """The activation of the strongest underline: the largest that is a finite number."""
+    return max((float(w.activations.abs().nan_to_num(0.0, 0.0).max()) for w in windows), default=0.0)
+
+
+def note_of(windows: list[Window]) -> str:
+    """What is said of numbers of windows that cannot be drawn."""
+    return not_drawn(sum(int((~x.isfinite()).sum()) for w in windows for x in (w.importances, w.activations)))
 
 
 def draw(windows: list[Window], scale: float) -> tuple[list[str], str]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from tl_vpd.checks import instance
 from tl_vpd.evaluation import Evaluation
 from tl_vpd.viz.evaluation_curves import curves
 from tl_vpd.viz.panel import Panel, page
@@ -72,8 +73,7 @@ def evaluation_page(report: Evaluation, path: str | os.PathLike[str], *, title: 
     Raises:
         TypeError: the report is something else.
     """
-    if not isinstance(report, Evaluation):
-        raise TypeError(f"report is a {type(report).__name__}: give what evaluate(...) returns.")
+    instance("report", report, Evaluation)
     return page(panels(report), title, path, introduction=INTRODUCTION)
 
 

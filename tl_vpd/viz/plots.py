@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
+from tl_vpd.checks import instance, text_of
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.svg import svg
-from tl_vpd.viz.text import escape
+from tl_vpd.viz.text import escape, not_drawn
 
 _PLOTS = {
     "reconstruction, KL to the target (nats per token)": (("stochastic", "adversarial"), True),
@@ -34,15 +36,17 @@ def losses(history: pd.DataFrame, *, title: str = "Training") -> Panel:
         ValueError: the history is empty or lacks columns.
         ImportError: matplotlib is not installed.
     """
-    if not isinstance(history, pd.DataFrame):
-        raise TypeError(f"history is a {type(history).__name__}: pass run.history.")
+    instance("history", history, pd.DataFrame)
+    title = text_of("title", title)
     needed = {"step", *(name for columns, _ in _PLOTS.values() for name in columns)}
     missing = sorted(needed - set(history.columns))
     if missing:
         raise ValueError(f"The history lacks {', '.join(missing)}; pass run.history or pd.read_json(..., lines=True).")
     if not len(history):
         raise ValueError("The history has no steps.")
-    body = f'<h3>{escape(title)}</h3><div class="plot">{svg((10.4, 5.2), lambda figure: _draw(figure, history))}</div>'
+    missing_values = not_drawn(int((~np.isfinite(history[sorted(needed)].astype(float))).to_numpy().sum()))
+    picture = svg((10.4, 5.2), lambda figure: _draw(figure, history))
+    body = f'<h3>{escape(title)}</h3>{missing_values}<div class="plot">{picture}</div>'
     return Panel(title=title, body=body, how_to_read=HOW)
 
 
@@ -51,7 +55,7 @@ def _draw(figure: Any, history: pd.DataFrame) -> None:
         for column, colour in zip(columns, ("#1f5fd0", "#e07b00"), strict=False):
             axes.plot(history["step"], history[column], color=colour, linewidth=1.3, label=column)
         axes.set_title(title, fontsize=9.5, loc="left")
-        positive = bool((history[list(columns)] > 0).all(axis=None))
+        positive = not bool((history[list(columns)] <= 0).any(axis=None))
         axes.set_yscale("log" if logarithmic and positive else "linear")
         axes.set_xlabel("step")
         axes.grid(alpha=0.25, linewidth=0.6)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pandas as pd
 
 from tl_vpd.analysis import Harvest, SubcomponentHarvest
-from tl_vpd.checks import integer
+from tl_vpd.checks import integer, text_of
 from tl_vpd.site import Subcomponent
-from tl_vpd.viz.circuits import draw, library
+from tl_vpd.viz.circuits import draw, library, note_of, scale_of
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.text import escape, number, visible
 
@@ -58,10 +58,10 @@ def subcomponent(
     if not isinstance(harvest, Harvest):
         raise TypeError(f"A Harvest is needed, as harvest(vpd, model, tokens) gives; got a {type(harvest).__name__}.")
     windows = None if windows is None else integer("windows", windows, minimum=0)
-    tokens = integer("tokens", tokens, minimum=0)
+    tokens, note = integer("tokens", tokens, minimum=0), text_of("note", note)
     record = harvest[address]
     shown = list(record.windows[:windows])
-    scale = max((float(w.activations.abs().max()) for w in shown), default=0.0)
+    scale = scale_of(shown)
     places, script = draw(shown, scale)
     rows = [
         f'<div class="window"><div class="where">row {w.row}, token {w.pos}<br>importance '
@@ -69,7 +69,7 @@ def subcomponent(
         for w, place in zip(shown, places, strict=True)
     ]
     nothing = f'<p class="note">Its importance exceeds {harvest.threshold:g} at no token of this data.</p>'
-    text = _LEGEND.format(scale=number(scale)) + "".join(rows) if record.windows else nothing
+    text = _LEGEND.format(scale=number(scale)) + "".join(rows) + note_of(shown) if record.windows else nothing
     body = (
         f"<h3><code>{escape(str(record.subcomponent))}</code></h3>{_facts(record, harvest)}"
         f"{f'<p>{escape(note)}</p>' if note else ''}{text}{_token_tables(record, tokens)}"

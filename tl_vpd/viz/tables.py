@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from tl_vpd.checks import text_of
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.text import escape, number
 
@@ -19,6 +20,7 @@ def table(df: pd.DataFrame, caption: str, *, note: str = "") -> Panel:
     """
     if not isinstance(df, pd.DataFrame):
         raise TypeError(f"viz.table shows a pandas DataFrame; got a {type(df).__name__}.")
+    caption, note = text_of("caption", caption), text_of("note", note)
     plain = isinstance(df.index, pd.RangeIndex) and df.index.name is None
     shown = df if plain else df.reset_index()
     words = [not pd.api.types.is_numeric_dtype(kind) for kind in shown.dtypes]

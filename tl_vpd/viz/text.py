@@ -68,6 +68,12 @@ def spaced(token: str) -> str:
     return label(token).replace(" ", "\u00a0")
 
 
+def not_drawn(count: int) -> str:
+    """A paragraph of HTML that says how many numbers a picture leaves out since they are NaN or infinite (none: empty)."""
+    numbers = "1 number is" if count == 1 else f"{count:,} numbers are"
+    return f'<p class="note">{numbers} NaN or infinite and not drawn.</p>' if count else ""
+
+
 def number(value: float) -> str:
     """Three significant digits with a true minus sign; a dash for NaN."""
     if value != value:

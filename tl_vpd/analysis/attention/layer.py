@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter, Unsupported, adapt
-from tl_vpd.adapters.taps import tap_output
+from tl_vpd.adapters.taps import tap_output, tapped
 from tl_vpd.analysis.attention.kernel import ScoreKernel, measured_kernel
 from tl_vpd.analysis.nodes import several
-from tl_vpd.checks import integer, sequence
+from tl_vpd.checks import instance, integer, sequence, shown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.forward.target_check import check_target
@@ -166,11 +166,9 @@ class AttentionLayer:
         scores: list[Tensor] = []
         with MaskedModel(self.decomposition, self.model) as masked_model:
             name = self.adapter.scores_hook(self.index)
-            handle = tap_output(self.adapter.model.get_submodule(name), lambda value: scores.append(value.clone()))
-            try:
+            point = self.adapter.model.get_submodule(name)
+            with tapped(partial(tap_output, point, lambda value: scores.append(value.clone()))):
                 tokens, token_mask, inputs = masked_model.clean_prompts(prompts, attention_mask)
-            finally:
-                handle.remove()
         if not scores:
             raise Unsupported(f"Block {self.index} ran without passing its scores through {name}.")
         g = self.decomposition.importances(inputs, token_mask)
@@ -187,7 +185,7 @@ def pairs_of(pairs: Any) -> list[tuple[Any, Any]]:
     result = sequence("pairs", pairs)
     for pair in result:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise ValueError(f"{pair!r} is not a pair: give ('blocks.1.attn.W_Q:3', 'blocks.1.attn.W_K:5').")
+            raise ValueError(f"{shown(pair)} is not a pair: give ('blocks.1.attn.W_Q:3', 'blocks.1.attn.W_K:5').")
     return [(q, k) for q, k in result]
 
 
@@ -204,6 +202,7 @@ def attention_site(decomposition: Decomposition, layer: int, weight: str) -> Sit
         TypeError: the layer is not an integer.
         ValueError: the layer is negative.
     """
+    instance("decomposition", decomposition, Decomposition)
     name = f"blocks.{integer('layer', layer, minimum=0)}.attn.{weight}"
     if name not in decomposition.sites:
         raise KeyError(f"{name} is not decomposed{nearest(name, decomposition.sites)}.")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from contextlib import nullcontext, suppress
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter, Unsupported
-from tl_vpd.adapters.taps import tap_output
+from tl_vpd.adapters.taps import tap_output, tapped
 from tl_vpd.forward import SitePass, SiteTaps
 from tl_vpd.hooks import attached_to
 
@@ -66,12 +67,9 @@ def scores_of(
     taps, attached = SiteTaps(adapter, list(values)), attached_to(adapter.model)
     paused = nullcontext() if attached is None else attached.paused()
     with paused, adapter.lengths_forgotten(), taps.on(), taps.during(SitePass(put)):
-        handle = tap_output(adapter.model.get_submodule(adapter.scores_hook(layer)), read)
-        try:
-            with suppress(_ScoresRead):
-                adapter.run(tokens, token_mask)
-        finally:
-            handle.remove()
+        point = adapter.model.get_submodule(adapter.scores_hook(layer))
+        with tapped(partial(tap_output, point, read)), suppress(_ScoresRead):
+            adapter.run(tokens, token_mask)
     if not scores:
         raise Unsupported(f"Block {layer} ran without passing its scores through {adapter.scores_hook(layer)}.")
     return scores[0]

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.analysis.attention.layer import BIAS, AttentionLayer
-from tl_vpd.checks import integer
+from tl_vpd.checks import integer, shown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Site, Subcomponent
 
@@ -127,8 +127,8 @@ class MeanStrengths:
 
 
 def _position(names: tuple[str, ...], name: str | Subcomponent) -> int:
-    if str(name) not in names:
-        raise KeyError(f"{name} is not among the {len(names)} that strengths were computed for.")
+    if not isinstance(name, str | Subcomponent) or str(name) not in names:
+        raise KeyError(f"{shown(name)} is not among the {len(names)} that strengths were computed for.")
     return names.index(str(name))
 
 

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.checks import integer
+from tl_vpd.checks import instance, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import BySite, Site, Subcomponent
 
@@ -79,6 +79,7 @@ def head_norms(decomposition: Decomposition, layer: int) -> HeadNorms:
         TypeError: the layer is not an integer.
         ValueError: the layer is negative.
     """
+    instance("decomposition", decomposition, Decomposition)
     layer = integer("layer", layer, minimum=0)
     sites = [
         s for s in decomposition.sites.values() if s.layer == layer and s.short in ("q", "k", "v", "o") and s.n_heads

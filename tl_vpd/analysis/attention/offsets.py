@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tl_vpd.adapters import Unsupported, adapt
 from tl_vpd.analysis.attention.layer import pairs_of
 from tl_vpd.analysis.attention.pair_ablation import pair_ablation_hooks
-from tl_vpd.checks import integer, sequence
+from tl_vpd.checks import instance, integer, sequence
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.ablations import FwdHooks
@@ -103,6 +103,7 @@ def attention_by_offset(
         IndexError: there is no such subcomponent.
         ValueError: an offset, pair or prompt does not fit, the model has other weights, or another decomposition is attached.
     """
+    instance("decomposition", decomposition, Decomposition)
     max_offset, adapter = integer("max_offset", max_offset, minimum=0), adapt(model)
     layer = integer("layer", layer, minimum=0, maximum=len(adapter.blocks()) - 1)
     ablate = [ablate] if isinstance(ablate, str | Subcomponent) else sequence("ablate", ablate)

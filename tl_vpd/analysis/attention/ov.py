@@ -222,6 +222,7 @@ def _product(
 
 def random_overlap(d_model: int, d_head: int) -> float:
     """The Frobenius cosine of ``B Bᵀ`` of unrelated Gaussian ``B [d_model, d_head]``: d_head / (d_model + d_head + 1)."""
+    d_model, d_head = integer("d_model", d_model, minimum=1), integer("d_head", d_head, minimum=1)
     return d_head / (d_model + d_head + 1)
 
 

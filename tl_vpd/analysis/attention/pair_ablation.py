@@ -24,7 +24,7 @@ from tl_vpd.adapters import Unsupported, adapt
 from tl_vpd.analysis.attention.layer import BIAS, AttentionLayer, Pairs, pairs_of, with_one
 from tl_vpd.analysis.attention.layer_scores import unmasked
 from tl_vpd.analysis.attention.score_terms import between_writes, summed_strengths
-from tl_vpd.checks import number
+from tl_vpd.checks import instance, integer, number
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks.ablations import FwdHooks, require_points
 
@@ -107,6 +107,8 @@ def pair_ablation_hooks(
         ValueError: a pair is not one of W_Q and W_K of the same block, there are none, or the amount is not finite.
         IndexError: there is no such subcomponent.
     """
+    instance("decomposition", decomposition, Decomposition)
+    length = None if length is None else integer("length", length, minimum=1)
     amount, pairs = number("amount", amount), pairs_of(pairs)
     if not pairs:
         raise ValueError("pairs=[]: name at least one pair.")

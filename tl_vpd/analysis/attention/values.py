@@ -72,7 +72,7 @@ class ValueGivenKey:
 
         ``lift`` is ``P(V | K) / P(V)``: how much more often V is important where K is than anywhere.
         """
-        i, j = (self.both >= max(integer("min_both", min_both), 1)).nonzero(as_tuple=True)
+        i, j = (self.both >= max(integer("min_both", min_both, minimum=0), 1)).nonzero(as_tuple=True)
         value_given_key = self.value_given_key[i, j]
         return pd.DataFrame(
             {

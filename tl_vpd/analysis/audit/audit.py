@@ -75,6 +75,7 @@ class CircuitAudit:
             KeyError: this ablation or budget was not run.
         """
         choice("ablation", ablation, ABLATIONS)
+        steps = None if steps is None else integer("steps", steps)
         rows = self.rows[self.rows["ablation"] == ablation]
         rows = rows if steps is None else rows[rows["steps"] == steps]
         if not len(rows):

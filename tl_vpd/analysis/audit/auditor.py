@@ -15,7 +15,7 @@ from tl_vpd.adapters import adapt
 from tl_vpd.analysis.audit.ablate import AblatedModel
 from tl_vpd.analysis.audit.config import AttackConfig, Reference
 from tl_vpd.analysis.audit.node_set import NodeSet, node_set_of
-from tl_vpd.analysis.metric import Metric, finite_number_of
+from tl_vpd.analysis.metric import Metric, check_metric, finite_number_of
 from tl_vpd.analysis.nodes import Node, several
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.target_check import check_target
@@ -140,6 +140,7 @@ def auditor(
     attention_mask: Tensor | None,
 ) -> Iterator[Auditor]:
     """Everything that an audit needs, on a model that is put back afterwards; arguments as in ``audit_circuit``."""
+    check_metric(metric)
     with torch.inference_mode(False):
         adapter = adapt(model)
         if decomposition is not None:
@@ -150,7 +151,10 @@ def auditor(
         token_mask = adapter.padding(tokens, attention_mask)
         reference_tokens, reference_mask = tokens, token_mask
         if reference_prompts is not None:
-            reference_tokens = adapter.tokens(reference_prompts)
+            try:
+                reference_tokens = adapter.tokens(reference_prompts)
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"reference_prompts: {error}") from error
             reference_mask = adapter.padding(reference_tokens, None)
         in_circuit = node_set.contains(circuit, tokens.shape[1]).to(tokens.device)
         generator = torch.Generator().manual_seed(config.seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tl_vpd.checks import check_fields, choice, number, sequence
+from tl_vpd.checks import check_fields, choice, number, sequence, text_of
 
 Reference = str
 """What ablated nodes are replaced by: one of ``REFERENCES``."""
@@ -45,7 +45,10 @@ class AttackConfig:
         if self.step_size is not None:
             number("step_size", self.step_size, above=0)
         if self.among is not None and not isinstance(self.among, str):
-            object.__setattr__(self, "among", tuple(sequence("among", self.among)))
+            patterns = [text_of(f"among[{i}]", p) for i, p in enumerate(sequence("among", self.among))]
+            if not patterns:
+                raise ValueError("among=(): give at least one pattern, or None for everything.")
+            object.__setattr__(self, "among", tuple(patterns))
 
     @property
     def sign(self) -> float:

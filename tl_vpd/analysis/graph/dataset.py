@@ -26,7 +26,7 @@ from tl_vpd.analysis.graph.direct import DirectModel
 from tl_vpd.analysis.graph.sums import DatasetSums
 from tl_vpd.analysis.harvest import check_are_tokens
 from tl_vpd.analysis.nodes import several
-from tl_vpd.checks import config_of, integer
+from tl_vpd.checks import config_of, instance, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent, nearest
 
@@ -137,6 +137,7 @@ def dataset_graph(
         FloatingPointError: an attribution is NaN or infinite.
     """
     config = config_of(DatasetGraphConfig, config)
+    instance("decomposition", decomposition, Decomposition)
     nodes = None
     if subcomponents is not None:
         nodes = [decomposition.subcomponent(c) for c in several("subcomponents", subcomponents)]

@@ -27,7 +27,7 @@ from tl_vpd.analysis.graph.paths import Path as NodePath
 from tl_vpd.analysis.graph.paths import influence, strongest_paths
 from tl_vpd.analysis.graph.targets import LogitTarget
 from tl_vpd.analysis.nodes import Node
-from tl_vpd.checks import integer, item, number
+from tl_vpd.checks import integer, item, number, sequence, shown
 from tl_vpd.site import nearest
 
 if TYPE_CHECKING:
@@ -123,7 +123,9 @@ class AttributionGraph:
                 raise IndexError(f"Node {node} does not exist: the graph has nodes 0 to {len(self) - 1}.")
             return node
         if not isinstance(node, str | Node):
-            raise TypeError(f"{node!r} is a {type(node).__name__}: give a node's label, such as {self.labels[-1]!r}.")
+            raise TypeError(
+                f"{shown(node)} is a {type(node).__name__}: give a node's label, such as {self.labels[-1]!r}."
+            )
         label = str(node)
         if label not in self._numbers:
             raise KeyError(f"{label!r} is not a node of this graph{nearest(label, self.labels)}.")
@@ -229,7 +231,9 @@ class AttributionGraph:
     def subgraph(self, nodes: Iterable[str | Node | int]) -> AttributionGraph:
         """These nodes and the edges among them; embeddings and logits stay."""
         chosen = ~self.is_subcomponent
-        numbers = [self.number(node) for node in ([nodes] if isinstance(nodes, str) else nodes)]
+        numbers = [
+            self.number(node) for node in ([nodes] if isinstance(nodes, str | Node) else sequence("nodes", nodes))
+        ]
         chosen[torch.tensor(numbers, dtype=torch.long, device=chosen.device)] = True
         return self._of(chosen)
 

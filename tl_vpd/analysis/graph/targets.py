@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_vpd.adapters import Adapter
 from tl_vpd.analysis.nodes import position_of
-from tl_vpd.checks import item
+from tl_vpd.checks import item, shown
 
 LEAST_PROBABILITY = 0.05
 
@@ -75,7 +75,7 @@ def logit_targets(adapter: Adapter, logits: Float[Tensor, "pos vocab"], targets:
             parsed[one.label] = one
     if not parsed:
         raise ValueError(
-            f"targets={targets!r} leaves nothing to explain: the likeliest token has probability {float(p.max()):.3g}."
+            f"targets={shown(targets)} leaves nothing to explain: the likeliest token has probability {float(p.max()):.3g}."
         )
     return list(parsed.values())
 
@@ -91,7 +91,7 @@ def check_logits(logits: Float[Tensor, " vocab"], pos: int) -> None:
 def _parse(adapter: Adapter, p: Tensor, target: Any, pos: int) -> list[LogitTarget]:
     target = item(target)
     if isinstance(target, bool) or not isinstance(target, str | int | float | tuple):
-        raise TypeError(f"{target!r} is not a target: give a token, a pair of tokens, or a probability.")
+        raise TypeError(f"{shown(target)} is not a target: give a token, a pair of tokens, or a probability.")
     if isinstance(target, float):
         if not 0 <= target <= 1:
             raise ValueError(f"{target} is not a probability: 0.05 explains every token of at least this probability.")
@@ -99,7 +99,7 @@ def _parse(adapter: Adapter, p: Tensor, target: Any, pos: int) -> list[LogitTarg
     if isinstance(target, tuple):
         target = tuple(item(t) for t in target)
         if len(target) != 2 or any(isinstance(t, bool) or not isinstance(t, str | int) for t in target):
-            raise ValueError(f"{target!r}: a difference of logits is a pair of tokens, each a text or a number.")
+            raise ValueError(f"{shown(target)}: a difference of logits is a pair of tokens, each a text or a number.")
         first, second = (_token(adapter, p, token, pos) for token in target)
         text = f"{first.text} − {second.text}"
         return [LogitTarget(first.token, pos, second.token, text, first.probability)]
@@ -109,6 +109,6 @@ def _parse(adapter: Adapter, p: Tensor, target: Any, pos: int) -> list[LogitTarg
 def _token(adapter: Adapter, p: Tensor, token: str | int, pos: int) -> LogitTarget:
     number = adapter.token(token) if isinstance(token, str) else token
     if not 0 <= number < len(p):
-        raise IndexError(f"Token {number} is outside the vocabulary 0..{len(p) - 1}.")
+        raise IndexError(f"Token {shown(number)} is outside the vocabulary 0..{len(p) - 1}.")
     (text,) = adapter.words(torch.tensor([number]))
     return LogitTarget(number, pos, None, text, float(p[number]))

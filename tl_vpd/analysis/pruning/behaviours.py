@@ -22,7 +22,7 @@ from torch import Tensor
 from tl_vpd.adapters import Adapter
 from tl_vpd.analysis.graph.targets import check_logits
 from tl_vpd.analysis.nodes import position_of
-from tl_vpd.checks import item
+from tl_vpd.checks import item, shown
 from tl_vpd.losses.precision import at_least_float32
 
 
@@ -81,12 +81,12 @@ def behaviour_of(adapter: Adapter, logits: Float[Tensor, "pos vocab"], behaviour
     pair = tuple(item(t) for t in (behaviour if isinstance(behaviour, tuple) else (behaviour,)))
     if not 1 <= len(pair) <= 2 or any(isinstance(t, bool) or not isinstance(t, str | int) for t in pair):
         raise TypeError(
-            f"{behaviour!r} is not a behaviour: give a token, a pair of tokens, or None for the whole distribution."
+            f"{shown(behaviour)} is not a behaviour: give a token, a pair of tokens, or None for the whole distribution."
         )
     numbers = [adapter.token(token) if isinstance(token, str) else token for token in pair]
     for number in numbers:
         if not 0 <= number < len(target):
-            raise IndexError(f"Token {number} is outside the vocabulary 0..{len(target) - 1}.")
+            raise IndexError(f"Token {shown(number)} is outside the vocabulary 0..{len(target) - 1}.")
     words = adapter.words(torch.tensor(numbers))
     text = " over ".join(repr(word) for word in words)
     return Behaviour(pos, numbers[0], numbers[1] if len(numbers) == 2 else None, target, text)

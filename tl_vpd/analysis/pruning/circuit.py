@@ -16,7 +16,7 @@ from tl_vpd.analysis.pruning.attack import attack, uniform_sources, within_reach
 from tl_vpd.analysis.pruning.behaviours import behaviour_of
 from tl_vpd.analysis.pruning.config import PruneConfig
 from tl_vpd.analysis.pruning.gradients import PromptLoss
-from tl_vpd.checks import integer, sequence
+from tl_vpd.checks import instance, integer, sequence
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.site import ConcatenatedAxis
@@ -153,8 +153,8 @@ def ablate_nodes(
         ValueError: a node is not a subcomponent, or the model has other weights.
         TypeError: an argument is of another type.
     """
-    if not isinstance(circuit, PrunedCircuit):
-        raise TypeError(f"circuit is a {type(circuit).__name__}: give what prune(...) returns.")
+    instance("decomposition", decomposition, Decomposition)
+    instance("circuit", circuit, PrunedCircuit)
     if not isinstance(groups, Mapping):
         raise TypeError(f"groups is a {type(groups).__name__}: give nodes by name of the group.")
     ablated = {name: _ablated(decomposition, circuit, nodes) for name, nodes in groups.items()}
@@ -180,7 +180,7 @@ def _ablated(
 ) -> Bool[Tensor, "pos C_total"]:
     """True for the subcomponents and positions of the nodes."""
     result = torch.zeros_like(circuit.importances, dtype=torch.bool)
-    for address in [nodes] if isinstance(nodes, str | Node) else sequence("nodes", nodes):
+    for address in [nodes] if isinstance(nodes, str | Node) else sequence("groups", nodes):
         node = Node.parse(address)
         subcomponent = decomposition.subcomponent(node.subcomponent)
         if node.pos is not None and node.pos >= len(result):
