@@ -107,3 +107,24 @@ def test_values_that_are_not_finite_are_not_written(path, bad):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_tensors(path, {"V": torch.ones(1)}, {"loss": bad})
     assert same(read(path))
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_an_error_and_not_the_end_of_the_process(path):
+    write_tensors(path, {"a": torch.ones(100_000), "b": torch.ones(100_000)}, None)
+    with open_tensors(path) as file:
+        assert file.read("a").sum() == 100_000
+        path.write_bytes(path.read_bytes()[:500_000])  # the same file, shorter
+        with pytest.raises(ValueError, match="b is cut short: the file changed while it was read"):
+            file.read("b")
+
+
+def test_a_file_that_is_replaced_while_it_is_open_is_read_as_it_was(path):
+    with open_tensors(path) as file:
+        write_tensors(path, {"V": torch.zeros(5, 7)}, None)
+        assert torch.equal(file.read("V"), tensors()["V"])
+
+
+def test_types_that_are_not_read_are_named(tmp_path):
+    save_file({"x": torch.ones(2, dtype=torch.float8_e4m3fn)}, tmp_path / "x.safetensors")
+    with open_tensors(tmp_path / "x.safetensors") as file, pytest.raises(ValueError, match="x is of type F8_E4M3"):
+        file.read("x")

@@ -123,6 +123,7 @@ def fill(tensors: Mapping[str, Tensor], file: TensorFile) -> None:
         stored = file.read(key)
         tensor.copy_(stored)
         check_values(f"{file.path}: {key}", stored, tensor)
+        del stored  # before the next one is read
 
 
 def check_values(name: str, exact: Tensor, converted: Tensor) -> None:
@@ -136,7 +137,10 @@ def check_values(name: str, exact: Tensor, converted: Tensor) -> None:
     Raises:
         ValueError: values are NaN or infinite, before or after.
     """
-    if not bool(converted.isfinite().all()):
+    extremes = torch.stack(
+        torch.aminmax(converted)
+    )  # NaN if there is one; isfinite() would need several times the memory
+    if not bool(extremes.isfinite().all()):
         check_finite(name, exact)
         raise ValueError(
             f"{name} has values up to {float(exact.abs().max()):.4g}, too large for {converted.dtype}: choose another dtype."

@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,9 @@ DTYPES = {
     "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
     "BOOL": torch.bool,
 }
 """PyTorch's types by their names in the header."""
@@ -61,7 +65,8 @@ class TensorFile:
     dtypes: dict[str, torch.dtype | str]
     metadata: dict[str, str]
     digests: dict[str, str] = field(repr=False)
-    _file: Any = field(repr=False)
+    _file: BufferedReader = field(repr=False)
+    _starts: dict[str, int] = field(repr=False)
 
     def read(self, key: str) -> Tensor:
         """A tensor, on the CPU, proved by its digest where the file has one.
@@ -69,10 +74,13 @@ class TensorFile:
         Raises:
             ValueError: its bytes are not those that were written.
         """
-        try:
-            tensor: Tensor = self._file.get_tensor(key)
-        except SafetensorError as error:
-            raise ValueError(f"{self.path}: {key} cannot be read ({error}): the file is damaged.") from error
+        dtype = self.dtypes[key]
+        if isinstance(dtype, str):
+            raise ValueError(f"{self.path}: {key} is of type {dtype}, which is not read.")
+        tensor = torch.empty(self.shapes[key], dtype=dtype)
+        self._file.seek(self._starts[key])
+        if self._file.readinto(_bytes(tensor)) != tensor.nbytes:
+            raise ValueError(f"{self.path}: {key} is cut short: the file changed while it was read.")
         if self.digests and digest_of(key, tensor) != self.digests[key]:
             raise ValueError(f"{self.path}: {key} is damaged, its checksum differs from the one it was written with.")
         return tensor
@@ -112,19 +120,23 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} {'is not an ordinary file' if path.exists() else 'does not exist'}.")
-    try:
-        opened = safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not an intact safetensors file: {error}.") from error
-    with opened as file:
-        metadata = file.metadata() or {}
+    # Read, not mapped: a file that is cut meanwhile would end the process, and pages of a mapping count as its memory.
+    with path.open("rb") as file:
+        try:
+            with safe_open(path, framework="pt"):
+                pass  # lengths, offsets, types and shapes fit together
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} is not an intact safetensors file: {error}.") from error
+        length = int.from_bytes(file.read(8), "little")
+        entries = parse_json(file.read(length), f"The header of {path}")
+        metadata = entries.pop("__metadata__", None) or {}
         content, digests = _proved(path, metadata)
-        slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (a safetensors file is not a mapping)
-        if content is not None and set(slices) != set(digests):
+        if content is not None and set(entries) != set(digests):
             raise ValueError(f"{path} is damaged: its tensors are not those of its header's content.")
-        shapes = {key: tuple(s.get_shape()) for key, s in slices.items()}
-        dtypes = {key: DTYPES.get(s.get_dtype(), s.get_dtype()) for key, s in slices.items()}
-        yield TensorFile(path, content, shapes, dtypes, metadata, digests, file)
+        shapes = {key: tuple(entry["shape"]) for key, entry in entries.items()}
+        dtypes = {key: DTYPES.get(entry["dtype"], entry["dtype"]) for key, entry in entries.items()}
+        starts = {key: 8 + length + entry["data_offsets"][0] for key, entry in entries.items()}
+        yield TensorFile(path, content, shapes, dtypes, metadata, digests, file, starts)
 
 
 def digest_of(key: str, tensor: Tensor) -> str:
@@ -138,10 +150,8 @@ def _write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str
     """A safetensors file. The library's own function leaves a temporary file of any name where its process is killed, and makes
     files that only their owner can read."""
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    keys, start = (
-        sorted(tensors, key=lambda key: (-tensors[key].element_size(), key)),
-        0,
-    )  # wide types first: all are aligned
+    keys = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # wide types first: all are aligned
+    start = 0
     for key in keys:
         t = tensors[key]
         header[key] = {"dtype": NAMES[t.dtype], "shape": list(t.shape), "data_offsets": [start, start + t.nbytes]}

@@ -2,9 +2,9 @@
 
 This module does not know models or hooks; ``tl_vpd.Decomposition`` adds the methods that put these numbers on a model.
 
-On disk (``tl_vpd.components.storage``), keys of the tensors are ``V/{site}``, ``U/{site}`` and ``gamma/{parameter}``. The config
-(``tl_vpd.importance.stored_config``) has sites and shapes, Γ's config, fingerprints of the target's weights, and a record (training
-config, metrics, versions).
+On disk (``tl_vpd.components.storage``), keys of the tensors are ``V/{site}``, ``U/{site}`` and ``gamma/{parameter}``. The
+config (``tl_vpd.importance.stored_config``) has sites and shapes, Γ's config and fingerprints of the target's weights; a record
+(training config, metrics, versions) is beside it.
 """
 
 from __future__ import annotations
