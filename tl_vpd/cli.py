@@ -243,7 +243,8 @@ def feature_splitting_command(
     from tl_vpd.recipe.evaluating import check_writable, numbers
 
     check_writable(out)
-    table = Recipe.read(recipe).feature_splitting(numbers("--factors", factors, float), rows=rows)
+    settings, sizes = Recipe.read(recipe), numbers("--factors", factors, float)
+    table = settings.feature_splitting(sizes, rows=rows, trust_remote_code=trust_remote_code)
     _say(table.round(4).to_string())
     if out is not None:
         write_text(out, table.to_csv())

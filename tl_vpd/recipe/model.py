@@ -100,14 +100,19 @@ class ModelRecipe(Frozen):
 def _no_code_of(name: str) -> Iterator[None]:
     """Refuses what transformers would import from a model's files; for some names TransformerLens lets it unasked."""
 
-    def refuse(*arguments: Any, **options: Any) -> Any:
-        raise ValueError(
-            f"The model {name!r} comes with code that would run: pass --trust-remote-code on the command line (or "
-            "load(trust_remote_code=True)) if you trust it."
-        )
-
-    with mock.patch("transformers.dynamic_module_utils.get_cached_module_file", refuse):
-        yield
+    refusal = (
+        f"The model {name!r} comes with code that would run: pass --trust-remote-code on the command line (or "
+        "load(trust_remote_code=True)) if you trust it."
+    )
+    module = "transformers.dynamic_module_utils"
+    with (
+        mock.patch(f"{module}.get_cached_module_file", side_effect=ValueError(refusal)),
+        mock.patch(f"{module}.TIME_OUT_REMOTE_CODE", 0),  # nobody is asked
+    ):
+        try:
+            yield
+        except ValueError as error:
+            raise ValueError(refusal) if "trust_remote_code" in str(error) else error from error
 
 
 def usable_device(device: str) -> str:
