@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from tests.tiny import ARCHITECTURES, decomposition_of, matrix_of, some_tokens, tiny_model
-from tl_vpd.adapters import adapt, sites
+from tests.tiny import ARCHITECTURES, decomposition_of, matrix_of, options_of, some_tokens, tiny_model
+from tl_vpd.adapters import Unsupported, adapt, sites
 from tl_vpd.adapters.prompts import check_tokens
+from tl_vpd.adapters.versions import HookedTransformer
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -108,3 +109,60 @@ def test_taps_come_off():
     assert not torch.equal(model(some_tokens()), changed)
     assert torch.equal(model(some_tokens()), tiny_model()(some_tokens()))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_block_that_is_used_twice_is_refused_by_name(tokens):
+    model = tiny_model()
+    model.blocks[1].mlp = model.blocks[0].mlp
+    adapter = adapt(model)
+    assert "blocks.1.attn.W_Q" in adapter.sites and not any(".mlp." in name for name in adapter.sites)
+    assert (
+        adapter.refused["blocks.1.mlp.W_in"] == "one module with blocks.0.mlp.W_in: give each its copy (copy.deepcopy)"
+    )
+    with pytest.raises(
+        ValueError, match=r"no blocks.0.mlp.W_in that can be decomposed: one module with blocks.1.mlp.W_in"
+    ):
+        decomposition_of(tiny_model()).attach(model, check_weights=False)
+    vpd = decomposition_of(model).double()
+    clean = model(tokens)
+    with vpd.attach(model) as attached, attached.masked("zero"):
+        assert not torch.equal(model(tokens), clean)
+    model.blocks[1] = model.blocks[0]
+    with pytest.raises(Unsupported, match=r"blocks.0.attn.W_Q: one module with blocks.1.attn.W_Q"):
+        adapt(model)
+
+
+class PassesOn(HookedTransformer):
+    """A subclass whose ``forward`` names nothing."""
+
+    def forward(self, *arguments, **keywords):
+        return super().forward(*arguments, **keywords)
+
+
+class PassesSome(HookedTransformer):
+    """A subclass whose ``forward`` names its first argument, and one of its own."""
+
+    def forward(self, tokens, *arguments, unused=None, **keywords):
+        return super().forward(tokens, *arguments, **keywords)
+
+
+@pytest.mark.parametrize("kind", [PassesOn, PassesSome])
+def test_subclasses_that_pass_arguments_on(kind, vpd, model, tokens):
+    other = kind(model.cfg).double()
+    other.load_state_dict(model.state_dict())
+    assert (
+        adapt(other).by_name((tokens, "loss", True), {}).items()
+        >= {"return_type": "loss", "loss_per_token": True}.items()
+    )
+    for mode in ("rounded", "ci", "stochastic", "adversarial"):
+        options = options_of(mode, seed=1, steps=2)
+        results = []
+        for m in (model, other):
+            with vpd.attach(m) as attached, attached.masked(mode, **options):
+                results.append(m(tokens, "logits"))
+        assert torch.equal(*results)
+    with vpd.attach(other) as attached:
+        expected = vpd.causal_importances(model, tokens)["blocks.1.attn.W_Q"]
+        assert torch.equal(other.run_with_cache(tokens)[1]["q_ci", 1], expected)
+        with attached.masked("ci"), pytest.raises(ValueError, match="stop_at_layer skips blocks"):
+            other(tokens, stop_at_layer=1)

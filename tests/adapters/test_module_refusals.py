@@ -65,7 +65,8 @@ def test_a_plain_module_is_refused_by_class():
 def test_a_layer_that_runs_twice_or_never_is_said_at_the_passes_end():
     twice = seeded(lambda: Wrapped(lambda s, x: s.a(s.a(x)), a=nn.Linear(4, 4)))
     never = seeded(lambda: Wrapped(lambda s, x: s.a(x), a=nn.Linear(4, 4), b=nn.Linear(4, 4)))
-    for model, message in ((twice, r"\{'a': 2\}"), (never, r"\{'b': 0\}")):
+    reasons = ("a 2 times; a layer that a model uses several times", "b 0 times; the model does not compute")
+    for model, message in zip((twice, never), reasons, strict=True):
         vpd, x = untrained(model), normal(3, 4)
         with pytest.raises(RuntimeError, match=message):
             vpd.causal_importances(model, x)
@@ -81,6 +82,20 @@ def test_a_layer_that_runs_twice_or_never_is_said_at_the_passes_end():
                     model(x)
             with pytest.raises(RuntimeError, match=message):
                 model(x)
+
+
+def test_one_layer_under_two_names_is_refused_by_name():
+    shared = nn.Linear(4, 4)
+    model = seeded(lambda: Wrapped(lambda s, x: s.c(s.b(s.a(x))), a=shared, b=shared, c=nn.Linear(4, 3)))
+    adapter, x = adapt(model), normal(3, 4)
+    reasons = {n: f"one module with {o}: give each its copy (copy.deepcopy)" for n, o in (("a", "b"), ("b", "a"))}
+    assert list(adapter.sites) == ["c"] and adapter.refused == reasons
+    vpd, clean = untrained(model), model(x)
+    with vpd.attach(model) as attached, attached.masked("zero"):
+        assert_close(model(x), model.c.bias.expand(3, 3))
+    assert torch.equal(model(x), clean)
+    with pytest.raises(Unsupported, match=r"a: one module with b: give each its copy"):
+        adapt(Wrapped(lambda s, x: s.b(s.a(x)), a=shared, b=shared))
 
 
 def test_inputs_of_other_kinds_are_said():

@@ -46,6 +46,7 @@ class Adapter(Prompts, Calls, ABC):
         self._tapped: dict[str, nn.Module] = {}
         self.check()
         self.find_sites()
+        self._refuse_shared()
         if not self.sites:
             why = "; ".join(f"{name}: {reason}" for name, reason in self.refused.items())
             raise Unsupported(
@@ -61,6 +62,22 @@ class Adapter(Prompts, Calls, ABC):
     @abstractmethod
     def find_sites(self) -> None:
         """Fills ``sites`` and ``refused``."""
+
+    def _refuse_shared(self) -> None:
+        """Refuses sites that are one module: it runs several times in a pass, and what masks one would mask all."""
+        by_holder: dict[tuple[int, str], list[str]] = {}
+        for name in self.sites:
+            module, attribute = self.holder(name)
+            by_holder.setdefault((id(module), attribute), []).append(name)
+        for names in by_holder.values():
+            for name in names if len(names) > 1 else ():
+                other = next(n for n in names if n != name)
+                self.refused[name] = f"one module with {other}: give each its copy (copy.deepcopy)"
+                del self.sites[name]
+
+    @abstractmethod
+    def holder(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds a site's weight, and the name it has there."""
 
     def add(self, site: Site) -> None:
         """Notes a site."""

@@ -142,6 +142,10 @@ class BridgeAdapter(Adapter):
         assert product is not None
         return owner, short, product
 
+    def holder(self, name: str) -> tuple[nn.Module, str]:
+        """The module that holds a site's weight, and the name it has there."""
+        return self._modules_of(name)[2], "weight"
+
     def _processed(self, name: str, what: str) -> Tensor | None:
         """The processed weight or bias that 3.x's gated MLPs compute with, beside the one of the module."""
         owner, short, _ = self._modules_of(name)

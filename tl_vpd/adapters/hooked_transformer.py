@@ -104,8 +104,9 @@ class HookedTransformerAdapter(Adapter):
 
     # -- weights -------------------------------------------------------------------------------------------------
 
-    def _parameter(self, site: Site) -> tuple[nn.Module, str]:
-        owner, weight = site.name.rsplit(".", 1)
+    def holder(self, name: str) -> tuple[nn.Module, str]:
+        """The ``attn`` or ``mlp`` that holds a site's weight, and the name it has there."""
+        owner, weight = name.rsplit(".", 1)
         module = self.model.get_submodule(owner)
         grouped = hasattr(module, "_" + weight)  # grouped query attention stores its K and V as _W_K, _W_V
         return module, "_" + weight if grouped else weight
@@ -113,7 +114,7 @@ class HookedTransformerAdapter(Adapter):
     def weight(self, name: str) -> Float[Tensor, "d_in d_out"]:
         """The site's weight in the model, heads flattened (detached; a view where possible)."""
         site = self.sites[name]
-        module, attribute = self._parameter(site)
+        module, attribute = self.holder(name)
         W = getattr(module, attribute).detach()
         if site.short in ("q", "k", "v"):
             W = W.transpose(0, 1)  # [head, d_model, d_head] -> [d_model, head, d_head]
@@ -124,7 +125,7 @@ class HookedTransformerAdapter(Adapter):
         """Writes the site's weight into the model, in place; raises ValueError if the shape is another."""
         self.check_shape(name, W)
         site = self.sites[name]
-        module, attribute = self._parameter(site)
+        module, attribute = self.holder(name)
         parameter = getattr(module, attribute)
         if site.short in ("q", "k", "v"):
             W = W.unflatten(1, (-1, self.model.cfg.d_head)).transpose(0, 1)  # [d_model, head, d_head] -> [head, ...]
@@ -135,7 +136,7 @@ class HookedTransformerAdapter(Adapter):
         site = self.sites[name]
         if site.short == "gate" or (site.short == "in" and self.model.cfg.gated_mlp):
             return None
-        module, attribute = self._parameter(site)
+        module, attribute = self.holder(name)
         b = getattr(module, attribute.replace("W_", "b_"))
         return b.reshape(-1)
 

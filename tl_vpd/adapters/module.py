@@ -30,7 +30,7 @@ class ModuleAdapter(Adapter):
 
     def find_sites(self) -> None:
         """Every ``nn.Linear`` whose ``forward`` is called."""
-        for path, module in self.model.named_modules():
+        for path, module in self.model.named_modules(remove_duplicate=False):
             if not isinstance(module, nn.Linear):
                 continue
             parent = self.model.get_submodule(path.rpartition(".")[0])
@@ -40,6 +40,10 @@ class ModuleAdapter(Adapter):
                 self.refused[path] = reason
             else:
                 self.add(Site(path, module.in_features, module.out_features))
+
+    def holder(self, name: str) -> tuple[nn.Module, str]:
+        """The layer that holds a site's weight, and the name it has there."""
+        return self.model.get_submodule(name), "weight"
 
     def _first(self) -> Tensor:
         """The first site's weight (the model's first parameter may be of another kind)."""

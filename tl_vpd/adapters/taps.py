@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from tl_vpd.adapters.changes import Later, change
 from tl_vpd.adapters.versions import HookPoint
 
 Read = Callable[[Tensor], None]
@@ -167,3 +168,14 @@ def _product(
 def tap_product(module: nn.Module, read: Read, write: Write) -> RemovableHandle:
     """Sends the argument of a module that is a product to ``read`` and its output through ``write``."""
     return module.register_forward_hook(Tap(_product, read, write), prepend=True, with_kwargs=True)
+
+
+@change
+def tapped(undo: Later, put_on: Callable[[], Handle]) -> None:
+    """Inside, one tap is on.
+
+    Args:
+        undo: notes how to remove it.
+        put_on: puts it on.
+    """
+    undo(put_on().remove)

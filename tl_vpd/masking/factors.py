@@ -61,9 +61,15 @@ def check_all(factors: Mapping[str, Tensor]) -> None:
 
     Raises:
         ValueError: there are NaN, infinite ones or ones that are too large for half precision.
+        TypeError: ``torch.func.vmap`` runs over one, whose numbers cannot be looked at.
     """
     if not factors:
         return
+    for what, factor in factors.items():
+        if torch._C._functorch.is_batchedtensor(factor):
+            raise TypeError(
+                f"{what} is a tensor inside torch.func.vmap: leave vmap out, and give a factor per row as [batch, pos, C]."
+            )
     device = next(iter(factors.values())).device
     fits = [(factor.detach().abs() <= LARGEST_FACTOR).all().to(device) for factor in factors.values()]  # NaN does not
     if bool(torch.stack(fits).all()):
