@@ -63,6 +63,12 @@ def test_a_link_is_followed(tmp_path):
     assert target.read_text() == "new"
 
 
+def test_a_path_with_a_zero_byte_is_named(tmp_path):
+    for write in (lambda path: write_text(path, "x"), make_folder):
+        with pytest.raises(ValueError, match=r"nul\\x00' is not a path: it contains a zero byte\."):
+            write(tmp_path / "nul\0")
+
+
 def test_folders_pipes_and_files_in_the_way_are_named(tmp_path):
     with pytest.raises(OSError, match=r"is a folder: give the path of a file\."):
         write_text(tmp_path, "x")

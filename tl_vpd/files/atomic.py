@@ -33,8 +33,9 @@ def write_file(path: Path, write: Callable[[Path], Any], *, safe: str | None = N
 
     Raises:
         OSError: it cannot be written; the message names the folder, what is safe and what to do.
+        ValueError: the path has a zero byte.
     """
-    path = path.resolve()
+    path = _path(path).resolve()
     if path.exists() and not path.is_file():
         kind = "a folder" if path.is_dir() else "not an ordinary file"
         raise OSError(errno.EISDIR if path.is_dir() else errno.EINVAL, f"{path} is {kind}: give the path of a file.")
@@ -69,8 +70,9 @@ def make_folder(folder: Path) -> None:
 
     Raises:
         OSError: it cannot be made, or a file has its name; the message says which.
+        ValueError: the path has a zero byte.
     """
-    for place in (folder, *folder.parents):
+    for place in (_path(folder), *folder.parents):
         if place.exists() and not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file and a folder is needed: give another path.")
     try:
@@ -111,6 +113,12 @@ def named_errors(path: Path, safe: str | None = None) -> Iterator[None]:
 
 def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def _path(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r} is not a path: it contains a zero byte.")
+    return path
 
 
 def _alive(process: int) -> bool:
