@@ -50,9 +50,10 @@ test: test-main test-others
 test-main: $(VENV)/.installed
 	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile
 
-test-others: $(OTHER_ENVIRONMENTS) $(VENV)-saelens/.installed
+test-others: $(OTHER_ENVIRONMENTS) $(VENV)-saelens/.installed $(VENV)-lowest/.installed
 	set -e; for version in $(OTHERS); do $(OFFLINE) $(VENV)-$$version/bin/python -m pytest $(EVERYWHERE); done
 	$(OFFLINE) $(VENV)-saelens/bin/python -m pytest tests/saelens
+	$(OFFLINE) $(VENV)-lowest/bin/python -m pytest tests/lowest
 
 # Every cell of docs/compatibility.md, which it writes; fails if a cell does (about an hour on one core).
 test-matrix: $(VENV)/.installed $(OTHER_ENVIRONMENTS)
@@ -87,4 +88,4 @@ bench-hooks bench-step bench-growth bench-graph bench-pruning: bench-%: $(VENV)/
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$*
 
 clean:
-	rm -rf $(VENV) $(OTHERS:%=$(VENV)-%) $(VENV)-saelens build/matrix build/campaign build/campaign-short $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OTHERS:%=$(VENV)-%) $(VENV)-saelens $(VENV)-lowest build/matrix build/campaign build/campaign-short $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis

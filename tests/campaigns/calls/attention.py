@@ -1,0 +1,138 @@
+"""Calls of ``tl_vpd.analysis.attention`` and of its results."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.campaigns.calls.analysis import config
+from tests.campaigns.calls.kinds import (
+    SEED,
+    Kind,
+    choice,
+    either,
+    equal,
+    factor,
+    how_many,
+    integer,
+    number,
+    only,
+    optional,
+    sequence,
+    subcomponents,
+)
+from tests.campaigns.calls.world import Call, K, Q, World
+from tl_vpd.analysis import attention
+
+
+def calls(w: World) -> list[Call]:
+    """The table."""
+    return [*_functions(w), *_results(w)]
+
+
+def _functions(w: World) -> list[Call]:
+    layer = {**w.of_prompts, "layer": (0, integer(0, 1))}
+    own = [site for site in w.counts if site in (Q, K)]
+    of_layer = subcomponents({site: w.counts[site] for site in own}, none=True)
+    address = subcomponents(w.counts, lists=False)
+    pairs = [(f"{Q}:1", f"{K}:2")]
+    pair: Kind = lambda v: True if equal(pairs[0])(v) else _pair(v, address)  # noqa: E731
+    return [
+        Call("attention: score_terms", attention.score_terms, {**layer, "pairs": (pairs, sequence(pair, minimum=0))}),
+        Call(
+            "attention: attention_by_offset",
+            attention.attention_by_offset,
+            {
+                **layer,
+                "ablate": (pairs, either(lambda v: sequence(pair, minimum=0)(v) or address(v))),
+                "max_offset": (3, integer(0)),
+            },
+        ),
+        Call(
+            "attention: mean_strengths",
+            attention.mean_strengths,
+            {**layer, "subcomponents": ([f"{Q}:1", f"{K}:2"], either(of_layer)), "max_offset": (3, integer(0))},
+        ),
+        Call(
+            "attention: static_strengths",
+            attention.static_strengths,
+            {
+                **layer,
+                "subcomponents": ([f"{Q}:1", f"{K}:2"], either(of_layer)),
+                "length": (5, optional(integer(1, 10))),
+            },
+        ),
+        Call(
+            "attention: strongest_static",
+            attention.strongest_static,
+            {**layer, "k": (3, how_many), "length": (5, optional(integer(1, 10)))},
+        ),
+        Call(
+            "attention: ov_overlap",
+            attention.ov_overlap,
+            {
+                **layer,
+                "key": (f"{K}:1", either(optional(equal(f"{K}:1")))),
+                "config": config(attention.OVConfig, draws=2),
+            },
+        ),
+        Call("attention: value_given_key", attention.value_given_key, {**layer, "threshold": (0.25, number(0, 1))}),
+        Call("attention: head_alignment", attention.head_alignment, {**w.target, "layer": (0, integer(0, 1))}),
+        Call(
+            "attention: head_norms",
+            attention.head_norms,
+            {"decomposition": (w.vpd, only(w.vpd)), "layer": (0, integer(0, 1))},
+        ),
+        Call(
+            "attention: OVConfig",
+            attention.OVConfig,
+            {"threshold": (0.25, number(0, 1)), "draws": (3, integer(1)), "seed": (3, SEED)},
+        ),
+        Call(
+            "attention: random_overlap",
+            attention.random_overlap,
+            {"d_model": (8, integer(4)), "d_head": (4, integer(1, 8))},
+        ),
+        Call(
+            "attention: pair_ablation_hooks",
+            lambda **o: w.hooked(lambda: attention.pair_ablation_hooks(**o)),
+            {
+                **w.target,
+                "pairs": (pairs, either(sequence(pair))),
+                "length": (8, optional(integer(7, 10))),
+                "amount": (0.5, factor),
+            },
+        ),
+    ]
+
+
+def _pair(value: Any, address: Kind) -> bool | None:
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        return False
+    return None if all(address(v) is not False or equal("bias")(v) for v in value) else False
+
+
+def _results(w: World) -> list[Call]:
+    prompts = dict(decomposition=w.vpd, model=w.model, prompts=w.tokens, layer=0)
+    mean = attention.mean_strengths(**prompts, subcomponents=[f"{Q}:1", f"{K}:2"], max_offset=3)
+    norms, values = attention.head_norms(w.vpd, 0), attention.value_given_key(**prompts)
+    static = attention.static_strengths(**prompts, subcomponents=[f"{Q}:1", f"{K}:2"], length=4)
+    overlap = attention.ov_overlap(**prompts, config=attention.OVConfig(draws=2))
+    offsets = attention.attention_by_offset(**prompts)
+    k, head, offset = (3, how_many), (0, optional(integer(0, 1))), (1, integer(0, 3))
+    return [
+        Call("attention: MeanStrengths.contrast", mean.contrast, {"offset": (1, either(integer(0, 3)))}),
+        Call(
+            "attention: MeanStrengths.heads",
+            mean.heads,
+            {"query": (f"{Q}:1", equal(f"{Q}:1")), "key": (f"{K}:2", equal(f"{K}:2")), "offset": offset},
+        ),
+        Call("attention: MeanStrengths.top", mean.top, {"k": k, "offset": offset, "head": head}),
+        Call("attention: MeanStrengths.to_pandas", mean.to_pandas, {"offset": offset}),
+        Call("attention: HeadNorms.top", norms.top, {"k": k, "head": head}),
+        Call("attention: StaticStrengths.top", static.top, {"k": k}),
+        Call("attention: ScoreTerms.top", w.terms.top, {"k": k}),
+        Call("attention: AttentionByOffset.top", offsets.top, {"k": k}),
+        Call("attention: OVOverlap.top", overlap.top, {"k": k, "by": ("read", choice("read", "write", "raw"))}),
+        Call("attention: ValueGivenKey.top", values.top, {"k": k, "min_both": (1, integer(0))}),
+        Call("attention: ValueGivenKey.to_pandas", values.to_pandas, {"min_both": (1, integer(0))}),
+    ]

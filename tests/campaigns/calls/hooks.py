@@ -1,0 +1,305 @@
+"""Calls of the rooms that act on a model: attaching, masks, ablations, importances, files of decompositions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import tl_vpd
+from tests.campaigns.calls.kinds import (
+    SEED,
+    any_of,
+    boolean,
+    choice,
+    device,
+    either,
+    factor,
+    floating_dtype,
+    folder_to_write,
+    how_many,
+    integer,
+    number,
+    only,
+    optional,
+    path_to_read,
+    positions,
+    sequence,
+    subcomponents,
+    text,
+)
+from tests.campaigns.calls.world import IN, Call, Q, World
+from tl_vpd import Masks, SiteMask, hooks, masking
+
+KINDS = ("component_acts", "ci", "mask", "delta_mask")
+
+
+def calls(w: World) -> list[Call]:
+    """The table."""
+    return [*_attached(w), *_hook_functions(w), *_measured(w), *_files(w), *_masks(w), *_addresses(w)]
+
+
+def _attached(w: World) -> list[Call]:
+    where = {"sites": (None, w.sites), "pos": (None, positions(7))}
+
+    def attach(model: Any, **options: Any) -> Any:
+        with w.vpd.attach(model, **options), torch.no_grad():
+            return w.model(w.tokens)
+
+    def masked(mode: Any, **options: Any) -> Any:
+        def inside(attached: Any) -> Any:
+            with attached.masked(mode, **options):
+                return w.model(w.tokens)
+
+        return w.attached(inside)
+
+    def of_mode(name: str, **arguments: Any) -> Call:
+        return Call(f"hooks: masked({name!r})", lambda **o: masked(name, **o), {**arguments, **where})
+
+    def keep_only(subcomponents: Any, **options: Any) -> Any:
+        def inside(attached: Any) -> Any:
+            with attached.keep_only(subcomponents, **options):
+                return w.model(w.tokens)
+
+        return w.attached(inside)
+
+    def ablated(subcomponents: Any, **options: Any) -> Any:
+        def inside(attached: Any) -> Any:
+            with attached.ablated(subcomponents, **options):
+                return w.model(w.tokens)
+
+        return w.attached(inside)
+
+    masks = {Q: torch.full((6,), 0.5, dtype=torch.float64)}
+    function = lambda site, acts: torch.ones_like(acts)  # noqa: E731
+    modes = choice("unmasked", "stochastic", "rounded", "ci", "adversarial", "zero")
+    delta = optional(any_of(factor, choice("drawn")))
+    address = subcomponents(w.counts)
+    return [
+        Call(
+            "hooks: attach",
+            attach,
+            {
+                "model": (w.model, only(w.model)),
+                "sites": (None, w.sites),
+                "hooks": (KINDS, sequence(choice(*KINDS), minimum=0, other=choice(*KINDS))),
+                "check_weights": (True, boolean),
+            },
+        ),
+        Call("hooks: masked", masked, {"mode": ("ci", modes)}),
+        Call("hooks: masked(masks)", masked, {"mode": (masks, only(masks)), "sites": (None, w.sites)}),
+        Call("hooks: masked(function)", masked, {"mode": (function, only(function)), **where}),
+        of_mode("rounded", threshold=(0.25, optional(number(0, 1))), delta=(0.5, delta)),
+        of_mode("ci", delta=(0.5, delta)),
+        of_mode("stochastic", seed=(3, optional(SEED))),
+        of_mode(
+            "adversarial",
+            seed=(3, SEED),
+            steps=(2, optional(integer(1))),
+            step_size=(0.5, optional(number(above=0))),
+        ),
+        Call(
+            "hooks: keep_only",
+            keep_only,
+            {
+                "subcomponents": ([f"{Q}:1"], either(address)),
+                "rest": ("zero", choice("zero", "stochastic", "adversarial")),
+                **where,
+            },
+        ),
+        Call(
+            "hooks: keep_only(stochastic)",
+            lambda **o: keep_only(f"{Q}:1", rest="stochastic", **o),
+            {"seed": (3, optional(SEED))},
+        ),
+        Call(
+            "hooks: ablated",
+            ablated,
+            {"subcomponents": ([f"{Q}:1"], address), "pos": (None, positions(7)), "amount": (0.5, factor)},
+        ),
+        Call("hooks: attachment_of", hooks.attachment_of, w.target),
+        Call("hooks: attached_to", hooks.attached_to, {"model": (w.model, only(w.model))}),
+    ]
+
+
+def _hook_functions(w: World) -> list[Call]:
+    masks = {Q: torch.full((6,), 0.5, dtype=torch.float64)}
+    decomposition = {"decomposition": (w.vpd, only(w.vpd))}
+    values = {Q: torch.full((6,), 0.5, dtype=torch.float64)}
+    address = subcomponents(w.counts)
+    return [
+        Call(
+            "hooks: mask_hooks",
+            lambda **o: w.hooked(lambda: hooks.mask_hooks(**o)),
+            {**decomposition, "masks": (masks, only(masks))},
+        ),
+        Call(
+            "hooks: delta_hooks",
+            lambda **o: w.hooked(lambda: hooks.delta_hooks(**o)),
+            {**decomposition, "value": (0.5, factor), "sites": (None, w.sites), "pos": (None, positions(7))},
+        ),
+        Call(
+            "hooks: ablation_hooks",
+            lambda **o: w.hooked(lambda: hooks.ablation_hooks(**o)),
+            {
+                **decomposition,
+                "subcomponents": (f"{Q}:1", address),
+                "pos": ([2], positions(7)),
+                "amount": (0.5, factor),
+                "values": (values, optional(only(values))),
+            },
+        ),
+    ]
+
+
+def _measured(w: World) -> list[Call]:
+    modes = choice("unmasked", "stochastic", "rounded", "ci", "zero")
+    acts = w.vpd.component_acts(w.model, w.tokens)
+    return [
+        Call("hooks: causal_importances", hooks.causal_importances, w.of_prompts),
+        Call("hooks: component_acts", hooks.component_acts, w.of_prompts),
+        Call("hooks: component_acts().mean", acts.mean, {"by_position": (False, boolean)}),
+        Call(
+            "hooks: adversarial_masks",
+            lambda **o: dict(hooks.adversarial_masks(**o)),
+            {
+                **w.of_prompts,
+                "node_set": (f"{Q}:1", either(subcomponents(w.counts, none=True))),
+                "sites": (None, w.sites),
+                "seed": (3, optional(SEED)),
+                "steps": (2, optional(integer(1))),
+                "step_size": (0.5, optional(number(above=0))),
+            },
+        ),
+        Call(
+            "hooks: CausalImportances.masks",
+            lambda mode: dict(w.importances.masks(mode, seed=None)),
+            {"mode": ("ci", modes)},
+        ),
+        Call(
+            "hooks: CausalImportances.masks(rounded)",
+            lambda **o: dict(w.importances.masks("rounded", **o)),
+            {"threshold": (0.25, optional(number(0, 1))), "delta": (0.5, optional(any_of(factor, choice("drawn"))))},
+        ),
+        Call(
+            "hooks: CausalImportances.masks(stochastic)",
+            lambda **o: dict(w.importances.masks("stochastic", **o)),
+            {"seed": (3, optional(SEED))},
+        ),
+        Call("hooks: CausalImportances.to_pandas", w.importances.to_pandas, {"above": (0.25, number(0, 1))}),
+        Call("hooks: CausalImportances.top", w.importances.top, {"k": (3, how_many)}),
+        Call("hooks: CausalImportances[…]", lambda site: w.importances[site], {"site": (Q, choice(*w.counts))}),
+        Call("adapters: sites", tl_vpd.sites, {"model": (w.model, only(w.model))}),
+    ]
+
+
+def _files(w: World) -> list[Call]:
+    V, U = dict(w.vpd.V), dict(w.vpd.U)
+    gamma = {k.removeprefix("gamma/"): t for k, t in w.vpd.file_tensors().items() if k.startswith("gamma/")}
+    return [
+        Call(
+            "decomposition: save",
+            lambda folder, dtype: w.vpd.save(folder, dtype=dtype) and None,
+            {"folder": (w.folder / "new", folder_to_write), "dtype": (None, floating_dtype)},
+        ),
+        Call(
+            "decomposition: load",
+            lambda folder, **o: dict(tl_vpd.Decomposition.load(folder, **o).file_tensors()),
+            {"folder": (w.saved, path_to_read(w.saved)), "device": ("cpu", device), "dtype": (None, floating_dtype)},
+        ),
+        Call(
+            "decomposition: bundled",
+            lambda device: tl_vpd.Decomposition.bundled(device=device) and None,
+            {"device": ("cpu", device)},
+        ),
+        Call(
+            "decomposition: subcomponent",
+            w.vpd.subcomponent,
+            {"address": (f"{Q}:1", subcomponents(w.counts, lists=False))},
+        ),
+        Call(
+            "decomposition: from_tensors",
+            lambda **o: dict(tl_vpd.Decomposition.from_tensors(**o).file_tensors()),
+            {
+                "model": (w.model, only(w.model)),
+                "V": (V, only(V)),
+                "U": (U, only(U)),
+                "gamma": (w.vpd.gamma_config, only(w.vpd.gamma_config)),
+                "gamma_tensors": (gamma, only(gamma)),
+            },
+        ),
+    ]
+
+
+def _masks(w: World) -> list[Call]:
+    mask, routed = torch.full((2, 7, 6), 0.5, dtype=torch.float64), torch.ones(2, 7, dtype=torch.bool)
+    masks = {Q: mask}
+    held = Masks(masks)
+    g = w.importances.concatenated
+    sources = torch.rand(g.shape[-1] + len(w.counts), dtype=g.dtype, generator=torch.Generator().manual_seed(0))
+    start = sources.clone()
+    attack = lambda masks: sum((m.mask.sum() for m in masks.values()), torch.zeros((), dtype=g.dtype))  # noqa: E731
+    square = lambda r: (r * r).sum()  # noqa: E731
+    axis = w.vpd.site_axis
+    ascent = {"steps": (2, integer(0)), "step_size": (0.5, optional(number(above=0)))}
+    return [
+        Call("masking: Masks", lambda by_site: dict(Masks(by_site)), {"by_site": (masks, either(only(masks)))}),
+        Call(
+            "masking: SiteMask",
+            SiteMask,
+            {
+                "mask": (mask, optional(only(mask))),
+                "delta": (0.5, optional(factor)),
+                "routed": (routed, optional(only(routed))),
+            },
+        ),
+        Call(
+            "masking: Masks.only", lambda sites: dict(held.only(sites)), {"sites": ([Q], either(sequence(choice(Q))))}
+        ),
+        Call(
+            "masking: attacked_masks",
+            lambda **o: dict(masking.attacked_masks(g, axis, generator=torch.Generator().manual_seed(0), **o)),
+            {"loss": (attack, only(attack)), **ascent},
+        ),
+        Call(
+            "masking: fresh_pgd",
+            masking.fresh_pgd,
+            {"loss": (square, only(square)), "start": (start, only(start)), **ascent, "momentum": (0.5, number(0))},
+        ),
+        Call(
+            "masking: constant_masks",
+            lambda delta: dict(masking.constant_masks(g, delta, axis)),
+            {"delta": (0.5, factor)},
+        ),
+    ]
+
+
+def _addresses(w: World) -> list[Call]:
+    name = any_of(choice(Q), lambda v: None if isinstance(v, str) else False)
+    return [
+        Call("site: Subcomponent", tl_vpd.Subcomponent, {"site": (Q, name), "index": (1, integer(0))}),
+        Call(
+            "site: Subcomponent.parse",
+            lambda text: tl_vpd.Subcomponent.parse(text),
+            {"text": (f"{IN}:1", lambda v: None if isinstance(v, tl_vpd.Subcomponent) else _address(v))},
+        ),
+        Call(
+            "site: Site",
+            lambda **o: tl_vpd.Site(**o),
+            {
+                "name": (Q, name),
+                "d_in": (8, integer(1)),
+                "d_out": (8, integer(1)),
+                "n_heads": (2, either(integer(2, 2))),
+                "d_head": (4, either(integer(4, 4))),
+            },
+        ),
+        Call("site: hook_name", w.vpd.sites[Q].hook_name, {"what": ("ci", either(text))}),
+    ]
+
+
+def _address(value: Any) -> bool | None:
+    if not isinstance(value, str):
+        return False
+    site, colon, index = value.rpartition(":")
+    return None if colon and site and index.isdecimal() else False

@@ -1,0 +1,13 @@
+"""Every public call with right arguments."""
+
+from __future__ import annotations
+
+from tests.campaigns.calls import analysis, attention, configs, evaluation, hooks, pictures, training
+from tests.campaigns.calls.world import Call, World
+
+ROOMS = (hooks, analysis, attention, evaluation, pictures, training, configs)
+
+
+def calls(w: World) -> list[Call]:
+    """The whole table."""
+    return [call for room in ROOMS for call in room.calls(w)]
