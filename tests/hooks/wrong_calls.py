@@ -17,6 +17,7 @@ from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tests.wrong_calls import Call, check
 from tl_vpd import Decomposition, GammaConfig, Masks, SiteMask, Subcomponent, bundled
 from tl_vpd.adapters.loading import load_model
+from tl_vpd.hooks import attached_to, attachment_of
 
 Q, K = "blocks.0.attn.W_Q", "blocks.0.attn.W_K"
 NAN, INF = float("nan"), float("inf")
@@ -220,6 +221,17 @@ def calls_with_names() -> Iterator[Call]:
         yield kept(wrong), error, message
         if wrong is not None:
             yield lambda wrong=wrong: vpd.adversarial_masks(model, tokens, node_set=wrong), error, message
+    for options, error, message in (
+        ({"check_weights": "no"}, TypeError, "check_weights='no' is a str: give True or False"),
+        ({"check_weights": 0}, TypeError, "check_weights=0 is a int"),
+        ({"hooks": 3}, TypeError, "hooks=3 is a int"),
+        ({"hooks": ["ci", 3]}, KeyError, "hooks: 3 is not a kind of hook"),
+        ({"hooks": ["cl"]}, KeyError, "hooks: 'cl' is not a kind of hook.*did you mean 'ci'"),
+    ):
+        yield lambda options=options: vpd.attach(model, **options), error, message
+    yield lambda: vpd.attach(3), TypeError, "The model is a int: give a HookedTransformer"
+    yield lambda: attached_to(None), TypeError, "The model is a NoneType"
+    yield lambda: attachment_of(None, model), TypeError, "The decomposition is a NoneType"
     yield lambda: Subcomponent(Q, -1), ValueError, "index=-1: give an integer of at least 0"
     for index in (True, 1.0, "1", None, torch.tensor(1.0), np.float32(1)):
         yield lambda index=index: Subcomponent(Q, index), TypeError, "The index is a"

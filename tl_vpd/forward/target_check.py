@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from tl_vpd.adapters import Adapter
+from tl_vpd.checks import flag
 from tl_vpd.components import Components, Fingerprint
 from tl_vpd.components.fingerprint import TOLERANCE
 from tl_vpd.importance import DecomposedWeights
@@ -57,10 +58,11 @@ def check_target(weights: DecomposedWeights | Components, adapter: Adapter, *, c
         check_weights: whether weights are compared; sites and shapes always are.
 
     Raises:
-        TypeError: ``weights`` is something else.
+        TypeError: ``weights`` is something else, or ``check_weights`` not True or False.
         ValueError: a site is missing, has another shape or other weights; the message gives the size of the mismatch.
     """
     check_decomposition(weights)
+    flag("check_weights", check_weights)
     for name, site in weights.sites.items():
         other = adapter.sites.get(name)
         if other is None:

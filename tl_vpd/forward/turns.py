@@ -92,7 +92,9 @@ _turns: weakref.WeakKeyDictionary[nn.Module, Turns] = weakref.WeakKeyDictionary(
 
 
 def turns_of(model: nn.Module) -> Turns:
-    """The turns at a model."""
+    """The turns at a model; raises TypeError if it is not a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"The model is a {type(model).__name__}: give a HookedTransformer or a TransformerBridge.")
     turns = _turns.get(model)
     return _turns.setdefault(model, Turns()) if turns is None else turns
 

@@ -30,7 +30,7 @@ from tl_vpd.adapters.changes import Change, Later, enter
 from tl_vpd.checks import choice
 from tl_vpd.forward import attachments
 from tl_vpd.forward.remains import clear
-from tl_vpd.forward.target_check import accept_target, check_target
+from tl_vpd.forward.target_check import accept_target, check_decomposition, check_target
 from tl_vpd.forward.turns import turn, turns_of
 from tl_vpd.hooks import hook_points
 from tl_vpd.hooks.ablations import FwdHooks, Subcomponents, ablation_hooks, indices_by_site
@@ -45,13 +45,16 @@ from tl_vpd.site import select
 
 
 def attached_to(model: nn.Module) -> Attached | None:
-    """What is attached to this model, if anything."""
+    """What is attached to this model, if anything; raises TypeError if it is not a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"The model is a {type(model).__name__}: give a HookedTransformer or a TransformerBridge.")
     attachment = attachments.attached_to(model)
     return None if attachment is None else Attached.of(cast(Attachment, attachment))
 
 
 def attachment_of(decomposition: DecomposedWeights, model: nn.Module) -> Attached | None:
     """This decomposition's attachment to this model, if it is attached; raises ValueError if another one is."""
+    check_decomposition(decomposition)
     attached = attached_to(model)
     if attached is not None and attached.decomposition is not decomposition:
         raise ValueError("Another decomposition is attached to this model: detach it first.")

@@ -10,6 +10,7 @@ from torch import nn
 from tl_vpd.adapters import Adapter
 from tl_vpd.adapters.changes import Later
 from tl_vpd.adapters.versions import HookPoint
+from tl_vpd.checks import sequence, shown
 from tl_vpd.forward.remains import MARK
 from tl_vpd.hooks.sparse import SparsePoint
 from tl_vpd.site import Site, nearest
@@ -20,13 +21,19 @@ KINDS = ("component_acts", "ci", "mask", "delta_mask")
 def check_kinds(kinds: str | Sequence[str]) -> list[str]:
     """Kinds of HookPoints as a list.
 
+    Args:
+        kinds: one or several.
+
     Raises:
+        TypeError: they are not names.
         KeyError: there is no such kind.
     """
-    kinds = [kinds] if isinstance(kinds, str) else list(kinds)
+    kinds = [kinds] if isinstance(kinds, str) else sequence("hooks", kinds)
     for kind in kinds:
-        if kind not in KINDS:
-            raise KeyError(f"{kind!r} is not a kind of hook{nearest(kind, KINDS)}. Kinds: {', '.join(KINDS)}.")
+        if not isinstance(kind, str) or kind not in KINDS:
+            raise KeyError(
+                f"hooks: {shown(kind)} is not a kind of hook{nearest(kind, KINDS)}. Kinds: {', '.join(KINDS)}."
+            )
     return kinds
 
 
