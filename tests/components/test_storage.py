@@ -7,6 +7,7 @@ import json
 import resource
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -347,3 +348,18 @@ def test_the_open_file_is_proved_as_it_is_read(folder):
     with open_folder(folder) as (config, file):
         assert set(config) == {"sites", "C", "gamma", "fingerprints", "record"}
         assert file.shapes[KEY] == (8, 6)
+
+
+def test_tensors_are_read_one_at_a_time_and_once(folder, monkeypatch):
+    alive, keys, read = [], [], tensor_file.TensorFile.read
+
+    def watched(file, key):
+        assert not any(earlier() is not None for earlier in alive), "an earlier tensor is still in memory"
+        tensor = read(file, key)
+        alive.append(weakref.ref(tensor))
+        keys.append(key)
+        return tensor
+
+    monkeypatch.setattr(tensor_file.TensorFile, "read", watched)
+    vpd = Decomposition.load(folder, dtype=torch.float64)
+    assert sorted(keys) == sorted(vpd.file_tensors())
