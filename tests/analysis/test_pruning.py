@@ -220,3 +220,8 @@ def test_mistakes_are_said(model, vpd, tokens):
         PruneConfig(variant="both")
     with pytest.raises(ValueError, match="reach='all'"):
         PruneConfig(reach="all")
+
+
+def test_an_adversary_of_no_steps_is_not_reported(model, vpd, tokens):
+    circuit = prune(vpd, model, tokens[:1], 3, config=PruneConfig(steps=1, adversary_steps=0))
+    assert "adversarial" not in circuit.probabilities and "adversarial_fresh" in circuit.probabilities

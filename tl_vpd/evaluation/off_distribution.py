@@ -106,7 +106,7 @@ def data_record(sample: Sample, adversary: Adversary | None, attack_rows: int | 
     return record
 
 
-def scrambled(model: nn.Module, tokens: Int[Tensor, "n pos"], *, seed: int = 0) -> Int[Tensor, "n pos"]:
+def scrambled(model: nn.Module, tokens: Any, *, seed: int = 0) -> Int[Tensor, "n pos"]:
     """The same tokens in another order in every row: off distribution wherever order matters.
 
     The first token stays in its place, as does padding.
