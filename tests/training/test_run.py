@@ -430,3 +430,8 @@ def test_a_state_of_another_folder_is_not_resumed_from(target, rows, config, tmp
     assert not (tmp_path / "other").exists()
     with pytest.raises(ValueError, match="needs the folder of the run"):
         run(target, rows, config, resume=str(latest_state(tmp_path / "one" / "state")))
+
+
+def test_a_backend_that_does_not_exist_is_refused(target, rows, config):
+    with pytest.raises(ValueError, match=r"compile='inducter' .did you mean 'inductor'.*: choose from 'recorded', "):
+        decompose(target, rows, config, execution=ExecutionConfig(compile="inducter"), progress=False)

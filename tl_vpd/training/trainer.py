@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
+from tl_vpd.checks import choice
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.losses import Penalty, check_relative
 from tl_vpd.masking import PersistentSources
@@ -284,4 +285,5 @@ def _engine(masked_model: MaskedModel, config: VPDConfig, execution: ExecutionCo
     if not execution.compile:
         return EagerEngine(*passes, **options, checkpoint=execution.checkpoint)
     backend = "inductor" if execution.compile is True else execution.compile
+    choice("compile", backend, ("recorded", *torch._dynamo.list_backends(None)))
     return CompiledEngine(*passes, **options, backend=backend)
