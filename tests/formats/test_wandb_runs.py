@@ -90,6 +90,15 @@ def test_a_run_is_fetched_once_with_its_target(service, tmp_path):
     assert names == {"final_config.yaml", "metrics.jsonl", "model_7.pth", ".whole"}
 
 
+def test_a_target_whose_config_was_enough_before_is_fetched_whole_when_it_is_needed(service, tmp_path):
+    service.folders["goodfire/spd/s-0000000a"] = authors.write_run(tmp_path / "whole", STATE, 2)
+    (tmp_path / "whole" / "model_config.yaml").unlink()
+    load_param_decomp("s-0000000a", HERE, tokens=tokens_of(), check_order=False)
+    assert "model_step_99.pt" not in service.downloads and "model_config.yaml" in service.downloads
+    load_param_decomp("s-00ff00ff", HERE, tokens=tokens_of(), check_order=False)
+    assert service.downloads.count("model_step_99.pt") == 1 and service.downloads.count("model_config.yaml") == 1
+
+
 def test_a_file_cut_short_is_fetched_again(service, tmp_path):
     service.cut = 1
     with pytest.raises(OSError, match=r"s-00ff00ff/final_config\.yaml arrived with \d+ of \d+ bytes: fetch it again\."):

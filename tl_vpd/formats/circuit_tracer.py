@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tl_vpd.analysis.graph import AttributionGraph
+from tl_vpd.checks import instance, path_of, shown, text_of
 from tl_vpd.files.atomic import make_folder
 from tl_vpd.files.json_files import read_json, write_json
 
@@ -46,12 +47,14 @@ def to_circuit_tracer(
         ValueError: the slug is not a plain file name, two targets have one token and position, or the metadata file is damaged.
         OSError: the files cannot be written; older ones are whole then.
     """
-    if not _SLUG.fullmatch(slug):
-        raise ValueError(f"slug={slug!r}: letters, digits, '.', '_' and '-' make the name of a file.")
+    instance("graph", graph, AttributionGraph)
+    folder, scan = path_of("folder", folder), text_of("scan", scan)
+    prompt = None if prompt is None else text_of("prompt", prompt)
+    if not _SLUG.fullmatch(text_of("slug", slug)):
+        raise ValueError(f"slug={shown(slug)}: letters, digits, '.', '_' and '-' make the name of a file.")
     if f"{slug}.json" == METADATA:
         raise ValueError(f"slug={slug!r}: {METADATA} is the folder's list of graphs; choose another name.")
     content = as_json(graph, slug=slug, scan=scan, prompt=prompt)
-    folder = Path(folder)
     listed = _listed(folder / METADATA)
     make_folder(folder)
     path = folder / f"{slug}.json"

@@ -119,10 +119,10 @@ class RunFiles:
         config.check_counts(checkpoint.counts)
         if target is not None:
             found: Path | None = _target_at(target)
+        elif fetched and config.target and wandb_path(config.target):
+            found = fetched_target(config.target, with_checkpoint=not _whole(checkpoint))
         else:
             found = target_folder(folder, config.target)
-            if found is None and fetched and config.target:
-                found = fetched_target(config.target, with_checkpoint=not _whole(checkpoint))
         return cls(folder, checkpoint, config, found)
 
     def target(self) -> tuple[ArceeShape, dict[str, Tensor]]:
