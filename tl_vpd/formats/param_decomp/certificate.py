@@ -200,10 +200,7 @@ def _importances_in_order(
         for widths in (d_in, counts)
     )
     gamma: Any = decomposition.gamma
-    changed = {
-        "embed.weight": gamma.embed.weight[:, reads],
-        "unembed.weight": gamma.unembed.weight[writes],
-        "unembed.bias": gamma.unembed.bias[writes],
-    }
+    changed = {"embed.weight": gamma.embed.weight[:, reads]}
     z = functional_call(gamma, changed, ({name: inputs[name] for name in decomposition.sites}, rows.token_mask))
-    return z.clamp(0, 1) if rows.token_mask is None else z.clamp(0, 1) * rows.token_mask[..., None]
+    g = z[..., writes].clamp(0, 1)  # the same as rows of the last matrix in that order
+    return g if rows.token_mask is None else g * rows.token_mask[..., None]
