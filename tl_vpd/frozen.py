@@ -21,7 +21,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
 
-from tl_vpd.checks import sentence_of
+from tl_vpd.checks import sentence_of, shown
 from tl_vpd.site import nearest
 
 F = TypeVar("F", bound="Frozen")
@@ -56,6 +56,10 @@ class Frozen(BaseModel, metaclass=_OneSentence):
             if name not in cls.model_fields:
                 near = nearest(str(name), cls.model_fields)
                 raise ValueError(f"{cls.__name__} has no {name!r}{near}: its fields are {', '.join(cls.model_fields)}.")
+            if getattr(fields[name], "ndim", 0):
+                raise ValueError(
+                    f"{name}={shown(fields[name])} is a {type(fields[name]).__name__}: give a plain value."
+                )
         return {name: _plain(value) for name, value in fields.items()}
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -435,3 +435,18 @@ def test_a_state_of_another_folder_is_not_resumed_from(target, rows, config, tmp
 def test_a_backend_that_does_not_exist_is_refused(target, rows, config):
     with pytest.raises(ValueError, match=r"compile='inducter' .did you mean 'inductor'.*: choose from 'recorded', "):
         decompose(target, rows, config, execution=ExecutionConfig(compile="inducter"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"progress": torch.tensor([1, 2])}, TypeError, r"progress=.* is a Tensor: give True or False\."),
+        ({"progress": "no"}, TypeError, "progress='no' is a str: give True or False"),
+        ({"resume": 1}, TypeError, "resume=1 is a int: give True or False"),
+        ({"context": "8"}, TypeError, "context='8' is a str: give an integer of at least 2"),
+    ],
+)
+def test_options_of_another_type_are_refused(target, rows, config, options, error, message):
+    unchecked = getattr(decompose, "__wrapped__", decompose)  # the library's checks, without those of the test run
+    with pytest.raises(error, match=message):
+        unchecked(target, rows, config, **{"progress": False, **options})

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
+from tl_vpd.checks import config_of
 from tl_vpd.components.initialise import start_at_channels
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.files.versions import library_versions
 from tl_vpd.forward.target_check import fingerprints
+from tl_vpd.frozen import checked
 from tl_vpd.site import select
 from tl_vpd.training.config import VPDConfig, counts_for
 from tl_vpd.training.ties import Ties, check_ties
@@ -28,6 +30,7 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
         KeyError: a pattern of ``sites``, ``C`` or ``tied`` matches no site.
         ValueError: C or ties do not fit the model, or a weight is not finite.
     """
+    config = checked(config_of(VPDConfig, config))
     adapter = adapt(model)
     names = select(config.sites, adapter.sites)
     sites = [adapter.sites[name] for name in names]

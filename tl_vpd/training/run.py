@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
-from tl_vpd.checks import config_of, flag
+from tl_vpd.checks import config_of, flag, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.frozen import checked
@@ -87,6 +87,8 @@ def decompose(
     """
     config, execution = checked(config_of(VPDConfig, config)), checked(config_of(ExecutionConfig, execution))
     saving, start_from = checked(config_of(SavingConfig, saving)), _resume(resume)
+    progress = flag("progress", progress)
+    context = None if context is None else integer("context", context, minimum=2)
     if start_from and saving.folder is None:
         raise ValueError(f"resume={resume!r} needs the folder of the run: pass saving=SavingConfig(folder=...).")
     files = None if saving.folder is None else RunFiles(saving.folder, saving)

@@ -30,11 +30,11 @@ class StreamBatches:
 
     def __init__(self, rows: Iterable[Any], batch_size: int, *, row_slice: slice = EVERY_ROW) -> None:
         if iter(rows) is rows:
-            raise ValueError("The data can be read only once, so a run could not resume: pass a list or a dataset.")
+            raise ValueError("The tokens can be read only once, so a run could not resume: pass a list or a dataset.")
         self.rows, self.batch_size, self.row_slice = rows, batch_size, row_slice
         first = next(iter(rows), None)
         if first is None:
-            raise ValueError("The data has no rows.")
+            raise ValueError("There are no tokens: the data has no rows.")
         self._first = _row(first)
         self.context = len(self._first)
         self._prefetcher = Prefetcher(self._batches)
@@ -86,14 +86,21 @@ def _row(row: Any) -> Int[Tensor, " pos"]:
     """A row as int64 tokens."""
     if isinstance(row, str):
         raise ValueError(
-            "A row is a text: pass a list of strings, or a split of the dataset, such as dataset['train']."
+            "A row of the tokens is a text: pass a list of strings, or a split of the dataset, such as dataset['train']."
         )
     if isinstance(row, Mapping):
         key = "tokens" if "tokens" in row else "input_ids"
         if key not in row:
             raise ValueError(f"A row has {', '.join(row)}; 'tokens' or 'input_ids' is needed.")
         row = row[key]
-    tokens = torch.as_tensor(np.asarray(row) if not isinstance(row, Tensor) else row)
+    if not isinstance(row, Tensor):
+        array = np.asarray(row)
+        if array.dtype.kind not in "biuf":
+            raise ValueError(f"A row of the tokens is {array.dtype} of shape {array.shape}; integers [pos] are needed.")
+        row = torch.from_numpy(array)
+    tokens = row
     if tokens.ndim != 1 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ValueError(f"A row is {tokens.dtype} of shape {tuple(tokens.shape)}; integers [pos] are needed.")
+        raise ValueError(
+            f"A row of the tokens is {tokens.dtype} of shape {tuple(tokens.shape)}; integers [pos] are needed."
+        )
     return tokens.long()
