@@ -128,7 +128,7 @@ def test_objects_texts_and_paths():
     ]:
         with pytest.raises(TypeError, match=message):
             check()
-    for name in ("", "a\0b"):
+    for name in ("", "a\0b", "a" * 256, "\ud800"):
         with pytest.raises(ValueError, match="names no file or folder: give a path"):
             path_of("folder", name)
 

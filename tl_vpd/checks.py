@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Collection
 from dataclasses import fields
 from numbers import Integral, Real
@@ -71,7 +72,11 @@ def path_of(name: str, value: Any) -> Path:
     """A path from a string or path; raises TypeError for anything else, ValueError where no file can have the name."""
     if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
         raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}: give a path as a string or Path.")
-    if not os.fspath(value) or "\0" in os.fspath(value):
+    try:
+        longest = max(len(part.encode()) for part in re.split(r"[/\\]", os.fspath(value)))
+    except UnicodeEncodeError:  # half of a surrogate pair
+        longest = 256
+    if not os.fspath(value) or longest > 255 or "\0" in os.fspath(value):
         raise ValueError(f"{name}={shown(value)} names no file or folder: give a path.")
     return Path(value)
 
@@ -168,7 +173,9 @@ def device_of(value: Any, *, name: str = "device") -> torch.device:
         device = torch.device(value)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"{name}={shown(str(value))} is not a device of this PyTorch and machine: give 'cpu'.") from error
+        raise ValueError(
+            f"{name}={shown(str(value))} is not a device of this PyTorch and machine: give 'cpu'."
+        ) from error
     if device.type == "meta":
         raise ValueError(f"{name}='meta' holds no numbers: give 'cpu' or 'cuda'.")
     return device

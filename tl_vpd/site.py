@@ -94,6 +94,8 @@ class Site:
 
     def hook_name(self, what: str) -> str:
         """The full name of the site's HookPoint for ``what`` (``component_acts``, ``ci``, ``mask``, ``delta_mask``)."""
+        if not isinstance(what, str):
+            raise TypeError(f"what is a {type(what).__name__}: give a kind of hook, such as 'ci'.")
         # Not beside an nn.Linear: an nn.Sequential would run them.
         prefix = "" if self.home == self.name else f"{self.short}_"
         return f"{self.home}.hook_{prefix}{what}"

@@ -20,6 +20,8 @@ in each of its forms; any other must be refused by one sentence of this package 
 tensors, flags and random generators must be as before."""
 SHORT = Budget(1500, 60)
 LONG = Budget(40_000, 900)
+PATIENCE, LARGE = 60, 3
+"""Seconds for a call, and for one that may be as large as its argument says (a billion steps)."""
 RANDOM = 30
 """Random values per argument in the long form."""
 
@@ -62,11 +64,19 @@ class Campaign:
         others = equivalents(call.arguments[argument][0])
         return others[name] if name in others else self.values[name]()
 
-    def make(self, call: Call, **replaced: Any) -> tuple[Any, BaseException | None, bool]:
-        """Makes a call from the same state of torch's generator each time: its result, its error, whether it draws."""
+    def make(
+        self, call: Call, replaced: dict[str, Any] | None = None, seconds: int = PATIENCE
+    ) -> tuple[Any, BaseException | None, bool]:
+        """Makes a call from the same state of torch's generator each time: its result, its error, whether it draws.
+
+        Args:
+            call: from the table.
+            replaced: arguments that differ from the table's.
+            seconds: after which it is ended.
+        """
         torch.set_rng_state(self.world.generator)
         arguments = {name: canonical for name, (canonical, _) in call.arguments.items()}
-        result, error = outcome_of(lambda: call.run(**{**arguments, **replaced}), call.seconds)
+        result, error = outcome_of(lambda: call.run(**{**arguments, **(replaced or {})}), seconds)
         return result, error, not torch.equal(torch.get_rng_state(), self.world.generator)
 
     def result(self, call: Call) -> tuple[Any, bool]:
@@ -85,7 +95,7 @@ class Campaign:
         value = self.value(call, argument, label, seed)
         kind = call.arguments[argument][1]
         verdict = kind(value)
-        result, error, drew = self.make(call, **{argument: value})
+        result, error, drew = self.make(call, {argument: value}, LARGE if verdict is None else PATIENCE)
         left = difference(self.state, self.state_now())
         if drew and not draws and value is not None:
             left = "torch's generator"

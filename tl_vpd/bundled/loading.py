@@ -23,7 +23,7 @@ from torch import Tensor
 from tl_vpd.adapters.loading import Kind, converted_neox_weights, default_kind, load_model
 from tl_vpd.adapters.quiet import quiet_transformers
 from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
-from tl_vpd.checks import choice
+from tl_vpd.checks import choice, device_of, path_of, shown
 from tl_vpd.decomposition import Decomposition
 
 if TYPE_CHECKING:
@@ -43,10 +43,13 @@ def model(*, kind: Kind | None = None, device: str | torch.device = "cpu", folde
 
     Raises:
         ImportError: the installed TransformerLens has no such class.
-        ValueError: there is no such kind.
+        TypeError: an argument is of another type.
+        ValueError: there is no such kind or device.
+        FileNotFoundError: the folder has no model.
     """
     if kind is not None:
         choice("kind", kind, get_args(Kind))
+    device, folder = device_of(device), _with_file(folder, "config.json")
     if (kind or default_kind()) == "bridge":
         with quiet_transformers():
             bridge: Any = load_model(str(folder), kind="bridge", device=device)
@@ -63,13 +66,23 @@ def decomposition(*, device: str | torch.device = "cpu") -> Decomposition:
 def tokens(part: Literal["validation", "training"], folder: Path = MODEL) -> Int[Tensor, "window pos"]:
     """Token windows of the standard library's source, each opened by BOS: 256 of validation or 2,000 of training files."""
     if not isinstance(part, str) or part not in ("validation", "training"):
-        raise KeyError(f"part={part!r}: the bundled tokens are 'validation' and 'training'.")
-    return torch.from_numpy(load_file(folder / "tokens.safetensors")[part].astype(np.int64))
+        raise KeyError(f"part={shown(part)}: the bundled tokens are 'validation' and 'training'.")
+    return torch.from_numpy(
+        load_file(_with_file(folder, "tokens.safetensors") / "tokens.safetensors")[part].astype(np.int64)
+    )
 
 
 def training_record(folder: Path = MODEL) -> dict[str, Any]:
     """How the model was trained, with its validation ``curve`` of (step, cross-entropy in nats)."""
-    return json.loads((folder / "training.json").read_text(encoding="utf-8"))
+    return json.loads((_with_file(folder, "training.json") / "training.json").read_text(encoding="utf-8"))
+
+
+def _with_file(folder: Any, name: str) -> Path:
+    """The folder of a model; raises FileNotFoundError if it has no such file, TypeError or ValueError if it is not a path."""
+    path = path_of("folder", folder)
+    if not (path / name).is_file():
+        raise FileNotFoundError(f"folder={shown(str(path))} has no {name}: give the folder of a bundled model.")
+    return path
 
 
 def hooked_transformer(folder: Path, *, device: str | torch.device = "cpu") -> Any:

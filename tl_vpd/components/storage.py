@@ -18,7 +18,7 @@ from warnings import warn
 import torch
 from torch import Tensor
 
-from tl_vpd.checks import check_finite
+from tl_vpd.checks import check_finite, shown
 from tl_vpd.components.format_1 import read_config
 from tl_vpd.files.atomic import make_folder, write_file
 from tl_vpd.files.json_files import json_text, parse_json, read_json
@@ -150,7 +150,7 @@ def check_values(name: str, exact: Tensor, converted: Tensor) -> None:
 def float_dtype(dtype: Any) -> torch.dtype:
     """A dtype that a decomposition can have; raises TypeError or ValueError for anything else."""
     if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"dtype={dtype!r} is a {type(dtype).__name__}: give a dtype, such as torch.float32.")
+        raise TypeError(f"dtype={shown(dtype)} is a {type(dtype).__name__}: give a dtype, such as torch.float32.")
     if dtype not in FLOATS:
         raise ValueError(f"dtype={dtype}: choose from {', '.join(map(str, FLOATS))}.")
     return dtype

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from tl_vpd.checks import path_of
 from tl_vpd.evaluation.modes import ROWS
 from tl_vpd.evaluation.record import defined
 from tl_vpd.evaluation.stored import read_record, write_record
@@ -48,7 +48,7 @@ class Evaluation:
             FileNotFoundError: there is no such file.
             ValueError: it is damaged, or is not a report.
         """
-        return cls(read_record(Path(path)))
+        return cls(read_record(path_of("path", path)))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the record as JSON with a checksum; an older file is replaced, or stays whole if writing fails.
@@ -60,7 +60,7 @@ class Evaluation:
             OSError: it cannot be written; the message names the folder and what is intact.
             TypeError: the record holds what is not data.
         """
-        write_record(Path(path), self.record)
+        write_record(path_of("path", path), self.record)
 
     @property
     def warnings(self) -> list[str]:

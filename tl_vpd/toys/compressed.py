@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
 from tl_vpd.adapters.versions import HookedRootModule, HookPoint
-from tl_vpd.checks import check_fields
+from tl_vpd.checks import seed_of
 from tl_vpd.evaluation.truth import SiteTruth, Truth
 from tl_vpd.toys.features import SparseFeatures
 from tl_vpd.toys.tms import PROBE_VALUE
@@ -91,13 +91,13 @@ class Compressed(Toy):
     output: ClassVar[Literal["kl", "mse"]] = "mse"
 
     def __post_init__(self) -> None:
-        check_fields(self, n_features=1, d_resid=1, neurons=1, n_layers=1, probability=(0, 1), vectors=1)
+        self.check(n_features=1, d_resid=1, neurons=1, n_layers=1, probability=(0, 1), vectors=1)
 
     def build(self, seed: int = 0) -> CompressedModel:
         """W_E normal with its rows scaled to length 1; the rest normal with Xavier's deviation."""
         with torch.random.fork_rng(devices=[]):  # nn.Linear draws from the global generator
             model = CompressedModel(self.n_features, self.d_resid, self.neurons, self.n_layers)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed_of(seed))
         with torch.no_grad():
             embedding = torch.randn(self.n_features, self.d_resid, generator=generator)
             model.W_E.copy_(embedding / embedding.norm(dim=-1, keepdim=True))

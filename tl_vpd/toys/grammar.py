@@ -169,6 +169,10 @@ class Grammar(Toy):
     training: TargetTraining = TRAINING
     output: ClassVar[Literal["kl", "mse"]] = "kl"
 
+    def __post_init__(self) -> None:
+        self.check(context=2, n_layers=1, d_model=1, n_heads=1, d_mlp=1)
+        check_fields(self, n_heads=(1, self.d_model))
+
     def build(self, seed: int = 0) -> Any:
         """LayerNorm, learned positions, GELU."""
         return small_transformer(

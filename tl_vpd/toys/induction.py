@@ -118,6 +118,10 @@ class Induction(Toy):
     training: TargetTraining = TRAINING
     output: ClassVar[Literal["kl", "mse"]] = "kl"
 
+    def __post_init__(self) -> None:
+        self.check(d_vocab=2, context=2, shortest=1, d_model=1, n_heads=1)
+        check_fields(self, longest=(self.shortest, self.d_vocab - 1), n_heads=(1, self.d_model))
+
     def build(self, seed: int = 0) -> Any:
         """Two layers of attention, positions added to queries and keys only, no norms."""
         return small_transformer(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from tl_vpd.baselines import METHODS, APDConfig, spd_config
-from tl_vpd.checks import integer, seed_of
+from tl_vpd.checks import integer, seed_of, shown
 from tl_vpd.importance import GammaConfig
 from tl_vpd.site import nearest
 from tl_vpd.toys.compressed import Compressed
@@ -126,10 +126,12 @@ def recipe(toy: str, method: str, *, seed: int = 0, steps: int | None = None) ->
         ValueError: the method has no recipe for the toy, or a number is out of its range.
         TypeError: a number is of another type.
     """
-    if toy not in TOYS:
-        raise KeyError(f"There is no toy {toy!r}{nearest(toy, TOYS)}: choose from {', '.join(TOYS)}.")
-    if method not in METHODS:
-        raise KeyError(f"There is no method {method!r}{nearest(method, METHODS)}: choose from {', '.join(METHODS)}.")
+    if not isinstance(toy, str) or toy not in TOYS:
+        raise KeyError(f"There is no toy {shown(toy)}{nearest(toy, TOYS)}: choose from {', '.join(TOYS)}.")
+    if not isinstance(method, str) or method not in METHODS:
+        raise KeyError(
+            f"There is no method {shown(method)}{nearest(method, METHODS)}: choose from {', '.join(METHODS)}."
+        )
     seed, steps = seed_of(seed), None if steps is None else integer("steps", steps, minimum=1)
     config: Any = {"vpd": _vpd, "spd": _spd, "apd": _apd}[method](toy)
     return config.model_copy(update={"seed": seed, **({} if steps is None else {"steps": steps})})

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_vpd.adapters.versions import HookedRootModule, HookPoint
-from tl_vpd.checks import check_fields
+from tl_vpd.checks import seed_of
 from tl_vpd.evaluation.truth import SiteTruth, Truth
 from tl_vpd.toys.features import SparseFeatures
 from tl_vpd.toys.toy import TargetTraining, Toy
@@ -74,13 +74,13 @@ class TMS(Toy):
     output: ClassVar[Literal["kl", "mse"]] = "mse"
 
     def __post_init__(self) -> None:
-        check_fields(self, n_features=1, n_hidden=1, probability=(0, 1), vectors=1)
+        self.check(n_features=1, n_hidden=1, probability=(0, 1), vectors=1)
 
     def build(self, seed: int = 0) -> TMSModel:
         """W normal with Xavier's deviation, b at 0."""
         with torch.random.fork_rng(devices=[]):  # nn.Linear draws from the global generator
             model = TMSModel(self.n_features, self.n_hidden, identity=self.identity)
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed_of(seed))
         with torch.no_grad():
             nn.init.xavier_normal_(model.embed.weight, generator=generator)
             model.unembed.bias.zero_()

@@ -19,7 +19,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from tqdm.auto import trange
 
-from tl_vpd.checks import check_fields, choice, integer, number, seed_of
+from tl_vpd.checks import check_fields, choice, flag, instance, integer, number, seed_of
 from tl_vpd.evaluation.truth import Truth
 from tl_vpd.training.data import Batches
 from tl_vpd.training.schedules import cosine
@@ -53,6 +53,11 @@ class Toy(ABC):
     output: ClassVar[Literal["kl", "mse"]]
     """How its outputs are compared."""
     training: TargetTraining
+
+    def check(self, **ranges: Any) -> None:
+        """Checks a subclass's fields, as ``check_fields`` does, and that ``training`` is a ``TargetTraining``."""
+        check_fields(self, **ranges)
+        instance("training", self.training, TargetTraining)
 
     @abstractmethod
     def build(self, seed: int = 0) -> Any:
@@ -97,7 +102,9 @@ def train(toy: Toy, seed: int = 0, *, steps: int | None = None, progress: bool =
         TypeError: an argument is of another type.
         ValueError: the seed is too large, or the steps are negative.
     """
-    seed = seed_of(seed)
+    seed, progress = seed_of(seed), flag("progress", progress)
+    if not isinstance(toy, Toy):
+        raise TypeError(f"The toy is a {type(toy).__name__}: give one of tl_vpd.toys, such as TMS(5, 2).")
     model, training = toy.build(seed), toy.training
     steps = training.steps if steps is None else integer("steps", steps, minimum=0)
     batches = toy.batches(training.rows, seed=seed + 1_000_003)

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
+from tl_vpd.checks import seed_of
 
 
 def small_transformer(seed: int, **settings: Any) -> Any:
@@ -23,9 +24,8 @@ def small_transformer(seed: int, **settings: Any) -> Any:
         raise ImportError("This TransformerLens has no HookedTransformer: install 3.x to build this toy.")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
         warnings.simplefilter("ignore", DeprecationWarning)  # 3.x says that 4 has no HookedTransformer
-        torch.default_generator.manual_seed(
-            seed
-        )  # a seed in the config would reseed Python, numpy and the GPUs as well
+        # A seed in the config would reseed Python, numpy and the GPUs as well.
+        torch.default_generator.manual_seed(seed_of(seed))
         return HookedTransformer(HookedTransformerConfig(device="cpu", **settings))
 
 

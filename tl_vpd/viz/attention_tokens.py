@@ -12,6 +12,7 @@ from tl_vpd.adapters import adapt
 from tl_vpd.analysis import Window
 from tl_vpd.analysis.nodes import several
 from tl_vpd.checks import integer
+from tl_vpd.forward.target_check import check_decomposition
 from tl_vpd.site import Subcomponent
 from tl_vpd.viz.circuits import draw, library, note_of, scale_of
 from tl_vpd.viz.panel import Panel
@@ -52,6 +53,7 @@ def importances(
         IndexError: the site has no such subcomponent.
         TypeError: an argument is of another type.
     """
+    check_decomposition(decomposition)
     k = integer("k", k, minimum=1)
     g = decomposition.causal_importances(model, prompt)
     if len(g.tokens) != 1:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tl_vpd.checks import path_of, sequence, text_of
 from tl_vpd.files.atomic import write_text
 from tl_vpd.viz import style
 from tl_vpd.viz.text import escape
@@ -39,6 +40,8 @@ class Panel:
     scripts: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
+        for name in ("title", "body", "how_to_read"):
+            text_of(name, getattr(self, name))
         if match := re.search(r"<(script|style)\b", self.body, re.IGNORECASE):
             raise ValueError(
                 f"The body has a <{match[1]}>, which pages refuse: pass code as scripts=, and no style sheets."
@@ -75,16 +78,16 @@ def page(panels: Sequence[Panel], title: str, path: str | os.PathLike[str], *, i
 
     Raises:
         ValueError: there are no panels.
-        TypeError: one of them is not a ``Panel``.
+        TypeError: one of them is not a ``Panel``, or an argument is of another type.
         OSError: the file cannot be written; the message names its folder. An older file is then as it was.
     """
-    panels = list(panels)
+    panels, title, path = sequence("panels", panels), text_of("title", title), path_of("path", path)
+    introduction = text_of("introduction", introduction)
     if not panels:
         raise ValueError("A page needs at least one panel.")
     for panel in panels:
         if not isinstance(panel, Panel):
             raise TypeError(f"A page is made of Panels, as viz.subcomponent(...) gives; got a {type(panel).__name__}.")
-    path = Path(path)
     write_text(path, _document(panels, title, introduction))
     return path
 

@@ -157,7 +157,7 @@ def _circuits(w: World) -> list[Call]:
             {
                 **w.target,
                 "circuit": (w.circuit, only(w.circuit)),
-                "groups": (groups, only(groups)),
+                "groups": (groups, lambda v: v is groups or (None if equal({})(v) else False)),
                 "behaviour": (3, behaviour),
             },
         ),

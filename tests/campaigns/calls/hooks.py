@@ -15,6 +15,7 @@ from tests.campaigns.calls.kinds import (
     device,
     either,
     factor,
+    factor_or_tensor,
     floating_dtype,
     folder_to_write,
     how_many,
@@ -249,7 +250,7 @@ def _masks(w: World) -> list[Call]:
             SiteMask,
             {
                 "mask": (mask, optional(only(mask))),
-                "delta": (0.5, optional(factor)),
+                "delta": (0.5, optional(factor_or_tensor)),
                 "routed": (routed, optional(only(routed))),
             },
         ),
@@ -264,12 +265,12 @@ def _masks(w: World) -> list[Call]:
         Call(
             "masking: fresh_pgd",
             masking.fresh_pgd,
-            {"loss": (square, only(square)), "start": (start, only(start)), **ascent, "momentum": (0.5, number(0))},
+            {"loss": (square, only(square)), "start": (start, only(start)), **ascent, "momentum": (0.5, number(0, 1))},
         ),
         Call(
             "masking: constant_masks",
             lambda delta: dict(masking.constant_masks(g, delta, axis)),
-            {"delta": (0.5, factor)},
+            {"delta": (0.5, factor_or_tensor)},
         ),
     ]
 

@@ -49,7 +49,7 @@ def at_most(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def outcome_of(call: Callable[[], Any], seconds: int = 20) -> tuple[Any, BaseException | None]:
+def outcome_of(call: Callable[[], Any], seconds: int) -> tuple[Any, BaseException | None]:
     """A call's result, and its exception."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -83,14 +83,30 @@ def fault_of(error: BaseException, argument: str, value: Any) -> str:
         return f"inner {type(error).__name__} at {where[-60:]}{via}: {message[:150]!r}"
     if not isinstance(error, ALLOWED):
         return f"{type(error).__name__} at {where}"
-    if "\n" in message or not message.endswith((".", "?")) or len(message) > LONGEST:
+    user = str(value) if isinstance(value, str | os.PathLike) else ""
+    if "\n" in message.replace(user, "") or not message.endswith((".", "?")) or len(message) > LONGEST:
         return f"no sentence at {where}: {message[:150]!r}"
     if not names_it(message, argument, value):
         return f"does not name {argument} at {where}: {message[:200]!r}"
     return ""
 
 
-SYNONYMS = {"prompts": ("tokens", "text"), "prompt": ("tokens", "text"), "model": ("module",), "nodes": ("node",)}
+SYNONYMS = {
+    "prompts": ("tokens", "text"),
+    "prompt": ("tokens", "text"),
+    "mode": ("mask",),
+    "by_site": ("mask",),
+    "subcomponents": ("site",),
+    "node_set": ("subcomponent", "site"),
+    "address": ("subcomponent", "site"),
+    "target": ("node", "site"),
+    "source": ("node", "site"),
+    "path": ("file", "folder"),
+    "targets": ("token",),
+    "behaviour": ("token", "target"),
+    "V": ("site",),
+    "gamma_tensors": ("Γ",),
+}
 """What messages call an argument where its name alone would say less."""
 
 

@@ -102,6 +102,11 @@ def factor(value: Any) -> Verdict:
     return None if verdict and not number(-65504, 65504)(value) else verdict
 
 
+def factor_or_tensor(value: Any) -> Verdict:
+    """A factor, or a tensor of one per token, which is checked where it meets the tokens."""
+    return None if isinstance(value, Tensor) else factor(value)
+
+
 SEED = integer(-(2**63), 2**64 - 1, size=False)
 
 
@@ -337,7 +342,7 @@ def file_to_write(value: Any) -> Verdict:
     path = _path(value)
     if path is None:
         return False
-    return path.is_file() or (not path.exists() and all(p.is_dir() or not p.exists() for p in path.parents))
+    return path.is_file() or (not path.exists() and path.parent.is_dir())
 
 
 def path_to_read(canonical: Path) -> Kind:

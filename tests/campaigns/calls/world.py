@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,13 +32,11 @@ class Call:
         name: as in the report: the room and the name.
         run: makes the call.
         arguments: by name, each a right value and its kind.
-        seconds: after which it counts as one that does not end.
     """
 
     name: str
     run: Callable[..., Any]
     arguments: dict[str, tuple[Any, Kind]]
-    seconds: int = field(default=20, kw_only=True)
 
 
 class World:

@@ -27,7 +27,7 @@ from tl_vpd.analysis.graph.paths import Path as NodePath
 from tl_vpd.analysis.graph.paths import influence, strongest_paths
 from tl_vpd.analysis.graph.targets import LogitTarget
 from tl_vpd.analysis.nodes import Node
-from tl_vpd.checks import integer, item, number, sequence, shown
+from tl_vpd.checks import device_of, integer, item, number, path_of, sequence, shown
 from tl_vpd.site import nearest
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class AttributionGraph:
             )
         label = str(node)
         if label not in self._numbers:
-            raise KeyError(f"{label!r} is not a node of this graph{nearest(label, self.labels)}.")
+            raise KeyError(f"{shown(label)} is not a node of this graph{nearest(label, self.labels)}.")
         return self._numbers[label]
 
     @cached_property
@@ -299,7 +299,7 @@ class AttributionGraph:
         """
         from tl_vpd.analysis.graph.files import save
 
-        return save(self, Path(folder))
+        return save(self, path_of("folder", folder))
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> AttributionGraph:
@@ -315,4 +315,4 @@ class AttributionGraph:
         """
         from tl_vpd.analysis.graph.files import load
 
-        return load(Path(folder), device)
+        return load(path_of("folder", folder), device_of(device))
