@@ -265,10 +265,20 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         ValueError,
         r"ln_f\.weight has 1 of 16 entries that are NaN",
     ),
+    "broken metrics": (
+        lambda run: (run / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2, "lo'),
+        ValueError,
+        r"the last line of .*metrics\.jsonl is not JSON",
+    ),
+    "metrics link out": (
+        lambda run: (run / "metrics.jsonl").symlink_to("/etc/hostname"),
+        ValueError,
+        r"metrics\.jsonl is a link to",
+    ),
     "an importance order": (
         lambda run: None,
         ValueError,
-        "look like those of a wrong order of modules: as masks they give KL",
+        r"look like those of a wrong order of modules: as masks they give KL [\d.]+ \(shuffled: [\d.]+, forward",
     ),
 }
 

@@ -1,122 +1,24 @@
-"""Models of one architecture from their weights, as either class: pre-norm, RMSNorm with scale, rotary positions over whole
-heads, an MLP of tanh-GELU without a gate, no biases, one matrix for embedding and unembedding (Hugging Face calls it Arcee).
+"""Models of TransformerLens, of either class, from a folder of ``arcee.write_arcee``.
 
-Weights have TransformerLens's names and orientation, heads flattened: the sites', ``embed.W_E`` ``[vocab, d_model]``, and the
-norms' ``blocks.{i}.ln1.w``, ``blocks.{i}.ln2.w``, ``ln_final.w``.
-
-    >>> write_arcee(shape, weights, folder, tokenizer)                          # doctest: +SKIP
-    >>> model = load_arcee(folder, kind="bridge")                               # doctest: +SKIP
+>>> model = load_arcee(folder, kind="bridge")                               # doctest: +SKIP
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Float
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
+from tl_vpd.adapters.arcee import CONFIG, TOKENIZER, WEIGHTS, hugging_face_name, rotary_base_of, shape_of_config
 from tl_vpd.adapters.lookup import adapt
 from tl_vpd.adapters.quiet import quiet_transformers
-from tl_vpd.adapters.versions import (
-    HookedTransformer,
-    HookedTransformerConfig,
-    is_hooked_transformer,
-    transformer_bridge,
-)
-from tl_vpd.files.atomic import write_file
-from tl_vpd.files.json_files import read_json, write_json
+from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig, transformer_bridge
+from tl_vpd.files.json_files import read_json
 
 Kind = Literal["hooked_transformer", "bridge"]
-WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-_LINEAR = {
-    "attn.W_Q": "self_attn.q_proj",
-    "attn.W_K": "self_attn.k_proj",
-    "attn.W_V": "self_attn.v_proj",
-    "attn.W_O": "self_attn.o_proj",
-    "mlp.W_in": "mlp.up_proj",
-    "mlp.W_out": "mlp.down_proj",
-}
-_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
-
-
-@dataclass(frozen=True)
-class ArceeShape:
-    """The sizes of a model of this architecture; ``n_ctx`` is its longest prompt."""
-
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_kv_heads: int
-    d_mlp: int
-    d_vocab: int
-    n_ctx: int
-    eps: float
-    rotary_base: float
-
-    @property
-    def d_head(self) -> int:
-        """Width of a head."""
-        return self.d_model // self.n_heads
-
-    def weights(self) -> dict[str, tuple[int, ...]]:
-        """Every weight's name and shape."""
-        d, kv = self.d_model, self.n_kv_heads * self.d_head
-        sizes = {"W_Q": (d, d), "W_K": (d, kv), "W_V": (d, kv), "W_O": (d, d)}
-        sizes |= {"W_in": (d, self.d_mlp), "W_out": (self.d_mlp, d)}
-        shapes: dict[str, tuple[int, ...]] = {"embed.W_E": (self.d_vocab, d)}
-        for i in range(self.n_layers):
-            shapes |= {f"blocks.{i}.{norm}.w": (d,) for norm in _NORMS}
-            shapes |= {f"blocks.{i}.{name}": sizes[name.split(".")[1]] for name in _LINEAR}
-        return {**shapes, "ln_final.w": (d,)}
-
-
-def write_arcee(shape: ArceeShape, weights: Mapping[str, Tensor], folder: Path, tokenizer: Any | None) -> None:
-    """Writes the folder that transformers, and so TransformerBridge, loads: config, weights, tokenizer.
-
-    Args:
-        shape: of the model.
-        weights: by name.
-        folder: exists.
-        tokenizer: of transformers (None: the folder has none).
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    config = {
-        "architectures": ["ArceeForCausalLM"],
-        "model_type": "arcee",
-        "hidden_act": "gelu_new",
-        "hidden_size": shape.d_model,
-        "intermediate_size": shape.d_mlp,
-        "num_hidden_layers": shape.n_layers,
-        "num_attention_heads": shape.n_heads,
-        "num_key_value_heads": shape.n_kv_heads,
-        "head_dim": shape.d_head,
-        "vocab_size": shape.d_vocab,
-        "max_position_embeddings": shape.n_ctx,
-        "rms_norm_eps": shape.eps,
-        "rope_theta": shape.rotary_base,
-        "tie_word_embeddings": True,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "bos_token_id": getattr(tokenizer, "bos_token_id", None),
-        "eos_token_id": getattr(tokenizer, "eos_token_id", None),
-        "pad_token_id": None,
-    }
-    write_json(folder / CONFIG, config)
-    tensors = {}
-    for name in shape.weights():
-        W = weights[name]
-        tensors[_hugging_face_name(name)] = (W.T if _is_linear(name) else W).contiguous()
-    write_file(folder / WEIGHTS, lambda path: save_file(tensors, path, metadata={"format": "pt"}))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
 
 
 def load_arcee(
@@ -143,16 +45,6 @@ def load_arcee(
         return _hooked_transformer(folder, device, dtype)
 
 
-def is_arcee(folder: Path) -> bool:
-    """Whether a folder is one of ``write_arcee``: transformers' Arcee with tanh-GELU."""
-    try:
-        config = read_json(folder / CONFIG)
-    except (OSError, ValueError):
-        return False
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    return kind == "arcee" and config.get("hidden_act") == "gelu_new" and (folder / WEIGHTS).is_file()
-
-
 def _bridge(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any:
     with tempfile.TemporaryDirectory() as beside:
         place, with_tokenizer = folder, (folder / TOKENIZER).is_file()
@@ -163,7 +55,7 @@ def _bridge(folder: Path, device: str | torch.device, dtype: torch.dtype) -> Any
             _numbers_as_words(int(read_json(folder / CONFIG)["vocab_size"])).save_pretrained(place)
         bridge: Any = transformer_bridge().boot_transformers(str(place), device=str(device), dtype=dtype)
     bridge.cfg.default_prepend_bos = False
-    bridge.cfg.rotary_base = int(_rotary_base(bridge))  # which TransformerBridge leaves at its default
+    bridge.cfg.rotary_base = int(rotary_base_of(bridge))  # which TransformerBridge leaves at its default
     if not with_tokenizer:
         bridge.tokenizer = None
     return bridge
@@ -176,7 +68,7 @@ def _hooked_transformer(folder: Path, device: str | torch.device, dtype: torch.d
         )
     from transformers import AutoTokenizer
 
-    shape = _shape_of_config(read_json(folder / CONFIG))
+    shape = shape_of_config(read_json(folder / CONFIG))
     cfg = HookedTransformerConfig(
         n_layers=shape.n_layers,
         d_model=shape.d_model,
@@ -206,92 +98,14 @@ def _hooked_transformer(folder: Path, device: str | torch.device, dtype: torch.d
         for name, parameter in model.named_parameters():
             if name.rpartition(".")[2].lstrip("_").startswith("b_"):
                 parameter.zero_()
-        model.unembed.W_U.copy_(stored[_hugging_face_name("embed.W_E")].T)
+        model.unembed.W_U.copy_(stored[hugging_face_name("embed.W_E")].T)
         for name in shape.weights():
-            tensor = stored.pop(_hugging_face_name(name))
+            tensor = stored.pop(hugging_face_name(name))
             if name in adapter.sites:
                 adapter.set_weight(name, tensor.T)
             else:
                 model.get_parameter(name).copy_(tensor)
     return model
-
-
-def arcee_of(model: Any) -> tuple[ArceeShape, dict[str, Float[Tensor, "..."]]]:
-    """The sizes and weights of a model as if it were of this architecture: whether it is, its output must show.
-
-    Args:
-        model: a HookedTransformer or TransformerBridge.
-
-    Raises:
-        ValueError: a weight of the architecture is missing or has another shape.
-    """
-    adapter, cfg, hooked = adapt(model), model.cfg, is_hooked_transformer(model)
-    shape = ArceeShape(
-        n_layers=cfg.n_layers,
-        d_model=cfg.d_model,
-        n_heads=cfg.n_heads,
-        n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
-        d_mlp=cfg.d_mlp or 0,
-        d_vocab=cfg.d_vocab,
-        n_ctx=cfg.n_ctx,
-        eps=cfg.eps,
-        rotary_base=float(getattr(cfg, "rotary_base", 10_000) if hooked else _rotary_base(model)),
-    )
-    weights: dict[str, Tensor] = {}
-    for name, size in shape.weights().items():
-        if name in adapter.sites:
-            tensor: Tensor | None = adapter.weight(name)
-        else:
-            owner, _, attribute = name.rpartition(".")
-            module: Any = model
-            for part in owner.split("."):
-                module = getattr(module, part, None)
-            tensor = getattr(module, attribute, None) if hooked else _original_weight(module)
-        if tensor is None or tuple(tensor.shape) != size:
-            came = "is missing" if tensor is None else f"is {tuple(tensor.shape)}"
-            raise ValueError(
-                f"{name} {came}, and a LlamaSimpleMLP has one of {size}: only models of that architecture can be written."
-            )
-        weights[name] = tensor.detach()
-    return shape, weights
-
-
-def _rotary_base(bridge: Any) -> float:
-    config = bridge.original_model.config
-    base: Any = (getattr(config, "rope_parameters", None) or {}).get("rope_theta") or getattr(
-        config, "rope_theta", 10_000
-    )
-    return float(base)
-
-
-def _original_weight(module: Any) -> Tensor | None:
-    return getattr(getattr(module, "original_component", None), "weight", None)
-
-
-def _shape_of_config(config: Mapping[str, Any]) -> ArceeShape:
-    return ArceeShape(
-        n_layers=config["num_hidden_layers"],
-        d_model=config["hidden_size"],
-        n_heads=config["num_attention_heads"],
-        n_kv_heads=config["num_key_value_heads"],
-        d_mlp=config["intermediate_size"],
-        d_vocab=config["vocab_size"],
-        n_ctx=config["max_position_embeddings"],
-        eps=config["rms_norm_eps"],
-        rotary_base=config["rope_theta"],
-    )
-
-
-def _hugging_face_name(name: str) -> str:
-    if name in ("embed.W_E", "ln_final.w"):
-        return {"embed.W_E": "model.embed_tokens.weight", "ln_final.w": "model.norm.weight"}[name]
-    _, layer, rest = name.split(".", 2)
-    module = _LINEAR[rest] if _is_linear(name) else _NORMS[rest.removesuffix(".w")]
-    return f"model.layers.{layer}.{module}.weight"
-
-
-def _is_linear(name: str) -> bool:
-    return name.split(".", 2)[-1] in _LINEAR
 
 
 def _numbers_as_words(n: int) -> Any:

@@ -9,7 +9,8 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from tl_vpd.adapters.building import Kind, is_arcee, load_arcee
+from tl_vpd.adapters.arcee import is_arcee
+from tl_vpd.adapters.building import Kind, load_arcee
 from tl_vpd.adapters.versions import HookedTransformer, transformer_bridge
 from tl_vpd.checks import choice, device_of
 

@@ -19,7 +19,7 @@ from tl_vpd.checks import instance, path_of, shown, text_of
 from tl_vpd.files.atomic import make_folder
 from tl_vpd.files.json_files import read_json, write_json
 
-_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_SLUG = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,199}")
 METADATA = "graph-metadata.json"
 
 
@@ -51,7 +51,7 @@ def to_circuit_tracer(
     folder, scan = path_of("folder", folder), text_of("scan", scan)
     prompt = None if prompt is None else text_of("prompt", prompt)
     if not _SLUG.fullmatch(text_of("slug", slug)):
-        raise ValueError(f"slug={shown(slug)}: letters, digits, '.', '_' and '-' make the name of a file.")
+        raise ValueError(f"slug={shown(slug)}: at most 200 letters, digits, '.', '_' and '-' make the name of a file.")
     if f"{slug}.json" == METADATA:
         raise ValueError(f"slug={slug!r}: {METADATA} is the folder's list of graphs; choose another name.")
     content = as_json(graph, slug=slug, scan=scan, prompt=prompt)

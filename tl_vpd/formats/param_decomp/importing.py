@@ -11,7 +11,7 @@ import os
 
 import torch
 
-from tl_vpd.adapters.building import arcee_of, write_arcee
+from tl_vpd.adapters.arcee import arcee_of, write_arcee
 from tl_vpd.adapters.loading import default_kind
 from tl_vpd.checks import path_of
 from tl_vpd.formats.param_decomp.certificate import Certificate

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from tl_vpd.adapters import adapt
-from tl_vpd.adapters.building import ArceeShape, Kind, load_arcee, write_arcee
+from tl_vpd.adapters.arcee import ArceeShape, write_arcee
+from tl_vpd.adapters.building import Kind, load_arcee
 from tl_vpd.checks import choice, device_of, instance, path_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.files.versions import library_versions
@@ -81,8 +82,9 @@ def load_param_decomp(
     if instance("dtype", dtype, torch.dtype) not in FLOATS:
         raise ValueError(f"dtype={dtype}: give one of {', '.join(map(str, FLOATS))}.")
     files = RunFiles.of(run, target)
+    metrics = files.metrics()
     model, vpd = model_and_decomposition(files, kind, device=device, dtype=dtype)
-    certificate = certify(vpd, model, tokens, own_metrics=files.metrics())
+    certificate = certify(vpd, model, tokens, own_metrics=metrics)
     vpd.record["certificate"] = certificate.as_record()
     if check_order and certificate.order_is_doubtful:
         raise ValueError(_wrong_order(files, certificate))
@@ -241,8 +243,9 @@ def _whole(checkpoint: Checkpoint) -> bool:
 
 
 def _wrong_order(files: RunFiles, certificate: Certificate) -> str:
+    others = {"shuffled": certificate.kl_shuffled, **certificate.kl_other_orders}
     return (
         f"The importances of {files.checkpoint.path} look like those of a wrong order of modules: as masks they give KL "
-        f"{certificate.kl_ci:.3f}, shuffled {certificate.kl_shuffled:.3f}; an untrained Γ looks the same, and check_order=False "
-        "imports it."
+        f"{certificate.kl_ci:.3f} ({', '.join(f'{name}: {kl:.3f}' for name, kl in others.items())}); an untrained Γ looks the "
+        "same, and check_order=False imports it."
     )

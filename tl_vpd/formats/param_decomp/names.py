@@ -47,7 +47,7 @@ def module_of(site: str) -> str | None:
 
 
 def target_keys(n_layers: int) -> dict[str, str]:
-    """Keys of the target's tensors, without prefix -> names of ``adapters.building``; ``lm_head`` is the embedding again."""
+    """Keys of the target's tensors, without prefix -> names of ``adapters.arcee``; ``lm_head`` is the embedding again."""
     keys = {"wte.weight": "embed.W_E", "ln_f.weight": "ln_final.w"}
     for i in range(n_layers):
         keys |= {f"h.{i}.{norm}.weight": f"blocks.{i}.{name}" for norm, name in OTHERS.items()}

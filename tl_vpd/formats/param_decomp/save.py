@@ -22,7 +22,7 @@ import yaml
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.adapters.building import ArceeShape, arcee_of
+from tl_vpd.adapters.arcee import ArceeShape, arcee_of
 from tl_vpd.adapters.versions import is_bridge
 from tl_vpd.checks import path_of
 from tl_vpd.decomposition import Decomposition

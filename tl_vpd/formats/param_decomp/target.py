@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tl_vpd.adapters.building import ArceeShape
+from tl_vpd.adapters.arcee import ArceeShape
 from tl_vpd.checks import check_finite
 from tl_vpd.formats.param_decomp.checkpoint import read_target, same
 from tl_vpd.formats.param_decomp.config import TARGET_CLASS
