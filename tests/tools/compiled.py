@@ -17,11 +17,13 @@ TIGHT = dict(rtol=1e-9, atol=1e-10)
 
 
 def main(kind: str) -> None:
-    """Idle, masked and idle again; raises where compiled and plain differ, or masks do nothing."""
+    """Idle, masked and idle again; raises where compiled and plain differ, masks do nothing, or a pass has graph breaks."""
     case = case_of(kind)
     for backend in ("eager", "aot_eager"):
         torch._dynamo.reset()
         compare(case, backend)
+    breaks = torch._dynamo.utils.counters["graph_break"]
+    assert kind != "hooked_transformer" or not breaks, breaks
 
 
 def compare(case: Case, backend: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -40,8 +39,20 @@ def is_ours(value: Any) -> bool:
     return isinstance(value, OnModel) or isinstance(getattr(value, "__self__", None), OnModel)
 
 
-class Tap(partial[Any], OnModel):
-    """A function with arguments, as a torch-level hook of this package."""
+class Tap(OnModel):
+    """A function with its first arguments, as a torch-level hook of this package (compilers do not follow classes of partials).
+
+    Args:
+        function: that is called.
+        arguments: the first ones.
+    """
+
+    def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
+        self.function, self.arguments = function, arguments
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """The function's result."""
+        return self.function(*self.arguments, *arguments, **keywords)
 
     def __deepcopy__(self, memo: Any) -> Tap:
         return self

@@ -175,13 +175,14 @@ class MaskedModel:
                 yield
 
         def recomputed(block: nn.Module) -> Callable[..., Any]:
-            return Tap(
+            call = partial(
                 torch.utils.checkpoint.checkpoint,
                 block.forward,
                 use_reentrant=False,
                 preserve_rng_state=False,
                 context_fn=lambda: (nullcontext(), again()),
             )
+            return Tap(call)
 
         def replace(undo: Later) -> None:
             for block in self.adapter.blocks():

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
 
+import torch
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter
@@ -40,7 +41,7 @@ class SitePass:
     Attributes:
         inputs: by site ``[batch, pos, d_in]``; sites that read the same tensor share it.
         times: how often each site ran.
-        thread: that made it; what the model does in others is not this pass.
+        thread: that made it (None: a compiler); what the model does in others is not this pass.
     """
 
     def __init__(
@@ -54,7 +55,13 @@ class SitePass:
         self.inputs: dict[str, Tensor] = {}
         self.times: Counter[str] = Counter()
         self.waiting: dict[str, Tensor] = {}
-        self.thread = get_ident()
+        self.thread = None if torch.compiler.is_compiling() else get_ident()
+
+    def is_elsewhere(self) -> bool:
+        """Whether another thread's pass is running."""
+        if torch.compiler.is_compiling():
+            return False
+        return self.thread is not None and self.thread != get_ident()
 
 
 class SiteTaps:
@@ -121,7 +128,7 @@ class SiteTaps:
 
     def _read(self, name: str, x: Tensor) -> None:
         run = self.current
-        if run is None or run.thread != get_ident():
+        if run is None or run.is_elsewhere():
             return
         run.waiting[name] = x
         if run.collect:
@@ -132,7 +139,7 @@ class SiteTaps:
 
     def _write(self, name: str, y: Tensor) -> Tensor | None:
         run = self.current
-        if run is None or run.thread != get_ident():
+        if run is None or run.is_elsewhere():
             return None
         x = run.waiting.pop(name, None)
         if x is None:  # a second HookPoint for the same product, as some versions fire

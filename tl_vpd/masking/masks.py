@@ -123,6 +123,9 @@ class Masks(Mapping[str, SiteMask]):
             raise KeyError(f"There is no mask for {shown(site)}{nearest(site, self)}: {', '.join(self) or 'no site'}.")
         return self._by_site[site]
 
+    def __contains__(self, site: object) -> bool:  # Mapping's makes the error above, for every site of every pass
+        return site in self._by_site
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._by_site)
 
