@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from tl_vpd.importance.chunked import ChunkedTransformers
-from tl_vpd.importance.transformer import SharedTransformer, rms_norm, rotary
+from tl_vpd.importance.transformer import GammaCache, SharedTransformer, rms_norm, rotary
 
 D_IN, COUNTS = {"a": 5, "b": 3, "c": 4}, {"a": 2, "b": 6, "c": 1}
 
@@ -29,7 +29,7 @@ def rotation(angle):
     return torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]], dtype=torch.float64)
 
 
-def by_hand(gamma, x):
+def by_hand(gamma, x, *, causal=False):
     """One row and position at a time, every attention score separately, float64."""
 
     def norm(v):
@@ -46,7 +46,8 @@ def by_hand(gamma, x):
                 parts = []
                 for head in range(2):
                     q = turned(heads[0][t][head], t)
-                    scores = [q @ turned(heads[1][s][head], s) / 2 for s in range(len(stream))]
+                    visible = range(t + 1) if causal else range(len(stream))
+                    scores = [q @ turned(heads[1][s][head], s) / 2 for s in visible]
                     pattern = torch.stack(scores).softmax(0)
                     parts.append(sum(p * heads[2][s][head] for s, p in enumerate(pattern)))
                 z.append(torch.cat(parts))
@@ -62,10 +63,11 @@ def turned(v, t):
     return torch.stack([first[0], second[0], first[1], second[1]])
 
 
-def test_forward_equals_one_written_out_by_hand():
-    gamma, x = build(), inputs()
+@pytest.mark.parametrize("causal", [False, True])
+def test_forward_equals_one_written_out_by_hand(causal):
+    gamma, x = build(causal=causal), inputs()
     # Angles are computed in float32, which bounds the agreement.
-    assert_close(gamma(x), by_hand(gamma, x), rtol=0, atol=1e-6)
+    assert_close(gamma(x), by_hand(gamma, x, causal=causal), rtol=0, atol=1e-6)
 
 
 def test_rotation_depends_on_the_difference_of_positions_alone():
@@ -82,12 +84,48 @@ def test_rms_norm_has_no_scale_and_the_epsilon_of_float32():
     assert_close(rms_norm(x), x / math.sqrt(12.5 + 2**-23))
 
 
-def test_attention_is_bidirectional():
+def test_the_papers_attention_is_bidirectional():
     gamma, x = build(), inputs()
     z = gamma(x)
     x["b"] = x["b"].clone()
     x["b"][:, -1] += 1
     assert bool((gamma(x)[:, 0] - z[:, 0]).abs().max() > 1e-4)
+
+
+@pytest.mark.parametrize("cls", [SharedTransformer, ChunkedTransformers])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_causal_gamma_does_not_see_the_future(cls, padded, dtype):
+    """Bit for bit: whatever the later tokens are, the values of the prefix are the same numbers."""
+    gamma = build(cls, causal=True, **({"chunk": 2} if cls is ChunkedTransformers else {})).to(dtype)
+    x, other = ({n: t.to(dtype) for n, t in inputs(seed, pos=40).items()} for seed in (0, 1))
+    token_mask = torch.arange(40) >= torch.tensor([[0], [5]]) if padded else None
+    z = gamma(x, token_mask)
+    for cut in (1, 7, 39):
+        changed = {n: torch.cat([x[n][:, :cut], 1e3 * other[n][:, cut:]], dim=1) for n in x}
+        assert torch.equal(gamma(changed, token_mask)[:, :cut], z[:, :cut])
+        assert not torch.equal(gamma(changed, token_mask)[:, cut:], z[:, cut:])
+
+
+@pytest.mark.parametrize("cls", [SharedTransformer, ChunkedTransformers])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("steps", [[1] * 9, [4, 1, 4], [9]])
+def test_with_a_cache_tokens_may_come_one_after_the_other(cls, padded, steps):
+    gamma, x = build(cls, causal=True, **({"chunk": 2} if cls is ChunkedTransformers else {})), inputs(pos=9)
+    token_mask = torch.arange(9) >= torch.tensor([[0], [3]]) if padded else None
+    whole, cache, values, end = gamma(x, token_mask), GammaCache(), [], 0
+    for n in steps:
+        start, end = end, end + n
+        mask = None if token_mask is None else token_mask[:, :end]
+        values.append(gamma({name: t[:, start:end] for name, t in x.items()}, mask, cache))
+        assert cache.length == end
+    real = torch.ones(2, 9, dtype=torch.bool) if token_mask is None else token_mask
+    assert_close(torch.cat(values, dim=1)[real], whole[real], rtol=0, atol=1e-6)
+
+
+def test_a_bidirectional_gamma_cannot_go_on_from_a_cache():
+    with pytest.raises(ValueError, match="reads later tokens too"):
+        build()(inputs(), None, GammaCache())
 
 
 def test_values_at_real_positions_do_not_depend_on_padding():

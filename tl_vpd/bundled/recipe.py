@@ -11,7 +11,7 @@ CONFIG = VPDConfig(
     seed=0,
     C={"*.W_[QK]": 96, "*.W_[VO]": 128, "*.W_in": 416, "*.W_out": 416},
     init="channels",
-    gamma=GammaConfig(d_ci=192, n_blocks=2, n_heads=4, output_bias=0.8),
+    gamma=GammaConfig(d_ci=192, n_blocks=2, n_heads=4, causal=False, output_bias=0.8),
     coefficients=Coefficients(delta=1e5, importance=6e-4, frequency=3e-4),
     adversary=AdversaryConfig(lr=0.02),
     minimality=MinimalityConfig(warm_up=0.3),

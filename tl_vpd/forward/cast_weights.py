@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_vpd.components import Components
-from tl_vpd.importance import DecomposedWeights
+from tl_vpd.importance import DecomposedWeights, GammaCache
 from tl_vpd.site import ConcatenatedAxis, Site
 
 
@@ -102,8 +102,11 @@ class CastWeights:
         return self.weights.site_axis
 
     def importances(
-        self, inputs: Mapping[str, Float[Tensor, "batch *pos _"]], token_mask: Bool[Tensor, "batch pos"] | None
+        self,
+        inputs: Mapping[str, Float[Tensor, "batch *pos _"]],
+        token_mask: Bool[Tensor, "batch pos_of_keys"] | None,
+        cache: GammaCache | None = None,
     ) -> Float[Tensor, "batch *pos C_total"]:
         """Causal importances; see ``DecomposedWeights.importances``."""
         assert isinstance(self.weights, DecomposedWeights)
-        return self.weights.importances(inputs, token_mask)
+        return self.weights.importances(inputs, token_mask, cache)

@@ -47,5 +47,5 @@ def _module(config: GammaConfig, d_in: Mapping[str, int], counts: Mapping[str, i
     d_mlp = config.d_mlp or 4 * config.d_ci
     size = {"d_ci": config.d_ci, "n_blocks": config.n_blocks, "n_heads": config.n_heads, "d_mlp": d_mlp}
     if config.kind == "chunked_transformers":
-        return ChunkedTransformers(d_in, counts, chunk=config.chunk, **size)
-    return SharedTransformer(d_in, counts, **size)
+        return ChunkedTransformers(d_in, counts, chunk=config.chunk, causal=config.causal, **size)
+    return SharedTransformer(d_in, counts, causal=config.causal, **size)

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_vpd.importance.transformer import SharedTransformer
+from tl_vpd.importance.transformer import GammaCache, SharedTransformer
 
 
 class ChunkedTransformers(nn.Module):
@@ -18,6 +18,7 @@ class ChunkedTransformers(nn.Module):
         d_in: input width by site.
         counts: number of subcomponents by site.
         chunk: number of sites in one.
+        causal: whether a position attends to itself and earlier ones alone.
         size: of each transformer: ``d_ci``, ``n_blocks``, ``n_heads``, ``d_mlp``.
     """
 
@@ -29,22 +30,29 @@ class ChunkedTransformers(nn.Module):
         counts: Mapping[str, int],
         *,
         chunk: int,
+        causal: bool = False,
         **size: int,
     ) -> None:
         super().__init__()
-        names = list(d_in)
+        names, self.causal = list(d_in), causal
         self.parts = nn.ModuleList(
             SharedTransformer(
-                {n: d_in[n] for n in names[i : i + chunk]}, {n: counts[n] for n in names[i : i + chunk]}, **size
+                {n: d_in[n] for n in names[i : i + chunk]},
+                {n: counts[n] for n in names[i : i + chunk]},
+                causal=causal,
+                **size,
             )
             for i in range(0, len(names), chunk)
         )
 
     def forward(
-        self, inputs: Mapping[str, Float[Tensor, "batch pos _"]], token_mask: Bool[Tensor, "batch pos"] | None = None
+        self,
+        inputs: Mapping[str, Float[Tensor, "batch pos _"]],
+        token_mask: Bool[Tensor, "batch pos_of_keys"] | None = None,
+        cache: GammaCache | None = None,
     ) -> Float[Tensor, "batch pos C_total"]:
-        """Pre-sigmoid values of all sites, in their order."""
-        return torch.cat([transformer(inputs, token_mask) for transformer in self.parts], dim=-1)
+        """Pre-sigmoid values of all sites, in their order; arguments as for ``SharedTransformer``."""
+        return torch.cat([transformer(inputs, token_mask, cache) for transformer in self.parts], dim=-1)
 
     def output_biases(self) -> list[Tensor]:
         """The biases that are added last."""

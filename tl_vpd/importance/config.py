@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -26,6 +27,9 @@ class GammaConfig(Frozen):
     """Attention heads of the transformer."""
     d_mlp: Size | None = None
     """MLP width of the transformer (None: four times ``d_ci``)."""
+    causal: bool = True
+    """For transformers: whether importances at a position depend on its prefix alone. A bidirectional Γ (the paper's) also reads
+    later tokens: masks then carry them into the forward pass, and modes that need importances cannot generate with a KV cache."""
     chunk: Size = 8
     """Sites a transformer reads, for ``chunked_transformers``."""
     hidden: Size = 16
@@ -43,9 +47,19 @@ class GammaConfig(Frozen):
             raise ValueError(f"rising=True goes with kind='per_subcomponent_mlps', and kind is {self.kind!r}.")
         return self
 
+    @property
+    def reads_the_future(self) -> bool:
+        """Whether importances at a position depend on later tokens."""
+        return not self.causal and self.kind in ("shared_transformer", "chunked_transformers")
+
     def resolved(self, d_model: int) -> GammaConfig:
         """The config with the width filled in for a model of width ``d_model``."""
         if self.d_ci is not None:
             return self
         whole = 2 * self.n_heads
         return self.model_copy(update={"d_ci": max(whole, round(2 * d_model / whole) * whole)})
+
+
+def stored_gamma(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a ``GammaConfig`` as a file has them: where it does not say, Γ is bidirectional."""
+    return {"causal": False, **fields}

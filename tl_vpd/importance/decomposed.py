@@ -27,6 +27,7 @@ from tl_vpd.importance.build import build
 from tl_vpd.importance.config import GammaConfig
 from tl_vpd.importance.squash import lower_leaky
 from tl_vpd.importance.stored_config import StoredConfig
+from tl_vpd.importance.transformer import GammaCache
 from tl_vpd.site import ConcatenatedAxis, Site, Subcomponent, nearest
 
 D = TypeVar("D", bound="DecomposedWeights")
@@ -121,16 +122,20 @@ class DecomposedWeights(nn.Module):
     # -- Γ -----------------------------------------------------------------------------------------------------------
 
     def pre_sigmoid(
-        self, inputs: Mapping[str, Float[Tensor, "batch *pos _"]], token_mask: Bool[Tensor, "batch pos"] | None = None
+        self,
+        inputs: Mapping[str, Float[Tensor, "batch *pos _"]],
+        token_mask: Bool[Tensor, "batch pos_of_keys"] | None = None,
+        cache: GammaCache | None = None,
     ) -> Float[Tensor, "batch *pos C_total"]:
         """Γ's values before squashing, concatenated over sites.
 
         Args:
             inputs: clean inputs of every site, which are detached; without positions, ``[batch, d_in]`` is a sequence of one.
-            token_mask: False at padding (None: no padding).
+            token_mask: False at padding (None: no padding); with a cache, also of the cached tokens before these.
+            cache: what Γ has kept of the tokens before these, which is extended (None: these are all).
 
         Raises:
-            ValueError: only some inputs have positions, or they have other axes.
+            ValueError: only some inputs have positions, or they have other axes; or there is a cache and Γ is bidirectional.
         """
         ranks = {x.ndim for x in inputs.values()}
         if len(ranks) > 1 or not ranks <= {2, 3}:
@@ -146,21 +151,24 @@ class DecomposedWeights(nn.Module):
         if device != self.device:
             # The model is on a GPU, the decomposition on the CPU: a copy of it goes there for the call.
             tensors = {f"weights.{name}": t.to(device) for name, t in self.state_dict(keep_vars=True).items()}
-            return functional_call(_PreSigmoid(self), tensors, (inputs, token_mask))
+            return functional_call(_PreSigmoid(self), tensors, (inputs, token_mask, cache))
         if self.gamma.needs == "acts":
             clean = {name: self.components.acts(name, x) for name, x in clean.items()}
         elif len({id(inputs[name]) for name in self.sites}) < len(clean):
             # Sites that share one input tensor still share it, so that Γ normalises it once.
             shared = {id(inputs[name]): x for name, x in clean.items()}
             clean = {name: shared[id(inputs[name])] for name in clean}
-        return self.gamma(clean, token_mask)
+        return self.gamma(clean, token_mask, cache)
 
     def importances(
-        self, inputs: Mapping[str, Float[Tensor, "batch *pos _"]], token_mask: Bool[Tensor, "batch pos"] | None = None
+        self,
+        inputs: Mapping[str, Float[Tensor, "batch *pos _"]],
+        token_mask: Bool[Tensor, "batch pos_of_keys"] | None = None,
+        cache: GammaCache | None = None,
     ) -> Float[Tensor, "batch *pos C_total"]:
         """Causal importances from every site's clean input, 0 at padding; arguments as for ``pre_sigmoid``."""
-        g = lower_leaky(self.pre_sigmoid(inputs, token_mask))
-        return g if token_mask is None else g * token_mask[..., None]
+        g = lower_leaky(self.pre_sigmoid(inputs, token_mask, cache))
+        return g if token_mask is None else g * token_mask[:, -g.shape[1] :, None]
 
     # -- files -------------------------------------------------------------------------------------------------------
 
@@ -233,8 +241,8 @@ class _PreSigmoid(nn.Module):
         super().__init__()
         self.weights = weights
 
-    def forward(self, inputs: Mapping[str, Tensor], token_mask: Tensor | None) -> Tensor:
-        return self.weights.pre_sigmoid(inputs, token_mask)
+    def forward(self, inputs: Mapping[str, Tensor], token_mask: Tensor | None, cache: GammaCache | None) -> Tensor:
+        return self.weights.pre_sigmoid(inputs, token_mask, cache)
 
 
 def _with_positions(inputs: Mapping[str, Float[Tensor, "batch _"]]) -> dict[str, Float[Tensor, "batch 1 _"]]:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from tl_vpd.importance.transformer import rms_norm
+from tl_vpd.importance.transformer import GammaCache, rms_norm
 from tl_vpd.site import ConcatenatedAxis
 
 _BLOCK = 1 << 17
@@ -154,9 +154,12 @@ class PerSubcomponentMLPs(nn.Module):
                 self.w_out.abs_()
 
     def forward(
-        self, acts: Mapping[str, Float[Tensor, "*batch _"]], token_mask: Bool[Tensor, "*batch"] | None = None
+        self,
+        acts: Mapping[str, Float[Tensor, "*batch _"]],
+        token_mask: Bool[Tensor, "batch _"] | None = None,
+        cache: GammaCache | None = None,
     ) -> Float[Tensor, "*batch C_total"]:
-        """Pre-sigmoid values from inner activations."""
+        """Pre-sigmoid values from inner activations; other tokens, and so their mask and cache, do not matter."""
         concatenated = torch.cat([acts[name].to(self.w_in.dtype) for name in self.site_axis.slices], dim=-1)
         rows = concatenated.flatten(0, -2)
         tensors = (rows.T.contiguous(), self.w_in, self.b_in, self.w_out, self.b_out)
@@ -197,9 +200,12 @@ class PerSiteMLPs(nn.Module):
         )
 
     def forward(
-        self, inputs: Mapping[str, Float[Tensor, "*batch _"]], token_mask: Bool[Tensor, "*batch"] | None = None
+        self,
+        inputs: Mapping[str, Float[Tensor, "*batch _"]],
+        token_mask: Bool[Tensor, "batch _"] | None = None,
+        cache: GammaCache | None = None,
     ) -> Float[Tensor, "*batch C_total"]:
-        """Pre-sigmoid values from site inputs."""
+        """Pre-sigmoid values from site inputs; other tokens, and so their mask and cache, do not matter."""
         dtype = self.mlps[0][0].bias.dtype  # type: ignore[index]
         z = [mlp(rms_norm(inputs[n].to(dtype))) for n, mlp in zip(self.names, self.mlps, strict=True)]
         return torch.cat(z, dim=-1)

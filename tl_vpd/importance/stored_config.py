@@ -12,13 +12,13 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tl_vpd.checks import sentence_of
 from tl_vpd.components.fingerprint import PROJECTIONS, Fingerprint
 from tl_vpd.files.tensor_file import TensorFile
 from tl_vpd.frozen import Frozen
-from tl_vpd.importance.config import GammaConfig, Size
+from tl_vpd.importance.config import GammaConfig, Size, stored_gamma
 from tl_vpd.site import Site
 
 
@@ -49,6 +49,11 @@ class StoredConfig(Frozen):
     gamma: GammaConfig
     fingerprints: dict[str, Fingerprint]
     """Of the target's weights by site."""
+
+    @field_validator("gamma", mode="before")
+    @classmethod
+    def _of_any_version(cls, gamma: Any) -> Any:
+        return stored_gamma(gamma) if isinstance(gamma, Mapping) else gamma
 
     @model_validator(mode="after")
     def _agree_about_sites(self) -> StoredConfig:

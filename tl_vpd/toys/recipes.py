@@ -155,7 +155,7 @@ def _vpd(toy: str) -> VPDConfig:
         steps=8_000,
         batch_size=32,
         C=64,
-        gamma=GammaConfig(d_ci=64, n_blocks=2, n_heads=4, output_bias=1.0),
+        gamma=GammaConfig(d_ci=64, n_blocks=2, n_heads=4, causal=False, output_bias=1.0),
         init="channels",
         coefficients=Coefficients(delta=1e5, importance=2e-3, frequency=1e-3),
         minimality=MinimalityConfig(warm_up=0.3),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from tl_vpd.importance.config import stored_gamma
 from tl_vpd.training.config import MinimalityConfig, OptimizerConfig
 
 _MOVED = {
@@ -37,4 +38,6 @@ def upgraded(config: Mapping[str, Any]) -> dict[str, Any]:
             nested.setdefault(section, {})[field] = value
         else:
             nested[name] = value
+    if "gamma" in nested:
+        nested["gamma"] = stored_gamma(nested["gamma"])
     return nested
