@@ -43,6 +43,7 @@ SETTINGS = {
     "random sites for both losses": {"adversary": {"routing": "uniform_k"}},
     "layerwise": {"coefficients": {"layerwise": 1.0}},
     "squared error": {"output": "mse"},
+    "the last block alone": {"sites": ("blocks.1.*",)},
     "no inner steps, no clipping": {"adversary": {"inner_steps": 0}, "optimizer": {"clip": None}},
 }
 MODELS = {
@@ -139,7 +140,16 @@ SAME_GRAPHS = {"merged", "a reference count", "a running mean", "relative faithf
 
 @pytest.mark.parametrize("name", [name for name in SETTINGS if name not in SAME_GRAPHS])
 def test_every_graph_recorded(name):
-    compare(SETTINGS[name] | SOME, {"compile": RECORDED}, padded=True, steps=2)
+    compare(SOME | SETTINGS[name], {"compile": RECORDED}, padded=True, steps=2)
+
+
+@pytest.mark.parametrize("execution", [{}, {"micro_batch": 2, "checkpoint": True}, {"compile": RECORDED}], ids=str)
+def test_passes_start_at_the_first_decomposed_block(execution):
+    """Three blocks, the last one decomposed: equal to the page, which runs all of them."""
+    trainer = compare({"sites": ("blocks.2.attn.W_Q", "blocks.2.mlp.*")}, execution, padded=True, steps=2, n_layers=3)
+    assert trainer.engine.starts_late
+    trainer = compare({"sites": ("blocks.0.mlp.*", "blocks.2.mlp.*")}, execution, steps=1, n_layers=3)
+    assert not trainer.engine.starts_late
 
 
 def test_recorded_graphs_of_all_sites_without_padding():

@@ -26,6 +26,7 @@ from tl_vpd.adapters.taps import Tap
 from tl_vpd.components import Components
 from tl_vpd.forward.attachments import attached_to
 from tl_vpd.forward.cast_weights import CastWeights
+from tl_vpd.forward.entry import entry_of
 from tl_vpd.forward.site_product import PassMasks, SiteProduct
 from tl_vpd.forward.site_taps import SitePass, SiteTaps
 from tl_vpd.forward.target_check import check_target
@@ -64,6 +65,7 @@ class MaskedModel:
         self.weights = CastWeights(weights, self.adapter.device, self.adapter.dtype)
         self.names = list(self.weights.sites)
         self.taps = SiteTaps(self.adapter, self.names)
+        self.entry = entry_of(self.adapter, self.names)
         self._change, self._depth = Change(self.put_on), 0
 
     def __enter__(self: M) -> M:
@@ -112,6 +114,7 @@ class MaskedModel:
         masks: Masks | PassMasks,
         token_mask: Bool[Tensor, "batch pos"] | None = None,
         *,
+        start: Float[Tensor, "batch pos d_model"] | None = None,
         constant_weights: bool = False,
         checkpoint: bool = False,
     ) -> Float[Tensor, "batch ..."]:
@@ -121,6 +124,7 @@ class MaskedModel:
             tokens: ``[batch, pos]``, or the input of a custom model.
             masks: of the sites that are masked, as tensors or made inside each product; the other sites run unmasked.
             token_mask: False at padding (None: no padding).
+            start: the residual stream that enters the first decomposed block, from the clean pass (None: every block runs).
             constant_weights: gradients reach the masks but not V and U (an adversary's steps).
             checkpoint: a layer's activations are not stored for backward but computed again in it.
 
@@ -133,15 +137,27 @@ class MaskedModel:
                 f"The masks name {others[0]!r}, which is not decomposed{nearest(others[0], self.weights.sites)}."
             )
         function = partial(self._output, masks, constant_weights)
-        with self._recomputing(function, token_mask) if checkpoint else nullcontext():
+        late = nullcontext() if start is None or self.entry is None else self.entry.at(start)
+        with late, self._recomputing(function, token_mask) if checkpoint else nullcontext():
             return self.run(tokens, SitePass(function), token_mask)
 
     def run(self, tokens: Tensor, run: SitePass, token_mask: Tensor | None = None) -> Tensor:
         """The model's output in a pass whose sites are read and replaced as ``run`` says."""
-        with self._paused(), self._fused(token_mask), self.taps.during(run):
+        reading = self.entry.reading() if run.collect and self.entry is not None else nullcontext(list[Tensor]())
+        with self._paused(), self._fused(token_mask), self.taps.during(run), reading as residual:
             logits = self.adapter.run(tokens, token_mask)
         self.taps.check_each_once(run)
+        run.residual = next(iter(residual), None)
         return logits
+
+    @torch.no_grad()
+    def can_start_late(self, tokens: Tensor, token_mask: Tensor | None = None) -> bool:
+        """Whether passes may start at the first decomposed block: there are blocks before it, and the output is the same."""
+        if self.entry is None:
+            return False
+        run = SitePass(collect=True)
+        whole = self.run(tokens, run, token_mask)
+        return torch.equal(self.masked(tokens, Masks({}), token_mask, start=run.residual), whole)
 
     def product(self, name: str, x: Tensor, y: Tensor) -> SiteProduct:
         """A site's product, from its input and output as the model passes them."""

@@ -40,6 +40,8 @@ class SitePass:
 
     Attributes:
         inputs: by site ``[batch, pos, d_in]``; sites that read the same tensor share it.
+        residual: the stream ``[batch, pos, d_model]`` that enters the first decomposed block (None: inputs are not gathered, or
+            no block comes before it).
         times: how often each site ran.
         thread: that made it (None: a compiler); what the model does in others is not this pass.
     """
@@ -53,6 +55,7 @@ class SitePass:
     ) -> None:
         self.function, self.read, self.collect = function, read, collect
         self.inputs: dict[str, Tensor] = {}
+        self.residual: Tensor | None = None
         self.times: Counter[str] = Counter()
         self.waiting: dict[str, Tensor] = {}
         self.thread = None if torch.compiler.is_compiling() else get_ident()

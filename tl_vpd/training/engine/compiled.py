@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_vpd.adapters import Unsupported
 from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.forward.site_taps import SitePass
 from tl_vpd.importance.chunked import ChunkedTransformers
 from tl_vpd.importance.mlps import PerSubcomponentMLPs
 from tl_vpd.importance.squash import LOWER_LEAKY, Squash
@@ -130,10 +131,11 @@ class CompiledEngine(EagerEngine):
         rows, mask = self._select(micro_batch, tokens, token_mask)
         self._pos = rows.shape[1] if rows.ndim > 1 else 0
         output, *inputs = self._run("clean", self._target, rows, mask)
+        residual = inputs.pop() if self.starts_late else None
         z = self._gamma(inputs, mask)
         arguments = z.detach(), mask, self._number(penalty.parameter)
         sums, l0 = self._run(("counts", penalty.kind), partial(_counts, penalty.kind), *arguments)
-        return CleanForward(micro_batch, rows, mask, self._distance(output, mask), z, sums, l0)
+        return CleanForward(micro_batch, rows, mask, self._distance(output, mask), z, sums, l0, residual)
 
     def backward_into_gamma(
         self,
@@ -155,12 +157,17 @@ class CompiledEngine(EagerEngine):
     # -- what is recorded ------------------------------------------------------------------------------------------
 
     def _target(self, tokens: Tensor, token_mask: Tensor | None) -> list[Tensor]:
-        """The output, and the inputs of sites; a tensor that several sites read is there once (``_gamma`` knows which)."""
-        with self.autocast(), self.without_logits():
-            output, inputs = self.masked_model.clean(tokens, token_mask)
-        distinct = {id(x): x for x in inputs.values()}
-        self._input_of = {name: list(distinct).index(id(x)) for name, x in inputs.items()}
-        return [output, *distinct.values()]
+        """The output, the inputs of sites, and what masked passes start from, if they start late.
+
+        An input that several sites read is there once (``_gamma`` knows which).
+        """
+        run = SitePass(collect=True)
+        with self.autocast(), self.without_logits(), torch.no_grad():
+            output = self.masked_model.run(tokens, run, token_mask)
+        distinct = {id(x): x for x in run.inputs.values()}
+        self._input_of = {name: list(distinct).index(id(x)) for name, x in run.inputs.items()}
+        late = [run.residual] if self.starts_late and run.residual is not None else []
+        return [output, *distinct.values(), *late]
 
     def _gamma(self, inputs: Sequence[Tensor], token_mask: Tensor | None) -> Tensor:
         def pre_sigmoid(*arguments: Tensor | None) -> Tensor:

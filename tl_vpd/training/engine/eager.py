@@ -20,6 +20,7 @@ from torch import Tensor
 
 from tl_vpd.forward.blocked import BlockedMasks
 from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.forward.site_taps import SitePass
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.importance.squash import LOWER_LEAKY, Squash
 from tl_vpd.losses import Penalty, Reconstruction, Unembedding, faithfulness_terms
@@ -73,6 +74,8 @@ class EagerEngine:
         self.unembedding: Unembedding | None = None
         """Computes logits inside losses (None: the model does); known after the first clean pass."""
         self._logits_chosen = kind != "kl" or blocked_logits is False
+        self.starts_late: bool | None = None
+        """Whether masked passes start at the first decomposed block (None: not known before the first clean pass)."""
 
     # -- the passes ------------------------------------------------------------------------------------------------
 
@@ -111,13 +114,15 @@ class EagerEngine:
         """
         rows, mask = self._select(micro_batch, tokens, token_mask)
         with self.autocast():
-            with self.without_logits():
-                output, inputs = self.masked_model.clean(rows, mask)
-            z = at_least_float32(self.decomposition.pre_sigmoid(inputs, mask))
+            run = SitePass(collect=True)
+            with self.without_logits(), torch.no_grad():
+                output = self.masked_model.run(rows, run, mask)
+            z = at_least_float32(self.decomposition.pre_sigmoid(run.inputs, mask))
         sums = penalty.sums(z.detach().flatten(0, -2), None if mask is None else mask.flatten())
         important = torch.linalg.vector_norm(z.detach().clamp(min=0), ord=0, dim=-1)
         l0 = (important if mask is None else important * mask).sum()
-        return CleanForward(micro_batch, rows, mask, self._distance(output, mask), z, sums, l0)
+        residual = run.residual if self.starts_late else None
+        return CleanForward(micro_batch, rows, mask, self._distance(output, mask), z, sums, l0, residual)
 
     def attack(
         self,
@@ -188,7 +193,7 @@ class EagerEngine:
     def _select(
         self, micro_batch: MicroBatch, tokens: Tensor, token_mask: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """A micro-batch's tokens and mask; at the first one, decides where logits are computed."""
+        """A micro-batch's tokens and mask; at the first one, decides where logits are computed and masked passes start."""
         rows, mask = micro_batch.select(tokens), micro_batch.select(token_mask)
         assert rows is not None
         if not self._logits_chosen:
@@ -197,6 +202,9 @@ class EagerEngine:
                 self.unembedding = unembedding_for_losses(
                     self.masked_model, rows, mask, blocked_logits=self.blocked_logits, precision=self.precision
                 )
+        if self.starts_late is None:
+            with self.autocast(), self.without_logits():
+                self.starts_late = self.masked_model.can_start_late(rows, mask)
         return rows, mask
 
     def _losses(
@@ -228,7 +236,12 @@ class EagerEngine:
         distance, constant = clean.distance.rows(rows), grad_g is None
         with self.autocast(), self.without_logits():
             output = self.masked_model.masked(
-                clean.tokens[rows], masks, distance.token_mask, constant_weights=constant, checkpoint=self.checkpoint
+                clean.tokens[rows],
+                masks,
+                distance.token_mask,
+                start=None if clean.residual is None else clean.residual[rows],
+                constant_weights=constant,
+                checkpoint=self.checkpoint,
             )
         losses = [weighted(distance.rows(term.rows), output[term.rows], term.total) for term in terms]
         torch.stack([term.weight * loss for term, loss in zip(terms, losses, strict=True)]).sum().backward()

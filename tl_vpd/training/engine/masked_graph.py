@@ -34,6 +34,7 @@ class PassTensors(NamedTuple):
 
     tokens: Tensor
     token_mask: Tensor | None
+    residual: Tensor | None
     z: Tensor
     target: Tensor
     target_mask: Tensor | None
@@ -85,6 +86,7 @@ class MaskedGraph:
         tensors = PassTensors(
             clean.tokens[rows],
             None if clean.token_mask is None else clean.token_mask[rows],
+            None if clean.residual is None else clean.residual[rows],
             clean.z.detach()[rows],
             distance.target,
             distance.token_mask,
@@ -153,7 +155,11 @@ class MaskedGraph:
         )
         with engine.autocast(), engine.without_logits():
             output = engine.masked_model.masked(
-                tensors.tokens, masks, tensors.token_mask, constant_weights=tensors.grad_g is None
+                tensors.tokens,
+                masks,
+                tensors.token_mask,
+                start=tensors.residual,
+                constant_weights=tensors.grad_g is None,
             )
         losses = []
         for (rows, _), total in zip(self.terms, tensors.totals.unbind(), strict=True):

@@ -25,6 +25,7 @@ class CleanForward:
         z: Γ's pre-sigmoid values, of which each masked pass makes the importances that it needs.
         sums: ``s_c``, the penalty on importances summed over tokens.
         l0: the number of importances above 0.
+        residual: what masked passes start from (None: they run every block).
     """
 
     micro_batch: MicroBatch
@@ -34,6 +35,7 @@ class CleanForward:
     z: Float[Tensor, "batch *pos C_total"]
     sums: Float[Tensor, " C_total"]
     l0: Float[Tensor, ""]
+    residual: Float[Tensor, "batch pos d_model"] | None = None
 
     @property
     def attacked(self) -> slice:
