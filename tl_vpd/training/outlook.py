@@ -1,0 +1,147 @@
+"""What a run may expect, and whether it is working, measured on a few rows of its first batch.
+
+The *yardstick* ``D₀`` is what ablating the chosen sites costs: the distance between the target's output and that of the model
+whose sites give their bias alone. A reconstruction loss means something beside it: at ``D₀`` subcomponents explain nothing. An
+always-on subcomponent costs ``c_importance + c_frequency · log2(1 + a)`` and all of them together save at most ``D₀`` in each
+reconstruction loss, so that at most
+
+    (c_stochastic + c_adversarial) · D₀ / (c_importance + c_frequency · log2(1 + a))
+
+of them pay for themselves (a: the reference count, or the batch's tokens; ``tl_vpd.losses.frequency_minimality``).
+
+A run *collapses* when its important subcomponents explain nothing: the model under rounded masks (those of importance 0 ablated) is
+as far from the target as with all sites ablated. No training loss shows it, since stochastic masks keep half of everything.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.importance import DecomposedWeights
+from tl_vpd.importance.squash import lower_leaky
+from tl_vpd.losses import Reconstruction
+from tl_vpd.masking.masks import constant_masks
+from tl_vpd.masking.modes import masks_of_mode
+from tl_vpd.training.config import VPDConfig
+
+ROWS = 8
+"""Rows that yardstick and checks are measured on."""
+CHECKS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+"""Fractions of a run at which it is checked."""
+NOTHING = 0.8
+"""The share of the yardstick above which important subcomponents explain nothing."""
+DENSE = 0.5
+"""The share of all subcomponents above which importances are dense, from half of the run on."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """A look at a run.
+
+    Attributes:
+        distance: between the target's output and that under rounded masks, per token.
+        l0: important subcomponents per token.
+        total: all subcomponents.
+        yardstick: what ablating the sites costs, per token.
+        progress: the fraction of the run that is done.
+    """
+
+    distance: float
+    l0: float
+    total: int
+    yardstick: float
+    progress: float
+
+    def warning(self, config: VPDConfig) -> str | None:
+        """What is wrong and what to change, in one sentence; None if nothing is."""
+        c, share = config.coefficients, self.distance / max(self.yardstick, 1e-12)
+        if share >= NOTHING:
+            return (
+                f"The important subcomponents ({self.l0:.1f} per token) explain nothing: with the others ablated the output is "
+                f"{share:.0%} as far from the target's as with every site ablated. Lower coefficients.importance "
+                f"({c.importance:g}) and coefficients.frequency ({c.frequency:g}), or train for longer."
+            )
+        if self.progress >= 0.5 and self.l0 >= DENSE * self.total:
+            return (
+                f"Importances are dense: {self.l0:.1f} of {self.total} subcomponents are important per token. Raise "
+                f"coefficients.importance ({c.importance:g}), or train for longer."
+            )
+        return None
+
+
+class Outlook:
+    """A run's yardstick, and checks against it.
+
+    Args:
+        masked_model: entered, of the decomposition and its target.
+        config: of the run.
+        tokens: of the first batch; ``ROWS`` rows are used.
+        token_mask: False at padding (None: no padding).
+    """
+
+    def __init__(
+        self,
+        masked_model: MaskedModel,
+        config: VPDConfig,
+        tokens: Float[Tensor, "batch ..."] | Tensor,
+        token_mask: Bool[Tensor, "batch pos"] | None = None,
+    ) -> None:
+        weights = masked_model.weights.weights
+        assert isinstance(weights, DecomposedWeights)
+        self.masked_model, self.weights, self.config = masked_model, weights, config
+        self.tokens = tokens[:ROWS]
+        self.token_mask = None if token_mask is None else token_mask[:ROWS]
+        with torch.no_grad():
+            self.target, inputs = masked_model.clean(self.tokens, self.token_mask)
+            first = next(iter(inputs.values()))
+            nothing = first.new_zeros(*first.shape[:-1], weights.site_axis.total)
+            self.yardstick = self._distance(constant_masks(nothing, 0.0, weights.site_axis))
+
+    @property
+    def unit(self) -> str:
+        """Of distances."""
+        return "nats" if self.config.output == "kl" else "of squared error"
+
+    def affordable(self, tokens_per_batch: int) -> float:
+        """How many always-on subcomponents can pay for themselves at the run's coefficients (infinite: they are free)."""
+        c = self.config.coefficients
+        count = self.config.minimality.frequency_reference or tokens_per_batch
+        cost = c.importance + c.frequency * math.log2(1 + count)
+        return (c.stochastic + c.adversarial) * self.yardstick / cost if cost else math.inf
+
+    @torch.no_grad()
+    def check(self, progress: float) -> Check:
+        """A look at the decomposition as it is now."""
+        inputs = self.masked_model.clean(self.tokens, self.token_mask)[1]
+        g = lower_leaky(self.weights.pre_sigmoid(inputs, self.token_mask))
+        masks = masks_of_mode("rounded", g.to(next(iter(inputs.values())).dtype), self.weights.site_axis)
+        important = (g > 0).sum(-1).float()
+        l0 = important.mean() if self.token_mask is None else important[self.token_mask].mean()
+        return Check(self._distance(masks), float(l0), self.weights.site_axis.total, self.yardstick, progress)
+
+    def _distance(self, masks: object) -> float:
+        output = self.masked_model.masked(self.tokens, masks, self.token_mask)  # type: ignore[arg-type]
+        return float(Reconstruction(self.target, self.config.output, self.token_mask)(output))
+
+
+def due(done: int, steps: int) -> bool:
+    """Whether a run is checked after ``done`` steps."""
+    return done in {max(1, round(fraction * steps)) for fraction in CHECKS}
+
+
+def duration(seconds: float) -> str:
+    """A time in words.
+
+    >>> duration(42), duration(150), duration(8_040)
+    ('42 s', '3 min', '2 h 14 min')
+    """
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
