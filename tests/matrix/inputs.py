@@ -130,11 +130,7 @@ def _same_logits_step_by_step(case: Case, how: str) -> None:
 def _stepper(case: Case) -> Callable[[Tensor], Tensor]:
     model = case.model
     if case.kind == "HookedTransformer":
-        try:
-            from transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache as Cache
-        except ImportError:
-            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as Cache
-        cache = Cache.init_cache(model.cfg, "cpu", len(case.tokens))
+        cache = new_cache(model, len(case.tokens))
         return lambda tokens: model(tokens, past_kv_cache=cache)
     state: list[Any] = [None]
 
@@ -144,3 +140,12 @@ def _stepper(case: Case) -> Callable[[Tensor], Tensor]:
         return logits
 
     return step
+
+
+def new_cache(model: Any, batch: int) -> Any:
+    """An empty KV cache of a HookedTransformer."""
+    try:
+        from transformer_lens.past_key_value_caching import HookedTransformerKeyValueCache as Cache
+    except ImportError:
+        from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache as Cache
+    return Cache.init_cache(model.cfg, "cpu", batch)

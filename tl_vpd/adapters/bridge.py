@@ -50,6 +50,8 @@ WEIGHTS = {short: weight for weight, short in SHORT.items()}
 class BridgeAdapter(Adapter):
     """A TransformerBridge as sites, weights and taps."""
 
+    kv_cache_argument = "past_key_values"
+
     def __init__(self, model: Any) -> None:
         self.batch: int | None = None
         self._completed = True
@@ -222,9 +224,26 @@ class BridgeAdapter(Adapter):
         self.batch = len(tokens)  # taps may be on without ``tap_inputs``
         return super().run(tokens, token_mask)
 
-    def kv_cache(self, arguments: Arguments, keywords: Keywords) -> Any:
-        """The KV cache passed to a call, if any."""
-        return self.by_name(arguments, keywords).get("past_key_values")
+    def makes_kv_cache(self, arguments: Arguments, keywords: Keywords) -> bool:
+        """Whether a call without a KV cache makes one, as the first of ``generate`` does."""
+        return bool(keywords.get("use_cache") or keywords.get("use_past_kv_cache"))
+
+    def made_kv_cache(self, output: Any) -> Any:
+        """The KV cache that the last call has made: ``generate`` finds it on the bridge, other callers get it with the logits."""
+        pair = isinstance(output, tuple) and len(output) == 2
+        return output[1] if pair else getattr(self.model, "_last_hf_cache", None)
+
+    def empty_kv_cache(self, like: Any) -> Any:
+        """A KV cache without tokens."""
+        if like is not None:
+            return super().empty_kv_cache(like)
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.original_model.config)
+
+    def kv_cache_length(self, cache: Any) -> int:
+        """Tokens in a KV cache."""
+        return int(cache.get_seq_length())
 
     # -- taps ----------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from functools import cached_property
 from typing import Any
@@ -19,6 +20,8 @@ class Calls:
     model: Any
     return_types = True
     """Whether the model's ``forward`` takes ``return_type``."""
+    kv_cache_argument: str | None = None
+    """The argument of ``forward`` that is a KV cache (None: there is none)."""
 
     @cached_property
     def _parameters(self) -> list[str]:
@@ -42,11 +45,24 @@ class Calls:
         """Runs the model's ``forward`` on the same arguments with another ``return_type``."""
         if not self.return_types:
             return self.model.forward(*arguments, **keywords)
-        at = self._parameters.index("return_type") if "return_type" in self._parameters else None
-        if at is not None and len(arguments) > at:
-            arguments = (*arguments[:at], return_type, *arguments[at + 1 :])
-            return self.model.forward(*arguments, **{k: v for k, v in keywords.items() if k != "return_type"})
-        return self.model.forward(*arguments, **{**keywords, "return_type": return_type})
+        arguments, keywords = self.with_argument(arguments, keywords, "return_type", return_type)
+        return self.model.forward(*arguments, **keywords)
+
+    def with_argument(
+        self, arguments: Arguments, keywords: Keywords, name: str, value: Any
+    ) -> tuple[Arguments, Keywords]:
+        """The arguments of a call with another value for one of them.
+
+        Args:
+            arguments: of the call.
+            keywords: of the call.
+            name: of the argument.
+            value: that it gets.
+        """
+        at = self._parameters.index(name) if name in self._parameters else len(arguments)
+        if at < len(arguments):
+            return (*arguments[:at], value, *arguments[at + 1 :]), {k: v for k, v in keywords.items() if k != name}
+        return arguments, {**keywords, name: value}
 
     def run(self, tokens: Tensor, token_mask: Bool[Tensor, "batch pos"] | None) -> Tensor:
         """Logits of the model on tokens; ``token_mask`` is False at padding."""
@@ -62,6 +78,37 @@ class Calls:
         """Whether the call that has just ended went through every block."""
         return self.truncation(arguments, keywords) is None
 
+    # -- KV caches -------------------------------------------------------------------------------------------------
+
     def kv_cache(self, arguments: Arguments, keywords: Keywords) -> Any:
         """The KV cache passed to a call, if any."""
+        return self.by_name(arguments, keywords).get(self.kv_cache_argument or "")
+
+    def with_kv_cache(self, arguments: Arguments, keywords: Keywords, cache: Any) -> tuple[Arguments, Keywords]:
+        """The arguments of a call with another KV cache."""
+        assert self.kv_cache_argument is not None
+        return self.with_argument(arguments, keywords, self.kv_cache_argument, cache)
+
+    def makes_kv_cache(self, arguments: Arguments, keywords: Keywords) -> bool:
+        """Whether a call without a KV cache makes one."""
+        return False
+
+    def made_kv_cache(self, output: Any) -> Any:
+        """The KV cache that the last call has made, from its output (None: it is unknown)."""
         return None
+
+    def empty_kv_cache(self, like: Any) -> Any:
+        """A KV cache without tokens.
+
+        Args:
+            like: an empty one for the same rows (None: the call makes it).
+        """
+        return copy.deepcopy(like)
+
+    def kv_cache_length(self, cache: Any) -> int:
+        """Tokens in a KV cache."""
+        raise NotImplementedError
+
+    def kv_cache_frozen(self, cache: Any) -> bool:
+        """Whether calls leave a KV cache as it is."""
+        return False

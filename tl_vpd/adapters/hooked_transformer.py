@@ -52,6 +52,8 @@ from tl_vpd.site import Site
 class HookedTransformerAdapter(Adapter):
     """A HookedTransformer as sites, weights and taps."""
 
+    kv_cache_argument = "past_kv_cache"
+
     def check(self) -> None:
         """Raises Unsupported if a flag of the model is on that cannot be decomposed."""
         cfg = self.model.cfg
@@ -176,9 +178,13 @@ class HookedTransformerAdapter(Adapter):
             return "start_at_layer"
         return "stop_at_layer" if named.get("stop_at_layer") is not None else None
 
-    def kv_cache(self, arguments: Arguments, keywords: Keywords) -> Any:
-        """The KV cache passed to a call, if any."""
-        return self.by_name(arguments, keywords).get("past_kv_cache")
+    def kv_cache_length(self, cache: Any) -> int:
+        """Tokens in a KV cache."""
+        return int(cache[0].past_keys.shape[1])
+
+    def kv_cache_frozen(self, cache: Any) -> bool:
+        """Whether calls leave a KV cache as it is."""
+        return bool(cache.frozen)
 
     # -- taps ----------------------------------------------------------------------------------------------------
 

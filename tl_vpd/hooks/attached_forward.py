@@ -25,7 +25,9 @@ from tl_vpd.forward.turns import in_backward, turn, turns_of
 from tl_vpd.hooks.internal_passes import Call, HookPoints, InternalPasses
 from tl_vpd.hooks.mask_spec import MaskSpec, mask_from_function
 from tl_vpd.hooks.mode_masks import masks_of_call
+from tl_vpd.hooks.prefixes import CleanPrefix, CleanPrefixes
 from tl_vpd.hooks.site_hooks import hooked_output, sparse_hooks, sparse_output
+from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.masking.modes import masks_of_mode
 from tl_vpd.site import ConcatenatedAxis
@@ -58,6 +60,7 @@ class AttachedForward(InternalPasses, OnModel):
         self.contexts: list[tuple[threading.Thread, MaskSpec | None]] = []
         self.owner: object = None
         self.on = True
+        self.prefixes = CleanPrefixes(adapter)
         self._processed = adapter.processed
         self._changed: set[str] | None = None
 
@@ -84,7 +87,7 @@ class AttachedForward(InternalPasses, OnModel):
             run = SitePass(partial(self._output, call), collect=self._before(call))
             with self.taps.during(run):
                 output = self.plain(*arguments, **keywords)
-            self._after(call, run)
+            self._after(call, run, output)
             return output
 
     def refuse_other_threads(self) -> None:
@@ -150,11 +153,10 @@ class AttachedForward(InternalPasses, OnModel):
         purpose = f"The mode {spec.mode!r}" if spec is not None and masked else "hook_ci"
         if (argument := self.adapter.truncation(call.arguments, call.keywords)) is not None:
             raise ValueError(_truncated(purpose, argument))
-        if self.adapter.kv_cache(call.arguments, call.keywords) is not None:
-            raise ValueError(
-                f"{purpose} needs the whole prefix at every step, which a KV cache leaves out: generate with "
-                "use_past_kv_cache=False."
-            )
+        needs_gamma = spec is None or spec.node_set is None or self.wants_importances()
+        call.prefix = self._prefix(call, purpose, needs_gamma=needs_gamma)
+        if call.prefix is not None:
+            call.prefix.follow(masked=spec is not None)
         if spec is None:
             return True
         if masked:
@@ -163,13 +165,32 @@ class AttachedForward(InternalPasses, OnModel):
             self.importances(call, self.clean(call)[1])
         return False
 
-    def _after(self, call: Call, run: SitePass) -> None:
+    def _prefix(self, call: Call, purpose: str, *, needs_gamma: bool) -> CleanPrefix | None:
+        """The clean run of what is in the call's KV cache; None where the call has no cache."""
+        cache = self.adapter.kv_cache(call.arguments, call.keywords)
+        if cache is None and not self.adapter.makes_kv_cache(call.arguments, call.keywords):
+            return None
+        assert isinstance(self.weights.weights, DecomposedWeights)
+        if not (needs_gamma and self.weights.weights.gamma_config.reads_the_future):
+            return self.prefixes.of(cache)
+        if cache is None:
+            return None
+        raise ValueError(
+            f"{purpose} needs the whole prefix at every step, since this decomposition's Γ is bidirectional, and a KV cache "
+            "leaves it out: generate with use_past_kv_cache=False, or train one with GammaConfig(causal=True)."
+        )
+
+    def _after(self, call: Call, run: SitePass, output: Any) -> None:
         if self.adapter.completed(call.arguments, call.keywords):
             self.taps.check_each_once(run)
         elif run.collect:
             raise ValueError(_truncated("hook_ci", "stop_at_layer"))
         if run.collect:
+            self.extend_prefix(call, run)
             self.importances(call, run)
+        makes = call.prefix is not None and self.adapter.kv_cache(call.arguments, call.keywords) is None
+        if makes and (made := self.adapter.made_kv_cache(output)) is not None:
+            self.prefixes.keep(made, call.prefix)  # type: ignore[arg-type]
 
     def _check_weights(self) -> None:
         """Raises if the weights that were processed after attaching are no longer the decomposed ones."""

@@ -6,6 +6,7 @@ attention mask) travels with the call.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tl_vpd.adapters import Adapter
 from tl_vpd.adapters.versions import HookPoint
 from tl_vpd.forward import CastWeights, SitePass, SiteTaps
 from tl_vpd.forward.quiet import users_hooks_aside
+from tl_vpd.hooks.prefixes import CleanPrefix
 from tl_vpd.hooks.site_hooks import listening
 from tl_vpd.masking import Masks
 
@@ -37,6 +39,7 @@ class Call:
         attention_mask: as the layers get it, noted in the pass.
         masks: those of a mode that needs a clean pass.
         padding: the token mask, once it is known, in a tuple.
+        prefix: of the KV cache that the call uses, where importances are needed (None: there is no cache).
     """
 
     arguments: tuple[Any, ...]
@@ -45,6 +48,7 @@ class Call:
     attention_mask: Tensor | None = None
     masks: Masks | None = None
     padding: tuple[Tensor | None] | None = None
+    prefix: CleanPrefix | None = None
 
 
 class InternalPasses:
@@ -99,15 +103,32 @@ class InternalPasses:
 
     def clean(self, call: Call, return_type: str | None = None) -> tuple[Any, SitePass]:
         """A clean pass on a call's arguments: its output, and its pass with every site's input."""
-        run = SitePass(collect=True)
+        run, arguments, keywords = SitePass(collect=True), call.arguments, call.keywords
+        if call.prefix is not None:
+            if call.prefix.cache is None:
+                call.prefix.cache = copy.deepcopy(self.adapter.kv_cache(arguments, keywords))
+            arguments, keywords = self.adapter.with_kv_cache(arguments, keywords, call.prefix.cache)
         with self.internal(run), torch.no_grad():
-            output = self.adapter.call(call.arguments, call.keywords, return_type)
+            output = self.adapter.call(arguments, keywords, return_type)
         self.taps.check_each_once(run)
+        self.extend_prefix(call, run)
         return output, run
+
+    def extend_prefix(self, call: Call, run: SitePass) -> None:
+        """Notes the tokens of a clean pass as those of the call's KV cache, if it uses one."""
+        if call.prefix is not None:
+            batch, n = next(iter(run.inputs.values())).shape[:2]
+            token_mask = self.token_mask(call)  # where a call starts from embeddings, of the whole prefix
+            call.padding = (None if token_mask is None else token_mask[:, -n:],)
+            call.prefix.extend(batch, n, call.padding[0])
 
     def importances(self, call: Call, run: SitePass) -> Float[Tensor, "batch *pos C_total"]:
         """Γ on the inputs of a clean pass, sent through the users' hooks on ``hook_ci``."""
-        g = self.weights.importances(run.inputs, self.token_mask(call))
+        if call.prefix is None:
+            g = self.weights.importances(run.inputs, self.token_mask(call))
+        else:
+            g = self.weights.importances(run.inputs, call.prefix.token_mask, call.prefix.gamma)
+            call.prefix.check_gamma()
         listeners = {name: self.listening(name, "ci") for name in self.weights.sites}
         if not any(listeners.values()):
             return g

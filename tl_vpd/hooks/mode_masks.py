@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import torch
@@ -58,10 +59,18 @@ def masks_of_call(passes: InternalPasses, spec: MaskSpec, call: Call) -> Masks:
         distance = Reconstruction(savable(output), "kl" if passes.adapter.return_types else "mse", token_mask)
         call.padding = (token_mask,)
 
+        cache = passes.adapter.kv_cache(arguments, keywords)
+
         def loss(masks: Masks) -> Tensor:
             run = SitePass(partial(_masked, passes, limited(masks)))
+            # Each pass goes on from the user's KV cache and must leave it as it is.
+            again = (
+                (arguments, keywords)
+                if cache is None
+                else passes.adapter.with_kv_cache(arguments, keywords, copy.deepcopy(cache))
+            )
             with passes.internal(run):
-                return distance(passes.adapter.call(arguments, keywords, "logits"))
+                return distance(passes.adapter.call(*again, "logits"))
 
         attack = {"steps": spec.options.steps, "step_size": spec.options.step_size, "generator": spec.generator}
         masks = attacked_masks(savable(g.detach()), site_axis, loss, **attack)  # type: ignore[arg-type]

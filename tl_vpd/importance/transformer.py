@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,9 @@ class GammaCache:
     """
 
     blocks: dict[nn.Module, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: Any) -> GammaCache:
+        return GammaCache(dict(self.blocks))  # tensors are never changed in place, and blocks are Γ's
 
     @property
     def length(self) -> int:

@@ -9,8 +9,8 @@ reconstruction loss, so that at most
 
 of them pay for themselves (a: the reference count, or the batch's tokens; ``tl_vpd.losses.frequency_minimality``).
 
-A run *collapses* when its important subcomponents explain nothing: the model under rounded masks (those of importance 0 ablated) is
-as far from the target as with all sites ablated. No training loss shows it, since stochastic masks keep half of everything.
+A run *collapses* when its important subcomponents explain nothing: the model under rounded masks (those of importance 0 ablated)
+is as far from the target as with all sites ablated. No training loss shows it, since stochastic masks keep half of everything.
 """
 
 from __future__ import annotations

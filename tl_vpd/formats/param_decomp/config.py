@@ -143,6 +143,7 @@ class _Reader:
         base = float(settings.get("ci_rope_base", ROPE_BASE))
         gamma = self.sized(
             kind="shared_transformer",
+            causal=False,
             d_ci=settings["ci_d_model"],
             n_blocks=settings["ci_n_blocks"],
             n_heads=settings["ci_n_heads"],
@@ -180,6 +181,7 @@ class _Reader:
             raise ValueError(f"{self.source}: mlp_hidden_dim of Γ is {d_mlp}, and one hidden layer is what is read.")
         return self.sized(
             kind="shared_transformer",
+            causal=False,
             d_ci=size["d_model"],
             n_blocks=size["n_blocks"],
             n_heads=attention["n_heads"],

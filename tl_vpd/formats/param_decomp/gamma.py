@@ -109,6 +109,10 @@ def their_gamma(decomposition: DecomposedWeights) -> dict[str, Tensor]:
             f"Γ is of kind {config.kind!r}, which the authors' format does not have: it has 'shared_transformer' and "
             "'per_subcomponent_mlps'."
         )
+    if config.causal:
+        raise ValueError(
+            "Γ is causal, which the authors' format does not say: a reader would run it as a bidirectional one."
+        )
     d_in = {modules[s.name]: s.d_in for s in decomposition.sites.values()}
     counts = {modules[name]: C for name, C in decomposition.counts.items()}
     reads, writes = (order_index(widths, list(modules.values())).argsort() for widths in (d_in, counts))
