@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tiny import options_of
+from tests.tiny import GAMMA, decomposition_of, options_of
 from tl_vpd.masking.modes import NEED_IMPORTANCES
 
 
@@ -45,9 +45,14 @@ def test_ablations_everywhere_work_with_a_kv_cache(model, vpd, tokens):
         assert torch.equal(generate(model, tokens), greedy(model, tokens))
 
 
+@pytest.fixture
+def bidirectional(model):
+    return decomposition_of(model, gamma=GAMMA | {"causal": False}).to(torch.float64)
+
+
 @pytest.mark.parametrize("mode", NEED_IMPORTANCES)
-def test_modes_that_need_importances_refuse_a_kv_cache_and_recompute_without(model, vpd, tokens, mode):
-    with torch.no_grad(), vpd.attach(model) as attached:
+def test_with_a_bidirectional_gamma_importances_need_the_whole_prefix(model, bidirectional, tokens, mode):
+    with torch.no_grad(), bidirectional.attach(model) as attached:
         message = f"The mode '{mode}' needs the whole prefix.*use_past_kv_cache=False"
         with pytest.raises(ValueError, match=message), attached.masked(mode, **options_of(mode, steps=1, seed=0)):
             generate(model, tokens)
@@ -57,10 +62,10 @@ def test_modes_that_need_importances_refuse_a_kv_cache_and_recompute_without(mod
             assert torch.equal(generate(model, tokens, use_past_kv_cache=False), expected)
 
 
-def test_importances_listened_to_refuse_a_kv_cache(model, vpd, tokens):
+def test_with_a_bidirectional_gamma_listening_to_importances_does_too(model, bidirectional, tokens):
     recorded = []
     with (
-        vpd.attach(model),
+        bidirectional.attach(model),
         model.hooks(fwd_hooks=[("blocks.0.hook_q_ci", lambda g, hook: recorded.append(g.shape[1]))]),
     ):
         with pytest.raises(ValueError, match="hook_ci needs the whole prefix"):

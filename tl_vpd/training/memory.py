@@ -1,4 +1,4 @@
-"""Freed memory that stays with the process.
+"""The process's memory: how much it has taken, and freed memory that stays with it.
 
 A step frees tensors and allocates others of the same sizes. glibc's allocator returns large ones to the system each time, and the
 system supplies them again page by page, filled with zeros. ``keep_freed_memory`` tells the allocator to keep them. It acts
@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import sys
 
+import torch
+
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # mallopt(3)
 
 
@@ -19,3 +21,15 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return all([mallopt(_MMAP_THRESHOLD, 32 << 20), mallopt(_TRIM_THRESHOLD, 2**31 - 1), mallopt(_TOP_PAD, 64 << 20)])
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that have been in use at once, on a GPU or by the process (0: the system does not say)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

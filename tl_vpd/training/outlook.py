@@ -19,19 +19,17 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from tl_vpd.forward.blocked import BlockedMasks
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.importance import DecomposedWeights
-from tl_vpd.importance.squash import lower_leaky
 from tl_vpd.losses import Reconstruction
-from tl_vpd.masking.masks import constant_masks
-from tl_vpd.masking.modes import masks_of_mode
 from tl_vpd.training.config import VPDConfig
 
-ROWS = 8
-"""Rows that yardstick and checks are measured on."""
+ROWS, TOKENS = 8, 1024
+"""Rows that yardstick and checks are measured on, and the tokens that these have at most."""
 CHECKS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 """Fractions of a run at which it is checked."""
 NOTHING = 0.8
@@ -81,7 +79,7 @@ class Outlook:
     Args:
         masked_model: entered, of the decomposition and its target.
         config: of the run.
-        tokens: of the first batch; ``ROWS`` rows are used.
+        tokens: a few rows (``rows_measured``).
         token_mask: False at padding (None: no padding).
     """
 
@@ -89,19 +87,17 @@ class Outlook:
         self,
         masked_model: MaskedModel,
         config: VPDConfig,
-        tokens: Float[Tensor, "batch ..."] | Tensor,
+        tokens: Shaped[Tensor, "batch ..."],
         token_mask: Bool[Tensor, "batch pos"] | None = None,
     ) -> None:
         weights = masked_model.weights.weights
         assert isinstance(weights, DecomposedWeights)
         self.masked_model, self.weights, self.config = masked_model, weights, config
-        self.tokens = tokens[:ROWS]
-        self.token_mask = None if token_mask is None else token_mask[:ROWS]
+        self.tokens, self.token_mask = tokens, token_mask
         with torch.no_grad():
             self.target, inputs = masked_model.clean(self.tokens, self.token_mask)
             first = next(iter(inputs.values()))
-            nothing = first.new_zeros(*first.shape[:-1], weights.site_axis.total)
-            self.yardstick = self._distance(constant_masks(nothing, 0.0, weights.site_axis))
+            self.yardstick = self._distance(first.new_zeros(*first.shape[:-1], weights.site_axis.total))
 
     @property
     def unit(self) -> str:
@@ -119,15 +115,27 @@ class Outlook:
     def check(self, progress: float) -> Check:
         """A look at the decomposition as it is now."""
         inputs = self.masked_model.clean(self.tokens, self.token_mask)[1]
-        g = lower_leaky(self.weights.pre_sigmoid(inputs, self.token_mask))
-        masks = masks_of_mode("rounded", g.to(next(iter(inputs.values())).dtype), self.weights.site_axis)
-        important = (g > 0).sum(-1).float()
+        z = self.weights.pre_sigmoid(inputs, self.token_mask)
+        important = (z > 0).sum(-1).float()
         l0 = important.mean() if self.token_mask is None else important[self.token_mask].mean()
-        return Check(self._distance(masks), float(l0), self.weights.site_axis.total, self.yardstick, progress)
+        return Check(self._distance((z > 0).to(z.dtype)), float(l0), z.shape[-1], self.yardstick, progress)
 
-    def _distance(self, masks: object) -> float:
-        output = self.masked_model.masked(self.tokens, masks, self.token_mask)  # type: ignore[arg-type]
+    def _distance(self, masks: Float[Tensor, "batch *pos C_total"]) -> float:
+        """From the target's output to the model's under masks, with Δs ablated."""
+        axis = self.weights.site_axis
+        # As importances with sources of 0, which go through the sites' modules, where sharded matrices are gathered.
+        rows = torch.zeros(masks[..., 0].numel(), dtype=torch.long, device=masks.device)
+        sources = masks.new_zeros(1, axis.total + len(axis.names))
+        output = self.masked_model.masked(
+            self.tokens, BlockedMasks(masks, sources, axis, None, source_rows=rows), self.token_mask
+        )
         return float(Reconstruction(self.target, self.config.output, self.token_mask)(output))
+
+
+def rows_measured(rows: Shaped[Tensor, "batch ..."]) -> int:
+    """How many of these rows yardstick and checks are measured on."""
+    pos = rows.shape[1] if rows.ndim > 1 and not (rows.ndim == 2 and rows.is_floating_point()) else 1
+    return max(1, min(ROWS, TOKENS // pos))
 
 
 def due(done: int, steps: int) -> bool:

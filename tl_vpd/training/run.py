@@ -11,10 +11,9 @@ rows of the batch (``tl_vpd.training.distributed.processes``); the first writes 
 from __future__ import annotations
 
 import logging
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.checks import config_of, flag, integer
@@ -34,10 +32,13 @@ from tl_vpd.training.data import ProcessBatches, batches_of, is_dataset, token_c
 from tl_vpd.training.distributed.processes import World, world
 from tl_vpd.training.distributed.sharding import shard, unshard
 from tl_vpd.training.interrupts import interruptible
+from tl_vpd.training.loop import Loop
 from tl_vpd.training.new_decomposition import new_decomposition
+from tl_vpd.training.outlook import rows_measured
 from tl_vpd.training.run_files import RunFiles, plain_data
-from tl_vpd.training.state import StoredRun, load_state
-from tl_vpd.training.trainer import StepMetrics, Trainer
+from tl_vpd.training.run_report import RunReport
+from tl_vpd.training.state import StoredRun
+from tl_vpd.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def decompose(
         resume: continue from the newest state in ``saving.folder`` (there must be one), or from the state at this path there;
             states of later steps are removed then.
         context: length of the rows that a dataset of text is cut into (None: the model's context).
-        progress: show a bar.
+        progress: show a bar, and what to expect of the run before it (``tl_vpd.training.run_report``).
 
     Raises:
         ValueError, KeyError, TypeError: tokens, sites, C or the model do not fit; nothing has been written then.
@@ -114,11 +115,12 @@ def decompose(
             ):
                 shape = (config.batch_size, batches.context)
                 trainer = Trainer(masked_model, config, shape, execution=execution, world=processes)
-                loop = _Loop(trainer, batches, files, saving.log_every, interrupted, run.data or {})
+                report = RunReport(trainer, *_first_rows(adapter, batches), show=progress and processes.first)
+                loop = Loop(trainer, batches, files, report, saving.log_every, interrupted, run.data or {})
                 loop.start(state, run.history)
-                loop.train(progress=progress and processes.first)
+                loop.train()
             history, finished = loop.history, trainer.done >= config.steps
-            del trainer, loop  # and with them AdamW's moments, before parameters are gathered
+            del trainer, report, loop  # and with them AdamW's moments, before parameters are gathered
             unshard(decomposition)
             if finished and not all(bool(p.isfinite().all()) for p in decomposition.parameters()):
                 raise FloatingPointError("The last update gave values that are not finite; no result was written.")
@@ -166,73 +168,8 @@ def _batches(adapter: Adapter, data: Any, config: VPDConfig, context: int | None
     return batches
 
 
-@dataclass(frozen=True)
-class _Loop:
-    """A run's steps, with metrics, states and interrupts."""
-
-    trainer: Trainer
-    batches: ProcessBatches
-    files: RunFiles | None
-    log_every: int
-    interrupted: threading.Event
-    data: Mapping[str, Any]
-    history: list[StepMetrics] = field(default_factory=list)
-
-    def start(self, state: Path | None, history: Sequence[StepMetrics]) -> None:
-        """Restores a state, or warms up; then writes the first files."""
-        if state is not None:
-            load_state(self.trainer, state)
-            # Of an older version, the history is what was logged, and may be ahead of the state.
-            self.history.extend(metrics for metrics in history if metrics.step < self.trainer.done)
-            log.info("resumed at step %d", self.trainer.done)
-        else:
-            self.trainer.warm_up()
-        if self.files is not None:
-            self.files.start(self.trainer, self._run())
-
-    def train(self, *, progress: bool) -> None:
-        """Goes on to the last step, or until an interrupt."""
-        trainer, adapter = self.trainer, self.trainer.masked_model.adapter
-        steps = trainer.config.steps
-        with tqdm(total=steps, initial=trainer.done, disable=not progress, desc="decomposing", unit="step") as bar:
-            while trainer.done < steps and not self._stopped():
-                tokens = adapter.tokens(self.batches.at(trainer.done))
-                metrics = trainer.step(tokens, adapter.padding(tokens, None))
-                bar.update()
-                if metrics.step % self.log_every == 0 or trainer.done == steps:
-                    self.history.append(metrics)
-                    bar.set_postfix(
-                        kl_stoch=f"{metrics.stochastic:.3f}",
-                        kl_adv=f"{metrics.adversarial:.3f}",
-                        l0=f"{metrics.l0:.1f}",
-                    )
-                    if self.files is not None:
-                        self.files.log(trainer, metrics)
-                if self._due():
-                    self._save()
-        if not self._due():
-            self._save()
-        if self.interrupted.is_set():
-            folder = None if self.files is None else str(self.files.folder)
-            saved = "" if folder is None else f" and saved; resume with resume=True and folder={folder!r}"
-            log.warning("Interrupted: stopped after step %d of %d%s.", trainer.done, steps, saved)
-
-    def _due(self) -> bool:
-        return self.files is not None and self.trainer.done % self.files.saving.save_every == 0
-
-    def _save(self) -> None:
-        if self.files is not None:
-            self.files.save(self.trainer, self._run())
-
-    def _run(self) -> StoredRun:
-        return StoredRun(self.data, self.history)
-
-    def _stopped(self) -> bool:
-        """Whether any process was interrupted: all of them stop after the same step."""
-        if self.trainer.world.size == 1:
-            return self.interrupted.is_set()
-        count = torch.tensor(float(self.interrupted.is_set()), device=self.trainer.decomposition.device)
-        stop = bool(self.trainer.world.add(count) > 0)
-        if stop:
-            self.interrupted.set()
-        return stop
+def _first_rows(adapter: Adapter, batches: ProcessBatches) -> tuple[Tensor, Tensor | None]:
+    """A few rows to measure on, and which of their tokens are real."""
+    rows = batches.sample()
+    tokens = adapter.tokens(rows[: rows_measured(rows)])
+    return tokens, adapter.padding(tokens, None)

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from tl_vpd.checks import choice
 from tl_vpd.forward.masked_model import MaskedModel
@@ -125,11 +126,16 @@ class Trainer:
         self.minimality = Minimality(config, site_axis.total, first)
         self.done = 0
 
-    def warm_up(self) -> float:
-        """Faithfulness alone, on V and U, with a separate AdamW; returns the last loss."""
+    def warm_up(self, *, progress: bool = False) -> float:
+        """Faithfulness alone, on V and U, with a separate AdamW; returns the last loss.
+
+        Args:
+            progress: show a bar.
+        """
         faithfulness = self.config.faithfulness
         optimizer = torch.optim.AdamW(self.matrices, lr=faithfulness.warm_up_lr, weight_decay=0.0, fused=True)
-        for _ in range(faithfulness.warm_up_steps):
+        steps = min(faithfulness.warm_up_steps, self.config.steps)
+        for _ in tqdm(range(steps), disable=not progress, desc="faithfulness warm-up", unit="step", leave=False):
             optimizer.zero_grad(set_to_none=True)
             self._faithfulness(1 / self.world.size)
             self._add_gradients(self.matrices)

@@ -1,0 +1,145 @@
+"""What a run says: what to expect before it, a bar while it goes on, whether it is working, and how it ended.
+
+Reconstruction losses are shown as a share of the yardstick, what ablating the chosen sites costs (``tl_vpd.training.outlook``).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Bool
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_vpd.training.memory import peak_memory
+from tl_vpd.training.outlook import Outlook, due, duration
+from tl_vpd.training.trainer import StepMetrics, Trainer
+
+log = logging.getLogger(__name__)
+TIMED = 6
+"""Steps after which the time of a step is told: compilation and caches have been filled."""
+
+
+class RunReport:
+    """What a run says. A context manager: the bar is there while it is entered.
+
+    Args:
+        trainer: of the run, before its first step.
+        tokens: rows that yardstick and checks are measured on.
+        token_mask: False at padding (None: no padding).
+        show: whether lines and bar are shown (otherwise lines are logged).
+    """
+
+    def __init__(
+        self, trainer: Trainer, tokens: Tensor, token_mask: Bool[Tensor, "batch pos"] | None, *, show: bool
+    ) -> None:
+        self.trainer, self.show = trainer, show
+        self.outlook = Outlook(trainer.masked_model, trainer.config, tokens, token_mask)
+        self._bar: Any = None
+        self._times: list[float] = []
+        self._last: StepMetrics | None = None
+        self._warned: set[str] = set()
+
+    def __enter__(self) -> RunReport:
+        self._say(*self.first_lines())
+        config, done = self.trainer.config, self.trainer.done
+        self._bar = tqdm(
+            total=config.steps, initial=done, disable=not self.show, desc="decomposing", unit="step", dynamic_ncols=True
+        )
+        self._times.append(time.perf_counter())
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bar.close()
+
+    def first_lines(self) -> list[str]:
+        """What will be done, and what to expect of it."""
+        trainer, outlook = self.trainer, self.outlook
+        config, axis = trainer.config, trainer.decomposition.site_axis
+        tokens = config.batch_size * trainer.pos
+        lines = [
+            f"{'Resuming after step' if trainer.done else 'Decomposing'} "
+            + (f"{trainer.done:,} of {config.steps:,}: " if trainer.done else "")
+            + f"{len(axis.names)} sites into {axis.total:,} subcomponents, {config.steps:,} steps of {tokens:,} tokens.",
+            f"Ablating these sites costs {outlook.yardstick:.3g} {outlook.unit} per token: the yardstick of all losses below.",
+        ]
+        affordable = outlook.affordable(tokens)
+        if affordable < axis.total:
+            lines.append(
+                f"At these coefficients at most {affordable:,.0f} always-on subcomponents can pay for themselves."
+            )
+        return lines
+
+    def step(self, metrics: StepMetrics, *, logged: bool) -> None:
+        """Notes a step.
+
+        Args:
+            metrics: of the step.
+            logged: whether the bar shows its numbers.
+        """
+        trainer, steps = self.trainer, self.trainer.config.steps
+        self._last = metrics
+        self._bar.update()
+        if len(self._times) <= TIMED:
+            self._times.append(time.perf_counter())
+            if len(self._times) == TIMED + 1 and trainer.done < steps:
+                self._say(self.time_line())
+        if logged:
+            self._bar.set_postfix(self.shares(metrics) | {"l0": f"{metrics.l0:.1f}"})
+        if due(trainer.done, steps):
+            check = self.outlook.check(trainer.done / steps)
+            warning = check.warning(trainer.config)
+            if warning is not None and trainer.world.first and warning.split("(")[0] not in self._warned:
+                self._warned.add(warning.split("(")[0])
+                log.warning("Step %d of %d: %s", trainer.done, steps, warning)
+
+    def shares(self, metrics: StepMetrics) -> dict[str, str]:
+        """The reconstruction losses as shares of the yardstick."""
+        c, yardstick = self.trainer.config.coefficients, self.outlook.yardstick
+        names = [name for name in ("stochastic", "adversarial") if getattr(c, name)]
+        return {name: f"{getattr(metrics, name) / yardstick:.0%}" if yardstick else "–" for name in names}
+
+    def time_line(self) -> str:
+        """How long a step takes here, and when the run will end."""
+        steps = sorted(b - a for a, b in zip(self._times[2:], self._times[3:], strict=False))
+        seconds = steps[len(steps) // 2]
+        left = seconds * (self.trainer.config.steps - self.trainer.done)
+        end = datetime.now() + timedelta(seconds=left)
+        day = (
+            "" if end.date() == datetime.now().date() else f" on {end:%A}" if left < 6 * 86_400 else f" on {end:%d %B}"
+        )
+        memory = peak_memory(self.trainer.decomposition.device)
+        return (
+            f"{seconds:.2g} s per step on this machine: done at about {end:%H:%M}{day}, in {duration(left)}; "
+            f"{memory / 1e9:.1f} GB of memory so far."
+        )
+
+    def end(self, *, interrupted: bool, folder: Path | None) -> None:
+        """Says how the run ended.
+
+        Args:
+            interrupted: whether it was stopped.
+            folder: of the run (None: nothing was written).
+        """
+        done, steps = self.trainer.done, self.trainer.config.steps
+        where = ""
+        if self._last is not None:
+            shares = " and ".join(f"{name} {share}" for name, share in self.shares(self._last).items())
+            total = self.trainer.decomposition.site_axis.total
+            where = f": {shares} of the yardstick, L0 {self._last.l0:.1f} of {total:,}" if shares else ""
+        if interrupted and done < steps:
+            saved = "" if folder is None else f" Saved; resume with resume=True and folder={str(folder)!r}."
+            log.warning("Interrupted: stopped after step %d of %d%s.%s", done, steps, where, saved)
+        else:
+            self._say(f"Finished {steps:,} steps{where}.")
+
+    def _say(self, *lines: str) -> None:
+        for line in lines:
+            if self.show:
+                tqdm.write(line)
+            else:
+                log.info(line)
