@@ -217,5 +217,11 @@ def test_stored_reports_load_with_their_names_of_today(tmp_path: Path):
     assert report.to_pandas("hidden").loc[0, "error"] == 0.5
     assert report.record["left_out"] == {"future_leakage": "some rows are padded", "consistency": "there is one"}
     shipped = bundled.evaluation()
-    assert {check.check for check in evaluation_checks(shipped)} == {"dense", "delta", "adversary", "controls"}
+    assert {check.check for check in evaluation_checks(shipped)} == {
+        "explained",
+        "dense",
+        "delta",
+        "adversary",
+        "controls",
+    }
     assert shipped.warnings == []

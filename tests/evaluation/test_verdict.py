@@ -45,7 +45,7 @@ def faults(found: Evaluation) -> set[str]:
 def test_the_right_decomposition_passes_every_check(right: Evaluation):
     names = [check.check for check in checks(right)]
     assert names == [
-        "collapsed", "dense", "delta", "cancelling", "adversary", "union test", "off-distribution", "lookup", "controls"
+        "collapsed", "explained", "dense", "delta", "cancelling", "adversary", "union test", "off-distribution", "lookup", "controls"
     ]  # fmt: skip
     assert warnings_of(right) == [] == right.warnings
     record = right.record
@@ -64,6 +64,20 @@ def test_cancelling_pairs(model: Any, right: Evaluation):
     sentence = next(c.sentence for c in checks(result) if c.check == "cancelling")
     assert f"{IN}:16 and {IN}:17 cancel" in sentence
     assert "left out together but not in part" in sentence
+
+
+def test_important_subcomponents_that_explain_nothing(model: Any, right: Evaluation):
+    """One of them is important everywhere and the rest nowhere: no control is needed to see that nothing is explained."""
+
+    def one_alone(g: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(g).index_fill(-1, torch.tensor([0]), 1.0)
+
+    result = report(handmade.with_importances(model, one_alone), model)
+    assert result.record["kl"]["rounded"] > 0.8 * result.record["kl"]["zero"]
+    assert "explained" in faults(result) and "explained" not in faults(right)
+    assert "collapsed" not in faults(result)
+    sentence = next(c.sentence for c in checks(result) if c.check == "explained")
+    assert sentence.startswith("What is called important explains little of the output: ")
 
 
 def test_lookup_table(model: Any):
@@ -123,7 +137,7 @@ def test_a_verdict_needs_no_more_than_the_json(right: Evaluation, model: Any):
         assert warnings_of(json.loads(json.dumps(result.record))) == result.warnings
     # What was not measured is not judged.
     few = {k: v for k, v in right.record.items() if k not in ("tables", "importances", "controls")}
-    assert [c.check for c in checks(few)] == ["dense", "delta", "cancelling", "adversary"]
+    assert [c.check for c in checks(few)] == ["explained", "dense", "delta", "cancelling", "adversary"]
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])

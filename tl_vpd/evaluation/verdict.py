@@ -9,6 +9,7 @@ judged: its check says "Not measured".
 check             figure                                           fault
 ================  ===============================================  =================================================
 collapsed         tokens at which some importance is ≥ 0.99        below half of the tokens
+explained         KL under rounded masks                           above one half of z
 dense             L0 / alive                                       above one half
 delta             KL with all masks 1 and Δ 0                      above 5% of z
 cancelling        KL with a random half of the unimportant on      above 3 × the rounded one, or 6% of z if more
@@ -133,6 +134,19 @@ def _collapsed(record: Record) -> Check | None:
         )
     good = f"At {share:.0%} of tokens some importance is 1."
     return Check("collapsed", share, limit, share < limit, bad if share < limit else good)
+
+
+def _explained(record: Record) -> Check:
+    """The important subcomponents alone are no better than nothing."""
+    rounded, zero = _figure(record, "kl", "rounded"), _figure(record, "kl", "zero")
+    what = f"{rounded:.3g} {_unit(record)} under rounded masks, {zero:.3g} with every site ablated"
+    return _above(
+        "explained",
+        rounded / max(zero, 1e-30),
+        0.5,
+        f"What is called important explains little of the output: {what}.",
+        f"What is called important explains the output: {what}.",
+    )
 
 
 def _dense(record: Record) -> Check | None:
@@ -267,6 +281,7 @@ def _controls(record: Record) -> Check | None:
 
 _CHECKS: dict[str, Callable[[Record], Check | None]] = {
     "collapsed": _collapsed,
+    "explained": _explained,
     "dense": _dense,
     "delta": _delta,
     "cancelling": _cancelling,

@@ -158,7 +158,7 @@ class DecomposedWeights(nn.Module):
             # Sites that share one input tensor still share it, so that Γ normalises it once.
             shared = {id(inputs[name]): x for name, x in clean.items()}
             clean = {name: shared[id(inputs[name])] for name in clean}
-        return self.gamma(clean, token_mask, cache)
+        return self.gamma(clean, token_mask) if cache is None else self.gamma(clean, token_mask, cache)
 
     def importances(
         self,
