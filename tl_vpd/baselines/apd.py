@@ -31,7 +31,7 @@ from tqdm.auto import trange
 from tl_vpd.adapters import adapt
 from tl_vpd.baselines.apd_losses import attributions, batch_top_k, simplicity, unfaithfulness
 from tl_vpd.baselines.components import FullComponents, on_components, output_gradients
-from tl_vpd.checks import LARGEST_SEED, config_of
+from tl_vpd.checks import LARGEST_SEED, config_of, flag
 from tl_vpd.frozen import Frozen
 from tl_vpd.losses import squared_error
 from tl_vpd.training.data import Batches
@@ -109,8 +109,10 @@ def apd(
         FloatingPointError: a loss is not finite.
         TypeError: the config is another one.
     """
-    config = config_of(APDConfig, config)
-    if compile:
+    config, progress = config_of(APDConfig, config), flag("progress", progress)
+    if not callable(getattr(data, "at", None)):
+        raise TypeError(f"data is a {type(data).__name__}: give batches with at(step), such as those of tl_vpd.toys.")
+    if flag("compile", compile):
         raise ValueError("APD's trainer has nothing to compile: leave compile out.")
     adapter = adapt(model)
     weights = {name: adapter.weight(name) for name in adapter.sites}

@@ -22,7 +22,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tl_vpd.baselines.rank_one import RankOne, vpd
-from tl_vpd.checks import config_of
+from tl_vpd.checks import config_of, number
 from tl_vpd.importance import GammaConfig
 from tl_vpd.importance.squash import Squash
 from tl_vpd.training import Coefficients, FaithfulnessConfig, VPDConfig
@@ -45,7 +45,7 @@ class SlopedSquash(Squash):
     """A squashing that continues below 0 with a slope, where the gradient passes whatever its sign."""
 
     def __init__(self, slope: float) -> None:
-        self.slope = slope
+        self.slope = number("slope", slope, minimum=0, maximum=1)
 
     def importances(self, z: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """``clamp(z, 0, 1) + slope · min(z, 0)``, as constants."""

@@ -21,6 +21,7 @@ from torch import Tensor
 from tl_vpd.checks import integer, number
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.forward.target_check import check_decomposition
 
 COLUMNS = ["one", "other", "cosine", "norm", "norm_other", "norm_sum"]
 
@@ -47,7 +48,8 @@ def cancelling_pairs(
         TypeError: an argument is of another type.
         ValueError: a number is out of its range.
     """
-    below, smallest = number("below", below, maximum=1), number("smallest", smallest, minimum=0)
+    check_decomposition(decomposition)
+    below, smallest = number("below", below, minimum=-1, maximum=1), number("smallest", smallest, minimum=0)
     k = integer("k", k, minimum=0)
     rows = []
     for name in decomposition.sites:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_vpd.checks import seed_of
+from tl_vpd.checks import seed_of, shown
 from tl_vpd.decomposition import Decomposition
 
 MEASURES = ("V", "U", "rank_one")
@@ -69,6 +69,8 @@ def consistency(
     """
     seed = seed_of(seed)
     check_same_sites(one, other)
+    if alive is not None and (not isinstance(alive, tuple | list) or len(alive) != 2):
+        raise TypeError(f"alive={shown(alive)}: give a pair of tensors of bools by site.")
     for bounds, of in zip(alive or (), (one, other), strict=False):
         if not isinstance(bounds, Mapping):
             raise TypeError(f"alive has a {type(bounds).__name__}: give a pair of tensors of bools by site.")

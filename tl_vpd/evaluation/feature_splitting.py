@@ -19,7 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.checks import config_of, number, sequence, shown
+from tl_vpd.checks import config_of, flag, number, sequence, shown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.importance_statistics import ALIVE
 from tl_vpd.evaluation.modes import masks_in_row
@@ -130,7 +130,7 @@ def decompose_at_sizes(
     factors = [number(f"factors[{i}]", factor, above=0) for i, factor in enumerate(sequence("factors", factors))]
     sites = adapt(model).sites
     counts = counts_for(config, {name: sites[name] for name in select(config.sites, list(sites))})
-    saving = saving or SavingConfig()
+    saving, progress = config_of(SavingConfig, saving), flag("progress", progress)
     decompositions: dict[int | float, Decomposition] = {}
     for factor in factors:
         scaled = config.model_copy(update={"C": {name: max(1, round(factor * n)) for name, n in counts.items()}})

@@ -14,7 +14,7 @@ from typing import Any
 
 import pandas as pd
 
-from tl_vpd.checks import path_of
+from tl_vpd.checks import path_of, shown
 from tl_vpd.evaluation.modes import ROWS
 from tl_vpd.evaluation.record import defined
 from tl_vpd.evaluation.stored import read_record, write_record
@@ -116,11 +116,11 @@ class Evaluation:
             KeyError: the report has no such table; the message says which it has, or why it was left out.
         """
         tables = self.record.get("tables", {})
-        if table not in tables:
-            why = self.record.get("left_out", {}).get(table)
+        if not isinstance(table, str) or table not in tables:
+            why = self.record.get("left_out", {}).get(table) if isinstance(table, str) else None
             raise KeyError(
                 f"{table!r} was left out: {why}."
                 if why
-                else f"The report has no table {table!r}{nearest(table, tables)}. It has: {', '.join(tables) or 'none'}."
+                else f"The report has no table {shown(table)}{nearest(table, tables)}. It has: {', '.join(tables) or 'none'}."
             )
         return pd.DataFrame(tables[table])

@@ -24,6 +24,9 @@ from tl_vpd.evaluation.truth import Truth
 from tl_vpd.training.data import Batches
 from tl_vpd.training.schedules import cosine
 
+_LARGEST = 1 << 24
+"""Of a toy's sizes."""
+
 
 @dataclass(frozen=True)
 class TargetTraining:
@@ -56,7 +59,8 @@ class Toy(ABC):
 
     def check(self, **ranges: Any) -> None:
         """Checks a subclass's fields, as ``check_fields`` does, and that ``training`` is a ``TargetTraining``."""
-        check_fields(self, **ranges)
+        sizes = {name: (least, _LARGEST) for name, least in ranges.items() if isinstance(least, int)}
+        check_fields(self, **{**ranges, **sizes})
         instance("training", self.training, TargetTraining)
 
     @abstractmethod
@@ -89,6 +93,8 @@ class Toy(ABC):
         model.eval()
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(toy: Toy, seed: int = 0, *, steps: int | None = None, progress: bool = False) -> Any:
     """Builds and trains a toy's model; same seed, same weights.
 

@@ -215,7 +215,7 @@ def _toys(w: World) -> list[Call]:
             "toys: TargetTraining",
             training_of,
             {
-                "steps": (3, integer(0)),
+                "steps": (3, integer(1)),
                 "rows": (3, count),
                 "lr": (0.5, number(above=0)),
                 "schedule": ("constant", choice("constant", "cosine")),
