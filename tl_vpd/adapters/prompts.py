@@ -25,6 +25,7 @@ from tl_vpd.adapters.token_checks import (
     is_text,
 )
 from tl_vpd.adapters.versions import get_attention_mask
+from tl_vpd.checks import shown
 
 
 class Prompts:
@@ -63,10 +64,12 @@ class Prompts:
             ValueError: the model has no tokenizer, or the text is several tokens.
         """
         if getattr(self.model, "tokenizer", None) is None:
-            raise ValueError(f"This model has no tokenizer to read {text!r} with: give tokens as numbers.")
+            raise ValueError(f"This model has no tokenizer to read {shown(text)} with: give tokens as numbers.")
         numbers = self.model.to_tokens(text, prepend_bos=False)[0].tolist()
         if len(numbers) != 1:
-            raise ValueError(f"{text!r} is {len(numbers)} tokens to this model; one is needed: mind the leading space.")
+            raise ValueError(
+                f"{shown(text)} is {len(numbers)} tokens to this model; one is needed: mind the leading space."
+            )
         return int(numbers[0])
 
     def words(self, tokens: Int[Tensor, " pos"]) -> list[str]:

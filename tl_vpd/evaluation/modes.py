@@ -15,7 +15,7 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.checks import item, shown
+from tl_vpd.checks import item, number, shown
 from tl_vpd.evaluation.config import checked_curve
 from tl_vpd.evaluation.sample import MasksOf, Sample
 from tl_vpd.masking import Masks, constant_masks, masks_from_sources
@@ -78,6 +78,8 @@ def compute_recovered(ce: float, curve: Sequence[Sequence[int | float]]) -> floa
     if not isinstance(ce := item(ce), int | float) or isinstance(ce, bool):
         raise TypeError(f"ce={shown(ce)} is a {type(ce).__name__}: give a number of nats.")
     curve = checked_curve(curve)
+    if isinstance(ce, int):
+        ce = number("ce", ce)  # an integer may be beyond floats
     if math.isnan(ce):
         return ce
     last = curve[-1][0]

@@ -171,7 +171,7 @@ def _configs(w: World) -> list[Call]:
         "lower_is_better": (False, boolean),
         "per_position": (False, boolean),
         "reference": ("zero", choice("zero", "mean", "resample")),
-        "among": (["blocks.0.*"], lambda v: True if v is None or equal([])(v) else _texts(v)),
+        "among": (["blocks.0.*"], lambda v: True if v is None else (None if equal([], ())(v) else _texts(v))),
     }
     return [
         Call(

@@ -31,6 +31,7 @@ def calls(w: World) -> list[Call]:
 
 def _functions(w: World) -> list[Call]:
     layer = {**w.of_prompts, "layer": (0, integer(0, 1))}
+    first = {"layer": (0, lambda v: None if integer(1, 1)(v) else integer(0, 0)(v))}
     own = [site for site in w.counts if site in (Q, K)]
     of_layer = subcomponents({site: w.counts[site] for site in own}, none=True)
     address = subcomponents(w.counts, lists=False)
@@ -50,13 +51,19 @@ def _functions(w: World) -> list[Call]:
         Call(
             "attention: mean_strengths",
             attention.mean_strengths,
-            {**layer, "subcomponents": ([f"{Q}:1", f"{K}:2"], either(of_layer)), "max_offset": (3, integer(0))},
+            {
+                **layer,
+                **first,
+                "subcomponents": ([f"{Q}:1", f"{K}:2"], either(of_layer)),
+                "max_offset": (3, integer(0)),
+            },
         ),
         Call(
             "attention: static_strengths",
             attention.static_strengths,
             {
                 **layer,
+                **first,
                 "subcomponents": ([f"{Q}:1", f"{K}:2"], either(of_layer)),
                 "length": (5, optional(integer(1, 10))),
             },
@@ -90,7 +97,7 @@ def _functions(w: World) -> list[Call]:
         Call(
             "attention: random_overlap",
             attention.random_overlap,
-            {"d_model": (8, integer(4)), "d_head": (4, integer(1, 8))},
+            {"d_model": (8, lambda v: None if integer(1, 3)(v) else integer(4)(v)), "d_head": (4, integer(1, 8))},
         ),
         Call(
             "attention: pair_ablation_hooks",

@@ -69,7 +69,7 @@ def _empty(value: Any) -> bool | None:
 
 def _table(report: Any, name: Any) -> Any:
     """A table that this report does not have is refused; the right name is refused by name, too."""
-    if name == "none" and isinstance(name, str):
+    if isinstance(name, str) and name == "none":
         return None
     return report.to_pandas(name)
 

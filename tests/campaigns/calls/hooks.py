@@ -249,7 +249,7 @@ def _masks(w: World) -> list[Call]:
             "masking: SiteMask",
             SiteMask,
             {
-                "mask": (mask, optional(only(mask))),
+                "mask": (mask, optional(lambda v: v is mask or (None if factor_or_tensor(v) is None else False))),
                 "delta": (0.5, optional(factor_or_tensor)),
                 "routed": (routed, optional(only(routed))),
             },

@@ -102,6 +102,7 @@ SYNONYMS = {
     "target": ("node", "site"),
     "source": ("node", "site"),
     "path": ("file", "folder"),
+    "layer": ("blocks.",),
     "targets": ("token",),
     "behaviour": ("token", "target"),
     "V": ("site",),
