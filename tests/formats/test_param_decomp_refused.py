@@ -400,6 +400,9 @@ def test_a_gamma_that_the_format_does_not_have(run, tmp_path):
     vpd = decomposition_of(model, gamma=dict(kind="per_site_mlps", hidden=3))
     with pytest.raises(ValueError, match="Γ is of kind 'per_site_mlps', which the authors' format does not have"):
         save_param_decomp(vpd, model, tmp_path / "new")
+    causal = decomposition_of(model, gamma=dict(d_ci=8, n_blocks=1, n_heads=2, causal=True))
+    with pytest.raises(ValueError, match="Γ is causal, which the authors' format does not say"):
+        save_param_decomp(causal, model, tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
