@@ -145,11 +145,11 @@ def plan(
     processes: Annotated[int, typer.Option(min=1, help="Processes that split the batch.")] = 1,
     sharding: Annotated[str | None, typer.Option(help="none, optimizer or full.")] = None,
     tflops: Annotated[
-        float | None, typer.Option(min=0, help="10^12 FLOP of a device per second: adds the time.")
+        float | None, typer.Option(min=0, help="10^12 FLOP of another device per second (default: timed here).")
     ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
-    """Memory and matrix products of a run, for one of its processes, before anything is trained."""
+    """Memory and time of a run, for one of its processes, before anything is trained, and what to change if it is too large."""
     from tl_vpd.recipe.recipe import recipe_and_shape
 
     numbers = {"layers": layers, "d_model": d_model, "heads": heads, "kv_heads": kv_heads, "d_mlp": d_mlp}

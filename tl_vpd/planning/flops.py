@@ -17,11 +17,10 @@ def flops_of(shape: RunShape) -> dict[str, int]:
     N, A = shape.rows * shape.context, shape.attacked_rows * shape.context
     # With micro-batches, minimality's sums of the whole batch need a pass before the one with gradients.
     passes = 2 if shape.micro_batches else 1
-    forward, backward = _target(shape)
-    clean = forward
+    clean, forward, backward = _target(shape)
     if shape.blocked_logits:  # no pass makes all logits: each masked one makes its logits and the target's
         unembedding = 2 * shape.target.d_model * shape.target.vocabulary
-        clean, forward = forward - unembedding, forward + unembedding
+        clean, forward = clean - unembedding, forward + unembedding
     gamma_forward, gamma_backward = _gamma(shape)
     stochastic = shape.routed_share if config.stochastic_routing == "uniform_k" else 1.0
     adversarial = shape.routed_share if config.adversary.routing == "uniform_k" else 1.0
@@ -47,14 +46,17 @@ def flops_of(shape: RunShape) -> dict[str, int]:
     return flops
 
 
-def _target(shape: RunShape) -> tuple[int, int]:
-    """A token's products in the target: forward, and backward to activations alone."""
+def _target(shape: RunShape) -> tuple[int, int, int]:
+    """A token's products in the target: in a clean and in a masked forward, which starts at the first decomposed block, and
+    in backward to activations alone."""
     t = shape.target
-    attention = t.layers * 4 * shape.context * t.heads * t.d_head
+    first = min(site.layer or 0 for site in shape.sites.values())
+    attention = 4 * shape.context * t.heads * t.d_head
     unembedding = 2 * t.d_model * t.vocabulary
-    forward = attention + unembedding + sum(2 * s.d_in * s.d_out for s in t.sites)
+    before = first * attention + sum(2 * s.d_in * s.d_out for s in t.sites if (s.layer or 0) < first)
+    clean = t.layers * attention + unembedding + sum(2 * s.d_in * s.d_out for s in t.sites)
     to_inputs = sum(2 * s.d_in * s.d_out for s in t.sites if _input_needs_gradient(shape, s))
-    return forward, 2 * attention + unembedding + to_inputs
+    return clean, clean - before, 2 * (t.layers - first) * attention + unembedding + to_inputs
 
 
 def _input_needs_gradient(shape: RunShape, site: Site) -> bool:

@@ -15,9 +15,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pandas as pd
+import torch
 
 from tl_vpd.checks import config_of, integer, number
 from tl_vpd.planning.flops import flops_of
+from tl_vpd.planning.machine import advice, machine_memory, matrix_tflops
 from tl_vpd.planning.memory import bytes_of
 from tl_vpd.planning.run_shape import RunShape
 from tl_vpd.planning.target import Target
@@ -54,12 +56,13 @@ class Footprint:
         rows.append({"part": "step", "GFLOP": self.step_flops / 1e9})
         return pd.DataFrame(rows, columns=["part", "GiB", "GFLOP"])
 
-    def lines(self, steps: int, tflops: float | None = None) -> list[str]:
-        """The table and the counts as text, and the time of a run.
+    def lines(self, steps: int, tflops: float | None = None, *, device: torch.device | str = "cpu") -> list[str]:
+        """The table and the counts as text, the time of a run, and what to change where this machine is too small for it.
 
         Args:
             steps: of the run.
-            tflops: what a device computes per second, in 10¹² FLOP (None: no time is shown).
+            tflops: what a device computes per second, in 10¹² FLOP (None: this machine's matrix products are timed).
+            device: of this machine.
 
         Raises:
             TypeError: an argument is not a number.
@@ -69,13 +72,14 @@ class Footprint:
         table = self.table().round(3).astype(object)
         lines = [table.where(table.notna(), "").to_string(index=False)]
         lines.append(", ".join(f"{name}: {n:,}" for name, n in self.counts.items()))
-        if tflops is not None:
-            tflops = number("tflops", tflops, above=0)
-            seconds = self.step_flops / (tflops * 1e12)
-            lines.append(
-                f"at {tflops:g} TFLOP per second: {seconds:.3g} s per step, {seconds * steps / 3600:.3g} h for {steps:,}"
-            )
-        return lines
+        here = tflops is None
+        tflops = matrix_tflops(device) if tflops is None else number("tflops", tflops, above=0)
+        seconds = self.step_flops / (tflops * 1e12)
+        where = ", as this machine's matrix products were timed (a step takes longer than its products)" if here else ""
+        lines.append(
+            f"at {tflops:.3g} TFLOP per second{where}: {seconds:.3g} s per step, {seconds * steps / 3600:.3g} h for {steps:,}"
+        )
+        return lines + (advice(self.total, machine_memory(device), seconds * steps) if here else [])
 
 
 def footprint(
