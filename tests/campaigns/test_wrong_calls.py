@@ -13,4 +13,7 @@ def test_every_wrong_call_is_refused_in_one_sentence():
 
 def test_every_public_call_and_argument_is_tried(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert list(coverage.lacking(table.calls(World()))) == []
+    world = World()
+    lacking = list(coverage.lacking(table.calls(world)))
+    world.close()
+    assert lacking == []

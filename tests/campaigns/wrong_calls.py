@@ -34,6 +34,8 @@ class Campaign:
 
     def renew(self) -> None:
         """A new world, as after its start."""
+        if hasattr(self, "world"):
+            self.world.close()
         self.world = World()
         self.calls = {call.name: call for call in table.calls(self.world)}
         self.values = bad_values(self.world.paths)
@@ -112,6 +114,10 @@ class Campaign:
             return "runs as long as asked", ""
         if isinstance(error, Late):
             return "hung", "does not end"
+        if verdict is None and callable(value):
+            return "error of the caller's function", ""
+        if verdict is not False and "allocate memory" in str(error):
+            return "larger than this machine", ""
         fault = fault_of(error, argument, value)
         if fault:
             return "wrong exception", fault

@@ -98,9 +98,12 @@ def _figure(record: Record, *keys: str) -> float:
 
     Raises:
         NotMeasured: it is None or not finite.
+        ValueError: the record has no such figure.
     """
     value: Any = record
     for key in keys:
+        if not isinstance(value, Mapping) or key not in value:
+            raise ValueError(f"The record has no {'.'.join(keys)}: give an Evaluation, or its record.")
         value = value[key]
     if value is None or not math.isfinite(value):
         raise NotMeasured(".".join(keys))

@@ -41,7 +41,7 @@ class SparseFeatures:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, n_features=1, probability=(0, 1), batch_size=1, context=1)
+        check_fields(self, n_features=1, probability=(0, 1), batch_size=(1, 1 << 24), context=(1, 1 << 24))
         if self.low > self.high:
             raise ValueError(f"low={self.low} is above high={self.high}: give the smaller number first.")
 

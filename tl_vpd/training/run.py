@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter, adapt
-from tl_vpd.checks import config_of, flag, integer
+from tl_vpd.checks import config_of, flag, integer, shown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.frozen import checked
@@ -91,7 +91,7 @@ def decompose(
     progress = flag("progress", progress)
     context = None if context is None else integer("context", context, minimum=2)
     if start_from and saving.folder is None:
-        raise ValueError(f"resume={resume!r} needs the folder of the run: pass saving=SavingConfig(folder=...).")
+        raise ValueError(f"resume={shown(resume)} needs the folder of the run: pass saving=SavingConfig(folder=...).")
     files = None if saving.folder is None else RunFiles(saving.folder, saving)
     if files is not None:
         files.state_to_resume(start_from)  # refused before anything is computed; asked again when the folder is locked

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 import tl_vpd
 from tests.campaigns.calls.kinds import (
     SEED,
@@ -21,6 +23,7 @@ from tests.campaigns.calls.kinds import (
     number,
     only,
     optional,
+    own,
     path_to_read,
     plain,
     positions,
@@ -81,7 +84,7 @@ def _functions(w: World) -> list[Call]:
             analysis.ablation_table,
             {
                 **mask,
-                "metric": (metric, only(metric)),
+                "metric": (metric, own(metric)),
                 "subcomponents": ([f"{Q}:1"], w.several),
                 "config": config(analysis.AblationTableConfig),
             },
@@ -118,7 +121,7 @@ def _circuits(w: World) -> list[Call]:
         **w.target,
         "prompts": w.of_prompts["prompts"],
         "nodes": ([f"{Q}:1"], either(node)),
-        "metric": (metric, only(metric)),
+        "metric": (metric, own(metric)),
         "reference_prompts": (None, optional(w.of_prompts["prompts"][1])),
         "attention_mask": w.of_prompts["attention_mask"],
     }
@@ -266,7 +269,8 @@ def _configs(w: World) -> list[Call]:
 def _texts(value: Any) -> bool | None:
     if isinstance(value, str):
         return None
-    return None if isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value) else False
+    many = isinstance(value, list | tuple | np.ndarray) and len(value) > 0
+    return None if many and all(isinstance(v, str) for v in value) else False
 
 
 def _results(w: World) -> list[Call]:
@@ -292,7 +296,7 @@ def _results(w: World) -> list[Call]:
         Call(
             "analysis: AttributionGraph.pruned",
             graph.pruned,
-            {"nodes": (3, optional(integer(1))), "min_weight": (0.25, number(0))},
+            {"nodes": (3, optional(how_many)), "min_weight": (0.25, number(0))},
         ),
         Call(
             "analysis: AttributionGraph.save",

@@ -97,7 +97,10 @@ def _functions(w: World) -> list[Call]:
         Call(
             "attention: random_overlap",
             attention.random_overlap,
-            {"d_model": (8, lambda v: None if integer(1, 3)(v) else integer(4)(v)), "d_head": (4, integer(1, 8))},
+            {
+                "d_model": (8, lambda v: None if integer(1, 3)(v) else integer(4)(v)),
+                "d_head": (4, lambda v: integer(1, 8)(v) or (None if integer(9)(v) is not False else False)),
+            },
         ),
         Call(
             "attention: pair_ablation_hooks",

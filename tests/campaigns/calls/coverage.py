@@ -73,6 +73,7 @@ LEFT_OUT: dict[str, str] = {
     "Attached": "made by Decomposition.attach, which is in the table",
     "Toy": "a protocol",
     "apd(folder)": "as of decompose",
+    "spd(data)": "as decompose's tokens; what does not fit the toy's own forward is its error",
     "spd(folder)": "as of decompose",
     "attack(span)": INNER,
     "attacked_masks(g)": INNER,

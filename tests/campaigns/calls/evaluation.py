@@ -23,6 +23,7 @@ from tests.campaigns.calls.kinds import (
     only,
     optional,
     path_to_read,
+    plain,
     sequence,
 )
 from tests.campaigns.calls.world import Call, World
@@ -111,7 +112,7 @@ def _of_a_sample(w: World) -> list[Call]:
                 "tokens": w.of_prompts["prompts"],
                 "batch_size": (2, integer(1)),
                 "seed": (3, SEED),
-                "keep_bytes": (1000, integer(0, size=False)),
+                "keep_bytes": (1000, integer(0)),
             },
         ),
         Call(
@@ -120,7 +121,7 @@ def _of_a_sample(w: World) -> list[Call]:
             {
                 **sample,
                 "kinds": ([adversary], optional(either(sequence(one)))),
-                "budgets": ([1], sequence(integer(1))),
+                "budgets": ([1], lambda v: None if equal([], ())(v) else sequence(integer(1))(v)),
                 "rows": (1, optional(either(integer(1, 2)))),
             },
         ),
@@ -197,7 +198,7 @@ def _of_decompositions(w: World) -> list[Call]:
                 "tokens": data["tokens"],
                 "batch_size": (2, integer(1)),
                 "seed": (3, SEED),
-                "keep_bytes": (1000, integer(0, size=False)),
+                "keep_bytes": (1000, integer(0)),
             },
         ),
         Call(
@@ -213,7 +214,10 @@ def _of_decompositions(w: World) -> list[Call]:
         Call(
             "evaluation: compute_recovered",
             evaluation.compute_recovered,
-            {"ce": (2.5, number()), "curve": ([[1, 3.0], [2, 2.0]], either(_curve))},
+            {
+                "ce": (2.5, lambda v: number()(v) or (None if isinstance(plain(v), float) else False)),
+                "curve": ([[1, 3.0], [2, 2.0]], either(_curve)),
+            },
         ),
     ]
 
@@ -243,7 +247,7 @@ def _configs(w: World) -> list[Call]:
                 "batch_size": (3, integer(1)),
                 "seed": (3, SEED),
                 "curve": (None, optional(either(_curve))),
-                "keep_bytes": (1000, integer(0, size=False)),
+                "keep_bytes": (1000, integer(0)),
             },
         ),
         Call(

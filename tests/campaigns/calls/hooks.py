@@ -9,6 +9,8 @@ import torch
 import tl_vpd
 from tests.campaigns.calls.kinds import (
     SEED,
+    Kind,
+    any_module,
     any_of,
     boolean,
     choice,
@@ -23,6 +25,7 @@ from tests.campaigns.calls.kinds import (
     number,
     only,
     optional,
+    own,
     path_to_read,
     positions,
     sequence,
@@ -88,7 +91,7 @@ def _attached(w: World) -> list[Call]:
             },
         ),
         Call("hooks: masked", masked, {"mode": ("ci", modes)}),
-        Call("hooks: masked(masks)", masked, {"mode": (masks, only(masks)), "sites": (None, w.sites)}),
+        Call("hooks: masked(masks)", masked, {"mode": (masks, own(masks)), "sites": (None, w.sites)}),
         Call("hooks: masked(function)", masked, {"mode": (function, only(function)), **where}),
         of_mode("rounded", threshold=(0.25, optional(number(0, 1))), delta=(0.5, delta)),
         of_mode("ci", delta=(0.5, delta)),
@@ -118,8 +121,8 @@ def _attached(w: World) -> list[Call]:
             ablated,
             {"subcomponents": ([f"{Q}:1"], address), "pos": (None, positions(7)), "amount": (0.5, factor)},
         ),
-        Call("hooks: attachment_of", hooks.attachment_of, w.target),
-        Call("hooks: attached_to", hooks.attached_to, {"model": (w.model, only(w.model))}),
+        Call("hooks: attachment_of", hooks.attachment_of, {**w.target, "model": (w.model, any_module)}),
+        Call("hooks: attached_to", hooks.attached_to, {"model": (w.model, any_module)}),
     ]
 
 
@@ -187,7 +190,7 @@ def _measured(w: World) -> list[Call]:
             lambda **o: dict(w.importances.masks("stochastic", **o)),
             {"seed": (3, optional(SEED))},
         ),
-        Call("hooks: CausalImportances.to_pandas", w.importances.to_pandas, {"above": (0.25, number(0, 1))}),
+        Call("hooks: CausalImportances.to_pandas", w.importances.to_pandas, {"above": (0.25, number(maximum=1))}),
         Call("hooks: CausalImportances.top", w.importances.top, {"k": (3, how_many)}),
         Call("hooks: CausalImportances[…]", lambda site: w.importances[site], {"site": (Q, choice(*w.counts))}),
         Call("adapters: sites", tl_vpd.sites, {"model": (w.model, only(w.model))}),
@@ -232,6 +235,11 @@ def _files(w: World) -> list[Call]:
     ]
 
 
+def _start(canonical: torch.Tensor) -> Kind:
+    """This tensor; others may fit what else is given."""
+    return lambda value: value is canonical or (None if isinstance(value, torch.Tensor) else False)
+
+
 def _masks(w: World) -> list[Call]:
     mask, routed = torch.full((2, 7, 6), 0.5, dtype=torch.float64), torch.ones(2, 7, dtype=torch.bool)
     masks = {Q: mask}
@@ -249,7 +257,7 @@ def _masks(w: World) -> list[Call]:
             "masking: SiteMask",
             SiteMask,
             {
-                "mask": (mask, optional(lambda v: v is mask or (None if factor_or_tensor(v) is None else False))),
+                "mask": (mask, optional(_start(mask))),
                 "delta": (0.5, optional(factor_or_tensor)),
                 "routed": (routed, optional(only(routed))),
             },
@@ -265,7 +273,12 @@ def _masks(w: World) -> list[Call]:
         Call(
             "masking: fresh_pgd",
             masking.fresh_pgd,
-            {"loss": (square, only(square)), "start": (start, only(start)), **ascent, "momentum": (0.5, number(0, 1))},
+            {
+                "loss": (square, only(square)),
+                "start": (start, _start(start)),
+                **ascent,
+                "momentum": (0.5, number(0, 1)),
+            },
         ),
         Call(
             "masking: constant_masks",

@@ -98,11 +98,19 @@ SYNONYMS = {
     "by_site": ("mask",),
     "subcomponents": ("site",),
     "node_set": ("subcomponent", "site"),
+    "ablate": ("subcomponent", "site"),
+    "pairs": ("subcomponent", "site"),
     "address": ("subcomponent", "site"),
     "target": ("node", "site"),
     "source": ("node", "site"),
     "path": ("file", "folder"),
     "layer": ("blocks.",),
+    "key": ("subcomponent", "site", "strengths"),
+    "query": ("subcomponent", "site", "strengths"),
+    "others": ("decomposition",),
+    "data": ("tokens", "inputs"),
+    "off_distribution": ("data",),
+    "tokens": ("prompts",),
     "targets": ("token",),
     "behaviour": ("token", "target"),
     "V": ("site",),
@@ -120,7 +128,12 @@ def names_it(message: str, argument: str, value: Any) -> bool:
         form[:20].lower() in text for form in (str(value), repr(str(value)))
     ):
         return True
-    shown = repr(value)[:30].lower() if not isinstance(value, int) or abs(value) < 10**100 else "digits"
+    try:
+        if str(value)[:30].lower() in text:
+            return True
+        shown = repr(value)[:30].lower()
+    except ValueError:  # it has an integer of more digits than Python prints
+        shown = "digits"
     return shown in text or type(value).__name__.lower() in text
 
 

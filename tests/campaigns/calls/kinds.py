@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Verdict = bool | None
 Kind = Callable[[Any], Verdict]
@@ -135,6 +135,16 @@ def only(*canonical: Any) -> Kind:
 def equal(*canonical: Any) -> Kind:
     """Values equal to these and of the same type."""
     return lambda value: any(type(value) is type(c) and value == c for c in canonical)
+
+
+def own(canonical: Any) -> Kind:
+    """This object, or any other function: what a caller's own function raises is the caller's to see."""
+    return lambda value: value is canonical or (None if callable(value) else False)
+
+
+def any_module(value: Any) -> Verdict:
+    """Any model has an answer."""
+    return isinstance(value, nn.Module)
 
 
 def instance(*classes: type) -> Kind:
@@ -346,8 +356,13 @@ def file_to_write(value: Any) -> Verdict:
 
 
 def path_to_read(canonical: Path) -> Kind:
-    """The one path where it is."""
-    return lambda value: _path(value) == canonical
+    """The one path where it is; what other calls have written may be read too."""
+
+    def verdict(value: Any) -> Verdict:
+        path = _path(value)
+        return path == canonical or (None if path is not None and path.exists() else False)
+
+    return verdict
 
 
 def _path(value: Any) -> Path | None:

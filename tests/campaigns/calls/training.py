@@ -52,7 +52,7 @@ def _training(w: World) -> list[Call]:
                 "execution": config(tl_vpd.ExecutionConfig),
                 "saving": config(tl_vpd.SavingConfig),
                 "resume": (False, lambda v: True if v is False else (None if v is True else boolean(v) and None)),
-                "context": (None, either(optional(integer(2, 10)))),
+                "context": (None, lambda v: True if v is None else (None if integer(2)(v) is not False else False)),
                 "progress": (False, boolean),
             },
         ),
@@ -83,6 +83,7 @@ def _planning(w: World) -> list[Call]:
     small = tl_vpd.VPDConfig(C=3, batch_size=2, gamma=GAMMA)
     result = planning.footprint(target, small, context=7)
     count = integer(1)
+    divides: Kind = lambda v: count(v) and None  # noqa: E731
     return [
         Call(
             "planning: footprint",
@@ -104,10 +105,11 @@ def _planning(w: World) -> list[Call]:
             planning.TransformerShape,
             {
                 **{
-                    name: (8, _lax(count)) for name in ("layers", "d_model", "heads", "d_mlp", "vocabulary", "itemsize")
+                    name: (8, _lax(divides))
+                    for name in ("layers", "d_model", "heads", "d_mlp", "vocabulary", "itemsize")
                 },
                 "gated": (True, _lax(boolean)),
-                "kv_heads": (8, _lax(optional(count))),
+                "kv_heads": (8, _lax(optional(lambda v: None if count(v) else count(v)))),
                 "others": (3, _lax(integer(0))),
             },
         ),
@@ -226,7 +228,9 @@ def _toys(w: World) -> list[Call]:
             "baselines: apd", lambda **o: _pieces(baselines.apd(**o)), {**same, "config": (apd, only(apd)), **switches}
         ),
         Call(
-            "baselines: spd", lambda **o: _pieces(baselines.spd(**o)), {**same, "config": (spd, only(spd)), **switches}
+            "baselines: spd",
+            lambda **o: _pieces(baselines.spd(data=data, **o)),
+            {"model": same["model"], "config": (spd, only(spd)), **switches},
         ),
         Call(
             "baselines: SlopedSquash",

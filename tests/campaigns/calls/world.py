@@ -54,6 +54,11 @@ class World:
         self.counts = dict(self.vpd.counts)
         self.generator = torch.Generator().manual_seed(0).get_state()
 
+    def close(self) -> None:
+        """Removes its folder."""
+        os.chdir("/")
+        self._folder.cleanup()
+
     @cached_property
     def saved(self) -> Path:
         """A saved decomposition."""

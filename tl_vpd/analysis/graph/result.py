@@ -120,7 +120,7 @@ class AttributionGraph:
         node = item(node)
         if isinstance(node, int) and not isinstance(node, bool):
             if not 0 <= node < len(self):
-                raise IndexError(f"Node {node} does not exist: the graph has nodes 0 to {len(self) - 1}.")
+                raise IndexError(f"Node {shown(node)} does not exist: the graph has nodes 0 to {len(self) - 1}.")
             return node
         if not isinstance(node, str | Node):
             raise TypeError(
