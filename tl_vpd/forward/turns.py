@@ -21,7 +21,7 @@ from tl_vpd.adapters.taps import OnModel, is_ours
 
 WAIT = 60.0
 """Seconds."""
-METHODS = ("forward", "hooks", "run_with_hooks", "run_with_cache", "add_hook")
+METHODS = ("forward", "hooks", "run_with_hooks", "run_with_cache", "add_hook", "reset_hooks")
 """What other threads may call of a model while this package's taps are on it."""
 
 
@@ -34,15 +34,17 @@ class Turns:
     """
 
     def __init__(self) -> None:
-        self._guard = threading.Lock()
+        # A change that is garbage collected in the middle of these methods ends its use in them.
+        self._guard = threading.RLock()
         self.owner: threading.Thread | None = None
         self.uses: set[object] = set()
 
-    def begin(self, use: object) -> None:
+    def begin(self, use: object, *, wait: float | None = None) -> None:
         """Waits for this thread's turn.
 
         Args:
             use: any object; ``end`` it in ``finally``, also where this raises.
+            wait: for so many seconds (None: ``WAIT``).
 
         Raises:
             RuntimeError: another thread has used the model for the whole time.
@@ -50,15 +52,15 @@ class Turns:
         if in_backward():
             return
         me = threading.current_thread()
-        started = time.monotonic()
+        started, limit = time.monotonic(), WAIT if wait is None else wait
         while not self._begun(me, use):
             waited = time.monotonic() - started
             if interrupt_waits():
                 raise KeyboardInterrupt
-            if waited > WAIT:
+            if waited > limit:
                 name = getattr(self.owner, "name", "another")
                 raise RuntimeError(
-                    f"Thread {me.name!r} has waited {WAIT:g} seconds for this model, which thread {name!r} is using: let that "
+                    f"Thread {me.name!r} has waited {limit:g} seconds for this model, which thread {name!r} is using: let that "
                     "end first, or give each thread a copy of the model."
                 )
             time.sleep(min(0.01, max(1e-4, waited / 10)))
@@ -100,11 +102,17 @@ def turns_of(model: nn.Module) -> Turns:
 
 
 @change
-def turn(undo: Later, model: nn.Module) -> None:
-    """Inside, it is this thread's turn to use the model."""
+def turn(undo: Later, model: nn.Module, wait: float | None = None) -> None:
+    """Inside, it is this thread's turn to use the model.
+
+    Args:
+        undo: notes how to end it.
+        model: which.
+        wait: as in ``begin``.
+    """
     turns, use = turns_of(model), object()
     undo(partial(turns.end, use))
-    turns.begin(use)
+    turns.begin(use, wait=wait)
 
 
 @change

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from functools import partial
@@ -17,14 +18,14 @@ from typing import Any
 from torch import nn
 
 from tl_vpd.adapters.caches import MaskedCache
-from tl_vpd.adapters.changes import Change, Later, enter, put_attribute
+from tl_vpd.adapters.changes import Change, Later, put_attribute
 from tl_vpd.adapters.taps import OnModel
 from tl_vpd.forward.turns import turn
 from tl_vpd.hooks.attached_forward import AttachedForward
 from tl_vpd.site import nearest
 
 OUR_ENDINGS = ("_component_acts", "_ci", "_mask")
-METHODS = ("hooks", "run_with_hooks", "add_hook", "run_with_cache")
+METHODS = ("hooks", "run_with_hooks", "add_hook", "run_with_cache", "reset_hooks")
 
 
 class Checked(OnModel):
@@ -60,8 +61,14 @@ class Checked(OnModel):
 
     def _hooks(self, context: AbstractContextManager[Any], undo: Later) -> Any:
         """A context of hooks, as a change: their calls are one thread's alone."""
-        self.passes.in_context(undo, None)
-        return enter(undo, context)
+        with turn(self.model):  # another thread's pass must not set hooks aside meanwhile
+            self.passes.in_context(undo, None)
+            undo(partial(self._leave, context))
+            return context.__enter__()
+
+    def _leave(self, context: AbstractContextManager[Any]) -> None:
+        with turn(self.model, math.inf):
+            context.__exit__(None, None, None)
 
     def _check(self, *arguments: Any, **keywords: Any) -> None:
         try:
