@@ -45,7 +45,8 @@ def faults(found: Evaluation) -> set[str]:
 def test_the_right_decomposition_passes_every_check(right: Evaluation):
     names = [check.check for check in checks(right)]
     assert names == [
-        "collapsed", "explained", "dense", "delta", "cancelling", "adversary", "union test", "off-distribution", "lookup", "controls"
+        "collapsed", "explained", "dense", "delta", "cancelling", "adversary", "union test", "off-distribution", "lookup",
+        "controls",
     ]  # fmt: skip
     assert warnings_of(right) == [] == right.warnings
     record = right.record

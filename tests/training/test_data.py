@@ -250,7 +250,9 @@ def test_vectors_with_gradients_are_taken_as_numbers():
 
 
 def test_texts_without_a_list_and_datasets_without_text_are_named():
-    with pytest.raises(ValueError, match="A row of the tokens is a text: pass a list of strings, or a split of the dataset"):
+    with pytest.raises(
+        ValueError, match="A row of the tokens is a text: pass a list of strings, or a split of the dataset"
+    ):
         batches_of(("a", "b"), 1, 0).at(0)
     dataset = datasets.Dataset.from_dict({"content": ["a b c"] * 4})
     with pytest.raises(ValueError, match="The dataset has content; 'tokens', 'input_ids' or 'text' is needed"):

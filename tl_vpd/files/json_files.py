@@ -23,7 +23,9 @@ def json_text(content: Any, *, indent: int | None = None) -> str:
     except TypeError as error:
         raise TypeError(f"What is stored as JSON must be strings, numbers, lists and dicts ({error}).") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"What is stored as JSON must be finite numbers, without endless nesting ({error}).") from error
+        raise ValueError(
+            f"What is stored as JSON must be finite numbers, without endless nesting ({error})."
+        ) from error
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -236,7 +236,11 @@ class AttachedForward(InternalPasses, OnModel):
         if spec.mode is None:
             assert spec.masks is not None
             if isinstance(spec.masks, Masks):
-                mask = spec.masks[name] if name in spec.masks else SiteMask(None, None).fitted(name, acts.shape, acts.device)
+                mask = (
+                    spec.masks[name]
+                    if name in spec.masks
+                    else SiteMask(None, None).fitted(name, acts.shape, acts.device)
+                )
             else:
                 mask = mask_from_function(spec.masks, name, acts)
             return spec.limited(name, mask, acts)
