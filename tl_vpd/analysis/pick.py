@@ -27,7 +27,7 @@ def pick(harvest: Harvest, n: int = 12, *, min_firings: int = 10, max_density: f
         TypeError: an argument is of another type.
     """
     instance("harvest", harvest, Harvest)
-    n, min_firings = integer("n", n, minimum=1), integer("min_firings", min_firings, minimum=0)
+    n, min_firings = integer("n", n, minimum=1), integer("min_firings", min_firings, minimum=1)
     max_density = number("max_density", max_density, minimum=0, maximum=1)
     table = harvest.to_pandas()
     table = table[(table["firings"] >= min_firings) & (table["density"] <= max_density)]

@@ -122,6 +122,6 @@ def usable_device(device: str) -> str:
         ValueError: PyTorch knows no such device, or this machine has none.
     """
     rank = os.environ.get("LOCAL_RANK")
-    name = f"cuda:{rank}" if device == "cuda" and rank is not None else device
+    name = f"cuda:{rank}" if isinstance(device, str) and device == "cuda" and rank is not None else device
     device_of(name)
     return name

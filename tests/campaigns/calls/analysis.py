@@ -95,7 +95,7 @@ def _functions(w: World) -> list[Call]:
             {
                 "harvest": (w.harvest, only(w.harvest)),
                 "n": (2, integer(1)),
-                "min_firings": (1, either(integer(0, 2))),
+                "min_firings": (1, lambda v: None if integer(2)(v) is not False else integer(1, 1)(v)),
                 "max_density": (1.0, either(number(0.9, 1))),
             },
         ),
@@ -211,7 +211,7 @@ def _configs(w: World) -> list[Call]:
             {
                 "windows": (3, integer(1)),
                 "radius": (3, integer(0)),
-                "threshold": (0.25, number(0, 1)),
+                "threshold": (0.25, lambda v: None if number(1, 1)(v) else number(0, 1)(v)),
                 "batch_size": (3, integer(1)),
             },
         ),

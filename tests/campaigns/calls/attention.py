@@ -38,7 +38,11 @@ def _functions(w: World) -> list[Call]:
     pairs = [(f"{Q}:1", f"{K}:2")]
     pair: Kind = lambda v: True if equal(pairs[0])(v) else _pair(v, address)  # noqa: E731
     return [
-        Call("attention: score_terms", attention.score_terms, {**layer, "pairs": (pairs, sequence(pair, minimum=0))}),
+        Call(
+            "attention: score_terms",
+            attention.score_terms,
+            {**layer, **first, "pairs": (pairs, sequence(pair, minimum=0))},
+        ),
         Call(
             "attention: attention_by_offset",
             attention.attention_by_offset,
@@ -78,6 +82,7 @@ def _functions(w: World) -> list[Call]:
             attention.ov_overlap,
             {
                 **layer,
+                **first,
                 "key": (f"{K}:1", either(optional(equal(f"{K}:1")))),
                 "config": config(attention.OVConfig, draws=2),
             },
@@ -108,7 +113,7 @@ def _functions(w: World) -> list[Call]:
             {
                 **w.target,
                 "pairs": (pairs, either(sequence(pair))),
-                "length": (8, optional(integer(7, 10))),
+                "length": (8, lambda v: None if integer(11)(v) is not False else optional(integer(7, 10))(v)),
                 "amount": (0.5, factor),
             },
         ),

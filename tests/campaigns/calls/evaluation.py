@@ -257,7 +257,7 @@ def _configs(w: World) -> list[Call]:
                 "scope": ("shared", choice("shared", "position", "token")),
                 "steps": (3, either(integer(1))),
                 "step_size": (0.5, optional(number(above=0))),
-                "momentum": (0.5, either(number(0, 1))),
+                "momentum": (0.5, lambda v: None if number(1, 1)(v) else number(0, 1)(v)),
                 "starts": (3, integer(1)),
                 "explanations": (3, optional(integer(1))),
             },

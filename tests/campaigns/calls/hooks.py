@@ -92,7 +92,7 @@ def _attached(w: World) -> list[Call]:
         ),
         Call("hooks: masked", masked, {"mode": ("ci", modes)}),
         Call("hooks: masked(masks)", masked, {"mode": (masks, own(masks)), "sites": (None, w.sites)}),
-        Call("hooks: masked(function)", masked, {"mode": (function, only(function)), **where}),
+        Call("hooks: masked(function)", masked, {"mode": (function, own(function)), **where}),
         of_mode("rounded", threshold=(0.25, optional(number(0, 1))), delta=(0.5, delta)),
         of_mode("ci", delta=(0.5, delta)),
         of_mode("stochastic", seed=(3, optional(SEED))),
@@ -135,7 +135,7 @@ def _hook_functions(w: World) -> list[Call]:
         Call(
             "hooks: mask_hooks",
             lambda **o: w.hooked(lambda: hooks.mask_hooks(**o)),
-            {**decomposition, "masks": (masks, only(masks))},
+            {**decomposition, "masks": (masks, own(masks))},
         ),
         Call(
             "hooks: delta_hooks",
@@ -259,7 +259,7 @@ def _masks(w: World) -> list[Call]:
             {
                 "mask": (mask, optional(_start(mask))),
                 "delta": (0.5, optional(factor_or_tensor)),
-                "routed": (routed, optional(only(routed))),
+                "routed": (routed, optional(_start(routed))),
             },
         ),
         Call(
@@ -268,13 +268,13 @@ def _masks(w: World) -> list[Call]:
         Call(
             "masking: attacked_masks",
             lambda **o: dict(masking.attacked_masks(g, axis, generator=torch.Generator().manual_seed(0), **o)),
-            {"loss": (attack, only(attack)), **ascent},
+            {"loss": (attack, own(attack)), **ascent},
         ),
         Call(
             "masking: fresh_pgd",
             masking.fresh_pgd,
             {
-                "loss": (square, only(square)),
+                "loss": (square, own(square)),
                 "start": (start, _start(start)),
                 **ascent,
                 "momentum": (0.5, number(0, 1)),
