@@ -43,6 +43,8 @@ def integers(tokens: Any) -> Int[Tensor, "..."]:
         ValueError: rows of several lengths, or not integers.
     """
     if isinstance(tokens, list | tuple):
+        if any(isinstance(row, Tensor) and (row.is_meta or row.layout != torch.strided) for row in tokens):
+            raise ValueError("A row of the tokens is a meta or sparse tensor: give rows of numbers.")
         tokens = [row.tolist() if isinstance(row, Tensor | np.ndarray) else row for row in tokens]
         lengths = {len(row) if isinstance(row, list | tuple) else 0 for row in tokens}
         if len(lengths) > 1:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
-from tl_vpd.checks import config_of
+from tl_vpd.checks import config_of, flag
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.masking import Masks, SiteMask
@@ -65,7 +65,7 @@ def vpd(
         model,
         data,
         config,
-        execution=ExecutionConfig(compile=compile),
+        execution=ExecutionConfig(compile=flag("compile", compile)),
         saving=None if folder is None else SavingConfig(folder=folder, save_every=1_000, keep_states=1),
         resume=folder is not None and latest_state(folder / "state") is not None,
         progress=progress,

@@ -194,7 +194,7 @@ def _configs(w: World) -> list[Call]:
             {
                 "threshold": (0.25, number(0, 1)),
                 "min_weight": (0.25, number(0)),
-                "importances": (True, boolean),
+                "importances": (True, lambda v: boolean(v) and (True if v is True else None)),
                 "fixed": (("norms",), lambda v: None if _texts(v) is not False or equal((), [])(v) else False),
                 "tokens_at_once": (3, integer(1)),
                 "progress": (False, boolean),

@@ -277,7 +277,7 @@ def _masks(w: World) -> list[Call]:
                 "loss": (square, own(square)),
                 "start": (start, _start(start)),
                 **ascent,
-                "momentum": (0.5, number(0, 1)),
+                "momentum": (0.5, lambda v: None if number(1, 1)(v) else number(0, 1)(v)),
             },
         ),
         Call(

@@ -104,6 +104,7 @@ SYNONYMS = {
     "target": ("node", "site"),
     "source": ("node", "site"),
     "path": ("file", "folder"),
+    "config": ("coefficients",),
     "layer": ("blocks.",),
     "key": ("subcomponent", "site", "strengths"),
     "query": ("subcomponent", "site", "strengths"),

@@ -74,7 +74,7 @@ def calls(w: World) -> list[Call]:
             {
                 "terms": (w.terms, only(w.terms)),
                 "tokens": (words, optional(lambda v: _words(v, 7))),
-                "row": (0, integer(-2, 1)),
+                "row": (0, lambda v: None if integer(-2, -1)(v) else integer(0, 1)(v)),
                 "heads": ([0], optional(sequence(integer(0, 1)))),
             },
         ),

@@ -71,7 +71,7 @@ def _training(w: World) -> list[Call]:
                 "execution": config(tl_vpd.ExecutionConfig),
                 "saving": config(tl_vpd.SavingConfig),
                 "progress": (False, boolean),
-                "factors": ([1.0], sequence(number(above=0))),
+                "factors": ([1.0], lambda v: sequence(number(above=0), minimum=0)(v) and (True if len(v) else None)),
             },
         ),
         Call("recipe: usable_device", lambda device: str(recipe.usable_device(device)), {"device": ("cpu", device)}),
