@@ -66,7 +66,7 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (
         masked({IN: SiteMask(None, 0.0, torch.ones(8).bool())}),
         ValueError,
-        r"The routing for .* is \(8,\), which leaves open",
+        r"mask for .* is \(8,\), which leaves open",
     ),
     (masked("ci", pos="x"), TypeError, "pos='x': give an index"),
     (masked("ci", pos=1.5), TypeError, "pos=1.5: give an index"),

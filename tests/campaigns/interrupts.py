@@ -60,6 +60,8 @@ class World:
     def state(self) -> dict[str, Any]:
         """All that an interrupted call could leave changed."""
         state = snapshot(self.model)
+        # A counter of TransformerLens's own, which its ``hooks`` leaves when it is interrupted, and which changes nothing.
+        del state["context_level"]
         state["attributes"] = {name: set(vars(m)) for name, m in self.model.named_modules()}
         state["forwards"] = {n: m.__dict__.get("forward") for n, m in self.model.named_modules()}
         state["global"] = (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), signal.getsignal(signal.SIGINT))

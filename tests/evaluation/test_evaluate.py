@@ -131,8 +131,8 @@ def test_another_models_weights_are_refused(setting):
     ("settings", "error", "message"),
     [
         ({"measures": ("mask_transfr",)}, KeyError, "did you mean 'mask_transfer'"),
-        ({"attack_rows": 0}, ValueError, "attack_rows=0: at least one row is attacked"),
-        ({"batch_size": 0}, ValueError, "a batch has at least one row"),
+        ({"attack_rows": 0}, ValueError, "attack_rows=0: give an integer of at least 1"),
+        ({"batch_size": 0}, ValueError, "batch_size=0: give an integer of at least 1"),
         ({"budgets": (20,), "starts": {40: 3}}, ValueError, r"starts names \[40\]"),
     ],
 )

@@ -149,7 +149,7 @@ def reference() -> Reference:
     decomposition = Decomposition(
         list(sites.values()),
         counts,
-        GammaConfig(d_ci=48, n_blocks=2, n_heads=4, d_mlp=96),
+        GammaConfig(d_ci=48, n_blocks=2, n_heads=4, d_mlp=96, causal=False),
         fingerprints={name: Fingerprint.of(adapt(model).weight(name)) for name in sites},
     )
     scalars = json.loads((DATA / "scalars.json").read_text())

@@ -113,13 +113,15 @@ def test_methods_that_another_plugin_wrapped_stay_wrapped(case):
     assert vars(case.model)["hooks"] is counted
 
 
-def test_a_deep_copy_checks_its_own_names(case):
+def test_a_deep_copy_is_the_clean_model_and_checks_names_when_attached_itself(case):
     with case.vpd.attach(case.model):
         other = copy.deepcopy(case.model)
-    with pytest.raises(KeyError, match="did you mean"):
-        other.run_with_hooks(case.tokens, fwd_hooks=[("blocks.1.hook_q_component_act", nothing)])
+    assert "blocks.1.hook_q_component_acts" not in other.hook_dict
     recorded = []
-    other.run_with_hooks(
-        case.tokens, fwd_hooks=[("blocks.1.hook_q_component_acts", lambda a, hook: recorded.append(a))]
-    )
-    assert len(recorded) == 1 and torch.equal(other(case.tokens), case.model(case.tokens))
+    with case.vpd.attach(other):
+        with pytest.raises(KeyError, match="did you mean"):
+            other.run_with_hooks(case.tokens, fwd_hooks=[("blocks.1.hook_q_component_act", nothing)])
+        other.run_with_hooks(
+            case.tokens, fwd_hooks=[("blocks.1.hook_q_component_acts", lambda a, hook: recorded.append(a))]
+        )
+        assert len(recorded) == 1 and torch.equal(other(case.tokens), case.model(case.tokens))

@@ -38,6 +38,7 @@ CONFIG = VPDConfig(
 )
 ROWS = (12, 6)
 EXECUTION = ("micro_batch", "sharding", "precision", "checkpoint")
+AS_OPTION = {"micro_batch": int, "checkpoint": bool}
 TIED = ("blocks.0.mlp.W_in", "blocks.0.mlp.W_out")
 PLAIN_STEP, PLAIN_PASSES = Trainer.step, MaskedPasses.run
 
@@ -83,7 +84,9 @@ def main(folder: Path, given: dict[str, str]) -> None:
         model,
         data(folder, given.get("data", "tensor")),
         config,
-        execution=ExecutionConfig(**{name: given[name] for name in EXECUTION if name in given}),
+        execution=ExecutionConfig(
+            **{name: AS_OPTION.get(name, str)(given[name]) for name in EXECUTION if name in given}
+        ),
         saving=SavingConfig(folder=folder, save_every=1, log_every=1, keep_states=3),
         resume="resume" in given,
         progress=False,

@@ -100,12 +100,13 @@ def test_what_is_warned_of(distance, l0, progress, message):
 
 def test_a_run_is_checked_a_few_times():
     assert [n for n in range(1, 101) if due(n, 100)] == [10, 20, 35, 50, 75, 100]
-    assert [n for n in range(1, 4) if due(n, 3)] == [1, 2, 3]
+    assert [n for n in range(1, 21) if due(n, 20)] == [2, 4, 7, 10, 15, 20]
+    assert not any(due(n, 19) for n in range(1, 20))
 
 
 @pytest.fixture(scope="module")
 def short():
-    return dict(batch_size=2, C=4, gamma=GAMMA, faithfulness={"warm_up_steps": 400})
+    return dict(batch_size=2, C=4, gamma=GAMMA)
 
 
 def test_first_and_last_lines_and_a_warm_up_as_long_as_the_run(short, caplog, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def test_a_kind_that_does_not_exist_is_refused_and_one_process_splits_nothing():
     shard(vpd, "none", World(0, 2))
     unshard(vpd)
     assert not is_sharded(vpd) and all(a is b for a, b in zip(before, vpd.parameters(), strict=True))
-    with pytest.raises(ValueError, match="sharding is 'most': give 'none', 'optimizer' or 'full'"):
+    with pytest.raises(ValueError, match="sharding='most': choose from 'none', 'optimizer', 'full'"):
         inspect.unwrap(shard)(vpd, "most", World())  # past the type checker of the tests
 
 

@@ -92,6 +92,8 @@ class APDResult:
             return adapter.run(inputs, None)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def apd(
     model: nn.Module,
     data: Batches,

@@ -13,6 +13,10 @@ Size = Annotated[int, Field(gt=0, le=1 << 28)]
 """A width, depth or number of something; two of them make a tensor whose size can still be computed."""
 
 
+TRANSFORMERS = ("shared_transformer", "chunked_transformers")
+"""The kinds that read other tokens."""
+
+
 class GammaConfig(Frozen):
     """Which Γ, and how large."""
 
@@ -50,7 +54,7 @@ class GammaConfig(Frozen):
     @property
     def reads_the_future(self) -> bool:
         """Whether importances at a position depend on later tokens."""
-        return not self.causal and self.kind in ("shared_transformer", "chunked_transformers")
+        return not self.causal and self.kind in TRANSFORMERS
 
     def resolved(self, d_model: int) -> GammaConfig:
         """The config with the width filled in for a model of width ``d_model``."""
@@ -62,4 +66,5 @@ class GammaConfig(Frozen):
 
 def stored_gamma(fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of a ``GammaConfig`` as a file has them: where it does not say, Γ is bidirectional."""
-    return {"causal": False, **fields}
+    transformer = fields.get("kind", "shared_transformer") in TRANSFORMERS
+    return {"causal": not transformer, **fields}

@@ -43,6 +43,7 @@ class AttackResult:
         return self.losses[-1]
 
 
+@torch.inference_mode(False)
 def fresh_pgd(
     loss: Callable[[Float[Tensor, "*ones C_and_deltas"]], Float[Tensor, ""]],
     start: Float[Tensor, "*ones C_and_deltas"],
@@ -114,6 +115,7 @@ def shared_start(
     return torch.rand(*[1] * (g.ndim - 1), width, generator=generator, device=g.device).to(g.dtype)
 
 
+@torch.inference_mode(False)
 def attacked_masks(
     g: Float[Tensor, "*batch C_total"],
     site_axis: ConcatenatedAxis,
@@ -134,6 +136,7 @@ def attacked_masks(
         generator: of the random start (None: torch's global one).
     """
     _check_loss(loss)
+    g = g.clone() if g.is_inference() else g  # autograd may save it then
     result = fresh_pgd(
         lambda sources: loss(masks_from_sources(g, sources, site_axis)),
         shared_start(g, site_axis, generator),

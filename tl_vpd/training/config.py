@@ -117,7 +117,7 @@ class FaithfulnessConfig(Frozen):
     kind: Literal["total", "relative"] = "total"
     """Squared error over all decomposed weights, or the mean over sites of each one's error relative to its norm."""
     warm_up_steps: int = Field(400, ge=0)
-    """Steps of faithfulness alone, on V and U, before the first step; at most as many as the run has."""
+    """Steps of faithfulness alone, on V and U, before the first step; unless set, at most as many as the run has."""
     warm_up_lr: float = Field(1e-3, gt=0)
     """AdamW's learning rate in those."""
 

@@ -32,6 +32,8 @@ ROWS, TOKENS = 8, 1024
 """Rows that yardstick and checks are measured on, and the tokens that these have at most."""
 CHECKS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 """Fractions of a run at which it is checked."""
+SHORTEST = 20
+"""Steps of a run from which on it is checked."""
 NOTHING = 0.8
 """The share of the yardstick above which important subcomponents explain nothing."""
 DENSE = 0.5
@@ -139,14 +141,14 @@ def rows_measured(rows: Shaped[Tensor, "batch ..."]) -> int:
 
 
 def due(done: int, steps: int) -> bool:
-    """Whether a run is checked after ``done`` steps."""
-    return done in {max(1, round(fraction * steps)) for fraction in CHECKS}
+    """Whether a run is checked after ``done`` steps; one of a few steps is a trial, and is not."""
+    return steps >= SHORTEST and done in {max(1, round(fraction * steps)) for fraction in CHECKS}
 
 
 def duration(seconds: float) -> str:
     """A time in words.
 
-    >>> duration(42), duration(150), duration(8_040)
+    >>> duration(42), duration(170), duration(8_040)
     ('42 s', '3 min', '2 h 14 min')
     """
     if seconds < 100:

@@ -134,7 +134,9 @@ class Trainer:
         """
         faithfulness = self.config.faithfulness
         optimizer = torch.optim.AdamW(self.matrices, lr=faithfulness.warm_up_lr, weight_decay=0.0, fused=True)
-        steps = min(faithfulness.warm_up_steps, self.config.steps)
+        steps = faithfulness.warm_up_steps
+        if "warm_up_steps" not in faithfulness.model_fields_set:
+            steps = min(steps, self.config.steps)
         for _ in tqdm(range(steps), disable=not progress, desc="faithfulness warm-up", unit="step", leave=False):
             optimizer.zero_grad(set_to_none=True)
             self._faithfulness(1 / self.world.size)
