@@ -148,7 +148,7 @@ def due(done: int, steps: int) -> bool:
 def duration(seconds: float) -> str:
     """A time in words.
 
-    >>> duration(42), duration(170), duration(8_040)
+    >>> duration(42.0), duration(170.0), duration(8_040.0)
     ('42 s', '3 min', '2 h 14 min')
     """
     if seconds < 100:
