@@ -41,6 +41,18 @@ class Counts:
         if len(stored) < EXAMPLES:
             stored.append(example)
 
+    def add_error(self, error: Exception, what: str) -> None:
+        """Counts what reading a damaged file has raised: a refusal is one sentence.
+
+        Args:
+            error: that was raised.
+            what: was done, for a failure's example.
+        """
+        text = str(error)
+        sentence = "\n" not in text and text.endswith(".") and len(text) < 1_000
+        refusal = isinstance(error, ValueError | OSError) and sentence
+        self.add("refused" if refusal else "wrong exception", f"{what}: {type(error).__name__}: {text[:300]}")
+
     def merge(self, other: Counts) -> None:
         """Adds another's tries."""
         self.outcomes.update(other.outcomes)

@@ -76,14 +76,7 @@ def judge(folder: Path, right: list[Known], counts: Counts, what: str) -> Known 
         try:
             loaded = Known.of(Decomposition.load(folder))
         except Exception as error:  # every exception is judged
-            text = str(error)
-            refusal = (
-                isinstance(error, ValueError | OSError)
-                and "\n" not in text
-                and text.endswith(".")
-                and len(text) < 1_000
-            )
-            counts.add("refused" if refusal else "wrong exception", f"{what}: {type(error).__name__}: {text[:300]}")
+            counts.add_error(error, what)
             return None
     if time.monotonic() - start > SLOW:
         counts.add("hung", f"{what}: {time.monotonic() - start:.0f} seconds")

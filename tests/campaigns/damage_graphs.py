@@ -46,10 +46,7 @@ def judge(folder: Path, right: list[AttributionGraph], counts: Counts, what: str
             loaded = AttributionGraph.load(folder)
             loaded.influence, loaded.nodes(), loaded.paths(k=3)  # what was accepted can be asked
         except Exception as error:  # every exception is judged
-            text = str(error)
-            sentence = "\n" not in text and text.endswith(".") and len(text) < 1_000
-            refusal = isinstance(error, ValueError | OSError) and sentence
-            counts.add("refused" if refusal else "wrong exception", f"{what}: {type(error).__name__}: {text[:300]}")
+            counts.add_error(error, what)
             return None
     unproved = any(UNPROVED in str(warning.message) for warning in said)
     if any(same(loaded, graph) for graph in right):

@@ -10,6 +10,8 @@ from typing import Any
 from jaxtyping import Bool
 from torch import Tensor
 
+from tl_vpd.adapters.taps import Unsupported
+
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]
 
@@ -106,8 +108,14 @@ class Calls:
         return copy.deepcopy(like)
 
     def kv_cache_length(self, cache: Any) -> int:
-        """Tokens in a KV cache."""
-        raise NotImplementedError
+        """Tokens in a KV cache.
+
+        Raises:
+            Unsupported: this class of model takes no KV cache that is known.
+        """
+        raise Unsupported(
+            f"A {type(self.model).__name__} has no KV cache that this package knows: call it without one."
+        )
 
     def kv_cache_frozen(self, cache: Any) -> bool:
         """Whether calls leave a KV cache as it is."""
