@@ -57,3 +57,11 @@ class ChunkedTransformers(nn.Module):
     def output_biases(self) -> list[Tensor]:
         """The biases that are added last."""
         return [bias for transformer in self.parts for bias in transformer.output_biases()]  # type: ignore[operator, union-attr]
+
+    def rows_of_subcomponents(self) -> dict[str, list[str]]:
+        """By parameter that has one row per subcomponent: the sites whose subcomponents they are, in order."""
+        return {
+            f"parts.{i}.{name}": sites
+            for i, transformer in enumerate(self.parts)
+            for name, sites in transformer.rows_of_subcomponents().items()  # type: ignore[operator, union-attr]
+        }

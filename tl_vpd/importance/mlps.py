@@ -180,6 +180,10 @@ class PerSubcomponentMLPs(nn.Module):
         """The biases that are added last."""
         return [self.b_out]
 
+    def rows_of_subcomponents(self) -> dict[str, list[str]]:
+        """By parameter that has one row per subcomponent: the sites whose subcomponents they are, in order."""
+        return dict.fromkeys(("w_in", "b_in", "w_out", "b_out"), self.site_axis.names)
+
 
 class PerSiteMLPs(nn.Module):
     """One MLP of ``hidden`` GELU units for every site, which reads the site's RMS-normalised input.
@@ -213,3 +217,7 @@ class PerSiteMLPs(nn.Module):
     def output_biases(self) -> list[Tensor]:
         """The biases that are added last."""
         return [mlp[-1].bias for mlp in self.mlps]  # type: ignore[index]
+
+    def rows_of_subcomponents(self) -> dict[str, list[str]]:
+        """By parameter that has one row per subcomponent: the sites whose subcomponents they are, in order."""
+        return {f"mlps.{i}.2.{name}": [site] for i, site in enumerate(self.names) for name in ("weight", "bias")}

@@ -185,6 +185,10 @@ class SharedTransformer(nn.Module):
         """The biases that are added last."""
         return [self.unembed.bias]
 
+    def rows_of_subcomponents(self) -> dict[str, list[str]]:
+        """By parameter that has one row per subcomponent: the sites whose subcomponents they are, in order."""
+        return {"unembed.weight": self.names, "unembed.bias": self.names}
+
 
 def _attend(
     n: int, start: int, token_mask: Bool[Tensor, "batch pos_of_keys"] | None, device: torch.device, *, causal: bool
