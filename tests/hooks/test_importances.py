@@ -49,7 +49,7 @@ def test_masks_follow_the_mode_and_seed(ci):
 
 
 @pytest.mark.parametrize(
-    "kind", ["shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps"]
+    "kind", ["shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps", "global_mlp"]
 )
 def test_they_are_gamma_of_the_clean_inputs_squashed(model, tokens, kind):
     vpd = decomposition_of(model, gamma=dict(kind=kind, d_ci=8, n_blocks=1, n_heads=2, hidden=4, chunk=5)).double()

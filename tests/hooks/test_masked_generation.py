@@ -37,7 +37,7 @@ def tokens():
     return some_tokens(shape=(3, 8))
 
 
-@pytest.fixture(params=["shared_transformer", "chunked_transformers", "per_site_mlps"])
+@pytest.fixture(params=["shared_transformer", "chunked_transformers", "per_site_mlps", "global_mlp"])
 def vpd(model, request):
     kind = request.param
     gamma = {"kind": kind, "hidden": 4} if "mlps" in kind else {"kind": kind, **GAMMA}

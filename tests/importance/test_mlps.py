@@ -10,6 +10,7 @@ import torch
 from torch.testing import assert_close
 
 from tl_vpd.importance import GammaConfig, build, mlps
+from tl_vpd.importance.global_mlp import GlobalMLP
 from tl_vpd.importance.mlps import PerSiteMLPs, PerSubcomponentMLPs
 
 D_IN, COUNTS = {"a": 3, "b": 2}, {"a": 2, "b": 3}
@@ -93,8 +94,23 @@ def test_a_sites_mlp_reads_its_normalised_input():
     assert_close(scaled, z, rtol=0, atol=1e-5)
 
 
+def test_the_global_mlp_reads_all_normalised_inputs_of_its_position():
+    torch.manual_seed(0)
+    gamma = GlobalMLP(D_IN, COUNTS, hidden=4).double().requires_grad_(False)
+    x = {n: torch.randn(1, 2, d, dtype=torch.float64) for n, d in D_IN.items()}
+    z = gamma(x)
+    normed = torch.cat([v[0, 1] / math.sqrt(float(v[0, 1].square().mean()) + 2**-23) for v in x.values()])
+    hidden = [gelu(float(h)) for h in gamma.embed.weight @ normed + gamma.embed.bias]
+    assert_close(z[0, 1], gamma.unembed.weight @ torch.tensor(hidden, dtype=torch.float64) + gamma.unembed.bias)
+    moved = gamma({**x, "b": torch.cat([x["b"][:, :1], 2 - x["b"][:, 1:]], dim=1)})
+    assert torch.equal(moved[:, 0], z[:, 0]) and not bool((moved[:, 1] == z[:, 1]).any())
+    config = GammaConfig(kind="global_mlp")
+    assert config.hidden == 512 and not config.reads_the_future and GammaConfig().hidden == 16
+    assert GammaConfig(kind="global_mlp", hidden=16).hidden == 16
+
+
 @pytest.mark.parametrize(
-    "kind", ["shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps"]
+    "kind", ["shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps", "global_mlp"]
 )
 def test_every_kind_puts_out_one_value_a_subcomponent(kind):
     gamma = build(GammaConfig(kind=kind, d_ci=8, n_heads=2, n_blocks=1, chunk=1), D_IN, COUNTS)

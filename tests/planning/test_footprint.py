@@ -54,6 +54,7 @@ def changed(**update) -> VPDConfig:
         (changed(adversary={"inner_steps": 1}, C={"*.W_[QK]": 3, "*.W_[VO]": 7, "*.W_in": 2, "*.W_out": 4}), None, {}),
         (changed(gamma={**GAMMA, "kind": "chunked_transformers", "chunk": 5}), None, {}),
         (changed(gamma={"kind": "per_site_mlps", "hidden": 6}), None, {}),
+        (changed(gamma={"kind": "global_mlp", "hidden": 6}), None, {}),
         (changed(gamma={"kind": "per_subcomponent_mlps", "hidden": 6}), None, {}),
         (changed(coefficients={"adversarial": 0.0}), None, {}),
         (changed(sites=("blocks.1.attn.*", "blocks.1.mlp.*")), None, {}),

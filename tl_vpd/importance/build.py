@@ -13,10 +13,11 @@ import torch
 
 from tl_vpd.importance.chunked import ChunkedTransformers
 from tl_vpd.importance.config import GammaConfig
+from tl_vpd.importance.global_mlp import GlobalMLP
 from tl_vpd.importance.mlps import PerSiteMLPs, PerSubcomponentMLPs
 from tl_vpd.importance.transformer import SharedTransformer
 
-Gamma = SharedTransformer | ChunkedTransformers | PerSubcomponentMLPs | PerSiteMLPs
+Gamma = SharedTransformer | ChunkedTransformers | PerSubcomponentMLPs | PerSiteMLPs | GlobalMLP
 
 
 @torch.no_grad()
@@ -42,6 +43,8 @@ def _module(config: GammaConfig, d_in: Mapping[str, int], counts: Mapping[str, i
         return PerSubcomponentMLPs(counts, hidden=config.hidden, rising=config.rising)
     if config.kind == "per_site_mlps":
         return PerSiteMLPs(d_in, counts, hidden=config.hidden)
+    if config.kind == "global_mlp":
+        return GlobalMLP(d_in, counts, hidden=config.hidden)
     if config.d_ci is None:
         raise ValueError("GammaConfig.d_ci is None: call resolved(d_model) first, or set a width.")
     d_mlp = config.d_mlp or 4 * config.d_ci

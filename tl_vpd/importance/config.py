@@ -15,14 +15,16 @@ Size = Annotated[int, Field(gt=0, le=1 << 28)]
 
 TRANSFORMERS = ("shared_transformer", "chunked_transformers")
 """The kinds that read other tokens."""
+GLOBAL_HIDDEN = 512
+"""Hidden units of ``global_mlp`` unless set (targeted decomposition, arXiv 2607.13047)."""
 
 
 class GammaConfig(Frozen):
     """Which Γ, and how large."""
 
-    kind: Literal["shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps"] = (
-        "shared_transformer"
-    )
+    kind: Literal[
+        "shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps", "global_mlp"
+    ] = "shared_transformer"
     d_ci: Size | None = None
     """Width of the transformer (None: twice ``d_model``, rounded to whole heads)."""
     n_blocks: Size = 2
@@ -37,13 +39,19 @@ class GammaConfig(Frozen):
     chunk: Size = 8
     """Sites a transformer reads, for ``chunked_transformers``."""
     hidden: Size = 16
-    """Hidden units, for the MLP kinds."""
+    """Hidden units, for the MLP kinds; for ``global_mlp`` 512 unless set."""
     rising: bool = False
     """For ``per_subcomponent_mlps``: whether every importance starts as a rising function of its inner activation. Otherwise it
     starts as likely to be large on both sides of 0, and a subcomponent may come to serve two features, one on each side."""
     output_bias: float = 0.0
     """Added to every pre-sigmoid value at the start. Near 1, every subcomponent starts important and is trimmed from there
     under full gradients; at 0, half start at importance 0, where only a hundredth of the gradient leads back."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _wide_where_one_reads_all(cls, fields: Any) -> Any:
+        wide = isinstance(fields, Mapping) and fields.get("kind") == "global_mlp"
+        return {"hidden": GLOBAL_HIDDEN, **fields} if wide else fields
 
     @model_validator(mode="after")
     def _rising_where_it_can(self) -> GammaConfig:

@@ -85,7 +85,7 @@ def _gamma(shape: RunShape) -> tuple[int, int]:
     if g.kind == "per_subcomponent_mlps":
         acts = sum(2 * s.d_in * shape.C[s.name] for s in sites)
         return acts + 2 * g.hidden * shape.C_total, 6 * g.hidden * shape.C_total
-    if g.kind == "per_site_mlps":
+    if g.kind in ("per_site_mlps", "global_mlp"):
         first = sum(2 * s.d_in * g.hidden for s in sites)
         last = 2 * g.hidden * shape.C_total
         return first + last, first + 2 * last

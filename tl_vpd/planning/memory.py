@@ -83,6 +83,8 @@ def _gamma_activations(shape: RunShape) -> int:
         return inputs + FLOAT * N * shape.C_total * 4
     if g.kind == "per_site_mlps":
         return inputs + FLOAT * N * (read + 2 * g.hidden * len(d_in))
+    if g.kind == "global_mlp":
+        return inputs + FLOAT * N * (read + sum(d_in) + 2 * g.hidden)
     chunks = math.ceil(len(d_in) / g.chunk) if g.kind == "chunked_transformers" else 1
     assert g.d_ci is not None
     block = 12 * g.d_ci + 2 * (g.d_mlp or 4 * g.d_ci)

@@ -34,6 +34,7 @@ from tl_vpd.checks import choice
 from tl_vpd.components import Components
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.importance.build import build
+from tl_vpd.importance.global_mlp import GlobalMLP
 from tl_vpd.importance.mlps import PerSiteMLPs
 from tl_vpd.importance.transformer import SharedTransformer
 from tl_vpd.training.config import ShardingKind
@@ -115,10 +116,9 @@ def copy_whole(target: Tensor, tensor: Tensor) -> None:
         target.copy_(tensor)
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> float:
+def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
     """Scales gradients to at most ``limit`` together (None: not at all); returns their norm before."""
-    norm = nn.utils.clip_grad_norm_(parameters, torch.inf if limit is None else limit)
-    return float(whole(norm))
+    return whole(nn.utils.clip_grad_norm_(parameters, torch.inf if limit is None else limit))
 
 
 def gamma_units(gamma: nn.Module) -> list[nn.Module]:
@@ -129,4 +129,6 @@ def gamma_units(gamma: nn.Module) -> list[nn.Module]:
             units += [module.embed, *module.blocks, module.unembed]
         elif isinstance(module, PerSiteMLPs):
             units += module.mlps
+        elif isinstance(module, GlobalMLP):
+            units += [module.embed, module.unembed]
     return units or [gamma]
