@@ -257,13 +257,60 @@ def import_command(
     out: Annotated[Path, typer.Option(help="New folder of the decomposition; its model goes to 'model' in it.")],
     target: Annotated[str | None, typer.Option(help="The target's folder or W&B run, where it is not found.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...: that the certificate is measured on.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="float32, float64, bfloat16 or float16: of both as stored.")] = "float32",
+    tokens: Annotated[Path | None, typer.Option(help=".npy or .safetensors file of rows for the certificate.")] = None,
+    key: Annotated[str, typer.Option(help="Tensor of a .safetensors file.")] = "tokens",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of --tokens to use.")] = 8,
     check_order: Annotated[bool, typer.Option(help="Stop if importances look like a wrong order.")] = True,
 ) -> None:
     """Import a released run: the decomposition, its model, and a certificate of what was measured."""
-    from tl_vpd.formats.param_decomp import import_run
+    import torch
 
-    certificate = import_run(run, out, target=target, device=device, check_order=check_order)
+    from tl_vpd.checks import choice
+    from tl_vpd.formats.param_decomp import import_run
+    from tl_vpd.recipe.data import first_stored_rows
+
+    certificate = import_run(
+        run,
+        out,
+        device=device,
+        dtype=getattr(torch, choice("--dtype", dtype, ("float32", "float64", "bfloat16", "float16"))),
+        target=target,
+        tokens=None if tokens is None else first_stored_rows(tokens, key, rows),
+        check_order=check_order,
+    )
     _say(certificate.to_pandas().to_string(index=False), f"Written: {out} and {out / 'model'}")
+
+
+@app.command("compact")
+@_command
+def compact_command(
+    decomposition: Annotated[str, typer.Argument(help="Folder of a decomposition, or 'bundled'.")],
+    out: Annotated[Path, typer.Option(help="New folder of the smaller decomposition.")],
+    model: Annotated[str, typer.Option(help="'bundled', or a name or folder that TransformerLens knows.")] = "bundled",
+    kind: Annotated[str | None, typer.Option(help="hooked_transformer or bridge (default: what is installed).")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    tokens: Annotated[str, typer.Option(help="'bundled', a .npy or .safetensors file, or text files.")] = "bundled",
+    key: Annotated[str | None, typer.Option(help="Tensor of a file, or part of the bundled tokens.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of tokens: what is important on none of them goes.")] = 512,
+    threshold: Annotated[float, typer.Option(help="The largest importance at which a subcomponent goes.")] = 0.0,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Leave out the subcomponents that are never important: a smaller decomposition, in a new folder."""
+    from tl_vpd.recipe.compacting import compact_by_name
+    from tl_vpd.recipe.data import DataRecipe
+    from tl_vpd.recipe.model import ModelRecipe
+
+    counts = compact_by_name(
+        decomposition,
+        ModelRecipe(name=model, kind=kind, device=device),  # type: ignore[arg-type]
+        DataRecipe(tokens=tokens, key=key),
+        out,
+        rows=rows,
+        threshold=threshold,
+        trust_remote_code=trust_remote_code,
+    )
+    _say(counts.to_string(), f"{counts.before.sum()} -> {counts.after.sum()} subcomponents.  Written: {out}")
 
 
 @app.command()

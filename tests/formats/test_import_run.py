@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import tl_vpd
@@ -45,8 +47,6 @@ def test_the_folders_are_the_run(folder, kind):
 
 
 def test_the_imported_folder_is_evaluated_on_the_command_line(folder, tmp_path):
-    import numpy as np
-
     np.save(tmp_path / "tokens.npy", TOKENS.numpy())
     arguments = ["eval", str(folder), "--model", str(folder / "model"), "--tokens", str(tmp_path / "tokens.npy")]
     arguments += ["--budgets", "", "--measures", "none", "--no-controls", "--out", str(tmp_path / "metrics.json")]
@@ -56,6 +56,31 @@ def test_the_imported_folder_is_evaluated_on_the_command_line(folder, tmp_path):
     assert json.loads((tmp_path / "metrics.json").read_text())["kl"]["ci"] == pytest.approx(
         answers["kl_ci_masked"], abs=1e-5
     )
+
+
+def test_tokens_and_dtype_on_the_command_line(tmp_path):
+    np.save(tmp_path / "tokens.npy", TOKENS.numpy().astype(np.uint16))
+    arguments = ["import", str(RUN), "--out", str(tmp_path / "vpd"), "--tokens", str(tmp_path / "tokens.npy")]
+    result = CliRunner().invoke(app, [*arguments, "--rows", "2", "--dtype", "bfloat16"])
+    assert result.exit_code == 0, result.output
+    certificate = tl_vpd.Decomposition.load(tmp_path / "vpd").record["certificate"]
+    assert (certificate["tokens"], certificate["rows"], certificate["length"]) == ("given", 2, TOKENS.shape[1])
+    for file in ("decomposition.safetensors", "model/model.safetensors"):
+        assert {t.dtype for t in load_file(tmp_path / "vpd" / file).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "int8"], "--dtype='int8': choose from 'float32', 'float64', 'bfloat16', 'float16'."),
+        (["--tokens", "rows.txt"], "rows.txt is not a .npy or .safetensors file: save the tokens as one of these."),
+        (["--tokens", "rows.npy"], "rows.npy does not exist, or is not an ordinary file: give a file of tokens."),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    result = CliRunner().invoke(app, ["import", str(RUN), "--out", str(tmp_path / "new"), *options])
+    assert result.exit_code == 2 and message in result.output
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_mistake_leaves_nothing(folder, tmp_path):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.testing import assert_close
+from typer.testing import CliRunner
 
 from tests.marks import needs_bridge
 from tests.tiny import decomposition_of, draw, edited, some_tokens, tiny_model
 from tl_vpd import Decomposition, bundled
+from tl_vpd.cli import app
 from tl_vpd.masking import SiteMask
 
 TOKENS = some_tokens(seed=3, shape=(5, 7))
@@ -182,3 +184,15 @@ def test_a_bridge_drops_the_same():
     vpd, tokens = bundled.decomposition(), bundled.tokens("validation")[:8]
     counts = [vpd.compact(bundled.model(kind=kind), tokens).record["compact"] for kind in ("bridge", None)]
     assert counts[0] == counts[1]
+
+
+def test_the_command_writes_a_new_folder(tmp_path):
+    arguments = ["compact", "bundled", "--rows", "16", "--key", "validation", "--out", str(tmp_path / "small")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    small = Decomposition.load(tmp_path / "small")
+    assert small.counts == small.record["compact"][0]["after"] and small.record["compact"][0]["rows"] == 16
+    before = bundled.decomposition().site_axis.total
+    assert f"{before} -> {small.site_axis.total} subcomponents.  Written: {tmp_path / 'small'}" in result.output
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 2 and "small is not an empty folder: give the path of a new one." in again.output

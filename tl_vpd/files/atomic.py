@@ -11,6 +11,7 @@ import itertools
 import os
 import platform
 import re
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,6 +80,27 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(error.errno, f"The folder {folder} cannot be made: {_reason(error)}.") from error
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside a new one, which takes its name if all went well.
+
+    Raises:
+        FileExistsError: there is something in the folder, or a file has its name.
+        OSError: the folder cannot be made.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not an empty folder: give the path of a new one.")
+    parent = folder.resolve().parent
+    make_folder(parent)
+    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{folder.name}-") as temporary:
+        written = Path(temporary) / "new"
+        written.mkdir()
+        yield written
+        if folder.is_dir():
+            folder.rmdir()
+        written.replace(folder)
 
 
 def clear_leftovers(path: Path) -> None:

@@ -55,16 +55,39 @@ class DataRecipe(Frozen):
             return text_windows(model, [read_utf8(p) for p in paths], length)
         if len(paths) > 1:
             raise ValueError(f"data.tokens = {self.tokens!r} matches {len(paths)} files of arrays: give one.")
-        rows = _read_npy(paths[0]) if suffix == ".npy" else _read_safetensors(paths[0], self.key or default_key)
-        if rows.ndim != 2 or rows.dtype.kind not in "iu":
-            raise ValueError(f"{paths[0]} holds {rows.dtype} of shape {rows.shape}; integers [n, pos] are needed.")
-        rows = rows[:, :length]
+        rows = stored_rows(paths[0], self.key or default_key)[:, :length]
         return rows if isinstance(rows, np.memmap) else torch.from_numpy(rows.astype(np.int64))
 
     def first(self, model: Any, n: int, *, default_key: str = "training") -> Int[Tensor, "_ pos"]:
         """The first ``n`` rows, in memory."""
         rows = self.load(model, default_key=default_key)[:n]
         return rows if isinstance(rows, Tensor) else torch.from_numpy(rows.astype(np.int64))
+
+
+def stored_rows(path: Path, key: str) -> Integer[np.ndarray, "n pos"]:
+    """Rows of tokens from a file of arrays.
+
+    Args:
+        path: of a ``.npy`` file, which stays on the disk, or a ``.safetensors`` file.
+        key: which tensor of a ``.safetensors`` file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file does not hold rows of integers.
+    """
+    if path.suffix not in (".npy", ".safetensors"):
+        raise ValueError(f"{path} is not a .npy or .safetensors file: save the tokens as one of these.")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, or is not an ordinary file: give a file of tokens.")
+    rows = _read_npy(path) if path.suffix == ".npy" else _read_safetensors(path, key)
+    if rows.ndim != 2 or rows.dtype.kind not in "iu":
+        raise ValueError(f"{path} holds {rows.dtype} of shape {rows.shape}; integers [n, pos] are needed.")
+    return rows
+
+
+def first_stored_rows(path: Path, key: str, n: int) -> Int[Tensor, "_ pos"]:
+    """The first ``n`` of ``stored_rows``, in memory."""
+    return torch.from_numpy(stored_rows(path, key)[:n].astype(np.int64))
 
 
 def _bundled_part(key: str) -> str:

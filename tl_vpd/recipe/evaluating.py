@@ -43,10 +43,8 @@ def evaluate_by_name(
     """
     device = usable_device(model.device)
 
-    def load(name: str) -> Decomposition:
-        return bundled.decomposition(device=device) if name == "bundled" else Decomposition.load(name, device=device)
-
-    vpd, target = load(decomposition), model.load(trust_remote_code=trust_remote_code)
+    vpd = decomposition_by_name(decomposition, device=device)
+    target = model.load(trust_remote_code=trust_remote_code)
 
     def tokens(recipe: DataRecipe) -> Int[Tensor, "_ pos"]:
         return recipe.first(target, rows, default_key="validation")
@@ -60,8 +58,13 @@ def evaluate_by_name(
         tokens(data),
         config,
         off_distribution={name: tokens(text(files)) for name, files in off_distribution.items()},
-        others={name: load(folder) for name, folder in others.items()},
+        others={name: decomposition_by_name(folder, device=device) for name, folder in others.items()},
     )
+
+
+def decomposition_by_name(name: str, *, device: str) -> Decomposition:
+    """The decomposition in a folder, or the bundled one."""
+    return bundled.decomposition(device=device) if name == "bundled" else Decomposition.load(name, device=device)
 
 
 def evaluation_lines(evaluation: Evaluation) -> list[str]:

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import re
-import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-
-from tl_vpd.files.atomic import make_folder
 
 CONFIGS = ("experiment_config.yaml", "final_config.yaml")
 METRICS, MODEL_CONFIG, TOKENIZER = "metrics.jsonl", "model_config.yaml", "tokenizer.json"
@@ -74,27 +70,6 @@ def checkpoint_in(folder: Path, *, where: Sequence[str] = (".",)) -> Path:
         others = ", ".join(p.name for p in numbered[:-1])
         warnings.warn(f"{folder} has {len(numbered)} checkpoints: {newest.name} is read, not {others}.", stacklevel=2)
     return inside(newest, folder)
-
-
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside a new one, which takes its name if all went well.
-
-    Raises:
-        FileExistsError: there is something in the folder, or a file has its name.
-        OSError: the folder cannot be made.
-    """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not an empty folder: give the path of a new one.")
-    parent = folder.resolve().parent
-    make_folder(parent)
-    with tempfile.TemporaryDirectory(dir=parent, prefix=f".{folder.name}-") as temporary:
-        written = Path(temporary) / "new"
-        written.mkdir()
-        yield written
-        if folder.is_dir():
-            folder.rmdir()
-        written.replace(folder)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from __future__ import annotations
 import os
 
 import torch
+from torch import Tensor
 
 from tl_vpd.adapters.arcee import arcee_of, write_arcee
 from tl_vpd.adapters.loading import default_kind
 from tl_vpd.checks import path_of
+from tl_vpd.files.atomic import new_folder
 from tl_vpd.formats.param_decomp.certificate import Certificate
-from tl_vpd.formats.param_decomp.files import new_folder
 from tl_vpd.formats.param_decomp.load import KINDS, load_param_decomp
 
 MODEL = "model"
@@ -28,6 +29,7 @@ def import_run(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     target: str | os.PathLike[str] | None = None,
+    tokens: Tensor | None = None,
     check_order: bool = True,
 ) -> Certificate:
     """Writes a run's decomposition, with its certificate in the record, and its model.
@@ -39,6 +41,7 @@ def import_run(
         device: that the certificate is measured on.
         dtype: that both are stored in.
         target: as in ``load_param_decomp``.
+        tokens: as in ``load_param_decomp``.
         check_order: as in ``load_param_decomp``.
 
     Returns:
@@ -53,7 +56,7 @@ def import_run(
     model_class = next(name for name, kind in KINDS.items() if kind == here)
     with new_folder(place) as written:
         model, vpd = load_param_decomp(
-            run, model_class, device=device, dtype=dtype, target=target, check_order=check_order
+            run, model_class, device=device, dtype=dtype, target=target, tokens=tokens, check_order=check_order
         )
         vpd.save(written)
         (written / MODEL).mkdir()

@@ -26,8 +26,8 @@ from tl_vpd.adapters.arcee import ArceeShape, arcee_of
 from tl_vpd.adapters.versions import is_bridge
 from tl_vpd.checks import path_of
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.files.atomic import make_folder, write_file, write_text
-from tl_vpd.formats.param_decomp.files import CONFIGS, MODEL_CONFIG, TOKENIZER, new_folder
+from tl_vpd.files.atomic import make_folder, new_folder, write_file, write_text
+from tl_vpd.formats.param_decomp.files import CONFIGS, MODEL_CONFIG, TOKENIZER
 from tl_vpd.formats.param_decomp.gamma import their_gamma
 from tl_vpd.formats.param_decomp.load import RunFiles, model_and_decomposition
 from tl_vpd.formats.param_decomp.names import COMPONENTS, TARGET, module_of, target_keys
