@@ -51,7 +51,7 @@ SIZES = {
     "L": Size(768, 3072, 50304, 32, 512, (512, 512, 1024, 1024, 3072, 3584), 2048, 8192, layers=4, heads=12, blocks=8),
 }
 MERGED: dict[str, Any] = {
-    "merged": True,
+    "merged": 0.5,
     "minimality": {"kind": "smooth_l0", "frequency_reference": 1024.0},
     "faithfulness": {"kind": "relative"},
     "adversary": {"pool": 4},

@@ -33,20 +33,23 @@ def config_of(recipe: str, importance: float, steps: int) -> VPDConfig:
     """The bundled decomposition's settings with one recipe's losses, passes and adversary."""
     if recipe == "paper":
         changes: dict[str, Any] = {
-            "coefficients": Coefficients(delta=1e5, importance=importance, frequency=importance / 2)
+            "coefficients": Coefficients(
+                delta=1e5, importance=importance, frequency=importance / 2, schedule=CONFIG.coefficients.schedule
+            )
         }
     else:
         changes = {
-            "merged": True,
+            "merged": 0.5,
             "minimality": {
                 "kind": "smooth_l0",
                 "frequency_reference": 1024.0,
                 "frequency_half_life": 200.0,
-                "warm_up": CONFIG.minimality.warm_up,
             },
             "faithfulness": {"kind": "relative"},
             "adversary": AdversaryConfig(lr=0.02, pool=8),
-            "coefficients": Coefficients(delta=1e3, importance=importance, frequency=importance / 2),
+            "coefficients": Coefficients(
+                delta=1e3, importance=importance, frequency=importance / 2, schedule=CONFIG.coefficients.schedule
+            ),
         }
     return VPDConfig(**{**BASE, **changes, "steps": steps})
 

@@ -18,7 +18,7 @@ from tl_vpd.recipe import DataRecipe, ModelRecipe, Recipe, text_windows, usable_
 def test_example_recipe_is_valid():
     path = Path(__file__).parent.parent / "examples" / "recipe.yaml"
     recipe = Recipe.read(path)
-    assert recipe.vpd.init == "channels" and recipe.vpd.minimality.warm_up == 0.3
+    assert recipe.vpd.init == "channels" and recipe.vpd.coefficients.schedule["frequency"] == ((0, 0), (0.3, 1))
     assert recipe.model.name == "bundled" and recipe.saving.folder == Path("runs/example")
 
 
@@ -178,7 +178,7 @@ def test_devices_and_options_that_do_not_exist_are_refused():
         ("vpd: {steps: 3\n", "is not YAML: expected ',' or '}'"),
         ("", "is empty; keys model, data, vpd, execution and saving are needed."),
         ("- vpd\n", "holds a list; keys"),
-        ("vpd: {merged: yes}\n", "vpd.merged='yes': Input should be a valid boolean."),
+        ("vpd: {merged: yes}\n", "vpd.merged='yes': Input should be a valid number."),
         ("vpd: {steps: 1e3}\n", "vpd.steps=1000.0: Input should be a valid integer."),
         ("vpd: {optimizer: {lr: .nan}}\n", "vpd.optimizer.lr=nan: Input should be a finite number."),
         ("vpd: {adversary: {betas: [0.5, 1.0]}}\n", "vpd.adversary.betas.1=1.0: Input should be less than 1."),
@@ -208,12 +208,12 @@ def test_what_is_not_a_recipe_is_refused_when_it_is_read_in_one_sentence(tmp_pat
 
 def test_numbers_and_words_are_what_they_look_like(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text(
-        "data: {key: no}\nvpd: {optimizer: {lr: 1e-3}, steps: 20_000, merged: true}\nsaving: {folder: 010}\n".replace(
+        "data: {key: no}\nvpd: {optimizer: {lr: 1e-3}, steps: 20_000, merged: 0.5}\nsaving: {folder: 010}\n".replace(
             "010", "'010'"
         )
     )
     recipe = Recipe.read(tmp_path / "recipe.yaml")
-    assert (recipe.data.key, recipe.vpd.optimizer.lr, recipe.vpd.steps, recipe.vpd.merged) == ("no", 1e-3, 20_000, True)
+    assert (recipe.data.key, recipe.vpd.optimizer.lr, recipe.vpd.steps, recipe.vpd.merged) == ("no", 1e-3, 20_000, 0.5)
     assert recipe.saving.folder == Path("010")
     for encoding in ("latin-1", "utf-16"):
         (tmp_path / "other.yaml").write_bytes("model: {name: café}\n".encode(encoding))

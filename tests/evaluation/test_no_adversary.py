@@ -33,7 +33,7 @@ def trained_on(model: Any, *, adversarial: float) -> Decomposition:
     changes = {
         "steps": STEPS,
         "batch_size": ROWS,
-        "minimality": MinimalityConfig(p_start=1.0, p_end=1.0),
+        "minimality": MinimalityConfig(p=1.0),
     }
     with MaskedModel(vpd, model, fused_attention=True) as masked_model:
         trainer = Trainer(masked_model, CONFIG.model_copy(update={**changes, "coefficients": weights}), (ROWS, CONTEXT))

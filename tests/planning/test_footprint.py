@@ -50,7 +50,7 @@ def changed(**update) -> VPDConfig:
         (CONFIG, None, {}),
         (CONFIG, 2, {}),
         (CONFIG, None, dict(gated_mlp=True, act_fn="silu", n_heads=4, d_head=2, rotary_dim=2)),
-        (changed(merged=True, adversary={"pool": 3}), None, {}),
+        (changed(merged=0.5, adversary={"pool": 3}), None, {}),
         (changed(adversary={"inner_steps": 1}, C={"*.W_[QK]": 3, "*.W_[VO]": 7, "*.W_in": 2, "*.W_out": 4}), None, {}),
         (changed(gamma={**GAMMA, "kind": "chunked_transformers", "chunk": 5}), None, {}),
         (changed(gamma={"kind": "per_site_mlps", "hidden": 6}), None, {}),
@@ -66,7 +66,7 @@ def test_flops_and_bytes_are_those_of_a_step(config, micro_batch, flags):
     decomposition = trainer.decomposition
     assert result.counts["components"] == sum(p.numel() for p in decomposition.components.parameters())
     assert result.counts["gamma"] == sum(p.numel() for p in decomposition.gamma.parameters())
-    moments = [t for state in trainer.optimizer.state.values() for t in state.values() if t.ndim]
+    moments = [t for o in trainer.optimizers for state in o.state.values() for t in state.values() if t.ndim]
     assert result.bytes["moments"] == sum(t.numel() * 4 for t in moments)
     assert (
         result.bytes["parameters"]
@@ -77,7 +77,7 @@ def test_flops_and_bytes_are_those_of_a_step(config, micro_batch, flags):
     assert result.bytes["target"] == sum(p.numel() * 4 for p in trainer.masked_model.model.parameters())
 
 
-@pytest.mark.parametrize(("config", "micro_batch"), [(CONFIG, None), (CONFIG, 2), (changed(merged=True), None)])
+@pytest.mark.parametrize(("config", "micro_batch"), [(CONFIG, None), (CONFIG, 2), (changed(merged=0.5), None)])
 def test_flops_are_those_of_a_step_with_logits_in_blocks(config, micro_batch, monkeypatch):
     monkeypatch.setattr(left_out_logits, "LARGE", 0)
     trainer, flops, result = trained(config, micro_batch)

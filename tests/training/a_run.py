@@ -58,7 +58,9 @@ def main(folder: Path, given: dict[str, str]) -> None:
         measured = PLAIN_STEP(self, *arguments)
         folder.mkdir(parents=True, exist_ok=True)
         bytes_of["parameters"] = size_of(list(self.decomposition.parameters()))
-        bytes_of["moments"] = size_of([t for s in self.optimizer.state.values() for t in s.values() if t.ndim])
+        bytes_of["moments"] = size_of(
+            [t for o in self.optimizers for s in o.state.values() for t in s.values() if t.ndim]
+        )
         (folder / f"bytes-{self.world.rank}.json").write_text(json.dumps(bytes_of))
         if "slow" in given:
             sys.stdout.write(f"{self.done}\n")
@@ -73,7 +75,7 @@ def main(folder: Path, given: dict[str, str]) -> None:
     config = CONFIG.model_copy(
         update={
             "gamma": CONFIG.gamma.model_copy(update={"kind": given.get("gamma", CONFIG.gamma.kind), "chunk": 5}),
-            "merged": "merged" in given,
+            "merged": 0.5 if "merged" in given else 0.0,
             "tied": (TIED,) if "tied" in given else (),
         }
     )

@@ -100,7 +100,7 @@ ROUTED = {
     "the paper's": ({}, {}),
     "in parts": ({}, {"micro_batch": 3}),
     "the adversary's too": (EVERYWHERE, {}),
-    "merged": ({"merged": True, "adversary": {"pool": 2}}, {}),
+    "merged": ({"merged": 0.5, "adversary": {"pool": 2}}, {}),
 }
 
 

@@ -43,8 +43,25 @@ from tl_vpd.training.stored_config import upgraded
         ({"lr": 1e-3}, "VPDConfig has no 'lr'"),
         ({"optimizer": {"lr": 0.0}}, "optimizer.lr=0.0: .*greater than 0"),
         ({"optimizer": {"lr_final": 2.0}}, "less than or equal to 1"),
-        ({"minimality": {"smooth_end": 0.1}}, "smooth_end=0.1 would do nothing: it belongs to kind='smooth_l0'"),
-        ({"minimality": {"kind": "smooth_l0", "p_end": 1.0}}, "p_end=1.0 would do nothing: it belongs to kind='power'"),
+        ({"minimality": {"smooth": 0.1}}, r"smooth=\(\(0.0, 0.1\),\) would do nothing: it belongs to kind='smooth_l0'"),
+        ({"minimality": {"normalised": True}}, "normalised=True would do nothing: it belongs to kind='smooth_l0'"),
+        (
+            {"minimality": {"kind": "smooth_l0", "p": 1}},
+            r"p=\(\(0.0, 1.0\),\) would do nothing: it belongs to kind='power'",
+        ),
+        ({"minimality": {"p": ((0, 2), (1, 0))}}, r"p=\(\(0.0, 2.0\), \(1.0, 0.0\)\): its values must be above 0"),
+        ({"minimality": {"p": ((0, 2), (0, 1))}}, "the fractions of the run must rise from knot to knot"),
+        ({"minimality": {"p": ()}}, "at least 1 item"),
+        ({"minimality": {"p": ((0, 2), (1.5, 1))}}, "less than or equal to 1"),
+        ({"optimizer": {"lr_schedule": ((0, -1),)}}, "greater than or equal to 0"),
+        ({"coefficients": {"schedule": {"freq": 1}}}, "coefficients.schedule.freq.*: Input should be 'delta'"),
+        ({"coefficients": {"schedule": {"delta": True}}}, "Input should be a valid tuple"),
+        ({"locality": 1}, r"locality=\(\(0.0, 1.0\),\) would do nothing: coefficients.locality is 0"),
+        ({"locality": 0, "coefficients": {"locality": 1e-5}}, "its values must be above 0"),
+        ({"optimizer": {"momentum": 0.5}}, "momentum=0.5 would do nothing: it belongs to kind='muon'"),
+        ({"merged": 0.5, "adversary": {"start": 0.2}}, "adversary.start=0.2 cannot be combined with merged=0.5"),
+        ({"merged": 1.0}, "merged=1.0: Input should be less than 1"),
+        ({"adversary": {"start": 1.0}}, "adversary.start=1.0: Input should be less than 1"),
         ({"stochastic_routing": "some"}, "'all' or 'uniform_k'"),
         ({"gamma": {"kind": "oracle"}}, "shared_transformer"),
         ({"sites": ()}, "sites"),
@@ -56,7 +73,7 @@ from tl_vpd.training.stored_config import upgraded
         ({"adversary": {"betas": (0.5, 1.0)}}, r"adversary\.betas\.1=1\.0: Input should be less than 1"),
         ({"optimizer": {"lr": float("nan")}}, "optimizer.lr=nan: Input should be a finite number"),
         ({"optimizer": {"lr": "1e-3"}}, "optimizer.lr='1e-3': Input should be a valid number"),
-        ({"merged": "yes"}, "merged='yes': Input should be a valid boolean"),
+        ({"merged": True}, "merged=True: Input should be a valid number"),
         ({"gamma": {"output_bias": float("inf")}}, "gamma.output_bias=inf: Input should be a finite number"),
         ({"C": True}, "C.*=True: Input should be a valid integer"),
     ],
@@ -147,24 +164,32 @@ OLD: dict[str, Any] = {
 def test_a_flat_config_of_an_old_state_is_read():
     config = VPDConfig(**upgraded(OLD))
     assert config.minimality == MinimalityConfig(
-        p_start=2.5, p_end=0.5, frequency_reference=32.0, frequency_half_life=200.0, warm_up=0.3
+        p=((0, 2.5), (1, 0.5)), frequency_reference=32.0, frequency_half_life=200.0
     )
     assert config.optimizer == OptimizerConfig(lr=1e-3, gamma_lr=2e-3, lr_final=0.2, clip=None)
     assert config.faithfulness == FaithfulnessConfig(kind="relative", warm_up_steps=40, warm_up_lr=3e-3)
-    assert (config.steps, config.seed, config.init_scale, config.merged, config.output) == (7000, 3, 0.5, True, "mse")
+    assert (config.steps, config.seed, config.init_scale, config.merged, config.output) == (7000, 3, 0.5, 0.5, "mse")
     assert config.adversary == AdversaryConfig(inner_steps=1, lr=0.02, pool=4) and config.tied == (("a", "b"),)
+    rising = ((0, 0), (0.3, 1))
+    assert config.coefficients.schedule == {"importance": rising, "frequency": rising}
     assert config.coefficients.importance == 6e-4 and config.gamma.d_ci == 192 and config.C["*.W_[QK]"] == 96
 
 
 def test_what_had_no_effect_in_a_flat_config_is_left_out():
     smooth = VPDConfig(**upgraded({**OLD, "minimality": "smooth_l0", "smooth_end": 0.1})).minimality
-    assert (smooth.kind, smooth.smooth_end, smooth.p_end) == ("smooth_l0", 0.1, 0.4)
-    assert VPDConfig(**upgraded({**OLD, "smooth_end": 0.1})).minimality.smooth_end == 0.01
+    assert (smooth.kind, smooth.smooth, smooth.p) == ("smooth_l0", ((0, 1), (0.9, 0.1)), ((0, 2), (1, 0.4)))
+    assert VPDConfig(**upgraded({**OLD, "smooth_end": 0.1})).minimality.smooth == ((0, 1), (0.9, 0.01))
 
 
 def test_nested_configs_and_those_of_few_settings_are_read_as_they_are():
-    config = VPDConfig(steps=3, minimality={"kind": "smooth_l0", "smooth_end": 0.1}, optimizer={"lr": 1e-2})
+    config = VPDConfig(steps=3, minimality={"kind": "smooth_l0", "smooth": 0.1}, optimizer={"lr": 1e-2})
     assert VPDConfig(**upgraded(config.model_dump(mode="json"))) == config
+    old = {"minimality": {"kind": "smooth_l0", "smooth_end": 0.1, "p_end": 0.4, "warm_up": 0.2}, "merged": False}
+    assert VPDConfig(**upgraded({**old, "coefficients": {"delta": 5.0}})) == VPDConfig(
+        minimality={"kind": "smooth_l0", "smooth": ((0, 1), (0.9, 0.1))},
+        coefficients={"delta": 5.0, "schedule": dict.fromkeys(("importance", "frequency"), ((0, 0), (0.2, 1)))},
+    )
+    assert upgraded(old) and old["minimality"]["warm_up"] == 0.2  # what was read stays as it is
     assert VPDConfig(**upgraded({"steps": 5})) == VPDConfig(steps=5)
     assert SPDConfig(**upgraded({"forward_slope": 0.01, "lr": 1e-2})).forward_slope == 0.01
 

@@ -12,7 +12,7 @@ from tl_vpd.forward import MaskedModel
 from tl_vpd.training import Trainer
 from tl_vpd.training.engine.recording import RECORDED
 
-RECIPES = {"the paper's": {}, "merged": {"merged": True}, "squared error": {"output": "mse"}}
+RECIPES = {"the paper's": {}, "merged": {"merged": 0.5}, "squared error": {"output": "mse"}}
 EXECUTIONS = {
     "whole": {},
     "micro-batches": {"micro_batch": 2},

@@ -87,8 +87,8 @@ def test_rows_are_split_evenly_or_not_at_all():
 
 
 def test_what_a_row_is_does_not_depend_on_how_the_batch_is_split():
-    whole = split_batch(range(8), None, merged=True)
-    halves = [split_batch(World(rank, 2).rows(8), 2, merged=True) for rank in (0, 1)]
+    whole = split_batch(range(8), None, merged=0.5)
+    halves = [split_batch(World(rank, 2).rows(8), 2, merged=0.5) for rank in (0, 1)]
     assert [*halves[0].attacked, *halves[1].attacked] == whole.attacked == [0, 2, 4, 6]
     assert [*halves[0].stochastic, *halves[1].stochastic] == whole.stochastic == [1, 3, 5, 7]
     assert whole.micro_batches[0].order.tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
@@ -97,3 +97,11 @@ def test_what_a_row_is_does_not_depend_on_how_the_batch_is_split():
         (slice(0, 1), slice(0, 1)),
         (slice(1, 2), slice(1, 2)),
     ]
+    most = split_batch(range(20), None, merged=0.9)
+    assert most.stochastic == [9, 19] and len(most.attacked) == 18
+    assert (
+        split_batch(range(100), None, merged=0.55).attacked[-1] == 98
+    )  # 55 of them: 100 · 0.55 is more than 55 in floats
+    assert len(split_batch(range(100), None, merged=0.55).attacked) == 55
+    with pytest.raises(ValueError, match=r"merged=0.9 needs rows of both kinds .* one has 4 rows: .* at least 10"):
+        split_batch(range(20), 4, merged=0.9)

@@ -22,20 +22,35 @@ from tl_vpd.training.reference import Reference, Samples, Site
 from tl_vpd.training.step_samples import StepSampler
 
 ROWS, POS, C = 4, 6, 5
+RISING = ((0, 0), (0.4, 1))
 NEWER = {
-    "merged": True,
-    "adversary": {"pool": 2, "routing": "uniform_k", "inner_steps": 1},
-    "minimality": {"kind": "smooth_l0", "frequency_reference": 50.0, "frequency_half_life": 3.0, "warm_up": 0.4},
+    "merged": 0.75,
+    "adversary": {"pool": 2, "routing": "uniform_k", "inner_steps": 1, "betas": (0.01, 0.99)},
+    "minimality": {"kind": "smooth_l0", "normalised": True, "frequency_reference": 50.0, "frequency_half_life": 3.0},
     "faithfulness": {"kind": "relative"},
-    "coefficients": {"delta": 1e3},
-    "optimizer": {"gamma_lr": 2e-3, "clip": 1.0},
+    "coefficients": {"delta": 1e3, "locality": 0.1, "schedule": {"importance": RISING, "frequency": RISING}},
+    "optimizer": {"kind": "muon", "gamma_lr": 2e-3, "clip": 1.0, "gamma_clip": 1e-3, "lr_decay": 0.9},
 }
 SETTINGS = {
     "the paper's": {},
     "the newer recipe": NEWER,
-    "merged": {"merged": True},
+    "merged": {"merged": 0.5},
+    "three of four rows attacked": {"merged": 0.75},
+    "clipped Γ": {"optimizer": {"gamma_clip": 1e-3}},
+    "Muon": {"optimizer": {"kind": "muon", "momentum": 0.8}},
+    "locality": {"coefficients": {"locality": 0.1}, "locality": ((0, 8), (0.5, 0.25))},
+    "one ascent without momentum": {"adversary": {"inner_steps": 1, "betas": (0.0, 0.99)}},
+    "an adversary from the second step on": {"adversary": {"start": 0.1}},
+    "knots": {
+        "coefficients": {
+            "schedule": {"stochastic": ((0, 2), (0.2, 1)), "adversarial": ((0.1, 1), (0.3, 0)), "delta": 2}
+        },
+        "minimality": {"p": ((0.1, 2), (0.2, 0.5))},
+        "optimizer": {"lr_schedule": ((0, 0.5), (0.1, 1), (1, 0)), "lr_decay": 0.2, "lr_final": 0.5},
+    },
     "pooled sources": {"adversary": {"pool": 2}},
     "smooth L0": {"minimality": {"kind": "smooth_l0"}},
+    "smooth L0, 1 at 1": {"minimality": {"kind": "smooth_l0", "normalised": True}},
     "a reference count": {"minimality": {"frequency_reference": 50.0}},
     "a running mean": {"minimality": {"frequency_half_life": 3.0}},
     "relative faithfulness": {"faithfulness": {"kind": "relative"}, "coefficients": {"delta": 1e3}},
@@ -52,6 +67,14 @@ MODELS = {
         "normalization_type": "RMS", "gated_mlp": True, "act_fn": "silu", "n_heads": 4, "n_key_value_heads": 2,
     },
 }  # fmt: skip
+UNITS = {
+    "W_Q": lambda cfg: cfg.n_heads,
+    "W_K": lambda cfg: cfg.n_key_value_heads or cfg.n_heads,
+    "W_V": lambda cfg: cfg.n_key_value_heads or cfg.n_heads,
+    "_in": lambda cfg: cfg.d_mlp,
+    "ate": lambda cfg: cfg.d_mlp,
+}
+"""Heads or neurons by the end of a site's name."""
 PADDED = torch.ones(ROWS, POS, dtype=torch.bool)
 PADDED[0, :3] = PADDED[2, 4:] = PADDED[3, :1] = False
 
@@ -75,9 +98,14 @@ def reference_of(config, model, vpd):
     target, sampler = FunctionalTarget(model, vpd.sites), sampler_of(config, vpd)
     sources = by_site(sampler.start(), vpd)
     sites = {
-        name: Site(target.W[name], target.b[name], *(t.detach().clone().requires_grad_() for t in (vpd.V[name], vpd.U[name], r)))
+        name: Site(
+            target.W[name],
+            target.b[name],
+            *(t.detach().clone().requires_grad_() for t in (vpd.V[name], vpd.U[name], r)),
+            units=UNITS.get(name[-3:], lambda cfg: 0)(model.cfg),
+        )
         for name, r in sources.items()
-    }  # fmt: skip
+    }
 
     def samples(step):
         choices, split = sampler.at(step), sampler.split
@@ -85,7 +113,14 @@ def reference_of(config, model, vpd):
         stochastic = by_site(sampler.sources("stochastic", step, split.stochastic), vpd)
         layerwise = by_site(sampler.sources("layerwise", step, split.rows), vpd)
         layerwise = layerwise if config.coefficients.layerwise else None
-        return Samples(stochastic, slots, choices.stochastic_routing, choices.adversarial_routing, layerwise)
+        return Samples(
+            (split.attacked, split.stochastic),
+            stochastic,
+            slots,
+            choices.stochastic_routing,
+            choices.adversarial_routing,
+            layerwise,
+        )
 
     return Reference(config, target, sites, copy.deepcopy(vpd.gamma)), samples
 
@@ -104,6 +139,8 @@ def compare(settings, execution, padded=False, steps=3, **flags):
             tokens = some_tokens(seed=step, shape=(ROWS, POS))
             metrics = trainer.step(tokens, token_mask)
             losses = reference.step(tokens, real, samples(step))
+            if not config.coefficients.locality:
+                losses.pop("locality")  # which the page computes in any case
             for name, loss in losses.items():
                 assert getattr(metrics, name) == pytest.approx(float(loss.detach()), rel=1e-6, abs=1e-12), (step, name)
     exact = {"rtol": 1e-6, "atol": 1e-7}
@@ -134,7 +171,10 @@ def test_every_setting(name, padded):
 
 
 SOME = {"sites": ("*W_Q", "*W_out")}  # graphs are recorded site by site, which takes seconds
-SAME_GRAPHS = {"merged", "a reference count", "a running mean", "relative faithfulness", "no inner steps, no clipping"}
+SAME_GRAPHS = {
+    "merged", "a reference count", "a running mean", "relative faithfulness", "no inner steps, no clipping", "clipped Γ", "Muon",
+    "locality", "one ascent without momentum", "an adversary from the second step on",
+}  # fmt: skip
 """Settings whose graphs others have too."""
 
 

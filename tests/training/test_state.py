@@ -35,7 +35,8 @@ CONFIG = VPDConfig(
     C=5,
     gamma=GAMMA,
     faithfulness={"warm_up_steps": 2},
-    minimality={"frequency_half_life": 3.0, "warm_up": 0.5},
+    minimality={"frequency_half_life": 3.0},
+    coefficients={"schedule": {"importance": ((0, 0), (0.5, 1)), "frequency": ((0, 0), (0.5, 1))}},
     adversary={"pool": 3, "routing": "uniform_k"},
 )
 ROWS = some_tokens(shape=(12, 6))
@@ -291,10 +292,7 @@ FLAT = {
     "gamma_lr": ("optimizer", "gamma_lr"),
     "lr_final": ("optimizer", "lr_final"),
     "clip": ("optimizer", "clip"),
-    "p_start": ("minimality", "p_start"),
-    "p_end": ("minimality", "p_end"),
     "minimality": ("minimality", "kind"),
-    "minimality_warm_up": ("minimality", "warm_up"),
     "frequency_half_life": ("minimality", "frequency_half_life"),
     "faithfulness": ("faithfulness", "kind"),
     "warm_up_steps": ("faithfulness", "warm_up_steps"),
@@ -307,7 +305,8 @@ def test_a_state_of_an_older_version_goes_on_and_is_said_to_be_unproved(tmp_path
     nested = CONFIG.model_dump(mode="json")
     flat = {name: value for name, value in nested.items() if name not in ("minimality", "optimizer", "faithfulness")}
     flat |= {name: nested[section][field] for name, (section, field) in FLAT.items()}
-    flat |= {"forward_slope": 0.0}
+    del flat["coefficients"]["schedule"]
+    flat |= {"forward_slope": 0.0, "p_start": 2.0, "p_end": 0.4, "minimality_warm_up": 0.5, "merged": False}
     with trainer() as one, trainer() as other:
         steps(one, 2)
         path = save_state(one, tmp_path)

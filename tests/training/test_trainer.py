@@ -18,14 +18,14 @@ from tl_vpd.training.config import AdversaryConfig, Coefficients, ExecutionConfi
 
 SETTINGS = {
     "paper": {},
-    "merged": {"merged": True},
+    "merged": {"merged": 0.5},
     "pooled": {"adversary": AdversaryConfig(pool=2)},
     "smooth, running frequency": {
         "minimality": {"kind": "smooth_l0", "frequency_reference": 50.0, "frequency_half_life": 3.0},
         "faithfulness": {"kind": "relative", "warm_up_steps": 1},
         "coefficients": Coefficients(delta=1e3),
     },
-    "adversary routed": {"adversary": AdversaryConfig(routing="uniform_k"), "merged": True},
+    "adversary routed": {"adversary": AdversaryConfig(routing="uniform_k"), "merged": 0.5},
     "stochastic alone": {"coefficients": Coefficients(adversarial=0.0)},
 }
 
@@ -67,7 +67,7 @@ def test_a_batch_in_parts_gives_the_losses_and_weights_of_the_whole(name, token_
 
 def test_a_merged_step_attacks_even_rows_and_draws_the_others():
     model = tiny_model(dtype=torch.float32)
-    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, merged=True, stochastic_routing="all")
+    config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, merged=0.5, stochastic_routing="all")
     vpd = new_decomposition(model, config)
     tokens = some_tokens(shape=(4, 6))
     with MaskedModel(vpd, model) as masked_model:
@@ -124,7 +124,7 @@ def test_random_numbers_of_a_row_do_not_depend_on_the_others():
     assert abs(float(large.mean()) - 0.5) < 0.01 and abs(float(large.var()) - 1 / 12) < 0.002
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [0.0, 0.5])
 def test_what_cannot_be_shared_out_is_said(merged):
     model = tiny_model(dtype=torch.float32)
     config = VPDConfig(steps=10, batch_size=3, C=5, gamma=GAMMA, merged=merged)
@@ -154,7 +154,7 @@ def some_steps(steps=3, dtype=torch.float32, **how):
         C=5,
         gamma=GAMMA,
         faithfulness={"warm_up_steps": 200},
-        merged=how.pop("merged", False),
+        merged=how.pop("merged", 0.0),
     )
     vpd = new_decomposition(model, config)
     with MaskedModel(vpd, model) as masked_model:
@@ -196,7 +196,7 @@ def test_a_forward_slope_makes_masks_negative_and_moves_values_below_zero_both_w
     assert_close(moved.view_as(grad_g)[below], 0.1 * grad_g[below])
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [0.0, 0.5])
 def test_activations_computed_again_change_nothing(merged):
     plain, vpd, _ = some_steps(merged=merged)
     again, other, _ = some_steps(merged=merged, checkpoint=True)
@@ -233,7 +233,7 @@ def test_a_model_that_is_no_stack_of_layers_cannot_compute_its_activations_again
         Trainer(masked_model, config, (4, 1), execution=ExecutionConfig(checkpoint=True))
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [0.0, 0.5])
 def test_bfloat16_products_stay_near_float32_and_everything_kept_is_float32(merged):
     plain, vpd, _ = some_steps(merged=merged)
     lower, other, trainer = some_steps(merged=merged, precision="bfloat16")
@@ -241,7 +241,7 @@ def test_bfloat16_products_stay_near_float32_and_everything_kept_is_float32(merg
         assert a.stochastic != b.stochastic
         for name in ("stochastic", "adversarial", "importance", "l0"):
             assert getattr(b, name) == pytest.approx(getattr(a, name), rel=0.1, abs=5e-3), name
-    state = [v for s in trainer.optimizer.state.values() for v in s.values()]
+    state = [v for o in trainer.optimizers for s in o.state.values() for v in s.values()]
     assert {t.dtype for t in (*other.parameters(), trainer.sources.values, *state)} == {torch.float32}
     grads = [
         (a.detach() - b.detach()).norm() / a.detach().norm()

@@ -97,9 +97,7 @@ def test_without_the_coefficient_nothing_is_drawn_for_it():
     assert drawn == ["stochastic"]
 
 
-@pytest.mark.parametrize(
-    "settings", [{}, dict(coefficients=Coefficients(layerwise=1)), dict(merged=True, batch_size=4)]
-)
+@pytest.mark.parametrize("settings", [{}, dict(coefficients=Coefficients(layerwise=1)), dict(merged=0.5, batch_size=4)])
 def test_vectors_without_positions_are_sequences_of_one(settings):
     values, results = config(**settings), []
     data = normal(values.batch_size * 2, 4).float()

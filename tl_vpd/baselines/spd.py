@@ -92,7 +92,7 @@ def spd_config(**settings: Any) -> SPDConfig:
         output="mse",
     )
     sections = {
-        "minimality": {"p_start": 1.0, "p_end": 1.0, **dict(settings.pop("minimality", {}))},
+        "minimality": {"p": 1.0, **dict(settings.pop("minimality", {}))},
         "optimizer": {"lr": 1e-3, "lr_final": 0.0, "clip": None, **dict(settings.pop("optimizer", {}))},
     }
     return SPDConfig(**{**dict(base), **sections, **settings})

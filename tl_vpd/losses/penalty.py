@@ -2,6 +2,7 @@
 
     φ(g) = (g + ε)^p                  ``power``: VPD paper, section "Optimizing for minimality"; p falls over the run
     φ(g) = g² / (g² + γ²)             ``smooth_l0``: the authors' later code; γ falls over the run
+    φ(g) = (1 + γ²) g² / (g² + γ²)    ``smooth_l0``, normalised: φ(1) = 1 whatever γ
     s_c = Σ_n φ(g_upper)              over the real tokens n of the batch
 
 g_upper is the upper-leaky squashing of Γ's pre-sigmoid values z (``tl_vpd.importance.squash``), which still has a slope above 1.
@@ -32,31 +33,37 @@ class Penalty:
         kind: ``power`` or ``smooth_l0``.
         parameter: the exponent p, or the width γ.
         block: how many importances are processed at once; few enough to stay in the processor's cache.
+        normalised: whether ``smooth_l0`` is divided by its value at 1.
 
     Raises:
-        ValueError: there is no such kind, or the block is empty.
+        ValueError: there is no such kind, the block is empty, or ``power`` is normalised.
     """
 
     kind: Literal["power", "smooth_l0"]
     parameter: float | Float[Tensor, ""]
     block: int = _BLOCK
+    normalised: bool = False
 
     def __post_init__(self) -> None:
         choice("kind", self.kind, ("power", "smooth_l0"))
         integer("block", self.block, minimum=1)
+        if self.normalised and self.kind == "power":
+            raise ValueError("normalised=True goes with kind='smooth_l0': (g + ε)^p is 1 at g = 1.")
 
     def value(self, g: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """φ(g); g is overwritten."""
         if self.kind == "power":
             return g.add_(EPS).pow_(self.parameter)
         squared = g.square_()
-        return squared.div_(squared + self.parameter**2)
+        values = squared.div_(squared + self.parameter**2)
+        return values.mul_(1 + self.parameter**2) if self.normalised else values
 
     def slope(self, g: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """φ'(g); g is overwritten."""
         if self.kind == "power":
             return g.add_(EPS).pow_(self.parameter - 1).mul_(self.parameter)
-        return g.mul(2 * self.parameter**2).div_(g.square_().add_(self.parameter**2).square_())
+        scale = 2 * self.parameter**2 * (1 + self.parameter**2 if self.normalised else 1)
+        return g.mul(scale).div_(g.square_().add_(self.parameter**2).square_())
 
     @torch.no_grad()
     def sums(

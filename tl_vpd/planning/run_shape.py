@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -16,6 +15,7 @@ from tl_vpd.site import Site
 from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.distributed.sharding import gamma_units
 from tl_vpd.training.engine import left_out_logits
+from tl_vpd.training.micro_batch import attacked_among_first
 
 FLOAT = 4
 """Bytes of a number in V, U, Γ, moments, importances and sources."""
@@ -50,7 +50,7 @@ class RunShape:
     @property
     def adversarial_rows(self) -> int:
         """Rows with persistent sources."""
-        return math.ceil(self.rows / 2) if self.config.merged else self.rows
+        return attacked_among_first(self.rows, self.config.merged or 1.0)
 
     @property
     def attacked_rows(self) -> int:

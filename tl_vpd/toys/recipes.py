@@ -21,7 +21,6 @@ from tl_vpd.training import (
     AdversaryConfig,
     Coefficients,
     FaithfulnessConfig,
-    MinimalityConfig,
     OptimizerConfig,
     VPDConfig,
 )
@@ -157,8 +156,12 @@ def _vpd(toy: str) -> VPDConfig:
         C=64,
         gamma=GammaConfig(d_ci=64, n_blocks=2, n_heads=4, causal=False, output_bias=1.0),
         init="channels",
-        coefficients=Coefficients(delta=1e5, importance=2e-3, frequency=1e-3),
-        minimality=MinimalityConfig(warm_up=0.3),
+        coefficients=Coefficients(
+            delta=1e5,
+            importance=2e-3,
+            frequency=1e-3,
+            schedule={"importance": ((0, 0), (0.3, 1)), "frequency": ((0, 0), (0.3, 1))},
+        ),
         optimizer=OptimizerConfig(lr=1e-3),
         faithfulness=FaithfulnessConfig(warm_up_steps=0),
     )
@@ -174,7 +177,13 @@ def _spd_of_language(vpd: VPDConfig) -> VPDConfig:
         output="kl",
         gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=16, output_bias=vpd.gamma.output_bias),
         coefficients=Coefficients(
-            delta=c.delta, stochastic=1.0, layerwise=1.0, adversarial=0.0, importance=c.importance, frequency=0.0
+            delta=c.delta,
+            stochastic=1.0,
+            layerwise=1.0,
+            adversarial=0.0,
+            importance=c.importance,
+            frequency=0.0,
+            schedule=c.schedule,
         ),
         adversary=AdversaryConfig(inner_steps=0),
     )
@@ -191,7 +200,7 @@ def _sparse(settings: dict[str, Any], *, adversarial: float) -> VPDConfig:
     return spd_config(
         **fields,
         gamma=GammaConfig(kind="per_subcomponent_mlps", hidden=hidden, rising=rising),
-        minimality={"p_start": p, "p_end": p if p_end is None else p_end, "frequency_reference": reference},
+        minimality={"p": ((0, p), (1, p if p_end is None else p_end)), "frequency_reference": reference},
         optimizer=optimizer,
         coefficients=Coefficients(
             delta=1.0,

@@ -4,8 +4,8 @@ Defaults of what is learned are the VPD paper's (section 3, losses and training)
 budgets far below its 400,000 steps. Unknown names are refused.
 
 >>> config = VPDConfig(steps=2_000, C=128, optimizer=OptimizerConfig(lr=1e-3))
->>> config.minimality.p_end, config.coefficients.importance
-(0.4, 0.0002)
+>>> config.minimality.p, config.coefficients.importance
+(((0.0, 2.0), (1.0, 0.4)), 0.0002)
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -22,104 +22,17 @@ from tl_vpd.frozen import Frozen
 from tl_vpd.importance import GammaConfig
 from tl_vpd.importance.squash import Squash
 from tl_vpd.site import Site, by_pattern
+from tl_vpd.training.config_sections import (
+    AdversaryConfig,
+    Coefficients,
+    FaithfulnessConfig,
+    MinimalityConfig,
+    OptimizerConfig,
+)
+from tl_vpd.training.knots import Knots
 
 Precision = Literal["float32", "bfloat16"]
 ShardingKind = Literal["none", "optimizer", "full"]
-Decay = Annotated[float, Field(ge=0, lt=1)]
-"""The decay rate of a running mean."""
-
-
-class AdversaryConfig(Frozen):
-    """The persistent adversary of training (VPD paper, section 3: adversarial reconstruction)."""
-
-    inner_steps: int = Field(2, ge=0)
-    """Ascent updates before the main forward, whose backward gives one more."""
-    lr: float = Field(0.01, gt=0)
-    """Adam's learning rate, constant after the warm-up."""
-    warm_up: float = Field(0.025, ge=0, le=1)
-    """Fraction of the run over which the learning rate rises from 0."""
-    betas: tuple[Decay, Decay] = (0.5, 0.99)
-    """Adam's decay rates of both moments."""
-    eps: float = Field(1e-8, gt=0)
-    """Adam's ε."""
-    routing: Literal["all", "uniform_k"] = "all"
-    """Which sites its masks act on at each token: all of them, or a random subset."""
-    pool: int | None = Field(None, ge=1)
-    """Sources per batch element, of which every position uses one at random in each step (None: one for every position): memory
-    ``batch × pool × C`` instead of ``batch × pos × C``."""
-
-
-class Coefficients(Frozen):
-    """Weights of the losses (VPD paper, section 3: the total loss)."""
-
-    delta: float = Field(1e7, ge=0)
-    """Faithfulness, the squared norm of Δ (about 1e3 where ``faithfulness.kind`` is ``relative``)."""
-    stochastic: float = Field(0.5, ge=0)
-    """Stochastic reconstruction."""
-    adversarial: float = Field(0.5, ge=0)
-    """Adversarial reconstruction."""
-    layerwise: float = Field(0.0, ge=0)
-    """Stochastic masks on one site at a time, averaged over sites (SPD paper; 1 there): one more pass per site and step."""
-    importance: float = Field(2e-4, ge=0)
-    """Importance minimality, the first to tune: too high and importances sink below 1 everywhere, too low and L0 stays dense."""
-    frequency: float = Field(1e-4, ge=0)
-    """Frequency minimality; about half of ``importance``."""
-
-
-class MinimalityConfig(Frozen):
-    """How importances are counted by both minimality losses (VPD paper, section 3: importance and frequency minimality)."""
-
-    kind: Literal["power", "smooth_l0"] = "power"
-    """How much an importance counts: ``(g + ε)^p``, or the newer recipe's ``g² / (g² + γ²)``."""
-    p_start: float = Field(2.0, gt=0)
-    """Exponent of ``power`` at the first step."""
-    p_end: float = Field(0.4, gt=0)
-    """Exponent of ``power`` at the last step, reached linearly."""
-    smooth_start: float = Field(1.0, gt=0)
-    """γ of ``smooth_l0`` at the first step."""
-    smooth_end: float = Field(0.01, gt=0)
-    """γ of ``smooth_l0`` after ``smooth_share`` of the run, reached linearly and then constant."""
-    smooth_share: float = Field(0.9, gt=0, le=1)
-    """Fraction of the run over which γ falls."""
-    frequency_reference: float | None = Field(None, gt=0)
-    """The reference count a in ``f log2(1 + a f)`` (None: the batch's real tokens, the paper's term)."""
-    frequency_half_life: float | None = Field(None, gt=0)
-    """Half-life, in steps, of a running mean at which the frequency loss is evaluated (None: the batch's frequency)."""
-    warm_up: float = Field(0.0, ge=0, le=1)
-    """Fraction of the run over which the coefficients of importance and frequency rise from 0. With a Γ whose ``output_bias`` is
-    near 1, training then starts where nothing is ablated and reconstruction is exact, and gives up the least needed first."""
-
-    @model_validator(mode="after")
-    def _used(self) -> MinimalityConfig:
-        if self.kind == "power":
-            self.refuse_unused(("smooth_start", "smooth_end", "smooth_share"), "it belongs to kind='smooth_l0'.")
-        else:
-            self.refuse_unused(("p_start", "p_end"), "it belongs to kind='power'.")
-        return self
-
-
-class OptimizerConfig(Frozen):
-    """AdamW, without weight decay (VPD paper, section 3: training)."""
-
-    lr: float = Field(5e-4, gt=0)
-    """Learning rate of V and U."""
-    gamma_lr: float | None = Field(None, gt=0)
-    """Learning rate of Γ (None: ``lr``)."""
-    lr_final: float = Field(0.1, ge=0, le=1)
-    """Both learning rates fall on a cosine to this fraction."""
-    clip: float | None = Field(0.01, gt=0)
-    """Largest gradient norm of V and U together; Γ is not clipped (None: no clipping)."""
-
-
-class FaithfulnessConfig(Frozen):
-    """The loss that holds ``V U`` to W (VPD paper, section 3: faithfulness)."""
-
-    kind: Literal["total", "relative"] = "total"
-    """Squared error over all decomposed weights, or the mean over sites of each one's error relative to its norm."""
-    warm_up_steps: int = Field(400, ge=0)
-    """Steps of faithfulness alone, on V and U, before the first step; unless set, at most as many as the run has."""
-    warm_up_lr: float = Field(1e-3, gt=0)
-    """AdamW's learning rate in those."""
 
 
 class VPDConfig(Frozen):
@@ -149,12 +62,16 @@ class VPDConfig(Frozen):
     coefficients: Coefficients = Coefficients()
     stochastic_routing: Literal["all", "uniform_k"] = "uniform_k"
     """Which sites stochastic masks act on at each token: all, or k random ones (VPD paper, section 3: subset routing)."""
-    merged: bool = False
-    """One masked forward per step instead of two: adversarial masks on even rows, stochastic ones on odd rows."""
+    merged: float = Field(0.0, ge=0, lt=1)
+    """One masked forward per step instead of two, with adversarial masks on this proportion of the rows and stochastic ones on
+    the others (0: two forwards, as in the paper; the newer recipe: 0.9)."""
     adversary: AdversaryConfig = AdversaryConfig()
     minimality: MinimalityConfig = MinimalityConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     faithfulness: FaithfulnessConfig = FaithfulnessConfig()
+    locality: Knots = ((0.0, 8.0), (1.0, 0.25))
+    """The width t of the locality loss over the run: a head or neuron counts where it has more than about t/N of a subcomponent's
+    squared norm, N their number."""
     output: Literal["kl", "mse"] = "kl"
     """Distance between outputs: KL for logits, squared error for others."""
 
@@ -174,6 +91,19 @@ class VPDConfig(Frozen):
         for where, count in counts.items():
             if count < 1:
                 raise ValueError(f"C of {where} is {count}; a site needs at least one subcomponent.")
+        return self
+
+    @model_validator(mode="after")
+    def _used(self) -> VPDConfig:
+        if not self.coefficients.locality:
+            self.refuse_unused(("locality",), "coefficients.locality is 0.")
+        if any(width == 0 for _, width in self.locality):
+            raise ValueError(f"locality={self.locality!r}: its values must be above 0.")
+        if self.merged and self.adversary.start:
+            raise ValueError(
+                f"adversary.start={self.adversary.start} cannot be combined with merged={self.merged}, whose rows are attacked "
+                "from the first step: set either to 0."
+            )
         return self
 
 

@@ -6,7 +6,7 @@ pass          rows                        sources                            los
 layerwise     all, one site at a time     drawn for every token              mean over sites       (SPD paper, section 2)
 stochastic    all                         drawn for every token              stochastic            (VPD paper, section 3)
 adversarial   all                         the adversary's                    adversarial           (VPD paper, section 3)
-merged        even, then odd rows         the adversary's, then drawn        adversarial and stochastic, in place of both
+merged        attacked, then the others   the adversary's, then drawn        adversarial and stochastic, in place of both
 ============  ==========================  =================================  ======================================
 """
 
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.training.adversary import Adversary
-from tl_vpd.training.config import VPDConfig
+from tl_vpd.training.config_sections import Coefficients
 from tl_vpd.training.engine import CleanForward, EagerEngine, LossTerm, MaskInputs
 from tl_vpd.training.micro_batch import concatenate_routing, select_rows
 from tl_vpd.training.step_samples import StepSampler, StepSamples, routed_share
@@ -47,14 +47,24 @@ class MaskedPasses:
     """Runs a micro-batch's masked passes.
 
     Args:
-        config: which passes.
+        coefficients: of the losses at this step; those that are 0 have no pass.
         engine: runs them.
         adversary: whose sources are used.
         sampler: of the other sources.
+        merged: whether rows are of one kind each, and run in one pass.
     """
 
-    def __init__(self, config: VPDConfig, engine: EagerEngine, adversary: Adversary, sampler: StepSampler) -> None:
-        self.config, self.engine, self.adversary, self.sampler = config, engine, adversary, sampler
+    def __init__(
+        self,
+        coefficients: Coefficients,
+        engine: EagerEngine,
+        adversary: Adversary,
+        sampler: StepSampler,
+        *,
+        merged: bool = False,
+    ) -> None:
+        self.coefficients, self.merged = coefficients, merged
+        self.engine, self.adversary, self.sampler = engine, adversary, sampler
 
     def run(
         self, clean: CleanForward, step: int, samples: StepSamples, counts: TokenCounts, grad_g: Tensor
@@ -68,10 +78,10 @@ class MaskedPasses:
             counts: of the whole batch.
             grad_g: where the gradient of the importances is added.
         """
-        c = self.config.coefficients
+        c = self.coefficients
         if c.layerwise:
             yield from self._layerwise(clean, step, counts, grad_g)
-        if self.config.merged:
+        if self.merged:
             yield self._merged(clean, step, samples, counts, grad_g)
             return
         if c.stochastic:
@@ -91,7 +101,7 @@ class MaskedPasses:
         sampler, sites = self.sampler, self.sampler.site_axis.names
         rows = clean.micro_batch.row_numbers(sampler.split.rows)
         sources = sampler.sources("layerwise", step, rows).flatten(0, 1)
-        term = LossTerm(len(sites) * counts.all, self.config.coefficients.layerwise)
+        term = LossTerm(len(sites) * counts.all, self.coefficients.layerwise)
         for name in sites:
             (loss,) = self.engine.reconstruct(clean, MaskInputs(sources, sites=(name,)), [term], grad_g=grad_g)
             yield PassResult({"layerwise": loss})
@@ -113,7 +123,7 @@ class MaskedPasses:
             concatenate_routing(attacked.routing, stochastic.routing, n, m),
             routed_share=(n * attacked.routed_share + m * stochastic.routed_share) / (n + m),
         )
-        c = self.config.coefficients
+        c = self.coefficients
         terms = [
             LossTerm(counts.attacked, c.adversarial, clean.attacked),
             LossTerm(counts.stochastic, c.stochastic, slice(n, None)),

@@ -6,6 +6,7 @@ the batch is split.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,34 +58,51 @@ class BatchSplit:
     micro_batches: tuple[MicroBatch, ...]
 
 
-def split_batch(rows: Sequence[int], micro_batch: int | None, *, merged: bool) -> BatchSplit:
+def attacked_among_first(n: int, proportion: float) -> int:
+    """How many of a batch's first ``n`` rows are attacked.
+
+    >>> [attacked_among_first(n, 0.5) for n in range(5)], attacked_among_first(32, 0.9)
+    ([0, 1, 1, 2, 2], 29)
+    """
+    return math.ceil(round(n * proportion, 9))  # rounded: 100 · 0.55 is above 55 in floating point
+
+
+def split_batch(rows: Sequence[int], micro_batch: int | None, *, merged: float = 0.0) -> BatchSplit:
     """Splits a process's rows.
 
     Args:
         rows: their numbers in the whole batch.
         micro_batch: rows that run at once (None: all).
-        merged: whether even rows are attacked and odd rows get stochastic masks, in one pass.
+        merged: the proportion of rows that are attacked while the others get stochastic masks, in one pass (0: all rows are of
+            both kinds).
 
     Raises:
         ValueError: a merged micro-batch has rows of one kind only.
     """
     rows = list(rows)
-    attacked = [row for row in rows if not merged or row % 2 == 0]
-    stochastic = [row for row in rows if not merged or row % 2 == 1]
+
+    def is_attacked(row: int) -> bool:
+        return attacked_among_first(row + 1, merged) > attacked_among_first(row, merged)
+
+    attacked = [row for row in rows if not merged or is_attacked(row)]
+    stochastic = [row for row in rows if not merged or not is_attacked(row)]
     micro_batches, first_attacked, first_stochastic = [], 0, 0
     size = len(rows) if micro_batch is None else micro_batch
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
-        n_attacked = sum(not merged or row % 2 == 0 for row in block)
-        n_stochastic = sum(not merged or row % 2 == 1 for row in block)
+        n_attacked = sum(not merged or is_attacked(row) for row in block)
+        n_stochastic = sum(not merged or not is_attacked(row) for row in block)
         if not n_attacked or not n_stochastic:
             raise ValueError(
-                f"merged=True needs rows of both kinds in every micro-batch and process; one has {len(block)} "
-                f"row{'s' if len(block) > 1 else ''}: make micro_batch and the rows per process at least 2."
+                f"merged={merged} needs rows of both kinds in every micro-batch and process; one has {len(block)} "
+                f"row{'s' if len(block) > 1 else ''}: make micro_batch and the rows per process at least "
+                f"{math.ceil(1 / min(merged, 1 - merged))}."
             )
         order: Tensor | slice = slice(start, start + len(block))
         if merged:
-            order = torch.tensor([start + i for kind in (0, 1) for i, row in enumerate(block) if row % 2 == kind])
+            order = torch.tensor(
+                [start + i for kind in (True, False) for i, row in enumerate(block) if is_attacked(row) == kind]
+            )
         ends = first_attacked + n_attacked, first_stochastic + n_stochastic
         micro_batches.append(MicroBatch(order, slice(first_attacked, ends[0]), slice(first_stochastic, ends[1])))
         first_attacked, first_stochastic = ends

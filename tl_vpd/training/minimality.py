@@ -35,7 +35,9 @@ class Minimality:
     def penalty(self, now: Schedule) -> Penalty:
         """The penalty on an importance at a step."""
         kind = self.config.minimality.kind
-        return Penalty(kind, now.p if kind == "power" else now.smooth)
+        if kind == "power":
+            return Penalty(kind, now.p)
+        return Penalty(kind, now.smooth, normalised=self.config.minimality.normalised)
 
     def losses(
         self, sums: Float[Tensor, " C_total"], n: int, now: Schedule
@@ -47,13 +49,13 @@ class Minimality:
             n: its real tokens.
             now: the schedule of the step.
         """
-        c, leaf = self.config.coefficients, sums.detach().requires_grad_()
+        c, leaf = now.coefficients, sums.detach().requires_grad_()
         mean = None if self.frequencies is None else self.frequencies.update(sums.detach() / max(n, 1))
         reference = self.config.minimality.frequency_reference
         losses = {
             "importance": importance_minimality(leaf, n),
             "frequency": frequency_minimality(leaf, n, reference=reference, at=mean),
         }
-        weighted = now.minimality * (c.importance * losses["importance"] + c.frequency * losses["frequency"])
+        weighted = c.importance * losses["importance"] + c.frequency * losses["frequency"]
         (gradient,) = torch.autograd.grad(weighted, leaf)
         return {name: loss.detach() for name, loss in losses.items()}, gradient

@@ -3,21 +3,19 @@
 A weight W of the target is the sum of rank-one subcomponents ``V[:, c] ⊗ U[c, :]`` and of the rest Δ = W − V U. A network Γ reads
 the target's activations and predicts how important each subcomponent is at each token, g in [0, 1]. Training makes every mask
 between g and 1, and any mask on Δ, leave the output unchanged, while as few g as possible are above 0.
-
 Titles in quotes are sections of the VPD paper (*Interpreting Language Model Parameters*); *later* is the authors' newer code.
-Before the first step, V and U learn section D alone. Speed, memory, precision and processes: ``tl_vpd.training.engine``.
+Before the first step, V and U learn section D's faithfulness alone. The fast forms: ``tl_vpd.training.engine``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.schedules import Schedule
-
-BySite = Mapping[str, Tensor]
 
 
 @dataclass
@@ -29,8 +27,8 @@ class Site:
     V: Tensor  # [d_in C]
     U: Tensor  # [C d_out]
     r: Tensor  # [batch slots C+1], uniform in [0, 1] at the start; Δ's source is the last
-    first: Tensor | float = 0.0  # Adam's moments of r
-    second: Tensor | float = 0.0
+    units: int = 0  # heads or neurons that y consists of (0: neither)
+    moments: tuple[Tensor | float, Tensor | float] = (0.0, 0.0)  # Adam's, of r
 
     def clean(self, x: Tensor) -> Tensor:
         return x @ self.W + self.b
@@ -41,14 +39,13 @@ class Site:
 
 
 @dataclass
-class Samples:
-    """What a step draws: tensors with one row for each row of the batch that the loss uses."""
-
-    stochastic: BySite  # [batch pos C+1], uniform in [0, 1]
+class Samples:  # what a step draws: tensors with one row for each row of the batch that the loss uses
+    rows: Sequence[Sequence[int]]  # with adversarial, and with stochastic masks: all; later a proportion, and the rest
+    stochastic: dict[str, Tensor]  # [batch pos C+1], uniform in [0, 1]
     slots: Tensor  # [batch pos], which source r a token uses: that of its position; later a random one of a pool
-    stochastic_routing: BySite | None = None  # [batch pos], True where the site is masked (None: everywhere)
-    adversarial_routing: BySite | None = None
-    layerwise: BySite | None = None  # [batch pos C+1], uniform in [0, 1]
+    stochastic_routing: dict[str, Tensor] | None = None  # [batch pos], True where the site is masked (None: everywhere)
+    adversarial_routing: dict[str, Tensor] | None = None
+    layerwise: dict[str, Tensor] | None = None  # [batch pos C+1], uniform in [0, 1]
 
 
 class Reference:
@@ -56,16 +53,20 @@ class Reference:
     returns the output; ``gamma(inputs by site, real)`` returns z ``[batch pos ΣC]``."""
 
     def __init__(self, config: VPDConfig, target: Callable[..., Tensor], sites: Mapping[str, Site], gamma: nn.Module):
-        self.config, self.target, self.sites, self.gamma = config, target, sites, gamma
+        self.config, self.target, self.sites, self.gamma, how = config, target, sites, gamma, config.optimizer
         self.matrices = [matrix for site in sites.values() for matrix in (site.V, site.U)]
-        groups = [{"params": p} for p in (self.matrices, list(gamma.parameters()))]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
         self.steps, self.ascents, self.mean_frequency = 0, 0, torch.zeros(())
+        two, one = ([p for p in gamma.parameters() if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
+        muon = {"momentum": how.momentum, "adjust_lr_fn": "match_rms_adamw"} if how.kind == "muon" else {}
+        adamw, lr = torch.optim.AdamW, how.gamma_lr or how.lr
+        kind = torch.optim.Muon if muon else adamw
+        groups: Any = (kind, muon, self.matrices, how.lr), (kind, muon, two, lr), (adamw, {}, one, lr)
+        self.optimizers = [f([{"params": p, "peak": lr}], weight_decay=0.0, **o) for f, o, p, lr in groups]
 
     def step(self, tokens: Tensor, real: Tensor, samples: Samples) -> dict[str, Tensor]:
         """One update of V, U, Γ and the adversary; returns the losses before it. ``real [batch pos]`` is False at padding."""
-        config, c, now, sites = self.config, self.config.coefficients, Schedule.at(self.steps, self.config), self.sites
-        attacked, sampled = (slice(0, None, 2), slice(1, None, 2)) if config.merged else (slice(None), slice(None))
+        config, now, sites, zero = self.config, Schedule.at(self.steps, self.config), self.sites, torch.zeros(())
+        c = now.coefficients
 
         # A. Clean forward: the target's output, and every site's input.
         inputs: dict[str, Tensor] = {}
@@ -79,7 +80,9 @@ class Reference:
         importances.register_hook(lambda d: torch.where(z > 1, 0, torch.where(z > 0, d, 0.01 * d.clamp(max=0))))
         g = dict(zip(sites, importances.split([site.V.shape[1] for site in sites.values()], dim=-1), strict=True))
 
-        def reconstruction(rows: slice, r: BySite, routing: BySite | None = None) -> Tensor:
+        def reconstruction(
+            rows: Sequence[int], r: dict[str, Tensor], routing: dict[str, Tensor] | None = None
+        ) -> Tensor:
             def masked(name: str, x: Tensor) -> Tensor:
                 if name not in r:
                     return sites[name].clean(x)
@@ -93,50 +96,51 @@ class Reference:
 
         def adversarial() -> Tensor:
             r = {name: site.r.take_along_dim(samples.slots[..., None], dim=1) for name, site in sites.items()}
-            return reconstruction(attacked, r, samples.adversarial_routing)
+            return reconstruction(samples.rows[0], r, samples.adversarial_routing)
 
-        # C. The adversary's first ascents: sources that raise the loss. "Reconstruction losses"
-        for _ in range(config.adversary.inner_steps):
+        # C. The adversary's first ascents, from its start on: sources that raise the loss. "Reconstruction losses"
+        for _ in range(config.adversary.inner_steps if c.adversarial else 0):
             self.ascend(torch.autograd.grad(adversarial(), [s.r for s in sites.values()]), now.adversary_lr)
 
-        # D. Faithfulness: V U must be W. "Δ-L2 penalty"; later each site relative to its norm.
+        # D. Faithfulness: V U must be W. "Δ-L2 penalty"; later relative. Locality, later: few heads or neurons in each U[c].
         total, relative = sum(s.W.numel() for s in sites.values()), config.faithfulness.kind == "relative"
-        sizes = {name: len(sites) * s.W.square().sum() if relative else total for name, s in sites.items()}
-        errors = [(s.W - s.V @ s.U).square().sum() / sizes[name] for name, s in sites.items()]
-        losses = {"faithfulness": torch.stack(errors).sum()}
+        sizes = [len(sites) * s.W.square().sum() if relative else total for s in sites.values()]
+        errors = [(s.W - s.V @ s.U).square().sum() / size for s, size in zip(sites.values(), sizes, strict=True)]
+        squares = [s.U.square().unflatten(1, (s.units, -1)).sum(-1) for s in sites.values() if s.units]
+        used = [(f / (f + f.sum(1, keepdim=True) * now.locality / f.shape[1])).sum(1) for f in squares]
+        losses = {"faithfulness": torch.stack(errors).sum(), "locality": torch.cat(used).mean() if used else zero}
 
         # E. Minimality: few g above 0, each at few tokens. "Optimizing for minimality", "Optimizing for simplicity"; later
-        #    smooth L0 instead of g^p, a fixed count a, and the frequency loss and its slope at a running mean of f.
+        #    smooth L0 instead of g^p (1 at g = 1), a fixed count a, the frequency loss and its slope at a running mean of f.
         how, upper = config.minimality, torch.where(z > 1, 1 + 0.01 * (z - 1), z.clamp(0, 1))[real]
         phi = (upper + 1e-12) ** now.p if how.kind == "power" else upper**2 / (upper**2 + now.smooth**2)
-        f, beta = phi.mean(0), 0.5 ** (1 / how.frequency_half_life) if how.frequency_half_life else 0.0
+        f = (phi * (1 + now.smooth**2) if how.normalised else phi).mean(0)
+        beta = 0.5 ** (1 / how.frequency_half_life) if how.frequency_half_life else 0.0
         losses["importance"] = f.sum()
         self.mean_frequency = beta * self.mean_frequency + (1 - beta) * f.detach()
         f = self.mean_frequency / (1 - beta ** (self.steps + 1)) + (f - f.detach())
         losses["frequency"] = (f * torch.log2(1 + (how.frequency_reference or real.sum()) * f)).sum()
 
-        # F. Stochastic reconstruction; layerwise, one site at a time (SPD). Merged, later: on odd rows, C and G on even ones.
-        losses["stochastic"] = reconstruction(sampled, samples.stochastic, samples.stochastic_routing)
-        alone = [reconstruction(slice(None), {name: r}) for name, r in (samples.layerwise or {}).items()]
-        losses["layerwise"] = torch.stack(alone).mean() if alone else torch.zeros(())
+        # F, G. Stochastic reconstruction; layerwise, one site at a time (SPD); adversarial. Merged, later: F and G on other rows.
+        losses["stochastic"] = reconstruction(samples.rows[1], samples.stochastic, samples.stochastic_routing)
+        alone = [reconstruction(range(len(tokens)), {name: r}) for name, r in (samples.layerwise or {}).items()]
+        losses["layerwise"] = torch.stack(alone).mean() if alone else zero
+        losses["adversarial"] = adversarial() if c.adversarial else zero
 
-        # G. Adversarial reconstruction.
-        losses["adversarial"] = adversarial()
-
-        # H. One backward; the gradient of V and U is clipped, Γ's is not; AdamW. "Summary of loss terms"
-        minimal = now.minimality * (c.importance * losses["importance"] + c.frequency * losses["frequency"])
-        masked = sum(getattr(c, name) * losses[name] for name in ("stochastic", "layerwise", "adversarial"))
-        losses["total"] = c.delta * losses["faithfulness"] + minimal + masked
-        self.optimizer.zero_grad()
+        # H. One backward; the gradient of V and U is clipped, later Γ's too; AdamW, later Muon. "Summary of loss terms"
+        weights = c.model_dump() | {"faithfulness": c.delta}
+        losses["total"] = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum()
         losses["total"].backward()
         nn.utils.clip_grad_norm_(self.matrices, config.optimizer.clip or torch.inf)
-        rates = config.optimizer.lr, config.optimizer.gamma_lr or config.optimizer.lr
-        for group, lr in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = lr * now.rate
-        self.optimizer.step()
+        nn.utils.clip_grad_norm_(self.gamma.parameters(), config.optimizer.gamma_clip or torch.inf)
+        for optimizer in self.optimizers:
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[0]["peak"] * now.rate
+            optimizer.step()
+            optimizer.zero_grad()
 
         # I. The adversary's last ascent, along its gradient in that backward.
-        self.ascend([s.r.grad / c.adversarial for s in sites.values()], now.adversary_lr)  # type: ignore
+        if c.adversarial:
+            self.ascend([s.r.grad / c.adversarial for s in sites.values()], now.adversary_lr)  # type: ignore
         self.steps += 1
         return losses
 
@@ -145,6 +149,6 @@ class Reference:
         self.ascents += 1
         (beta1, beta2), eps = self.config.adversary.betas, self.config.adversary.eps
         for site, d in zip(self.sites.values(), gradients, strict=True):
-            site.first, site.second = beta1 * site.first + (1 - beta1) * d, beta2 * site.second + (1 - beta2) * d**2
-            first, second = site.first / (1 - beta1**self.ascents), site.second / (1 - beta2**self.ascents)
+            site.moments = beta1 * site.moments[0] + (1 - beta1) * d, beta2 * site.moments[1] + (1 - beta2) * d**2
+            first, second = site.moments[0] / (1 - beta1**self.ascents), site.moments[1] / (1 - beta2**self.ascents)
             site.r = (site.r + lr * first / (second.sqrt() + eps)).clamp(0, 1).requires_grad_()

@@ -28,7 +28,7 @@ from tl_vpd.files.atomic import make_folder
 from tl_vpd.files.tensor_file import TensorFile, open_tensors, write_tensors
 from tl_vpd.training.distributed.sharding import copy_whole, whole
 from tl_vpd.training.state_checks import RefusedState, check_config, check_precision, check_target
-from tl_vpd.training.state_entries import SHARED, entries_of, start_moments
+from tl_vpd.training.state_entries import SHARED, entries_of
 from tl_vpd.training.trainer import StepMetrics, Trainer
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,6 @@ def load_state(trainer: Trainer, path: Path) -> None:
         check_precision(trainer.engine.precision, path, content["precision"])
         stored = {name: Fingerprint(**f) for name, f in content["fingerprints"].items()}
         check_target(trainer.weights, path, stored)
-        start_moments(trainer)
         _check_tensors(trainer, file)
         _fill(trainer, file)
     how = content["how"]
@@ -139,7 +138,6 @@ def load_state(trainer: Trainer, path: Path) -> None:
 
 def _gathered(trainer: Trainer) -> dict[str, Tensor]:
     """The whole state on the CPU, tensor by tensor; only the first process stores it."""
-    start_moments(trainer)
     tensors: dict[str, Tensor] = {}
     for key, entry in entries_of(trainer).items():
         tensor = trainer.world.gather_rows(entry) if key in SHARED else whole(entry)

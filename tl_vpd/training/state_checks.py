@@ -30,10 +30,10 @@ def check_config(config: VPDConfig, path: Path, saved: Mapping[str, Any]) -> Non
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by dotted names; C by pattern is one of them."""
+    """Nested settings by dotted names; C by pattern and the coefficients' schedule are one of them each."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        nested = isinstance(value, Mapping) and name != "C"
+        nested = isinstance(value, Mapping) and name not in ("C", "schedule")
         flat |= _flat(value, f"{prefix}{name}.") if nested else {prefix + name: value}
     return flat
 

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 
 from tl_vpd.checks import choice
 from tl_vpd.forward.masked_model import MaskedModel
-from tl_vpd.losses import Penalty, check_relative
+from tl_vpd.losses import Penalty, check_relative, check_units
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training.adversary import Adversary
 from tl_vpd.training.config import ExecutionConfig, VPDConfig
@@ -31,8 +31,9 @@ from tl_vpd.training.distributed.processes import World
 from tl_vpd.training.distributed.sharding import after_update, clip_gradients, is_sharded
 from tl_vpd.training.engine import CleanForward, CompiledEngine, EagerEngine
 from tl_vpd.training.masked_passes import MaskedPasses, TokenCounts
-from tl_vpd.training.micro_batch import MicroBatch, split_batch
+from tl_vpd.training.micro_batch import MicroBatch, attacked_among_first, split_batch
 from tl_vpd.training.minimality import Minimality
+from tl_vpd.training.optimizers import optimizers_of
 from tl_vpd.training.schedules import Schedule
 from tl_vpd.training.step_samples import StepSampler
 from tl_vpd.training.ties import Ties
@@ -58,10 +59,11 @@ class StepMetrics:
     lr: float
     grad_norm: float
     layerwise: float = 0.0
+    locality: float = 0.0
 
 
 class Trainer:
-    """V, U and Γ of a decomposition under training, with both optimizers, the adversary and the random state.
+    """V, U and Γ of a decomposition under training, with their optimizers, the adversary and the random state.
 
     Args:
         masked_model: an entered ``MaskedModel`` of the decomposition, sharded or not, and its target.
@@ -71,8 +73,9 @@ class Trainer:
         world: the processes that split the batch (None: one).
 
     Raises:
-        ValueError: the batch cannot be split, tied sites are sharded, V, U and Γ are in less than float32, or a weight to which
-            faithfulness is relative is zero.
+        ValueError: the batch cannot be split, tied sites or Muon's matrices are sharded, V, U and Γ are in less than float32, a
+            weight to which faithfulness is relative is zero, or locality has no site that writes to heads or neurons.
+        RuntimeError: this PyTorch has no Muon.
         Unsupported: ``checkpoint`` with a model that is not a stack of layers, ``blocked_logits`` with one whose logits are more
             than a product (raised by the first step), or ``compile`` with one in another dtype than V and U.
     """
@@ -93,6 +96,8 @@ class Trainer:
         self.weights = {name: masked_model.adapter.weight(name) for name in self.decomposition.sites}
         if config.faithfulness.kind == "relative":
             check_relative(self.weights)
+        if config.coefficients.locality:
+            check_units(self.decomposition.components)
         self.how = {
             **self.execution.model_dump(include={"compile", "micro_batch", "blocked_logits"}),
             "processes": self.world.size,
@@ -103,19 +108,24 @@ class Trainer:
         self.sharded = is_sharded(self.decomposition)
         if config.tied and self.execution.sharding != "none":
             raise ValueError(f"Tied sites cannot be sharded: sharding={self.execution.sharding!r} needs tied=().")
+        if config.optimizer.kind == "muon" and self.sharded:
+            raise ValueError(
+                f"Muon needs whole matrices: sharding={self.execution.sharding!r} goes with optimizer.kind='adamw', and "
+                "sharding='none' with both."
+            )
         self.ties = Ties(self.decomposition.components, config.tied)
         self.matrices = self.ties.free(self.decomposition.components.matrices())
-        gamma = list(self.decomposition.gamma.parameters())
-        self.parameters = [*self.matrices, *gamma]
-        lr, gamma_lr = config.optimizer.lr, config.optimizer.gamma_lr or config.optimizer.lr
-        groups = [
-            {"params": self.matrices, "lr": lr, "peak": lr},
-            {"params": gamma, "lr": gamma_lr, "peak": gamma_lr},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        self.gamma_parameters = list(self.decomposition.gamma.parameters())
+        self.parameters = [*self.matrices, *self.gamma_parameters]
+        self.optimizers = optimizers_of(config.optimizer, self.matrices, self.decomposition.gamma)
 
         self.pos, first = shape[1], self.matrices[0]
         self.split = split_batch(self.world.rows(shape[0]), self.execution.micro_batch, merged=config.merged)
+        if len(self.split.attacked) * self.world.size != attacked_among_first(shape[0], config.merged or 1.0):
+            raise ValueError(
+                f"merged={config.merged} would give {self.world.size} processes different numbers of attacked rows: make that "
+                f"proportion of batch_size / processes, {shape[0] // self.world.size}, an integer."
+            )
         site_axis = self.decomposition.site_axis
         self.sampler = StepSampler(
             config, self.split, pos=self.pos, site_axis=site_axis, device=first.device, dtype=first.dtype
@@ -164,20 +174,23 @@ class Trainer:
             raise ValueError(
                 f"This trainer takes {len(self.split.rows)} rows per step, and this batch has {len(tokens)}."
             )
-        c, now, samples = self.config.coefficients, Schedule.at(self.done, self.config), self.sampler.at(self.done)
+        now, samples = Schedule.at(self.done, self.config), self.sampler.at(self.done)
+        c = now.coefficients
         penalty, ascents = self.minimality.penalty(now), self.config.adversary.inner_steps if c.adversarial else 0
         counts, n = self._count(tokens, token_mask)
         if not n:
             raise ValueError(f"Step {self.done}: every token of the batch is padding: leave out rows that are empty.")
-        passes = MaskedPasses(self.config, self.engine, self.adversary, self.sampler)
+        merged = bool(self.config.merged)
+        passes = MaskedPasses(c, self.engine, self.adversary, self.sampler, merged=merged)
         # Everything, also followers of tied sites and what a refused step has left.
-        self.optimizer.zero_grad(set_to_none=True)
         self.decomposition.zero_grad(set_to_none=True)
 
         # A, B. Clean forward and importances: of all micro-batches, since minimality needs sums over the whole batch.
         sums, l0, clean = self._sums(tokens, token_mask, penalty)
-        # D. Faithfulness.
+        # D. Faithfulness, and locality.
         values: Values = {"faithfulness": self._faithfulness(c.delta / self.world.size)}
+        if c.locality:
+            values["locality"] = self.engine.locality(now.locality, c.locality / self.world.size)
         # E. Minimality.
         losses, grad_sums = self.minimality.losses(self.world.add(sums), n, now)
         values |= losses | {"l0": self.world.add(l0) / max(n, 1)}
@@ -249,29 +262,41 @@ class Trainer:
         )
 
     def _update(self, values: Values, now: Schedule) -> StepMetrics:
-        """Checks the losses, clips V's and U's gradient, AdamW."""
+        """Checks the losses, clips gradients, updates V, U and Γ."""
         numbers = dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
         total = self._total(numbers, now)
         if not math.isfinite(total):
             wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
             raise FloatingPointError(f"Step {self.done}: not finite: {', '.join(wrong) or 'total'} ({numbers}).")
         self._add_gradients(self.parameters)
-        norm = clip_gradients(self.matrices, self.config.optimizer.clip)
-        if not math.isfinite(norm):  # and clipped by it, every gradient would be NaN
-            raise FloatingPointError(f"Step {self.done}: the gradient of V and U is not finite ({numbers}).")
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["peak"] * now.rate
-        self.optimizer.step()
+        norm = self._clip(numbers)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * now.rate
+            optimizer.step()
         self.after_update()
         lr = self.config.optimizer.lr * now.rate
         return StepMetrics(step=self.done, total=total, p=now.p, lr=lr, grad_norm=norm, **numbers)
 
+    def _clip(self, numbers: Mapping[str, float]) -> float:
+        """Clips gradients; the norm of V's and U's before."""
+        optimizer = self.config.optimizer
+        norms = {"V and U": clip_gradients(self.matrices, optimizer.clip)}
+        if optimizer.gamma_clip is not None:
+            norms["Γ"] = clip_gradients(self.gamma_parameters, optimizer.gamma_clip)
+        values = torch.stack(list(norms.values())).tolist()
+        for whose, value in zip(norms, values, strict=True):
+            if not math.isfinite(value):  # and clipped by it, every gradient would be NaN
+                raise FloatingPointError(f"Step {self.done}: the gradient of {whose} is not finite ({numbers}).")
+        return values[0]
+
     def _total(self, values: Mapping[str, float], now: Schedule) -> float:
-        c = self.config.coefficients
+        c = now.coefficients
         return (
             c.delta * values["faithfulness"]
-            + now.minimality * (c.importance * values["importance"] + c.frequency * values["frequency"])
+            + (c.importance * values["importance"] + c.frequency * values["frequency"])
             + sum(getattr(c, name) * values[name] for name in RECONSTRUCTION)
+            + c.locality * values.get("locality", 0.0)
         )
 
     def _add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:

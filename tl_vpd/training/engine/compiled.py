@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -134,7 +135,7 @@ class CompiledEngine(EagerEngine):
         residual = inputs.pop() if self.starts_late else None
         z = self._gamma(inputs, mask)
         arguments = z.detach(), mask, self._number(penalty.parameter)
-        sums, l0 = self._run(("counts", penalty.kind), partial(_counts, penalty.kind), *arguments)
+        sums, l0 = self._run(("counts", *_form(penalty)), partial(_counts, penalty), *arguments)
         return CleanForward(micro_batch, rows, mask, self._distance(output, mask), z, sums, l0, residual)
 
     def backward_into_gamma(
@@ -146,9 +147,7 @@ class CompiledEngine(EagerEngine):
     ) -> None:
         """Γ's gradients, from those of the importances and of the sums; see ``EagerEngine.backward_into_gamma``."""
         arguments = clean.z.detach(), grad_g, grad_sums, clean.token_mask, self._number(penalty.parameter)
-        clean.z.backward(
-            self._run(("pullback", penalty.kind), partial(_pullback, penalty.kind, self.squash), *arguments)
-        )
+        clean.z.backward(self._run(("pullback", *_form(penalty)), partial(_pullback, penalty, self.squash), *arguments))
 
     def ascend(self, sources: PersistentSources, gradient: Tensor, lr: float, rows: slice, update: int) -> None:
         """Moves rows of sources along their gradient."""
@@ -196,7 +195,7 @@ class CompiledEngine(EagerEngine):
         grad_sources: Tensor | None = None,
     ) -> list[Float[Tensor, ""]]:
         graph = MaskedGraph(self, inputs, terms)
-        arguments = graph.arguments(clean, rows, inputs, [term.total for term in terms], grad_g, grad_sources)
+        arguments = graph.arguments(clean, rows, inputs, terms, grad_g, grad_sources)
         if arguments is None:  # more tokens are routed than there are slots
             return super()._losses(clean, rows, inputs, terms, grad_g=grad_g, grad_sources=grad_sources)
         return self._run(graph.key, graph, *arguments)
@@ -224,18 +223,21 @@ class CompiledEngine(EagerEngine):
         return torch.tensor(float(value), dtype=self.dtype, device=self.decomposition.device)
 
 
-def _counts(
-    kind: Literal["power", "smooth_l0"], z: Tensor, token_mask: Tensor | None, parameter: Tensor
-) -> tuple[Tensor, Tensor]:
+def _form(penalty: Penalty) -> tuple[str, bool]:
+    """What graphs of a penalty depend on besides its parameter."""
+    return penalty.kind, penalty.normalised
+
+
+def _counts(penalty: Penalty, z: Tensor, token_mask: Tensor | None, parameter: Tensor) -> tuple[Tensor, Tensor]:
     """The penalty's sums over tokens, and L0."""
     important = (z > 0).sum(-1)
     mask = None if token_mask is None else token_mask.flatten()
-    sums = Penalty(kind, parameter, WHOLE).sums(z.flatten(0, -2), mask)
+    sums = replace(penalty, parameter=parameter, block=WHOLE).sums(z.flatten(0, -2), mask)
     return sums, (important if token_mask is None else important * token_mask).sum().to(z.dtype)
 
 
 def _pullback(
-    kind: Literal["power", "smooth_l0"],
+    penalty: Penalty,
     squash: Squash,
     z: Tensor,
     grad_g: Tensor,
@@ -246,5 +248,5 @@ def _pullback(
     """The gradient of z."""
     mask = None if token_mask is None else token_mask.flatten()
     grad = grad_g.flatten(0, -2).clone()
-    penalty = Penalty(kind, parameter, WHOLE)
+    penalty = replace(penalty, parameter=parameter, block=WHOLE)
     return penalty.pullback(z.flatten(0, -2), grad_sums, mask, grad_g=grad, squash=squash).view_as(z)

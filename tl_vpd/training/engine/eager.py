@@ -23,7 +23,7 @@ from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.forward.site_taps import SitePass
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.importance.squash import LOWER_LEAKY, Squash
-from tl_vpd.losses import Penalty, Reconstruction, Unembedding, faithfulness_terms
+from tl_vpd.losses import Penalty, Reconstruction, Unembedding, faithfulness_terms, locality_terms
 from tl_vpd.losses.precision import at_least_float32
 from tl_vpd.masking import PersistentSources
 from tl_vpd.training.config import Precision
@@ -95,6 +95,21 @@ class EagerEngine:
                 if coefficient:
                     (coefficient * term).backward()
                 value += term.detach()
+        return value
+
+    def locality(self, width: float, coefficient: float) -> Float[Tensor, ""]:
+        """The loss; its gradients, times the coefficient, go to U.
+
+        Args:
+            width: t.
+            coefficient: of the gradients.
+        """
+        value = torch.zeros(
+            (), dtype=next(self.decomposition.components.parameters()).dtype, device=self.decomposition.device
+        )
+        for term in locality_terms(self.decomposition.components, width):
+            (coefficient * term).backward()
+            value += term.detach()
         return value
 
     def clean(

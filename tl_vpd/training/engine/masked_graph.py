@@ -41,6 +41,7 @@ class PassTensors(NamedTuple):
     sources: Tensor
     source_rows: Tensor | None
     totals: Tensor
+    weights: Tensor
     grad_sources: Tensor | None
     grad_g: Tensor | None
 
@@ -51,26 +52,26 @@ class MaskedGraph:
     Args:
         engine: whose model is run.
         inputs: of the masks; only sites and whether tokens are routed are fixed by it.
-        terms: the losses; only rows and weights are fixed by them.
+        terms: the losses; only rows are fixed by them.
     """
 
     def __init__(self, engine: EagerEngine, inputs: MaskInputs, terms: Sequence[LossTerm]) -> None:
         self.engine, self.site_axis = engine, engine.decomposition.site_axis
         self.sites = tuple(self.site_axis.names if inputs.sites is None else inputs.sites)
-        self.terms = [(term.rows, term.weight) for term in terms]
+        self.rows = [term.rows for term in terms]
         self.routed = inputs.routing is not None
 
     @property
     def key(self) -> tuple[object, ...]:
         """What distinguishes the graph from others with arguments of the same shapes."""
-        return "masked", self.sites, str(self.terms), self.routed
+        return "masked", self.sites, str(self.rows), self.routed
 
     def arguments(
         self,
         clean: CleanForward,
         rows: slice,
         inputs: MaskInputs,
-        totals: Sequence[Tensor],
+        terms: Sequence[LossTerm],
         grad_g: Tensor | None,
         grad_sources: Tensor | None,
     ) -> list[Tensor | None] | None:
@@ -82,7 +83,7 @@ class MaskedGraph:
             if assigned is None:
                 return None
             slots = assigned
-        distance = clean.distance.rows(rows)
+        distance, totals = clean.distance.rows(rows), torch.stack([term.total for term in terms])
         tensors = PassTensors(
             clean.tokens[rows],
             None if clean.token_mask is None else clean.token_mask[rows],
@@ -92,7 +93,8 @@ class MaskedGraph:
             distance.token_mask,
             inputs.sources,
             inputs.source_rows,
-            torch.stack(list(totals)),
+            totals,
+            totals.new_tensor([term.weight for term in terms]),
             grad_sources,
             grad_g,
         )
@@ -113,7 +115,7 @@ class MaskedGraph:
         leaves = self._leaves(tensors, slots)
         with torch.enable_grad():
             losses = self._losses(tensors, leaves, slots)
-            total = torch.stack([weight * loss for (_, weight), loss in zip(self.terms, losses, strict=True)]).sum()
+            total = (tensors.weights * torch.stack(losses)).sum()
         matrices = [] if tensors.grad_g is None else self.matrices()
         differentiated = [leaf for leaf in leaves.values() if leaf.requires_grad]
         gradients = torch.autograd.grad(total, [*differentiated, *matrices], allow_unused=True, materialize_grads=True)
@@ -162,7 +164,7 @@ class MaskedGraph:
                 constant_weights=tensors.grad_g is None,
             )
         losses = []
-        for (rows, _), total in zip(self.terms, tensors.totals.unbind(), strict=True):
+        for rows, total in zip(self.rows, tensors.totals.unbind(), strict=True):
             real = None if tensors.target_mask is None else tensors.target_mask[rows]
             losses.append(self._summed(tensors.target[rows], output[rows], real) / total.clamp(min=1))
         return losses
