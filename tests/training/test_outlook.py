@@ -41,7 +41,7 @@ def test_the_yardstick_is_what_ablating_the_sites_costs(padded):
     attention_mask = None if token_mask is None else token_mask.long()
     with MaskedModel(vpd, model) as masked_model:
         outlook = Outlook(masked_model, VPDConfig(), tokens, token_mask)
-        nothing = outlook.check(0.5)
+        nothing = outlook.check(5)
     edited = copy.deepcopy(model)
     for name in vpd.sites:
         adapter = adapt(edited)
@@ -58,7 +58,7 @@ def test_a_check_is_the_distance_under_rounded_masks():
     model, tokens = tiny_model(), some_tokens()
     vpd = decomposition_of(model, sites=SITES).double()
     with MaskedModel(vpd, model) as masked_model:
-        check = Outlook(masked_model, VPDConfig(), tokens).check(0.1)
+        check = Outlook(masked_model, VPDConfig(), tokens).check(2_000)
     ci = vpd.causal_importances(model, tokens)
     with torch.no_grad(), vpd.attach(model) as attached:
         target = model(tokens)
@@ -66,7 +66,8 @@ def test_a_check_is_the_distance_under_rounded_masks():
             masked = model(tokens)
     assert check.distance == pytest.approx(kl(target, masked), rel=1e-9)
     assert_close(torch.tensor(check.l0), ci.l0.float().mean())
-    assert check.total == 6 * len(vpd.sites)
+    assert (check.total, check.step, check.progress) == (6 * len(vpd.sites), 2_000, 0.1)  # of 20,000 steps
+    assert check.share == check.distance / check.yardstick
 
 
 def test_always_on_subcomponents_that_pay_for_themselves():
@@ -89,18 +90,19 @@ def test_always_on_subcomponents_that_pay_for_themselves():
         (0.1, 60.0, 0.5, "Importances are dense: 60.0 of 100"),
         (0.1, 60.0, 0.1, None),
         (0.1, 10.0, 1.0, None),
+        (0.9, 3.0, 0.03, None),  # too early to say
     ],
 )
 def test_what_is_warned_of(distance, l0, progress, message):
-    warning = Check(distance, l0, 100, 1.0, progress).warning(VPDConfig())
+    warning = Check(1, distance, l0, 100, 1.0, progress).warning(VPDConfig())
     assert (
         (warning is None) if message is None else (message in warning and "coefficients.importance (0.0002)" in warning)
     )
 
 
 def test_a_run_is_checked_a_few_times():
-    assert [n for n in range(1, 101) if due(n, 100)] == [10, 20, 35, 50, 75, 100]
-    assert [n for n in range(1, 21) if due(n, 20)] == [2, 4, 7, 10, 15, 20]
+    assert [n for n in range(1, 101) if due(n, 100)] == [1, 3, 10, 20, 35, 50, 75, 100]
+    assert [n for n in range(1, 21) if due(n, 20)] == [1, 2, 4, 7, 10, 15, 20]
     assert not any(due(n, 19) for n in range(1, 20))
 
 
@@ -144,7 +146,10 @@ def test_a_collapsed_run_is_warned_of_by_name(short, caplog):
     model = tiny_model(dtype=torch.float32)
     config = VPDConfig(steps=20, coefficients={"importance": 1e3}, optimizer={"lr": 0.05}, **short)
     with caplog.at_level(logging.WARNING, logger="tl_vpd"):
-        decompose(model, some_tokens(shape=(4, 7)), config, progress=False)
+        run = decompose(model, some_tokens(shape=(4, 7)), config, progress=False)
+    assert run.checks["step"].tolist() == [1, 2, 4, 7, 10, 15, 20]
+    last = run.checks.iloc[-1]
+    assert last["share"] == last["distance"] / last["yardstick"] > 0.8
     warnings = [r.getMessage() for r in caplog.records if "explain nothing" in r.getMessage()]
     assert len(warnings) == 1  # once, however often the run is checked
     assert "Lower coefficients.importance (1000)" in warnings[0]

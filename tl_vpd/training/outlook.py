@@ -30,8 +30,10 @@ from tl_vpd.training.config import VPDConfig
 
 ROWS, TOKENS = 8, 1024
 """Rows that yardstick and checks are measured on, and the tokens that these have at most."""
-CHECKS = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
+CHECKS = (0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.75, 1.0)
 """Fractions of a run at which it is checked."""
+EARLY = 0.05
+"""The fraction of a run before which nothing is warned of: importances have hardly moved."""
 SHORTEST = 20
 """Steps of a run from which on it is checked."""
 NOTHING = 0.8
@@ -45,6 +47,7 @@ class Check:
     """A look at a run.
 
     Attributes:
+        step: updates that were made before it.
         distance: between the target's output and that under rounded masks, per token.
         l0: important subcomponents per token.
         total: all subcomponents.
@@ -52,15 +55,23 @@ class Check:
         progress: the fraction of the run that is done.
     """
 
+    step: int
     distance: float
     l0: float
     total: int
     yardstick: float
     progress: float
 
+    @property
+    def share(self) -> float:
+        """The distance as a share of the yardstick."""
+        return self.distance / max(self.yardstick, 1e-12)
+
     def warning(self, config: VPDConfig) -> str | None:
         """What is wrong and what to change, in one sentence; None if nothing is."""
-        c, share = config.coefficients, self.distance / max(self.yardstick, 1e-12)
+        c, share = config.coefficients, self.share
+        if self.progress < EARLY:
+            return None
         if share >= NOTHING:
             return (
                 f"The important subcomponents ({self.l0:.1f} per token) explain nothing: with the others ablated the output is "
@@ -114,13 +125,14 @@ class Outlook:
         return (c.stochastic + c.adversarial) * self.yardstick / cost if cost else math.inf
 
     @torch.no_grad()
-    def check(self, progress: float) -> Check:
-        """A look at the decomposition as it is now."""
+    def check(self, step: int) -> Check:
+        """A look at the decomposition as it is now, after this many steps."""
         inputs = self.masked_model.clean(self.tokens, self.token_mask)[1]
         z = self.weights.pre_sigmoid(inputs, self.token_mask)
         important = (z > 0).sum(-1).float()
         l0 = important.mean() if self.token_mask is None else important[self.token_mask].mean()
-        return Check(self._distance((z > 0).to(z.dtype)), float(l0), z.shape[-1], self.yardstick, progress)
+        distance, progress = self._distance((z > 0).to(z.dtype)), step / self.config.steps
+        return Check(step, distance, float(l0), z.shape[-1], self.yardstick, progress)
 
     def _distance(self, masks: Float[Tensor, "batch *pos C_total"]) -> float:
         """From the target's output to the model's under masks, with Δs ablated."""

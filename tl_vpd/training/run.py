@@ -45,12 +45,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Run:
-    """What ``decompose`` returns: the decomposition, a row of metrics per logged step, and whether the last step was reached."""
+    """What ``decompose`` returns: the decomposition, a row of metrics per logged step, and whether the last step was reached.
+
+    ``checks``: a row per look at the run under rounded masks (``tl_vpd.training.outlook``): ``step``, ``distance``,
+    ``yardstick``, their quotient ``share``, ``l0``, ``total``; of a resumed run, those since.
+    """
 
     decomposition: Decomposition
     history: pd.DataFrame
     finished: bool
     config: VPDConfig
+    checks: pd.DataFrame
 
 
 def decompose(
@@ -120,6 +125,7 @@ def decompose(
                 loop.start(state, run.history)
                 loop.train()
             history, finished = loop.history, trainer.done >= config.steps
+            checks = pd.DataFrame([asdict(check) | {"share": check.share} for check in report.checks])
             del trainer, report, loop  # and with them AdamW's moments, before parameters are gathered
             unshard(decomposition)
             if finished and not all(bool(p.isfinite().all()) for p in decomposition.parameters()):
@@ -127,7 +133,7 @@ def decompose(
             if files is not None and finished and processes.first:
                 files.finish(decomposition)
             processes.wait()
-    return Run(decomposition, pd.DataFrame([asdict(m) for m in history]), finished, config)
+    return Run(decomposition, pd.DataFrame([asdict(m) for m in history]), finished, config, checks)
 
 
 def _resume(resume: Any) -> bool | Path:

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_vpd.training.memory import peak_memory
-from tl_vpd.training.outlook import Outlook, due, duration
+from tl_vpd.training.outlook import Check, Outlook, due, duration
+from tl_vpd.training.schedules import Schedule
 from tl_vpd.training.trainer import StepMetrics, Trainer
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class RunReport:
         self.outlook = Outlook(trainer.masked_model, trainer.config, tokens, token_mask)
         self._bar: Any = None
         self._times: list[float] = []
+        self.checks: list[Check] = []
         self._last: StepMetrics | None = None
         self._warned: set[str] = set()
 
@@ -83,23 +85,29 @@ class RunReport:
         """
         trainer, steps = self.trainer, self.trainer.config.steps
         self._last = metrics
+        if due(trainer.done, steps):
+            self._check()
         self._bar.update()
         if len(self._times) <= TIMED:
             self._times.append(time.perf_counter())
             if len(self._times) == TIMED + 1 and trainer.done < steps:
                 self._say(self.time_line())
         if logged:
-            self._bar.set_postfix(self.shares(metrics) | {"l0": f"{metrics.l0:.1f}"})
-        if due(trainer.done, steps):
-            check = self.outlook.check(trainer.done / steps)
-            warning = check.warning(trainer.config)
-            if warning is not None and trainer.world.first and warning.split("(")[0] not in self._warned:
-                self._warned.add(warning.split("(")[0])
-                log.warning("Step %d of %d: %s", trainer.done, steps, warning)
+            rounded = {"rounded": f"{self.checks[-1].share:.0%}"} if self.checks else {}
+            self._bar.set_postfix(self.shares(metrics) | rounded | {"l0": f"{metrics.l0:.1f}"})
+
+    def _check(self) -> None:
+        """Looks at the run, and warns once of each thing that is wrong."""
+        trainer = self.trainer
+        self.checks.append(self.outlook.check(trainer.done))
+        warning = self.checks[-1].warning(trainer.config)
+        if warning is not None and trainer.world.first and warning.split("(")[0] not in self._warned:
+            self._warned.add(warning.split("(")[0])
+            log.warning("Step %d of %d: %s", trainer.done, trainer.config.steps, warning)
 
     def shares(self, metrics: StepMetrics) -> dict[str, str]:
         """The reconstruction losses as shares of the yardstick."""
-        c, yardstick = self.trainer.config.coefficients, self.outlook.yardstick
+        c, yardstick = Schedule.at(metrics.step, self.trainer.config).coefficients, self.outlook.yardstick
         names = [name for name in ("stochastic", "adversarial") if getattr(c, name)]
         return {name: f"{getattr(metrics, name) / yardstick:.0%}" if yardstick else "–" for name in names}
 
