@@ -52,6 +52,7 @@ ROOMS = [
     "bundled",
     "cli",
     "demo",
+    "editing",
     "evaluation",
     "formats",
     "planning",

@@ -98,10 +98,11 @@ class HookedTransformerAdapter(Adapter):
             self.add(Site(f"{prefix}.mlp.W_out", cfg.d_mlp, cfg.d_model))
 
     def processing(self) -> dict[str, bool]:
-        """``fold_ln`` as the config says, ``center_writing_weights`` as the weights show."""
+        """``fold_ln`` as the config says, ``center_writing_weights`` and ``fold_value_biases`` as the weights show."""
         return {
             "fold_ln": str(self.model.cfg.normalization_type).endswith("Pre"),
             "center_writing_weights": centred(self.weight("blocks.0.attn.W_O")),
+            "fold_value_biases": not any(bool(block.attn.b_V.any()) for block in self.model.blocks),
         }
 
     # -- weights -------------------------------------------------------------------------------------------------

@@ -47,6 +47,18 @@ class Fingerprint(BaseModel):
         largest = max(abs(a - b) for a, b in zip(self.projections, other.projections, strict=True))
         return max(largest, abs(self.norm - other.norm) / max(self.norm, other.norm, 1e-300))
 
+    def shows_change(self, W: Float[Tensor, "d_in d_out"], change: Float[Tensor, "d_in d_out"]) -> bool:
+        """Whether ``W`` is this weight with a change added to it: projections, times the norm, are linear in the weight.
+
+        Args:
+            W: a weight.
+            change: that it may have.
+        """
+        before, after, changed = (
+            np.array(f.projections) * f.norm for f in (self, Fingerprint.of(W), Fingerprint.of(change))
+        )
+        return bool(np.linalg.norm(after - before - changed) < 0.1 * np.linalg.norm(changed))
+
 
 def compare(stored: Mapping[str, Fingerprint], weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> dict[str, float]:
     """Mismatch by site, for sites that differ by more than the tolerance."""

@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_vpd.components import Components
+from tl_vpd.forward.site_edit import SiteEdit
 from tl_vpd.importance import DecomposedWeights, GammaCache
 from tl_vpd.site import ConcatenatedAxis, Site
 
@@ -24,11 +25,15 @@ class CastTensors(Mapping[str, Tensor]):
         tensors: by site.
         device: of the casts.
         dtype: of the casts.
+
+    Attributes:
+        edits: changes of write directions, where the tensors are those.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype) -> None:
         self.tensors, self.device, self.dtype = tensors, device, dtype
         self._casts: dict[str, tuple[tuple[int, int], Tensor]] = {}
+        self.edits: list[Mapping[str, SiteEdit]] = []
 
     def follow(self, device: torch.device, dtype: torch.dtype) -> None:
         """Changes the device and dtype of all casts from now on."""
@@ -36,6 +41,12 @@ class CastTensors(Mapping[str, Tensor]):
         self._casts.clear()
 
     def __getitem__(self, site: str) -> Tensor:
+        cast = self._cast(site)
+        for edit in self.edits:
+            cast = edit[site].write_directions(cast) if site in edit else cast
+        return cast
+
+    def _cast(self, site: str) -> Tensor:
         tensor = self.tensors[site]
         same = tensor.dtype == self.dtype and tensor.device == self.device
         if same or (tensor.requires_grad and torch.is_grad_enabled()):

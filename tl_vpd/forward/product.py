@@ -50,7 +50,7 @@ def masked_output(
         factor = delta_mask.unsqueeze(-1)
         scaled = y * factor if bias is None else torch.lerp(bias.to(y).expand_as(y), y, factor.to(y))
     in_place = not torch.is_grad_enabled() and (scaled is not y or (overwrite and routed is None))
-    output = _plus_product(scaled, _coefficients(acts, mask, delta_mask, patched_acts), U, in_place=in_place)
+    output = plus_product(scaled, _coefficients(acts, mask, delta_mask, patched_acts), U, in_place=in_place)
     return output if routed is None else torch.where(routed.unsqueeze(-1), output, y)
 
 
@@ -66,7 +66,7 @@ def _coefficients(acts: Tensor, mask: Tensor | None, delta_mask: Tensor | None, 
     return (patched if mask is None else patched * mask) - acts * factor
 
 
-def _plus_product(y: Tensor, coefficients: Tensor, U: Tensor, *, in_place: bool) -> Tensor:
+def plus_product(y: Tensor, coefficients: Tensor, U: Tensor, *, in_place: bool) -> Tensor:
     """``y + coefficients @ U``; by head where U has a head axis."""
     if U.ndim == 3:
         return y + torch.einsum("...hc,hcd->...hd", coefficients, U)

@@ -8,7 +8,7 @@ from torch import Tensor
 from tl_vpd.adapters import Adapter
 from tl_vpd.components import Layout
 from tl_vpd.forward.blocked import BlockedMasks
-from tl_vpd.forward.product import masked_output
+from tl_vpd.forward.product import masked_output, plus_product
 from tl_vpd.forward.traceable import TraceableMasks
 from tl_vpd.masking import SiteMask
 
@@ -96,6 +96,12 @@ class SiteProduct:
             overwrite=True,
         )
         return output.reshape(self.shape)
+
+    def added(self) -> Tensor:
+        """``y + x @ V @ U``, in the shape in which the model passes y."""
+        acts = self.acts()
+        U = self.layout.write_directions(self.U.to(acts.dtype))
+        return plus_product(self.y, acts, U, in_place=False).reshape(self.shape)
 
     def masked_by(self, masks: PassMasks) -> Tensor:
         """The output under masks that are made inside the product, in the shape in which the model passes it."""

@@ -12,7 +12,7 @@ once in the same way: a ``SitePass`` is made for a forward pass, given to the ta
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
@@ -24,6 +24,7 @@ from tl_vpd.adapters import Adapter
 from tl_vpd.adapters.changes import Change, Later, enter
 from tl_vpd.forward.quiet import frozen, users_hooks_aside
 from tl_vpd.forward.remains import copies_are_clean
+from tl_vpd.forward.site_edit import SiteEdit
 from tl_vpd.forward.turns import others_wait, turn
 
 SiteFunction = Callable[[str, Tensor, Tensor], Tensor | None]
@@ -73,10 +74,14 @@ class SiteTaps:
     Args:
         adapter: of the model.
         names: the sites that are tapped.
+
+    Attributes:
+        edits: changes of the sites' weights that act in every pass; what a pass sees and replaces is the changed output.
     """
 
     def __init__(self, adapter: Adapter, names: Sequence[str]) -> None:
         self.adapter, self.names = adapter, list(names)
+        self.edits: list[Mapping[str, SiteEdit]] = []
         self.current: SitePass | None = None
 
     def put_on(self, undo: Later) -> None:
@@ -148,4 +153,8 @@ class SiteTaps:
         if x is None:  # a second HookPoint for the same product, as some versions fire
             return None
         run.times[name] += 1
-        return None if run.function is None else run.function(name, x, y)
+        edits = [edit[name] for edit in self.edits if name in edit]
+        for edit in edits:
+            y = edit.output(self.adapter, name, x, y)
+        replaced = None if run.function is None else run.function(name, x, y)
+        return y if replaced is None and edits else replaced

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from typing_extensions import Unpack
 from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.adapters.changes import Change, Later, enter
 from tl_vpd.checks import choice
-from tl_vpd.forward import attachments
+from tl_vpd.forward import SiteEdit, attachments
 from tl_vpd.forward.remains import clear
 from tl_vpd.forward.target_check import accept_target, check_decomposition, check_target
 from tl_vpd.forward.turns import turn, turns_of
@@ -42,6 +42,14 @@ from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.masking.modes import Mode, ModeKeywords, ModeOptions
 from tl_vpd.site import select
+
+
+@runtime_checkable
+class ChangesSites(Protocol):
+    """An edit of weights, as ``tl_vpd.editing`` makes them."""
+
+    def site_edits(self, decomposition: DecomposedWeights) -> Mapping[str, SiteEdit]:
+        """The changes by site; raises ValueError if they are of another decomposition."""
 
 
 def attached_to(model: nn.Module) -> Attached | None:
@@ -230,6 +238,25 @@ class Attached:
         hooks = ablation_hooks(self.decomposition, subcomponents, pos=pos, amount=amount, values=values)
         return Inside(self, partial(self._runs_with, hooks), "ablated")
 
+    def edited(self, edit: ChangesSites) -> Inside:
+        """Every call of the model inside runs with edited weights, and nothing is written into the model.
+
+        Edits of contexts around this one act as well. Under masks an edited write direction acts where its subcomponent's mask
+        does, and an added piece where Δ's does: the model is the one that has the edit in its weights. Functions that run the
+        model themselves, such as ``causal_importances``, leave the edit out.
+
+        Args:
+            edit: of ``tl_vpd.editing``.
+
+        Raises:
+            TypeError: it is something else.
+            ValueError: it is of another decomposition.
+            RuntimeError: the decomposition has been detached.
+        """
+        if not isinstance(edit, ChangesSites):
+            raise TypeError(f"The edit is a {type(edit).__name__}: give an Edit of tl_vpd.editing.")
+        return Inside(self, partial(self._runs_edited, edit.site_edits(self.decomposition)), "edited")
+
     @property
     def runs_masked(self) -> bool:
         """Whether calls of the model run masked now."""
@@ -255,16 +282,23 @@ class Attached:
         return MaskSpec(mode, masks, frozenset(select(sites, self.sites)), options, generator, pos, node_set)
 
     def _runs_masked(self, spec: MaskSpec, undo: Later) -> None:
-        if not self._attachment.is_on:
-            raise RuntimeError("This decomposition has been detached, so nothing would be masked: attach it again.")
+        self._require_attached("masked")
         self._forward.in_context(undo, spec)
+
+    def _runs_edited(self, edit: Mapping[str, SiteEdit], undo: Later) -> None:
+        self._require_attached("edited")
+        self._forward.in_edit(undo, edit)
+
+    def _require_attached(self, done: str) -> None:
+        if not self._attachment.is_on:
+            raise RuntimeError(f"This decomposition has been detached, so nothing would be {done}: attach it again.")
 
     def _runs_with(self, hooks: FwdHooks, undo: Later) -> None:
         enter(undo, self.model.hooks(fwd_hooks=hooks))  # type: ignore[operator]
 
 
 class Inside(Change[Attached]):
-    """What ``masked``, ``keep_only`` and ``ablated`` give: a context, which acts on the calls of the model inside it.
+    """What ``masked``, ``keep_only``, ``ablated`` and ``edited`` give: a context, which acts on the calls of the model inside it.
 
     Args:
         attached: what ``with`` gives.

@@ -8,7 +8,7 @@ that somebody listens to are computed from the inputs just read.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_vpd.adapters import Adapter
 from tl_vpd.adapters.changes import Later
 from tl_vpd.adapters.taps import OnModel
-from tl_vpd.forward import CastWeights, SitePass, SiteProduct
+from tl_vpd.forward import CastWeights, SiteEdit, SitePass, SiteProduct
 from tl_vpd.forward.target_check import check_target
 from tl_vpd.forward.turns import in_backward, turn, turns_of
 from tl_vpd.hooks.internal_passes import Call, HookPoints, InternalPasses
@@ -34,6 +34,8 @@ from tl_vpd.site import ConcatenatedAxis
 
 OF_PRODUCT = ("component_acts", "mask", "delta_mask")
 """The kinds of HookPoints that stand on a site's product."""
+STREAM = ("W_O", "W_out")
+"""The ends of the names of sites that write into the residual stream."""
 
 
 class AttachedForward(InternalPasses, OnModel):
@@ -88,6 +90,8 @@ class AttachedForward(InternalPasses, OnModel):
             with self.taps.during(run):
                 output = self.plain(*arguments, **keywords)
             self._after(call, run, output)
+            if self._changed is not None:
+                self._changed.update(name for edit in self.taps.edits for name in edit if name.endswith(STREAM))
             return output
 
     def refuse_other_threads(self) -> None:
@@ -119,6 +123,19 @@ class AttachedForward(InternalPasses, OnModel):
         if spec is not None:
             undo(lambda: specs.remove(spec) if spec in specs else None)
             specs.append(spec)
+
+    def in_edit(self, undo: Later, edit: Mapping[str, SiteEdit]) -> None:
+        """From now on, calls of the model are this thread's alone, and their sites have changed weights.
+
+        Args:
+            undo: notes how to end that.
+            edit: the changes by site, in addition to those of the contexts around.
+        """
+        with turn(self.adapter.model):
+            self._begin_context(undo, None)
+            for edits in (self.taps.edits, self.weights.U.edits):
+                undo(partial(_remove, edits, edit))
+                edits.append(edit)
 
     @contextmanager
     def noting_changes(self) -> Iterator[set[str]]:
@@ -207,7 +224,7 @@ class AttachedForward(InternalPasses, OnModel):
 
     def _output(self, call: Call, name: str, x: Tensor, y: Tensor) -> Tensor | None:
         """A site's output in a user's pass."""
-        noted = self._changed is not None and name.endswith(("W_O", "W_out"))
+        noted = self._changed is not None and name.endswith(STREAM)
         # Without gradients y itself may be overwritten, and cannot be compared any more.
         before = y.clone() if noted and not torch.is_grad_enabled() else y
         output = self._hooked(call, name, x, y)
@@ -252,3 +269,8 @@ class AttachedForward(InternalPasses, OnModel):
 
 def _truncated(purpose: str, argument: str) -> str:
     return f"{purpose} needs every site's input, and {argument} skips blocks: leave {argument} out."
+
+
+def _remove(edits: list[Mapping[str, SiteEdit]], edit: Mapping[str, SiteEdit]) -> None:
+    """Takes an edit out of a list, if it is in it."""
+    edits[:] = [other for other in edits if other is not edit]

@@ -86,6 +86,8 @@ class Attachment:
         self.passes.on = False
         self.passes.specs.clear()
         self.passes.contexts.clear()
+        self.passes.taps.edits.clear()
+        self.passes.weights.U.edits.clear()
         self.hook_points.clear()
         self.adapter.hook_points_changed()
 

@@ -8,6 +8,7 @@
 
 from tl_vpd.viz.attention import attention_by_offset, head_norms, pair_attention, static_strengths
 from tl_vpd.viz.attention_tokens import importances
+from tl_vpd.viz.editing import edit_page, edit_panels
 from tl_vpd.viz.evaluation import evaluation_page
 from tl_vpd.viz.graphs import graph
 from tl_vpd.viz.panel import Panel, page
@@ -18,6 +19,8 @@ from tl_vpd.viz.tables import table
 __all__ = [
     "Panel",
     "attention_by_offset",
+    "edit_page",
+    "edit_panels",
     "evaluation_page",
     "graph",
     "head_norms",
