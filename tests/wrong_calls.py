@@ -54,6 +54,8 @@ def attended(**options: Any) -> Callable[[], Any]:
 
 
 CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: vpd.compact(model, tokens, threshold="0.1"), TypeError, "threshold='0.1' is a str: give a number"),
+    (lambda: vpd.compact(model, tokens, batch_size=1.5), TypeError, "batch_size=1.5 is a float: give an integer"),
     (masked("rounded", threshold="0.1"), TypeError, "threshold='0.1' is a str: give a number"),
     (masked("ci", delta=[1]), TypeError, r"delta=\[1\] is a list: give a number"),
     (masked("ci", delta=float("nan")), ValueError, "delta=nan: give a finite number"),

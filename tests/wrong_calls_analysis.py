@@ -16,7 +16,7 @@ import torch
 
 import tl_vpd
 from tests.tiny import decomposition_of, some_tokens, tiny_model
-from tl_vpd import analysis, evaluation, hooks, planning, toys, viz
+from tl_vpd import analysis, evaluation, formats, hooks, planning, toys, viz
 from tl_vpd.analysis import attention
 from tl_vpd.baselines import APDConfig, SPDConfig, apd, spd
 from tl_vpd.losses import Penalty, Reconstruction, faithfulness
@@ -144,6 +144,16 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: harvest[f"{Q}:1"].input_tokens(by="lift"), ValueError, "by='lift': choose from 'pmi', 'recall'"),
     (lambda: analysis.harvest(vpd, model, tokens, []), ValueError, "subcomponents is empty"),
     (lambda: analysis.harvest(vpd, model, tokens, {f"{Q}:1": 2}), TypeError, "subcomponents=.* is a dict"),  # type: ignore[arg-type]
+    (
+        lambda: formats.save_neuronpedia(vpd, model, tokens, "features", model_id=3),  # type: ignore[arg-type]
+        TypeError,
+        "model_id=3 is a int: give a string",
+    ),
+    (
+        lambda: formats.NeuronpediaConfig(values="mask"),  # type: ignore[arg-type]
+        ValueError,
+        "values='mask': choose from 'importance', 'activation'",
+    ),
     (lambda: analysis.HarvestConfig(threshold=1.0), ValueError, "no importance exceeds 1"),
     (lambda: analysis.ablation_table(vpd, model, prompt, metric, []), ValueError, "subcomponents is empty"),
     (

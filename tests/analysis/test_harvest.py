@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import ClassVar
 
 import pytest
@@ -81,7 +82,7 @@ def _by_hand(vpd, model, tokens: Tensor) -> tuple[Tensor, Tensor]:
 def test_everything_against_loops(model, vpd, batch_size):
     tokens = some_tokens(shape=(5, 7))
     result = harvest(
-        vpd, model, tokens, config=HarvestConfig(windows=3, radius=2, batch_size=batch_size, threshold=0.2)
+        vpd, model, tokens, config=HarvestConfig(windows=3, radius=2, batch_size=batch_size, threshold=0.2, bins=4)
     )
     g, a = _by_hand(vpd, model, tokens)
     fires = g > 0.2
@@ -95,6 +96,9 @@ def test_everything_against_loops(model, vpd, batch_size):
         own_g, own_a, own_fires = g[..., concatenated], a[..., concatenated], fires[..., concatenated]
         V, U = vpd.V[address.site].detach()[:, address.index], vpd.U[address.site].detach()[address.index]
         assert record.norm == pytest.approx(float(torch.outer(V, U).norm()), rel=1e-5)
+        edges = (0, 0.25, 0.5, 0.75, 1)
+        in_bins = [int(((own_g > low) & (own_g <= high)).sum()) for low, high in pairwise(edges)]
+        assert record.histogram.tolist() == in_bins
         if record.firings:
             assert record.mean_activation == pytest.approx(float(own_a[own_fires].mean()), rel=1e-4, abs=1e-6)
         else:

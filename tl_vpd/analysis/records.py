@@ -37,12 +37,11 @@ def recall(together: Float[Tensor, " token"], firings: int) -> Float[Tensor, " t
 
 def cut(peak: int, radius: int, real: Bool[Tensor, " pos"]) -> tuple[int, int]:
     """Start and stop of the run of real tokens around ``peak``, at most ``radius`` to each side."""
-    start, stop = peak, peak + 1
-    while start > max(0, peak - radius) and bool(real[start - 1]):
-        start -= 1
-    while stop < min(len(real), peak + radius + 1) and bool(real[stop]):
-        stop += 1
-    return start, stop
+    first = max(0, peak - radius)
+    around = real[first : peak + radius + 1].tolist()
+    before, after = around[: peak - first], around[peak - first + 1 :]
+    start = peak - [*before[::-1], False].index(False)
+    return start, peak + 1 + [*after, False].index(False)
 
 
 @dataclass(frozen=True)
@@ -130,6 +129,7 @@ class SubcomponentHarvest:
         mean_activation: the mean signed activation over firings (NaN without any).
         norm: ``‖V[:, c]‖ ‖U[c]‖``.
         windows: in order of the largest importance.
+        histogram: how many importances lie in each bin of equal width in (0, 1].
     """
 
     subcomponent: Subcomponent
@@ -139,6 +139,7 @@ class SubcomponentHarvest:
     mean_activation: float
     norm: float
     windows: tuple[Window, ...]
+    histogram: Int[Tensor, " bins"]
     _inputs: TokenCounts
     _outputs: TokenCounts
     _i: int
@@ -163,6 +164,7 @@ class Harvest:
     """Statistics, windows and token counts of the harvested subcomponents ``C``, on the model's device.
 
     ``chosen`` are their concatenated positions, ascending; ``rows`` is −1 where a subcomponent has fewer windows.
+    ``histogram`` counts importances in bins of equal width in (0, 1].
     """
 
     site_axis: ConcatenatedAxis
@@ -176,6 +178,7 @@ class Harvest:
     positions: Int[Tensor, "C window"]
     importances: Float[Tensor, "C window width"]
     activations: Float[Tensor, "C window width"]
+    histogram: Int[Tensor, "C bins"]
     inputs: TokenCounts
     outputs: TokenCounts
     tokens: Int[Tensor, "n pos"]
@@ -198,6 +201,7 @@ class Harvest:
             mean_activation=float(self.mean_activation[i]),
             norm=float(self.norm[i]),
             windows=tuple(self._window(i, j) for j in range(self.rows.shape[1]) if self.rows[i, j] >= 0),
+            histogram=self.histogram[i],
             _inputs=self.inputs,
             _outputs=self.outputs,
             _i=i,

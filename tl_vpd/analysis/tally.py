@@ -24,6 +24,7 @@ class HarvestConfig:
         radius: tokens shown on each side of a window's peak.
         threshold: a subcomponent fires where g exceeds this.
         batch_size: rows run at once, which bounds memory.
+        bins: of a histogram of every subcomponent's importances above 0, of equal width in (0, 1] (0: none is made).
 
     Raises:
         TypeError: a value is of another type.
@@ -34,9 +35,10 @@ class HarvestConfig:
     radius: int = 20
     threshold: float = 0.1
     batch_size: int = 32
+    bins: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, windows=1, radius=0, batch_size=1)
+        check_fields(self, windows=1, radius=0, batch_size=1, bins=0)
         if self.threshold == 1:
             raise ValueError("threshold=1: no importance exceeds 1, give a number of at least 0 and below 1.")
 
@@ -70,6 +72,7 @@ class Tally:
         self.radius, self.threshold, self.n = radius, config.threshold, 0
         self.g, self.a = (torch.zeros(C, dtype=torch.float64, device=device) for _ in range(2))
         self.positive, self.firings = (torch.zeros(C, dtype=torch.int64, device=device) for _ in range(2))
+        self.histogram = torch.zeros(C, config.bins, dtype=torch.int64, device=device)
         self.inputs, self.outputs = Pairs(C, vocab, device), Pairs(C, vocab, device)
         self.score = torch.full((C, windows), -1.0, dtype=torch.float64, device=device)
         self.rows, self.positions = (torch.full((C, windows), -1, device=device) for _ in range(2))
@@ -100,10 +103,18 @@ class Tally:
         self.positive += (g > 0).float().sum((0, 1)).long()
         self.firings += fires.sum((0, 1)).long()
         self.a += (a * fires).sum((0, 1)).double()
+        self._count_in_bins(g)
         followed = real[:, :-1] & real[:, 1:]
         self.inputs.add(tokens[real], fires[real])
         self.outputs.add(tokens[:, 1:][followed], fires[:, :-1][followed])
         self._update_best(g, a, first_row)
+
+    def _count_in_bins(self, g: Float[Tensor, "row pos C"]) -> None:
+        C, bins = self.histogram.shape
+        if bins:
+            *_, c = where = (g > 0).nonzero(as_tuple=True)
+            bin_of = c * bins + (g[where] * bins).ceil().long() - 1
+            self.histogram += torch.bincount(bin_of, minlength=C * bins).view(C, bins)
 
     def _update_best(self, g: Float[Tensor, "row pos C"], a: Float[Tensor, "row pos C"], first_row: int) -> None:
         n_rows, n_pos, C = g.shape
@@ -157,6 +168,7 @@ class Tally:
             positions=self.positions,
             importances=self.shown[0],
             activations=self.shown[1],
+            histogram=self.histogram,
             inputs=self.inputs.counts(),
             outputs=self.outputs.counts(),
             tokens=tokens,
