@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -10,7 +12,9 @@ from tests.losses.penalty_sums import penalty_sums
 from tl_vpd.importance import lower_leaky, upper_leaky
 from tl_vpd.losses import Penalty, importance_minimality
 
-PENALTIES = [Penalty("power", 0.7), Penalty("power", 2.0), Penalty("smooth_l0", 0.3)]
+PENALTIES = [
+    Penalty("power", 0.7), Penalty("power", 2.0), Penalty("smooth_l0", 0.3), Penalty("smooth_l0", 0.3, normalised=True)
+]  # fmt: skip
 
 
 def values(seed=0, shape=(3, 50, 4)):
@@ -23,7 +27,8 @@ def mask(*shape):
 
 def by_definition(g, penalty):
     a = penalty.parameter
-    return (g + 1e-12) ** a if penalty.kind == "power" else g**2 / (g**2 + a**2)
+    smooth = g**2 / (g**2 + a**2) * (1 + a**2 if penalty.normalised else 1)
+    return (g + 1e-12) ** a if penalty.kind == "power" else smooth
 
 
 @pytest.mark.parametrize("parameter", [1.0, 0.3, 0.01])
@@ -66,7 +71,7 @@ def test_the_pullback_is_autograds_through_both_squashings(penalty, padded, bloc
     grad_g, grad_sums = values(1, (30, 5)), values(2, (5,))
     penalties = by_definition(upper_leaky(z), penalty)
     sums = (penalties if token_mask is None else penalties[token_mask]).sum(0)
-    blocked = Penalty(penalty.kind, penalty.parameter, block)
+    blocked = replace(penalty, block=block)
     assert_close(blocked.sums(z.detach(), token_mask), sums)
     torch.autograd.backward([lower_leaky(z), sums], [grad_g, grad_sums])
     assert_close(blocked.pullback(z.detach(), grad_sums, token_mask, grad_g=grad_g.clone()), z.grad)
@@ -85,3 +90,11 @@ def test_padding_alone_counts_as_nothing(penalty):
     loss = importance_minimality(*penalty_sums(z, penalty, torch.zeros(2, 3, dtype=torch.bool)))
     loss.backward()
     assert float(loss.detach()) == 0 and bool((z.grad == 0).all())
+
+
+def test_smooth_l0_normalised_is_1_at_1_and_power_is_already():
+    for gamma in (0.01, 0.5, 2.0):
+        values = Penalty("smooth_l0", gamma, normalised=True).value(torch.tensor([0.0, 0.5, 1.0]))
+        assert values.tolist() == pytest.approx([0, (1 + gamma**2) * 0.25 / (0.25 + gamma**2), 1])
+    with pytest.raises(ValueError, match="normalised=True goes with kind='smooth_l0'"):
+        Penalty("power", 1.0, normalised=True)

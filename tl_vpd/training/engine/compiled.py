@@ -41,6 +41,7 @@ from tl_vpd.importance.transformer import SharedTransformer
 from tl_vpd.losses import Penalty, faithfulness_terms
 from tl_vpd.losses.precision import at_least_float32
 from tl_vpd.masking import PersistentSources
+from tl_vpd.masking.persistent import Rows
 from tl_vpd.training.config import Precision
 from tl_vpd.training.engine.eager import EagerEngine
 from tl_vpd.training.engine.masked_graph import MaskedGraph, gradients_of
@@ -149,7 +150,7 @@ class CompiledEngine(EagerEngine):
         arguments = clean.z.detach(), grad_g, grad_sums, clean.token_mask, self._number(penalty.parameter)
         clean.z.backward(self._run(("pullback", *_form(penalty)), partial(_pullback, penalty, self.squash), *arguments))
 
-    def ascend(self, sources: PersistentSources, gradient: Tensor, lr: float, rows: slice, update: int) -> None:
+    def ascend(self, sources: PersistentSources, gradient: Tensor, lr: float, rows: Rows, update: int) -> None:
         """Moves rows of sources along their gradient."""
         sources.ascend(gradient, lr, rows, update=update, by=partial(self._run, "ascend", sources.ascended))
 

@@ -26,6 +26,7 @@ from tl_vpd.importance.squash import LOWER_LEAKY, Squash
 from tl_vpd.losses import Penalty, Reconstruction, Unembedding, faithfulness_terms, locality_terms
 from tl_vpd.losses.precision import at_least_float32
 from tl_vpd.masking import PersistentSources
+from tl_vpd.masking.persistent import Rows
 from tl_vpd.training.config import Precision
 from tl_vpd.training.engine.left_out_logits import unembedding_for_losses
 from tl_vpd.training.engine.records import ALL, CleanForward, LossTerm, MaskInputs
@@ -199,7 +200,7 @@ class EagerEngine:
         penalty.pullback(z, grad_sums, token_mask, grad_g=grad_g.flatten(0, -2), squash=self.squash)
         clean.z.backward(grad_g)
 
-    def ascend(self, sources: PersistentSources, gradient: Tensor, lr: float, rows: slice, update: int) -> None:
+    def ascend(self, sources: PersistentSources, gradient: Tensor, lr: float, rows: Rows, update: int) -> None:
         """Moves rows of sources along their gradient."""
         sources.ascend(gradient, lr, rows, update=update)
 
