@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 ALL = slice(None)
+Rows = slice | tuple[slice, slice]
+"""Some rows, and some of their slots."""
 _BLOCK = 1 << 17
 """Sources updated at once: few enough to stay in the processor's cache."""
 
@@ -48,7 +50,7 @@ class PersistentSources:
         self,
         gradient: Float[Tensor, "rows slots C_and_deltas"],
         lr: float,
-        rows: slice = ALL,
+        rows: Rows = ALL,
         *,
         update: int | None = None,
         by: Callable[..., object] | None = None,
@@ -58,7 +60,7 @@ class PersistentSources:
         Args:
             gradient: of the loss.
             lr: learning rate.
-            rows: whose gradient it is.
+            rows: whose gradient it is, with all slots or some.
             update: number of this update, where rows are updated one slice after the other (None: the next one).
             by: carries out ``ascended`` on whole tensors (None: it runs in blocks).
         """
@@ -69,6 +71,9 @@ class PersistentSources:
         if by is not None:
             numbers = torch.tensor([step, self.eps * scale], dtype=gradient.dtype, device=gradient.device)
             by(*tensors, *numbers.unbind())
+            return
+        if not tensors[0].is_contiguous():  # of some slots
+            self.ascended(*tensors, step, self.eps * scale)
             return
         for values, first, second, block in zip(*(t.flatten().split(_BLOCK) for t in tensors), strict=True):
             self.ascended(values, first, second, block, step, self.eps * scale)

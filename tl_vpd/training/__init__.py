@@ -10,9 +10,12 @@ from tl_vpd.training.config import (
     SavingConfig,
     VPDConfig,
 )
+from tl_vpd.training.metrics import StepMetrics
 from tl_vpd.training.new_decomposition import new_decomposition
-from tl_vpd.training.run import Run, decompose
-from tl_vpd.training.trainer import StepMetrics, Trainer
+from tl_vpd.training.run import decompose
+from tl_vpd.training.session import Run
+from tl_vpd.training.targeted import TargetedCoefficients, TargetedConfig, TargetedTrainer, decompose_targeted
+from tl_vpd.training.trainer import Trainer
 
 __all__ = [
     "AdversaryConfig",
@@ -24,8 +27,12 @@ __all__ = [
     "Run",
     "SavingConfig",
     "StepMetrics",
+    "TargetedCoefficients",
+    "TargetedConfig",
+    "TargetedTrainer",
     "Trainer",
     "VPDConfig",
     "decompose",
+    "decompose_targeted",
     "new_decomposition",
 ]

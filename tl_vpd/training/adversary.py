@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.masking import PersistentSources, rows_of_slots
+from tl_vpd.masking.persistent import Rows
 from tl_vpd.training.engine import CleanForward, EagerEngine, MaskInputs
 from tl_vpd.training.micro_batch import MicroBatch, select_rows
 from tl_vpd.training.step_samples import StepSamples, routed_share
@@ -23,14 +24,15 @@ class Adversary:
     Args:
         engine: runs the passes.
         sources: with their Adam moments.
+        slots: how many of each row's sources the batch has positions for (None: all).
     """
 
-    def __init__(self, engine: EagerEngine, sources: PersistentSources) -> None:
-        self.engine, self.sources = engine, sources
+    def __init__(self, engine: EagerEngine, sources: PersistentSources, *, slots: int | None = None) -> None:
+        self.engine, self.sources, self.slots = engine, sources, slots
 
     def inputs(self, micro_batch: MicroBatch, samples: StepSamples) -> MaskInputs:
         """What the masks of a micro-batch's attacked rows are made from."""
-        values = self.sources.values[micro_batch.attacked]
+        values = self.sources.values[self._rows(micro_batch)]
         slots = samples.slots
         source_rows = None if slots is None else rows_of_slots(slots[micro_batch.attacked], values.shape[1])
         routing = select_rows(samples.adversarial_routing, micro_batch.attacked)
@@ -57,5 +59,9 @@ class Adversary:
         self, micro_batch: MicroBatch, gradient: Float[Tensor, "rows C_and_deltas"], lr: float, update: int
     ) -> None:
         """Moves a micro-batch's sources along the gradient of the adversarial loss; arguments as in ``ascend_alone``."""
-        values = self.sources.values[micro_batch.attacked]
-        self.engine.ascend(self.sources, gradient.view_as(values), lr, micro_batch.attacked, update)
+        rows = self._rows(micro_batch)
+        self.engine.ascend(self.sources, gradient.view(self.sources.values[rows].shape), lr, rows, update)
+
+    def _rows(self, micro_batch: MicroBatch) -> Rows:
+        """A micro-batch's sources."""
+        return micro_batch.attacked if self.slots is None else (micro_batch.attacked, slice(self.slots))

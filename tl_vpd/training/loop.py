@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from tl_vpd.training.data import ProcessBatches
+from tl_vpd.training.metrics import StepMetrics
 from tl_vpd.training.run_files import RunFiles
 from tl_vpd.training.run_report import RunReport
 from tl_vpd.training.state import StoredRun, load_state
-from tl_vpd.training.trainer import StepMetrics, Trainer
+from tl_vpd.training.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Loop:
 
     Attributes:
         trainer: makes them.
-        batches: what they are made on.
+        batch: what each is made on, by its number: the arguments of ``trainer.step``.
         files: of the run (None: nothing is written).
         report: what the run says.
         log_every: steps between rows of metrics.
@@ -33,7 +33,7 @@ class Loop:
     """
 
     trainer: Trainer
-    batches: ProcessBatches
+    batch: Callable[[int], tuple[Any, ...]]
     files: RunFiles | None
     report: RunReport
     log_every: int
@@ -54,11 +54,10 @@ class Loop:
 
     def train(self) -> None:
         """Goes on to the last step, or until an interrupt."""
-        trainer, adapter = self.trainer, self.trainer.masked_model.adapter
+        trainer = self.trainer
         with self.report:
             while trainer.done < trainer.config.steps and not self._stopped():
-                tokens = adapter.tokens(self.batches.at(trainer.done))
-                metrics = trainer.step(tokens, adapter.padding(tokens, None))
+                metrics = trainer.step(*self.batch(trainer.done))
                 logged = metrics.step % self.log_every == 0 or trainer.done == trainer.config.steps
                 self.report.step(metrics, logged=logged)
                 if logged:

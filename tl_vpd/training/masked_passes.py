@@ -54,6 +54,9 @@ class MaskedPasses:
         merged: whether rows are of one kind each, and run in one pass.
     """
 
+    losses: tuple[str, ...] = ("stochastic", "adversarial", "layerwise")
+    """The names of what the passes give."""
+
     def __init__(
         self,
         coefficients: Coefficients,

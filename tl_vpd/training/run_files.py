@@ -15,7 +15,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,9 @@ from tl_vpd.files.json_files import json_text, parse_json, read_json, write_json
 from tl_vpd.files.lock import locked
 from tl_vpd.training.config import SavingConfig
 from tl_vpd.training.distributed.processes import World
+from tl_vpd.training.metrics import StepMetrics, metrics_of
 from tl_vpd.training.state import StoredRun, latest_state, read_run, save_state
-from tl_vpd.training.trainer import StepMetrics, Trainer
+from tl_vpd.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -173,13 +174,13 @@ class RunFiles:
         history: list[StepMetrics] = []
         for number, line in enumerate(lines, start=1):
             row = parse_json(line, f"Line {number} of {self._metrics}")
-            columns = {f.name for f in fields(StepMetrics)}
-            complete = isinstance(row, dict) and columns - {"layerwise"} <= set(row) <= columns
-            if not complete or not all(isinstance(v, int | float) for v in row.values()):
-                raise ValueError(f"Line {number} of {self._metrics} is not a row of metrics.")
-            if history and row["step"] <= history[-1].step:
+            try:
+                metrics = metrics_of(row if isinstance(row, dict) else {})
+            except ValueError as error:
+                raise ValueError(f"Line {number} of {self._metrics} is not a row of metrics: {error}") from error
+            if history and metrics.step <= history[-1].step:
                 raise ValueError(f"Line {number} of {self._metrics} is of a step that is there before.")
-            history.append(StepMetrics(**row))
+            history.append(metrics)
         return history
 
 

@@ -16,9 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from tl_vpd.training.memory import peak_memory
+from tl_vpd.training.metrics import StepMetrics
 from tl_vpd.training.outlook import Check, Outlook, due, duration
 from tl_vpd.training.schedules import Schedule
-from tl_vpd.training.trainer import StepMetrics, Trainer
+from tl_vpd.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 TIMED = 6
@@ -62,7 +63,7 @@ class RunReport:
         """What will be done, and what to expect of it."""
         trainer, outlook = self.trainer, self.outlook
         config, axis = trainer.config, trainer.decomposition.site_axis
-        tokens = config.batch_size * trainer.pos
+        tokens = config.batch_size * trainer.stream.pos
         lines = [
             f"{'Resuming after step' if trainer.done else 'Decomposing'} "
             + (f"{trainer.done:,} of {config.steps:,}: " if trainer.done else "")

@@ -27,9 +27,10 @@ from tl_vpd.components.fingerprint import Fingerprint
 from tl_vpd.files.atomic import make_folder
 from tl_vpd.files.tensor_file import TensorFile, open_tensors, write_tensors
 from tl_vpd.training.distributed.sharding import copy_whole, whole
+from tl_vpd.training.metrics import StepMetrics, metrics_of
 from tl_vpd.training.state_checks import RefusedState, check_config, check_precision, check_target
 from tl_vpd.training.state_entries import SHARED, entries_of
-from tl_vpd.training.trainer import StepMetrics, Trainer
+from tl_vpd.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 HISTORY = "history"
@@ -96,11 +97,7 @@ def read_run(path: Path) -> StoredRun:
             log.warning("%s is of an older version and has no checksums: what it holds cannot be proved.", path)
             return StoredRun()
         names, rows = file.content[HISTORY], file.read(HISTORY).tolist()
-        whole_numbers = {f.name for f in fields(StepMetrics) if f.type == "int"}
-        history = [
-            StepMetrics(**{n: int(v) if n in whole_numbers else v for n, v in zip(names, row, strict=True)})
-            for row in rows
-        ]
+        history = [metrics_of(dict(zip(names, row, strict=True))) for row in rows]
         return StoredRun(file.content["data"], history)
 
 
@@ -151,7 +148,7 @@ def _write(trainer: Trainer, path: Path, tensors: dict[str, Tensor], run: Stored
     make_folder(folder)
     for unfinished in folder.glob(".step-*.tmp"):  # of a process that was killed while it wrote
         unfinished.unlink(missing_ok=True)
-    columns = [f.name for f in fields(StepMetrics)]
+    columns = [f.name for f in fields(trainer.metrics_kind)]
     content = {
         "config": trainer.config.model_dump(mode="json"),
         "fingerprints": {name: f.model_dump() for name, f in trainer.decomposition.fingerprints.items()},

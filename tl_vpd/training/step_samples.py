@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -65,6 +66,14 @@ class StepSampler:
         self.random = RowRandom(config.seed, torch.device(device))
         self.width = site_axis.total + len(site_axis.names)
         """Sources per token: one for each subcomponent and each Δ."""
+
+    def of_length(self, pos: int) -> StepSampler:
+        """The same for rows of another length, which get the first of the longest ones' numbers."""
+        if pos == self.pos:
+            return self
+        shorter = copy(self)
+        shorter.pos = pos
+        return shorter
 
     def start(self) -> Float[Tensor, "attacked slots C_and_deltas"]:
         """The adversary's first sources."""

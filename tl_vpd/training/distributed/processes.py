@@ -51,6 +51,12 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
+    def largest(self, tensor: Tensor) -> Tensor:
+        """The largest values over processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
+
     def add_gradients(self, parameters: Iterable[Tensor]) -> None:
         """Adds gradients over processes, in place: no second copy of them is made."""
         if self.size == 1:
