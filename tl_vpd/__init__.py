@@ -16,6 +16,7 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import Attached, CausalImportances
 from tl_vpd.importance import GammaConfig
 from tl_vpd.masking import Masks, SiteMask
+from tl_vpd.publishing import CardConfig
 from tl_vpd.site import Site, Subcomponent
 from tl_vpd.training import (
     AdversaryConfig,
@@ -33,6 +34,7 @@ from tl_vpd.training import (
 __all__ = [
     "AdversaryConfig",
     "Attached",
+    "CardConfig",
     "CausalImportances",
     "Coefficients",
     "Decomposition",

@@ -1,4 +1,4 @@
-"""The command line: ``tl-vpd train``, ``plan``, ``eval``, ``feature-splitting``, ``import`` and ``demo``.
+"""The command line: ``tl-vpd train``, ``plan``, ``eval``, ``feature-splitting``, ``import``, ``card``, ``push`` and ``demo``.
 
 Errors are one line that says what to do (with ``TL_VPD_TRACEBACK=1`` in the environment, Python's traceback). Exit codes:
 
@@ -37,6 +37,13 @@ app = typer.Typer(
 _out = Console(soft_wrap=True)
 _err = Console(stderr=True, soft_wrap=True)
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")]
+Folder = Annotated[Path, typer.Argument(help="Folder of a decomposition.")]
+ReportFile = Annotated[Path | None, typer.Option(help="Its report (default: metrics.json in the folder, if any).")]
+Licence = Annotated[str | None, typer.Option(help="Of the decomposition, as the Hub names it, such as mit.")]
+BaseModel = Annotated[str | None, typer.Option(help="The target's name on the Hub.")]
+TargetLicence = Annotated[str | None, typer.Option(help="Of the target.")]
+Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="Name on the Hub of the text; may be repeated.")]
+TextLicence = Annotated[str | None, typer.Option(help="Of the text.")]
 
 
 @contextmanager
@@ -311,6 +318,72 @@ def compact_command(
         trust_remote_code=trust_remote_code,
     )
     _say(counts.to_string(), f"{counts.before.sum()} -> {counts.after.sum()} subcomponents.  Written: {out}")
+@app.command()
+@_command
+def card(
+    folder: Folder,
+    report: ReportFile = None,
+    out: Annotated[Path | None, typer.Option(help="File for the card (default: printed).")] = None,
+    repository: Annotated[str | None, typer.Option(help="user/repo where it will be loaded from.")] = None,
+    licence: Licence = None,
+    base_model: BaseModel = None,
+    target_licence: TargetLicence = None,
+    dataset: Datasets = None,
+    text_licence: TextLicence = None,
+) -> None:
+    """The card of a decomposition: what it is, how to load it, what was measured and what may be claimed."""
+    from tl_vpd.files.atomic import write_text
+    from tl_vpd.publishing import CardConfig
+    from tl_vpd.recipe.publishing import decomposition_and_report
+
+    config = CardConfig(
+        licence=licence,
+        base_model=base_model,
+        target_licence=target_licence,
+        datasets=tuple(dataset or ()),
+        text_licence=text_licence,
+    )
+    decomposition, evaluation = decomposition_and_report(folder, report)
+    text = str(decomposition.model_card(repository, report=evaluation, card=config))
+    if out is None:
+        typer.echo(text)
+    else:
+        write_text(out, text)
+        _say(f"Written: {out}")
+
+
+@app.command("push")
+@_command
+def push_command(
+    folder: Folder,
+    repository: Annotated[str, typer.Argument(help="user/repo on the Hugging Face Hub; made if needed.")],
+    report: ReportFile = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Who sees it (default: as it is, or as the account says).")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, made if needed (default: the main one).")] = None,
+    licence: Licence = None,
+    base_model: BaseModel = None,
+    target_licence: TargetLicence = None,
+    dataset: Datasets = None,
+    text_licence: TextLicence = None,
+) -> None:
+    """Push a decomposition to the Hugging Face Hub, with its report and its card, in one commit."""
+    from tl_vpd.publishing import CardConfig
+    from tl_vpd.recipe.publishing import decomposition_and_report
+
+    config = CardConfig(
+        licence=licence,
+        base_model=base_model,
+        target_licence=target_licence,
+        datasets=tuple(dataset or ()),
+        text_licence=text_licence,
+    )
+    decomposition, evaluation = decomposition_and_report(folder, report)
+    address = decomposition.push_to_hub(repository, report=evaluation, card=config, private=private, revision=revision)
+    _say(f"Pushed: {address}")
+
+
 
 
 @app.command()

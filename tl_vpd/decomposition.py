@@ -17,6 +17,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from huggingface_hub import ModelCard
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -30,6 +31,7 @@ from tl_vpd.hooks import Attached, CausalImportances, ComponentActs
 from tl_vpd.hooks.ablations import FwdHooks
 from tl_vpd.importance import DecomposedWeights, GammaConfig
 from tl_vpd.masking import Masks, SiteMask
+from tl_vpd.publishing import CardConfig, Report, model_card, push
 from tl_vpd.site import Subcomponent, nearest
 
 
@@ -206,32 +208,72 @@ class Decomposition(DecomposedWeights):
         """The finished decomposition of the bundled model that ships with the package."""
         return cls.load(Path(__file__).parent / "bundled" / "decomposition", device=device)
 
+    # -- the Hugging Face Hub ----------------------------------------------------------------------------------------
+
     @classmethod
     def from_hub(
-        cls, repository: str, *, revision: str | None = None, device: str | torch.device = "cpu"
+        cls,
+        repository: str,
+        *,
+        revision: str | None = None,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype | None = None,
     ) -> Decomposition:
-        """Loads ``user/repo`` from the Hugging Face Hub.
+        """Loads ``user/repo`` from the Hugging Face Hub; without a network, what was fetched before.
 
         Args:
             repository: its name.
             revision: a branch, tag or commit (None: the main branch).
             device: where the decomposition goes.
+            dtype: float64, float32, bfloat16 or float16 (None: float32).
 
         Raises:
             FileNotFoundError: the repository is not a decomposition.
             OSError: it cannot be fetched; the message says why.
+            TypeError: an argument is of another type.
             ValueError: its name is not one, or what was fetched is damaged.
         """
-        folder = fetch(repository, [CONFIG, TENSORS], revision=revision)
-        if not (folder / TENSORS).is_file():
-            raise FileNotFoundError(f"{repository} is not a decomposition: it has no {TENSORS}.")
         try:
-            return cls.load(folder, device=device)
+            folder = fetch(repository, TENSORS, others=[CONFIG], revision=revision)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"This is not a decomposition: {error}") from error
+        try:
+            return cls.load(folder, device=device, dtype=dtype)
         except ValueError as error:
             text = str(error).rstrip(".")
-            raise ValueError(
-                f"{repository}: {text}; if the download broke off, delete {folder} and try again."
-            ) from error
+            raise ValueError(f"{repository}: {text}; if a file is damaged, delete {folder} and try again.") from error
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        report: Report | None = None,
+        card: CardConfig | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Pushes to ``user/repo`` on the Hugging Face Hub, in one commit with a card, and returns the address of the commit.
+
+        Args:
+            repository: its name; made if needed.
+            report: of ``tl_vpd.evaluate``, for the card and as ``metrics.json`` (None: the card says "not evaluated").
+            card: licences and names.
+            private: whether only people with access see it (None: as it is, or as the account makes new ones).
+            revision: a branch, made if needed (None: the main branch).
+
+        Raises:
+            FileExistsError: the repository belongs to something else, or is public where private was asked (or the reverse).
+            OSError: the Hub does not accept it; the message says why, and the repository is as it was.
+            TypeError: an argument is of another type.
+            ValueError: a name is not one, the report is of another decomposition, or a tensor has values that are not finite.
+        """
+        return push(self, repository, report=report, card=card, private=private, revision=revision)
+
+    def model_card(
+        self, repository: str | None = None, *, report: Report | None = None, card: CardConfig | None = None
+    ) -> ModelCard:
+        """The card that ``push_to_hub`` writes as ``README.md``; see ``tl_vpd.publishing.model_card``."""
+        return model_card(self, repository, report=report, config=card)
 
 
 def _folder(folder: str | os.PathLike[str]) -> Path:
