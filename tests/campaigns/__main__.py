@@ -114,6 +114,8 @@ def main() -> int:
     names = campaign_names()
     if unknown := set(options.only or []) - set(names):
         parser.error(f"no campaign {', '.join(sorted(unknown))}: choose from {', '.join(names)}")
+    if options.out and not Path(options.out).is_file():
+        parser.error(f"--out {options.out}: there is no such page; its table is replaced, so it must be there")
     folder = ROOT / "build" / ("campaign-short" if options.short else "campaign")
     with ThreadPoolExecutor(options.at_once) as pool:
         results = list(

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -327,7 +328,11 @@ def _changed(content: Any, rng: random.Random) -> str:
 
 
 def _save_until(vpd: Decomposition, folder: Path, line: int) -> bool:
-    """Saves in a process that ends, as if killed, at the n-th line of the code that writes; whether it came to its end."""
+    """Saves in a process that ends, as if killed, at the n-th line of the code that writes; whether it came to its end.
+
+    A lock that another thread had when the process was forked is never released in it: a process that waits for one is
+    killed there.
+    """
     child = os.fork()
     if child == 0:
         left = line
@@ -351,6 +356,11 @@ def _save_until(vpd: Decomposition, folder: Path, line: int) -> bool:
             os._exit(0)
         finally:
             os._exit(3)
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code in (0, 9), f"the saving failed by itself: {code}"
+    end = time.monotonic() + 60
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        if time.monotonic() > end:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.002)
+    code = os.waitstatus_to_exitcode(ended[1])
+    assert code in (0, 9, -signal.SIGKILL), f"the saving failed by itself: {code}"
     return code == 0

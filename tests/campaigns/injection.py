@@ -141,6 +141,7 @@ class Places:
 
     def panels(self, text: str) -> list[tuple[Panel, bool]]:
         """Every picture with a text wherever one can stand, and whether the text must be readable in it."""
+        text = text.encode("utf-8", "replace").decode()  # neither tokenizers nor pandas have half a surrogate pair
         harvested = replace(self.harvest, names=dict.fromkeys(self.harvest.names, text))
         table = pd.DataFrame({text: [text, "x"], "n": [1, 2]}, index=pd.Index([text, "b"], name=f"{text} index"))
         scores = torch.zeros(1, 1, 3, 3)
@@ -193,7 +194,10 @@ def run(budget: Budget, seed: int) -> Counts:
             path = Path(folder) / "page.html"
             for i in budget.tries_left():
                 text = payload(i, seed)
-                pictures = places.panels(text)
+                with pd.option_context(
+                    "future.infer_string", False
+                ):  # pandas 3's strings cannot have half a surrogate pair
+                    pictures = places.panels(text)
                 viz.page([p for p, _ in pictures], text, path, introduction=text)
                 if browser is None:
                     same = skeleton(path.read_text("utf-8")) == skeleton(written(places, HARMLESS, path))

@@ -50,6 +50,7 @@ def run(budget: Budget, seed: int) -> Counts:
         undisturbed = Path(place) / "undisturbed"
         _, said = in_child(lambda: json.dumps(traced_training(undisturbed, {})))
         lines, largest = json.loads(said), max(f.stat().st_size for f in undisturbed.rglob("*") if f.is_file())
+        assert isinstance(lines, int), f"the undisturbed training failed: {lines}"
         expected = result_of(undisturbed)
         for i in budget.tries_left():
             chooses, folder = random.Random(f"{seed}:{i}"), Path(place) / "run"
