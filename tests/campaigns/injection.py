@@ -194,10 +194,7 @@ def run(budget: Budget, seed: int) -> Counts:
             path = Path(folder) / "page.html"
             for i in budget.tries_left():
                 text = payload(i, seed)
-                with pd.option_context(
-                    "future.infer_string", False
-                ):  # pandas 3's strings cannot have half a surrogate pair
-                    pictures = places.panels(text)
+                pictures = places.panels(text)
                 viz.page([p for p, _ in pictures], text, path, introduction=text)
                 if browser is None:
                     same = skeleton(path.read_text("utf-8")) == skeleton(written(places, HARMLESS, path))

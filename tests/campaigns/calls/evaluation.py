@@ -136,7 +136,7 @@ def _of_a_sample(w: World) -> list[Call]:
             {
                 **sample,
                 "positions": ([2], either(sequence(integer(1, 5)))),
-                "mode": ("rounded", either(choice("rounded", "ci", "unmasked"))),
+                "modes": (["rounded"], either(sequence(choice("rounded", "ci", "unmasked")))),
             },
         ),
         Call("evaluation: hidden_errors", measured(evaluation.hidden_errors), threshold),
