@@ -143,7 +143,7 @@ def test_plan_prints_the_footprint_of_numbers():
     rows = [line.split() for line in result.output.splitlines()]
     assert ["step", str(round(expected.step_flops / 1e9, 3))] in rows
     assert f"components: {expected.counts['components']:,}, gamma: {expected.counts['gamma']:,}" in result.output
-    assert f"{expected.step_flops / 1e9:.3g} s per step" in result.output
+    assert f"The matrix products of a step take {expected.step_flops / 1e9:.3g} s" in result.output
     half = call("plan", *NUMBERS, "--context", 6, "--batch-size", 4, "--processes", 2, "--sharding", "full")
     assert half.exit_code == 0, half.output
 
@@ -156,6 +156,9 @@ def test_plan_takes_a_recipe_and_loads_its_model(tmp_path: Path):
     config = Recipe.read(recipe_file).vpd
     expected = footprint(Target.of(model), config, context=16, execution=ExecutionConfig(micro_batch=1))
     assert f"gamma: {expected.counts['gamma']:,}" in result.output
+    assert "A step takes " in result.output and "The run fits." in result.output
+    untimed = call("plan", recipe_file, "--limit", 0)
+    assert "(no step was timed: two would take longer than 0 s)." in untimed.output
     assert not (tmp_path / "run").exists()
 
 

@@ -100,7 +100,9 @@ COUNTS: dict[str, Callable[[Any], Any]] = {
     "seed of scrambled": lambda seed: evaluation.scrambled(model, tokens, seed=HUGE if seed == -1 else seed),
     "footprint(context)": lambda n: planning.footprint(Target.of(model), context=n),
     "footprint(processes)": lambda n: planning.footprint(Target.of(model), context=8, processes=n),
-    "lines(steps)": lambda n: planning.footprint(Target.of(model), context=8).lines(n),
+    "first_try(steps)": lambda n: planning.first_try(model, steps=n),
+    "first_try(batch_size)": lambda n: planning.first_try(model, batch_size=n),
+    "seconds_per_step(context)": lambda n: planning.seconds_per_step(model, planning.first_try(model), context=n),
 }
 """Each takes a count of 0 or more, an index, or a seed."""
 

@@ -154,6 +154,7 @@ def plan(
     tflops: Annotated[
         float | None, typer.Option(min=0, help="10^12 FLOP of another device per second (default: timed here).")
     ] = None,
+    limit: Annotated[float, typer.Option(min=0, help="Seconds that timing a step may take; 0 for none.")] = 60.0,
     trust_remote_code: Trust = False,
 ) -> None:
     """Memory and time of a run, for one of its processes, before anything is trained, and what to change if it is too large."""
@@ -167,11 +168,8 @@ def plan(
         execution={"micro_batch": micro_batch, "sharding": sharding},
         data={"context": context},
     )
-    _say(
-        *settings.footprint(shape, processes=processes, trust_remote_code=trust_remote_code).lines(
-            settings.vpd.steps, tflops
-        )
-    )
+    options = {"processes": processes, "tflops": tflops, "limit": limit, "trust_remote_code": trust_remote_code}
+    _say(*settings.plan(shape, **options))  # type: ignore[arg-type]
 
 
 @app.command("eval")

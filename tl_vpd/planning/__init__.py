@@ -1,6 +1,19 @@
-"""What a run will cost: memory and matrix products, before anything is trained."""
+"""What a run will cost: memory and time, before anything is trained, and what fits on a machine."""
 
+from tl_vpd.planning.first_try import first_try
 from tl_vpd.planning.footprint import Footprint, footprint
+from tl_vpd.planning.machine import Machine
+from tl_vpd.planning.report import plan_lines
 from tl_vpd.planning.target import Target, TransformerShape
+from tl_vpd.planning.timing import seconds_per_step
 
-__all__ = ["Footprint", "Target", "TransformerShape", "footprint"]
+__all__ = [
+    "Footprint",
+    "Machine",
+    "Target",
+    "TransformerShape",
+    "first_try",
+    "footprint",
+    "plan_lines",
+    "seconds_per_step",
+]

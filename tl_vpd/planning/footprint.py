@@ -15,11 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pandas as pd
-import torch
 
-from tl_vpd.checks import config_of, integer, number
+from tl_vpd.checks import config_of, integer
 from tl_vpd.planning.flops import flops_of
-from tl_vpd.planning.machine import advice, machine_memory, matrix_tflops
 from tl_vpd.planning.memory import bytes_of
 from tl_vpd.planning.run_shape import RunShape
 from tl_vpd.planning.target import Target
@@ -31,12 +29,18 @@ from tl_vpd.training.config import ExecutionConfig, VPDConfig, counts_for
 class Footprint:
     """Bytes of one process by part, and FLOPs of one process's step by pass.
 
-    ``counts``: numbers in V and U (``components``), Γ (``gamma``) and the sources (``sources``).
+    ``counts``: numbers in V and U (``components``), Γ (``gamma``) and the sources (``sources``). The other fields are what it was
+    computed from.
     """
 
     bytes: dict[str, int]
     flops: dict[str, int]
     counts: dict[str, int]
+    target: Target
+    config: VPDConfig
+    context: int
+    execution: ExecutionConfig
+    processes: int
 
     @property
     def total(self) -> int:
@@ -55,31 +59,6 @@ class Footprint:
         rows += [{"part": part, "GFLOP": n / 1e9} for part, n in self.flops.items()]
         rows.append({"part": "step", "GFLOP": self.step_flops / 1e9})
         return pd.DataFrame(rows, columns=["part", "GiB", "GFLOP"])
-
-    def lines(self, steps: int, tflops: float | None = None, *, device: torch.device | str = "cpu") -> list[str]:
-        """The table and the counts as text, the time of a run, and what to change where this machine is too small for it.
-
-        Args:
-            steps: of the run.
-            tflops: what a device computes per second, in 10¹² FLOP (None: this machine's matrix products are timed).
-            device: of this machine.
-
-        Raises:
-            TypeError: an argument is not a number.
-            ValueError: a number is out of its range.
-        """
-        steps = integer("steps", steps, minimum=1)
-        table = self.table().round(3).astype(object)
-        lines = [table.where(table.notna(), "").to_string(index=False)]
-        lines.append(", ".join(f"{name}: {n:,}" for name, n in self.counts.items()))
-        here = tflops is None
-        tflops = matrix_tflops(device) if tflops is None else number("tflops", tflops, above=0)
-        seconds = self.step_flops / (tflops * 1e12)
-        where = ", as this machine's matrix products were timed (a step takes longer than its products)" if here else ""
-        lines.append(
-            f"at {tflops:.3g} TFLOP per second{where}: {seconds:.3g} s per step, {seconds * steps / 3600:.3g} h for {steps:,}"
-        )
-        return lines + (advice(self.total, machine_memory(device), seconds * steps) if here else [])
 
 
 def footprint(
@@ -127,4 +106,5 @@ def footprint(
         context=context,
         rows_at_once=min(rows, execution.micro_batch or rows),
     )
-    return Footprint(bytes_of(shape, execution.sharding, processes), flops_of(shape), shape.counts())
+    costs = bytes_of(shape, execution.sharding, processes), flops_of(shape), shape.counts()
+    return Footprint(*costs, target, config, context, execution, processes)

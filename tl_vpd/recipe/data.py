@@ -58,6 +58,12 @@ class DataRecipe(Frozen):
         rows = stored_rows(paths[0], self.key or default_key)[:, :length]
         return rows if isinstance(rows, np.memmap) else torch.from_numpy(rows.astype(np.int64))
 
+    def length(self, model: Any) -> int:
+        """Tokens in a row, as ``load`` would give it; text is not read for it."""
+        if self.tokens == "bundled" or Path(self.tokens).suffix in (".npy", ".safetensors"):
+            return int(self.load(model).shape[1])
+        return self.context or int(model.cfg.n_ctx)
+
     def first(self, model: Any, n: int, *, default_key: str = "training") -> Int[Tensor, "_ pos"]:
         """The first ``n`` rows, in memory."""
         rows = self.load(model, default_key=default_key)[:n]

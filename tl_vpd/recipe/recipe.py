@@ -22,9 +22,9 @@ from pydantic import ValidationError
 from tl_vpd.checks import sentence_of
 from tl_vpd.evaluation.feature_splitting import decompose_at_sizes, feature_splitting
 from tl_vpd.frozen import Frozen
-from tl_vpd.planning import Footprint, Target, TransformerShape, footprint
+from tl_vpd.planning import Footprint, Machine, Target, TransformerShape, footprint, plan_lines, seconds_per_step
 from tl_vpd.recipe.data import DataRecipe, read_utf8
-from tl_vpd.recipe.model import ModelRecipe
+from tl_vpd.recipe.model import ModelRecipe, usable_device
 from tl_vpd.recipe.yaml_text import yaml_data
 from tl_vpd.training import ExecutionConfig, Run, SavingConfig, VPDConfig, decompose
 
@@ -106,27 +106,54 @@ class Recipe(Frozen):
         )
         return feature_splitting(runs, model, self.data.first(model, rows))
 
-    def footprint(
-        self, shape: TransformerShape | None = None, *, processes: int = 1, trust_remote_code: bool = False
-    ) -> Footprint:
-        """What one process of the run stores and computes.
+    def plan(
+        self,
+        shape: TransformerShape | None = None,
+        *,
+        processes: int = 1,
+        tflops: float | None = None,
+        limit: float = 60.0,
+        trust_remote_code: bool = False,
+    ) -> list[str]:
+        """What one process of the run stores and computes, how long it takes, and what fits where it does not; as text.
 
         Args:
             shape: of a transformer that is not loaded (None: the recipe's model).
             processes: how many split the batch.
+            tflops: 10¹² FLOP per second of another device (None: this machine's, timed).
+            limit: seconds that timing a step may take (0: none is timed).
             trust_remote_code: as for ``ModelRecipe.load``.
 
         Raises:
             ValueError: the length of rows is not known, or the batch cannot be split equally.
         """
-        if shape is not None:
-            target, context = Target.of(shape), self.data.context
-        else:
+        model, context = None, self.data.context
+        if shape is None:
             model = self.model.load(trust_remote_code=trust_remote_code)
-            target, context = Target.of(model), self.data.context or model.cfg.n_ctx
+            context = context or self.data.length(model)
         if context is None:
             raise ValueError("Give --context: the tokens in a row.")
-        return footprint(target, self.vpd, context=context, execution=self.execution, processes=processes)
+        target = Target.of(shape or model)  # type: ignore[arg-type]
+        cost = footprint(target, self.vpd, context=context, execution=self.execution, processes=processes)
+        machine = Machine.here(usable_device(self.model.device)) if tflops is None else Machine(tflops)
+        why = _not_timed(cost, machine, limit, loaded=model is not None)
+        seconds = None
+        if model is not None and not why:
+            seconds = seconds_per_step(model, self.vpd, context=context, execution=self.execution, limit=limit)
+        return plan_lines(cost, machine, seconds, why=why)
+
+
+def _not_timed(cost: Footprint, machine: Machine, limit: float, *, loaded: bool) -> str:
+    """Why no step can be timed; empty if one can."""
+    products = cost.step_flops / (machine.tflops * 1e12)
+    reasons = {
+        "it is planned for another device": not machine.timed,
+        "the model is not loaded": not loaded,
+        "its batch is split among processes": cost.processes > 1,
+        "it needs more memory than this machine has": 0 < machine.memory < cost.total,
+        f"two would take longer than {limit:g} s": 2 * products > limit,
+    }
+    return next((why for why, holds in reasons.items() if holds), "")
 
 
 def recipe_and_shape(path: Path | None, numbers: Mapping[str, Any]) -> tuple[Recipe, TransformerShape | None]:

@@ -160,10 +160,12 @@ def due(done: int, steps: int) -> bool:
 def duration(seconds: float) -> str:
     """A time in words.
 
-    >>> duration(42.0), duration(170.0), duration(8_040.0)
-    ('42 s', '3 min', '2 h 14 min')
+    >>> duration(42.0), duration(170.0), duration(8_040.0), duration(1e6)
+    ('42 s', '3 min', '2 h 14 min', '12 days')
     """
     if seconds < 100:
         return f"{seconds:.0f} s"
+    if seconds >= 3 * 86_400:
+        return f"{seconds / 86_400:,.0f} days"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
