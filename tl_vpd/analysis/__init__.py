@@ -1,6 +1,17 @@
 """What a decomposition says about its model: where subcomponents fire, what they do, and which ones a behaviour needs."""
 
 from tl_vpd.analysis.audit import AuditConfig, CircuitAudit, Repair, RepairConfig, audit_circuit, repair_circuit
+from tl_vpd.analysis.clustering import (
+    ClusterConfig,
+    ClusterEnsemble,
+    Clustering,
+    Component,
+    Patterns,
+    cluster,
+    cluster_ensemble,
+    component_edges,
+    importance_patterns,
+)
 from tl_vpd.analysis.effects import AblationTableConfig, ablation_table
 from tl_vpd.analysis.graph import (
     AttributionGraph,
@@ -21,12 +32,17 @@ __all__ = [
     "AttributionGraph",
     "AuditConfig",
     "CircuitAudit",
+    "ClusterConfig",
+    "ClusterEnsemble",
+    "Clustering",
+    "Component",
     "DatasetGraph",
     "DatasetGraphConfig",
     "GraphConfig",
     "Harvest",
     "HarvestConfig",
     "Node",
+    "Patterns",
     "PruneConfig",
     "PruneSweep",
     "PrunedCircuit",
@@ -38,8 +54,12 @@ __all__ = [
     "ablation_table",
     "attribution_graph",
     "audit_circuit",
+    "cluster",
+    "cluster_ensemble",
+    "component_edges",
     "dataset_graph",
     "harvest",
+    "importance_patterns",
     "pick",
     "prune",
     "prune_sweep",
