@@ -37,10 +37,14 @@ def tokens():
     return some_tokens(shape=(3, 8))
 
 
-@pytest.fixture(params=["shared_transformer", "chunked_transformers", "per_site_mlps", "global_mlp"])
+STREAMS = ["shared_transformer, residual", "chunked_transformers, residual"]
+
+
+@pytest.fixture(params=["shared_transformer", "chunked_transformers", "per_site_mlps", "global_mlp", *STREAMS])
 def vpd(model, request):
-    kind = request.param
+    kind, _, reads = request.param.partition(", ")
     gamma = {"kind": kind, "hidden": 4} if "mlps" in kind else {"kind": kind, **GAMMA}
+    gamma = {**gamma, "reads": reads or "sites"}
     return decomposition_of(model, gamma={**gamma, **({"chunk": 5} if "chunked" in kind else {})}).to(torch.float64)
 
 
@@ -134,11 +138,11 @@ def test_what_belongs_to_a_cache_goes_with_it(model, vpd, tokens):
 
 
 @pytest.mark.parametrize("kind", ["hooked_transformer", "bridge"])
-@pytest.mark.parametrize("mode", DETERMINISTIC)
-def test_prompts_of_unequal_length_on_both_classes(kind, mode):
+@pytest.mark.parametrize(("mode", "reads"), [*((mode, "sites") for mode in DETERMINISTIC), ("rounded", "residual")])
+def test_prompts_of_unequal_length_on_both_classes(kind, mode, reads):
     """Left-padded prompts, generated together with a cache, against each prompt alone without one."""
     model = bundled.model(kind=kind)
-    vpd = decomposition_of(model, C=6, gamma=GAMMA)
+    vpd = decomposition_of(model, C=6, gamma={**GAMMA, "reads": reads})
     prompts = ["def f(", "import os\nfor i in range", "x = ["]
     with torch.no_grad(), vpd.attach(model) as attached, attached.masked(mode):
         ids = [model.to_tokens(prompt) for prompt in prompts]

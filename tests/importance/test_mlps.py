@@ -12,8 +12,10 @@ from torch.testing import assert_close
 from tl_vpd.importance import GammaConfig, build, mlps
 from tl_vpd.importance.global_mlp import GlobalMLP
 from tl_vpd.importance.mlps import PerSiteMLPs, PerSubcomponentMLPs
+from tl_vpd.site import Site
 
 D_IN, COUNTS = {"a": 3, "b": 2}, {"a": 2, "b": 3}
+SITES = [Site(name, d, 4) for name, d in D_IN.items()]
 
 
 def gelu(x):
@@ -71,10 +73,10 @@ def test_importances_can_start_as_rising_functions_of_inner_activations():
     a = torch.linspace(0, 3, 50)[:, None]
     acts = {n: a.expand(-1, c) for n, c in COUNTS.items()}
     below = {n: -values for n, values in acts.items()}
-    rising = build(GammaConfig(**config, rising=True), D_IN, COUNTS)
+    rising = build(GammaConfig(**config, rising=True), SITES, COUNTS)
     assert bool((rising(acts).diff(dim=0) > 0).all())
     assert float(rising(below).max()) <= 0 < float(rising(acts)[-1].min())
-    either = build(GammaConfig(**config), D_IN, COUNTS)
+    either = build(GammaConfig(**config), SITES, COUNTS)
     assert not bool((either(acts).diff(dim=0) > 0).all())
     with pytest.raises(ValueError, match="rising=True goes with kind='per_subcomponent_mlps'"):
         GammaConfig(rising=True)
@@ -113,7 +115,7 @@ def test_the_global_mlp_reads_all_normalised_inputs_of_its_position():
     "kind", ["shared_transformer", "chunked_transformers", "per_subcomponent_mlps", "per_site_mlps", "global_mlp"]
 )
 def test_every_kind_puts_out_one_value_a_subcomponent(kind):
-    gamma = build(GammaConfig(kind=kind, d_ci=8, n_heads=2, n_blocks=1, chunk=1), D_IN, COUNTS)
+    gamma = build(GammaConfig(kind=kind, d_ci=8, n_heads=2, n_blocks=1, chunk=1), SITES, COUNTS)
     widths = COUNTS if gamma.needs == "acts" else D_IN
     torch.manual_seed(0)
     x = {n: torch.randn(2, 3, d) for n, d in widths.items()}
@@ -132,7 +134,7 @@ def test_the_width_is_twice_the_models_in_whole_even_heads():
 
 def test_an_unresolved_width_and_unknown_fields_are_refused():
     with pytest.raises(ValueError, match="d_ci is None: call resolved"):
-        build(GammaConfig(), D_IN, COUNTS)
+        build(GammaConfig(), SITES, COUNTS)
     with pytest.raises(ValueError, match="n_block"):
         GammaConfig(n_block=1)
     with pytest.raises(ValueError, match="greater than 0"):

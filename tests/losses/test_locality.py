@@ -47,8 +47,6 @@ def test_a_row_of_zeros_has_finite_gradients():
 
 
 def test_sites_without_units_are_refused():
-    with pytest.raises(
-        ValueError,
-        match=r"No site writes to heads or neurons \(blocks.0.mlp.W_out\), so .*: set coefficients.locality to 0",
-    ):
+    message = r"No site writes to heads or neurons \(blocks.0.mlp.W_out\), so .*: set coefficients.locality to 0"
+    with pytest.raises(ValueError, match=message):
         locality(Components([OUT], {OUT.name: 2}), 1.0)

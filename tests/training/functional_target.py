@@ -24,6 +24,7 @@ class FunctionalTarget:
         self.cfg, self.sites = model.cfg, sites
         self.parameters = {name: p.detach() for name, p in model.named_parameters()}
         self.W, self.b = {}, {}
+        self.streams: dict[str, torch.Tensor] = {}  # what entered each block in the last call
         for layer in range(model.cfg.n_layers):
             for weight in ("attn.W_Q", "attn.W_K", "attn.W_V", "attn.W_O", "mlp.W_gate", "mlp.W_in", "mlp.W_out"):
                 name = f"blocks.{layer}.{weight}"
@@ -44,6 +45,7 @@ class FunctionalTarget:
         cfg, x = self.cfg, self.parameters["embed.W_E"][tokens]
         for layer in range(cfg.n_layers):
             block = f"blocks.{layer}"
+            self.streams[f"{block}.hook_resid_pre"] = x.detach()
             h = self._norm(x, f"{block}.ln1")
             q, k, v = (self._heads(product(f"{block}.attn.{weight}", h)) for weight in ("W_Q", "W_K", "W_V"))
             x = x + product(f"{block}.attn.W_O", self._attention(q, k, v, real))

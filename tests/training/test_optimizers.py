@@ -12,7 +12,9 @@ from tests.tiny import GAMMA, some_tokens, tiny_model
 from tl_vpd import ExecutionConfig, VPDConfig
 from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import GammaConfig, build
+from tl_vpd.site import Site
 from tl_vpd.training import OptimizerConfig, Trainer, new_decomposition
+from tl_vpd.training.distributed.processes import World
 from tl_vpd.training.optimizers import matrices_of, moments, optimizers_of
 from tl_vpd.training.state import load_state, save_state
 
@@ -55,7 +57,9 @@ def test_muons_first_step_by_an_independent_form():
     "kind", ["shared_transformer", "chunked_transformers", "per_site_mlps", "per_subcomponent_mlps"]
 )
 def test_every_parameter_has_one_optimizer_and_small_mlps_are_no_matrices(kind):
-    gamma = build(GammaConfig(kind=kind, d_ci=8, n_heads=2, n_blocks=1), {"a": 4, "b": 6}, {"a": 3, "b": 5})
+    gamma = build(
+        GammaConfig(kind=kind, d_ci=8, n_heads=2, n_blocks=1), [Site("a", 4, 2), Site("b", 6, 2)], {"a": 3, "b": 5}
+    )
     optimizers = optimizers_of(OptimizerConfig(kind="muon"), [torch.nn.Parameter(torch.ones(4, 3))], gamma)
     names = [(id(p), name, tuple(tensors)) for p, name, tensors in moments(optimizers)]
     assert len(names) == 1 + len(list(gamma.parameters())) == len({i for i, _, _ in names})
@@ -91,12 +95,12 @@ def test_muon_is_refused_without_whole_matrices_and_without_pytorchs(monkeypatch
     with masked_model:
         monkeypatch.setattr("tl_vpd.training.trainer.is_sharded", lambda weights: True)
         with pytest.raises(
-            ValueError, match="Muon needs whole matrices: sharding='full' goes with optimizer.kind='adamw'"
+            ValueError, match=r"Muon needs whole matrices: sharding='full' goes with optimizer.kind='adamw'"
         ):
             start(execution=ExecutionConfig(sharding="full"))
         monkeypatch.undo()
         monkeypatch.delattr(torch.optim, "Muon")
-        with pytest.raises(RuntimeError, match="needs a PyTorch with torch.optim.Muon, and this is 2"):
+        with pytest.raises(RuntimeError, match=r"needs a PyTorch with torch.optim.Muon, and this is 2"):
             start()
 
 
@@ -126,11 +130,8 @@ def test_a_gradient_of_gamma_that_is_not_finite_is_refused():
 
 
 def test_unequal_numbers_of_attacked_rows_are_refused():
-    from tl_vpd.training.distributed.processes import World
-
-    masked_model, start = trainer(VPDConfig(steps=2, batch_size=6, C=5, gamma=GAMMA, merged=0.5))
-    with (
-        masked_model,
-        pytest.raises(ValueError, match="give 2 processes different numbers of attacked rows: .* 3, an integer"),
-    ):
-        Trainer(masked_model, VPDConfig(steps=2, batch_size=6, C=5, gamma=GAMMA, merged=0.5), (6, 6), world=World(0, 2))
+    config = VPDConfig(steps=2, batch_size=6, C=5, gamma=GAMMA, merged=0.5)
+    masked_model, _ = trainer(config)
+    message = r"give 2 processes different numbers of attacked rows: .* 3, an integer"
+    with masked_model, pytest.raises(ValueError, match=message):
+        Trainer(masked_model, config, (6, 6), world=World(0, 2))

@@ -56,6 +56,10 @@ SETTINGS = {
     "relative faithfulness": {"faithfulness": {"kind": "relative"}, "coefficients": {"delta": 1e3}},
     "all sites for both losses": {"stochastic_routing": "all"},
     "random sites for both losses": {"adversary": {"routing": "uniform_k"}},
+    "Γ on the residual stream": {"gamma": {**GAMMA, "reads": "residual"}},
+    "chunks on the residual stream": {
+        "gamma": {**GAMMA, "kind": "chunked_transformers", "chunk": 5, "reads": "residual"}
+    },
     "layerwise": {"coefficients": {"layerwise": 1.0}},
     "squared error": {"output": "mse"},
     "the last block alone": {"sites": ("blocks.1.*",)},
@@ -122,14 +126,28 @@ def reference_of(config, model, vpd):
             layerwise,
         )
 
-    return Reference(config, target, sites, copy.deepcopy(vpd.gamma)), samples
+    gamma = copy.deepcopy(vpd.gamma)
+    return Reference(
+        config, target, sites, OnStreams(gamma, target) if config.gamma.reads == "residual" else gamma
+    ), samples
+
+
+class OnStreams(torch.nn.Module):
+    """Γ on the residual streams of the target's last call in place of the sites' inputs."""
+
+    def __init__(self, gamma, target):
+        super().__init__()
+        self.gamma, self.target = gamma, target
+
+    def forward(self, inputs, real):
+        return self.gamma(self.target.streams, real)
 
 
 def compare(settings, execution, padded=False, steps=3, **flags):
     """Runs some steps of a trainer and of the page, and raises where any number differs by more than 1e-6."""
     model = tiny_model(**flags)
     config = VPDConfig(**{"steps": 10, "batch_size": ROWS, "C": C, "gamma": GAMMA, **settings})
-    vpd = decomposition_of(model, **config.model_dump(exclude={"steps", "batch_size", "gamma"}), gamma=GAMMA).double()
+    vpd = decomposition_of(model, **config.model_dump(exclude={"steps", "batch_size"})).double()
     reference, samples = reference_of(config, model, vpd)
     token_mask = PADDED if padded else None
     real = torch.ones(ROWS, POS, dtype=torch.bool) if token_mask is None else token_mask
@@ -173,7 +191,7 @@ def test_every_setting(name, padded):
 SOME = {"sites": ("*W_Q", "*W_out")}  # graphs are recorded site by site, which takes seconds
 SAME_GRAPHS = {
     "merged", "a reference count", "a running mean", "relative faithfulness", "no inner steps, no clipping", "clipped Γ", "Muon",
-    "locality", "one ascent without momentum", "an adversary from the second step on",
+    "locality", "one ascent without momentum", "an adversary from the second step on", "chunks on the residual stream",
 }  # fmt: skip
 """Settings whose graphs others have too."""
 

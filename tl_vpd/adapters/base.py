@@ -19,7 +19,7 @@ from tl_vpd.adapters.calls import Calls
 from tl_vpd.adapters.linearised import SeeNorm
 from tl_vpd.adapters.logits import unembedding_of, without
 from tl_vpd.adapters.prompts import Prompts
-from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_argument
+from tl_vpd.adapters.taps import Handle, Read, Unsupported, Write, tap_argument, tap_result
 from tl_vpd.components import WHOLE, Layout
 from tl_vpd.losses import Unembedding
 from tl_vpd.site import Site
@@ -137,6 +137,21 @@ class Adapter(Prompts, Calls, ABC):
                 f"This {type(self.model).__name__} has no .blocks to compute activations of again: use checkpoint=False."
             )
         return list(blocks)
+
+    def tap_stream(self, layer: int, read: Read) -> Handle:
+        """Sends the residual stream that enters a block, after every hook on it, to ``read`` in every forward pass.
+
+        Raises:
+            Unsupported: the model's blocks have no residual stream.
+        """
+        block: Any = self.blocks()[layer]
+        for name in ("hook_resid_pre", "hook_in"):  # most blocks of TransformerBridge have the second
+            if name in block._modules:
+                return tap_result(block._modules[name], read)
+        raise Unsupported(
+            f"The blocks of this {type(self.model).__name__} have no hook on their residual stream, which this Γ reads: use "
+            "GammaConfig(reads='sites')."
+        )
 
     def fused_attention(self) -> AbstractContextManager[None]:
         """Inside, attention whose scores and pattern nobody hooks may be computed in one call; for runs without padding."""

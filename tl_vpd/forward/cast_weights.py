@@ -15,6 +15,7 @@ from torch import Tensor
 from tl_vpd.components import Components
 from tl_vpd.forward.site_edit import SiteEdit
 from tl_vpd.importance import DecomposedWeights, GammaCache
+from tl_vpd.importance.inputs import layer_of
 from tl_vpd.site import ConcatenatedAxis, Site
 
 
@@ -111,6 +112,12 @@ class CastWeights:
     def site_axis(self) -> ConcatenatedAxis:
         """Where each site lies on the concatenated axis."""
         return self.weights.site_axis
+
+    @property
+    def streams(self) -> dict[str, int]:
+        """Blocks whose residual stream Γ reads, by the name of that input."""
+        names = self.weights.gamma_inputs if isinstance(self.weights, DecomposedWeights) else ()
+        return {name: layer for name in names if (layer := layer_of(name)) is not None}
 
     def importances(
         self,

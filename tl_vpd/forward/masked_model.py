@@ -64,7 +64,7 @@ class MaskedModel:
         check_target(weights, self.adapter, check_weights=check_weights)
         self.weights = CastWeights(weights, self.adapter.device, self.adapter.dtype)
         self.names = list(self.weights.sites)
-        self.taps = SiteTaps(self.adapter, self.names)
+        self.taps = SiteTaps(self.adapter, self.names, self.weights.streams)
         self.entry = entry_of(self.adapter, self.names)
         self._change, self._depth = Change(self.put_on), 0
 

@@ -12,7 +12,7 @@ once in the same way: a ``SitePass`` is made for a forward pass, given to the ta
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from threading import get_ident
@@ -37,10 +37,11 @@ class SitePass:
     Args:
         function: replaces the sites' outputs (None: the model's stay).
         read: is called with each site's name and input, as the model passes it, before the output is computed.
-        collect: whether ``inputs`` gathers every site's input, without a head axis.
+        collect: whether ``inputs`` gathers every site's input, without a head axis, and the residual streams; or the names of what
+            it gathers.
 
     Attributes:
-        inputs: by site ``[batch, pos, d_in]``; sites that read the same tensor share it.
+        inputs: by site ``[batch, pos, d_in]``; sites that read the same tensor share it. Residual streams too, by their name.
         residual: the stream ``[batch, pos, d_model]`` that enters the first decomposed block (None: inputs are not gathered, or
             no block comes before it).
         times: how often each site ran.
@@ -52,7 +53,7 @@ class SitePass:
         function: SiteFunction | None = None,
         *,
         read: Callable[[str, Tensor], None] | None = None,
-        collect: bool = False,
+        collect: bool | Collection[str] = False,
     ) -> None:
         self.function, self.read, self.collect = function, read, collect
         self.inputs: dict[str, Tensor] = {}
@@ -60,6 +61,10 @@ class SitePass:
         self.times: Counter[str] = Counter()
         self.waiting: dict[str, Tensor] = {}
         self.thread = None if torch.compiler.is_compiling() else get_ident()
+
+    def collects(self, name: str) -> bool:
+        """Whether ``inputs`` gathers an input."""
+        return self.collect if isinstance(self.collect, bool) else name in self.collect
 
     def is_elsewhere(self) -> bool:
         """Whether another thread's pass is running."""
@@ -74,13 +79,14 @@ class SiteTaps:
     Args:
         adapter: of the model.
         names: the sites that are tapped.
+        streams: blocks whose residual stream is gathered with the sites' inputs, by the name it gets there.
 
     Attributes:
         edits: changes of the sites' weights that act in every pass; what a pass sees and replaces is the changed output.
     """
 
-    def __init__(self, adapter: Adapter, names: Sequence[str]) -> None:
-        self.adapter, self.names = adapter, list(names)
+    def __init__(self, adapter: Adapter, names: Sequence[str], streams: Mapping[str, int] | None = None) -> None:
+        self.adapter, self.names, self.streams = adapter, list(names), dict(streams or {})
         self.edits: list[Mapping[str, SiteEdit]] = []
         self.current: SitePass | None = None
 
@@ -93,6 +99,8 @@ class SiteTaps:
         for name in self.names:
             for handle in self.adapter.tap(name, partial(self._read, name), partial(self._write, name)):
                 undo(handle.remove)
+        for name, layer in self.streams.items():
+            undo(self.adapter.tap_stream(layer, partial(self._read_stream, name)).remove)
 
     def on(self) -> Change[None]:
         """Inside, the taps are on the model, which is frozen and without users' hooks; other threads wait."""
@@ -117,7 +125,8 @@ class SiteTaps:
 
     def check_each_once(self, run: SitePass) -> None:
         """Raises RuntimeError unless every site ran exactly once: masks would not act on the others."""
-        wrong = {name: run.times[name] for name in self.names if run.times[name] != 1}
+        names = [*self.names, *filter(run.collects, self.streams)]
+        wrong = {name: run.times[name] for name in names if run.times[name] != 1}
         if not wrong:
             return
         if (moved := self.adapter.moved()) is not None:
@@ -139,11 +148,18 @@ class SiteTaps:
         if run is None or run.is_elsewhere():
             return
         run.waiting[name] = x
-        if run.collect:
+        if run.collects(name):
             layout = self.adapter.layout(name)
             run.inputs[name] = layout.input_of_site(x) if layout.by_head or layout.x_has_heads else x
         if run.read is not None:
             run.read(name, x)
+
+    def _read_stream(self, name: str, x: Tensor) -> None:
+        run = self.current
+        if run is None or run.is_elsewhere() or not run.collects(name):
+            return
+        run.inputs[name] = x
+        run.times[name] += 1
 
     def _write(self, name: str, y: Tensor) -> Tensor | None:
         run = self.current

@@ -71,4 +71,4 @@ def component_acts(
     """
     with MaskedModel(decomposition, model) as masked_model:
         _, token_mask, inputs = masked_model.clean_prompts(prompts, attention_mask)
-        return ComponentActs({name: x @ masked_model.weights.V[name] for name, x in inputs.items()}, token_mask)
+        return ComponentActs({name: inputs[name] @ V for name, V in masked_model.weights.V.items()}, token_mask)

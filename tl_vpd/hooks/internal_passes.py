@@ -62,7 +62,7 @@ class InternalPasses:
 
     def __init__(self, adapter: Adapter, weights: CastWeights, hook_points: HookPoints) -> None:
         self.adapter, self.weights, self.hook_points = adapter, weights, hook_points
-        self.taps = SiteTaps(adapter, list(weights.sites))
+        self.taps = SiteTaps(adapter, list(weights.sites), weights.streams)
         self._call: Call | None = None
         self._inside = False
 

@@ -15,10 +15,11 @@ class ChunkedTransformers(nn.Module):
     """``SharedTransformer``s over consecutive chunks of sites (the last may be shorter).
 
     Args:
-        d_in: input width by site.
+        d_in: width by input.
         counts: number of subcomponents by site.
         chunk: number of sites in one.
         causal: whether a position attends to itself and earlier ones alone.
+        reads: by site, the input that its transformer reads for it (None: that of the same name).
         size: of each transformer: ``d_ci``, ``n_blocks``, ``n_heads``, ``d_mlp``.
     """
 
@@ -31,18 +32,20 @@ class ChunkedTransformers(nn.Module):
         *,
         chunk: int,
         causal: bool = False,
+        reads: Mapping[str, str] | None = None,
         **size: int,
     ) -> None:
         super().__init__()
-        names, self.causal = list(d_in), causal
+        names, self.causal, reads = list(counts), causal, reads or {}
+        chunks = [names[i : i + chunk] for i in range(0, len(names), chunk)]
         self.parts = nn.ModuleList(
             SharedTransformer(
-                {n: d_in[n] for n in names[i : i + chunk]},
-                {n: counts[n] for n in names[i : i + chunk]},
+                {name: d_in[name] for name in (reads.get(site, site) for site in sites)},
+                {site: counts[site] for site in sites},
                 causal=causal,
                 **size,
             )
-            for i in range(0, len(names), chunk)
+            for sites in chunks
         )
 
     def forward(

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from tl_vpd.frozen import Frozen
+from tl_vpd.importance.inputs import Reads
 
 Size = Annotated[int, Field(gt=0, le=1 << 28)]
 """A width, depth or number of something; two of them make a tensor whose size can still be computed."""
@@ -37,7 +38,10 @@ class GammaConfig(Frozen):
     """For transformers: whether importances at a position depend on its prefix alone. A bidirectional Γ (the paper's) also reads
     later tokens: masks then carry them into the forward pass, and modes that need importances cannot generate with a KV cache."""
     chunk: Size = 8
-    """Sites a transformer reads, for ``chunked_transformers``."""
+    """Sites of a transformer, for ``chunked_transformers``."""
+    reads: Reads = "sites"
+    """For transformers: every site's input, or the ``residual`` stream at the entry of every block that has decomposed sites (the
+    authors' newer recipe): one input per block, which is cheaper for deep models."""
     hidden: Size = 16
     """Hidden units, for the MLP kinds; for ``global_mlp`` 512 unless set."""
     rising: bool = False
@@ -57,6 +61,12 @@ class GammaConfig(Frozen):
     def _rising_where_it_can(self) -> GammaConfig:
         if self.rising and self.kind != "per_subcomponent_mlps":
             raise ValueError(f"rising=True goes with kind='per_subcomponent_mlps', and kind is {self.kind!r}.")
+        return self
+
+    @model_validator(mode="after")
+    def _residual_where_it_can(self) -> GammaConfig:
+        if self.reads == "residual" and self.kind not in TRANSFORMERS:
+            raise ValueError(f"reads='residual' goes with {' and '.join(TRANSFORMERS)}, and kind is {self.kind!r}.")
         return self
 
     @property

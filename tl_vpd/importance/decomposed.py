@@ -25,6 +25,7 @@ from tl_vpd.components.storage import check_tensors, check_values, fill, float_d
 from tl_vpd.files.versions import library_versions
 from tl_vpd.importance.build import build
 from tl_vpd.importance.config import GammaConfig
+from tl_vpd.importance.inputs import inputs_of
 from tl_vpd.importance.squash import lower_leaky
 from tl_vpd.importance.stored_config import StoredConfig
 from tl_vpd.importance.transformer import GammaCache
@@ -63,8 +64,10 @@ class DecomposedWeights(nn.Module):
         self.components = Components(sites, counts, generator=generator)
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs' generators too
-            self.gamma = build(gamma, {s.name: s.d_in for s in sites}, self.counts)
+            self.gamma = build(gamma, sites, self.counts)
         self.gamma_config = gamma
+        self.gamma_inputs = tuple(inputs_of(gamma.reads, sites))
+        """Names of what Γ reads: the sites, or ``blocks.{i}.hook_resid_pre``."""
         self.fingerprints = dict(fingerprints)
         self.record = dict(record or {})
 
@@ -130,13 +133,20 @@ class DecomposedWeights(nn.Module):
         """Γ's values before squashing, concatenated over sites.
 
         Args:
-            inputs: clean inputs of every site, which are detached; without positions, ``[batch, d_in]`` is a sequence of one.
+            inputs: what Γ reads on a clean forward, by name (``gamma_inputs``; others are left aside), which is detached; without
+                positions, ``[batch, d_in]`` is a sequence of one.
             token_mask: False at padding (None: no padding); with a cache, also of the cached tokens before these.
             cache: what Γ has kept of the tokens before these, which is extended (None: these are all).
 
         Raises:
+            KeyError: something that Γ reads is not among the inputs.
             ValueError: only some inputs have positions, or they have other axes; or there is a cache and Γ is bidirectional.
         """
+        if missing := [name for name in self.gamma_inputs if name not in inputs]:
+            raise KeyError(
+                f"The inputs lack {missing[0]}, which Γ reads: pass all that MaskedModel.clean gives on a model with this "
+                "decomposition."
+            )
         ranks = {x.ndim for x in inputs.values()}
         if len(ranks) > 1 or not ranks <= {2, 3}:
             shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in inputs.items())
@@ -146,7 +156,7 @@ class DecomposedWeights(nn.Module):
             )
         if ranks == {2}:
             return self.pre_sigmoid(_with_positions(inputs), token_mask).squeeze(1)
-        clean = {name: inputs[name].detach() for name in self.sites}
+        clean = {name: inputs[name].detach() for name in self.gamma_inputs}
         device = next(iter(clean.values())).device
         if device != self.device:
             # The model is on a GPU, the decomposition on the CPU: a copy of it goes there for the call.
@@ -154,7 +164,7 @@ class DecomposedWeights(nn.Module):
             return functional_call(_PreSigmoid(self), tensors, (inputs, token_mask, cache))
         if self.gamma.needs == "acts":
             clean = {name: self.components.acts(name, x) for name, x in clean.items()}
-        elif len({id(inputs[name]) for name in self.sites}) < len(clean):
+        elif len({id(inputs[name]) for name in self.gamma_inputs}) < len(clean):
             # Sites that share one input tensor still share it, so that Γ normalises it once.
             shared = {id(inputs[name]): x for name, x in clean.items()}
             clean = {name: shared[id(inputs[name])] for name in clean}

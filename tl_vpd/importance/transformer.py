@@ -111,7 +111,7 @@ class SharedTransformer(nn.Module):
     """One transformer that reads every site's input and gives every subcomponent's pre-sigmoid value.
 
     Args:
-        d_in: input width by site, in the order in which they are concatenated.
+        d_in: width by input (those of sites, or residual streams), in the order in which they are concatenated.
         counts: number of subcomponents by site, in the order of the output.
         d_ci: width.
         n_blocks: depth.
@@ -139,7 +139,7 @@ class SharedTransformer(nn.Module):
         super().__init__()
         if d_ci % n_heads or (d_ci // n_heads) % 2:
             raise ValueError(f"d_ci={d_ci} does not divide into n_heads={n_heads} heads of even width; change either.")
-        self.names, self.causal = list(d_in), causal
+        self.names, self.sites, self.causal = list(d_in), list(counts), causal
         self.embed = nn.Linear(sum(d_in.values()), d_ci)
         self.blocks = nn.ModuleList(Block(d_ci, n_heads, d_mlp or 4 * d_ci) for _ in range(n_blocks))
         self.unembed = nn.Linear(d_ci, sum(counts.values()))
@@ -153,7 +153,7 @@ class SharedTransformer(nn.Module):
         """Pre-sigmoid values.
 
         Args:
-            inputs: of every site.
+            inputs: by name; others are left aside.
             token_mask: False at padding, which no other position then attends to; with a cache, of the cached tokens too.
             cache: of the tokens before these, which is extended; only a causal Γ can have one.
 
@@ -187,7 +187,7 @@ class SharedTransformer(nn.Module):
 
     def rows_of_subcomponents(self) -> dict[str, list[str]]:
         """By parameter that has one row per subcomponent: the sites whose subcomponents they are, in order."""
-        return {"unembed.weight": self.names, "unembed.bias": self.names}
+        return {"unembed.weight": self.sites, "unembed.bias": self.sites}
 
 
 def _attend(

@@ -30,6 +30,7 @@ def flops_of(shape: RunShape) -> dict[str, int]:
         "Γ": (passes * gamma_forward + gamma_backward) * N,
         "adversary's ascents": config.adversary.inner_steps
         * (A * (forward + backward) + int(A * adversarial * sum(masked[:2]))),
+        **_muon(shape),
         "faithfulness": 6 * sum(s.d_in * s.d_out * shape.C[name] for name, s in shape.sites.items()),
     }
     whole = sum(masked)
@@ -44,6 +45,12 @@ def flops_of(shape: RunShape) -> dict[str, int]:
         # An upper bound: the blocks before the masked site need no backward.
         flops["layerwise passes"] = N * (len(shape.sites) * (forward + backward) + whole)
     return flops
+
+
+def _muon(shape: RunShape) -> dict[str, int]:
+    """Five steps of Newton and Schulz's iteration on every matrix, which is as long as wide or longer."""
+    sizes = [(min(m), max(m)) for m in shape.muon_matrices()]
+    return {"Muon": sum(5 * (4 * m * m * n + 2 * m**3) for m, n in sizes)} if sizes else {}
 
 
 def _target(shape: RunShape) -> tuple[int, int, int]:
@@ -91,7 +98,7 @@ def _gamma(shape: RunShape) -> tuple[int, int]:
         return first + last, first + 2 * last
     assert g.d_ci is not None
     chunks = math.ceil(len(sites) / g.chunk) if g.kind == "chunked_transformers" else 1
-    embed = 2 * sum(s.d_in for s in sites) * g.d_ci
+    embed = 2 * sum(shape.gamma_widths()) * g.d_ci
     weights = g.n_blocks * (8 * g.d_ci**2 + 4 * g.d_ci * (g.d_mlp or 4 * g.d_ci))
     attention = g.n_blocks * 4 * shape.context * g.d_ci
     unembed = 2 * g.d_ci * shape.C_total

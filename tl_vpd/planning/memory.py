@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import math
 
+from tl_vpd.importance.inputs import inputs_of
 from tl_vpd.losses.unembedding import LOGITS_AT_ONCE
-from tl_vpd.planning.run_shape import FLOAT, RunShape
+from tl_vpd.planning.run_shape import RunShape
 from tl_vpd.training.config import ShardingKind
+from tl_vpd.training.fits import FLOAT
 
 
 def bytes_of(shape: RunShape, sharding: ShardingKind, processes: int) -> dict[str, int]:
@@ -43,7 +45,7 @@ def bytes_of(shape: RunShape, sharding: ShardingKind, processes: int) -> dict[st
         "target": shape.target.parameters * shape.target.itemsize,
         "parameters": FLOAT * (P if split == 1 else each + whole),
         "gradients": FLOAT * (P if split == 1 else each + gathered),
-        "moments": 2 * FLOAT * each,
+        "moments": FLOAT * (2 * each - sum(a * b for a, b in shape.muon_matrices())),
         "sources": (4 if shape.micro_batches else 3) * FLOAT * counts["sources"],
         "values of gamma": 2 * FLOAT * shape.tokens_at_once * shape.C_total,
         "gamma's activations": _gamma_activations(shape),
@@ -78,6 +80,8 @@ def _gamma_activations(shape: RunShape) -> int:
     d_in = [s.d_in for s in shape.sites.values()]
     # K and V read what Q reads, and the gate what W_in reads.
     read = sum(s.d_in for s in shape.sites.values() if s.short not in ("k", "v", "gate"))
+    if g.reads == "residual":
+        read = sum(inputs_of(g.reads, shape.sites.values()).values())
     inputs = N * read * shape.target.itemsize
     if g.kind == "per_subcomponent_mlps":
         return inputs + FLOAT * N * shape.C_total * 4
@@ -88,4 +92,4 @@ def _gamma_activations(shape: RunShape) -> int:
     chunks = math.ceil(len(d_in) / g.chunk) if g.kind == "chunked_transformers" else 1
     assert g.d_ci is not None
     block = 12 * g.d_ci + 2 * (g.d_mlp or 4 * g.d_ci)
-    return inputs + FLOAT * N * (read + sum(d_in) + chunks * g.n_blocks * block)
+    return inputs + FLOAT * N * (read + sum(shape.gamma_widths()) + chunks * g.n_blocks * block)

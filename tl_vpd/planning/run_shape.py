@@ -9,16 +9,17 @@ import torch
 
 from tl_vpd.importance import GammaConfig
 from tl_vpd.importance import build as build_gamma
+from tl_vpd.importance.build import Gamma
+from tl_vpd.importance.inputs import inputs_of
 from tl_vpd.masking.routing import uniform_k_share
 from tl_vpd.planning.target import Target
 from tl_vpd.site import Site
 from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.distributed.sharding import gamma_units
 from tl_vpd.training.engine import left_out_logits
+from tl_vpd.training.fits import FLOAT, run_numbers
 from tl_vpd.training.micro_batch import attacked_among_first
-
-FLOAT = 4
-"""Bytes of a number in V, U, Γ, moments, importances and sources."""
+from tl_vpd.training.optimizers import matrices_of
 
 
 @dataclass(frozen=True)
@@ -78,17 +79,30 @@ class RunShape:
         """The expected fraction of sites that uniform-k routing masks at a token."""
         return uniform_k_share(len(self.sites))
 
+    def gamma_widths(self) -> list[int]:
+        """The width of what each of Γ's transformers reads."""
+        sites, n = list(self.sites.values()), len(self.sites)
+        chunk = self.gamma.chunk if self.gamma.kind == "chunked_transformers" else n
+        return [sum(inputs_of(self.gamma.reads, sites[i : i + chunk]).values()) for i in range(0, n, chunk)]
+
+    def muon_matrices(self) -> list[tuple[int, int]]:
+        """The sizes of the matrices that Muon updates."""
+        if self.config.optimizer.kind != "muon":
+            return []
+        components = [
+            size for name, s in self.sites.items() for size in ((s.d_in, self.C[name]), (self.C[name], s.d_out))
+        ]
+        return components + [(p.shape[0], p.shape[1]) for p in matrices_of(self._gamma())]
+
     def gamma_parameters(self) -> list[int]:
         """Numbers in each of Γ's modules that sharding gathers at once."""
+        return [sum(p.numel() for p in unit.parameters()) for unit in gamma_units(self._gamma())]
+
+    def _gamma(self) -> Gamma:
+        """Γ without numbers."""
         with torch.device("meta"):
-            gamma = build_gamma(self.gamma, {name: s.d_in for name, s in self.sites.items()}, self.C)
-        return [sum(p.numel() for p in unit.parameters()) for unit in gamma_units(gamma)]
+            return build_gamma(self.gamma, list(self.sites.values()), self.C)
 
     def counts(self) -> dict[str, int]:
         """Numbers in V and U (``components``), Γ (``gamma``) and the persistent sources (``sources``)."""
-        slots = self.config.adversary.pool or self.context
-        return {
-            "components": sum((s.d_in + s.d_out) * self.C[name] for name, s in self.sites.items()),
-            "gamma": sum(self.gamma_parameters()),
-            "sources": self.adversarial_rows * slots * self.width,
-        }
+        return run_numbers(self.config, self.sites, self.gamma, rows=self.rows, pos=self.context)

@@ -1,8 +1,8 @@
 """Whether a run can fit in memory at all, asked before anything is made.
 
-Counted is what a run cannot do without: with ``P`` numbers in V, U and Γ, four of each (parameters, gradients, AdamW's two
-moments); three of each persistent source; and, for the tokens run at once, an importance, its gradient and an inner activation per
-subcomponent. ``tl_vpd.planning`` counts the rest too, and says how long it takes.
+Counted is what a run cannot do without: with ``P`` numbers in V, U and Γ, four of each (parameters, gradients, AdamW's moments);
+three of each persistent source; and an importance, its gradient and an inner activation of every subcomponent for the tokens
+run at once. ``tl_vpd.planning`` counts the rest too, and says how long it takes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def run_numbers(
     """
     C = counts_for(config, sites)
     with torch.device("meta"):
-        module = build(gamma, {name: s.d_in for name, s in sites.items()}, C)
+        module = build(gamma, list(sites.values()), C)
     slots = attacked_among_first(rows, config.merged or 1.0) * (config.adversary.pool or pos)
     return {
         "components": sum((s.d_in + s.d_out) * C[name] for name, s in sites.items()),

@@ -91,7 +91,7 @@ def unshard(weights: DecomposedWeights) -> None:
     with torch.device("meta"):
         sites = weights.sites
         weights.components = Components(list(sites.values()), weights.counts)
-        weights.gamma = build(weights.gamma_config, {name: site.d_in for name, site in sites.items()}, weights.counts)
+        weights.gamma = build(weights.gamma_config, list(sites.values()), weights.counts)
     weights.load_state_dict(tensors, assign=True)
 
 

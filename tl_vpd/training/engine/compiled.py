@@ -94,7 +94,7 @@ class CompiledEngine(EagerEngine):
         self.backend = backend
         self.graphs: dict[Any, Function] = {}
         self._input_of: dict[str, int] = {}
-        """By site, which of the clean graph's inputs it reads."""
+        """By name of what Γ reads, which of the clean graph's inputs it is."""
         self._pos = 0
 
     # -- the passes ------------------------------------------------------------------------------------------------
@@ -157,11 +157,11 @@ class CompiledEngine(EagerEngine):
     # -- what is recorded ------------------------------------------------------------------------------------------
 
     def _target(self, tokens: Tensor, token_mask: Tensor | None) -> list[Tensor]:
-        """The output, the inputs of sites, and what masked passes start from, if they start late.
+        """The output, what Γ reads, and what masked passes start from, if they start late.
 
         An input that several sites read is there once (``_gamma`` knows which).
         """
-        run = SitePass(collect=True)
+        run = SitePass(collect=self.decomposition.gamma_inputs)
         with self.autocast(), self.without_logits(), torch.no_grad():
             output = self.masked_model.run(tokens, run, token_mask)
         distinct = {id(x): x for x in run.inputs.values()}

@@ -130,7 +130,7 @@ class EagerEngine:
         """
         rows, mask = self._select(micro_batch, tokens, token_mask)
         with self.autocast():
-            run = SitePass(collect=True)
+            run = SitePass(collect=self.decomposition.gamma_inputs)
             with self.without_logits(), torch.no_grad():
                 output = self.masked_model.run(rows, run, mask)
             z = at_least_float32(self.decomposition.pre_sigmoid(run.inputs, mask))
