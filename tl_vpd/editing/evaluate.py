@@ -14,14 +14,13 @@ section on editing). Controls are measured on the same tokens.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tl_vpd.checks import check_fields, config_of, instance
@@ -31,8 +30,9 @@ from tl_vpd.editing.controls import random_control, singular_control
 from tl_vpd.editing.edit import Edit
 from tl_vpd.editing.evaluation import EditEvaluation
 from tl_vpd.editing.examples import Examples, Wanted
-from tl_vpd.editing.measures import Run, changed_contexts, kl_by_token, near_and_elsewhere, row_of_text, row_of_wanted
-from tl_vpd.forward import MaskedModel, SiteEdit, SitePass
+from tl_vpd.editing.measures import changed_contexts, kl_by_token, near_and_elsewhere, row_of_text, row_of_wanted
+from tl_vpd.editing.runs import clean_run, edited_run
+from tl_vpd.forward import MaskedModel, SiteEdit
 
 
 @dataclass(frozen=True)
@@ -117,20 +117,20 @@ def evaluate_edit(
         near, elsewhere = near_and_elsewhere(text.fires, text.real, config.radius)
         other_tokens = {kind: adapter.tokens(more) for kind, more in (other_text or {}).items()}
         for name, site_edits in variants.items():
-            run = _edited_run(masked_model, site_edits)
-            kl = kl_by_token(_clean_run(masked_model), run, text.tokens, text.token_mask, config.batch_size)
+            run = edited_run(masked_model, site_edits)
+            kl = kl_by_token(clean_run(masked_model), run, text.tokens, text.token_mask, config.batch_size)
             row: dict[str, Any] = {"variant": name}
-            row |= row_of_wanted(_clean_run(masked_model), run, examples)
+            row |= row_of_wanted(clean_run(masked_model), run, examples)
             row |= row_of_text(kl, {"firing": text.fires, "near": near, "elsewhere": elsewhere})
             for kind, tokens in other_tokens.items():
                 mask = adapter.padding(tokens, None)
-                other = kl_by_token(_clean_run(masked_model), run, tokens, mask, config.batch_size)
+                other = kl_by_token(clean_run(masked_model), run, tokens, mask, config.batch_size)
                 real = torch.ones_like(other, dtype=torch.bool) if mask is None else mask.cpu()
                 row |= row_of_text(other, {kind: real})
             rows.append(row)
             if name == "edit" and config.contexts:
                 contexts = changed_contexts(
-                    adapter, _clean_run(masked_model), run, text.tokens, kl, text.fires, config.contexts
+                    adapter, clean_run(masked_model), run, text.tokens, kl, text.fires, config.contexts
                 )
     return EditEvaluation(edit, pd.DataFrame(rows), contexts, text.activity)
 
@@ -177,34 +177,3 @@ class _Text:
         n = int(real.sum())
         activity = Activity(chosen, counts / n, sums / counts.clamp(min=1), n)
         return cls(tokens, token_mask, real, torch.cat(fires), alive, activity)
-
-
-def _clean_run(masked_model: MaskedModel) -> Run:
-    def run(tokens: Tensor, token_mask: Tensor | None) -> Float[Tensor, "batch pos vocab"]:
-        return masked_model.run(tokens, SitePass(), token_mask)
-
-    return run
-
-
-def _edited_run(masked_model: MaskedModel, edit: Mapping[str, SiteEdit]) -> Run:
-    def run(tokens: Tensor, token_mask: Tensor | None) -> Float[Tensor, "batch pos vocab"]:
-        with edited(masked_model, edit):
-            return masked_model.run(tokens, SitePass(), token_mask)
-
-    return run
-
-
-@contextmanager
-def edited(masked_model: MaskedModel, edit: Mapping[str, SiteEdit]) -> Iterator[None]:
-    """Inside, runs have the edit.
-
-    Args:
-        masked_model: that runs.
-        edit: changes by site.
-    """
-    edits = masked_model.taps.edits
-    edits.append(edit)
-    try:
-        yield
-    finally:
-        edits[:] = [other for other in edits if other is not edit]

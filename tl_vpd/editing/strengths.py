@@ -62,7 +62,7 @@ def gradient_by_subcomponent(
         strengths = torch.ones(axis.total, device=masked_model.adapter.device, dtype=masked_model.adapter.dtype)
         strengths.requires_grad_()
         with torch.enable_grad():
-            value = _value(loss, masked_model.masked(tokens, _masks(axis, strengths), token_mask))
+            value = loss_value(loss, masked_model.masked(tokens, _masks(axis, strengths), token_mask))
         [gradient] = torch.autograd.grad(value, [strengths])
     order = gradient.abs().argsort(descending=True).tolist()
     subcomponents = [axis.at(i) for i in order]
@@ -174,7 +174,7 @@ def tune_strengths(
         best, lowest = change.detach().clone(), float("inf")
         for step in range(config.steps + 1):
             strengths = torch.ones(axis.total, dtype=dtype, device=device).index_add(0, columns.to(device), change)
-            value = _value(loss, masked_model.masked(tokens, _masks(axis, strengths, sites), token_mask))
+            value = loss_value(loss, masked_model.masked(tokens, _masks(axis, strengths, sites), token_mask))
             total = value + config.penalty * (change.abs() / (change.abs() + config.epsilon)).sum()
             losses.append(float(value.detach()))
             if float(total.detach()) < lowest:
@@ -207,7 +207,7 @@ def _masks(axis: ConcatenatedAxis, strengths: Tensor, sites: Any = None) -> Mask
     return Masks({name: SiteMask(by_site[name], None) for name in (by_site if sites is None else sites)})
 
 
-def _value(loss: Loss, logits: Tensor) -> Tensor:
+def loss_value(loss: Loss, logits: Tensor) -> Tensor:
     """The loss of logits, checked."""
     if not callable(loss):
         raise TypeError(f"loss={shown(loss)} is a {type(loss).__name__}: give a function of the logits.")

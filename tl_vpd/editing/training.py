@@ -20,7 +20,8 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.editing.edit import Edit
 from tl_vpd.editing.examples import Examples, Wanted
 from tl_vpd.editing.make import chosen_subcomponents, piece_of
-from tl_vpd.forward import MaskedModel, SiteEdit, SitePass
+from tl_vpd.editing.runs import edited_run
+from tl_vpd.forward import MaskedModel, SiteEdit
 from tl_vpd.site import Subcomponent
 
 FEWEST = 4
@@ -105,10 +106,10 @@ def train_write_direction(
         change.requires_grad_()
         scale = float(U.double().square().mean().sqrt()) or 1.0
         optimizer = torch.optim.Adam([change], lr=config.lr * scale)
-        masked_model.taps.edits.append({c.site: SiteEdit(read, change, (c.index,))})
+        run = edited_run(masked_model, {c.site: SiteEdit(read, change, (c.index,))})
         probabilities: list[float] = []
         for step in range(config.steps + 1):
-            log_probs = examples.log_probs(masked_model.run(examples.tokens, SitePass(), examples.token_mask))
+            log_probs = examples.log_probs(run(examples.tokens, examples.token_mask))
             probabilities.append(float(log_probs.detach().exp().mean()))
             if probabilities[-1] >= config.probability or step == config.steps:
                 break
