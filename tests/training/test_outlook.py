@@ -155,6 +155,16 @@ def test_a_collapsed_run_is_warned_of_by_name(short, caplog):
     assert "Lower coefficients.importance (1000)" in warnings[0]
 
 
+def test_a_dense_run_is_warned_of_once(short, caplog):
+    config = VPDConfig(steps=20, coefficients={"importance": 1e-9, "frequency": 0.0}, optimizer={"lr": 0.05}, **short)
+    model = tiny_model(dtype=torch.float32)
+    with caplog.at_level(logging.WARNING, logger="tl_vpd"):
+        run = decompose(model, some_tokens(shape=(4, 7)), config, progress=False)
+    dense = run.checks[(run.checks["step"] >= 10) & (run.checks["l0"] >= 24)]
+    assert len(dense) > 1 and dense["l0"].nunique() > 1  # dense more than once, with other figures
+    assert len([r for r in caplog.records if "Importances are dense" in r.getMessage()]) == 1
+
+
 def test_lines_and_bar_are_shown(short, capfd):
     model = tiny_model(dtype=torch.float32)
     decompose(model, some_tokens(shape=(4, 7)), VPDConfig(steps=2, **short))

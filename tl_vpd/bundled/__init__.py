@@ -8,12 +8,14 @@ from tl_vpd.bundled.loading import (
     tokens,
     training_record,
 )
+from tl_vpd.bundled.real_model import smollm2
 
 __all__ = [
     "MODEL",
     "decomposition",
     "evaluation",
     "model",
+    "smollm2",
     "tokens",
     "training_record",
 ]

@@ -102,8 +102,9 @@ class RunReport:
         trainer = self.trainer
         self.checks.append(self.outlook.check(trainer.done))
         warning = self.checks[-1].warning(trainer.config)
-        if warning is not None and trainer.world.first and warning.split("(")[0] not in self._warned:
-            self._warned.add(warning.split("(")[0])
+        kind = " ".join((warning or "").split()[:3])  # figures come later in the sentence
+        if warning is not None and trainer.world.first and kind not in self._warned:
+            self._warned.add(kind)
             log.warning("Step %d of %d: %s", trainer.done, trainer.config.steps, warning)
 
     def shares(self, metrics: StepMetrics) -> dict[str, str]:
