@@ -54,6 +54,17 @@ def attended(**options: Any) -> Callable[[], Any]:
 
 
 CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
+    (lambda: anything.Decomposition.from_hub(5), TypeError, "repository=5 is a int: give a string"),
+    (lambda: anything.Decomposition.from_hub("user/repo", revision=5), TypeError, "revision=5 is a int: give a string"),
+    (lambda: vpd.push_to_hub(None), TypeError, "repository=None is a NoneType: give a string"),
+    (lambda: vpd.push_to_hub("user/repo", private="yes"), TypeError, "private='yes' is a str: give True or False"),
+    (
+        lambda: vpd.push_to_hub("user/repo", report={}),
+        TypeError,
+        r"report={} is a dict: give what tl_vpd.evaluate returns",
+    ),
+    (lambda: vpd.push_to_hub("user/repo", card={}), TypeError, "A dict came where CardConfig is needed"),
+    (lambda: vpd.model_card("repo"), ValueError, "'repo' is not the name of a repository"),
     (lambda: vpd.compact(model, tokens, threshold="0.1"), TypeError, "threshold='0.1' is a str: give a number"),
     (lambda: vpd.compact(model, tokens, batch_size=1.5), TypeError, "batch_size=1.5 is a float: give an integer"),
     (masked("rounded", threshold="0.1"), TypeError, "threshold='0.1' is a str: give a number"),

@@ -80,10 +80,13 @@ def test_a_private_repository_is_made_private_and_visibility_never_changes_in_pa
 def test_a_repository_of_something_else_is_left_alone(hub, login, vpd):
     login("hf_owner")
     hub.put("user/model", {"README.md": b"a model", "config.json": b'{"model_type": "gpt2"}'})
-    with pytest.raises(FileExistsError, match=r"user/model belongs to something else, it has config.json") as caught:
-        vpd.push_to_hub("user/model")
-    one_sentence(caught)
-    assert len(hub.repositories["user/model"].commits) == 1
+    for revision in (None, "vpd"):
+        with pytest.raises(FileExistsError, match=r"belongs to something else, it has config.json") as caught:
+            vpd.push_to_hub("user/model", revision=revision)
+        one_sentence(caught)
+    assert len(hub.repositories["user/model"].commits) == 1 and list(hub.repositories["user/model"].branches) == [
+        "main"
+    ]
     hub.put("user/empty", {"README.md": b"to be filled"})
     vpd.push_to_hub("user/empty")
     assert hub.files("user/empty").keys() == FILES

@@ -55,7 +55,7 @@ def check_repository(name: Any, *, with_user: bool = False) -> str:
         ValueError: no repository can have the name.
     """
     try:
-        validate_repo_id(text_of("The name of the repository", name))
+        validate_repo_id(text_of("repository", name))
     except HFValidationError:
         pass
     else:
@@ -100,7 +100,7 @@ def fetch(repository: str, name: str, *, others: Sequence[str] = (), revision: s
 
 
 def check_push(repository: Any, *, private: Any, revision: Any) -> None:
-    """Checks what can be known of a push before anything is written.
+    """Checks the arguments of ``upload``.
 
     Args:
         repository: ``user/repo``.
@@ -108,7 +108,6 @@ def check_push(repository: Any, *, private: Any, revision: Any) -> None:
         revision: a branch (None: the main branch).
 
     Raises:
-        OSError: there is no token.
         TypeError: an argument is of another type.
         ValueError: it is not the name of a repository or branch.
     """
@@ -117,6 +116,10 @@ def check_push(repository: Any, *, private: Any, revision: Any) -> None:
         flag("private", private)
     if revision is not None and COMMIT.fullmatch(_revision(revision)):
         raise ValueError(f"revision={revision!r} is a commit, which cannot be pushed to: give the name of a branch.")
+
+
+def check_login(repository: str) -> None:
+    """Raises OSError if there is no token to push with."""
     if get_token() is None:
         raise OSError(
             f"{repository} cannot be pushed to: there is no token: log in with 'hf auth login', or set HF_TOKEN."
@@ -155,15 +158,20 @@ def upload(
                 f"{repository} is {'private' if info.private else 'public'} and private={private} was asked: change it in its "
                 "settings on the Hub, or choose another name."
             )
+        is_new = False
         if revision is not None:
-            api.create_branch(repository, branch=revision, exist_ok=True)
-            info = api.model_info(repository, revision=revision)
+            try:
+                info = api.model_info(repository, revision=revision)
+            except RevisionNotFoundError:  # the branch will start as the main one is
+                is_new = True
         names = {sibling.rfilename for sibling in info.siblings or []}
         if key not in names and names - ANY_REPOSITORY:
             raise FileExistsError(
                 f"{repository}{_at(revision)} belongs to something else, it has {min(names - ANY_REPOSITORY)} and no {key}: "
                 "choose another name."
             )
+        if is_new:
+            api.create_branch(repository, branch=str(revision))
         operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
         operations += [CommitOperationDelete(name) for name in absent if name in names]
         commit = api.create_commit(repository, operations, commit_message=f"Upload {key}", revision=revision)

@@ -13,6 +13,8 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from tl_vpd.checks import config_of
+from tl_vpd.files.hub import check_repository
 from tl_vpd.importance.decomposed import DecomposedWeights
 from tl_vpd.publishing.config import CardConfig, Report, check_report
 from tl_vpd.publishing.figures import certificate_section, evaluation_section
@@ -46,10 +48,12 @@ def model_card(
         config: licences and names.
 
     Raises:
-        TypeError: the report is something else.
-        ValueError: the report is of another decomposition.
+        TypeError: an argument is of another type.
+        ValueError: the report is of another decomposition, or the repository's name is not one.
     """
-    config = config or CardConfig()
+    config = config_of(CardConfig, config)
+    if repository is not None:
+        check_repository(repository, with_user=True)
     if report is not None:
         check_report(report, weights.counts)
     base_model = config.base_model or _hub_name(weights.record)

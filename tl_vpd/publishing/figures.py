@@ -20,11 +20,11 @@ def evaluation_section(report: Report | None) -> str:
         return "## Evaluation\n\n**Not evaluated.** No report came with this decomposition."
     record, modes = report.record, report.table().reset_index()
     unit = "KL from the target, in nats per token" if record.get("output", "kl") == "kl" else "mean squared errors"
-    rows = f"{record['rows']:,} rows, " if "rows" in record else ""
+    rows = f"{figure(record['rows'])} rows, " if "rows" in record else ""
     return "\n\n".join(
         [
             "## Evaluation",
-            f"On {rows}{record['tokens']:,} tokens; distances are {unit}. Important per token (L0): {figure(record['l0'])} of "
+            f"On {rows}{figure(record['tokens'])} tokens; distances are {unit}. Important per token (L0): {figure(record['l0'])} of "
             f"{figure(record['alive'])} alive and {figure(record['built'])} built subcomponents. Columns named *… pieces* are "
             "controls, which a decomposition has to beat.",
             table(list(modes.columns), modes.astype(object).to_numpy().tolist()),

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from tl_vpd.components.storage import CONFIG, TENSORS
-from tl_vpd.files.hub import check_push, upload
+from tl_vpd.files.hub import check_login, check_push, upload
 from tl_vpd.importance.decomposed import DecomposedWeights
 from tl_vpd.publishing.card import model_card
 from tl_vpd.publishing.config import CardConfig, Report
@@ -29,6 +29,7 @@ def push(
     """
     check_push(repository, private=private, revision=revision)
     text = str(model_card(weights, repository, report=report, config=card))
+    check_login(repository)
     with tempfile.TemporaryDirectory() as name:
         folder = weights.write(Path(name))
         files: dict[str, Path | bytes] = {file: folder / file for file in (TENSORS, CONFIG)}

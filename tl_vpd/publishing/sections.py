@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 import yaml
@@ -51,23 +52,39 @@ def title_section(weights: DecomposedWeights, base_model: str | None, report: Re
 
 def _origin(record: dict[str, Any]) -> str:
     kind = origin(record)
+    text = "Its record does not say how it was made."
     if kind == "imported":
         source = record["source"]
         names = ("format", "run", "checkpoint", "step", "target")
         said = ", ".join(f"{name} {figure(source[name])}" for name in names if source.get(name) is not None)
-        return f"It was imported, not trained with this library: {said}."
-    if kind == "targeted":
-        return "It was trained for chosen prompts only (targeted): of other text it explains nothing."
-    if kind == "trained":
-        return "It was trained with this library."
-    return "Its record does not say how it was made."
+        text = f"It was imported, not trained with this library: {said}."
+    elif kind == "targeted":
+        rows = {name: data.get("rows") for name, data in record["targeted"].items() if isinstance(data, dict)}
+        text = (
+            f"It was trained with this library for chosen prompts only ({figure(rows.get('target'))} target rows, "
+            f"{figure(rows.get('nontarget'))} others): what they do not use is in Δ."
+        )
+    elif kind == "trained":
+        text = "It was trained with this library."
+    return " ".join([text, *_dropped(record)])
+
+
+def _dropped(record: dict[str, Any]) -> list[str]:
+    """A sentence for each time that subcomponents were dropped."""
+    entries = record.get("compact")
+    return [
+        f"{sum(entry['before'].values()) - sum(entry['after'].values()):,} subcomponents were dropped afterwards, whose "
+        f"importance was nowhere above {figure(entry['threshold'])} on {figure(entry['tokens'])} tokens."
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and {"before", "after", "threshold", "tokens"} <= entry.keys()
+    ]
 
 
 def origin(record: dict[str, Any]) -> str:
     """``imported``, ``targeted``, ``trained``, or empty where the record does not say."""
     if isinstance(record.get("source"), dict):
         return "imported"
-    if record.get("targeted"):
+    if isinstance(record.get("targeted"), dict):
         return "targeted"
     return "trained" if record.get("training") else ""
 
@@ -136,17 +153,15 @@ def remake_section(record: dict[str, Any]) -> str:
     """How to make it again."""
     kind = origin(record)
     if kind == "imported":
-        run = ascii(str(record["source"].get("run", "RUN")))
+        run = shlex.quote(" ".join(str(record["source"].get("run", "RUN")).split()))
         text = f"From the files of the run:\n\n{block(f'tl-vpd import {run} --out DIR', 'sh')}"
         if settings := record["source"].get("settings"):
             text += f"\n\nThe run's settings, in the names of its code:\n\n{_yaml(settings)}"
     elif record.get("training"):
-        where = (
+        text = (
             "`tl-vpd train` reads these settings as a part of a recipe, beside `model:` and `data:`; they are as the version "
-            "that made it stored them."
+            f"that made it stored them.\n\n{_yaml({'targeted' if kind == 'targeted' else 'vpd': record['training']})}"
         )
-        kept = {"targeted": record["targeted"]} if isinstance(record.get("targeted"), dict) else {}
-        text = f"{where}\n\n{_yaml({'vpd': record['training'], **kept})}"
     else:
         text = "Its record has no settings."
     return f"## How to remake it\n\n{text}"
