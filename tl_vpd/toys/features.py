@@ -11,6 +11,7 @@ torch.Size([4, 8, 5])
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -39,9 +40,12 @@ class SparseFeatures:
     low: float = 0.0
     high: float = 1.0
     seed: int = 0
+    only: Sequence[int] | None = None
+    """The features that can be on, from 0 (None: all)."""
 
     def __post_init__(self) -> None:
-        check_fields(self, n_features=1, probability=(0, 1), batch_size=(1, 1 << 24), context=(1, 1 << 24))
+        sizes = {"n_features": 1, "batch_size": (1, 1 << 24), "context": (1, 1 << 24)}
+        check_fields(self, **sizes, probability=(0, 1), only=(0, self.n_features - 1))
         if self.low > self.high:
             raise ValueError(f"low={self.low} is above high={self.high}: give the smaller number first.")
 
@@ -50,7 +54,10 @@ class SparseFeatures:
         generator = torch.Generator().manual_seed(zlib.crc32(f"features/{self.seed}/{step}".encode()))
         shape = (self.batch_size, self.context, self.n_features)
         values = torch.rand(shape, generator=generator).mul_(self.high - self.low).add_(self.low)
-        return values.mul_(torch.rand(shape, generator=generator) < self.probability)
+        on = torch.rand(shape, generator=generator) < self.probability
+        if self.only is not None:
+            on &= torch.isin(torch.arange(self.n_features), torch.tensor(self.only))
+        return values.mul_(on)
 
     def describe(self) -> dict[str, Any]:
         """What distinguishes these data from others."""

@@ -23,6 +23,11 @@ Scheduled = Literal[
 ]
 
 
+def _up_and_down() -> dict[Scheduled, Knots]:
+    """The importance coefficient up from 0 over the first 15% of the run, then down to a quarter."""
+    return {"importance": ((0.0, 0.0), (0.15, 1.0), (1.0, 0.25))}
+
+
 class TargetedCoefficients(Coefficients):
     """Weights of the losses; those that a plain run has too are of the target stream."""
 
@@ -41,9 +46,7 @@ class TargetedCoefficients(Coefficients):
     """Stochastic reconstruction of the non-target stream, where Δ's masks are 1."""
     nontarget_importance: float = Field(2.0, ge=0)
     """Importance minimality of the non-target stream, as a multiple of ``importance``."""
-    schedule: dict[Scheduled, Knots] = Field(  # type: ignore[assignment]
-        default_factory=lambda: {"importance": ((0.0, 0.0), (0.15, 1.0), (1.0, 0.25))}
-    )
+    schedule: dict[Scheduled, Knots] = Field(default_factory=_up_and_down)  # type: ignore[assignment]
     """Factors of these weights over the run, by name; ``importance`` is that of both streams."""
 
     def off_target(self) -> TargetedCoefficients:
