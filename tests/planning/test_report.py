@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from tests.tiny import GAMMA, tiny_model
+from tests.tiny import GAMMA, decomposition_of, some_tokens, tiny_model
 from tl_vpd import VPDConfig
-from tl_vpd.planning import Machine, Target, TransformerShape, first_try, footprint, plan_lines, seconds_per_step
+from tl_vpd.planning import (
+    Machine,
+    Target,
+    TransformerShape,
+    first_try,
+    footprint,
+    plan_lines,
+    seconds_per_step,
+    yardstick,
+)
 from tl_vpd.planning.report import advice
 from tl_vpd.recipe.yaml_text import yaml_data
 
@@ -84,5 +94,18 @@ def test_a_first_try_counts_channels():
         ("*.W_gate", "*.W_in", "*.W_out"), 1536
     ) == config.C
     assert (config.steps, config.batch_size, config.sites, config.gamma.d_ci) == (7, 3, ("blocks.29.*",), 256)
+    assert (config.coefficients.importance, config.coefficients.frequency) == (6e-4, 3e-4)
+    small = first_try(target, sites="blocks.15.*", yardstick=0.2).coefficients
+    assert (small.importance, small.frequency) == (4e-5, 2e-5)
     with pytest.raises(KeyError, match=r"blocks\.30"):
         first_try(target, sites="blocks.30.*")
+
+
+def test_the_yardstick_is_what_ablating_costs():
+    model, tokens = tiny_model(), some_tokens()
+    with torch.no_grad():
+        target = model(tokens).log_softmax(-1)
+        with decomposition_of(model, sites=("blocks.1.*",)).double().attach(model) as attached, attached.masked("zero"):
+            other = model(tokens).log_softmax(-1)
+    kl = (target.exp() * (target - other)).sum(-1).mean()
+    assert yardstick(model, tokens, sites="blocks.1.*") == pytest.approx(float(kl), rel=1e-9)

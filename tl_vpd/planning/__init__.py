@@ -1,6 +1,6 @@
 """What a run will cost: memory and time, before anything is trained, and what fits on a machine."""
 
-from tl_vpd.planning.first_try import first_try
+from tl_vpd.planning.first_try import first_try, yardstick
 from tl_vpd.planning.footprint import Footprint, footprint
 from tl_vpd.planning.machine import Machine
 from tl_vpd.planning.report import plan_lines
@@ -16,4 +16,5 @@ __all__ = [
     "footprint",
     "plan_lines",
     "seconds_per_step",
+    "yardstick",
 ]
