@@ -183,10 +183,10 @@ def evaluate_command(
     key: Annotated[str | None, typer.Option(help="Tensor of a file, or part of the bundled tokens.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of tokens to use.")] = 64,
     measures: Annotated[str, typer.Option(help="In addition to mode table and counts: all, none, or names.")] = "all",
-    budgets: Annotated[str, typer.Option(help="Steps of the fresh adversaries, with commas; '' for none.")] = "20,60",
+    budgets: Annotated[str, typer.Option(help="Steps of attacks with commas, '' for none, or ladder.")] = "20,60",
     starts: Annotated[int, typer.Option(min=1, help="Random starts of the standard adversary; the worst counts.")] = 1,
     attack_rows: Annotated[int, typer.Option(min=0, help="Rows that are attacked; 0 for all.")] = 8,
-    controls: Annotated[bool, typer.Option(help="Also measure random, singular and shuffled controls.")] = True,
+    controls: Annotated[bool, typer.Option(help="Also measure random, singular, shuffled and untrained.")] = True,
     off_distribution: Annotated[list[str] | None, typer.Option(help="Other text: NAME=FILES, as --tokens.")] = None,
     others: Annotated[list[str] | None, typer.Option(help="Another seed or C: NAME=FOLDER.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows run at once.")] = 16,
@@ -203,12 +203,12 @@ def evaluate_command(
     from tl_vpd.recipe.model import ModelRecipe
 
     evaluating.check_writable(out, html)
-    steps = evaluating.numbers("--budgets", budgets, int)
+    steps, others_steps = evaluating.budgets_of(budgets)
     config = EvaluationConfig(
         measures=evaluating.measures_of(measures),
         budgets=steps,
         starts=starts,
-        adversary_budgets=steps,
+        adversary_budgets=others_steps,
         attack_rows=attack_rows or None,
         controls=controls,
         control_budgets=steps[:1],
@@ -316,6 +316,8 @@ def compact_command(
         trust_remote_code=trust_remote_code,
     )
     _say(counts.to_string(), f"{counts.before.sum()} -> {counts.after.sum()} subcomponents.  Written: {out}")
+
+
 @app.command()
 @_command
 def card(
@@ -380,8 +382,6 @@ def push_command(
     decomposition, evaluation = decomposition_and_report(folder, report)
     address = decomposition.push_to_hub(repository, report=evaluation, card=config, private=private, revision=revision)
     _say(f"Pushed: {address}")
-
-
 
 
 @app.command()

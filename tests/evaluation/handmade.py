@@ -106,6 +106,19 @@ def with_importances(model: Any, change: Callable[[Tensor], Tensor]) -> Decompos
     return handmade(model, V, U, lambda inputs: change(neurons_on(inputs, V[IN])).repeat(1, 1, 2))
 
 
+def peeking(model: Any) -> Decomposition:
+    """The right pieces, important only where their neuron makes the next token likelier."""
+    V, U = parts(model)
+    W_E, W_U = model.embed.W_E.detach(), model.unembed.W_U.detach()
+
+    def gives(inputs: Mapping[str, Tensor]) -> Tensor:
+        following = (inputs[IN] @ W_E.T).argmax(-1).roll(-1, dims=1)
+        logits = (U[OUT] @ W_U).T[following]
+        return (neurons_on(inputs, V[IN]) * (logits > 0)).repeat(1, 1, 2)
+
+    return handmade(model, V, U, gives)
+
+
 def delta_does_it(model: Any) -> Decomposition:
     """Pieces of a tenth of their length: nine tenths are Δ's."""
     V, U = parts(model)
@@ -145,3 +158,26 @@ def lookup_table(model: Any) -> Decomposition:
         return nn.functional.one_hot(nearest, KNOWN).float().repeat(1, 1, 2)
 
     return handmade(model, dict(zip((IN, OUT), V, strict=True)), dict(zip((IN, OUT), U, strict=True)), gives)
+
+
+def twinned_model(*, twin: bool) -> Any:
+    """Token k is followed by k + 1 (mod 8), which neuron k sees to and, with ``twin``, neuron k + 8 as well: 12 nats each."""
+    model, half = known_model(), torch.eye(D_MODEL)
+    other = half if twin else torch.zeros_like(half)
+    with torch.no_grad():
+        mlp = model.blocks[0].mlp
+        mlp.b_in.fill_(-0.5)
+        mlp.W_in.copy_(torch.cat([half, other], dim=1))
+        mlp.W_out.copy_(6 * torch.cat([half.roll(1, dims=1), other.roll(1, dims=1)]))
+        model.embed.W_E.zero_()
+        model.embed.W_E[:D_MODEL] = half
+        model.unembed.W_U.zero_()
+        model.unembed.W_U[:, :D_MODEL] = 4 * half
+    return model
+
+
+def first_half(model: Any) -> Decomposition:
+    """Pieces by neuron, of which only those of the first 8 neurons are ever important, each at its token."""
+    V, U = parts(model)
+    first = torch.arange(NEURONS) < D_MODEL
+    return handmade(model, V, U, lambda inputs: ((inputs[IN] @ V[IN] > 0.5) & first).float().repeat(1, 1, 2))

@@ -65,7 +65,7 @@ def test_a_choice_for_every_token_is_the_strongest_and_rows_do_not_mix(tiny):
         # Rows are independent here: how they are cut into batches changes nothing but rounding.
         again = attack(sample, Adversary("token", steps=4))
     assert again.kl == pytest.approx(whole.kl, rel=1e-3)
-    assert again.by_row.mean == pytest.approx(again.kl, rel=1e-5)
+    assert again.by_row[0].mean == pytest.approx(again.kl, rel=1e-5)
     assert again.results[0].sources.shape == (5, 6, vpd.site_axis.total + len(vpd.sites))
 
 

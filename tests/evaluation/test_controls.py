@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.tiny import decomposition_of, some_tokens, tiny_model
+from tests.tiny import GAMMA, decomposition_of, some_tokens, tiny_model
+from tl_vpd import EvaluationConfig, evaluate
 from tl_vpd.evaluation import sampled
 from tl_vpd.evaluation.batch import BatchStore
 from tl_vpd.evaluation.controls import (
@@ -16,7 +17,9 @@ from tl_vpd.evaluation.controls import (
     shuffled_importances,
     singular_components,
     singular_importances,
+    untrained_control,
 )
+from tl_vpd.evaluation.nulls import untrained
 from tl_vpd.site import ConcatenatedAxis, Site
 
 IN, OUT = "blocks.0.mlp.W_in", "blocks.0.mlp.W_out"
@@ -87,3 +90,35 @@ def test_shuffled_control_permutes_the_tokens_of_all_rows_whatever_the_batches()
     assert_close(moved[0], moved[1])
     assert sorted(moved[0].flatten(0, 1).sum(-1).tolist()) == pytest.approx(sorted(g.flatten(0, 1).sum(-1).tolist()))
     assert not torch.equal(moved[0].sum((1, 2)), g.sum((1, 2)))  # rows too have changed places
+
+
+def test_untrained_control_gives_the_same_values_as_an_untrained_importance_function_ranks_them():
+    model = tiny_model(torch.float32)
+    vpd, tokens = decomposition_of(model), some_tokens(shape=(3, 6))
+    alive = torch.arange(vpd.site_axis.total) != 3
+    with sampled(vpd, model, tokens) as sample:
+        g = next(sample.batches()).g
+        control = untrained_control(vpd, sample.importances, alive, seed=5)
+        _, inputs = sample.clean(sample.rows)
+        moved = control(sample, sample.rows, inputs)
+        z = untrained(vpd, seed=5).pre_sigmoid(inputs).masked_fill(~alive, -torch.inf)
+    assert not torch.equal(moved, g)
+    for name in vpd.sites:
+        values, here, rank = (vpd.site_axis.split_sites(t)[name] for t in (g, moved, z))
+        assert_close(here.sort(-1).values, values.sort(-1).values)
+        order = rank.argsort(-1, descending=True)
+        sorted_here = here.gather(-1, order)
+        assert (sorted_here[..., :-1] >= sorted_here[..., 1:]).all()
+
+
+def test_controls_of_an_importance_function_that_reads_the_residual_stream():
+    model = tiny_model(torch.float32)
+    vpd, tokens = decomposition_of(model, gamma={**GAMMA, "reads": "residual"}), some_tokens(shape=(3, 6))
+    report = evaluate(
+        vpd, model, tokens, EvaluationConfig(budgets=(), control_budgets=(), measures=("future_leakage",))
+    )
+    controls = report.record["controls"]
+    for name in ("random", "untrained"):
+        assert controls[name]["l0"] == pytest.approx(report.record["l0"])
+    assert controls["singular"]["unmasked_ce"] == pytest.approx(report.record["target_ce"], rel=1e-4)
+    assert report.record["importance_change"] < 1e-5

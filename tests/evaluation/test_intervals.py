@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_vpd.evaluation.intervals import PerRow
+from tl_vpd.evaluation.intervals import PerRow, interval_of_largest
 
 
 def test_the_interval_of_many_rows_is_the_normal_one():
@@ -36,6 +36,18 @@ def test_rows_of_padding_change_nothing():
 
 def test_one_row_has_no_interval():
     assert all(math.isnan(v) for v in PerRow(np.array([2.0]), np.array([5.0])).interval())
+
+
+def test_the_interval_of_the_largest_chooses_it_anew():
+    """Of two figures on the same rows; where one is larger in every row, it is that one's interval."""
+    rng, tokens = np.random.default_rng(1), np.ones(30)
+    small, large = PerRow(rng.normal(size=30), tokens), PerRow(rng.normal(size=30), tokens)
+    above = PerRow(small.values + 2, tokens)
+    assert interval_of_largest([small, above], seed=3) == above.interval(seed=3)
+    means = np.maximum(small.resampled(seed=3), large.resampled(seed=3))
+    low, high = interval_of_largest([small, large], seed=3)
+    assert (low, high) == pytest.approx(tuple(np.quantile(means, [0.025, 0.975])))
+    assert low >= max(small.interval(seed=3)[0], large.interval(seed=3)[0])
 
 
 @settings(max_examples=25, deadline=None)

@@ -41,7 +41,7 @@ def found() -> Evaluation:
 def test_every_table_stands_beside_its_controls(found: Evaluation):
     assert set(found.record["tables"]) == TABLES and found.record["left_out"] == {}
     for name in ("adversaries", "union_test", "mask_transfer", "hidden", "sparsity_sweep"):
-        assert set(found.to_pandas(name)["pieces"]) == {"learned", "random", "singular", "shuffled"}, name
+        assert set(found.to_pandas(name)["pieces"]) == {"learned", "random", "singular", "shuffled", "untrained"}, name
     assert {"random", "shuffled"} <= set(found.to_pandas("off_distribution").columns)
     assert {"random pieces", "singular pieces", "shuffled pieces", "low", "high"} <= set(found.table().columns)
     assert list(found.to_pandas("off_distribution")["data"]) == ["these rows", "scrambled", "other"]
@@ -131,10 +131,11 @@ def test_padding_is_left_out_on_either_class_of_model():
         assert found["tokens"] == sum(g.shape[1] for g in alone)
         l0 = sum(float((g > 0).sum()) for g in alone) / found["tokens"]
         assert found["l0"] == pytest.approx(l0, rel=1e-3)
-        assert "padded" in found["left_out"]["future_leakage"]
+        assert found["left_out"] == {} and 4 <= found["leak_tokens"] <= 8
         records.append(found)
     one, two = records
     assert one["kl"]["rounded"] == pytest.approx(two["kl"]["rounded"], rel=1e-3)
+    assert one["leak"] == pytest.approx(two["leak"], abs=1e-3)
     for a, b in zip(one["tables"]["hidden"], two["tables"]["hidden"], strict=True):
         assert a["error"] == pytest.approx(b["error"], rel=1e-2), a["what"]
 

@@ -13,7 +13,7 @@ from tests.evaluation.handmade import IN, KNOWN, VOCABULARY, one_token_rows, row
 from tl_vpd import Decomposition, EvaluationConfig, evaluate
 from tl_vpd.evaluation import Check, Evaluation, checks, warnings_of
 
-MEASURES = ("union_test", "cancelling", "off_distribution")
+MEASURES = ("union_test", "cancelling", "off_distribution", "future_leakage")
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,8 @@ def faults(found: Evaluation) -> set[str]:
 def test_the_right_decomposition_passes_every_check(right: Evaluation):
     names = [check.check for check in checks(right)]
     assert names == [
-        "collapsed", "explained", "dense", "delta", "cancelling", "adversary", "union test", "off-distribution", "lookup",
-        "controls",
+        "collapsed", "explained", "dense", "delta", "cancelling", "adversary", "leak", "union test", "off-distribution",
+        "lookup", "controls",
     ]  # fmt: skip
     assert warnings_of(right) == [] == right.warnings
     record = right.record
@@ -79,6 +79,19 @@ def test_important_subcomponents_that_explain_nothing(model: Any, right: Evaluat
     assert "collapsed" not in faults(result)
     sentence = next(c.sentence for c in checks(result) if c.check == "explained")
     assert sentence.startswith("What is called important explains little of the output: ")
+
+
+def test_importances_that_see_the_next_token(model: Any, right: Evaluation):
+    result = report(handmade.peeking(model), model)
+    record = result.record
+    assert (
+        record["rounded_ce"] < record["target_ce"] - 0.05
+    )  # better than the model itself, which the KL does not praise
+    assert record["leak"]["rounded"] > 0.05 and record["kl"]["rounded"] > 0
+    assert "leak" in faults(result) and "leak" not in faults(right)
+    sentence = next(c.sentence for c in checks(result) if c.check == "leak")
+    assert sentence.startswith("Masked cross-entropies see the next token: importances from the prefix alone cost ")
+    assert abs(right.record["leak"]["rounded"]) < 1e-6 and right.record["importance_change"] == 0
 
 
 def test_lookup_table(model: Any):
@@ -138,7 +151,7 @@ def test_a_verdict_needs_no_more_than_the_json(right: Evaluation, model: Any):
         assert warnings_of(json.loads(json.dumps(result.record))) == result.warnings
     # What was not measured is not judged.
     few = {k: v for k, v in right.record.items() if k not in ("tables", "importances", "controls")}
-    assert [c.check for c in checks(few)] == ["explained", "dense", "delta", "cancelling", "adversary"]
+    assert [c.check for c in checks(few)] == ["explained", "dense", "delta", "cancelling", "adversary", "leak"]
 
 
 @pytest.mark.parametrize("missing", [None, float("nan"), float("inf")])

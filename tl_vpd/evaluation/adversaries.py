@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tl_vpd.checks import check_fields, check_threshold, choice, instance, integer, number, sequence
 from tl_vpd.evaluation.batch import Batch
-from tl_vpd.evaluation.intervals import PerRow
+from tl_vpd.evaluation.intervals import PerRow, interval_of_largest
 from tl_vpd.evaluation.sample import Sample, measure
 from tl_vpd.masking import AttackResult, Masks, masks_from_sources, restarted_pgd
 
@@ -87,11 +87,11 @@ STANDARD: dict[str, Adversary] = {
 
 @dataclass(frozen=True)
 class Attack:
-    """An adversary's results: those of all starts, the worst first, and the distance of every row under the worst."""
+    """An adversary's results from all starts, the worst first, and the distance of every row under each of them."""
 
     adversary: Adversary
     results: list[AttackResult]
-    by_row: PerRow
+    by_row: list[PerRow]
     tokens: int
 
     @property
@@ -99,11 +99,15 @@ class Attack:
         """The distance under the worst sources."""
         return self.results[0].loss
 
+    def interval(self, *, seed: int = 0) -> tuple[float, float]:
+        """The interval of ``kl`` over rows, the worst start chosen anew in every resample."""
+        return interval_of_largest(self.by_row, seed=seed)
+
     def record(self, *, seed: int = 0) -> dict[str, Any]:
         """One row of the table: the adversary, its budget, its result."""
         adversary = self.adversary
         step_size = 2.0 / adversary.steps if adversary.step_size is None else adversary.step_size
-        low, high = self.by_row.interval(seed=seed)
+        low, high = self.interval(seed=seed)
         return {
             "adversary": adversary.name,
             "steps": adversary.steps,
@@ -214,7 +218,7 @@ def attack(sample: Sample, adversary: Adversary, *, span: Bool[Tensor, "K C_tota
         step_size=adversary.step_size,
         momentum=adversary.momentum,
     )
-    return Attack(adversary, results, loss.by_row(results[0].sources), sample.n_tokens)
+    return Attack(adversary, results, [loss.by_row(result.sources) for result in results], sample.n_tokens)
 
 
 def adversaries(

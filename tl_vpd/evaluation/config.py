@@ -11,7 +11,10 @@ from tl_vpd.checks import check_fields, integer, number, sequence
 from tl_vpd.evaluation.sample import KEEP_BYTES
 from tl_vpd.site import nearest
 
-BUDGETS = (20, 40, 80, 160, 320)
+LADDER = (20, 40, 80, 160, 320, 640, 1280)
+"""The standard adversary's budgets, in steps, up to those at which the paper's decomposition has long given way. They cost 2,540
+steps over all attacked rows per start; the default stops at 320, which costs 620."""
+BUDGETS = LADDER[:5]
 MEASURES = (
     "adversaries",
     "union_test",
@@ -33,13 +36,17 @@ class EvaluationConfig:
         measures: which of ``MEASURES``. Each costs passes, most of all ``adversaries``: four more kinds at each of
             ``adversary_budgets``.
         budgets: steps of the standard adversary, each with ``step_size = 2 / steps``. It attacks all rows together with sources
-            that they share, Δ's included (empty: no attack on the decomposition; controls have ``control_budgets``).
+            that they share, Δ's included (empty: no attack on the decomposition; controls have ``control_budgets``). The default
+            is the beginning of ``LADDER``.
         starts: random starts of the standard adversary at each budget, or by budget (one at the others). ``pgd_kl`` gives the
-            worst, ``pgd_kl_starts`` all.
+            worst, with its interval over rows, ``pgd_kl_starts`` all.
         adversary_budgets: steps of the other kinds of adversary.
         attack_rows: only the first rows are attacked, which costs less (None: all).
-        controls: whether the random, singular and shuffled controls are measured too.
-        control_budgets: steps of the standard adversary on the controls.
+        controls: whether the random, singular, shuffled and untrained controls are measured too.
+        control_budgets: steps of the standard adversary on the controls and on ``nulls``.
+        leak_rows: ``future_leakage`` is measured on the first rows.
+        leak_positions: and at this many positions, spread over the rows. Each costs a clean pass over its prefix and a masked
+            one for each of three modes.
         batch_size: how many rows run together; figures do not depend on it.
         seed: of all random numbers.
         curve: the target's validation curve of (step, CE), steps ascending, for compute recovered.
@@ -59,13 +66,25 @@ class EvaluationConfig:
     attack_rows: int | None = None
     controls: bool = True
     control_budgets: Sequence[int] = (20,)
+    leak_rows: int = 16
+    leak_positions: int = 4
     batch_size: int = 16
     seed: int = 0
     curve: Sequence[Sequence[int | float]] | None = None
     keep_bytes: int = KEEP_BYTES
 
     def __post_init__(self) -> None:
-        check_fields(self, budgets=1, adversary_budgets=1, attack_rows=1, control_budgets=1, batch_size=1, keep_bytes=0)
+        check_fields(
+            self,
+            budgets=1,
+            adversary_budgets=1,
+            attack_rows=1,
+            control_budgets=1,
+            leak_rows=1,
+            leak_positions=1,
+            batch_size=1,
+            keep_bytes=0,
+        )
         for name in self.measures:
             if name not in MEASURES:
                 raise KeyError(f"{name!r} is not a measure{nearest(name, MEASURES)}. Measures: {', '.join(MEASURES)}.")

@@ -1,10 +1,12 @@
-"""Three ways to spend the same importances without knowing which pieces matter.
+"""Four ways to spend the same importances without knowing which pieces matter.
 
-Two take, at every token and site, the values that Γ gave (so that counts match at every threshold) and give them to other
-pieces: *random* to random alive subcomponents; *singular* to the singular directions of the weight, the largest value to the
-largest ``|σ_i · u_i · x|``. *Shuffled* leaves pieces and values together and gives them to another token, of another row: how
-often each piece is important stays the same, where it is does not. A decomposition that is not far better than these says nothing
-about the model (but singular directions *are* the truth where features are orthogonal).
+Three take, at every token and site, the values that Γ gave (so that counts match at every threshold) and give them to other
+pieces: *random* to random alive subcomponents; *untrained* to the alive subcomponents that an untrained Γ of the same shape
+ranks highest there (its values themselves are nearly all 0 or nearly all 1, as its output bias has it); *singular* to the
+singular directions of the weight, the largest value to the largest ``|σ_i · u_i · x|``. *Shuffled* leaves pieces and values
+together and gives them to another token, of another row: how often each piece is important stays the same, where it is does
+not. A decomposition that is not far better than these says nothing about the model (but singular directions *are* the truth
+where features are orthogonal).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.batch import Rows
+from tl_vpd.evaluation.nulls import untrained
 from tl_vpd.evaluation.sample import Importances, Sample
 from tl_vpd.site import ConcatenatedAxis, Site
 
@@ -28,8 +31,8 @@ def random_importances(
     site_axis: ConcatenatedAxis,
     order: Float[Tensor, "*batch C_total"],
 ) -> Float[Tensor, "*batch C_total"]:
-    """Every token's importances at alive subcomponents of the same site, those with the largest ``order``."""
-    order = order.masked_fill(~alive, -1.0)
+    """Every token's importances at alive subcomponents of the same site, the largest at that with the largest ``order``."""
+    order = order.masked_fill(~alive, -torch.inf)
     by_site = site_axis.split_sites(g)
     return torch.cat(
         [reassigned(values, order[..., site_axis.slices[name]]) for name, values in by_site.items()], dim=-1
@@ -104,6 +107,26 @@ def random_control(importances: Importances, alive: Bool[Tensor, " C_total"]) ->
     return control
 
 
+def untrained_control(
+    decomposition: Decomposition, importances: Importances, alive: Bool[Tensor, " C_total"], *, seed: int
+) -> Importances:
+    """Importances at the alive subcomponents that an untrained Γ ranks highest at each token.
+
+    Args:
+        decomposition: whose Γ's shape it has.
+        importances: whose values it gets.
+        alive: which subcomponents may get them.
+        seed: of the untrained Γ.
+    """
+    null = untrained(decomposition, seed=seed)
+
+    def control(sample: Sample, rows: Rows, inputs: Mapping[str, Tensor]) -> Tensor:
+        g = importances(sample, rows, inputs)
+        return random_importances(g, alive, sample.site_axis, null.pre_sigmoid(inputs, rows.token_mask))
+
+    return control
+
+
 def shuffled_control(importances: Importances, every: Rows) -> Importances:
     """Importances at random tokens of other rows.
 
@@ -135,14 +158,19 @@ def controls_of(
         sample: of the decomposition.
         weights: of the model, by site.
     """
-    importances, site_axis = sample.importances, decomposition.site_axis
+    importances, site_axis, alive = sample.importances, decomposition.site_axis, sample.statistics.alive
     singular = singular_components(decomposition.sites, weights)
 
     def by_strength(control: Sample, rows: Rows, inputs: Mapping[str, Tensor]) -> Tensor:
-        return singular_importances(importances(control, rows, inputs), site_axis, inputs, singular)
+        every = all(
+            name in inputs for name in decomposition.gamma_inputs
+        )  # singular pieces alone collect sites' inputs
+        g = importances(control, rows, inputs if every else sample.clean(rows)[1])
+        return singular_importances(g, site_axis, inputs, singular)
 
     return {
-        "random": (decomposition, random_control(importances, sample.statistics.alive)),
+        "random": (decomposition, random_control(importances, alive)),
         "singular": (singular, by_strength),
         "shuffled": (decomposition, shuffled_control(importances, sample.rows)),
+        "untrained": (decomposition, untrained_control(decomposition, importances, alive, seed=sample.seed)),
     }

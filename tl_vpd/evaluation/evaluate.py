@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Shaped
@@ -25,11 +26,14 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.adversaries import EXPLANATIONS
 from tl_vpd.evaluation.batch import BatchStore
 from tl_vpd.evaluation.cancelling import cancelling_pairs
+from tl_vpd.evaluation.check import NOT_FINITE
 from tl_vpd.evaluation.config import EvaluationConfig
 from tl_vpd.evaluation.consistency import check_same_sites
 from tl_vpd.evaluation.controls import controls_of
+from tl_vpd.evaluation.future_leakage import Leakage
+from tl_vpd.evaluation.nulls import Null, check_nulls, nulls_table
 from tl_vpd.evaluation.off_distribution import check_by_name
-from tl_vpd.evaluation.record import defined, record_of, undefined_columns
+from tl_vpd.evaluation.record import bounds_of, defined, record_of, undefined_columns
 from tl_vpd.evaluation.report import Evaluation
 from tl_vpd.evaluation.sample import Sample, sampled
 from tl_vpd.evaluation.tables import (
@@ -37,13 +41,12 @@ from tl_vpd.evaluation.tables import (
     THESE_ROWS,
     THIS,
     labelled,
-    leakage_table,
+    leakage_of,
     off_distribution_table,
     plain,
     tables_of_others,
     tables_of_sample,
 )
-from tl_vpd.evaluation.verdict import NOT_FINITE
 from tl_vpd.files.versions import library_versions
 from tl_vpd.forward.masked_model import MaskedModel
 
@@ -58,6 +61,7 @@ def evaluate(
     *,
     off_distribution: Mapping[str, Any] | None = None,
     others: Mapping[str, Decomposition] | None = None,
+    nulls: Mapping[str, Null] | None = None,
 ) -> Evaluation:
     """Measures a decomposition on rows of tokens. Figures do not depend on the batch size or the memory that may be used.
 
@@ -70,18 +74,20 @@ def evaluate(
         off_distribution: other data by name, as rows of tokens or prompts, compared with ``tokens`` and (for language models)
             with the same tokens ``scrambled`` within rows.
         others: decompositions of the same model from other seeds or with other C, by name.
+        nulls: by name, other models with their decompositions, which should look worse: see ``decompose_shuffled``.
 
     Raises:
-        ValueError: the tokens, the decomposition, other data or another decomposition do not fit the model.
+        ValueError: the tokens, the decomposition, other data, another decomposition or a null do not fit.
         TypeError: an argument is of another type.
 
     Figures that are NaN or infinite are None in the record; ``left_out`` names them, and ``warnings`` too.
     """
     config = config_of(EvaluationConfig, config)
     data = {} if off_distribution is None else off_distribution
-    others = {} if others is None else others
+    others, nulls = {} if others is None else others, {} if nulls is None else nulls
     tokens = adapt(model).tokens(tokens)
     _check_beside(decomposition, model, data, others)
+    check_nulls(nulls, tokens)
     options: dict[str, Any] = {
         "batch_size": config.batch_size,
         "seed": config.seed,
@@ -93,7 +99,9 @@ def evaluate(
         report = _Report(config, padding=len(tokens) - len(sample.rows))
         report.add_sample(sample)
         if "future_leakage" in config.measures:
-            report.add_table("future_leakage", leakage_table(sample))
+            report.add_leakage(leakage_of(sample, config), seed=config.seed)
+        if nulls:
+            report.add_table("nulls", nulls_table(sample, nulls, tokens, this=THIS).reset_index())
         sample.store.clear()
         if config.controls:
             report.add_controls(decomposition, sample, weights)
@@ -140,6 +148,20 @@ class _Report:
                 masked_model = MaskedModel(components, masked_model.model)
             control = replace(sample, masked_model=masked_model, importances=importances, store=store)
             self.record["controls"][name] = self._measured(control, name, self.config.control_budgets)
+
+    def add_leakage(self, result: Leakage | str, *, seed: int) -> None:
+        """Future leakage by mode and position, or the reason why there is none."""
+        if isinstance(result, Leakage):
+            leaks = {mode: result.leak(mode) for mode in result.figures}
+            self.record["leak"] = {mode: leak.mean for mode, leak in leaks.items()}
+            self.record["intervals"]["leak"] = {
+                mode: bounds_of(leak.interval(seed=seed)) for mode, leak in leaks.items()
+            }
+            self.record["leak_tokens"] = int(leaks[next(iter(leaks))].tokens.sum())
+            self.record["importance_change"] = float(np.nanmax(result.importance_change))
+        self.add_table(
+            "future_leakage", result if isinstance(result, str) else result.to_pandas(seed=seed).reset_index()
+        )
 
     def add_table(self, name: str, table: pd.DataFrame | str) -> None:
         """A table, or the reason why there is none."""

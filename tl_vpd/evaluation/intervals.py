@@ -47,16 +47,16 @@ class PerRow:
 
         The same seed resamples the same rows for every figure.
         """
-        n, nan = len(self.values), float("nan")
+        return _quantiles(self.resampled(seed=seed, resamples=resamples))
+
+    def resampled(self, *, seed: int = 0, resamples: int = RESAMPLES) -> Float[np.ndarray, " resample"]:
+        """The means of resampled rows (none for one row; NaN where no row counts)."""
+        n = len(self.values)
         if n < 2:
-            return nan, nan
+            return np.empty(0)
         counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) * self.tokens
         total = counts.sum(1)
-        means = (counts @ self.values)[total > 0] / total[total > 0]
-        if not len(means):
-            return nan, nan
-        low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-        return float(low), float(high)
+        return np.divide(counts @ self.values, total, out=np.full(resamples, np.nan), where=total > 0)
 
     def minus(self, other: PerRow) -> PerRow:
         """The paired difference, row by row."""
@@ -66,3 +66,19 @@ class PerRow:
         """``{name, name_low, name_high}`` for a row of a table."""
         low, high = self.interval(seed=seed)
         return {name: self.mean, f"{name}_low": low, f"{name}_high": high}
+
+
+def interval_of_largest(figures: Sequence[PerRow], *, seed: int = 0) -> tuple[float, float]:
+    """The interval of the largest of several means over the same rows, such as the worst of an attack's starts.
+
+    Which is the largest is decided anew in every resample, so that the choice among them is part of the interval.
+    """
+    return _quantiles(np.max([figure.resampled(seed=seed) for figure in figures], axis=0))
+
+
+def _quantiles(means: Float[np.ndarray, " resample"]) -> tuple[float, float]:
+    means = means[~np.isnan(means)]
+    if not len(means):
+        return float("nan"), float("nan")
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)

@@ -13,12 +13,12 @@ from typing import Any
 import pandas as pd
 
 from tl_vpd.evaluation.adversaries import Adversary, Attack, attack
+from tl_vpd.evaluation.check import NOT_FINITE
 from tl_vpd.evaluation.config import EvaluationConfig
 from tl_vpd.evaluation.importance_statistics import ALIVE
 from tl_vpd.evaluation.intervals import METHOD, PerRow
 from tl_vpd.evaluation.modes import ROWS, compute_recovered, masks_in_row
 from tl_vpd.evaluation.sample import Sample
-from tl_vpd.evaluation.verdict import NOT_FINITE
 
 NO_NEXT_TOKEN = "no row has two real tokens, one after the other"
 
@@ -53,7 +53,7 @@ def record_of(sample: Sample, config: EvaluationConfig) -> tuple[dict[str, Any],
         "kl": {row: _bounds(values, sample) for row, values in kl.items()},
         "ce_above_target": {row: _bounds(values, sample) for row, values in above.items()},
         "l0": _bounds(sample.statistics.l0, sample),
-        "pgd_kl": {str(a.adversary.steps): _bounds(a.by_row, sample) for a in attacks},
+        "pgd_kl": {str(a.adversary.steps): bounds_of(a.interval(seed=sample.seed)) for a in attacks},
     }
     record["output"] = sample.distance_name
     shape = sample.statistics
@@ -105,8 +105,11 @@ def _attack_figures(attacks: Sequence[Attack], attacked: Sample) -> dict[str, An
 
 
 def _bounds(values: PerRow, sample: Sample) -> list[float] | None:
-    """The interval as JSON has it (None: one row has none)."""
-    bounds = values.interval(seed=sample.seed)
+    return bounds_of(values.interval(seed=sample.seed))
+
+
+def bounds_of(bounds: tuple[float, float]) -> list[float] | None:
+    """An interval as JSON has it (None: there is none)."""
     return list(bounds) if all(math.isfinite(bound) for bound in bounds) else None
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import pandas as pd
 
 from tl_vpd.checks import path_of, shown
+from tl_vpd.evaluation.check import number
 from tl_vpd.evaluation.modes import ROWS
 from tl_vpd.evaluation.record import defined
 from tl_vpd.evaluation.stored import read_record, write_record
-from tl_vpd.evaluation.verdict import checks, number, warnings_of
+from tl_vpd.evaluation.verdict import checks, warnings_of
 from tl_vpd.site import nearest
 
 
@@ -74,7 +75,8 @@ class Evaluation:
     def table(self) -> pd.DataFrame:
         """One row for each mask mode, with the controls' distances.
 
-        Columns: CE, CE above the target, its share of (zero − target), KL (MSE) with its interval, compute recovered.
+        Columns: CE, CE above the target, its share of (zero − target), how much of it later tokens have lowered (``leak``), KL
+        (MSE) with its interval, compute recovered.
         """
         record = self.record
         rows = []
@@ -84,6 +86,8 @@ class Evaluation:
                 target, zero, ce = (number(record[name]) for name in ("target_ce", "zero_ce", f"{mode}_ce"))
                 share = (ce - target) / (zero - target) if zero != target else float("nan")
                 row |= {"ce": ce, "above_target": ce - target, "share_of_zero": share}
+            if mode in record.get("leak", {}):
+                row["leak"] = number(record["leak"][mode])
             row[record.get("output", "kl")] = number(record["kl"][mode])
             if (bounds := record.get("intervals", {}).get("kl", {}).get(mode)) is not None:
                 row["low"], row["high"] = bounds
@@ -96,9 +100,19 @@ class Evaluation:
         return pd.DataFrame(rows).set_index("mode")
 
     def pgd_table(self) -> pd.DataFrame:
-        """KL under the fresh adversary by number of steps (steps × size = 2)."""
-        curve = self.record["pgd_kl"]
-        return pd.DataFrame({"steps": [int(k) for k in curve], "kl": list(curve.values())}).set_index("steps")
+        """KL under the standard adversary by steps (steps × size = 2): the worst start with its interval, and all starts."""
+        record = self.record
+        bounds = record.get("intervals", {}).get("pgd_kl", {})
+        rows = [
+            {
+                "steps": int(k),
+                "kl": kl,
+                **dict(zip(("low", "high"), bounds.get(k) or (None, None), strict=True)),
+                "starts": list(record["pgd_kl_starts"][k]),
+            }
+            for k, kl in record["pgd_kl"].items()
+        ]
+        return pd.DataFrame(rows, columns=["steps", "kl", "low", "high", "starts"]).set_index("steps")
 
     def sites_table(self) -> pd.DataFrame:
         """L0 per token, alive and built subcomponents by site, and Δ's share of the weight's square."""
@@ -108,7 +122,7 @@ class Evaluation:
 
     def to_pandas(self, table: str) -> pd.DataFrame:
         """One of the further tables: adversaries, union_test, mask_transfer, hidden, sparsity_sweep, cancelling,
-        off_distribution, future_leakage, feature_splitting, consistency.
+        off_distribution, future_leakage, feature_splitting, consistency, nulls.
 
         The column ``pieces`` says whose: learned, or a control's.
 

@@ -14,7 +14,7 @@ from tl_vpd.evaluation.adversaries import STANDARD, adversaries
 from tl_vpd.evaluation.config import EvaluationConfig
 from tl_vpd.evaluation.consistency import consistency
 from tl_vpd.evaluation.feature_splitting import alive_subcomponents, feature_splitting
-from tl_vpd.evaluation.future_leakage import future_leakage, why_not
+from tl_vpd.evaluation.future_leakage import STANDARD_MODES, Leakage, leakage, spread_positions, why_not
 from tl_vpd.evaluation.hidden import hidden_errors
 from tl_vpd.evaluation.mask_transfer import mask_transfer
 from tl_vpd.evaluation.off_distribution import off_distribution, scrambled
@@ -24,8 +24,6 @@ from tl_vpd.evaluation.union_test import union_test
 
 CONTROL_THRESHOLDS = (0.0, 0.1, 0.5, 0.9)
 """Thresholds of the controls' sparsity sweeps."""
-LEAKAGE_ROWS = 16
-"""Rows on which future leakage is measured."""
 THESE_ROWS, SCRAMBLED, THIS = "these rows", "scrambled", "this"
 """Names of the report: of its rows, of the same rows scrambled, and of its decomposition."""
 
@@ -61,14 +59,12 @@ def tables_of_sample(
     return {name: table if name == "adversaries" else table.reset_index() for name, table in tables.items()}
 
 
-def leakage_table(sample: Sample) -> pd.DataFrame | str:
-    """Future leakage on the first rows at four positions, or why it cannot be measured."""
-    reason = why_not(sample)
-    if reason:
-        return reason
-    last = sample.rows.tokens.shape[1] - 2
-    positions = sorted({max(1, last * n // 4) for n in (1, 2, 3, 4)})
-    return future_leakage(sample.first(LEAKAGE_ROWS), positions=positions).reset_index()
+def leakage_of(sample: Sample, config: EvaluationConfig) -> Leakage | str:
+    """Future leakage on the first rows at positions spread over them, or why it cannot be measured."""
+    first = sample.first(config.leak_rows)
+    return why_not(first) or leakage(
+        first, positions=spread_positions(first, config.leak_positions), modes=STANDARD_MODES
+    )
 
 
 def off_distribution_table(

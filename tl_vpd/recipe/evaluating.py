@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tl_vpd import bundled
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.evaluation import MEASURES, Evaluation, EvaluationConfig, evaluate
+from tl_vpd.evaluation import LADDER, MEASURES, Evaluation, EvaluationConfig, evaluate
 from tl_vpd.recipe.data import DataRecipe
 from tl_vpd.recipe.model import ModelRecipe, usable_device
 
@@ -87,6 +87,12 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
 def measures_of(text: str) -> Sequence[str]:
     """``all``, ``none``, or names with commas."""
     return {"all": MEASURES, "none": ()}.get(text) or [name for name in text.split(",") if name not in ("", "none")]
+
+
+def budgets_of(text: str) -> tuple[Sequence[int], Sequence[int]]:
+    """Steps of the standard adversary and of the other kinds: ``ladder`` (the others: 20 and 80), or numbers with commas."""
+    steps = LADDER if text == "ladder" else numbers("--budgets", text, int)
+    return steps, (20, 80) if text == "ladder" else steps
 
 
 def numbers(option: str, text: str, kind: type[N]) -> list[N]:

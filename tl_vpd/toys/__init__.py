@@ -6,6 +6,7 @@ Linear(in_features=5, out_features=2, bias=False)
 
 from tl_vpd.evaluation.truth import SiteTruth, Truth
 from tl_vpd.toys.compressed import Compressed
+from tl_vpd.toys.copying import Copying
 from tl_vpd.toys.grammar import Grammar
 from tl_vpd.toys.induction import Induction
 from tl_vpd.toys.recipes import TOYS, recipe
@@ -16,6 +17,7 @@ __all__ = [
     "TMS",
     "TOYS",
     "Compressed",
+    "Copying",
     "Grammar",
     "Induction",
     "SiteTruth",

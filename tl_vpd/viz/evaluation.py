@@ -19,10 +19,11 @@ from tl_vpd.viz.text import escape
 INTRODUCTION = (
     "Distances are KL(target ‖ masked) in nats per token (mean squared errors for models without logits). Ranges are 95% "
     "percentile bootstrap intervals over rows of tokens; below about twenty rows they are too narrow.\n\n"
-    "Judge by the KL: Γ reads the whole window, the next token included, and masks carry some of that into the "
-    "cross-entropy, which may even fall below the target's. The table of future leakage shows how much.\n\n"
+    "Judge by the KL: a bidirectional Γ reads the whole window, the next token included, and masks carry some of that into the "
+    "cross-entropy, which may even fall below the target's. The column leak shows how much; with a causal Γ it is 0.\n\n"
     "Controls give the same importances to other pieces: random gives them to random alive subcomponents of the same site, "
-    "singular to singular directions of the weight, shuffled to other tokens."
+    "singular to singular directions of the weight, shuffled to other tokens, untrained to those that an untrained Γ ranks "
+    "highest."
 )
 TABLES: dict[str, tuple[str, str]] = {
     "adversaries": (
@@ -56,7 +57,11 @@ TABLES: dict[str, tuple[str, str]] = {
     "cancelling": ("Subcomponents that point against each other", "Cosine of rank-one matrices below −0.9."),
     "future_leakage": (
         "Future leakage: what Γ's view of the future contributes",
-        "Rounded masks with importances from the whole window, and from the prefix only.",
+        "Importances from the whole window, and from the prefix alone. Leak: how much more cross-entropy the prefix alone costs.",
+    ),
+    "nulls": (
+        "Nulls: decompositions of models that have learned nothing",
+        "Rounded masks; share of zero relates the distance to that of ablating everything in the same model.",
     ),
 }
 """Table -> (caption, note), in the order of the page."""
@@ -90,13 +95,11 @@ def panels(report: Evaluation) -> list[Panel]:
             rows = pd.DataFrame(tables[name])
             result.append(table(_side_by_side(rows) if name == "hidden" else _with_ranges(rows), caption, note=note))
     if record["pgd_kl"]:
-        starts = [
-            ", ".join("–" if v is None else f"{v:.3g}" for v in record["pgd_kl_starts"][k]) for k in record["pgd_kl"]
+        attacks = report.pgd_table().reset_index().rename(columns={"low": "kl_low", "high": "kl_high"})
+        attacks["starts"] = [
+            ", ".join("–" if v is None else f"{v:.3g}" for v in starts) for starts in attacks["starts"]
         ]
-        attacks = pd.DataFrame(
-            {"steps": list(record["pgd_kl"]), "kl": list(record["pgd_kl"].values()), "starts": starts}
-        )
-        result.append(table(attacks, "The standard adversary", note=_attacked(record)))
+        result.append(table(_with_ranges(attacks), "The standard adversary", note=_attacked(record)))
     result.append(table(report.sites_table().rename_axis("site"), "Sites"))
     return result
 

@@ -9,7 +9,13 @@ import pandas as pd
 
 from tl_vpd.viz.svg import svg
 
-COLOURS = {"learned": "#1f5fd0", "random": "#c2185b", "singular": "#e07b00", "shuffled": "#6b7484"}
+COLOURS = {
+    "learned": "#1f5fd0",
+    "random": "#c2185b",
+    "singular": "#e07b00",
+    "shuffled": "#6b7484",
+    "untrained": "#2e8b57",
+}
 """Colour of each kind of pieces."""
 
 

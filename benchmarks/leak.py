@@ -1,0 +1,94 @@
+"""How much of a masked cross-entropy comes from a Γ that sees the next token: bidirectional against causal, trained alike.
+
+    python -m benchmarks.leak                        # benchmarks/results/leak.json; about 5 minutes per run on one core
+
+Two runs on the bundled model, with the bundled recipe, the same seed, batches and number of steps; they differ in
+``gamma.causal`` alone. ``--steps`` 500 with windows of ``--context`` 64 tokens are a thirtieth of the recipe's tokens: they show
+which way it goes, not where it ends. The bundled decomposition stands beside them. Leak: cross-entropy with importances from the
+prefix alone, less that with importances from the whole window, over ``--rows`` validation rows and ``--positions`` positions in
+each. Finished runs are read from ``--work``; a stopped one continues.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from tl_vpd import bundled
+from tl_vpd.bundled.recipe import CONFIG
+from tl_vpd.decomposition import Decomposition
+from tl_vpd.evaluation import EvaluationConfig, evaluate
+from tl_vpd.training import SavingConfig, VPDConfig, decompose
+
+GAMMAS = {"bidirectional": False, "causal": True}
+
+
+def config_of(gamma: str, *, seed: int, steps: int) -> VPDConfig:
+    """The bundled recipe with this Γ."""
+    causal = CONFIG.gamma.model_copy(update={"causal": GAMMAS[gamma]})
+    return CONFIG.model_copy(update={"gamma": causal, "seed": seed, "steps": steps})
+
+
+def trained(gamma: str, *, seed: int, steps: int, context: int, work: Path) -> Decomposition:
+    """The run's decomposition: read where it is finished, else trained or continued."""
+    folder = work / f"{gamma}-{seed}-{steps}x{context}"
+    if (folder / "decomposition").is_dir():
+        return Decomposition.load(folder / "decomposition")
+    run = decompose(
+        bundled.model(),
+        bundled.tokens("training")[:, :context].contiguous(),
+        config_of(gamma, seed=seed, steps=steps),
+        saving=SavingConfig(folder=folder, save_every=100, keep_states=1),
+        resume=(folder / "state").is_dir(),
+        progress=False,
+    )
+    return run.decomposition
+
+
+def measured(vpd: Decomposition, tokens: torch.Tensor, positions: int) -> dict[str, Any]:
+    """L0, and by mode KL, cross-entropy above the target's, and leak with its interval."""
+    config = EvaluationConfig(
+        measures=("future_leakage",), budgets=(), controls=False, leak_rows=len(tokens), leak_positions=positions
+    )
+    record = evaluate(vpd, bundled.model(), tokens, config).record
+    modes = {
+        mode: {
+            "kl": record["kl"][mode],
+            "ce_above_target": record[f"{mode}_ce"] - record["target_ce"],
+            "leak": leak,
+            "leak_interval": record["intervals"]["leak"][mode],
+        }
+        for mode, leak in record["leak"].items()
+    }
+    return {"l0": record["l0"], "importance_change": record["importance_change"], "modes": modes}
+
+
+def main() -> None:
+    """Trains what is missing, measures and writes the record."""
+    parser = harness.parser("leak", __doc__)
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--context", type=int, default=64)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--positions", type=int, default=8)
+    parser.add_argument("--work", type=Path, default=Path("build/leak"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    tokens = bundled.tokens("validation")[: arguments.rows, : arguments.context].contiguous()
+    record: dict[str, Any] = {"bundled": measured(bundled.decomposition(), tokens, arguments.positions)}
+    for seed in arguments.seeds:
+        for gamma in GAMMAS:
+            steps, context = arguments.steps, arguments.context
+            vpd = trained(gamma, seed=seed, steps=steps, context=context, work=arguments.work)
+            record[f"{gamma}, seed {seed}"] = measured(vpd, tokens, arguments.positions)
+    options = {name: value for name, value in vars(arguments).items() if name not in ("out", "work")}
+    harness.write(arguments.out, record, "leak", **options)
+    print(json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,88 @@
+"""The redundancy test on a model that can do everything twice, and on one that cannot.
+
+    python -m benchmarks.redundancy                  # benchmarks/results/redundancy.json; about 2 minutes per model on one core
+
+The toy ``Copying``: *twice* has two layers of attention trained under layer dropout 0.4, so that each can copy alone; *once* has
+a single layer. Each model is trained, decomposed with the same settings and tested. Recorded: what the model does with each layer
+alone, the decomposition's KL and L0, and by site how many subcomponents were tested and have a hidden twin.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+from benchmarks import harness
+from tl_vpd.evaluation import EvaluationConfig, evaluate, redundancy
+from tl_vpd.importance import GammaConfig
+from tl_vpd.toys.copying import Copying
+from tl_vpd.toys.toy import train
+from tl_vpd.training import (
+    Coefficients,
+    FaithfulnessConfig,
+    OptimizerConfig,
+    VPDConfig,
+    decompose,
+)
+
+MODELS = {"twice": Copying(), "once": Copying(n_layers=1, layer_dropout=0.0)}
+CONFIG = VPDConfig(
+    batch_size=16,
+    C=32,
+    init="channels",
+    gamma=GammaConfig(d_ci=32, n_blocks=1, n_heads=2, output_bias=1.0),
+    coefficients=Coefficients(
+        delta=1e4,
+        importance=2e-3,
+        frequency=1e-3,
+        schedule={"importance": ((0, 0), (0.3, 1)), "frequency": ((0, 0), (0.3, 1))},
+    ),
+    optimizer=OptimizerConfig(lr=3e-3),
+    faithfulness=FaithfulnessConfig(warm_up_steps=0),
+)
+
+
+def measured(toy: Copying, *, seed: int, steps: int, rows: int) -> dict[str, Any]:
+    """A model trained, decomposed and tested."""
+    model = train(toy, seed)
+    config = CONFIG.model_copy(update={"steps": steps, "seed": seed})
+    vpd = decompose(model, toy.batches(config.batch_size, seed=seed), config, progress=False).decomposition
+    tokens = toy.batches(rows, seed=-3).at(0)
+    record = evaluate(vpd, model, tokens, EvaluationConfig(measures=(), budgets=(20,), controls=False)).record
+    result = redundancy(vpd, model, tokens)
+    table = result.to_pandas()
+    site = table.index.str.rsplit(":", n=1).str[0]
+    return {
+        "quality": toy.quality(model),
+        "kl": {mode: record["kl"][mode] for mode in ("unmasked", "stochastic", "rounded", "zero")},
+        "pgd_20": record["pgd_kl"]["20"],
+        "l0": record["l0"],
+        "tested": table.groupby(site, sort=False).size().to_dict(),
+        "hurt_alone": int((table["alone"] > 0.2).sum()),
+        "twins": {name: int(n) for name, n in table["has_twin"].groupby(site, sort=False).sum().items()},
+        "top": result.top(5).round(4).reset_index().to_dict("records"),
+    }
+
+
+def main() -> None:
+    """Trains, tests and writes the record."""
+    parser = harness.parser("redundancy", __doc__)
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rows", type=int, default=32)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    record = {name: value for name, value in harness.read(arguments.out).items() if name != "settings"}
+    for name in arguments.models:
+        result = measured(MODELS[name], seed=arguments.seed, steps=arguments.steps, rows=arguments.rows)
+        record[name] = result
+        options = {key: getattr(arguments, key) for key in ("steps", "seed", "rows")}
+        harness.write(arguments.out, record, "redundancy", **options)
+        print(json.dumps({name: result}, indent=1), flush=True)
+
+
+if __name__ == "__main__":
+    main()
