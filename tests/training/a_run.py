@@ -2,7 +2,8 @@
 
 Keys: ``resume``, ``slow`` (sleeps in every step), ``until`` (interrupts itself after so many steps), ``sharding``,
 ``micro_batch``, ``checkpoint``, ``gamma`` (a kind of Γ), ``dtype`` (the target's), ``precision``, ``merged``, ``data``
-(``tensor``, ``mapped`` or ``rows``), ``tied`` (the first MLP's W_out is the transpose of its W_in, and so are its subcomponents).
+(``tensor``, ``mapped`` or ``rows``), ``tied`` (the first MLP's W_out is the transpose of its W_in, and so are its subcomponents),
+``targeted`` (a targeted run, with other settings).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.tiny import GAMMA, some_tokens, tiny_model
 from tl_vpd import ExecutionConfig, SavingConfig, VPDConfig
-from tl_vpd.training import Trainer, decompose
+from tl_vpd.training import TargetedConfig, Trainer, decompose, decompose_targeted
 from tl_vpd.training.masked_passes import MaskedPasses
 
 CONFIG = VPDConfig(
@@ -35,8 +36,20 @@ CONFIG = VPDConfig(
     gamma=GAMMA,
     faithfulness={"warm_up_steps": 2},
     minimality={"frequency_half_life": 4.0},
+    coefficients={"locality": 0.01},
+    optimizer={"gamma_clip": 0.1},
 )
 ROWS = (12, 6)
+PROMPTS = [[1, 2, 3], [3, 2, 1], [4, 5]]
+TARGETED = TargetedConfig(
+    steps=8,
+    batch_size=4,
+    nontarget_batch_size=2,
+    C=5,
+    gamma={"kind": "global_mlp", "hidden": 8},
+    minimality={"frequency_half_life": 4.0},
+    decay=5.0,
+)
 EXECUTION = ("micro_batch", "sharding", "precision", "checkpoint")
 AS_OPTION = {"micro_batch": int, "checkpoint": bool}
 TIED = ("blocks.0.mlp.W_in", "blocks.0.mlp.W_out")
@@ -82,10 +95,10 @@ def main(folder: Path, given: dict[str, str]) -> None:
     if "tied" in given:
         with torch.no_grad():
             model.blocks[0].mlp.W_out.copy_(model.blocks[0].mlp.W_in.T)
-    run = decompose(
-        model,
-        data(folder, given.get("data", "tensor")),
-        config,
+    rows = data(folder, given.get("data", "tensor"))
+    what = (model, PROMPTS, rows, TARGETED) if "targeted" in given else (model, rows, config)
+    run = (decompose_targeted if "targeted" in given else decompose)(
+        *what,
         execution=ExecutionConfig(
             **{name: AS_OPTION.get(name, str)(given[name]) for name in EXECUTION if name in given}
         ),

@@ -44,8 +44,8 @@ class SparseFeatures:
     """The features that can be on, from 0 (None: all)."""
 
     def __post_init__(self) -> None:
-        sizes = {"n_features": 1, "batch_size": (1, 1 << 24), "context": (1, 1 << 24)}
-        check_fields(self, **sizes, probability=(0, 1), only=(0, self.n_features - 1))
+        size, last = (1, 1 << 24), self.n_features - 1
+        check_fields(self, n_features=1, probability=(0, 1), batch_size=size, context=size, only=(0, last))
         if self.low > self.high:
             raise ValueError(f"low={self.low} is above high={self.high}: give the smaller number first.")
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from tl_vpd.training.reference import Site
 from tl_vpd.training.schedules import Schedule
-from tl_vpd.training.targeted.config import TargetedConfig
+from tl_vpd.training.targeted.config import TargetedCoefficients, TargetedConfig
 
 
 @dataclass
@@ -53,7 +54,7 @@ class TargetedReference:
     def step(self, batch: Batch, other: Batch) -> dict[str, Tensor]:
         """One update of V, U, Γ and the adversary from a target and a non-target batch; returns the losses before it."""
         config, now, pos = self.config, Schedule.at(self.steps, self.config), batch.tokens.shape[1]
-        c, zero, losses = now.coefficients, torch.zeros(()), dict[str, Tensor]()
+        c, zero, losses = cast(TargetedCoefficients, now.coefficients), torch.zeros(()), dict[str, Tensor]()
         sources = {name: site.r for name, site in self.sites.items()}
 
         def adversarial() -> Tensor:
@@ -105,7 +106,7 @@ class TargetedReference:
 
         # I. The adversary's last ascent, along its gradient in that backward.
         if c.adversarial:
-            self.ascend([r.grad / c.adversarial for r in sources.values()], pos, now.adversary_lr)  # type: ignore[operator]
+            self.ascend([cast(Tensor, r.grad) / c.adversarial for r in sources.values()], pos, now.adversary_lr)
         self.steps += 1
         return losses
 

@@ -63,7 +63,7 @@ def decompose(
     """
     config = checked(config_of(VPDConfig, config))
     if isinstance(config, TargetedConfig):
-        raise TypeError("A TargetedConfig came where VPDConfig is needed: call decompose_targeted.")
+        raise TypeError("A TargetedConfig came where VPDConfig is needed: call decompose_targeted().")
     session = Session.of(execution, saving, resume=resume, progress=progress)
     context = None if context is None else integer("context", context, minimum=2)
 
