@@ -167,7 +167,8 @@ def test_a_dense_run_is_warned_of_once(short, caplog):
 
 def test_lines_and_bar_are_shown(short, capfd):
     model = tiny_model(dtype=torch.float32)
-    decompose(model, some_tokens(shape=(4, 7)), VPDConfig(steps=2, **short))
+    run = decompose(model, some_tokens(shape=(4, 7)), VPDConfig(steps=2, **short))
+    assert not len(run.checks) and {"step", "share", "l0", "total"} <= set(run.checks)
     out, err = capfd.readouterr()
     assert out.startswith("Decomposing 12 sites into 48 subcomponents")
     assert "Finished 2 steps: stochastic " in out

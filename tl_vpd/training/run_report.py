@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import asdict, fields
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -106,6 +108,11 @@ class RunReport:
         if warning is not None and trainer.world.first and kind not in self._warned:
             self._warned.add(kind)
             log.warning("Step %d of %d: %s", trainer.done, trainer.config.steps, warning)
+
+    def table(self) -> pd.DataFrame:
+        """A row per look at the run."""
+        columns = [*(field.name for field in fields(Check)), "share"]
+        return pd.DataFrame([asdict(check) | {"share": check.share} for check in self.checks], columns=columns)
 
     def shares(self, metrics: StepMetrics) -> dict[str, str]:
         """The reconstruction losses as shares of the yardstick."""

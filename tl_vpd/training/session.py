@@ -143,7 +143,7 @@ class Session:
                     loop.start(state, run.history)
                     loop.train()
                 history, finished = loop.history, trainer.done >= config.steps
-                checks = pd.DataFrame([asdict(check) | {"share": check.share} for check in report.checks])
+                checks = report.table()
                 del trainer, report, loop  # and with them AdamW's moments, before parameters are gathered
                 unshard(decomposition)
                 if finished and not all(bool(p.isfinite().all()) for p in decomposition.parameters()):
