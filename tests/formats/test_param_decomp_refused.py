@@ -152,6 +152,37 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "a module not listed": (config(lambda c: c["module_info"].pop()), ValueError, "which .* does not list"),
     "no C": (config(lambda c: c["module_info"][0].pop("C")), ValueError, "has no C: it is not the config"),
     "C as text": (config(lambda c: c.update(module_info=3)), ValueError, "has a setting of the wrong kind"),
+    "C as a word": (
+        config(lambda c: c["module_info"][1].update(C="many")),
+        ValueError,
+        r"final_config\.yaml: C of 'h\.\*\.attn\.k_proj' is 'many', and a pattern of modules with a number of at least 1",
+    ),
+    "a number as a module": (
+        config(lambda c: c["module_info"][1].update(module_pattern=7)),
+        ValueError,
+        "C of 7 is 5, and a pattern of modules",
+    ),
+    "a number as the target": (
+        config(lambda c: c.update(pretrained_model_name=7)),
+        ValueError,
+        r"final_config\.yaml: pretrained_model_name is 7, and text is needed",
+    ),
+    "a context as text": (
+        target(lambda c: c.update(block_size="x")),
+        ValueError,
+        r"model_config\.yaml: block_size is 'x', and a number from 1 to",
+    ),
+    "endless layers": (
+        target(lambda c: c.update(n_layer=10**30)),
+        ValueError,
+        "n_layer is 10{30}, and a number from 1",
+    ),
+    "endless depth of Γ": (gamma_size(n_blocks=1 << 27), ValueError, r"Γ's blocks\.2\.q\.weight is missing"),
+    "Γ's heads of odd width": (
+        gamma_size(attn_config={"n_heads": 4}),
+        ValueError,
+        "Γ has sizes that do not fit: d_ci=12 does not divide into n_heads=4",
+    ),
     "a sigmoid": (
         config(lambda c: c.update(sigmoid_type="hard")),
         ValueError,
@@ -183,7 +214,7 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "another rope base": (
         gamma_size(attn_config={"n_heads": 2, "rope_base": 500.0}),
         ValueError,
-        "Γ's rope_base is 500, and 10000",
+        "Γ's rope_base is 500.0, and 10000",
     ),
     "other heads of Γ": (
         gamma_size(attn_config={"n_heads": 3}),
@@ -191,11 +222,25 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "are not the rotary frequencies of 3 heads",
     ),
     "another width of Γ": (
-        gamma_size(d_model=14),
+        gamma_size(d_model=16),
         ValueError,
-        r"Γ's embed.weight is \(12, 208\), and by the run's config .*14",
+        r"Γ's embed.weight is \(12, 208\), and by the run's config \(16, 208\)",
     ),
-    "another depth of Γ": (gamma_size(n_blocks=3), KeyError, r"needs the tensors \['gamma/blocks.2"),
+    "another depth of Γ": (
+        gamma_size(n_blocks=3),
+        ValueError,
+        r"model_7\.pth: Γ's blocks\.2\.q\.weight is missing, and by the run's config \(12, 12\)",
+    ),
+    "less depth of Γ": (
+        gamma_size(n_blocks=1),
+        ValueError,
+        r"Γ has blocks\.1\.k\.weight, and by the run's config it does not",
+    ),
+    "another MLP of Γ": (
+        gamma_size(mlp_hidden_dim=None),
+        ValueError,
+        r"Γ's blocks\.0\.mlp_in\.weight is \(20, 12\), and by the run's config \(48, 12\)",
+    ),
     "no depth of Γ": (gamma_size(n_blocks=0), ValueError, r"final_config\.yaml: .*n_blocks=0"),
     "two layers in Γ's MLP": (gamma_size(mlp_hidden_dim=[3, 4]), ValueError, r"mlp_hidden_dim of Γ is \[3, 4\]"),
     "another model type": (
@@ -204,9 +249,14 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         "model_type is 'GPT2Simple', and",
     ),
     "biases": (target(lambda c: c.update(mlp_bias=True)), ValueError, "mlp_bias is True, and False is the one"),
-    "no heads": (target(lambda c: c.pop("n_head")), ValueError, "n_head is None, and a number of at least 1"),
+    "no heads": (target(lambda c: c.pop("n_head")), ValueError, "n_head is None, and a number from 1"),
     "heads that do not divide": (target(lambda c: c.update(n_head=3)), ValueError, "n_head=3 .* do not divide"),
     "an epsilon of text": (target(lambda c: c.update(rms_norm_eps="small")), ValueError, "rms_norm_eps is 'small'"),
+    "rotary positions on half a head": (
+        target(lambda c: c.update(rotary_dim=4)),
+        ValueError,
+        "rotary_dim is 4, and only the whole head, 8, is read",
+    ),
     "half a rotary base": (target(lambda c: c.update(rotary_base=0.5)), ValueError, "rotary_base is 0.5, and"),
     "another vocabulary": (
         target(lambda c: c.update(vocab_size=30)),
@@ -258,6 +308,12 @@ BAD: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "not tied": (weights(not_tied), ValueError, "lm_head and wte differ"),
     "twice": (weights(twice), ValueError, "has target_model.ln_f.weight twice with different numbers"),
     "quantised": (weights(quantised), ValueError, "is torch.int8, and floating-point weights are needed"),
+    "sparse": (
+        weights(lambda s: s.update({V0: s[V0].to_sparse()})),
+        ValueError,
+        r"c_fc\.V is stored as torch\.sparse_coo, and plain tensors are needed",
+    ),
+    "no data": (weights(lambda s: s.update({V0: s[V0].to("meta")})), ValueError, r"c_fc\.V has no data, and plain"),
     "NaN in V": (not_finite(V0), ValueError, r"V/blocks\.0\.mlp\.W_in has 1 of 112 entries that are NaN"),
     "NaN in Γ": (not_finite(f"{G}_output_head.b"), ValueError, r"gamma/unembed\.bias has 1 of 66 entries that are NaN"),
     "NaN in the target": (

@@ -237,6 +237,9 @@ def _tensors_only(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
             raise ValueError(
                 f"{path}: {key} is a {type(value).__name__}, and a tensor is needed: it is not a run's checkpoint."
             )
+        if value.layout != torch.strided or value.is_meta:
+            kind = "has no data" if value.is_meta else f"is stored as {value.layout}"
+            raise ValueError(f"{path}: {key} {kind}, and plain tensors are needed: save the run's whole weights.")
         if value.dtype not in FLOATS:
             raise ValueError(
                 f"{path}: {key} is {value.dtype}, and floating-point weights are needed: get the unquantised file."

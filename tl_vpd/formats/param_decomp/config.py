@@ -19,6 +19,7 @@ from fnmatch import fnmatchcase
 from types import NoneType
 from typing import Any
 
+from tl_vpd.checks import shown
 from tl_vpd.importance import GammaConfig
 
 ROPE_BASE = 10_000.0
@@ -113,7 +114,7 @@ class _Reader:
             self.source,
             self.patterns(pd["decomposition_targets"]),
             self.gamma(pd["ci_config"], pd),
-            spec.get("run_path") or spec.get("name"),
+            self.text("target.spec.run_path", spec.get("run_path") or spec.get("name")),
             self.tokenizer(settings.get("data") or {}),
             as_data(settings),
         )
@@ -124,7 +125,9 @@ class _Reader:
         if "module_info" in settings:
             counts = self.patterns(settings["module_info"])
         else:
-            counts = tuple((pattern, int(settings["C"])) for pattern in settings["target_module_patterns"])
+            counts = self.patterns(
+                [{"module_pattern": p, "C": settings["C"]} for p in settings["target_module_patterns"]]
+            )
         ci_config = settings.get("ci_config") or {
             "mode": "layerwise",
             "fn_type": settings["ci_fn_type"],
@@ -134,13 +137,15 @@ class _Reader:
             self.source,
             counts,
             self.gamma(ci_config, settings),
-            settings.get("pretrained_model_name") or settings.get("pretrained_model_path"),
+            self.text(
+                "pretrained_model_name",
+                settings.get("pretrained_model_name") or settings.get("pretrained_model_path"),
+            ),
             self.tokenizer({**(settings.get("task_config") or {}), **settings}),
             as_data(settings),
         )
 
     def single_file(self, settings: Mapping[str, Any]) -> RunConfig:
-        base = float(settings.get("ci_rope_base", ROPE_BASE))
         gamma = self.sized(
             kind="shared_transformer",
             causal=False,
@@ -149,8 +154,8 @@ class _Reader:
             n_heads=settings["ci_n_heads"],
             d_mlp=settings["ci_mlp_hidden"],
         )
-        self.check_base(base)
-        counts = tuple((module, int(C)) for module, C in settings["C_per_module"].items())
+        self.check_base(settings.get("ci_rope_base", ROPE_BASE))
+        counts = self.patterns([{"module_pattern": m, "C": C} for m, C in settings["C_per_module"].items()])
         return RunConfig(self.source, counts, gamma, None, self.tokenizer(settings), as_data(settings))
 
     def gamma(self, ci: Mapping[str, Any], settings: Mapping[str, Any]) -> GammaConfig:
@@ -176,7 +181,7 @@ class _Reader:
 
     def transformer(self, size: Mapping[str, Any]) -> GammaConfig:
         attention, d_mlp = size["attn_config"], size.get("mlp_hidden_dim")
-        self.check_base(float(attention.get("rope_base", ROPE_BASE)))
+        self.check_base(attention.get("rope_base", ROPE_BASE))
         if d_mlp is not None and len(d_mlp) != 1:
             raise ValueError(f"{self.source}: mlp_hidden_dim of Γ is {d_mlp}, and one hidden layer is what is read.")
         return self.sized(
@@ -195,7 +200,21 @@ class _Reader:
             raise ValueError(f"{self.source}: {str(error).splitlines()[0].rstrip('.')}.") from error
 
     def patterns(self, entries: Any) -> tuple[tuple[str, int], ...]:
-        return tuple((entry["module_pattern"], int(entry["C"])) for entry in entries)
+        counts = []
+        for entry in entries:
+            pattern, C = entry["module_pattern"], entry["C"]
+            if not isinstance(pattern, str) or not isinstance(C, int) or isinstance(C, bool) or C < 1:
+                raise ValueError(
+                    f"{self.source}: C of {shown(pattern)} is {shown(C)}, and a pattern of modules with a number of at least 1 "
+                    "is needed."
+                )
+            counts.append((pattern, C))
+        return tuple(counts)
+
+    def text(self, name: str, value: Any) -> str | None:
+        if value is not None and not isinstance(value, str):
+            raise ValueError(f"{self.source}: {name} is {shown(value)}, and text is needed.")
+        return value
 
     def tokenizer(self, settings: Mapping[str, Any]) -> str | None:
         name = settings.get("tokenizer_name") or settings.get("pretrained_tokenizer_name")
@@ -207,9 +226,15 @@ class _Reader:
                 f"{self.source}: the target is a {path.rsplit('.', 1)[-1]}, and only {TARGET_CLASS} is read."
             )
 
-    def check_base(self, base: float) -> None:
-        if base != ROPE_BASE:
-            raise ValueError(f"{self.source}: Γ's rope_base is {base:g}, and {ROPE_BASE:g} is the one that is read.")
+    def check_base(self, base: Any) -> None:
+        try:
+            same = float(base) == ROPE_BASE  # YAML reads 1e4, without a dot, as text
+        except (TypeError, ValueError):
+            same = False
+        if not same:
+            raise ValueError(
+                f"{self.source}: Γ's rope_base is {shown(base)}, and {ROPE_BASE:g} is the one that is read."
+            )
 
     def refuse(self, settings: Mapping[str, Any], *names: str) -> None:
         for name in names:

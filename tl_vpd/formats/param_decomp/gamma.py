@@ -17,7 +17,8 @@ from torch import Tensor
 from tl_vpd.formats.param_decomp.checkpoint import Checkpoint
 from tl_vpd.formats.param_decomp.config import ROPE_BASE
 from tl_vpd.formats.param_decomp.names import module_of
-from tl_vpd.importance import DecomposedWeights, GammaConfig
+from tl_vpd.importance import DecomposedWeights, GammaConfig, build
+from tl_vpd.site import Site
 
 HIDDEN, OUTPUT = "layers.0", "layers.2"
 
@@ -74,23 +75,35 @@ def our_gamma(
     tensors = dict(checkpoint.transformer)
     if not tensors or checkpoint.mlps:
         raise ValueError(f"{checkpoint.path} has no shared transformer as Γ, which the run's config speaks of.")
-    size = (config.d_ci, sum(d_in.values()), sum(checkpoint.counts.values()))
-    for key, shape in (
-        ("embed.weight", (size[0], size[1])),
-        ("unembed.weight", (size[2], size[0])),
-        ("unembed.bias", (size[2],)),
-    ):
-        if key not in tensors or tuple(tensors[key].shape) != shape:
-            came = f"is {tuple(tensors[key].shape)}" if key in tensors else "is missing"
-            raise ValueError(f"{checkpoint.path}: Γ's {key} {came}, and by the run's config it is {shape}.")
-    for key in [key for key in tensors if key.endswith(".inv_freq")]:
-        _check_frequencies(checkpoint, key, tensors.pop(key), config)
+    frequencies = {key: tensors.pop(key) for key in list(tensors) if key.endswith(".inv_freq")}
+    shapes = _shapes(checkpoint, config, d_in, n_tensors=len(tensors))
+    for key in sorted(tensors.keys() - shapes.keys()):
+        raise ValueError(f"{checkpoint.path}: Γ has {key}, and by the run's config it does not.")
+    for key, shape in shapes.items():
+        came = tuple(tensors[key].shape) if key in tensors else "missing"
+        if came != shape:
+            raise ValueError(f"{checkpoint.path}: Γ's {key} is {came}, and by the run's config {shape}.")
+    for key, stored in frequencies.items():
+        _check_frequencies(checkpoint, key, stored, config)
     reads, writes = order_index(d_in, modules), order_index(checkpoint.counts, modules)
     made_by: dict[str, Callable[[], Tensor]] = {key: partial(tensors.__getitem__, key) for key in tensors}
     made_by["embed.weight"] = lambda: tensors["embed.weight"][:, reads]
     made_by["unembed.weight"] = lambda: tensors["unembed.weight"][writes]
     made_by["unembed.bias"] = lambda: tensors["unembed.bias"][writes]
     return OnDemand(made_by)
+
+
+def _shapes(
+    checkpoint: Checkpoint, config: GammaConfig, d_in: Mapping[str, int], *, n_tensors: int
+) -> dict[str, tuple[int, ...]]:
+    """The shapes of a shared transformer's parameters by the run's config, no more blocks than there can be."""
+    try:
+        with torch.device("meta"):
+            limited = config.model_copy(update={"n_blocks": min(config.n_blocks, n_tensors)})
+            gamma = build(limited, [Site(name, d, 1) for name, d in d_in.items()], checkpoint.counts)
+    except ValueError as error:
+        raise ValueError(f"{checkpoint.path}: by the run's config, Γ has sizes that do not fit: {error}") from error
+    return {key: tuple(p.shape) for key, p in gamma.named_parameters()}
 
 
 def their_gamma(decomposition: DecomposedWeights) -> dict[str, Tensor]:
@@ -108,6 +121,11 @@ def their_gamma(decomposition: DecomposedWeights) -> dict[str, Tensor]:
         raise ValueError(
             f"Γ is of kind {config.kind!r}, which the authors' format does not have: it has 'shared_transformer' and "
             "'per_subcomponent_mlps'."
+        )
+    if config.reads != "sites":
+        raise ValueError(
+            "Γ reads the residual stream, and the authors' format has one that reads the sites' inputs: train one with "
+            "GammaConfig(reads='sites')."
         )
     if config.causal:
         raise ValueError(

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from tl_vpd.adapters.arcee import ArceeShape
-from tl_vpd.checks import check_finite
+from tl_vpd.checks import check_finite, shown
 from tl_vpd.formats.param_decomp.checkpoint import read_target, same
 from tl_vpd.formats.param_decomp.config import TARGET_CLASS
 from tl_vpd.formats.param_decomp.files import MODEL_CONFIG, checkpoint_in, first_of, read_yaml
@@ -37,6 +37,11 @@ _FIXED = {
     "use_grouped_query_attention": True,
 }
 """What the architecture leaves open and no released run uses otherwise."""
+
+
+SIZES = ("n_layer", "n_embd", "n_head", "n_intermediate", "vocab_size", "n_ctx")
+MOST, MOST_LAYERS = 1 << 28, 10_000
+"""Beyond this, a size is a mistake, and looking for the weights would take forever."""
 
 
 def target_folder(run: Path, reference: str | None) -> Path | None:
@@ -89,24 +94,31 @@ def shape_of(config: Mapping[str, Any], source: str) -> ArceeShape:
     for name, value in _FIXED.items():
         if config.get(name, value) != value:
             raise ValueError(f"{source}: {name} is {config[name]!r}, and {value!r} is the one that is read.")
-    sizes = {}
-    for name in ("n_layer", "n_embd", "n_head", "n_intermediate", "vocab_size", "n_ctx"):
-        size = config.get(name)
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{source}: {name} is {size!r}, and a number of at least 1 is needed.")
-        sizes[name] = size
+    sizes = {name: _size(config.get(name), name, source) for name in SIZES}
+    kv_heads, block_size = (
+        _size(sizes[default] if config.get(name) is None else config[name], name, source)
+        for name, default in (("n_key_value_heads", "n_head"), ("block_size", "n_ctx"))
+    )
     base = config.get("rotary_base", 10_000)
-    if not isinstance(base, int | float) or base < 1 or base != int(base):
-        raise ValueError(f"{source}: rotary_base is {base!r}, and TransformerLens takes a whole number of at least 1.")
+    if not isinstance(base, int | float) or isinstance(base, bool) or not 1 <= base < MOST or base != int(base):
+        raise ValueError(
+            f"{source}: rotary_base is {shown(base)}, and TransformerLens takes a whole number of at least 1."
+        )
     try:
         eps = float(config.get("rms_norm_eps", 1e-6))  # YAML reads 1e-6, without a dot, as text
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{source}: rms_norm_eps is {config['rms_norm_eps']!r}, and a number is needed.") from error
-    kv_heads = config.get("n_key_value_heads", sizes["n_head"])
-    if sizes["n_embd"] % sizes["n_head"] or not isinstance(kv_heads, int) or kv_heads < 1 or sizes["n_head"] % kv_heads:
+    except (TypeError, ValueError):
+        eps = -1.0
+    if not 0 <= eps <= 1:
+        raise ValueError(
+            f"{source}: rms_norm_eps is {shown(config['rms_norm_eps'])}, and a number from 0 to 1 is needed."
+        )
+    if sizes["n_embd"] % sizes["n_head"] or sizes["n_head"] % kv_heads:
         raise ValueError(
             f"{source}: n_embd={sizes['n_embd']}, n_head={sizes['n_head']} and n_key_value_heads={kv_heads} do not divide."
         )
+    d_head, rotary_dim = sizes["n_embd"] // sizes["n_head"], config.get("rotary_dim")
+    if rotary_dim not in (None, d_head):
+        raise ValueError(f"{source}: rotary_dim is {shown(rotary_dim)}, and only the whole head, {d_head}, is read.")
     return ArceeShape(
         n_layers=sizes["n_layer"],
         d_model=sizes["n_embd"],
@@ -114,10 +126,17 @@ def shape_of(config: Mapping[str, Any], source: str) -> ArceeShape:
         n_kv_heads=kv_heads,
         d_mlp=sizes["n_intermediate"],
         d_vocab=sizes["vocab_size"],
-        n_ctx=min(sizes["n_ctx"], config.get("block_size") or sizes["n_ctx"]),
+        n_ctx=min(sizes["n_ctx"], block_size),
         eps=eps,
         rotary_base=float(base),
     )
+
+
+def _size(size: Any, name: str, source: str) -> int:
+    most = MOST_LAYERS if name == "n_layer" else MOST
+    if not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= most:
+        raise ValueError(f"{source}: {name} is {shown(size)}, and a number from 1 to {most} is needed.")
+    return size
 
 
 def target_weights(
