@@ -66,10 +66,14 @@ def test_the_figures_are_those_of_the_report(vpd, report):
 def test_what_was_not_measured_is_said(vpd, report):
     assert "**Not evaluated.**" in vpd.model_card().text and "nothing may be claimed" in vpd.model_card().text
     record = copy.deepcopy(report.record)
-    record["tables"] = {}
+    record["tables"] = {
+        "nulls": [{"decomposition": "this", "l0": 3.5}, {"decomposition": "shuffled weights", "l0": 9.0}]
+    }
     record["left_out"] = {"future_leakage": "the rows are shorter than three tokens"}
     record |= {"pgd_kl": {}, "pgd_kl_starts": {}, "controls": {}}
-    text = vpd.model_card(report=Evaluation(record)).text
+    card = vpd.model_card(report=Evaluation(record))
+    assert rows_of(card, "### Nulls")[2:] == [["this", "3.5"], ["shuffled weights", "9"]]
+    text = card.text
     assert "**Not attacked.**" in text and "it was not attacked" in text
     assert "**Not measured**: the rows are shorter than three tokens." in text
 

@@ -59,7 +59,7 @@ def check_repository(name: Any, *, with_user: bool = False) -> str:
     except HFValidationError:
         pass
     else:
-        if "/" in name or not with_user:
+        if name.isprintable() and ("/" in name or not with_user):  # huggingface_hub 0.x lets a last newline pass
             return name
     raise ValueError(f"{shown(name)} is not the name of a repository on the Hugging Face Hub: give 'user/repo'.")
 

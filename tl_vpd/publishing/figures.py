@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tl_vpd.publishing.config import Report
@@ -21,18 +22,18 @@ def evaluation_section(report: Report | None) -> str:
     record, modes = report.record, report.table().reset_index()
     unit = "KL from the target, in nats per token" if record.get("output", "kl") == "kl" else "mean squared errors"
     rows = f"{figure(record['rows'])} rows, " if "rows" in record else ""
-    return "\n\n".join(
-        [
-            "## Evaluation",
-            f"On {rows}{figure(record['tokens'])} tokens; distances are {unit}. Important per token (L0): {figure(record['l0'])} of "
-            f"{figure(record['alive'])} alive and {figure(record['built'])} built subcomponents. Columns named *… pieces* are "
-            "controls, which a decomposition has to beat.",
-            table(list(modes.columns), modes.astype(object).to_numpy().tolist()),
-            _attacks(record),
-            _future_leakage(record),
-            _faults(report.warnings),
-        ]
-    )
+    sections = [
+        "## Evaluation",
+        f"On {rows}{figure(record['tokens'])} tokens; distances are {unit}. Important per token (L0): {figure(record['l0'])} of "
+        f"{figure(record['alive'])} alive and {figure(record['built'])} built subcomponents. Columns named *… pieces* are "
+        "controls, which a decomposition has to beat.",
+        table(list(modes.columns), modes.astype(object).to_numpy().tolist()),
+        _attacks(record),
+        _future_leakage(record),
+        _nulls(record),
+        _faults(report.warnings),
+    ]
+    return "\n\n".join(section for section in sections if section)
 
 
 def _attacks(record: dict[str, Any]) -> str:
@@ -54,12 +55,11 @@ def _attacks(record: dict[str, Any]) -> str:
             ]
     if not rows:
         return "### Attacks\n\n**Not attacked.** How bad the worst masks are is not known."
-    columns = [name for name in ATTACK_COLUMNS if any(name in row for row in rows)]
     said = (
         "The worst masks that an adversary with this budget found, so each distance is a lower bound. *shared*: the same "
-        "masks at every token."
+        "sources at every token."
     )
-    return f"### Attacks\n\n{said}\n\n{table(columns, [[row.get(name) for name in columns] for row in rows])}"
+    return _rows("### Attacks", said, rows, [name for name in ATTACK_COLUMNS if any(name in row for row in rows)])
 
 
 def _future_leakage(record: dict[str, Any]) -> str:
@@ -69,8 +69,19 @@ def _future_leakage(record: dict[str, Any]) -> str:
     if not rows:
         why = record.get("left_out", {}).get("future_leakage")
         return f"{title}\n\n**Not measured**{f': {plain(why)}' if why else ''}."
-    columns = list(rows[0])
-    said = "Importances from the whole window against importances from the tokens up to the position alone."
+    return _rows(title, "Importances from the whole window against importances from the tokens up to a position.", rows)
+
+
+def _nulls(record: dict[str, Any]) -> str:
+    """Decompositions of models in which nothing was learned; empty where there are none."""
+    rows = record.get("tables", {}).get("nulls", [])
+    said = "The same figures for decompositions of other models, such as this one with its weights shuffled."
+    return _rows("### Nulls", said, rows) if rows else ""
+
+
+def _rows(title: str, said: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> str:
+    """A table of a report, with all its columns if they are not chosen."""
+    columns = list(dict.fromkeys(name for row in rows for name in row)) if columns is None else columns
     return f"{title}\n\n{said}\n\n{table(columns, [[row.get(name) for name in columns] for row in rows])}"
 
 
@@ -80,7 +91,7 @@ def _faults(warnings: list[str]) -> str:
         return (
             "### Faults\n\nNone of the report's checks failed. A decomposition without a known fault need not be right."
         )
-    return "### Faults\n\n" + "\n".join(f"* {plain(sentence)}" for sentence in warnings)
+    return "### Faults\n\n" + "\n".join(f"* {plain(sentence, longest=1000)}" for sentence in warnings)
 
 
 def certificate_section(record: dict[str, Any]) -> str:

@@ -104,8 +104,8 @@ def gamma_section(gamma: GammaConfig) -> str:
         )
     else:
         text = (
-            "Γ reads **each token alone**, through the sites' activations there: importances depend on earlier tokens only as "
-            "far as those activations do. The masked model generates with a KV cache."
+            "Γ reads **each token alone**: importances depend on earlier tokens only as far as the target's activations there "
+            "do. The masked model generates with a KV cache."
         )
     return f"## The importance function\n\n{text} Its kind is {plain(gamma.kind)}."
 

@@ -23,11 +23,16 @@ LONGEST_BLOCK = 20_000
 _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
-def plain(value: Any) -> str:
-    """A value as text of one line without markup."""
+def plain(value: Any, *, longest: int = LONGEST) -> str:
+    """A value as text of one line without markup.
+
+    Args:
+        value: anything that ``str`` takes.
+        longest: characters after which it is cut.
+    """
     text = "".join(c if c.isprintable() else " " for c in str(value))
     text = " ".join(text.split())
-    text = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+    text = text if len(text) <= longest else text[: longest - 1] + "…"
     text = "".join(_ENTITIES.get(c, c) for c in text)
     text = re.sub(r"([\\`*_\[\]{}|~$#@!])", r"\\\1", text)
     text = text.replace("://", ":&#47;&#47;").replace("www.", "www&#46;")
