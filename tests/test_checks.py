@@ -107,6 +107,7 @@ def test_fields_are_stored_in_the_type_of_their_annotation():
         ({"budgets": 20}, TypeError, "budgets=20 is a int: give values in a list."),
         ({"budgets": {20, 40}}, TypeError, "budgets={40, 20} is a set: give values in a list."),
         ({"names": "abc"}, TypeError, "names='abc' is a string: give names in a list, such as ['abc']."),
+        ({"names": torch.tensor([])}, TypeError, "names is a tensor: give names in a list."),
         ({"names": [1]}, TypeError, "names[0]=1 is a int: give a string."),
         ({"controls": "no"}, TypeError, "controls='no' is a str: give True or False."),
         ({"seed": 1 << 64}, ValueError, f"seed={1 << 64}: give an integer from {-(1 << 63)} to {(1 << 64) - 1}."),

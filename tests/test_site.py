@@ -112,6 +112,7 @@ def test_a_site_left_without_a_value_is_named():
 def test_nearest_says_nothing_where_nothing_is_near():
     assert nearest("blocks.0.attn.W_Qq", NAMES) == " (did you mean 'blocks.0.attn.W_Q'?)"
     assert nearest("zzz", NAMES) == ""
+    assert nearest(NAMES[0], {0: None}) == ""  # keys of a caller's mapping may be anything
 
 
 @pytest.mark.parametrize(

@@ -229,6 +229,8 @@ def _checked(name: str, kind: str, value: Any, limits: Range) -> Any:
         return number(name, value, minimum=minimum, maximum=maximum)
     if kind == "bool":
         return flag(name, value)
+    if kind == "Sequence[str]" and isinstance(value, Tensor):  # an empty one too
+        raise TypeError(f"{name} is a tensor: give names in a list.")
     if kind in ("Sequence[int]", "Sequence[float]", "Sequence[str]"):
         return tuple(_checked(f"{name}[{i}]", kind[9:-1], v, limits) for i, v in enumerate(sequence(name, value)))
     return text_of(name, value) if kind == "str" else value

@@ -253,7 +253,7 @@ def nearest(name: object, names: Iterable[str]) -> str:
     """
     if not isinstance(name, str):
         return ""
-    names = list(names)
+    names = [other for other in names if isinstance(other, str)]
     path, dot, last = name[:200].rpartition(".")
     weight = _WEIGHTS.get(_AFFIXES.sub("", last.lower()))
     name = f"{path}{dot}{weight}" if weight and any(n.endswith(weight) for n in names) else name[:200]

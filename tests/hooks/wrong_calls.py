@@ -186,6 +186,7 @@ def calls_with_masks() -> Iterator[Call]:
         yield ablated(f"{Q}:1", amount=factor), ValueError, "amount=.*: give a finite number"
     yield lambda: SiteMask(None, True), TypeError, "SiteMask.delta=True is a bool"
     yield ablated(f"{Q}:1", amount=True), TypeError, "amount=True is a bool"
+    yield ablated(f"{Q}:1", values={0: None}), KeyError, "values has nothing for blocks.0.attn.W_Q"
     yield ablated(f"{Q}:1", values={Q: [1.0]}), TypeError, "values of blocks.0.attn.W_Q is a list"
     yield ablated(f"{Q}:1", values={Q: torch.tensor(1.0)}), ValueError, "and the site has 6 subcomponents"
     for value in (NAN, INF, 1e300):

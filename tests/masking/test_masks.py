@@ -69,3 +69,8 @@ def test_only_and_routed_keep_the_rest():
 
 def test_a_site_that_is_not_named_has_no_mask():
     assert Masks({"a": SiteMask(None, None)}).get("b") is None
+
+
+def test_a_factor_without_numbers_is_refused():
+    with pytest.raises(ValueError, match="meta device"):
+        constant_masks(torch.ones(2, 3, 4), torch.ones((), device="meta"), ConcatenatedAxis({"a": 4}))

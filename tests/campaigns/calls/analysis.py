@@ -259,8 +259,8 @@ def _configs(w: World) -> list[Call]:
             analysis.Node,
             {
                 "name": (Q, lambda v: None if isinstance(v, str) else False),
-                "index": (3, optional(integer(0, size=False))),
-                "pos": (3, optional(integer(0, size=False))),
+                "index": (3, optional(integer(0, 2**64 - 1, size=False))),
+                "pos": (3, optional(integer(0, 2**64 - 1, size=False))),
             },
         ),
     ]

@@ -87,8 +87,8 @@ def _rows(data: Tensor | np.ndarray) -> Tensor | np.ndarray | MappedRows:
     )
     if not numbers:
         raise ValueError(
-            f"The data is {kind} of shape {tuple(data.shape)}: give integers [n, pos], or vectors in a floating-point type "
-            "(bfloat16 as a tensor)."
+            f"The data is {kind} of shape {tuple(data.shape)}: give tokens as integers [n, pos], or vectors in a floating-point "
+            "type (bfloat16 as a tensor)."
         )
     if data.ndim != 2 and not (data.ndim == 3 and holds_vectors(data)):
         raise ValueError(f"Tokens are of shape {tuple(data.shape)}; rows [n, pos] are needed.")
