@@ -32,6 +32,8 @@ $(VENV)-saelens/.installed: pyproject.toml constraints/saelens.txt
 	$(VENV)-saelens/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-saelens/bin/python -m pip install --quiet -c constraints/saelens.txt torch
 	$(VENV)-saelens/bin/python -m pip install --quiet -c constraints/saelens.txt -e '.[dev]' sae-lens
+	# Its classes of Neuronpedia's features alone, which need NumPy.
+	$(VENV)-saelens/bin/python -m pip install --quiet --no-deps -c constraints/saelens.txt sae-dashboard
 	touch $@
 
 # What pyproject.toml allows at the least, without the tools of development.
