@@ -246,19 +246,19 @@ def by_pattern(values: Mapping[str, T], names: Sequence[str], *, what: str) -> d
     return result
 
 
-def nearest(name: object, names: Iterable[str]) -> str:
+def nearest(name: object, names: Iterable[object]) -> str:
     """``" (did you mean 'x'?)"``, or nothing if no name is near.
 
     A name that differs in case alone is the nearest; the name of a hook or of a Hugging Face layer means the weight behind it.
     """
     if not isinstance(name, str):
         return ""
-    names = [other for other in names if isinstance(other, str)]
+    texts = [other for other in names if isinstance(other, str)]
     path, dot, last = name[:200].rpartition(".")
     weight = _WEIGHTS.get(_AFFIXES.sub("", last.lower()))
-    name = f"{path}{dot}{weight}" if weight and any(n.endswith(weight) for n in names) else name[:200]
-    same = [n for n in names if n.lower() == name.lower()]
-    close = same or difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    name = f"{path}{dot}{weight}" if weight and any(n.endswith(weight) for n in texts) else name[:200]
+    same = [n for n in texts if n.lower() == name.lower()]
+    close = same or difflib.get_close_matches(name, texts, n=1, cutoff=0.4)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
