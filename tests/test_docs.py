@@ -27,15 +27,20 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def short_trainings(monkeypatch):
-    """``decompose`` with two steps of two rows."""
-    decompose = tl_vpd.decompose
+    """``decompose`` and ``decompose_targeted`` with two steps of two rows."""
+    decompose, decompose_targeted = tl_vpd.decompose, tl_vpd.decompose_targeted
 
     def short(model, tokens, config=None, **options):
         rows = getattr(tokens, "batch_size", 2)  # of data that makes batches itself
         config = (config or tl_vpd.VPDConfig()).model_copy(update={"steps": 2, "batch_size": rows, "C": 4})
         return decompose(model, tokens, config, **{**options, "progress": False})
 
+    def short_targeted(model, target, nontarget, config, **options):
+        changes = {"steps": 2, "batch_size": 2, "nontarget_batch_size": 2, "C": 4}
+        return decompose_targeted(model, target, nontarget, config.model_copy(update=changes), progress=False, **options)
+
     monkeypatch.setattr(tl_vpd, "decompose", short)
+    monkeypatch.setattr(tl_vpd, "decompose_targeted", short_targeted)
 
 
 @pytest.mark.skipif(

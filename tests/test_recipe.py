@@ -248,3 +248,32 @@ def test_a_models_code_runs_only_where_the_caller_says_so(tmp_path: Path, monkey
     with pytest.raises(Exception):  # noqa: B017 (the folder has no weights; its code has run by then)
         recipe.load(trust_remote_code=True)
     assert (tmp_path / "ran").exists()
+
+
+def test_a_targeted_recipe_trains_on_prompts_beside_ordinary_tokens(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    settings = "steps: 2, batch_size: 2, C: 3, sites: blocks.1.mlp.*, gamma: {kind: global_mlp, hidden: 8}"
+    path.write_text(
+        f"data: {{tokens: bundled, context: 8}}\ntargeted: {{prompts: ['<a>', '<b><c>'], {settings}}}\n"
+        f"saving: {{folder: {tmp_path / 'run'}}}\n"
+    )
+    run = Recipe.read(path).changed(execution={"micro_batch": 1}, data={"context": None}).train()
+    assert run.finished and run.decomposition.record["targeted"]["target"]["rows"] == 2
+    with pytest.raises(ValueError, match="A plan is of a plain run"):
+        Recipe.read(path).plan()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("targeted: {steps: 2}", "give prompts or target"),
+        ("targeted: {prompts: [a], target: {tokens: bundled}}", "give prompts or target"),
+        ("targeted: {prompts: ['']}", "empty prompt"),
+        ("targeted: {prompts: [a]}\nvpd: {steps: 3}", "vpd would do nothing beside targeted"),
+    ],
+)
+def test_targeted_recipes_that_say_too_much_or_too_little_are_refused(tmp_path, text, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        Recipe.read(path)

@@ -27,8 +27,10 @@ from tl_vpd.training import (
     OptimizerConfig,
     Run,
     SavingConfig,
+    TargetedConfig,
     VPDConfig,
     decompose,
+    decompose_targeted,
 )
 
 __all__ = [
@@ -51,10 +53,12 @@ __all__ = [
     "Site",
     "SiteMask",
     "Subcomponent",
+    "TargetedConfig",
     "Unsupported",
     "VPDConfig",
     "attribution_graph",
     "decompose",
+    "decompose_targeted",
     "evaluate",
     "harvest",
     "prune",

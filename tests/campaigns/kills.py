@@ -29,7 +29,7 @@ TRACED = tuple(
     for name in (
         "files",
         "components/storage.py",
-        "training/run.py",
+        "training/session.py",
         "training/run_files.py",
         "training/state.py",
         "training/interrupts.py",

@@ -6,6 +6,7 @@
     execution: {micro_batch: 4}            # tl_vpd.ExecutionConfig: how it runs
     saving: {folder: runs/first}           # tl_vpd.SavingConfig: what is written
 
+A targeted run has ``targeted`` in the place of ``vpd`` (``tl_vpd.recipe.targeted``), and ``data`` is its non-target stream.
 Unknown keys are refused. A recipe is data: nothing in it makes code of a file or of the Hub run (``tl_vpd.recipe.model``). Under
 ``torchrun`` every process reads the same recipe.
 """
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from pydantic import ValidationError
+from pydantic import ValidationError, model_validator
 
 from tl_vpd.checks import sentence_of
 from tl_vpd.evaluation.feature_splitting import decompose_at_sizes, feature_splitting
@@ -25,8 +26,9 @@ from tl_vpd.frozen import Frozen
 from tl_vpd.planning import Footprint, Machine, Target, TransformerShape, footprint, plan_lines, seconds_per_step
 from tl_vpd.recipe.data import DataRecipe, read_utf8
 from tl_vpd.recipe.model import ModelRecipe, usable_device
+from tl_vpd.recipe.targeted import TargetedRecipe
 from tl_vpd.recipe.yaml_text import yaml_data
-from tl_vpd.training import ExecutionConfig, Run, SavingConfig, VPDConfig, decompose
+from tl_vpd.training import ExecutionConfig, Run, SavingConfig, VPDConfig, decompose, decompose_targeted
 
 
 class Recipe(Frozen):
@@ -35,8 +37,16 @@ class Recipe(Frozen):
     model: ModelRecipe = ModelRecipe()
     data: DataRecipe = DataRecipe()
     vpd: VPDConfig = VPDConfig()
+    targeted: TargetedRecipe | None = None
+    """In the place of ``vpd``."""
     execution: ExecutionConfig = ExecutionConfig()
     saving: SavingConfig = SavingConfig()
+
+    @model_validator(mode="after")
+    def _one_method(self) -> Recipe:
+        if self.targeted is not None and self.vpd != VPDConfig():
+            raise ValueError("vpd would do nothing beside targeted: leave either out.")
+        return self
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
@@ -46,7 +56,7 @@ class Recipe(Frozen):
             FileNotFoundError: there is no such file.
             ValueError: it is not a recipe; the message names each wrong key.
         """
-        sections = "model, data, vpd, execution and saving"
+        sections = "model, data, vpd (or targeted), execution and saving"
         if not path.is_file():
             what = "is not an ordinary file" if path.exists() else "does not exist"
             raise FileNotFoundError(f"{path} {what}: give a YAML file with {sections}.")
@@ -87,7 +97,11 @@ class Recipe(Frozen):
             raise ValueError("saving.folder is missing: name the folder that the decomposition goes to.")
         model = self.model.load(trust_remote_code=trust_remote_code)
         configs = {"execution": self.execution, "saving": self.saving}
-        return decompose(model, self.data.load(model), self.vpd, **configs, resume=resume)  # type: ignore[arg-type]
+        data = self.data.load(model)
+        if self.targeted is None:
+            return decompose(model, data, self.vpd, **configs, resume=resume)  # type: ignore[arg-type]
+        target = self.targeted.load(model)
+        return decompose_targeted(model, target, data, self.targeted.config, **configs, resume=resume)  # type: ignore[arg-type]
 
     def feature_splitting(
         self, factors: Sequence[float], *, rows: int, trust_remote_code: bool = False
@@ -99,12 +113,17 @@ class Recipe(Frozen):
             rows: of tokens that the counts are measured on.
             trust_remote_code: as for ``ModelRecipe.load``.
         """
+        self._refuse_targeted("Feature splitting")
         model = self.model.load(trust_remote_code=trust_remote_code)
         tokens = self.data.load(model)
         runs = decompose_at_sizes(
             model, tokens, self.vpd, factors=factors, execution=self.execution, saving=self.saving
         )
         return feature_splitting(runs, model, self.data.first(model, rows))
+
+    def _refuse_targeted(self, what: str) -> None:
+        if self.targeted is not None:
+            raise ValueError(f"{what} is of a plain run: leave targeted out of the recipe, and give vpd.")
 
     def plan(
         self,
@@ -127,6 +146,7 @@ class Recipe(Frozen):
         Raises:
             ValueError: the length of rows is not known, or the batch cannot be split equally.
         """
+        self._refuse_targeted("A plan")
         model, context = None, self.data.context
         if shape is None:
             model = self.model.load(trust_remote_code=trust_remote_code)
