@@ -103,7 +103,7 @@ def _command(function: Callable[..., None]) -> Callable[..., None]:
 @app.command()
 @_command
 def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, vpd, execution, saving.")],
+    recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, vpd or targeted, execution, saving.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in saving.folder.")] = False,
     micro_batch: Annotated[int | None, typer.Option(min=1, help="Rows run at once, to save memory.")] = None,
     sharding: Annotated[str | None, typer.Option(help="Under torchrun: none, optimizer or full.")] = None,
