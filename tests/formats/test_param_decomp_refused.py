@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ import torch
 import yaml
 
 from tests.formats import authors
+from tests.formats.test_param_decomp import RUN
 from tests.formats.test_param_decomp_variants import HERE, single_file, target_folder, tokens_of
 from tests.tiny import decomposition_of, tiny_model
 from tl_vpd.formats import load_param_decomp, save_param_decomp
+from tl_vpd.formats.param_decomp.config import RunConfig
+from tl_vpd.formats.param_decomp.target import shape_of, target_config
 
 STATE = authors.random_state(2)
 G = "ci_fn._global_ci_fn."
@@ -350,6 +354,72 @@ def test_bad_input_is_refused_in_one_sentence(run, name):
     assert "\n" not in text and text.endswith(".")
 
 
+WRONG = [None, "x", -1, 0, 1.5, [], {}, True, float("nan"), 10**30, [None], {"a": 1}]
+"""What no setting means; None leaves it out too."""
+
+
+def variants(content: Any) -> Iterator[Any]:
+    """The content with each of its values replaced by each wrong one, or left out."""
+    for key in range(len(content)) if isinstance(content, list) else list(content):
+        for wrong in WRONG:
+            changed = copy.copy(content)
+            changed[key] = wrong
+            yield changed
+        if isinstance(content, dict):
+            yield {k: v for k, v in content.items() if k != key}
+        if isinstance(content[key], dict | list):
+            for inner in variants(content[key]):
+                changed = copy.copy(content)
+                changed[key] = inner
+                yield changed
+
+
+READ_OF_PD = (
+    "decomposition_targets",
+    "ci_config",
+    "sigmoid_type",
+    "sampling",
+    "identity_decomposition_targets",
+    "tied_weights",
+)
+
+
+def newer_config() -> dict[str, Any]:
+    """What is read of a newer config."""
+    whole = yaml.safe_load((RUN / "experiment_config.yaml").read_text())
+    pd = {key: whole["pd"][key] for key in READ_OF_PD}
+    pd["decomposition_targets"] = pd["decomposition_targets"][:1]
+    return {"pd": pd, "target": whole["target"], "data": whole["data"]}
+
+
+@pytest.mark.parametrize("file", ["final_config.yaml", "experiment_config.yaml", "model_config.yaml", "cfg"])
+def test_every_setting_of_a_wrong_kind_is_refused_in_one_sentence(run, file):
+    counts = {f"h.0.{kind}": authors.COUNTS[kind.split(".")[1]] for kind in authors.KINDS}
+    content = {
+        "final_config.yaml": lambda: yaml.safe_load((run / "final_config.yaml").read_text()),
+        "experiment_config.yaml": newer_config,
+        "model_config.yaml": lambda: authors.model_config(1),
+        "cfg": lambda: {**single_file(STATE, 2, with_weights=True)["cfg"], "C_per_module": counts},
+    }[file]()
+    refused = 0
+    for changed in variants(content):
+        try:
+            if file == "model_config.yaml":
+                shape_of(changed, file)
+            else:
+                config = RunConfig.read(changed, file)
+                if file != "experiment_config.yaml":
+                    config.check_counts(counts)
+        except ValueError as error:
+            refused += 1
+            text = str(error)
+            assert "\n" not in text and text.endswith(".") and (file in text or "the checkpoint" in text), (
+                changed,
+                text,
+            )
+    assert refused > 50
+
+
 def test_the_newest_of_two_checkpoints_is_read_and_named(run):
     stored(run, lambda s: s.update({"target_model.ln_f.weight": s["target_model.ln_f.weight"] * 2}), "model_12.pth")
     with pytest.warns(UserWarning, match=r"has 2 checkpoints: model_12\.pth is read, not model_7\.pth"):
@@ -394,8 +464,6 @@ def test_a_target_that_is_missing_incomplete_or_another(tmp_path):
 
 
 def test_the_papers_target_needs_no_config(tmp_path):
-    from tl_vpd.formats.param_decomp.target import shape_of, target_config
-
     settings, source = target_config(None, "wandb:goodfire/spd/runs/t-9d2b8f02")
     shape = shape_of(settings, source)
     assert (shape.n_layers, shape.d_model, shape.n_heads, shape.d_head, shape.d_mlp) == (4, 768, 6, 128, 3072)

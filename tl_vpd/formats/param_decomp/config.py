@@ -69,7 +69,9 @@ class RunConfig:
                 f"{source} has no {error.args[0]}: it is not the config of a decomposition that is read."
             ) from error
         except (TypeError, AttributeError) as error:
-            raise ValueError(f"{source} has a setting of the wrong kind ({str(error).rstrip('.')}).") from error
+            raise ValueError(
+                f"{source} has a setting of the wrong kind ({str(error).splitlines()[0].rstrip('.')})."
+            ) from error
 
     def check_counts(self, counts: Mapping[str, int]) -> None:
         """Raises ValueError unless the checkpoint's C are the config's, module by module."""
