@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import math
 
 import pytest
 import torch
@@ -49,7 +50,10 @@ def test_the_figures_are_those_of_the_report(vpd, report):
     assert [row[0] for row in rows] == list(modes.index)
     for row in rows:
         for name, cell in zip(header[1:], row[1:], strict=True):
-            assert float(cell) == pytest.approx(modes.loc[row[0], name], rel=1e-3, abs=1e-12), (row[0], name)
+            figure = modes.loc[row[0], name]
+            assert cell == "–" if math.isnan(figure) else float(cell) == pytest.approx(figure, rel=1e-3, abs=1e-12), (
+                name
+            )
     header, _, *attacks = rows_of(card, "### Attacks")
     adversaries = report.record["tables"]["adversaries"]
     assert len(attacks) == len(adversaries) and {row[header.index("pieces")] for row in attacks} > {"learned", "random"}
@@ -66,13 +70,12 @@ def test_the_figures_are_those_of_the_report(vpd, report):
 def test_what_was_not_measured_is_said(vpd, report):
     assert "**Not evaluated.**" in vpd.model_card().text and "nothing may be claimed" in vpd.model_card().text
     record = copy.deepcopy(report.record)
-    record["tables"] = {
-        "nulls": [{"decomposition": "this", "l0": 3.5}, {"decomposition": "shuffled weights", "l0": 9.0}]
-    }
+    null = {"decomposition": "this", "l0": 3.5, "share_of_zero": 0.01}
+    record["tables"] = {"nulls": [null, {"decomposition": "shuffled weights", "l0": 9.0, "share_of_zero": 0.5}]}
     record["left_out"] = {"future_leakage": "the rows are shorter than three tokens"}
     record |= {"pgd_kl": {}, "pgd_kl_starts": {}, "controls": {}}
     card = vpd.model_card(report=Evaluation(record))
-    assert rows_of(card, "### Nulls")[2:] == [["this", "3.5"], ["shuffled weights", "9"]]
+    assert rows_of(card, "### Nulls")[2:] == [["this", "3.5", "0.01"], ["shuffled weights", "9", "0.5"]]
     text = card.text
     assert "**Not attacked.**" in text and "it was not attacked" in text
     assert "**Not measured**: the rows are shorter than three tokens." in text
@@ -189,10 +192,12 @@ def test_an_imported_one_has_its_certificate_and_the_command(vpd):
 
 
 def test_targeted_and_compacted_ones_say_so(vpd, report):
-    vpd.record["targeted"] = {"target": {"rows": 12}, "nontarget": {"rows": 900}}
+    vpd.record |= {"targeted": {"target": {"rows": 12}, "nontarget": {"rows": 900}}, "training": {"steps": 5}}
     entry = {"threshold": 0.0, "tokens": 1000, "before": {"a": 9, "b": 9}, "after": {"a": 6, "b": 7}}
     vpd.record["compact"] = [entry]
-    text = vpd.model_card(report=report).text
+    card = vpd.model_card(report=report)
+    text = card.text
+    assert code_of(card, "yaml") == ["targeted:\n  steps: 5\n"]
     assert "for chosen prompts only (12 target rows, 900 others)" in text and "output on the chosen prompts" in text
     assert "5 subcomponents were dropped afterwards, whose importance was nowhere above 0 on 1,000 tokens" in text
     vpd.record.clear()

@@ -158,9 +158,15 @@ def remake_section(record: dict[str, Any]) -> str:
         if settings := record["source"].get("settings"):
             text += f"\n\nThe run's settings, in the names of its code:\n\n{_yaml(settings)}"
     elif record.get("training"):
+        section = "targeted" if kind == "targeted" else "vpd"
+        beside = (
+            "`model:`, `data:` and, in this part, the target's `prompts:`"
+            if kind == "targeted"
+            else "`model:` and `data:`"
+        )
         text = (
-            "`tl-vpd train` reads these settings as a part of a recipe, beside `model:` and `data:`; they are as the version "
-            f"that made it stored them.\n\n{_yaml({'targeted' if kind == 'targeted' else 'vpd': record['training']})}"
+            f"`tl-vpd train` reads these settings as a part of a recipe, beside {beside}, which are not stored. They are as the "
+            f"version that made it stored them.\n\n{_yaml({section: record['training']})}"
         )
     else:
         text = "Its record has no settings."
