@@ -184,9 +184,9 @@ def test_three_training_steps(reference: Reference):
     draws = read("train_draws")
     with MaskedModel(reference.decomposition, reference.model) as masked_model:
         trainer = Trainer(masked_model, config, (3, 12))
-        sampler = trainer.sampler
-        trainer.sampler = Given(config, sampler.split, pos=12, site_axis=sampler.site_axis, device="cpu")
-        trainer.sampler.tensors, trainer.done = draws, 500
+        sampler = trainer.stream.sampler
+        trainer.stream.sampler = Given(config, sampler.split, pos=12, site_axis=sampler.site_axis, device="cpu")
+        trainer.stream.sampler.tensors, trainer.done = draws, 500
         trainer.sources.values = pack_sources(reference.inputs, "ppgd_src")
         ascents = []
         ascend = trainer.sources.ascend

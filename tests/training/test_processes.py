@@ -104,4 +104,4 @@ def test_what_a_row_is_does_not_depend_on_how_the_batch_is_split():
     )  # 55 of them: 100 · 0.55 is more than 55 in floats
     assert len(split_batch(range(100), None, merged=0.55).attacked) == 55
     with pytest.raises(ValueError, match=r"merged=0.9 needs rows of both kinds .* one has 4 rows: .* at least 10"):
-        split_batch(range(20), 4, merged=0.9)
+        split_batch(range(4), 4, merged=0.9)

@@ -85,7 +85,7 @@ def test_a_merged_step_attacks_even_rows_and_draws_the_others():
     *inner, (both, masks, _) = engine
     assert len(inner) == 2 and all(torch.equal(t, tokens[[0, 2]]) for t, _, _ in inner)
     assert torch.equal(both, tokens[[0, 2, 1, 3]])
-    drawn = trainer.sampler.sources("stochastic", 0, [1, 3])
+    drawn = trainer.stream.sampler.sources("stochastic", 0, [1, 3])
     g = vpd.causal_importances(tiny_model(dtype=torch.float32), tokens)
     name = "blocks.0.attn.W_Q"
     assert masks[name].shape == (4, 6, 5)
@@ -102,7 +102,7 @@ def test_pooled_sources_are_shared_by_positions_and_cost_a_pool():
         trainer = Trainer(masked_model, config, (4, 6))
         before = trainer.sources.values.clone()
         assert before.shape == (4, 2, 72)
-        slots = trainer.sampler.at(0).slots
+        slots = trainer.stream.sampler.at(0).slots
         assert slots.shape == (4, 6) and set(slots.flatten().tolist()) == {0, 1}
         trainer.done = 5
         trainer.step(some_tokens(shape=(4, 6)))
@@ -131,7 +131,7 @@ def test_what_cannot_be_shared_out_is_said(merged):
     with MaskedModel(new_decomposition(model, config), model) as masked_model:
         if merged:
             with pytest.raises(ValueError, match="rows of both kinds"):
-                Trainer(masked_model, config, (3, 6), execution=ExecutionConfig(micro_batch=1))
+                Trainer(masked_model, config, (1, 6))
         else:
             assert (
                 len(Trainer(masked_model, config, (3, 6), execution=ExecutionConfig(micro_batch=2)).split.micro_batches)

@@ -60,7 +60,7 @@ def test_the_layerwise_loss_is_the_mean_over_sites_of_the_error_with_that_site_m
     x = normal(3, 1, 4).float()
     with MaskedModel(vpd, model) as masked_model:
         trainer = Trainer(masked_model, config(coefficients=ALONE), (3, 1))
-        drawn = trainer.sampler.sources("layerwise", 0, range(3)).flatten(0, 1)
+        drawn = trainer.stream.sampler.sources("layerwise", 0, range(3)).flatten(0, 1)
         sources = {"fc": drawn[:, [*range(5), 10]], "head.out": drawn[:, [*range(5, 10), 11]]}
         target = model(x[:, 0])
         errors = [
@@ -91,8 +91,8 @@ def test_without_the_coefficient_nothing_is_drawn_for_it():
     model = seeded(TwoLayers).float()
     with MaskedModel(new_decomposition(model, config()), model) as masked_model:
         trainer = Trainer(masked_model, config(), (3, 1))
-        drawn, draw = [], trainer.sampler.sources
-        trainer.sampler.sources = lambda what, *rest: drawn.append(what) or draw(what, *rest)
+        drawn, draw = [], trainer.stream.sampler.sources
+        trainer.stream.sampler.sources = lambda what, *rest: drawn.append(what) or draw(what, *rest)
         assert trainer.step(normal(3, 1, 4).float()).layerwise == 0
     assert drawn == ["stochastic"]
 

@@ -41,7 +41,7 @@ class Adversary:
     def ascend_alone(
         self, clean: CleanForward, samples: StepSamples, total: Float[Tensor, ""], lr: float, update: int
     ) -> None:
-        """One ascent on a micro-batch, with V, U and Γ constant.
+        """One ascent on a micro-batch, with V, U and Γ constant; nothing where it has no attacked rows.
 
         Args:
             clean: the micro-batch.
@@ -50,6 +50,8 @@ class Adversary:
             lr: Adam's learning rate.
             update: the number of this ascent, from 1.
         """
+        if clean.attacked.stop == 0:
+            return
         inputs = self.inputs(clean.micro_batch, samples)
         gradient = torch.zeros_like(inputs.sources)
         self.engine.attack(clean, inputs, total, grad_sources=gradient)

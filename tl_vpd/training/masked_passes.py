@@ -112,7 +112,7 @@ class MaskedPasses:
     def _merged(
         self, clean: CleanForward, step: int, samples: StepSamples, counts: TokenCounts, grad_g: Tensor
     ) -> PassResult:
-        """One pass: the attacked rows, followed by the rows with stochastic masks."""
+        """One pass: the attacked rows, followed by the rows with stochastic masks; a micro-batch may have one kind alone."""
         attacked = self.adversary.inputs(clean.micro_batch, samples)
         stochastic = self._stochastic_inputs(clean, step, samples)
         n, m = clean.attacked.stop, len(clean.tokens) - clean.attacked.stop
@@ -127,13 +127,14 @@ class MaskedPasses:
             routed_share=(n * attacked.routed_share + m * stochastic.routed_share) / (n + m),
         )
         c = self.coefficients
-        terms = [
-            LossTerm(counts.attacked, c.adversarial, clean.attacked),
-            LossTerm(counts.stochastic, c.stochastic, slice(n, None)),
-        ]
-        gradient = torch.zeros_like(attacked.sources) if c.adversarial else None
-        losses = self.engine.reconstruct(clean, inputs, terms, grad_g=grad_g, grad_sources=gradient)
-        return PassResult(dict(zip(("adversarial", "stochastic"), losses, strict=True)), gradient)
+        terms = {
+            "adversarial": LossTerm(counts.attacked, c.adversarial, clean.attacked),
+            "stochastic": LossTerm(counts.stochastic, c.stochastic, slice(n, None)),
+        }
+        terms = {name: terms[name] for name, rows in (("adversarial", n), ("stochastic", m)) if rows}
+        gradient = torch.zeros_like(attacked.sources) if n and c.adversarial else None
+        losses = self.engine.reconstruct(clean, inputs, list(terms.values()), grad_g=grad_g, grad_sources=gradient)
+        return PassResult(dict(zip(terms, losses, strict=True)), gradient)
 
     def _stochastic_inputs(self, clean: CleanForward, step: int, samples: StepSamples) -> MaskInputs:
         rows = clean.micro_batch.stochastic

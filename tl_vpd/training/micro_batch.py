@@ -77,7 +77,7 @@ def split_batch(rows: Sequence[int], micro_batch: int | None, *, merged: float =
             both kinds).
 
     Raises:
-        ValueError: a merged micro-batch has rows of one kind only.
+        ValueError: the rows are of one kind only, and merged.
     """
     rows = list(rows)
 
@@ -86,18 +86,18 @@ def split_batch(rows: Sequence[int], micro_batch: int | None, *, merged: float =
 
     attacked = [row for row in rows if not merged or is_attacked(row)]
     stochastic = [row for row in rows if not merged or not is_attacked(row)]
+    if not attacked or not stochastic:
+        fewest = math.ceil(round(1 / min(merged, 1 - merged), 9))
+        raise ValueError(
+            f"merged={merged} needs rows of both kinds in every process, and one has {len(rows)} "
+            f"row{'s' if len(rows) > 1 else ''}: make batch_size / processes at least {fewest}."
+        )
     micro_batches, first_attacked, first_stochastic = [], 0, 0
     size = len(rows) if micro_batch is None else micro_batch
     for start in range(0, len(rows), size):
         block = rows[start : start + size]
         n_attacked = sum(not merged or is_attacked(row) for row in block)
         n_stochastic = sum(not merged or not is_attacked(row) for row in block)
-        if not n_attacked or not n_stochastic:
-            raise ValueError(
-                f"merged={merged} needs rows of both kinds in every micro-batch and process; one has {len(block)} "
-                f"row{'s' if len(block) > 1 else ''}: make micro_batch and the rows per process at least "
-                f"{math.ceil(1 / min(merged, 1 - merged))}."
-            )
         order: Tensor | slice = slice(start, start + len(block))
         if merged:
             order = torch.tensor(

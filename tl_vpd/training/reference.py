@@ -49,19 +49,17 @@ class Samples:  # what a step draws: tensors with one row for each row of the ba
 
 
 class Reference:
-    """V, U, Γ and the adversary in training. ``target(tokens, real, site)`` computes decomposed products as ``site(name, x)`` and
-    returns the output; ``gamma(inputs by site, real)`` returns z ``[batch pos ΣC]``."""
+    """V, U, Γ, adversary. ``target(tokens, real, site)`` has products as ``site(name, x)``; ``gamma(inputs, real)`` gives z."""
 
     def __init__(self, config: VPDConfig, target: Callable[..., Tensor], sites: Mapping[str, Site], gamma: nn.Module):
         self.config, self.target, self.sites, self.gamma, how = config, target, sites, gamma, config.optimizer
         self.matrices = [matrix for site in sites.values() for matrix in (site.V, site.U)]
         self.steps, self.ascents, self.mean_frequency = 0, 0, torch.zeros(())
         two, one = ([p for p in gamma.parameters() if (p.ndim == 2) == is_matrix] for is_matrix in (True, False))
-        muon = {"momentum": how.momentum, "adjust_lr_fn": "match_rms_adamw"} if how.kind == "muon" else {}
-        adamw, lr = torch.optim.AdamW, how.gamma_lr or how.lr
-        kind = torch.optim.Muon if muon else adamw
-        groups: Any = (kind, muon, self.matrices, how.lr), (kind, muon, two, lr), (adamw, {}, one, lr)
-        self.optimizers = [f([{"params": p, "peak": lr}], weight_decay=0.0, **o) for f, o, p, lr in groups]
+        make: Any = {"adamw": torch.optim.AdamW, "muon": torch.optim.Muon}
+        more = {"weight_decay": 0.0, "momentum": how.momentum, "adjust_lr_fn": "match_rms_adamw"}
+        groups = (how.kind, self.matrices, how.lr), (how.kind, two, how.gamma_lr), ("adamw", one, how.gamma_lr)
+        self.optimizers = [make[kind]([{"params": p, "peak": lr or how.lr, **more}]) for kind, p, lr in groups]
 
     def step(self, tokens: Tensor, real: Tensor, samples: Samples) -> dict[str, Tensor]:
         """One update of V, U, Γ and the adversary; returns the losses before it. ``real [batch pos]`` is False at padding."""
@@ -84,9 +82,7 @@ class Reference:
             rows: Sequence[int], r: dict[str, Tensor], routing: dict[str, Tensor] | None = None
         ) -> Tensor:
             def masked(name: str, x: Tensor) -> Tensor:
-                if name not in r:
-                    return sites[name].clean(x)
-                y = sites[name].masked(x, g[name][rows], r[name])
+                y = sites[name].masked(x, g[name][rows], r[name]) if name in r else sites[name].clean(x)
                 return y if routing is None else torch.where(routing[name][..., None], y, sites[name].clean(x))
 
             output = self.target(tokens[rows], real[rows], masked)
