@@ -30,7 +30,9 @@ def whole():
 
 
 def test_a_run_that_is_too_large_says_what_fits(whole):
-    *_, time, memory, long, largest, block, _, data, vpd = plan_lines(whole, LAPTOP, why="it needs more memory")
+    *_, time, memory, long, largest, block, _, data, vpd, targeted = plan_lines(
+        whole, LAPTOP, why="it needs more memory"
+    )
     assert f"{whole.step_flops / 0.05e12:.3g} s at 0.05 TFLOP per second, as timed here" in time
     assert time.endswith("for 20,000 steps (no step was timed: it needs more memory).")
     assert memory == (
@@ -40,6 +42,7 @@ def test_a_run_that_is_too_large_says_what_fits(whole):
     assert largest.startswith("A first try on all blocks fits: ") and block.startswith(
         "A first try on the last block fits: "
     )
+    assert "decompose_targeted" in targeted
     # What is to be pasted is the config that it was computed for.
     recipe = yaml_data(f"{data}\n{vpd}", "The advice")
     assert recipe["data"] == {"context": 64}
@@ -63,7 +66,7 @@ def test_only_memory_is_short():
 
 
 def test_not_even_one_block_fits(whole):
-    assert advice(whole, Machine(0.05, memory=2**28))[-1].startswith("Not even a first try on the last block fits")
+    assert advice(whole, Machine(0.05, memory=2**28))[-2].startswith("Not even a first try on the last block fits")
 
 
 def test_the_time_is_that_of_timed_steps(whole):

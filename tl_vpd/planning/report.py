@@ -67,6 +67,7 @@ def advice(cost: Footprint, machine: Machine, seconds: float | None = None) -> l
     if too_large or slow > LONG:
         lines += _less_memory(cost, machine) if slow <= LONG else []
         lines += _first_tries(cost, machine)
+        lines.append("For one behaviour of the model alone, tl_vpd.decompose_targeted decomposes what that needs.")
     else:
         lines.append("The run fits.")
     if (machine.bfloat16 or 0) >= FASTER and cost.execution.precision == "float32":
