@@ -12,6 +12,7 @@ from tl_vpd.evaluation.hidden import hidden_errors
 from tl_vpd.evaluation.importance_statistics import ALIVE
 from tl_vpd.evaluation.mask_transfer import mask_transfer
 from tl_vpd.evaluation.modes import compute_recovered
+from tl_vpd.evaluation.nontarget import nontarget
 from tl_vpd.evaluation.nulls import decompose_shuffled, shuffled_model, untrained
 from tl_vpd.evaluation.off_distribution import off_distribution, scrambled
 from tl_vpd.evaluation.probe_null import ProbeNull, probe_null
@@ -49,6 +50,7 @@ __all__ = [
     "future_leakage",
     "hidden_errors",
     "mask_transfer",
+    "nontarget",
     "off_distribution",
     "probe_null",
     "redundancy",

@@ -31,6 +31,7 @@ from tl_vpd.evaluation.config import EvaluationConfig
 from tl_vpd.evaluation.consistency import check_same_sites
 from tl_vpd.evaluation.controls import controls_of
 from tl_vpd.evaluation.future_leakage import Leakage
+from tl_vpd.evaluation.nontarget import WHY_NOT, nontarget
 from tl_vpd.evaluation.nulls import Null, check_nulls, nulls_table
 from tl_vpd.evaluation.off_distribution import check_by_name
 from tl_vpd.evaluation.record import bounds_of, defined, record_of, undefined_columns
@@ -72,7 +73,8 @@ def evaluate(
             errors and there are no cross-entropies.
         config: what is measured, and at what cost (None: ``EvaluationConfig()``).
         off_distribution: other data by name, as rows of tokens or prompts, compared with ``tokens`` and (for language models)
-            with the same tokens ``scrambled`` within rows.
+            with the same tokens ``scrambled`` within rows. Of a targeted decomposition, whose target are the ``tokens``, they are
+            measured with Δ on (``nontarget``), and what takes Δ for an error is left out, saying so.
         others: decompositions of the same model from other seeds or with other C, by name.
         nulls: by name, other models with their decompositions, which should look worse: see ``decompose_shuffled``.
 
@@ -86,6 +88,7 @@ def evaluate(
     data = {} if off_distribution is None else off_distribution
     others, nulls = {} if others is None else others, {} if nulls is None else nulls
     tokens = adapt(model).tokens(tokens)
+    targeted = "targeted" in decomposition.record
     _check_beside(decomposition, model, data, others)
     check_nulls(nulls, tokens)
     options: dict[str, Any] = {
@@ -108,12 +111,19 @@ def evaluate(
     if "cancelling" in config.measures:
         report.add_table("cancelling", cancelling_pairs(decomposition))
     if "off_distribution" in config.measures:
-        table = off_distribution_table(decomposition, model, tokens, config, data)
-        report.add_table("off_distribution", table)
+        if targeted:
+            elsewhere: Any = (
+                nontarget(decomposition, model, data, config).reset_index() if data else "no other data was passed"
+            )
+            report.add_table("off_distribution", f"{WHY_NOT}, so other data are in the table nontarget")
+            report.add_table("nontarget", elsewhere)
+        else:
+            table = off_distribution_table(decomposition, model, tokens, config, data)
+            report.add_table("off_distribution", table)
     if others:
         for name, table in tables_of_others(decomposition, model, tokens, config, others).items():
             report.add_table(name, table)
-    report.add_weights(decomposition, model, before)
+    report.add_weights(decomposition, model, before, targeted=targeted)
     return report.finished()
 
 
@@ -171,9 +181,14 @@ class _Report:
             self.tables.setdefault(name, []).append(table)
 
     def add_weights(
-        self, decomposition: Decomposition, model: nn.Module, before: Mapping[str, Float[Tensor, "_ _"]]
+        self,
+        decomposition: Decomposition,
+        model: nn.Module,
+        before: Mapping[str, Float[Tensor, "_ _"]],
+        *,
+        targeted: bool,
     ) -> None:
-        """The faithfulness of each site, and whether the target is unchanged."""
+        """The faithfulness of each site (unless Δ is left over by design), and whether the target is unchanged."""
         changes, squares, shares = [0.0], {}, {}
         for name, W in before.items():
             changes.append(float((adapt(model).weight(name) - W).abs().max()))
@@ -181,8 +196,11 @@ class _Report:
             squares[name] = float(delta.mean())
             shares[name] = float(delta.sum()) / max(float(W.square().sum()), 1e-30)
         self.record["target_params_max_change"] = max(changes)
-        self.record["faithfulness"] = squares
-        self.record["delta_share"] = shares
+        for name, values in (("faithfulness", squares), ("delta_share", shares)):
+            if targeted:
+                self.left_out[name] = WHY_NOT
+            else:
+                self.record[name] = values
 
     def finished(self) -> Evaluation:
         """The evaluation."""

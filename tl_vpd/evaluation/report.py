@@ -122,7 +122,7 @@ class Evaluation:
 
     def to_pandas(self, table: str) -> pd.DataFrame:
         """One of the further tables: adversaries, union_test, mask_transfer, hidden, sparsity_sweep, cancelling,
-        off_distribution, future_leakage, feature_splitting, consistency, nulls.
+        off_distribution (nontarget, of a targeted decomposition), future_leakage, feature_splitting, consistency, nulls.
 
         The column ``pieces`` says whose: learned, or a control's.
 
