@@ -106,6 +106,14 @@ def test_a_download_that_breaks_off_is_said_and_the_next_one_is_whole(hub, pushe
     assert all(torch.equal(again.file_tensors()[key], tensor) for key, tensor in pushed.file_tensors().items())
 
 
+def test_a_cache_that_cannot_be_written_is_said(hub, pushed, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OSError, match=r"user/repo cannot be fetched from the Hugging Face Hub: .*file") as caught:
+        Decomposition.from_hub("user/repo")
+    one_sentence(caught)
+
+
 def test_a_damaged_file_is_named_with_what_to_do(hub, pushed):
     files = dict(hub.files("user/repo"))
     files[TENSORS] = files[TENSORS][:-1] + bytes([files[TENSORS][-1] ^ 1])

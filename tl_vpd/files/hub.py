@@ -194,7 +194,8 @@ def _one_sentence(repository: str, revision: str | None, what: str) -> Iterator[
     try:
         yield
     except Exception as error:
-        if isinstance(error, FileNotFoundError | FileExistsError) and not isinstance(error, LocalEntryNotFoundError):
+        of_this_module = isinstance(error, FileNotFoundError | FileExistsError) and error.errno is None
+        if of_this_module and not isinstance(error, LocalEntryNotFoundError):
             raise
         raise OSError(f"{repository}{_at(revision)} {what}: {_reason(error)}.") from error
 

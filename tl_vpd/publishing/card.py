@@ -80,7 +80,7 @@ def model_card(
 
 
 def _hub_name(record: Any) -> str | None:
-    """The target's name in the record, where it has the form of the Hub's and is not a folder here."""
+    """The target's name in the record, where it has the form of the Hub's and is not a folder on this machine."""
     target = record.get("target")
     name = target.get("name") if isinstance(target, dict) else None
     one = isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name, re.ASCII)
