@@ -32,7 +32,7 @@ HELD_OUT = 32
 """Rows of the evaluation."""
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "toy": ("toy", {"steps": 1_000, "batch_size": 32}),
-    "block": ("bundled", {"steps": 300, "sites": "blocks.1.*"}),
+    "block": ("bundled", {"steps": 300, "sites": "blocks.1.*", "yardstick": 1.45}),
     "bundled": ("bundled", {"steps": 300}),
     "collapsed": ("bundled", {"steps": 300, "minimality": 1_000.0}),
     "dense": ("bundled", {"steps": 300, "minimality": 1e-3}),
