@@ -20,7 +20,7 @@ from tl_vpd.adapters.plain import PlainWeights
 from tl_vpd.editing import Edit, bake, remove, scale, write_direction
 from tl_vpd.training import new_decomposition
 
-FUSED_AND_PLAIN = ["GPT-2", "GPT-NeoX", "GPT-J", "Llama", "Qwen2", "Gemma-2", "Phi-3", "OPT", "Bloom"]
+FUSED_AND_PLAIN = [name for name, family in FAMILIES.items() if family.config is not None]
 GAMMA = dict(d_ci=8, n_blocks=1, n_heads=2)
 
 

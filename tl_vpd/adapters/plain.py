@@ -54,7 +54,6 @@ _PHI3 = {"qkv": "self_attn.qkv_proj", "o": "self_attn.o_proj", "gate_in": "mlp.g
 _OPT = {**_attention("self_attn", "out_proj"), "in": "fc1", "out": "fc2"}
 FAMILIES: dict[str, Family] = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), _LLAMA),
-    "gemma": Family(_LLAMA.block, _LLAMA.products, _NORMS, offset=1.0),
     "gemma2": Family(_LLAMA.block, _LLAMA.products, ("input_layernorm", "pre_feedforward_layernorm"), offset=1.0),
     "arcee": Family("model.layers.{i}", {**_attention("self_attn"), **_MLP}, _NORMS),
     "phi3": Family("model.layers.{i}", _PHI3, _NORMS),
