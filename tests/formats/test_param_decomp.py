@@ -13,9 +13,10 @@ from torch.testing import assert_close
 import tl_vpd
 from tests.marks import needs_bridge, needs_hooked_transformer
 from tl_vpd.adapters import adapt
+from tl_vpd.adapters.versions import is_bridge
 from tl_vpd.analysis import GraphConfig, PruneConfig
 from tl_vpd.evaluation import EvaluationConfig
-from tl_vpd.formats import load_param_decomp
+from tl_vpd.formats import load_param_decomp, save_param_decomp
 from tl_vpd.formats.param_decomp import certify
 from tl_vpd.formats.param_decomp.gamma import order_index
 from tl_vpd.formats.param_decomp.names import module_of, site_of
@@ -97,6 +98,24 @@ def test_saved_loaded_attached_evaluated_traced_and_pruned(imported, tmp_path):
     with pytest.raises(ValueError, match=name):
         again.attach(model)
     adapter.set_weight(name, W)
+
+
+def test_compact_masks_as_before_and_is_written_in_the_authors_format(imported, tmp_path):
+    model, vpd = imported
+    small = vpd.compact(model, TOKENS)
+    assert small.site_axis.total < vpd.site_axis.total
+    outputs = []
+    for decomposition in (vpd, small):
+        for mode in ("ci", "rounded"):
+            with torch.no_grad(), decomposition.attach(model) as attached, attached.masked(mode, delta=0.0):
+                outputs.append(model(TOKENS))
+    assert_close(outputs[2], outputs[0], atol=1e-5, rtol=0)
+    assert_close(outputs[3], outputs[1], atol=1e-5, rtol=0)
+    model_class = "TransformerBridge" if is_bridge(model) else "HookedTransformer"
+    _, again = load_param_decomp(save_param_decomp(small, model, tmp_path / "run"), model_class, tokens=TOKENS)
+    assert again.counts == small.counts
+    for key, tensor in again.file_tensors().items():
+        assert torch.equal(tensor, small.file_tensors()[key])
 
 
 @needs_bridge

@@ -83,7 +83,7 @@ def compact(
         warnings.warn(
             f"No subcomponent of {', '.join(below)} has an importance above {threshold:g} on these {tokens} tokens: the one "
             "nearest to it stays, since a site has at least one.",
-            stacklevel=2,
+            stacklevel=4,  # the caller of Decomposition.compact
         )
     fewer = selected(decomposition, indices)
     entry = {
