@@ -12,8 +12,10 @@ from tests.tiny import some_tokens, tiny_model
 from tests.training.a_run import PROMPTS, TARGETED
 from tests.training.test_processes import finish, history, start
 from tl_vpd import Decomposition, ExecutionConfig, SavingConfig, decompose
+from tl_vpd.adapters import adapt
 from tl_vpd.training import TargetedConfig, TargetedTrainer, decompose_targeted
 from tl_vpd.training.metrics import metrics_of
+from tl_vpd.training.targeted.data import prompts_of
 from tl_vpd.training.targeted.prompts import PromptBatches
 
 
@@ -126,10 +128,27 @@ def test_settings_without_a_meaning_are_refused(settings, message):
 def test_data_that_does_not_fit_is_refused_by_the_name_of_its_stream(model, rows):
     with pytest.raises(ValueError, match=r"^nontarget: There are 12 rows"):
         decompose_targeted(model, PROMPTS, rows, TARGETED.model_copy(update={"nontarget_batch_size": 13}))
-    with pytest.raises(ValueError, match="outside the vocabulary"):
-        decompose_targeted(model, [[1, 99]], rows, TARGETED)
+    for target, message in {
+        ((1, 99),): r"^target: .*outside the vocabulary",
+        ((1, 2), ()): r"^target: Prompt 1 has no tokens",
+        (): r"^target: The target has no prompts",
+        "abc": r"^target: This model has no tokenizer",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            decompose_targeted(model, target, rows, TARGETED)
+    with pytest.raises(TypeError, match=r"^nontarget: The data is a NoneType"):
+        decompose_targeted(model, PROMPTS, None, TARGETED)
     with pytest.raises(TypeError, match=r"decompose_targeted\(\)?"):
         decompose(model, rows, TARGETED)
+
+
+@pytest.mark.parametrize(
+    "target", [[3, 1, 2], torch.tensor([3, 1, 2]), torch.tensor([[3, 1, 2]]), [[3, 1, 2]]], ids=str
+)
+def test_one_prompt_in_any_form(model, rows, target):
+    prompts = prompts_of(adapt(model), target, batch_size=4)
+    assert [prompt.tolist() for prompt in prompts] == [[3, 1, 2]]
+    assert prompts_of(adapt(model), rows, batch_size=4) is None
 
 
 def test_rows_of_metrics_are_read_as_what_they_are(undisturbed):

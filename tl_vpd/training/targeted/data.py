@@ -65,12 +65,11 @@ def targeted_data(
         ValueError: the data does not fit the model.
         TypeError: it is not data.
     """
-    prompts = prompts_of(adapter, target, config.batch_size)
-    if prompts is not None:
-        target = PromptBatches(prompts, config.batch_size, config.seed)
-    streams = []
+    streams: list[RunData] = []
     for name, data, rows in (("target", target, config.batch_size), ("nontarget", nontarget, config.nontarget_rows)):
         try:
+            if name == "target" and (prompts := prompts_of(adapter, target, rows)) is not None:
+                data = PromptBatches(prompts, rows, config.seed)
             streams.append(run_data(adapter, data, rows, config.seed, processes))
         except (ValueError, TypeError) as error:
             for stream in streams:
@@ -91,8 +90,19 @@ def prompts_of(adapter: Adapter, target: Any, batch_size: int) -> list[Tensor] |
         texts = [target] if isinstance(target, str) else target
         return [adapter.tokens([text])[0] for text in texts]
     if isinstance(target, Tensor | np.ndarray):
-        few = target.ndim == 2 and len(target) < batch_size and not holds_vectors(target)
-        return list(torch.as_tensor(target).long()) if few else None
+        few = target.ndim == 1 or (target.ndim == 2 and len(target) < batch_size)
+        target = (
+            list(torch.as_tensor(target).reshape(-1, target.shape[-1])) if few and not holds_vectors(target) else target
+        )
+    elif isinstance(target, list | tuple) and target and all(isinstance(token, int) for token in target):
+        target = [target]
     if isinstance(target, list | tuple) and all(isinstance(row, list | tuple | Tensor | np.ndarray) for row in target):
-        return [adapter.tokens(torch.as_tensor(row)[None])[0] for row in target]
+        return [_prompt(adapter, i, row) for i, row in enumerate(target)]
     return None
+
+
+def _prompt(adapter: Adapter, i: int, tokens: Any) -> Tensor:
+    """A prompt given as tokens."""
+    if not len(tokens):
+        raise ValueError(f"Prompt {i} has no tokens: leave it out.")
+    return adapter.tokens(torch.as_tensor(tokens)[None])[0]

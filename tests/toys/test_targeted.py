@@ -1,0 +1,51 @@
+"""Targeted toys: the streams, and the count of what serves the target, by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tl_vpd.toys import TMS, TOYS
+from tl_vpd.toys.targeted import features_report, streams, targeted_recipe
+from tl_vpd.training import new_decomposition
+
+
+def test_the_target_stream_has_the_chosen_features_alone():
+    target, ordinary = (stream.at(3) for stream in streams(TOYS["tms_5_2_id"], (0, 3), 64, seed=5))
+    on = (target != 0).float().mean((0, 1))
+    assert on[[1, 2, 4]].tolist() == [0, 0, 0] and on[[0, 3]].tolist() == pytest.approx([1 / 3, 1 / 3], abs=0.03)
+    assert (ordinary != 0).float().mean((0, 1)).tolist() == pytest.approx([0.05] * 5, abs=0.02)
+
+
+def test_a_feature_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match=r"only\[0\]"):
+        streams(TOYS["tms_5_2_id"], (5,), 4)
+
+
+@pytest.mark.parametrize("naive", [False, True])
+def test_recipes(naive):
+    for toy in ("tms_5_2_id", "compressed"):
+        config = targeted_recipe(toy, seed=3, steps=7, naive=naive)
+        assert config.steps == 7 and config.seed == 3 and bool(config.coefficients.nontarget) != naive
+    with pytest.raises(KeyError, match="no targeted recipe for 'induction'"):
+        targeted_recipe("induction")
+
+
+@torch.no_grad()
+def test_what_serves_the_target_is_counted_by_hand():
+    """Subcomponents 0 and 1 read features 2 and 4; the others read nothing."""
+    toy = TMS(5, 2)
+    model = toy.build()
+    config = targeted_recipe("tms_5_2_id").model_copy(
+        update={"C": 4, "sites": "embed", "gamma": {"kind": "per_subcomponent_mlps", "hidden": 1}}
+    )
+    vpd = new_decomposition(model, config)
+    vpd.V["embed"].zero_()
+    vpd.V["embed"][2, 0] = vpd.V["embed"][4, 1] = 1.0
+    for parameter, value in zip(vpd.gamma.parameters(), (10.0, 0.0, 1.0, -1.0), strict=True):
+        parameter.fill_(value)  # z = GELU(10 a) − 1
+    assert features_report(vpd, model, toy, (2,)).loc["embed"].to_dict() == {
+        "for_target": 1, "built": 4, "other_features": 1, "others": 4
+    }  # fmt: skip
+    report = features_report(vpd, model, toy, (2, 4)).loc["embed"]
+    assert report["for_target"] == 2 and report["other_features"] == 0
