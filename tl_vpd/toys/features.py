@@ -44,8 +44,10 @@ class SparseFeatures:
     """The features that can be on, from 0 (None: all)."""
 
     def __post_init__(self) -> None:
-        size, last = (1, 1 << 24), self.n_features - 1
-        check_fields(self, n_features=1, probability=(0, 1), batch_size=size, context=size, only=(0, last))
+        size = (1, 1 << 24)
+        check_fields(self, n_features=1, probability=(0, 1), batch_size=size, context=size, only=0)
+        if self.only is not None and not all(j < self.n_features for j in self.only):
+            raise ValueError(f"only={self.only}: the features are 0 to {self.n_features - 1}.")
         if self.low > self.high:
             raise ValueError(f"low={self.low} is above high={self.high}: give the smaller number first.")
 
@@ -61,7 +63,10 @@ class SparseFeatures:
 
     def describe(self) -> dict[str, Any]:
         """What distinguishes these data from others."""
-        return {"rows": "sparse features", **asdict(self)}
+        fields = asdict(self)
+        if self.only is None:  # as states of runs on all features have it
+            del fields["only"]
+        return {"rows": "sparse features", **fields}
 
     def close(self) -> None:
         """Nothing runs in the background."""
