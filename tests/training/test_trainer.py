@@ -114,7 +114,7 @@ def test_random_numbers_of_a_row_do_not_depend_on_the_others():
     config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA)
     with MaskedModel(new_decomposition(model, config), model) as masked_model:
         whole = Trainer(masked_model, config, (4, 6))
-    draws = whole.sampler
+    draws = whole.stream.sampler
     a = draws.sources("stochastic", 7, [0, 1, 2, 3])
     assert torch.equal(a[[3, 1]], draws.sources("stochastic", 7, [3, 1]))
     assert len({float(x) for x in a.flatten()}) > 0.99 * a.numel()
