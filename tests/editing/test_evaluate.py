@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tests.editing.conftest import OUT, WO, Q
 from tests.editing.test_apply import edited_model
-from tests.tiny import matrix_of, some_tokens
+from tests.tiny import matrix_of, some_tokens, tiny_model
 from tl_vpd.editing import (
     EditEvaluationConfig,
     StrengthConfig,
@@ -16,11 +16,14 @@ from tl_vpd.editing import (
     Wanted,
     add,
     evaluate_edit,
+    explain_difference,
     gradient_by_subcomponent,
     remove,
     scale,
+    swap,
     train_write_direction,
     tune_strengths,
+    write_token,
 )
 from tl_vpd.editing.controls import random_control, singular_control
 from tl_vpd.viz import edit_page
@@ -198,3 +201,20 @@ def test_an_added_piece_has_controls_too(model, vpd, tokens):
     edit = add(vpd, OUT, torch.rand(12).double(), torch.rand(8).double())
     table = evaluate_edit(vpd, model, tokens, edit).to_pandas().set_index("variant")
     assert (table["elsewhere_kl"] > 0).all() and len(table) == 3
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda v, m, t: write_token(v, m, t, f"{OUT}:1", 3),
+        lambda v, m, t: swap(v, m, t, f"{OUT}:1", f"{OUT}:2"),
+        lambda v, m, t: evaluate_edit(v, m, t, remove(v, f"{OUT}:1")),
+        lambda v, m, t: gradient_by_subcomponent(v, m, t, lambda x: x.sum()),
+        lambda v, m, t: tune_strengths(v, m, t, lambda x: x.sum(), f"{OUT}:1"),
+        lambda v, m, t: train_write_direction(v, m, Wanted(3, t), f"{OUT}:1"),
+        lambda v, m, t: explain_difference(v, m, m),
+    ],
+)
+def test_a_model_with_other_weights_is_refused(vpd, tokens, call):
+    with pytest.raises(ValueError, match="This model's weights are not the decomposed ones"):
+        call(vpd, tiny_model(seed=3), tokens)
