@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tl_vpd.checks import number
+from tl_vpd.checks import check_fields, number
 from tl_vpd.training.memory import machine_memory
 
 ROWS, WIDTH = 512, 768
@@ -35,7 +35,10 @@ class Machine:
     timed: bool = False
 
     def __post_init__(self) -> None:
+        check_fields(self, memory=0)
         number("tflops", self.tflops, above=0)
+        if self.bfloat16 is not None:
+            number("bfloat16", self.bfloat16, above=0)
 
     @classmethod
     def here(cls, device: torch.device | str = "cpu") -> Machine:

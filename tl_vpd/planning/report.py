@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import yaml
 
+from tl_vpd.checks import instance, number, text_of
 from tl_vpd.planning.first_try import first_try
 from tl_vpd.planning.footprint import Footprint, footprint
 from tl_vpd.planning.machine import Machine
@@ -27,7 +28,13 @@ def plan_lines(cost: Footprint, machine: Machine, seconds: float | None = None, 
         machine: that it is planned for.
         seconds: of a step, timed (None: those of its matrix products are told).
         why: no step was timed, for the line that says so.
+
+    Raises:
+        TypeError: an argument is of another type.
+        ValueError: a number is out of its range.
     """
+    cost, machine, why = instance("cost", cost, Footprint), instance("machine", machine, Machine), text_of("why", why)
+    seconds = None if seconds is None else number("seconds", seconds, above=0)
     table = cost.table().round(3).astype(object)
     lines = [table.where(table.notna(), "").to_string(index=False)]
     lines.append(", ".join(f"{name}: {n:,}" for name, n in cost.counts.items()))

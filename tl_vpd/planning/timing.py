@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.checks import integer, number
+from tl_vpd.checks import config_of, integer, number
 from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.planning.target import Target
 from tl_vpd.training.config import ExecutionConfig, VPDConfig
 from tl_vpd.training.new_decomposition import new_decomposition
 from tl_vpd.training.trainer import Trainer
@@ -19,13 +20,18 @@ STEPS = 4
 
 
 def seconds_per_step(
-    model: nn.Module, config: VPDConfig, *, context: int, execution: ExecutionConfig | None = None, limit: float = 60.0
+    model: nn.Module,
+    config: VPDConfig | None = None,
+    *,
+    context: int,
+    execution: ExecutionConfig | None = None,
+    limit: float = 60.0,
 ) -> float:
     """Seconds of a training step, without compilation: the median of a few.
 
     Args:
         model: the target; its weights, hooks and flags are afterwards as they were.
-        config: of the run.
+        config: of the run (None: ``VPDConfig()``).
         context: tokens in a row.
         execution: how it runs; ``compile`` is left off (None: ``ExecutionConfig()``).
         limit: seconds after which no further step begins.
@@ -35,7 +41,9 @@ def seconds_per_step(
         ValueError: a number is out of its range.
     """
     context, limit = integer("context", context, minimum=1), number("limit", limit, minimum=0)
-    execution = (execution or ExecutionConfig()).model_copy(update={"compile": False})
+    config = config_of(VPDConfig, config)
+    execution = config_of(ExecutionConfig, execution).model_copy(update={"compile": False})
+    Target.of(model)  # refuses what has no tokens
     adapter = adapt(model)
     vocabulary = int(model.cfg.d_vocab)  # type: ignore[union-attr, arg-type]
     generator = torch.Generator().manual_seed(0)

@@ -85,6 +85,7 @@ LEFT_OUT: dict[str, str] = {
     "load_param_decomp": "tried by the campaigns of damaged files",
     "save_param_decomp": "tried by the campaigns of damaged files",
     "sampled(importances)": INNER,
+    "smollm2": "needs a package that is not a dependency",
     "spd_config": "the same as SPDConfig, which is in the table",
     "vpd": "decompose and RankOne, both in the table",
 }

@@ -22,7 +22,9 @@ from tests.campaigns.calls.kinds import (
     only,
     optional,
     path_to_read,
+    patterns,
     sequence,
+    text,
     tokens,
 )
 from tests.campaigns.calls.world import Call, World
@@ -82,7 +84,7 @@ def _planning(w: World) -> list[Call]:
     target = planning.Target.of(w.model)
     small = tl_vpd.VPDConfig(C=3, batch_size=2, gamma=GAMMA)
     result = planning.footprint(target, small, context=7)
-    count = integer(1)
+    machine, count = planning.Machine(0.5, memory=1 << 30), integer(1)
     divides: Kind = lambda v: count(v) and None  # noqa: E731
     return [
         Call(
@@ -97,7 +99,55 @@ def _planning(w: World) -> list[Call]:
             },
         ),
         Call(
-            "planning: Footprint.lines", result.lines, {"steps": (3, count), "tflops": (0.5, optional(number(above=0)))}
+            "planning: Machine",
+            planning.Machine,
+            {
+                "tflops": (0.5, number(above=0)),
+                "memory": (100, integer(0, size=False)),
+                "bfloat16": (1.5, optional(number(above=0))),
+                "timed": (True, boolean),
+            },
+        ),
+        Call(
+            "planning: plan_lines",
+            planning.plan_lines,
+            {
+                "cost": (result, only(result)),
+                "machine": (machine, only(machine)),
+                "seconds": (0.5, optional(number(above=0))),
+                "why": ("it is late", text),
+            },
+        ),
+        Call(
+            "planning: seconds_per_step",
+            lambda **o: planning.seconds_per_step(**o) and None,
+            {
+                "model": (w.model, only(w.model)),
+                "config": (small, optional(only(small))),
+                "context": (7, either(integer(1, 10))),
+                "execution": config(tl_vpd.ExecutionConfig),
+                "limit": (0.1, number(0)),
+            },
+        ),
+        Call(
+            "planning: first_try",
+            planning.first_try,
+            {
+                "model": (w.model, only(w.model, target)),
+                "sites": ("blocks.1.*", patterns([site.name for site in target.sites])),
+                "steps": (3, count),
+                "batch_size": (2, count),
+                "yardstick": (0.5, optional(number(above=0))),
+            },
+        ),
+        Call(
+            "planning: yardstick",
+            planning.yardstick,
+            {
+                "model": (w.model, only(w.model)),
+                "tokens": (w.tokens, tokens()),
+                "sites": ("blocks.1.*", patterns([site.name for site in target.sites])),
+            },
         ),
         Call("planning: Target.of", planning.Target.of, {"model": (w.model, only(w.model))}),
         Call(
