@@ -13,6 +13,8 @@ from tests.tiny import decomposition_of, edited, some_tokens, tiny_model
 from tl_vpd.evaluation import redundancy
 from tl_vpd.losses import kl_divergence
 from tl_vpd.masking import constant_masks
+from tl_vpd.toys import train
+from tl_vpd.toys.copying import Copying, first_layer_alone
 
 TOKENS = torch.tensor([[0, 1, 2, 2], [5, 5, 5, 1], [3, 2, 1, 0]])
 
@@ -72,6 +74,19 @@ def test_figures_are_those_of_hooks_and_of_edited_weights(batch_size: int):
             logits = model.run_with_hooks(tokens[rows], fwd_hooks=vpd.mask_hooks(masks))
             costs.append(float(kl_divergence(target, logits)))
     assert float(result.alone[0]) == pytest.approx((costs[1] - costs[0]) * 7 * int(rows.sum()) / n)
+
+
+def test_a_trained_model_with_a_spare_layer():
+    """Two layers that each learned to copy: the first has twins in the second, and none once the second is gone."""
+    toy = Copying(d_vocab=9, length=4, d_model=16)
+    model, tokens = train(toy, steps=500), toy.batches(8, seed=-3).at(0)
+    assert min(toy.quality(model).values()) > 0.95  # with all layers, and with either alone
+    twins = redundancy(first_layer_alone(model), model, tokens, rows=2).twins
+    assert len(twins) >= 2 and all(twin.startswith("blocks.0.") for twin in twins)
+    with torch.no_grad():
+        model.blocks[1].attn.W_O.zero_()
+    gone = redundancy(first_layer_alone(model), model, tokens, rows=2)
+    assert gone.twins == [] and (gone.alone > 0.2).any()
 
 
 def test_what_is_important_nowhere_has_no_figures():

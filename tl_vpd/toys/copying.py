@@ -20,10 +20,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_vpd.adapters import adapt
 from tl_vpd.checks import check_fields
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.truth import Truth
+from tl_vpd.importance import GammaConfig
 from tl_vpd.toys.toy import TargetTraining, Toy
 from tl_vpd.toys.transformers import accuracy_at, cross_entropy_at, small_transformer
+from tl_vpd.training import VPDConfig, new_decomposition
 from tl_vpd.training.data import Batches
 
 BOS = 0
@@ -141,3 +145,26 @@ class Copying(Toy):
         hooks = [(f"blocks.{i}.hook_attn_out", only(i)) for i in range(self.n_layers)]
         logits: Tensor = model.run_with_hooks(tokens, fwd_hooks=hooks)
         return logits
+
+
+@torch.no_grad()
+def first_layer_alone(model: Any) -> Decomposition:
+    """A decomposition by hand that calls the first layer important everywhere, and later ones nowhere.
+
+    Its subcomponents are the singular directions of every weight. Where a later layer can copy as well, those of the first have
+    hidden twins.
+
+    Args:
+        model: the toy's.
+    """
+    adapter = adapt(model)
+    config = VPDConfig(C=adapter.d_model, gamma=GammaConfig(kind="per_site_mlps", hidden=1))
+    vpd = new_decomposition(model, config)
+    for parameter in vpd.gamma.parameters():
+        parameter.zero_()
+    for name, bias in zip(vpd.sites, vpd.gamma.output_biases(), strict=True):
+        u, sigma, vh = torch.linalg.svd(adapter.weight(name), full_matrices=False)
+        vpd.V[name].copy_(u)
+        vpd.U[name].copy_(sigma[:, None] * vh)
+        bias.fill_(1.0 if name.startswith("blocks.0.") else -1.0)
+    return vpd
