@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -18,6 +19,7 @@ from tl_vpd.planning import (
     yardstick,
 )
 from tl_vpd.planning.report import advice
+from tl_vpd.recipe import DataRecipe
 from tl_vpd.recipe.yaml_text import yaml_data
 
 SMOLLM2 = TransformerShape(layers=30, d_model=576, heads=9, kv_heads=3, d_mlp=1536, gated=True, vocabulary=49152)
@@ -112,3 +114,14 @@ def test_the_yardstick_is_what_ablating_costs():
             other = model(tokens).log_softmax(-1)
     kl = (target.exp() * (target - other)).sum(-1).mean()
     assert yardstick(model, tokens, sites="blocks.1.*") == pytest.approx(float(kl), rel=1e-9)
+
+
+def test_rows_of_a_file_have_a_length(tmp_path):
+    """A plan without a context reads it from the data; text is not read, and is cut to the model's context."""
+    model, path = tiny_model(), tmp_path / "rows.npy"
+    np.save(path, np.zeros((3, 7), dtype=np.int64))
+    assert DataRecipe(tokens=str(path)).length(model) == 7
+    assert DataRecipe(tokens=str(path), context=5).length(model) == 5
+    assert DataRecipe(tokens="missing/*.txt").length(model) == 10
+    with pytest.raises(FileNotFoundError, match="missing"):
+        DataRecipe(tokens="missing.npy").length(model)
