@@ -4,8 +4,8 @@
 
 A change whose read direction is that of subcomponent c (``read = V[:, c]``) changes its write direction,
 ``U'[c] = U[c] + write``; any other one belongs to Δ. With ``y₀' = y₀ + x @ ΔW`` in the place of the model's output and U' in
-the place of U, every masked pass is that of a model with the weight W' and a decomposition with U'. Its ``Δ' = W' − V U'`` differs from Δ by the second kind
-alone.
+the place of U, every masked pass is that of a model with the weight W' and a decomposition with U'. Its ``Δ' = W' − V U'``
+differs from Δ by the second kind alone.
 """
 
 from __future__ import annotations
