@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from tl_vpd import bundled
 from tl_vpd.cli import app
+from tl_vpd.recipe import evaluating
 
 
 def call(*arguments: str | Path | int) -> Result:
@@ -63,3 +64,9 @@ def test_nothing_but_the_mode_table():
     result = call("bundled", "--rows", 1, "--budgets", "", "--measures", "none", "--no-controls")
     assert result.exit_code == 0, result.output
     assert "rounded_0.5" in result.output and "sparsity_sweep" not in result.output
+
+
+def test_the_ladder_by_name():
+    standard, others = evaluating.budgets_of("ladder")
+    assert list(standard) == [20, 40, 80, 160, 320, 640, 1280] and list(others) == [20, 80]
+    assert evaluating.budgets_of("5,10") == ([5, 10], [5, 10])
