@@ -264,6 +264,14 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: evaluation.EvaluationConfig(starts={20: 0}), ValueError, r"starts\[20\]=0: give an integer of at least 1"),
     (lambda: evaluation.EvaluationConfig(curve=[(0, 3.0), (0, 2.0)]), ValueError, "give steps that rise"),
     (lambda: evaluation.EvaluationConfig(curve=[3.0]), TypeError, r"curve\[0\]=3.0 is a float: give values"),  # type: ignore[list-item]
+    (lambda: evaluation.EvaluationConfig(leak_rows=0), ValueError, "leak_rows=0: give an integer of at least 1"),
+    (lambda: tl_vpd.evaluate(vpd, model, tokens, nulls=[vpd]), TypeError, "nulls is a list: give pairs"),  # type: ignore[arg-type]
+    (lambda: evaluation.probe_null(vpd, model, tokens, [0, 1]), TypeError, "labels"),  # type: ignore[arg-type]
+    (lambda: evaluation.probe_null(vpd, model, tokens, tokens.float()), TypeError, "labels are of torch.float32"),
+    (lambda: evaluation.redundancy(vpd, model, tokens, rows=0), ValueError, "rows=0: give an integer of at least 1"),
+    (lambda: evaluation.redundancy(model, model, tokens), TypeError, "decomposition"),  # type: ignore[arg-type]
+    (lambda: evaluation.untrained(model), TypeError, "decomposition"),  # type: ignore[arg-type]
+    (lambda: evaluation.decompose_shuffled(model, tokens, {"steps": 1}), TypeError, "config"),  # type: ignore[arg-type]
     (lambda: evaluation.Adversary(steps=0), ValueError, "steps=0: give an integer of at least 1"),
     (lambda: evaluation.Adversary(steps=-3), ValueError, "steps=-3: give an integer of at least 1"),
     (lambda: evaluation.Adversary(step_size=0.0), ValueError, "step_size=0.0: give a finite number above 0"),

@@ -124,6 +124,7 @@ def probe_null(
         ValueError: labels have another shape than the tokens, training or test rows do not have two classes, or the decomposition
             or the prompts do not fit the model.
     """
+    instance("decomposition", decomposition, Decomposition)
     instance("labels", labels, Tensor)
     test_share = number("test_share", test_share, above=0, maximum=0.9)
     if labels.is_floating_point() or labels.is_complex():

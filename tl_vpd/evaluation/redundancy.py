@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_vpd.checks import integer, sequence
+from tl_vpd.checks import instance, integer, sequence
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.sample import Sample, measure, sampled
@@ -112,6 +112,7 @@ def redundancy(
         TypeError: an argument is of another type.
         ValueError: the model returns no logits, the decomposition or prompts do not fit it, or a number is out of its range.
     """
+    instance("decomposition", decomposition, Decomposition)
     rows = integer("rows", rows, minimum=1)
     addresses = None
     if subcomponents is not None:
