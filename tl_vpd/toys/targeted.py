@@ -29,7 +29,7 @@ from tl_vpd.training.data import Batches
 IMPORTANT = 0.1
 """The importance from which a subcomponent counts as important."""
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "tms_5_2_id": {"steps": 5_000, "C": 10, "importance": 2e-3, "frequency": 0.0, "lr": 5e-3},
+    "tms_5_2_id": {"steps": 1_000, "C": 10, "importance": 8e-3, "frequency": 4e-3, "lr": 5e-3},
     "compressed": {"steps": 4_000, "C": 10, "importance": 1e-5, "frequency": 0.0, "lr": 2e-3},
 }
 """By toy: steps (a third of the whole decomposition's, or fewer) and what differs."""
@@ -55,7 +55,7 @@ def targeted_recipe(toy: str, *, seed: int = 0, steps: int | None = None, naive:
     alone = {"nontarget": 0.0, "nontarget_importance": 0.0} if naive else {}
     return TargetedConfig(
         steps=settings["steps"] if steps is None else steps,
-        batch_size=8,
+        batch_size=2,
         seed=seed_of(seed),
         C=settings["C"],
         output="mse",
@@ -63,7 +63,7 @@ def targeted_recipe(toy: str, *, seed: int = 0, steps: int | None = None, naive:
         init_scale=0.3,
         coefficients={**weights, **alone, "schedule": schedule},  # type: ignore[arg-type]
         adversary={"inner_steps": 0},  # type: ignore[arg-type]
-        minimality={"p": ((0.0, 2.0), (1.0, 0.5)), "frequency_reference": 32.0},  # type: ignore[arg-type]
+        minimality={"p": ((0.0, 2.0), (1.0, 1.0)), "frequency_reference": 32.0},  # type: ignore[arg-type]
         optimizer={"lr": settings["lr"], "lr_final": 0.0, "clip": None},  # type: ignore[arg-type]
         decay=0.0 if naive else 0.1,
     )
