@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tl_vpd.toys import TMS, TOYS
+from tl_vpd.toys import TMS, TOYS, train
 from tl_vpd.toys.targeted import features_report, streams, targeted_recipe
-from tl_vpd.training import new_decomposition
+from tl_vpd.training import decompose_targeted, new_decomposition
 
 
 def test_the_target_stream_has_the_chosen_features_alone():
@@ -18,7 +18,7 @@ def test_the_target_stream_has_the_chosen_features_alone():
 
 
 def test_a_feature_that_is_not_there_is_refused():
-    with pytest.raises(ValueError, match=r"only\[0\]"):
+    with pytest.raises(ValueError, match=r"only=\(5,\): the features are 0 to 4"):
         streams(TOYS["tms_5_2_id"], (5,), 4)
 
 
@@ -49,3 +49,13 @@ def test_what_serves_the_target_is_counted_by_hand():
     }  # fmt: skip
     report = features_report(vpd, model, toy, (2, 4)).loc["embed"]
     assert report["for_target"] == 2 and report["other_features"] == 0
+
+
+def test_one_feature_needs_one_subcomponent_in_each_matrix_and_none_for_the_others():
+    toy = TMS(5, 2, identity=True, vectors=16)
+    model = train(toy, 0, steps=4_000)
+    config = targeted_recipe("tms_5_2_id", steps=1_000).model_copy(update={"batch_size": 8})
+    run = decompose_targeted(model, *streams(toy, (1,), 8), config, progress=False)
+    report = features_report(run.decomposition, model, toy, (1,))
+    assert report["for_target"].to_dict() == {"embed": 1, "identity": 1, "unembed": 1}
+    assert report["other_features"].to_dict() == {"embed": 0, "identity": 0, "unembed": 0}

@@ -29,7 +29,7 @@ from tl_vpd.training.data import Batches
 IMPORTANT = 0.1
 """The importance from which a subcomponent counts as important."""
 _SETTINGS: dict[str, dict[str, Any]] = {
-    "tms_5_2_id": {"steps": 1_000, "C": 10, "importance": 8e-3, "frequency": 4e-3, "lr": 5e-3},
+    "tms_5_2_id": {"steps": 1_500, "C": 10, "importance": 8e-3, "frequency": 4e-3, "lr": 5e-3},
     "compressed": {"steps": 4_000, "C": 10, "importance": 1e-5, "frequency": 0.0, "lr": 2e-3},
 }
 """By toy: steps (a third of the whole decomposition's, or fewer) and what differs."""
