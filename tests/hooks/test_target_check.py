@@ -30,6 +30,10 @@ ARGUMENTS = {
     "metric": lambda tokens: lambda logits: logits[..., -1, 3] - logits[..., -1, 4],
     "behaviour": lambda tokens: None,
     "nodes": lambda tokens: [Q],
+    "labels": lambda tokens: tokens % 2,
+    "folder": lambda tokens: "features",
+    "model_id": lambda tokens: "tiny",
+    "wanted": lambda tokens: None,
 }
 ATTACHED = {"attachment_of", "pair_ablation_hooks", "ablate_nodes"}
 """Functions that only work on an attached model, or on another function's result."""

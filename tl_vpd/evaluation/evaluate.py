@@ -21,7 +21,7 @@ from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.checks import config_of
+from tl_vpd.checks import config_of, instance
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.adversaries import EXPLANATIONS
 from tl_vpd.evaluation.batch import BatchStore
@@ -85,6 +85,7 @@ def evaluate(
     Figures that are NaN or infinite are None in the record; ``left_out`` names them, and ``warnings`` too.
     """
     config = config_of(EvaluationConfig, config)
+    instance("decomposition", decomposition, Decomposition)
     data = {} if off_distribution is None else off_distribution
     others, nulls = {} if others is None else others, {} if nulls is None else nulls
     tokens = adapt(model).tokens(tokens)

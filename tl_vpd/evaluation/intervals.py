@@ -54,7 +54,8 @@ class PerRow:
         n = len(self.values)
         if n < 2:
             return np.empty(0)
-        counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=resamples) * self.tokens
+        counts = np.random.default_rng(seed % (1 << 64)).multinomial(n, np.full(n, 1 / n), size=resamples)
+        counts = counts * self.tokens
         total = counts.sum(1)
         return np.divide(counts @ self.values, total, out=np.full(resamples, np.nan), where=total > 0)
 

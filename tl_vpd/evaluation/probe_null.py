@@ -127,6 +127,8 @@ def probe_null(
     instance("decomposition", decomposition, Decomposition)
     instance("labels", labels, Tensor)
     test_share = number("test_share", test_share, above=0, maximum=0.9)
+    if labels.is_meta:
+        raise ValueError("labels are on the meta device and have no numbers: give a tensor that has.")
     if labels.is_floating_point() or labels.is_complex():
         raise TypeError(f"labels are of {labels.dtype}: give integers, -1 where a token has no class.")
     with sampled(decomposition, model, prompts, batch_size=batch_size, seed=seed) as sample:
@@ -150,7 +152,7 @@ def _probe_null(
     fit, validation, test = _split(where.any(1).nonzero()[:, 0], row_of, test_share, sample.seed)
     for name, chosen in {"training": fit, "validation": validation, "test": test}.items():
         if len(y[chosen].unique()) < 2:
-            raise ValueError(f"The {name} rows have labels of fewer than two classes: give more rows.")
+            raise ValueError(f"The {name} rows have labels of fewer than two classes: give prompts of more rows.")
     classes, y = y.unique(return_inverse=True)
     Y, weights = F.one_hot(y).double(), 1.0 / torch.bincount(y)[y].double()
     scores, sizes = {}, {}

@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_vpd.checks import check_threshold, integer
+from tl_vpd.checks import check_threshold, instance, integer
 from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.importance.selection import selected
@@ -106,8 +106,10 @@ def original_addresses(decomposition: DecomposedWeights) -> pd.DataFrame:
         One row per subcomponent: ``subcomponent``, ``original``.
 
     Raises:
+        TypeError: it is something else.
         ValueError: the record does not fit the decomposition.
     """
+    instance("decomposition", decomposition, DecomposedWeights)
     rows = []
     for name, C in decomposition.counts.items():
         original = list(range(C))

@@ -213,6 +213,7 @@ def _configs(w: World) -> list[Call]:
                 "radius": (3, integer(0)),
                 "threshold": (0.25, lambda v: None if number(1, 1)(v) else number(0, 1)(v)),
                 "batch_size": (3, integer(1)),
+                "bins": (3, integer(0)),
             },
         ),
         Call(

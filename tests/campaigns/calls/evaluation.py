@@ -48,6 +48,7 @@ def _whole(w: World) -> list[Call]:
                 "config": (w.cheap, optional(only(w.cheap))),
                 "off_distribution": ({}, _empty),
                 "others": (None, _empty),
+                "nulls": (None, _empty),
             },
         ),
         Call("evaluation: Evaluation.save", report.save, {"path": (w.folder / "new.json", file_to_write)}),
@@ -248,6 +249,8 @@ def _configs(w: World) -> list[Call]:
                 "seed": (3, SEED),
                 "curve": (None, optional(either(_curve))),
                 "keep_bytes": (1000, integer(0)),
+                "leak_rows": (3, integer(1)),
+                "leak_positions": (3, integer(1)),
             },
         ),
         Call(

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
-from tests.campaigns.calls import analysis, attention, configs, evaluation, hooks, pictures, training
+from tests.campaigns.calls import (
+    analysis,
+    attention,
+    clustering,
+    configs,
+    evaluation,
+    hooks,
+    nulls,
+    pictures,
+    targeted,
+    training,
+)
 from tests.campaigns.calls.world import Call, World
 
-ROOMS = (hooks, analysis, attention, evaluation, pictures, training, configs)
+ROOMS = (hooks, analysis, clustering, attention, evaluation, nulls, pictures, training, targeted, configs)
 
 
 def calls(w: World) -> list[Call]:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tl_vpd.analysis.clustering.merging import MergeHistory
-from tl_vpd.checks import integer, path_of
+from tl_vpd.checks import instance, integer, path_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.files.json_files import read_json, write_json
 from tl_vpd.frozen import Frozen
@@ -110,13 +110,7 @@ class Clustering(Sequence[Component]):
             Component(i, tuple(m), n, n / self.n_tokens) for i, (m, n) in enumerate(zip(members, tokens, strict=True))
         )
 
-    @overload
-    def __getitem__(self, index: int) -> Component: ...
-    @overload
-    def __getitem__(self, index: slice) -> tuple[Component, ...]: ...
-    def __getitem__(self, index: int | slice) -> Component | tuple[Component, ...]:
-        if isinstance(index, slice):
-            return self.components[index]
+    def __getitem__(self, index: int) -> Component:  # type: ignore[override]
         index = integer("index", index)
         if not -len(self) <= index < len(self):
             raise IndexError(f"Component {index} does not exist: there are 0 to {len(self) - 1}.")
@@ -160,8 +154,10 @@ class Clustering(Sequence[Component]):
             ci: of this decomposition, ``[batch, pos, C_total]``.
 
         Raises:
+            TypeError: it is something else.
             ValueError: it has another number of subcomponents.
         """
+        instance("ci", ci, CausalImportances)
         if ci.concatenated.shape[-1] != self.site_axis.total:
             raise ValueError(
                 f"The importances are of {ci.concatenated.shape[-1]} subcomponents and the clustering of "
@@ -220,6 +216,7 @@ class Clustering(Sequence[Component]):
             ValueError: it is not a clustering, is damaged, or is of a decomposition with other sites or counts.
         """
         path = path_of("path", path)
+        instance("decomposition", decomposition, Decomposition)
         content = read_json(path)
         try:
             if not isinstance(content, dict):

@@ -97,7 +97,7 @@ def merge(important: Matrix, *, alpha: float, greed: float = 0.2, seed: int = 0)
         seed: of these choices.
     """
     overlaps = Overlaps(important)
-    n, generator = overlaps.k, np.random.default_rng(seed)
+    n, generator = overlaps.k, np.random.default_rng(seed % (1 << 64))
     rank, first = np.ones(n), np.arange(n)
     bound = np.full(n, -np.inf)
     pairs, changes, best, tokens = [], [], [], []

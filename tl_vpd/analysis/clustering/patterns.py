@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from tl_vpd.checks import integer, number, seed_of
+from tl_vpd.checks import instance, integer, number, seed_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.site import ConcatenatedAxis
@@ -40,7 +40,7 @@ class Patterns:
 
     def shuffled(self, seed: int = 0) -> Patterns:
         """The null: each subcomponent is important at as many tokens, at random ones, independently of the others."""
-        generator, columns = np.random.default_rng(seed_of(seed)), self.important
+        generator, columns = np.random.default_rng(seed_of(seed) % (1 << 64)), self.important
         counts = np.diff(columns.indptr)
         tokens = [np.sort(generator.choice(self.n_tokens, size, replace=False)) for size in counts]
         entries = np.concatenate(tokens) if tokens else columns.indices
@@ -75,6 +75,7 @@ def importance_patterns(
         ValueError: the prompts are not this model's, it has other weights, a number is out of range, or no subcomponent is
             important anywhere.
     """
+    instance("decomposition", decomposition, Decomposition)
     threshold = number("threshold", threshold, minimum=0, maximum=1)
     batch_size = integer("batch_size", batch_size, minimum=1)
     site_axis, columns, ends = decomposition.site_axis, [], [np.zeros(1, dtype=np.int64)]
