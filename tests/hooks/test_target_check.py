@@ -70,7 +70,7 @@ def folded():
 def test_every_function_of_a_decomposition_and_a_model_refuses_other_weights(folded, function, needed):
     model, vpd, tokens = folded
     with pytest.raises(ValueError, match=REFUSED):
-        result = function(vpd, model, *[ARGUMENTS[name](tokens) for name in needed])
+        result = function(vpd, model, **{name: ARGUMENTS[name](tokens) for name in needed})
         with result:  # a context manager runs when it is entered
             pass
 
