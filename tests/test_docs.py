@@ -37,7 +37,9 @@ def short_trainings(monkeypatch):
 
     def short_targeted(model, target, nontarget, config, **options):
         changes = {"steps": 2, "batch_size": 2, "nontarget_batch_size": 2, "C": 4}
-        return decompose_targeted(model, target, nontarget, config.model_copy(update=changes), progress=False, **options)
+        return decompose_targeted(
+            model, target, nontarget, config.model_copy(update=changes), progress=False, **options
+        )
 
     monkeypatch.setattr(tl_vpd, "decompose", short)
     monkeypatch.setattr(tl_vpd, "decompose_targeted", short_targeted)

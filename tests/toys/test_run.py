@@ -121,7 +121,10 @@ def test_every_toy_has_a_recipe_of_vpd_and_its_steps_and_seed_can_be_set():
         assert (
             settings.output == "kl" and settings.coefficients.layerwise == 1 and settings.coefficients.adversarial == 0
         )
-    assert recipe("tms_5_2", "spd").coefficients.adversarial == 0 and recipe("compressed", "spd").minimality.p == ((0, 2), (1, 2))
+    assert recipe("tms_5_2", "spd").coefficients.adversarial == 0 and recipe("compressed", "spd").minimality.p == (
+        (0, 2),
+        (1, 2),
+    )
 
 
 @pytest.mark.parametrize(
