@@ -4,8 +4,8 @@
 >>> with run.decomposition.attach(model) as attached:                         # doctest: +SKIP
 ...     logits, cache = model.run_with_cache(tokens)
 
-The rooms ``analysis``, ``baselines``, ``bundled``, ``editing``, ``evaluation``, ``formats``, ``planning``, ``toys`` and ``viz``, and
-what they put at the top, are loaded when they are first used.
+The rooms ``analysis``, ``baselines``, ``bundled``, ``editing``, ``evaluation``, ``formats``, ``planning``, ``toys`` and ``viz``,
+and what they put at the top, are loaded when they are first used.
 """
 
 import importlib

@@ -37,8 +37,8 @@ class SitePass:
     Args:
         function: replaces the sites' outputs (None: the model's stay).
         read: is called with each site's name and input, as the model passes it, before the output is computed.
-        collect: whether ``inputs`` gathers every site's input, without a head axis, and the residual streams; or the names of what
-            it gathers.
+        collect: whether ``inputs`` gathers every site's input, without a head axis, and the residual streams; or the names of
+            what it gathers.
 
     Attributes:
         inputs: by site ``[batch, pos, d_in]``; sites that read the same tensor share it. Residual streams too, by their name.
