@@ -87,6 +87,14 @@ def test_always_on_subcomponents_that_pay_for_themselves():
     ("distance", "l0", "progress", "message"),
     [
         (0.9, 3.0, 0.1, "explain nothing: with the others ablated the output is 90% as far"),
+        (
+            0.4,
+            20.0,
+            0.2,
+            "Too little is explained: with only the important subcomponents (20.0 per token) the output is 40% as",
+        ),
+        (0.4, 20.0, 0.1, None),  # it may still fall
+        (0.3, 20.0, 0.2, None),
         (0.1, 60.0, 0.5, "Importances are dense: 60.0 of 100"),
         (0.1, 60.0, 0.1, None),
         (0.1, 10.0, 1.0, None),

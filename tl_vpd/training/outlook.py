@@ -38,6 +38,9 @@ SHORTEST = 20
 """Steps of a run from which on it is checked."""
 NOTHING = 0.8
 """The share of the yardstick above which important subcomponents explain nothing."""
+LITTLE, SETTLED = 1 / 3, 0.2
+"""The share of the yardstick above which they explain too little, from this fraction of the run on: it rarely falls while L0
+does."""
 DENSE = 0.5
 """The share of all subcomponents above which importances are dense, from half of the run on."""
 
@@ -78,7 +81,14 @@ class Check:
                 f"{share:.0%} as far from the target's as with every site ablated. Lower coefficients.importance "
                 f"({c.importance:g}) and coefficients.frequency ({c.frequency:g}), or train for longer."
             )
-        if self.progress >= 0.5 and self.l0 >= DENSE * self.total:
+        dense = self.l0 >= DENSE * self.total
+        if self.progress >= SETTLED and share >= LITTLE and not dense:
+            return (
+                f"Too little is explained: with only the important subcomponents ({self.l0:.1f} per token) the output is "
+                f"{share:.0%} as far from the target's as with every site ablated, and this rarely falls while L0 does. Lower "
+                f"coefficients.importance ({c.importance:g}) and coefficients.frequency ({c.frequency:g}), or train for longer."
+            )
+        if self.progress >= 0.5 and dense:
             return (
                 f"Importances are dense: {self.l0:.1f} of {self.total} subcomponents are important per token. Raise "
                 f"coefficients.importance ({c.importance:g}), or train for longer."
