@@ -51,7 +51,7 @@ def test_train_then_eval(tmp_path: Path):
     record = json.loads((tmp_path / "metrics.json").read_text())
     assert set(record["pgd_kl"]) == {"1", "2"}
     assert record["tokens"] == 128
-    assert set(record["controls"]) == {"random", "singular", "shuffled"}
+    assert set(record["controls"]) == {"random", "singular", "shuffled", "untrained"}
     again = call("train", recipe_file)
     assert again.exit_code == 2
     assert "contains a run: pass resume" in again.output

@@ -176,7 +176,7 @@ def test_devices_and_options_that_do_not_exist_are_refused():
         ("vpd: {seed: " + "9" * 5000 + "}\n", "has a number that cannot be read"),
         ("vpd: " + "[" * 5000 + "\n", "is nested too deeply to be a recipe."),
         ("vpd: {steps: 3\n", "is not YAML: expected ',' or '}'"),
-        ("", "is empty; keys model, data, vpd, execution and saving are needed."),
+        ("", "is empty; keys model, data, vpd (or targeted), execution and saving are needed."),
         ("- vpd\n", "holds a list; keys"),
         ("vpd: {merged: yes}\n", "vpd.merged='yes': Input should be a valid number."),
         ("vpd: {steps: 1e3}\n", "vpd.steps=1000.0: Input should be a valid integer."),

@@ -326,7 +326,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_an_error_and_not_the_end_of_the_
     ],
 )
 def test_what_is_neither_integers_nor_vectors_is_refused(array):
-    with pytest.raises(ValueError, match=r"^The data is \S+ of shape .*: give integers \[n, pos\]"):
+    with pytest.raises(ValueError, match=r"^The data is \S+ of shape .*: give tokens as integers \[n, pos\]"):
         batches_of(array, 1, seed=0)
 
 

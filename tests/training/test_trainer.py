@@ -255,6 +255,8 @@ def test_a_step_with_another_number_of_rows_is_refused():
     config = VPDConfig(steps=10, batch_size=4, C=5, gamma=GAMMA, faithfulness={"warm_up_steps": 1})
     with MaskedModel(new_decomposition(model, config), model) as masked_model:
         trainer = Trainer(masked_model, config, (4, 6))
-        with pytest.raises(ValueError, match="takes 4 rows per step, and this batch has 3"):
+        with pytest.raises(
+            ValueError, match="takes 4 rows per step, of at most 6 positions, and this batch has 3 rows"
+        ):
             trainer.step(some_tokens(shape=(3, 6)))
         assert trainer.done == 0

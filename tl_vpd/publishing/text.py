@@ -1,11 +1,11 @@
-"""Text for Markdown: whatever a record or report holds cannot become markup, HTML or a link.
+r"""Text for Markdown: whatever a record or report holds cannot become markup, HTML or a link.
 
 >>> plain("<b>W_[Q|K]</b> https://x.org")
 '&lt;b&gt;W\\_\\[Q\\|K\\]&lt;/b&gt; https:&#47;&#47;x.org'
 >>> print(table(["site", "KL"], [["a|b", 0.25], ["c", None]]))
 | site | KL |
 | --- | --- |
-| a\\|b | 0.25 |
+| a\|b | 0.25 |
 | c | – |
 """
 

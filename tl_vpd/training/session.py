@@ -76,8 +76,8 @@ class Session:
         execution: ExecutionConfig | None,
         saving: SavingConfig | None,
         *,
-        resume: bool | str | PathLike[str],
-        progress: bool,
+        resume: Any,
+        progress: Any,
     ) -> Session:
         """A session of the arguments of ``decompose``, checked; raises as that does."""
         execution, saving = checked(config_of(ExecutionConfig, execution)), checked(config_of(SavingConfig, saving))
