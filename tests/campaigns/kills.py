@@ -46,6 +46,9 @@ def run(budget: Budget, seed: int) -> Counts:
         seed: of where they are disturbed.
     """
     counts = Counts()
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a process in the background may have been told to ignore it
     with tempfile.TemporaryDirectory() as place:
         undisturbed = Path(place) / "undisturbed"
         _, said = in_child(lambda: json.dumps(traced_training(undisturbed, {})))

@@ -72,3 +72,9 @@ def test_a_decomposition_of_shuffled_weights_as_a_null():
         check_nulls({"x": null[1]}, TOKENS)
     with pytest.raises(ValueError, match=r"Null 'x': .*outside the vocabulary"):
         check_nulls({"x": null}, TOKENS + 100)
+
+
+def test_a_shuffled_model_can_be_trained_on_whatever_the_caller_has_set():
+    with torch.inference_mode():
+        other = shuffled_model(tiny_model())
+    assert not any(parameter.is_inference() for parameter in other.parameters())

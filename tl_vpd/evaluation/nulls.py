@@ -68,12 +68,13 @@ def shuffled_model(model: nn.Module, *, sites: str | Sequence[str] | None = None
     """
     generator = torch.Generator().manual_seed(seed_of(seed))
     names = select(sites, adapt(model).sites)
-    other = copy.deepcopy(model)
-    adapter = adapt(other)
-    for name in names:
-        W = adapter.weight(name).detach()
-        order = torch.randperm(W.numel(), generator=generator).to(W.device)
-        adapter.set_weight(name, W.reshape(-1)[order].reshape(W.shape))
+    with torch.inference_mode(False):  # parameters that can be trained on, whatever the caller has set
+        other = copy.deepcopy(model)
+        adapter = adapt(other)
+        for name in names:
+            W = adapter.weight(name).detach()
+            order = torch.randperm(W.numel(), generator=generator).to(W.device)
+            adapter.set_weight(name, W.reshape(-1)[order].reshape(W.shape))
     return other
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,10 @@ def calls(w: World) -> list[Call]:
 
     def save(**options: Any) -> Any:
         return formats.save_neuronpedia(**{"folder": new_folder(), **options}) and None
+
+    def save_in(folder: Any) -> None:
+        save(folder=folder, decomposition=w.vpd, model=w.model, prompts=w.tokens, model_id="tiny")
+        shutil.rmtree(folder)  # the next call gets the same
 
     def decompose(config: Any, **options: Any) -> Any:
         """With the short config where there is none: that of a whole run asks for more rows."""
@@ -65,7 +70,7 @@ def calls(w: World) -> list[Call]:
         ),
         Call(
             "formats: save_neuronpedia(folder)",
-            lambda folder: save(folder=folder, decomposition=w.vpd, model=w.model, prompts=w.tokens, model_id="tiny"),
+            save_in,
             {"folder": (new_folder(), lambda v: None if isinstance(v, str | Path) else False)},
         ),
         Call(
