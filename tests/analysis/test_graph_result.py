@@ -145,6 +145,18 @@ def test_a_graph_comes_back_from_its_files(tmp_path, model, vpd, tokens):
         AttributionGraph.load(tmp_path)
 
 
+def test_edges_of_weight_0_and_of_the_largest_weights_have_an_influence():
+    graph = by_hand()
+    into_logit = graph.target == 5
+    nothing = replace(
+        graph, weight=torch.where(into_logit, 0.0, graph.weight)
+    )  # 0 of 0 is no share, and never dies out
+    assert nothing.influence.tolist() == [0, 0, 0, 0, 0, 1]
+    assert all(len(path.numbers) == 1 for path in nothing.paths(k=3))
+    largest = replace(graph, weight=torch.where(into_logit, graph.weight.sign() * 3e38, graph.weight))
+    assert largest.influence[[2, 3, 4]].isfinite().all() and float(largest.influence[4]) > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_shares_and_influence_of_half_precision_graphs_are_float32(dtype):
     graph = by_hand()

@@ -35,10 +35,10 @@ class Path:
 
 
 def fractions(target: Int[Tensor, " edges"], weight: Float[Tensor, " edges"], nodes: int) -> Float[Tensor, " edges"]:
-    """Each edge's size as a fraction of all that enters its target."""
-    size = weight.abs().to(torch.promote_types(weight.dtype, torch.float32))
-    total = size.new_zeros(nodes).index_add_(0, target.long(), size)
-    return size / total[target.long()]
+    """Each edge's size as a fraction of all that enters its target; 0 where that is 0."""
+    size = weight.abs().double()  # single precision could not hold every sum
+    total = size.new_zeros(nodes).index_add_(0, target.long(), size)[target.long()]
+    return (size / torch.where(total == 0, 1, total)).to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def influence(
