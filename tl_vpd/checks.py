@@ -21,6 +21,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from pydantic import ValidationError
 from torch import Tensor
@@ -229,8 +230,8 @@ def _checked(name: str, kind: str, value: Any, limits: Range) -> Any:
         return number(name, value, minimum=minimum, maximum=maximum)
     if kind == "bool":
         return flag(name, value)
-    if kind == "Sequence[str]" and isinstance(value, Tensor):  # an empty one too
-        raise TypeError(f"{name} is a tensor: give names in a list.")
+    if kind == "Sequence[str]" and isinstance(value, Tensor | np.ndarray):  # an empty one too
+        raise TypeError(f"{name} is {'a tensor' if isinstance(value, Tensor) else 'an array'}: give names in a list.")
     if kind in ("Sequence[int]", "Sequence[float]", "Sequence[str]"):
         return tuple(_checked(f"{name}[{i}]", kind[9:-1], v, limits) for i, v in enumerate(sequence(name, value)))
     return text_of(name, value) if kind == "str" else value

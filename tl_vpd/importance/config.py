@@ -54,7 +54,8 @@ class GammaConfig(Frozen):
     @model_validator(mode="before")
     @classmethod
     def _wide_where_one_reads_all(cls, fields: Any) -> Any:
-        wide = isinstance(fields, Mapping) and fields.get("kind") == "global_mlp"
+        kind = fields.get("kind") if isinstance(fields, Mapping) else None
+        wide = isinstance(kind, str) and kind == "global_mlp"
         return {"hidden": GLOBAL_HIDDEN, **fields} if wide else fields
 
     @model_validator(mode="after")

@@ -249,8 +249,8 @@ def constant_masks(
     """Masks from one concatenated tensor of factors, with one factor for every site's Δ."""
     if isinstance(delta, Tensor):
         check_axes("delta", delta, mask.shape[:-1], shared=0)
-        if delta.is_meta and not mask.is_meta:
-            raise ValueError("delta is on the meta device and has no numbers: give a tensor that has.")
+        if (delta.is_meta and not mask.is_meta) or delta.layout != torch.strided:
+            raise ValueError("delta is on the meta device, without numbers, or sparse: give a plain tensor.")
     else:
         delta = factor_of("delta", delta)
     factor = torch.as_tensor(delta, dtype=mask.dtype, device=mask.device).expand(mask.shape[:-1])

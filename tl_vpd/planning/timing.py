@@ -45,6 +45,9 @@ def seconds_per_step(
     execution = config_of(ExecutionConfig, execution).model_copy(update={"compile": False})
     Target.of(model)  # refuses what has no tokens
     adapter = adapt(model)
+    longest = int(getattr(model.cfg, "n_ctx", None) or context)  # type: ignore[union-attr, arg-type]
+    if context > longest:
+        raise ValueError(f"context={context}: this model takes at most {longest} tokens.")
     vocabulary = int(model.cfg.d_vocab)  # type: ignore[union-attr, arg-type]
     generator = torch.Generator().manual_seed(0)
     rows = torch.randint(vocabulary, (config.batch_size, context), generator=generator).to(adapter.device)

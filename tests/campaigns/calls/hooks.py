@@ -98,7 +98,7 @@ def _attached(w: World) -> list[Call]:
         of_mode("stochastic", seed=(3, optional(SEED))),
         of_mode(
             "adversarial",
-            seed=(3, SEED),
+            seed=(3, optional(SEED)),
             steps=(2, optional(integer(1))),
             step_size=(0.5, optional(number(above=0))),
         ),

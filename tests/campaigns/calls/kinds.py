@@ -359,6 +359,8 @@ def path_to_read(canonical: Path) -> Kind:
     """The one path where it is; what other calls have written may be read too."""
 
     def verdict(value: Any) -> Verdict:
+        if isinstance(value, str) and not value:  # the current folder, where other calls have written too
+            return None
         path = _path(value)
         return path == canonical or (None if path is not None and path.exists() else False)
 

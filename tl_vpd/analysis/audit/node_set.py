@@ -197,8 +197,8 @@ def _named_hooks(
         if match is None:
             hint = "" if decomposition is not None else " (for subcomponents give the decomposition)"
             raise KeyError(
-                f"{node} cannot be audited{hint}: nodes are subcomponents of decomposed sites, attn.hook_z:head, hook_attn_out, "
-                "hook_mlp_out, mlp.hook_post:neuron, and hook_resid_pre, hook_resid_mid or hook_resid_post."
+                f"{node!s:.100} cannot be audited{hint}: nodes are subcomponents of decomposed sites, attn.hook_z:head, "
+                "hook_attn_out, hook_mlp_out, mlp.hook_post:neuron, and hook_resid_pre, hook_resid_mid or hook_resid_post."
             )
         if int(match["layer"]) >= n_layers:
             raise KeyError(f"{node} does not exist: the model has blocks 0 to {n_layers - 1}.")

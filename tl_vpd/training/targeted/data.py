@@ -105,4 +105,8 @@ def _prompt(adapter: Adapter, i: int, tokens: Any) -> Tensor:
     """A prompt given as tokens."""
     if not len(tokens):
         raise ValueError(f"Prompt {i} has no tokens: leave it out.")
-    return adapter.tokens(torch.as_tensor(tokens)[None])[0]
+    try:
+        row = torch.as_tensor(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"prompt {i} is neither text nor a row of tokens: give integers.") from error
+    return adapter.tokens(row[None])[0]
