@@ -88,6 +88,17 @@ def test_another_programs_file_has_no_content(tmp_path):
     assert torch.equal(values["x"], tensors_of_others["x"])
 
 
+def test_a_header_is_not_quoted_at_length(tmp_path):
+    header = ('{"__metadata__": "' + "y" * 5_000 + '"}').encode()
+    (tmp_path / "x.safetensors").write_bytes(len(header).to_bytes(8, "little") + header)
+    with (
+        pytest.raises(ValueError, match="not an intact safetensors file") as refused,
+        open_tensors(tmp_path / "x.safetensors"),
+    ):
+        pass
+    assert len(str(refused.value)) < 300 + len(str(tmp_path))
+
+
 def test_swapped_tensors_are_refused(path, tmp_path):
     """Digests cover keys, so that two tensors of one shape cannot change places."""
     pair = {"a": torch.zeros(2), "b": torch.ones(2)}

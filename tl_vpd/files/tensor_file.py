@@ -126,7 +126,8 @@ def open_tensors(path: Path) -> Iterator[TensorFile]:
             with safe_open(path, framework="pt"):
                 pass  # lengths, offsets, types and shapes fit together
         except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} is not an intact safetensors file: {error}.") from error
+            reason = " ".join(str(error).split())[:200]  # it may quote all of the header
+            raise ValueError(f"{path} is not an intact safetensors file: {reason}.") from error
         length = int.from_bytes(file.read(8), "little")
         entries = parse_json(file.read(length), f"The header of {path}")
         metadata = entries.pop("__metadata__", None) or {}
