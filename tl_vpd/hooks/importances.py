@@ -65,7 +65,7 @@ class CausalImportances(BySite):
         Raises:
             ValueError: the mode is unknown or ``adversarial``, or does not take an option.
         """
-        if mode == "adversarial":
+        if isinstance(mode, str) and mode == "adversarial":
             raise ValueError(
                 "Adversarial masks need runs of the model: use vpd.adversarial_masks(model, prompts), or "
                 "attached.masked('adversarial')."
