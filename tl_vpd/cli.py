@@ -333,16 +333,9 @@ def card(
 ) -> None:
     """The card of a decomposition: what it is, how to load it, what was measured and what may be claimed."""
     from tl_vpd.files.atomic import write_text
-    from tl_vpd.publishing import CardConfig
     from tl_vpd.recipe.publishing import decomposition_and_report
 
-    config = CardConfig(
-        licence=licence,
-        base_model=base_model,
-        target_licence=target_licence,
-        datasets=tuple(dataset or ()),
-        text_licence=text_licence,
-    )
+    config = _card_config(licence, base_model, target_licence, dataset, text_licence)
     decomposition, evaluation = decomposition_and_report(folder, report)
     text = str(decomposition.model_card(repository, report=evaluation, card=config))
     if out is None:
@@ -369,16 +362,9 @@ def push_command(
     text_licence: TextLicence = None,
 ) -> None:
     """Push a decomposition to the Hugging Face Hub, with its report and its card, in one commit."""
-    from tl_vpd.publishing import CardConfig
     from tl_vpd.recipe.publishing import decomposition_and_report
 
-    config = CardConfig(
-        licence=licence,
-        base_model=base_model,
-        target_licence=target_licence,
-        datasets=tuple(dataset or ()),
-        text_licence=text_licence,
-    )
+    config = _card_config(licence, base_model, target_licence, dataset, text_licence)
     decomposition, evaluation = decomposition_and_report(folder, report)
     address = decomposition.push_to_hub(repository, report=evaluation, card=config, private=private, revision=revision)
     _say(f"Pushed: {address}")
@@ -394,6 +380,25 @@ def demo(
     from tl_vpd.demo import run_demo
 
     run_demo(out, steps=steps, say=_say)
+
+
+def _card_config(
+    licence: str | None,
+    base_model: str | None,
+    target_licence: str | None,
+    datasets: list[str] | None,
+    text_licence: str | None,
+) -> Any:
+    """What ``card`` and ``push`` are told for the card."""
+    from tl_vpd.publishing import CardConfig
+
+    return CardConfig(
+        licence=licence,
+        base_model=base_model,
+        target_licence=target_licence,
+        datasets=tuple(datasets or ()),
+        text_licence=text_licence,
+    )
 
 
 def _say(*lines: str) -> None:
