@@ -1,139 +1,138 @@
-"""Recipes of training at equal wall-clock time, on the bundled model: L0 against the KL divergence under attack.
+"""Which choices of the recipe pay, at equal time, on the bundled model: each one beside the base it changes.
 
-    python -m benchmarks.recipes --minutes 10        # writes benchmarks/results/recipes.json (two runs at a time)
+    python -m benchmarks.recipes --minutes 6 --seeds 0 1 2              # benchmarks/results/recipes.json
+    python -m benchmarks.recipes --choices base one_ascent --minutes 6
 
-Every run has one core and the same minutes; its first steps are timed to set the number of steps, so that schedules end when
-the time does. Each recipe is run with several importance coefficients, which gives its front. Measured on 2,048 validation
-tokens: L0 per token, the KL of 20 steps of the fresh adversary, of stochastic and of rounded masks, and the unmasked KL.
+The base is the recipe of the bundled decomposition with the paper's losses, passes and adversary. Every run has one thread and
+the same processor minutes: its first steps are timed, which sets the number of steps, so that schedules end when the time does.
+Measured on 4,096 validation tokens: L0 per token, the KL of stochastic and of rounded masks, of 20 steps of the fresh adversary,
+the unmasked KL, and the KL of rounded masks at the thresholds that leave ``L0_AT`` subcomponents per token, which compares runs
+of unequal L0. Runs in the file are kept, so a stopped command goes on.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
+import math
 import statistics
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import torch
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from benchmarks import harness
+from scripts.bundled import corpus
+from scripts.bundled.train_decomposition import CONTEXT, ROWS
+from tl_vpd import bundled
 from tl_vpd.bundled.recipe import CONFIG
-from tl_vpd.training import AdversaryConfig, Coefficients, SavingConfig, VPDConfig
+from tl_vpd.evaluation import EvaluationConfig, evaluate
+from tl_vpd.forward import MaskedModel
+from tl_vpd.training import SavingConfig, Trainer, VPDConfig, decompose, new_decomposition
 
-IMPORTANCE = {"paper": (3e-4, 1.2e-3), "newer": (3e-4, 1.2e-3)}
-BASE: dict[str, Any] = {**CONFIG.model_dump(), "adversary": AdversaryConfig(lr=0.02)}
+BASE: dict[str, Any] = {
+    "merged": 0.0,
+    "minimality": {"kind": "power"},
+    "adversary": {"lr": 0.02, "inner_steps": 2, "betas": (0.5, 0.99)},
+    "optimizer": {"lr": 1e-3},
+}
+ONE_ASCENT = {**BASE["adversary"], "inner_steps": 1, "betas": (0.01, 0.99)}
+SMOOTH = {"kind": "smooth_l0", "normalised": True}
+CHOICES: dict[str, dict[str, Any]] = {
+    "base": {},
+    "bidirectional": {"gamma": {"causal": False}},
+    "one_ascent": {"adversary": ONE_ASCENT},
+    "merged": {"merged": 0.5},
+    "merged, one ascent": {"merged": 0.5, "adversary": ONE_ASCENT},
+    "merged 0.9, one ascent": {"merged": 0.9, "adversary": ONE_ASCENT},
+    "smooth_l0": {"minimality": SMOOTH},
+    "gamma_clip": {"optimizer": {**BASE["optimizer"], "gamma_clip": 0.1}},
+    "muon": {"optimizer": {**BASE["optimizer"], "kind": "muon"}},
+    "locality": {"coefficients": {"locality": 3e-5}},
+    "residual": {"gamma": {"reads": "residual"}},
+    "late adversary": {"adversary": {**BASE["adversary"], "start": 0.2}},
+    "pool of 4": {"adversary": {**BASE["adversary"], "pool": 4}},
+}
+"""What each choice changes of the base; sections are merged field by field."""
+L0_AT = (60, 100)
 
 
-def config_of(recipe: str, importance: float, steps: int) -> VPDConfig:
-    """The bundled decomposition's settings with one recipe's losses, passes and adversary."""
-    if recipe == "paper":
-        changes: dict[str, Any] = {
-            "coefficients": Coefficients(
-                delta=1e5, importance=importance, frequency=importance / 2, schedule=CONFIG.coefficients.schedule
-            )
-        }
-    else:
-        changes = {
-            "merged": 0.5,
-            "minimality": {
-                "kind": "smooth_l0",
-                "frequency_reference": 1024.0,
-                "frequency_half_life": 200.0,
-            },
-            "faithfulness": {"kind": "relative"},
-            "adversary": AdversaryConfig(lr=0.02, pool=8),
-            "coefficients": Coefficients(
-                delta=1e3, importance=importance, frequency=importance / 2, schedule=CONFIG.coefficients.schedule
-            ),
-        }
-    return VPDConfig(**{**BASE, **changes, "steps": steps})
+def config_of(choice: str, *, steps: int, seed: int) -> VPDConfig:
+    """The base's config with one choice."""
+    fields = {**CONFIG.model_dump(exclude_unset=True), **BASE}
+    fields["gamma"] = {**fields["gamma"], "causal": True}
+    for name, change in CHOICES[choice].items():
+        fields[name] = {**fields.get(name, {}), **change} if name in ("gamma", "coefficients") else change
+    return VPDConfig.model_validate({**fields, "steps": steps, "seed": seed})
 
 
-def one(recipe: str, importance: float, minutes: float, folder: Path) -> dict[str, Any]:
-    """Trains and measures; the decomposition is left in ``folder``."""
-    import numpy as np
+def seconds_per_step(model: nn.Module, rows: Int[Tensor, "n pos"], config: VPDConfig) -> float:
+    """The median processor time of a step."""
+    size = config.batch_size
+    with MaskedModel(new_decomposition(model, config), model, fused_attention=True) as masked_model:
+        trainer = Trainer(masked_model, config, (size, rows.shape[1]))
+        times = []
+        for i in range(10):
+            start = time.process_time()
+            trainer.step(rows[size * i : size * (i + 1)])
+            times.append(time.process_time() - start)
+    return statistics.median(times[2:])
 
-    from scripts.bundled import corpus
-    from scripts.bundled.train_decomposition import CONTEXT, ROWS
-    from tl_vpd import bundled
-    from tl_vpd.evaluation import EvaluationConfig, evaluate
-    from tl_vpd.forward import MaskedModel
-    from tl_vpd.training import Trainer, decompose, new_decomposition
 
-    torch.set_num_threads(1)
-    training, _ = corpus.split(corpus.files())
-    stream = corpus.token_stream(corpus.load_tokenizer(bundled.MODEL), training)
-    rows = torch.from_numpy(corpus.windows(stream, CONTEXT, ROWS, seed=3).astype(np.int64))
-    model = bundled.model()
-    trial = config_of(recipe, importance, 1000)
-    with MaskedModel(new_decomposition(model, trial), model, fused_attention=True) as masked_model:
-        trainer = Trainer(masked_model, trial, (trial.batch_size, CONTEXT))
-        times = [harness.seconds_of(lambda i=i: trainer.step(rows[8 * i : 8 * i + 8])) for i in range(12)]
-    seconds = statistics.median(times[2:])
-    config = config_of(recipe, importance, max(1, int(minutes * 60 / seconds)))
-    start = time.perf_counter()
+def kl_at(sweep: pd.DataFrame, l0: float) -> float:
+    """The sweep's KL at an L0, between its points linear in log L0 and KL; NaN outside of it."""
+    points = sweep.sort_values("l0")
+    x = np.log(points["l0"].clip(lower=1e-9))
+    inside = x.iloc[0] <= math.log(l0) <= x.iloc[-1]
+    return float(np.interp(math.log(l0), x, points["kl"])) if inside else math.nan
+
+
+def measured(
+    model: nn.Module, rows: Int[Tensor, "n pos"], choice: str, *, seed: int, minutes: float
+) -> dict[str, float | int | None]:
+    """Trains one choice for the minutes and gives its figures."""
+    seconds = seconds_per_step(model, rows, config_of(choice, steps=1000, seed=seed))
+    config = config_of(choice, steps=max(1, round(60 * minutes / seconds)), seed=seed)
+    start = time.process_time()
     run = decompose(model, rows, config, saving=SavingConfig(log_every=100), progress=False)
-    duration = time.perf_counter() - start
-    run.decomposition.save(folder)
-    record = evaluate(
-        run.decomposition,
-        model,
-        bundled.tokens("validation")[:16],
-        EvaluationConfig(budgets=(20,), controls=False, measures=()),
-    ).record
-    kl = {mode: record["kl"][mode] for mode in ("unmasked", "stochastic", "rounded")}
-    return {
-        "recipe": recipe,
-        "importance": importance,
-        "steps": config.steps,
-        "minutes": round(duration / 60, 2),
-        "l0": round(float(record["l0"]), 1),
-        "pgd_20_kl": round(float(record["pgd_kl"]["20"]), 4),
-        **{f"{mode}_kl": round(float(value), 4) for mode, value in kl.items()},
+    cpu_minutes = (time.process_time() - start) / 60
+    settings = EvaluationConfig(budgets=(20,), controls=False, measures=("sparsity_sweep",))
+    record = evaluate(run.decomposition, model, bundled.tokens("validation")[:32], settings).record
+    sweep = pd.DataFrame(record["sparsity_sweep"])
+    figures = {
+        "l0": record["l0"],
+        **{f"{mode}_kl": record["kl"][mode] for mode in ("unmasked", "stochastic", "rounded")},
+        "pgd_20_kl": record["pgd_kl"]["20"],
+        **{f"kl_at_l0_{l0}": kl_at(sweep, l0) for l0 in L0_AT},
     }
+    rounded = {name: None if math.isnan(value) else round(float(value), 4) for name, value in figures.items()}
+    return {"steps": config.steps, "cpu_minutes": round(cpu_minutes, 2), **rounded}
 
 
 def main() -> None:
-    """Runs what is not there yet and writes the record after each."""
+    """The command."""
     parser = harness.parser("recipes", __doc__)
-    parser.add_argument("--minutes", type=float, default=10)
-    parser.add_argument("--runs", type=Path, default=Path("runs/recipes"), help="where the decompositions go")
-    parser.add_argument("--at-once", type=int, default=2)
-    parser.add_argument("--one", nargs=2, metavar=("RECIPE", "IMPORTANCE"))
-    arguments = parser.parse_args()
+    parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=list(CHOICES), help="which choices")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the decompositions")
+    parser.add_argument("--minutes", type=float, default=6, help="processor minutes per run")
+    options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
-    if arguments.one:
-        recipe, importance = arguments.one
-        folder = arguments.runs / f"{recipe}-{importance}"
-        result = one(recipe, float(importance), arguments.minutes, folder)
-        (folder / "result.json").write_text(json.dumps(result), encoding="utf-8")
-        return
-    pairs = zip(*([(r, i) for i in coefficients] for r, coefficients in IMPORTANCE.items()), strict=True)
-    runs = [run for pair in pairs for run in pair]
-    results = {run: arguments.runs / f"{run[0]}-{run[1]}" / "result.json" for run in runs}
-    running: list[subprocess.Popen[bytes]] = []
-    for recipe, importance in [run for run in runs if not results[run].exists()]:
-        command = [sys.executable, "-m", "benchmarks.recipes", "--one", recipe, str(importance)]
-        command += ["--minutes", str(arguments.minutes), "--runs", str(arguments.runs)]
-        running.append(subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}))
-        if len(running) == arguments.at_once:
-            _finish(running)
-    _finish(running)
-    record = {"runs": [harness.read(path) for path in results.values()]}
-    settings = {"minutes": arguments.minutes, "threads_per_run": 1, "seed": CONFIG.seed, "validation_tokens": 2048}
-    harness.write(arguments.out, record, "recipes", **settings)
-    print(json.dumps(record["runs"], indent=2))
-
-
-def _finish(running: list[subprocess.Popen[bytes]]) -> None:
-    while running:
-        if running.pop(0).wait():
-            raise SystemExit("A run has failed; the others' results stay.")
+    torch.set_num_threads(1)
+    model = bundled.model()
+    training, _ = corpus.split(corpus.files())
+    stream = corpus.token_stream(corpus.load_tokenizer(bundled.MODEL), training)
+    rows = torch.from_numpy(corpus.windows(stream, CONTEXT, ROWS, seed=3).astype(np.int64))
+    record = harness.read(options.out)
+    for seed in options.seeds:
+        for choice in options.choices:
+            runs = record.setdefault("choices", {}).setdefault(choice, {})
+            if str(seed) not in runs:
+                runs[str(seed)] = measured(model, rows, choice, seed=seed, minutes=options.minutes)
+                record.pop("settings", None)
+                harness.write(options.out, record, "recipes", minutes=options.minutes, validation_tokens=4096)
 
 
 if __name__ == "__main__":
