@@ -14,10 +14,10 @@ from torch.testing import assert_close
 
 from tests.tiny import some_tokens
 from tl_vpd.analysis import HarvestConfig, harvest, pick
-from tl_vpd.analysis.harvest import token_texts
-from tl_vpd.analysis.pick import picks_per_site
-from tl_vpd.analysis.records import cut, pmi, recall
-from tl_vpd.analysis.tally import Pairs, peaks
+from tl_vpd.analysis.harvest.pick import picks_per_site
+from tl_vpd.analysis.harvest.tally import Pairs
+from tl_vpd.analysis.harvest.tokens import pmi, recall, token_texts
+from tl_vpd.analysis.harvest.windows import cut, peaks
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks import causal_importances
 
@@ -51,7 +51,7 @@ def test_the_peak_is_the_largest_importance_and_among_equals_the_largest_activat
 
 
 def test_pairs_add_up_over_batches():
-    pairs = Pairs(C=2, vocab=5, device=torch.device("cpu"))
+    pairs = Pairs(limit=99)
     pairs.add(torch.tensor([4, 1, 4]), torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 0.0]]))
     pairs.add(torch.tensor([0, 4]), torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
     counts = pairs.counts()
@@ -214,10 +214,11 @@ def test_shares_are_even_and_spread():
 def test_pick_passes_over_the_dead_and_the_always_on(model, vpd):
     result = harvest(vpd, model, some_tokens(shape=(8, 7)))
     C = len(result)
-    density, firings = torch.linspace(0.0, 1.0, C), torch.full((C,), 50)
+    positive, firings = torch.linspace(0, 1000, C).long(), torch.full((C,), 50)
     firings[::2] = 9
-    mean = torch.where(torch.arange(C) % 6 == 3, 0.9, 0.5) * density
-    result = replace(result, density=density, firings=firings, mean_importance=mean)
+    importance = torch.where(torch.arange(C) % 6 == 3, 0.9, 0.5).double() * positive
+    result = replace(result, n=1000, positive=positive, firings=firings, importance=importance)
+    density = result.density
     picked = pick(result, 8)
     assert picked == pick(result, 8)
     assert len(set(picked)) == 8

@@ -11,7 +11,7 @@ import torch
 
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import VPDConfig, bundled
-from tl_vpd.analysis.tally import HarvestConfig
+from tl_vpd.analysis import HarvestConfig
 from tl_vpd.formats import NeuronpediaConfig, save_neuronpedia
 from tl_vpd.formats import neuronpedia as module
 from tl_vpd.toys.tms import TMS

@@ -94,7 +94,8 @@ def test_hostile_tokens_stay_text(found):
 
 
 def test_a_subcomponent_that_never_fires(found):
-    silent = replace(found, rows=torch.full_like(found.rows, -1), firings=torch.zeros_like(found.firings))
+    none = replace(found.windows, rows=torch.full_like(found.windows.rows, -1))
+    silent = replace(found, windows=none, firings=torch.zeros_like(found.firings))
     panel = viz.subcomponent(silent, f"{SITE}:0")
     assert "exceeds 0.1 at no token" in panel.body
     assert not panel.libraries

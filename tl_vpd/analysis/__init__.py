@@ -21,11 +21,21 @@ from tl_vpd.analysis.graph import (
     attribution_graph,
     dataset_graph,
 )
-from tl_vpd.analysis.harvest import HarvestConfig, harvest
+from tl_vpd.analysis.harvest import (
+    Column,
+    Columns,
+    Harvest,
+    HarvestConfig,
+    LogitEffects,
+    SubcomponentHarvest,
+    Window,
+    harvest,
+    logit_effects,
+    merge,
+    pick,
+)
 from tl_vpd.analysis.nodes import Node
-from tl_vpd.analysis.pick import pick
 from tl_vpd.analysis.pruning import PruneConfig, PrunedCircuit, PruneSweep, ablate_nodes, prune, prune_sweep
-from tl_vpd.analysis.records import Harvest, SubcomponentHarvest, Window
 
 __all__ = [
     "AblationTableConfig",
@@ -35,12 +45,15 @@ __all__ = [
     "ClusterConfig",
     "ClusterEnsemble",
     "Clustering",
+    "Column",
+    "Columns",
     "Component",
     "DatasetGraph",
     "DatasetGraphConfig",
     "GraphConfig",
     "Harvest",
     "HarvestConfig",
+    "LogitEffects",
     "Node",
     "Patterns",
     "PruneConfig",
@@ -60,6 +73,8 @@ __all__ = [
     "dataset_graph",
     "harvest",
     "importance_patterns",
+    "logit_effects",
+    "merge",
     "pick",
     "prune",
     "prune_sweep",

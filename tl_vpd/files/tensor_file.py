@@ -12,6 +12,7 @@ it leaves the old or the new.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -74,15 +75,30 @@ class TensorFile:
         Raises:
             ValueError: its bytes are not those that were written.
         """
+        tensor = self._read(key, 0, self.shapes[key])
+        if self.digests and digest_of(key, tensor) != self.digests[key]:
+            raise ValueError(f"{self.path}: {key} is damaged, its checksum differs from the one it was written with.")
+        return tensor
+
+    def read_part(self, key: str, start: int, stop: int) -> Tensor:
+        """Entries ``start`` to ``stop`` of a tensor's first axis, on the CPU; a part cannot be proved by a digest.
+
+        Raises:
+            ValueError: there are fewer entries, or the file is cut short.
+        """
+        n, *rest = self.shapes[key]
+        if not 0 <= start <= stop <= n:
+            raise ValueError(f"{self.path}: {key} has {n} entries, and {start} to {stop} are wanted.")
+        return self._read(key, start, (stop - start, *rest))
+
+    def _read(self, key: str, start: int, shape: tuple[int, ...]) -> Tensor:
         dtype = self.dtypes[key]
         if isinstance(dtype, str):
             raise ValueError(f"{self.path}: {key} is of type {dtype}, which is not read.")
-        tensor = torch.empty(self.shapes[key], dtype=dtype)
-        self._file.seek(self._starts[key])
+        tensor = torch.empty(shape, dtype=dtype)
+        self._file.seek(self._starts[key] + start * dtype.itemsize * math.prod(shape[1:]))
         if self._file.readinto(_bytes(tensor)) != tensor.nbytes:
             raise ValueError(f"{self.path}: {key} is cut short: the file changed while it was read.")
-        if self.digests and digest_of(key, tensor) != self.digests[key]:
-            raise ValueError(f"{self.path}: {key} is damaged, its checksum differs from the one it was written with.")
         return tensor
 
 

@@ -36,9 +36,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.analysis.harvest import harvest, token_texts
-from tl_vpd.analysis.records import Harvest, SubcomponentHarvest
-from tl_vpd.analysis.tally import HarvestConfig
+from tl_vpd.analysis.harvest import Harvest, HarvestConfig, SubcomponentHarvest, harvest
+from tl_vpd.analysis.harvest.tokens import token_texts
 from tl_vpd.checks import check_fields, check_finite, choice, config_of, instance, path_of, shown, text_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.importance_statistics import ALIVE
@@ -174,7 +173,10 @@ class _Features:
 
     def of(self, site: str, indices: Int[Tensor, " n"]) -> Iterator[dict[str, Any]]:
         """Of some of a site's subcomponents."""
-        rows = {"n_prompts_total": len(self.harvested.tokens), "n_tokens_in_prompt": self.harvested.tokens.shape[1]}
+        rows = {
+            "n_prompts_total": sum(stop - start for start, stop in self.harvested.rows),
+            "n_tokens_in_prompt": self.harvested.context,
+        }
         for index, logits in zip(indices.tolist(), self._logits(self.decomposition.sites[site], indices), strict=True):
             record = self.harvested[f"{site}:{index}"]
             yield {

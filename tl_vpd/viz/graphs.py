@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any
 
 from tl_vpd.analysis.graph import AttributionGraph
-from tl_vpd.analysis.records import Harvest
+from tl_vpd.analysis.harvest import Harvest
 from tl_vpd.checks import instance, integer, text_of
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.style import IMPORTANCE, NEGATIVE, POSITIVE

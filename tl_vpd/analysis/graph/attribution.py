@@ -29,7 +29,7 @@ from tl_vpd.analysis.graph.edges import Edges
 from tl_vpd.analysis.graph.result import AttributionGraph
 from tl_vpd.analysis.graph.rows import groups
 from tl_vpd.analysis.graph.targets import logit_targets
-from tl_vpd.analysis.harvest import check_are_tokens
+from tl_vpd.analysis.harvest.rows import check_are_tokens
 from tl_vpd.checks import config_of
 from tl_vpd.decomposition import Decomposition
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tl_vpd.analysis.graph.config import DatasetGraphConfig
 from tl_vpd.analysis.graph.direct import DirectModel
 from tl_vpd.analysis.graph.sums import DatasetSums
-from tl_vpd.analysis.harvest import check_are_tokens
+from tl_vpd.analysis.harvest.rows import check_are_tokens
 from tl_vpd.analysis.nodes import several
 from tl_vpd.checks import config_of, instance, integer
 from tl_vpd.decomposition import Decomposition

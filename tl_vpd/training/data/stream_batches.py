@@ -35,7 +35,7 @@ class StreamBatches:
         first = next(iter(rows), None)
         if first is None:
             raise ValueError("There are no tokens: the data has no rows.")
-        self._first = _row(first)
+        self._first = row_of(first)
         self.context = len(self._first)
         self._prefetcher = Prefetcher(self._batches)
 
@@ -62,13 +62,13 @@ class StreamBatches:
             any_left = False
             for row in self.rows.skip(skip):
                 any_left = True
-                yield _row(row)
+                yield row_of(row)
             skip = 0 if any_left else skip
         while True:
             n = 0
             for n, row in enumerate(self.rows, start=1):
                 if n > skip:
-                    yield _row(row)
+                    yield row_of(row)
             if not n:
                 raise ValueError("The data has no rows.")
             skip = max(0, skip - n)
@@ -82,7 +82,7 @@ class StreamBatches:
             yield torch.stack([row[: self.context] for row in batch[self.row_slice]])
 
 
-def _row(row: Any) -> Int[Tensor, " pos"]:
+def row_of(row: Any) -> Int[Tensor, " pos"]:
     """A row as int64 tokens."""
     if isinstance(row, str):
         raise ValueError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tl_vpd.analysis.records import Harvest
+from tl_vpd.analysis.harvest.result import Harvest
 from tl_vpd.checks import instance, integer, number
 from tl_vpd.site import Subcomponent
 
