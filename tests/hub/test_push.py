@@ -164,8 +164,11 @@ def test_a_call_that_fails_leaves_the_repository_as_it_was(hub, login, vpd, call
     hub.faults[call] = status
     with pytest.raises(OSError, match=f"user/repo cannot be pushed to: .*{reason}") as caught:
         vpd.push_to_hub("user/repo")
-    one_sentence(caught)
+    assert ("; the repository was made before that and is empty." in one_sentence(caught)) == bool(hub.repositories)
     assert all(hub.files(name).keys() == {".gitattributes"} for name in hub.repositories)
+    if call == "/commit/":  # the repository is there now, which is not this push's doing
+        with pytest.raises(OSError, match=r"\(a fault of the test\)\.$"):
+            vpd.push_to_hub("user/repo")
     hub.faults.clear()
     vpd.push_to_hub("user/repo")
     assert hub.files("user/repo").keys() == FILES

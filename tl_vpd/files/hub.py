@@ -147,12 +147,19 @@ def upload(
 
     Raises:
         FileExistsError: the repository belongs to something else, or is public where ``private=True`` (or the reverse).
-        OSError: the Hub does not accept it; the message says why. The repository is as it was, or new and empty.
+        OSError: the Hub does not accept it; the message says why. The repository is as it was, or, as the message says, new and
+            empty.
     """
-    with _one_sentence(repository, revision, "cannot be pushed to"):
+    operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
+    made: list[str] = []
+    with _one_sentence(repository, revision, "cannot be pushed to", made):
         api = _api()
-        api.create_repo(repository, private=private, exist_ok=True)
-        info = api.model_info(repository)
+        try:
+            info = api.model_info(repository)
+        except RepositoryNotFoundError:
+            api.create_repo(repository, private=private, exist_ok=True)
+            made.append("; the repository was made before that and is empty")
+            info = api.model_info(repository)
         if private is not None and bool(info.private) != private:
             raise FileExistsError(
                 f"{repository} is {'private' if info.private else 'public'} and private={private} was asked: change it in its "
@@ -172,7 +179,6 @@ def upload(
             )
         if is_new:
             api.create_branch(repository, branch=str(revision))
-        operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
         operations += [CommitOperationDelete(name) for name in absent if name in names]
         commit = api.create_commit(repository, operations, commit_message=f"Upload {key}", revision=revision)
     return str(commit.commit_url)
@@ -189,15 +195,22 @@ def _api() -> HfApi:
 
 
 @contextmanager
-def _one_sentence(repository: str, revision: str | None, what: str) -> Iterator[None]:
-    """Turns what ``huggingface_hub`` and its HTTP libraries raise, which differ between versions, into one OSError."""
+def _one_sentence(repository: str, revision: str | None, what: str, made: Sequence[str] = ()) -> Iterator[None]:
+    """Turns what ``huggingface_hub`` and its HTTP libraries raise, which differ between versions, into one OSError.
+
+    Args:
+        repository: ``user/repo``.
+        revision: a branch, tag or commit.
+        what: was not done.
+        made: ends of the sentence, filled inside: what stays on the Hub.
+    """
     try:
         yield
     except Exception as error:
         of_this_module = isinstance(error, FileNotFoundError | FileExistsError) and error.errno is None
         if of_this_module and not isinstance(error, LocalEntryNotFoundError):
             raise
-        raise OSError(f"{repository}{_at(revision)} {what}: {_reason(error)}.") from error
+        raise OSError(f"{repository}{_at(revision)} {what}: {_reason(error)}{''.join(made)}.") from error
 
 
 def _reason(error: BaseException) -> str:
