@@ -207,6 +207,7 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: analysis.prune(vpd, model, tokens, 3), ValueError, "one prompt without padding"),
     (lambda: analysis.ablate_nodes(vpd, model, graph, {}, 3), TypeError, "give a PrunedCircuit"),  # type: ignore[arg-type]
     (lambda: analysis.ablate_nodes(vpd, model, circuit, [f"{Q}:1"], 3), TypeError, "groups is a list: give nodes by"),  # type: ignore[arg-type]
+    (lambda: analysis.ablate_nodes(vpd, model, circuit, {"late": 3}, 3), TypeError, r"groups\['late'\]=3 is a int"),  # type: ignore[dict-item]
     (
         lambda: analysis.ablate_nodes(vpd, model, circuit, {"late": [f"{Q}:1@9"]}, 3),
         IndexError,
@@ -296,6 +297,10 @@ CALLS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: Reconstruction(torch.zeros(1, 2, 3), "l2"), ValueError, "kind='l2' .*: choose from 'kl', 'mse'"),  # type: ignore[arg-type]
     (lambda: apd(model, anything, SPDConfig()), TypeError, "A SPDConfig came where APDConfig is needed"),  # type: ignore[arg-type]
     (lambda: spd(model, anything, APDConfig()), TypeError, "A APDConfig came where SPDConfig is needed"),  # type: ignore[arg-type]
+    (lambda: toys.Grammar(d_model=1), ValueError, "n_heads=4 is above d_model=1: give fewer heads"),
+    (lambda: toys.Induction(d_model=2, n_heads=3), ValueError, "n_heads=3 is above d_model=2: give fewer heads"),
+    (lambda: toys.train(toys.TMS(5, 2), steps=1 << 62), ValueError, "steps=.*: give an integer from 0 to 16777216"),
+    (lambda: evaluation.decompose_at_sizes(model, tokens, None), TypeError, "config=None is a NoneType"),
     (lambda: toys.recipe("tms", "vpd"), KeyError, "There is no toy 'tms'"),
     (lambda: toys.recipe("tms_5_2", "vdp"), KeyError, "did you mean 'vpd'"),
     (lambda: planning.footprint(model, context=8), TypeError, "give Target.of"),  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -72,6 +73,15 @@ def test_decomposition_holds_what_its_metrics_say(shipped):
     for row in ("stochastic", "rounded"):
         above, recorded = (r[f"{row}_ce"] - r["target_ce"] for r in (found, record))
         assert above == pytest.approx(recorded, abs=0.05)
+
+
+def test_a_folder_that_holds_no_whole_model_is_named(tmp_path):
+    shutil.copy(bundled.MODEL / "config.json", tmp_path)
+    for content in (None, "{"):
+        if content is not None:
+            (tmp_path / "config.json").write_text(content)
+        with pytest.raises(OSError, match=rf"^folder='{tmp_path}' cannot be read as a model: [^\n]*\.$"):
+            bundled.model(folder=tmp_path)
 
 
 def test_controls_come_out_far_worse():

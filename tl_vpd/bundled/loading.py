@@ -46,16 +46,21 @@ def model(*, kind: Kind | None = None, device: str | torch.device = "cpu", folde
         TypeError: an argument is of another type.
         ValueError: there is no such kind or device.
         FileNotFoundError: the folder has no model.
+        OSError: its config or weights cannot be read.
     """
     if kind is not None:
         choice("kind", kind, get_args(Kind))
     device, folder = device_of(device), _with_file(folder, "config.json")
-    if (kind or default_kind()) == "bridge":
+    try:
+        if (kind or default_kind()) == "hooked_transformer":
+            return hooked_transformer(folder, device=device)
         with quiet_transformers():
             bridge: Any = load_model(str(folder), kind="bridge", device=device)
-        bridge.cfg.default_prepend_bos = True  # as the model was trained, and as the HookedTransformer reads strings
-        return bridge
-    return hooked_transformer(folder, device=device)
+    except OSError as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        raise OSError(f"folder={shown(str(folder))} cannot be read as a model: {text}.") from error
+    bridge.cfg.default_prepend_bos = True  # as the model was trained, and as the HookedTransformer reads strings
+    return bridge
 
 
 def decomposition(*, device: str | torch.device = "cpu") -> Decomposition:

@@ -19,7 +19,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.checks import config_of, flag, number, sequence, shown
+from tl_vpd.checks import config_of, flag, instance, number, sequence, shown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.importance_statistics import ALIVE
 from tl_vpd.evaluation.modes import masks_in_row
@@ -126,7 +126,7 @@ def decompose_at_sizes(
         TypeError: an argument is of another type.
         InterruptedError: a run was stopped; call again to continue (with ``saving``).
     """
-    config = config_of(VPDConfig, config)
+    instance("config", config, VPDConfig)
     factors = [number(f"factors[{i}]", factor, above=0) for i, factor in enumerate(sequence("factors", factors))]
     sites = adapt(model).sites
     counts = counts_for(config, {name: sites[name] for name in select(config.sites, list(sites))})

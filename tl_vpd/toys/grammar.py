@@ -32,7 +32,7 @@ from torch import Tensor
 from tl_vpd.checks import check_fields
 from tl_vpd.evaluation.truth import Truth
 from tl_vpd.toys.toy import TargetTraining, Toy
-from tl_vpd.toys.transformers import accuracy_at, cross_entropy_at, small_transformer
+from tl_vpd.toys.transformers import accuracy_at, check_heads, cross_entropy_at, small_transformer
 from tl_vpd.training.data import Batches
 
 BOS = "<bos>"
@@ -171,7 +171,7 @@ class Grammar(Toy):
 
     def __post_init__(self) -> None:
         self.check(context=2, n_layers=1, d_model=1, n_heads=1, d_mlp=1)
-        check_fields(self, n_heads=(1, self.d_model))
+        check_heads(self.n_heads, self.d_model)
 
     def build(self, seed: int = 0) -> Any:
         """LayerNorm, learned positions, GELU."""

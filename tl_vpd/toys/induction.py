@@ -27,7 +27,7 @@ from tl_vpd.checks import check_fields
 from tl_vpd.evaluation.truth import Truth
 from tl_vpd.losses import kl_divergence
 from tl_vpd.toys.toy import TargetTraining, Toy
-from tl_vpd.toys.transformers import accuracy_at, cross_entropy_at, small_transformer
+from tl_vpd.toys.transformers import accuracy_at, check_heads, cross_entropy_at, small_transformer
 from tl_vpd.training.data import Batches
 
 BOS = 0
@@ -120,7 +120,8 @@ class Induction(Toy):
 
     def __post_init__(self) -> None:
         self.check(d_vocab=2, context=2, shortest=1, d_model=1, n_heads=1)
-        check_fields(self, longest=(self.shortest, self.d_vocab - 1), n_heads=(1, self.d_model))
+        check_fields(self, longest=(self.shortest, self.d_vocab - 1))
+        check_heads(self.n_heads, self.d_model)
 
     def build(self, seed: int = 0) -> Any:
         """Two layers of attention, positions added to queries and keys only, no norms."""

@@ -25,7 +25,7 @@ from tl_vpd.training.data import Batches
 from tl_vpd.training.schedules import cosine
 
 _LARGEST = 1 << 24
-"""Of a toy's sizes."""
+"""Of a toy's sizes and steps."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TargetTraining:
     weight_decay: float = 0.01
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=1, rows=1, weight_decay=0)
+        check_fields(self, steps=(1, _LARGEST), rows=1, weight_decay=0)
         number("lr", self.lr, above=0)
         choice("schedule", self.schedule, ("constant", "cosine"))
 
@@ -106,13 +106,13 @@ def train(toy: Toy, seed: int = 0, *, steps: int | None = None, progress: bool =
 
     Raises:
         TypeError: an argument is of another type.
-        ValueError: the seed is too large, or the steps are negative.
+        ValueError: the seed is too large, or the steps are negative or beyond 2²⁴.
     """
     seed, progress = seed_of(seed), flag("progress", progress)
     if not isinstance(toy, Toy):
         raise TypeError(f"The toy is a {type(toy).__name__}: give one of tl_vpd.toys, such as TMS(5, 2).")
     model, training = toy.build(seed), toy.training
-    steps = training.steps if steps is None else integer("steps", steps, minimum=0)
+    steps = training.steps if steps is None else integer("steps", steps, minimum=0, maximum=_LARGEST)
     batches = toy.batches(training.rows, seed=seed + 1_000_003)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=training.lr, weight_decay=training.weight_decay, fused=True)

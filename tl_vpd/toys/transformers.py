@@ -29,6 +29,12 @@ def small_transformer(seed: int, **settings: Any) -> Any:
         return HookedTransformer(HookedTransformerConfig(device="cpu", **settings))
 
 
+def check_heads(n_heads: int, d_model: int) -> None:
+    """Raises ValueError where a toy has more heads than its width can be split among."""
+    if n_heads > d_model:
+        raise ValueError(f"n_heads={n_heads} is above d_model={d_model}: give fewer heads, or a wider model.")
+
+
 def cross_entropy_at(
     logits: Float[Tensor, "batch pos vocab"], tokens: Int[Tensor, "batch pos"], where: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, ""]:

@@ -16,7 +16,7 @@ from tl_vpd.analysis.pruning.attack import attack, uniform_sources, within_reach
 from tl_vpd.analysis.pruning.behaviours import behaviour_of
 from tl_vpd.analysis.pruning.config import PruneConfig
 from tl_vpd.analysis.pruning.gradients import PromptLoss
-from tl_vpd.checks import instance, integer, sequence
+from tl_vpd.checks import instance, integer, sequence, shown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.site import ConcatenatedAxis
@@ -157,7 +157,9 @@ def ablate_nodes(
     instance("circuit", circuit, PrunedCircuit)
     if not isinstance(groups, Mapping):
         raise TypeError(f"groups is a {type(groups).__name__}: give nodes by name of the group.")
-    ablated = {name: _ablated(decomposition, circuit, nodes) for name, nodes in groups.items()}
+    ablated = {
+        name: _ablated(decomposition, circuit, f"groups[{shown(name)}]", nodes) for name, nodes in groups.items()
+    }
     rows = torch.stack([torch.zeros_like(circuit.importances, dtype=torch.bool), *ablated.values()])
     with torch.inference_mode(False), MaskedModel(decomposition, model) as masked_model:
         tokens = masked_model.adapter.tokens(circuit.tokens)
@@ -176,11 +178,11 @@ def ablate_nodes(
 
 
 def _ablated(
-    decomposition: Decomposition, circuit: PrunedCircuit, nodes: Sequence[str | Node]
+    decomposition: Decomposition, circuit: PrunedCircuit, group: str, nodes: Sequence[str | Node]
 ) -> Bool[Tensor, "pos C_total"]:
     """True for the subcomponents and positions of the nodes."""
     result = torch.zeros_like(circuit.importances, dtype=torch.bool)
-    for address in [nodes] if isinstance(nodes, str | Node) else sequence("groups", nodes):
+    for address in [nodes] if isinstance(nodes, str | Node) else sequence(group, nodes):
         node = Node.parse(address)
         subcomponent = decomposition.subcomponent(node.subcomponent)
         if node.pos is not None and node.pos >= len(result):
