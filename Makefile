@@ -9,7 +9,7 @@ OTHERS := 2.18 4.3
 EVERYWHERE := tests/matrix
 OTHER_ENVIRONMENTS := $(OTHERS:%=$(VENV)-%/.installed)
 
-.PHONY: demo test test-main test-others test-matrix campaign check format bundled bench bench-hooks bench-step bench-growth bench-graph bench-pruning clean
+.PHONY: demo docs release test test-main test-others test-matrix campaign check format bundled bench bench-hooks bench-step bench-growth bench-graph bench-pruning clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
@@ -72,6 +72,25 @@ check: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	touch $@
+
+# The site, offline: build/site/index.html. Fails at a warning or a broken link.
+docs: $(VENV)/.docs
+	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/mkdocs build --quiet
+
+# What is published: built, checked, installed in an environment without this folder, and its demo run there.
+release: $(VENV)/.installed
+	rm -rf build/release && $(PYTHON) -m venv build/release/tools
+	build/release/tools/bin/python -m pip install --quiet build twine
+	build/release/tools/bin/python -m build --outdir build/release/dist .
+	build/release/tools/bin/twine check --strict build/release/dist/*
+	$(PYTHON) -m venv build/release/clean
+	build/release/clean/bin/python -m pip install --quiet -c constraints.txt torch
+	build/release/clean/bin/python -m pip install --quiet -c constraints.txt build/release/dist/*.whl
+	cd build/release && HF_HUB_OFFLINE=1 clean/bin/tl-vpd demo --out demo
 
 format: $(VENV)/.installed
 	$(BIN)/ruff format .

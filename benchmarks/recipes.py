@@ -101,7 +101,7 @@ def measured(
     cpu_minutes = (time.process_time() - start) / 60
     settings = EvaluationConfig(budgets=(20,), controls=False, measures=("sparsity_sweep",))
     record = evaluate(run.decomposition, model, bundled.tokens("validation")[:32], settings).record
-    sweep = pd.DataFrame(record["sparsity_sweep"])
+    sweep = pd.DataFrame(record["tables"]["sparsity_sweep"])
     figures = {
         "l0": record["l0"],
         **{f"{mode}_kl": record["kl"][mode] for mode in ("unmasked", "stochastic", "rounded")},

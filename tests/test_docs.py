@@ -27,7 +27,7 @@ def blocks(page: Path) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def short_trainings(monkeypatch):
-    """``decompose`` and ``decompose_targeted`` with two steps of two rows."""
+    """``decompose``, ``decompose_targeted`` and ``train_transcoders`` with two steps of two rows."""
     decompose, decompose_targeted = tl_vpd.decompose, tl_vpd.decompose_targeted
 
     def short(model, tokens, config=None, **options):
@@ -41,6 +41,13 @@ def short_trainings(monkeypatch):
             model, target, nontarget, config.model_copy(update=changes), progress=False, **options
         )
 
+    train_transcoders = tl_vpd.baselines.train_transcoders
+
+    def short_transcoders(model, tokens, config):
+        config = config.model_copy(update={"steps": 2, "batch_size": 2})
+        return train_transcoders(model, tokens, config, progress=False)
+
+    monkeypatch.setattr(tl_vpd.baselines, "train_transcoders", short_transcoders)
     monkeypatch.setattr(tl_vpd, "decompose", short)
     monkeypatch.setattr(tl_vpd, "decompose_targeted", short_targeted)
 
@@ -56,6 +63,12 @@ def test_every_block_of_a_page_runs(page, tmp_path, monkeypatch, short_trainings
     for line, text in blocks(page):
         exec(compile("\n" * line + text, str(page), "exec"), namespace)
     assert torch.is_grad_enabled() == grad
+
+
+def test_every_page_is_in_the_navigation_of_the_site_once():
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:")[1]
+    made = {"developers.md", "changes.md"}
+    assert sorted(re.findall(r"\b\w+\.md", navigation)) == sorted({p.name for p in PAGES[1:]} | made)
 
 
 def test_every_page_is_linked_from_the_readme_or_another_page():
