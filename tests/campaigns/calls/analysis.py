@@ -30,7 +30,7 @@ from tests.campaigns.calls.kinds import (
     sequence,
     subcomponents,
 )
-from tests.campaigns.calls.world import OUT, Call, Q, World, metric
+from tests.campaigns.calls.world import OUT, Call, Q, World, call, metric
 from tl_vpd import analysis
 
 ABLATIONS = ("zero", "mean", "resample", "stochastic", "adversarial")
@@ -51,53 +51,38 @@ def _functions(w: World) -> list[Call]:
     target: Kind = lambda v: _target(v)  # noqa: E731
     mask = w.of_prompts
     return [
-        Call(
-            "analysis: attribution_graph",
+        call(
             tl_vpd.attribution_graph,
-            {
-                **w.of_prompt,
-                "targets": (3, any_of(target, optional(sequence(target)))),
-                "pos": (-1, integer(-5, 4)),
-                "config": config(analysis.GraphConfig),
-            },
+            **w.of_prompt,
+            targets=(3, any_of(target, optional(sequence(target)))),
+            pos=(-1, integer(-5, 4)),
+            config=config(analysis.GraphConfig),
         ),
-        Call(
-            "analysis: dataset_graph",
+        call(
             analysis.dataset_graph,
-            {
-                **mask,
-                "subcomponents": ([f"{Q}:1", f"{OUT}:2"], w.several),
-                "config": config(analysis.DatasetGraphConfig),
-            },
+            **mask,
+            subcomponents=([f"{Q}:1", f"{OUT}:2"], w.several),
+            config=config(analysis.DatasetGraphConfig),
         ),
-        Call(
-            "analysis: harvest",
+        call(
             analysis.harvest,
-            {
-                **mask,
-                "subcomponents": ([f"{Q}:1"], w.several),
-                "config": config(analysis.HarvestConfig, windows=2, radius=2),
-            },
+            **mask,
+            subcomponents=([f"{Q}:1"], w.several),
+            config=config(analysis.HarvestConfig, windows=2, radius=2),
         ),
-        Call(
-            "analysis: ablation_table",
+        call(
             analysis.ablation_table,
-            {
-                **mask,
-                "metric": (metric, own(metric)),
-                "subcomponents": ([f"{Q}:1"], w.several),
-                "config": config(analysis.AblationTableConfig),
-            },
+            **mask,
+            metric=(metric, own(metric)),
+            subcomponents=([f"{Q}:1"], w.several),
+            config=config(analysis.AblationTableConfig),
         ),
-        Call(
-            "analysis: pick",
+        call(
             analysis.pick,
-            {
-                "harvest": (w.harvest, only(w.harvest)),
-                "n": (2, integer(1)),
-                "min_firings": (1, lambda v: None if integer(2)(v) is not False else integer(1, 1)(v)),
-                "max_density": (1.0, either(number(0.9, 1))),
-            },
+            harvest=(w.harvest, only(w.harvest)),
+            n=(2, integer(1)),
+            min_firings=(1, lambda v: None if integer(2)(v) is not False else integer(1, 1)(v)),
+            max_density=(1.0, either(number(0.9, 1))),
         ),
     ]
 
@@ -130,39 +115,30 @@ def _circuits(w: World) -> list[Call]:
     optional_target = {**common, "decomposition": (w.vpd, lambda v: None if v is None else v is w.vpd)}
     groups = {"one": [f"{Q}:1@2"]}
     return [
-        Call("analysis: audit_circuit", analysis.audit_circuit, {**optional_target, "config": audit}),
-        Call("analysis: repair_circuit", analysis.repair_circuit, {**optional_target, "config": repair}),
-        Call(
-            "analysis: prune",
+        call(analysis.audit_circuit, **optional_target, config=audit),
+        call(analysis.repair_circuit, **optional_target, config=repair),
+        call(
             analysis.prune,
-            {
-                **w.of_prompt,
-                "behaviour": (3, behaviour),
-                "pos": (-1, integer(-5, 4)),
-                "coefficient": (0.05, number(0)),
-                "config": prune,
-            },
+            **w.of_prompt,
+            behaviour=(3, behaviour),
+            pos=(-1, integer(-5, 4)),
+            coefficient=(0.05, number(0)),
+            config=prune,
         ),
-        Call(
-            "analysis: prune_sweep",
+        call(
             analysis.prune_sweep,
-            {
-                "pos": (-1, integer(-5, 4)),
-                **w.of_prompt,
-                "behaviour": (3, behaviour),
-                "coefficients": ([0.05], sequence(number(0))),
-                "config": prune,
-            },
+            pos=(-1, integer(-5, 4)),
+            **w.of_prompt,
+            behaviour=(3, behaviour),
+            coefficients=([0.05], sequence(number(0))),
+            config=prune,
         ),
-        Call(
-            "analysis: ablate_nodes",
+        call(
             analysis.ablate_nodes,
-            {
-                **w.target,
-                "circuit": (w.circuit, only(w.circuit)),
-                "groups": (groups, lambda v: v is groups or (None if equal({})(v) else False)),
-                "behaviour": (3, behaviour),
-            },
+            **w.target,
+            circuit=(w.circuit, only(w.circuit)),
+            groups=(groups, lambda v: v is groups or (None if equal({})(v) else False)),
+            behaviour=(3, behaviour),
         ),
     ]
 
@@ -177,92 +153,72 @@ def _configs(w: World) -> list[Call]:
         "among": (["blocks.0.*"], lambda v: True if v is None else (None if equal([], ())(v) else _texts(v))),
     }
     return [
-        Call(
-            "analysis: AblationTableConfig",
+        call(
             analysis.AblationTableConfig,
-            {
-                "pos": (None, either(positions(7))),
-                "amount": (0.5, factor),
-                "threshold": (0.25, number(0, 1)),
-                "rows": (3, integer(1)),
-                "progress": (False, boolean),
-            },
+            pos=(None, either(positions(7))),
+            amount=(0.5, factor),
+            threshold=(0.25, number(0, 1)),
+            rows=(3, integer(1)),
+            progress=(False, boolean),
         ),
-        Call(
-            "analysis: GraphConfig",
+        call(
             analysis.GraphConfig,
-            {
-                "threshold": (0.25, number(0, 1)),
-                "min_weight": (0.25, number(0)),
-                "importances": (True, lambda v: boolean(v) and (True if v is True else None)),
-                "fixed": (("norms",), lambda v: None if _texts(v) is not False or equal((), [])(v) else False),
-                "tokens_at_once": (3, integer(1)),
-                "progress": (False, boolean),
-            },
+            threshold=(0.25, number(0, 1)),
+            min_weight=(0.25, number(0)),
+            importances=(True, lambda v: boolean(v) and (True if v is True else None)),
+            fixed=(("norms",), lambda v: None if _texts(v) is not False or equal((), [])(v) else False),
+            tokens_at_once=(3, integer(1)),
+            progress=(False, boolean),
         ),
-        Call(
-            "analysis: DatasetGraphConfig",
+        call(
             analysis.DatasetGraphConfig,
-            {"absolute": (False, boolean), "batch_size": (3, integer(1)), "progress": (False, boolean)},
+            absolute=(False, boolean),
+            batch_size=(3, integer(1)),
+            progress=(False, boolean),
         ),
-        Call(
-            "analysis: HarvestConfig",
+        call(
             analysis.HarvestConfig,
-            {
-                "windows": (3, integer(1)),
-                "radius": (3, integer(0)),
-                "threshold": (0.25, lambda v: None if number(1, 1)(v) else number(0, 1)(v)),
-                "batch_size": (3, integer(1)),
-                "bins": (3, integer(0)),
-            },
+            windows=(3, integer(1)),
+            radius=(3, integer(0)),
+            threshold=(0.25, lambda v: None if number(1, 1)(v) else number(0, 1)(v)),
+            batch_size=(3, integer(1)),
+            bins=(3, integer(0)),
         ),
-        Call(
-            "analysis: AuditConfig",
+        call(
             analysis.AuditConfig,
-            {
-                **attack,
-                "ablations": (["zero"], sequence(choice(*ABLATIONS))),
-                "budgets": ([3], sequence(integer(1))),
-                "draws": (3, integer(1)),
-                "controls": (3, integer(0)),
-            },
+            **attack,
+            ablations=(["zero"], sequence(choice(*ABLATIONS))),
+            budgets=([3], sequence(integer(1))),
+            draws=(3, integer(1)),
+            controls=(3, integer(0)),
         ),
-        Call(
-            "analysis: RepairConfig",
+        call(
             analysis.RepairConfig,
-            {
-                **attack,
-                "target": (0.5, either(number(0, 1))),
-                "steps": (3, integer(1)),
-                "max_added": (3, integer(0)),
-                "candidates": (3, integer(1)),
-            },
+            **attack,
+            target=(0.5, either(number(0, 1))),
+            steps=(3, integer(1)),
+            max_added=(3, integer(0)),
+            candidates=(3, integer(1)),
         ),
-        Call(
-            "analysis: PruneConfig",
+        call(
             analysis.PruneConfig,
-            {
-                "variant": ("adversarial", choice("adversarial", "importances_only")),
-                "steps": (3, integer(1)),
-                "lr": (0.5, number(above=0)),
-                "warm_up": (0.5, number(0, 1)),
-                "p": (0.5, number(above=0)),
-                "adversary_steps": (3, integer(0)),
-                "adversary_step_size": (0.5, number(above=0)),
-                "reach": ("alive_and_deltas", either(choice("alive_and_deltas"))),
-                "seed": (3, SEED),
-                "recorded": (None, optional(boolean)),
-                "progress": (False, boolean),
-            },
+            variant=("adversarial", choice("adversarial", "importances_only")),
+            steps=(3, integer(1)),
+            lr=(0.5, number(above=0)),
+            warm_up=(0.5, number(0, 1)),
+            p=(0.5, number(above=0)),
+            adversary_steps=(3, integer(0)),
+            adversary_step_size=(0.5, number(above=0)),
+            reach=("alive_and_deltas", either(choice("alive_and_deltas"))),
+            seed=(3, SEED),
+            recorded=(None, optional(boolean)),
+            progress=(False, boolean),
         ),
-        Call(
-            "analysis: Node",
+        call(
             analysis.Node,
-            {
-                "name": (Q, lambda v: None if isinstance(v, str) else False),
-                "index": (3, optional(integer(0, 2**64 - 1, size=False))),
-                "pos": (3, optional(integer(0, 2**64 - 1, size=False))),
-            },
+            name=(Q, lambda v: None if isinstance(v, str) else False),
+            index=(3, optional(integer(0, 2**64 - 1, size=False))),
+            pos=(3, optional(integer(0, 2**64 - 1, size=False))),
         ),
     ]
 
@@ -282,56 +238,30 @@ def _results(w: World) -> list[Call]:
     address = str(one.subcomponent)
     by = choice("pmi", "recall")
     return [
-        Call("analysis: AttributionGraph.number", graph.number, {"node": (node, exists)}),
-        Call(
-            "analysis: AttributionGraph.top_edges",
-            graph.top_edges,
-            {"k": (3, how_many), "source": (None, optional(exists)), "target": (None, optional(exists))},
-        ),
-        Call(
-            "analysis: AttributionGraph.paths",
-            graph.paths,
-            {"target": (None, optional(either(exists))), "k": (3, how_many)},
-        ),
-        Call("analysis: AttributionGraph.subgraph", graph.subgraph, {"nodes": ([node], either(sequence(exists)))}),
-        Call(
-            "analysis: AttributionGraph.pruned",
-            graph.pruned,
-            {"nodes": (3, optional(how_many)), "min_weight": (0.25, number(0))},
-        ),
-        Call(
-            "analysis: AttributionGraph.save",
+        call(graph.number, node=(node, exists)),
+        call(graph.top_edges, k=(3, how_many), source=(None, optional(exists)), target=(None, optional(exists))),
+        call(graph.paths, target=(None, optional(either(exists))), k=(3, how_many)),
+        call(graph.subgraph, nodes=([node], either(sequence(exists)))),
+        call(graph.pruned, nodes=(3, optional(how_many)), min_weight=(0.25, number(0))),
+        call(
             lambda folder: graph.save(folder) and None,
-            {"folder": (w.folder / "new_graph", folder_to_write)},
+            "analysis: AttributionGraph.save",
+            folder=(w.folder / "new_graph", folder_to_write),
         ),
-        Call(
-            "analysis: AttributionGraph.load",
-            analysis.AttributionGraph.load,
-            {"folder": (w.saved_graph, path_to_read(w.saved_graph)), "device": ("cpu", device)},
+        call(
+            analysis.AttributionGraph.load, folder=(w.saved_graph, path_to_read(w.saved_graph)), device=("cpu", device)
         ),
-        Call("analysis: Harvest.top", harvest.top, {"k": (3, how_many)}),
-        Call(
-            "analysis: Harvest[…]",
+        call(harvest.top, k=(3, how_many)),
+        call(
             lambda address: harvest[address].to_pandas(),
-            {"address": (address, subcomponents(w.counts, lists=False))},
+            "analysis: Harvest[…]",
+            address=(address, subcomponents(w.counts, lists=False)),
         ),
-        Call(
-            "analysis: SubcomponentHarvest.input_tokens",
-            one.input_tokens,
-            {"k": (3, how_many), "by": ("pmi", by), "min_count": (1, integer(0))},
-        ),
-        Call(
-            "analysis: SubcomponentHarvest.output_tokens",
-            one.output_tokens,
-            {"k": (3, how_many), "by": ("pmi", by), "min_count": (1, integer(0))},
-        ),
-        Call("analysis: CircuitAudit.top", audit.top, {"k": (3, how_many), "steps": (None, optional(integer(2, 2)))}),
-        Call(
-            "analysis: CircuitAudit.value",
-            audit.value,
-            {"ablation": ("adversarial", choice("adversarial", "zero")), "steps": (2, optional(integer(2, 2)))},
-        ),
-        Call("analysis: PrunedCircuit.top", w.circuit.top, {"k": (3, how_many)}),
+        call(one.input_tokens, k=(3, how_many), by=("pmi", by), min_count=(1, integer(0))),
+        call(one.output_tokens, k=(3, how_many), by=("pmi", by), min_count=(1, integer(0))),
+        call(audit.top, k=(3, how_many), steps=(None, optional(integer(2, 2)))),
+        call(audit.value, ablation=("adversarial", choice("adversarial", "zero")), steps=(2, optional(integer(2, 2)))),
+        call(w.circuit.top, k=(3, how_many)),
     ]
 
 

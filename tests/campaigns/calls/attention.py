@@ -20,7 +20,7 @@ from tests.campaigns.calls.kinds import (
     sequence,
     subcomponents,
 )
-from tests.campaigns.calls.world import Call, K, Q, World
+from tests.campaigns.calls.world import Call, K, Q, World, call
 from tl_vpd.analysis import attention
 
 
@@ -31,91 +31,55 @@ def calls(w: World) -> list[Call]:
 
 def _functions(w: World) -> list[Call]:
     layer = {**w.of_prompts, "layer": (0, integer(0, 1))}
-    first = {"layer": (0, lambda v: None if integer(1, 1)(v) else integer(0, 0)(v))}
+    of_first = {**layer, "layer": (0, lambda v: None if integer(1, 1)(v) else integer(0, 0)(v))}
     own = [site for site in w.counts if site in (Q, K)]
     of_layer = subcomponents({site: w.counts[site] for site in own}, none=True)
     address = subcomponents(w.counts, lists=False)
     pairs = [(f"{Q}:1", f"{K}:2")]
     pair: Kind = lambda v: True if equal(pairs[0])(v) else _pair(v, address)  # noqa: E731
     return [
-        Call(
-            "attention: score_terms",
-            attention.score_terms,
-            {**layer, **first, "pairs": (pairs, sequence(pair, minimum=0))},
-        ),
-        Call(
-            "attention: attention_by_offset",
+        call(attention.score_terms, **of_first, pairs=(pairs, sequence(pair, minimum=0))),
+        call(
             attention.attention_by_offset,
-            {
-                **layer,
-                "ablate": (pairs, either(lambda v: sequence(pair, minimum=0)(v) or address(v))),
-                "max_offset": (3, integer(0)),
-            },
+            **layer,
+            ablate=(pairs, either(lambda v: sequence(pair, minimum=0)(v) or address(v))),
+            max_offset=(3, integer(0)),
         ),
-        Call(
-            "attention: mean_strengths",
+        call(
             attention.mean_strengths,
-            {
-                **layer,
-                **first,
-                "subcomponents": ([f"{Q}:1", f"{K}:2"], either(of_layer)),
-                "max_offset": (3, integer(0)),
-            },
+            **of_first,
+            subcomponents=([f"{Q}:1", f"{K}:2"], either(of_layer)),
+            max_offset=(3, integer(0)),
         ),
-        Call(
-            "attention: static_strengths",
+        call(
             attention.static_strengths,
-            {
-                **layer,
-                **first,
-                "subcomponents": ([f"{Q}:1", f"{K}:2"], either(of_layer)),
-                "length": (5, optional(integer(1, 10))),
-            },
+            **of_first,
+            subcomponents=([f"{Q}:1", f"{K}:2"], either(of_layer)),
+            length=(5, optional(integer(1, 10))),
         ),
-        Call(
-            "attention: strongest_static",
-            attention.strongest_static,
-            {**layer, "k": (3, how_many), "length": (5, optional(integer(1, 10)))},
-        ),
-        Call(
-            "attention: ov_overlap",
+        call(attention.strongest_static, **layer, k=(3, how_many), length=(5, optional(integer(1, 10)))),
+        call(
             attention.ov_overlap,
-            {
-                **layer,
-                **first,
-                "key": (f"{K}:1", either(optional(equal(f"{K}:1")))),
-                "config": config(attention.OVConfig, draws=2),
-            },
+            **of_first,
+            key=(f"{K}:1", either(optional(equal(f"{K}:1")))),
+            config=config(attention.OVConfig, draws=2),
         ),
-        Call("attention: value_given_key", attention.value_given_key, {**layer, "threshold": (0.25, number(0, 1))}),
-        Call("attention: head_alignment", attention.head_alignment, {**w.target, "layer": (0, integer(0, 1))}),
-        Call(
-            "attention: head_norms",
-            attention.head_norms,
-            {"decomposition": (w.vpd, only(w.vpd)), "layer": (0, integer(0, 1))},
-        ),
-        Call(
-            "attention: OVConfig",
-            attention.OVConfig,
-            {"threshold": (0.25, number(0, 1)), "draws": (3, integer(1)), "seed": (3, SEED)},
-        ),
-        Call(
-            "attention: random_overlap",
+        call(attention.value_given_key, **layer, threshold=(0.25, number(0, 1))),
+        call(attention.head_alignment, **w.target, layer=(0, integer(0, 1))),
+        call(attention.head_norms, decomposition=(w.vpd, only(w.vpd)), layer=(0, integer(0, 1))),
+        call(attention.OVConfig, threshold=(0.25, number(0, 1)), draws=(3, integer(1)), seed=(3, SEED)),
+        call(
             attention.random_overlap,
-            {
-                "d_model": (8, lambda v: None if integer(1, 3)(v) else integer(4)(v)),
-                "d_head": (4, lambda v: integer(1, 8)(v) or (None if integer(9)(v) is not False else False)),
-            },
+            d_model=(8, lambda v: None if integer(1, 3)(v) else integer(4)(v)),
+            d_head=(4, lambda v: integer(1, 8)(v) or (None if integer(9)(v) is not False else False)),
         ),
-        Call(
-            "attention: pair_ablation_hooks",
+        call(
             lambda **o: w.hooked(lambda: attention.pair_ablation_hooks(**o)),
-            {
-                **w.target,
-                "pairs": (pairs, either(sequence(pair))),
-                "length": (8, lambda v: None if integer(11)(v) is not False else optional(integer(7, 10))(v)),
-                "amount": (0.5, factor),
-            },
+            "attention: pair_ablation_hooks",
+            **w.target,
+            pairs=(pairs, either(sequence(pair))),
+            length=(8, lambda v: None if integer(11)(v) is not False else optional(integer(7, 10))(v)),
+            amount=(0.5, factor),
         ),
     ]
 
@@ -135,19 +99,15 @@ def _results(w: World) -> list[Call]:
     offsets = attention.attention_by_offset(**prompts)
     k, head, offset = (3, how_many), (0, optional(integer(0, 1))), (1, integer(0, 3))
     return [
-        Call("attention: MeanStrengths.contrast", mean.contrast, {"offset": (1, either(integer(0, 3)))}),
-        Call(
-            "attention: MeanStrengths.heads",
-            mean.heads,
-            {"query": (f"{Q}:1", equal(f"{Q}:1")), "key": (f"{K}:2", equal(f"{K}:2")), "offset": offset},
-        ),
-        Call("attention: MeanStrengths.top", mean.top, {"k": k, "offset": offset, "head": head}),
-        Call("attention: MeanStrengths.to_pandas", mean.to_pandas, {"offset": offset}),
-        Call("attention: HeadNorms.top", norms.top, {"k": k, "head": head}),
-        Call("attention: StaticStrengths.top", static.top, {"k": k}),
-        Call("attention: ScoreTerms.top", w.terms.top, {"k": k}),
-        Call("attention: AttentionByOffset.top", offsets.top, {"k": k}),
-        Call("attention: OVOverlap.top", overlap.top, {"k": k, "by": ("read", choice("read", "write", "raw"))}),
-        Call("attention: ValueGivenKey.top", values.top, {"k": k, "min_both": (1, integer(0))}),
-        Call("attention: ValueGivenKey.to_pandas", values.to_pandas, {"min_both": (1, integer(0))}),
+        call(mean.contrast, offset=(1, either(integer(0, 3)))),
+        call(mean.heads, query=(f"{Q}:1", equal(f"{Q}:1")), key=(f"{K}:2", equal(f"{K}:2")), offset=offset),
+        call(mean.top, k=k, offset=offset, head=head),
+        call(mean.to_pandas, offset=offset),
+        call(norms.top, k=k, head=head),
+        call(static.top, k=k),
+        call(w.terms.top, k=k),
+        call(offsets.top, k=k),
+        call(overlap.top, k=k, by=("read", choice("read", "write", "raw"))),
+        call(values.top, k=k, min_both=(1, integer(0))),
+        call(values.to_pandas, min_both=(1, integer(0))),
     ]

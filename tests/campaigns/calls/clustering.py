@@ -16,7 +16,7 @@ from tests.campaigns.calls.kinds import (
     plain,
     sequence,
 )
-from tests.campaigns.calls.world import Call, World
+from tests.campaigns.calls.world import Call, World, call
 from tl_vpd import analysis
 
 
@@ -30,54 +30,49 @@ def calls(w: World) -> list[Call]:
     threshold: Kind = lambda v: None if number(0, 1)(v) and plain(v) > 0.9 else number(0, 1)(v)  # noqa: E731
     alphas = (0.5, number(0))
     return [
-        Call(
-            "analysis: importance_patterns",
+        call(
             lambda **o: analysis.importance_patterns(**o).important.toarray(),
-            {**w.of_prompts, "threshold": (0.25, threshold), "batch_size": (2, integer(1))},
+            "analysis: importance_patterns",
+            **w.of_prompts,
+            threshold=(0.25, threshold),
+            batch_size=(2, integer(1)),
         ),
-        Call(
-            "analysis: ClusterConfig",
+        call(
             analysis.ClusterConfig,
-            {
-                "alpha": alphas,
-                "threshold": (0.25, number(0, 1)),
-                "greed": (0.5, number(above=0)),
-                "seed": (3, SEED),
-                "batch_size": (2, integer(1)),
-            },
+            alpha=alphas,
+            threshold=(0.25, number(0, 1)),
+            greed=(0.5, number(above=0)),
+            seed=(3, SEED),
+            batch_size=(2, integer(1)),
         ),
-        Call(
-            "analysis: cluster",
+        call(
             lambda **o: analysis.cluster(**o).partition,
-            {**prompts, "config": config(analysis.ClusterConfig)},
+            "analysis: cluster",
+            **prompts,
+            config=config(analysis.ClusterConfig),
         ),
-        Call(
-            "analysis: cluster_ensemble",
+        call(
             lambda **o: analysis.cluster_ensemble(**o).to_pandas(),
-            {
-                **prompts,
-                "alphas": ([0.5], either(sequence(number(0)))),
-                "seeds": ([3], either(sequence(SEED))),
-                "config": config(analysis.ClusterConfig),
-            },
+            "analysis: cluster_ensemble",
+            **prompts,
+            alphas=([0.5], either(sequence(number(0)))),
+            seeds=([3], either(sequence(SEED))),
+            config=config(analysis.ClusterConfig),
         ),
-        Call(
-            "analysis: component_edges",
-            analysis.component_edges,
-            {"graph": (w.graph, only(w.graph)), "clustering": (clustering, only(clustering))},
-        ),
-        Call("analysis: Clustering[index]", clustering.__getitem__, {"index": (0, integer(-last - 1, last))}),
-        Call(
-            "analysis: Clustering.at",
+        call(analysis.component_edges, graph=(w.graph, only(w.graph)), clustering=(clustering, only(clustering))),
+        call(clustering.__getitem__, "analysis: Clustering[index]", index=(0, integer(-last - 1, last))),
+        call(
             lambda merges: len(clustering.at(merges)),
-            {"merges": (1, integer(0, len(clustering.chosen) - 1))},
+            "analysis: Clustering.at",
+            merges=(1, integer(0, len(clustering.chosen) - 1)),
         ),
-        Call("analysis: Clustering.top", clustering.top, {"k": (2, integer(1))}),
-        Call("analysis: Clustering.importances", clustering.importances, {"ci": (ci, only(ci))}),
-        Call("analysis: Clustering.save", clustering.save, {"path": (w.folder / "new_clustering.json", file_to_write)}),
-        Call(
-            "analysis: Clustering.load",
+        call(clustering.top, k=(2, integer(1))),
+        call(clustering.importances, ci=(ci, only(ci))),
+        call(clustering.save, path=(w.folder / "new_clustering.json", file_to_write)),
+        call(
             lambda **o: analysis.Clustering.load(**o).partition,
-            {"path": (saved, path_to_read(saved)), "decomposition": (w.vpd, only(w.vpd))},
+            "analysis: Clustering.load",
+            path=(saved, path_to_read(saved)),
+            decomposition=(w.vpd, only(w.vpd)),
         ),
     ]

@@ -26,7 +26,7 @@ from tests.campaigns.calls.kinds import (
     plain,
     sequence,
 )
-from tests.campaigns.calls.world import Call, World
+from tests.campaigns.calls.world import Call, World, call
 from tl_vpd import evaluation
 
 
@@ -40,28 +40,24 @@ def _whole(w: World) -> list[Call]:
     report = w.evaluation
     tables = choice(*(k for k, v in report.record.items() if isinstance(v, list) and v and isinstance(v[0], dict)))
     return [
-        Call(
-            "evaluation: evaluate",
+        call(
             lambda **o: _timeless(tl_vpd.evaluate(**o).record),
-            {
-                **data,
-                "config": (w.cheap, optional(only(w.cheap))),
-                "off_distribution": ({}, _empty),
-                "others": (None, _empty),
-                "nulls": (None, _empty),
-            },
+            "evaluation: evaluate",
+            **data,
+            config=(w.cheap, optional(only(w.cheap))),
+            off_distribution=({}, _empty),
+            others=(None, _empty),
+            nulls=(None, _empty),
         ),
-        Call("evaluation: Evaluation.save", report.save, {"path": (w.folder / "new.json", file_to_write)}),
-        Call(
-            "evaluation: Evaluation.load",
+        call(report.save, path=(w.folder / "new.json", file_to_write)),
+        call(
             lambda path: tl_vpd.Evaluation.load(path).record,
-            {"path": (w.saved_evaluation, path_to_read(w.saved_evaluation))},
+            "evaluation: Evaluation.load",
+            path=(w.saved_evaluation, path_to_read(w.saved_evaluation)),
         ),
-        Call("evaluation: checks", evaluation.checks, {"record": (report, _report(report))}),
-        Call("evaluation: warnings_of", evaluation.warnings_of, {"record": (report, _report(report))}),
-        Call(
-            "evaluation: Evaluation.to_pandas", lambda table: _table(report, table), {"table": ("none", either(tables))}
-        ),
+        call(evaluation.checks, record=(report, _report(report))),
+        call(evaluation.warnings_of, record=(report, _report(report))),
+        call(lambda table: _table(report, table), "evaluation: Evaluation.to_pandas", table=("none", either(tables))),
     ]
 
 
@@ -105,58 +101,53 @@ def _of_a_sample(w: World) -> list[Call]:
     adversary = evaluation.Adversary(steps=1)
     one: Kind = lambda v: isinstance(v, evaluation.Adversary)  # noqa: E731
     return [
-        Call(
-            "evaluation: sampled",
+        call(
             sampled,
-            {
-                **w.target,
-                "tokens": w.of_prompts["prompts"],
-                "batch_size": (2, integer(1)),
-                "seed": (3, SEED),
-                "keep_bytes": (1000, integer(0)),
-            },
+            "evaluation: sampled",
+            **w.target,
+            tokens=w.of_prompts["prompts"],
+            batch_size=(2, integer(1)),
+            seed=(3, SEED),
+            keep_bytes=(1000, integer(0)),
         ),
-        Call(
-            "evaluation: adversaries",
+        call(
             measured(evaluation.adversaries),
-            {
-                **sample,
-                "kinds": ([adversary], optional(either(sequence(one)))),
-                "budgets": ([1], lambda v: None if equal([], ())(v) else sequence(integer(1))(v)),
-                "rows": (1, optional(either(integer(1, 2)))),
-            },
+            "evaluation: adversaries",
+            **sample,
+            kinds=([adversary], optional(either(sequence(one)))),
+            budgets=([1], lambda v: None if equal([], ())(v) else sequence(integer(1))(v)),
+            rows=(1, optional(either(integer(1, 2)))),
         ),
-        Call(
-            "evaluation: attack",
+        call(
             measured(lambda s, adversary: evaluation.attack(s, adversary).kl),
-            {**sample, "adversary": (adversary, one)},
+            "evaluation: attack",
+            **sample,
+            adversary=(adversary, one),
         ),
-        Call(
-            "evaluation: future_leakage",
+        call(
             measured(evaluation.future_leakage),
-            {
-                **sample,
-                "positions": ([2], either(sequence(integer(1, 5)))),
-                "modes": (["rounded"], either(sequence(choice("rounded", "ci", "unmasked")))),
-            },
+            "evaluation: future_leakage",
+            **sample,
+            positions=([2], either(sequence(integer(1, 5)))),
+            modes=(["rounded"], either(sequence(choice("rounded", "ci", "unmasked")))),
         ),
-        Call("evaluation: hidden_errors", measured(evaluation.hidden_errors), threshold),
-        Call(
-            "evaluation: mask_transfer",
-            measured(evaluation.mask_transfer),
-            {**threshold, "single_sites": (False, boolean)},
+        call(measured(evaluation.hidden_errors), "evaluation: hidden_errors", **threshold),
+        call(
+            measured(evaluation.mask_transfer), "evaluation: mask_transfer", **threshold, single_sites=(False, boolean)
         ),
-        Call(
-            "evaluation: sparsity_sweep",
+        call(
             measured(evaluation.sparsity_sweep),
-            {**sample, "thresholds": ([0.5], sequence(number(0, 1)))},
+            "evaluation: sparsity_sweep",
+            **sample,
+            thresholds=([0.5], sequence(number(0, 1))),
         ),
-        Call(
-            "evaluation: union_test",
+        call(
             measured(evaluation.union_test),
-            {**threshold, "sizes": ([2], either(sequence(integer(2, 2))))},
+            "evaluation: union_test",
+            **threshold,
+            sizes=([2], either(sequence(integer(2, 2)))),
         ),
-        Call("evaluation: union_test_pairs", measured(evaluation.union_test_pairs), threshold),
+        call(measured(evaluation.union_test_pairs), "evaluation: union_test_pairs", **threshold),
     ]
 
 
@@ -165,60 +156,38 @@ def _of_decompositions(w: World) -> list[Call]:
     both = {"a": w.vpd, "b": w.vpd}
     other = {"other": w.tokens}
     return [
-        Call(
-            "evaluation: alive_subcomponents",
-            evaluation.alive_subcomponents,
-            {**data, "above": (0.25, number(0, 1)), "batch_size": (2, integer(1))},
-        ),
-        Call(
-            "evaluation: cancelling_pairs",
+        call(evaluation.alive_subcomponents, **data, above=(0.25, number(0, 1)), batch_size=(2, integer(1))),
+        call(
             evaluation.cancelling_pairs,
-            {
-                "decomposition": (w.vpd, only(w.vpd)),
-                "below": (-0.5, number(-1, 1)),
-                "smallest": (0.25, either(number(0, 1))),
-                "k": (3, how_many),
-            },
+            decomposition=(w.vpd, only(w.vpd)),
+            below=(-0.5, number(-1, 1)),
+            smallest=(0.25, either(number(0, 1))),
+            k=(3, how_many),
         ),
-        Call(
-            "evaluation: consistency",
+        call(
             evaluation.consistency,
-            {
-                "one": (w.vpd, only(w.vpd)),
-                "other": (w.vpd, only(w.vpd)),
-                "alive": (None, lambda v: v is None),
-                "seed": (3, SEED),
-            },
+            one=(w.vpd, only(w.vpd)),
+            other=(w.vpd, only(w.vpd)),
+            alive=(None, lambda v: v is None),
+            seed=(3, SEED),
         ),
-        Call(
-            "evaluation: feature_splitting",
+        call(
             evaluation.feature_splitting,
-            {
-                "decompositions": (both, only(both)),
-                "model": data["model"],
-                "tokens": data["tokens"],
-                "batch_size": (2, integer(1)),
-                "seed": (3, SEED),
-                "keep_bytes": (1000, integer(0)),
-            },
+            decompositions=(both, only(both)),
+            model=data["model"],
+            tokens=data["tokens"],
+            batch_size=(2, integer(1)),
+            seed=(3, SEED),
+            keep_bytes=(1000, integer(0)),
         ),
-        Call(
-            "evaluation: off_distribution",
-            evaluation.off_distribution,
-            {**w.target, "data": (other, only(other)), "config": config(tl_vpd.EvaluationConfig)},
+        call(
+            evaluation.off_distribution, **w.target, data=(other, only(other)), config=config(tl_vpd.EvaluationConfig)
         ),
-        Call(
-            "evaluation: scrambled",
-            evaluation.scrambled,
-            {"model": data["model"], "tokens": data["tokens"], "seed": (3, SEED)},
-        ),
-        Call(
-            "evaluation: compute_recovered",
+        call(evaluation.scrambled, model=data["model"], tokens=data["tokens"], seed=(3, SEED)),
+        call(
             evaluation.compute_recovered,
-            {
-                "ce": (2.5, lambda v: number()(v) or (None if isinstance(plain(v), float) else False)),
-                "curve": ([[1, 3.0], [2, 2.0]], either(_curve)),
-            },
+            ce=(2.5, lambda v: number()(v) or (None if isinstance(plain(v), float) else False)),
+            curve=([[1, 3.0], [2, 2.0]], either(_curve)),
         ),
     ]
 
@@ -234,35 +203,29 @@ def _configs(w: World) -> list[Call]:
     budgets = sequence(integer(1), minimum=0)
     measures = sequence(choice(*evaluation.MEASURES), minimum=0)
     return [
-        Call(
-            "evaluation: EvaluationConfig",
+        call(
             tl_vpd.EvaluationConfig,
-            {
-                "measures": (["hidden"], measures),
-                "budgets": ([3], budgets),
-                "starts": (3, any_of(integer(1), equal({}))),
-                "adversary_budgets": ([3], budgets),
-                "attack_rows": (3, optional(integer(1))),
-                "controls": (False, boolean),
-                "control_budgets": ([3], budgets),
-                "batch_size": (3, integer(1)),
-                "seed": (3, SEED),
-                "curve": (None, optional(either(_curve))),
-                "keep_bytes": (1000, integer(0)),
-                "leak_rows": (3, integer(1)),
-                "leak_positions": (3, integer(1)),
-            },
+            measures=(["hidden"], measures),
+            budgets=([3], budgets),
+            starts=(3, any_of(integer(1), equal({}))),
+            adversary_budgets=([3], budgets),
+            attack_rows=(3, optional(integer(1))),
+            controls=(False, boolean),
+            control_budgets=([3], budgets),
+            batch_size=(3, integer(1)),
+            seed=(3, SEED),
+            curve=(None, optional(either(_curve))),
+            keep_bytes=(1000, integer(0)),
+            leak_rows=(3, integer(1)),
+            leak_positions=(3, integer(1)),
         ),
-        Call(
-            "evaluation: Adversary",
+        call(
             evaluation.Adversary,
-            {
-                "scope": ("shared", choice("shared", "position", "token")),
-                "steps": (3, either(integer(1))),
-                "step_size": (0.5, optional(number(above=0))),
-                "momentum": (0.5, lambda v: None if number(1, 1)(v) else number(0, 1)(v)),
-                "starts": (3, integer(1)),
-                "explanations": (3, optional(integer(1))),
-            },
+            scope=("shared", choice("shared", "position", "token")),
+            steps=(3, either(integer(1))),
+            step_size=(0.5, optional(number(above=0))),
+            momentum=(0.5, lambda v: None if number(1, 1)(v) else number(0, 1)(v)),
+            starts=(3, integer(1)),
+            explanations=(3, optional(integer(1))),
         ),
     ]

@@ -32,7 +32,7 @@ from tests.campaigns.calls.kinds import (
     subcomponents,
     text,
 )
-from tests.campaigns.calls.world import IN, Call, Q, World
+from tests.campaigns.calls.world import IN, Call, Q, World, call
 from tl_vpd import Masks, SiteMask, hooks, masking
 
 KINDS = ("component_acts", "ci", "mask", "delta_mask")
@@ -58,7 +58,7 @@ def _attached(w: World) -> list[Call]:
         return w.attached(inside)
 
     def of_mode(name: str, **arguments: Any) -> Call:
-        return Call(f"hooks: masked({name!r})", lambda **o: masked(name, **o), {**arguments, **where})
+        return call(lambda **o: masked(name, **o), f"hooks: masked({name!r})", **arguments, **where)
 
     def keep_only(subcomponents: Any, **options: Any) -> Any:
         def inside(attached: Any) -> Any:
@@ -80,19 +80,17 @@ def _attached(w: World) -> list[Call]:
     delta = optional(any_of(factor, choice("drawn")))
     address = subcomponents(w.counts)
     return [
-        Call(
-            "hooks: attach",
+        call(
             attach,
-            {
-                "model": (w.model, only(w.model)),
-                "sites": (None, w.sites),
-                "hooks": (KINDS, sequence(choice(*KINDS), minimum=0, other=choice(*KINDS))),
-                "check_weights": (True, boolean),
-            },
+            "hooks: attach",
+            model=(w.model, only(w.model)),
+            sites=(None, w.sites),
+            hooks=(KINDS, sequence(choice(*KINDS), minimum=0, other=choice(*KINDS))),
+            check_weights=(True, boolean),
         ),
-        Call("hooks: masked", masked, {"mode": ("ci", modes)}),
-        Call("hooks: masked(masks)", masked, {"mode": (masks, own(masks)), "sites": (None, w.sites)}),
-        Call("hooks: masked(function)", masked, {"mode": (function, own(function)), **where}),
+        call(masked, "hooks: masked", mode=("ci", modes)),
+        call(masked, "hooks: masked(masks)", mode=(masks, own(masks)), sites=(None, w.sites)),
+        call(masked, "hooks: masked(function)", mode=(function, own(function)), **where),
         of_mode("rounded", threshold=(0.25, optional(number(0, 1))), delta=(0.5, delta)),
         of_mode("ci", delta=(0.5, delta)),
         of_mode("stochastic", seed=(3, optional(SEED))),
@@ -102,27 +100,27 @@ def _attached(w: World) -> list[Call]:
             steps=(2, optional(integer(1))),
             step_size=(0.5, optional(number(above=0))),
         ),
-        Call(
-            "hooks: keep_only",
+        call(
             keep_only,
-            {
-                "subcomponents": ([f"{Q}:1"], either(address)),
-                "rest": ("zero", choice("zero", "stochastic", "adversarial")),
-                **where,
-            },
+            "hooks: keep_only",
+            subcomponents=([f"{Q}:1"], either(address)),
+            rest=("zero", choice("zero", "stochastic", "adversarial")),
+            **where,
         ),
-        Call(
-            "hooks: keep_only(stochastic)",
+        call(
             lambda **o: keep_only(f"{Q}:1", rest="stochastic", **o),
-            {"seed": (3, optional(SEED))},
+            "hooks: keep_only(stochastic)",
+            seed=(3, optional(SEED)),
         ),
-        Call(
-            "hooks: ablated",
+        call(
             ablated,
-            {"subcomponents": ([f"{Q}:1"], address), "pos": (None, positions(7)), "amount": (0.5, factor)},
+            "hooks: ablated",
+            subcomponents=([f"{Q}:1"], address),
+            pos=(None, positions(7)),
+            amount=(0.5, factor),
         ),
-        Call("hooks: attachment_of", hooks.attachment_of, {**w.target, "model": (w.model, any_module)}),
-        Call("hooks: attached_to", hooks.attached_to, {"model": (w.model, any_module)}),
+        call(hooks.attachment_of, decomposition=w.target["decomposition"], model=(w.model, any_module)),
+        call(hooks.attached_to, model=(w.model, any_module)),
     ]
 
 
@@ -132,26 +130,28 @@ def _hook_functions(w: World) -> list[Call]:
     values = {Q: torch.full((6,), 0.5, dtype=torch.float64)}
     address = subcomponents(w.counts)
     return [
-        Call(
-            "hooks: mask_hooks",
+        call(
             lambda **o: w.hooked(lambda: hooks.mask_hooks(**o)),
-            {**decomposition, "masks": (masks, own(masks))},
+            "hooks: mask_hooks",
+            **decomposition,
+            masks=(masks, own(masks)),
         ),
-        Call(
-            "hooks: delta_hooks",
+        call(
             lambda **o: w.hooked(lambda: hooks.delta_hooks(**o)),
-            {**decomposition, "value": (0.5, factor), "sites": (None, w.sites), "pos": (None, positions(7))},
+            "hooks: delta_hooks",
+            **decomposition,
+            value=(0.5, factor),
+            sites=(None, w.sites),
+            pos=(None, positions(7)),
         ),
-        Call(
-            "hooks: ablation_hooks",
+        call(
             lambda **o: w.hooked(lambda: hooks.ablation_hooks(**o)),
-            {
-                **decomposition,
-                "subcomponents": (f"{Q}:1", address),
-                "pos": ([2], positions(7)),
-                "amount": (0.5, factor),
-                "values": (values, optional(only(values))),
-            },
+            "hooks: ablation_hooks",
+            **decomposition,
+            subcomponents=(f"{Q}:1", address),
+            pos=([2], positions(7)),
+            amount=(0.5, factor),
+            values=(values, optional(only(values))),
         ),
     ]
 
@@ -160,40 +160,39 @@ def _measured(w: World) -> list[Call]:
     modes = choice("unmasked", "stochastic", "rounded", "ci", "zero")
     acts = w.vpd.component_acts(w.model, w.tokens)
     return [
-        Call("hooks: causal_importances", hooks.causal_importances, w.of_prompts),
-        Call("hooks: component_acts", hooks.component_acts, w.of_prompts),
-        Call("hooks: component_acts().mean", acts.mean, {"by_position": (False, boolean)}),
-        Call(
-            "hooks: adversarial_masks",
+        call(hooks.causal_importances, **w.of_prompts),
+        call(hooks.component_acts, **w.of_prompts),
+        call(acts.mean, by_position=(False, boolean)),
+        call(
             lambda **o: dict(hooks.adversarial_masks(**o)),
-            {
-                **w.of_prompts,
-                "node_set": (f"{Q}:1", either(subcomponents(w.counts, none=True))),
-                "sites": (None, w.sites),
-                "seed": (3, optional(SEED)),
-                "steps": (2, optional(integer(1))),
-                "step_size": (0.5, optional(number(above=0))),
-            },
+            "hooks: adversarial_masks",
+            **w.of_prompts,
+            node_set=(f"{Q}:1", either(subcomponents(w.counts, none=True))),
+            sites=(None, w.sites),
+            seed=(3, optional(SEED)),
+            steps=(2, optional(integer(1))),
+            step_size=(0.5, optional(number(above=0))),
         ),
-        Call(
-            "hooks: CausalImportances.masks",
+        call(
             lambda mode: dict(w.importances.masks(mode, seed=None)),
-            {"mode": ("ci", modes)},
+            "hooks: CausalImportances.masks",
+            mode=("ci", modes),
         ),
-        Call(
-            "hooks: CausalImportances.masks(rounded)",
+        call(
             lambda **o: dict(w.importances.masks("rounded", **o)),
-            {"threshold": (0.25, optional(number(0, 1))), "delta": (0.5, optional(any_of(factor, choice("drawn"))))},
+            "hooks: CausalImportances.masks(rounded)",
+            threshold=(0.25, optional(number(0, 1))),
+            delta=(0.5, optional(any_of(factor, choice("drawn")))),
         ),
-        Call(
-            "hooks: CausalImportances.masks(stochastic)",
+        call(
             lambda **o: dict(w.importances.masks("stochastic", **o)),
-            {"seed": (3, optional(SEED))},
+            "hooks: CausalImportances.masks(stochastic)",
+            seed=(3, optional(SEED)),
         ),
-        Call("hooks: CausalImportances.to_pandas", w.importances.to_pandas, {"above": (0.25, number(maximum=1))}),
-        Call("hooks: CausalImportances.top", w.importances.top, {"k": (3, how_many)}),
-        Call("hooks: CausalImportances[…]", lambda site: w.importances[site], {"site": (Q, choice(*w.counts))}),
-        Call("adapters: sites", tl_vpd.sites, {"model": (w.model, only(w.model))}),
+        call(w.importances.to_pandas, above=(0.25, number(maximum=1))),
+        call(w.importances.top, k=(3, how_many)),
+        call(lambda site: w.importances[site], "hooks: CausalImportances[…]", site=(Q, choice(*w.counts))),
+        call(tl_vpd.sites, model=(w.model, only(w.model))),
     ]
 
 
@@ -201,36 +200,33 @@ def _files(w: World) -> list[Call]:
     V, U = dict(w.vpd.V), dict(w.vpd.U)
     gamma = {k.removeprefix("gamma/"): t for k, t in w.vpd.file_tensors().items() if k.startswith("gamma/")}
     return [
-        Call(
-            "decomposition: save",
+        call(
             lambda folder, dtype: w.vpd.save(folder, dtype=dtype) and None,
-            {"folder": (w.folder / "new", folder_to_write), "dtype": (None, floating_dtype)},
+            "decomposition: save",
+            folder=(w.folder / "new", folder_to_write),
+            dtype=(None, floating_dtype),
         ),
-        Call(
-            "decomposition: load",
+        call(
             lambda folder, **o: dict(tl_vpd.Decomposition.load(folder, **o).file_tensors()),
-            {"folder": (w.saved, path_to_read(w.saved)), "device": ("cpu", device), "dtype": (None, floating_dtype)},
+            "decomposition: load",
+            folder=(w.saved, path_to_read(w.saved)),
+            device=("cpu", device),
+            dtype=(None, floating_dtype),
         ),
-        Call(
-            "decomposition: bundled",
+        call(
             lambda device: tl_vpd.Decomposition.bundled(device=device) and None,
-            {"device": ("cpu", device)},
+            "decomposition: bundled",
+            device=("cpu", device),
         ),
-        Call(
-            "decomposition: subcomponent",
-            w.vpd.subcomponent,
-            {"address": (f"{Q}:1", subcomponents(w.counts, lists=False))},
-        ),
-        Call(
-            "decomposition: from_tensors",
+        call(w.vpd.subcomponent, address=(f"{Q}:1", subcomponents(w.counts, lists=False))),
+        call(
             lambda **o: dict(tl_vpd.Decomposition.from_tensors(**o).file_tensors()),
-            {
-                "model": (w.model, only(w.model)),
-                "V": (V, only(V)),
-                "U": (U, only(U)),
-                "gamma": (w.vpd.gamma_config, only(w.vpd.gamma_config)),
-                "gamma_tensors": (gamma, only(gamma)),
-            },
+            "decomposition: from_tensors",
+            model=(w.model, only(w.model)),
+            V=(V, only(V)),
+            U=(U, only(U)),
+            gamma=(w.vpd.gamma_config, only(w.vpd.gamma_config)),
+            gamma_tensors=(gamma, only(gamma)),
         ),
     ]
 
@@ -252,38 +248,32 @@ def _masks(w: World) -> list[Call]:
     axis = w.vpd.site_axis
     ascent = {"steps": (2, integer(0)), "step_size": (0.5, optional(number(above=0)))}
     return [
-        Call("masking: Masks", lambda by_site: dict(Masks(by_site)), {"by_site": (masks, either(only(masks)))}),
-        Call(
-            "masking: SiteMask",
+        call(lambda by_site: dict(Masks(by_site)), "masking: Masks", by_site=(masks, either(only(masks)))),
+        call(
             SiteMask,
-            {
-                "mask": (mask, optional(_start(mask))),
-                "delta": (0.5, optional(factor_or_tensor)),
-                "routed": (routed, optional(_start(routed))),
-            },
+            "masking: SiteMask",
+            mask=(mask, optional(_start(mask))),
+            delta=(0.5, optional(factor_or_tensor)),
+            routed=(routed, optional(_start(routed))),
         ),
-        Call(
-            "masking: Masks.only", lambda sites: dict(held.only(sites)), {"sites": ([Q], either(sequence(choice(Q))))}
-        ),
-        Call(
-            "masking: attacked_masks",
+        call(lambda sites: dict(held.only(sites)), "masking: Masks.only", sites=([Q], either(sequence(choice(Q))))),
+        call(
             lambda **o: dict(masking.attacked_masks(g, axis, generator=torch.Generator().manual_seed(0), **o)),
-            {"loss": (attack, own(attack)), **ascent},
+            "masking: attacked_masks",
+            loss=(attack, own(attack)),
+            **ascent,
         ),
-        Call(
-            "masking: fresh_pgd",
+        call(
             masking.fresh_pgd,
-            {
-                "loss": (square, own(square)),
-                "start": (start, _start(start)),
-                **ascent,
-                "momentum": (0.5, lambda v: None if number(1, 1)(v) else number(0, 1)(v)),
-            },
+            loss=(square, own(square)),
+            start=(start, _start(start)),
+            **ascent,
+            momentum=(0.5, lambda v: None if number(1, 1)(v) else number(0, 1)(v)),
         ),
-        Call(
-            "masking: constant_masks",
+        call(
             lambda delta: dict(masking.constant_masks(g, delta, axis)),
-            {"delta": (0.5, factor_or_tensor)},
+            "masking: constant_masks",
+            delta=(0.5, factor_or_tensor),
         ),
     ]
 
@@ -291,24 +281,22 @@ def _masks(w: World) -> list[Call]:
 def _addresses(w: World) -> list[Call]:
     name = any_of(choice(Q), lambda v: None if isinstance(v, str) else False)
     return [
-        Call("site: Subcomponent", tl_vpd.Subcomponent, {"site": (Q, name), "index": (1, integer(0))}),
-        Call(
-            "site: Subcomponent.parse",
+        call(tl_vpd.Subcomponent, site=(Q, name), index=(1, integer(0))),
+        call(
             lambda text: tl_vpd.Subcomponent.parse(text),
-            {"text": (f"{IN}:1", lambda v: None if isinstance(v, tl_vpd.Subcomponent) else _address(v))},
+            "site: Subcomponent.parse",
+            text=(f"{IN}:1", lambda v: None if isinstance(v, tl_vpd.Subcomponent) else _address(v)),
         ),
-        Call(
-            "site: Site",
+        call(
             lambda **o: tl_vpd.Site(**o),
-            {
-                "name": (Q, name),
-                "d_in": (8, integer(1)),
-                "d_out": (8, integer(1)),
-                "n_heads": (2, either(integer(2, 2))),
-                "d_head": (4, either(integer(4, 4))),
-            },
+            "site: Site",
+            name=(Q, name),
+            d_in=(8, integer(1)),
+            d_out=(8, integer(1)),
+            n_heads=(2, either(integer(2, 2))),
+            d_head=(4, either(integer(4, 4))),
         ),
-        Call("site: hook_name", w.vpd.sites[Q].hook_name, {"what": ("ci", either(text))}),
+        call(w.vpd.sites[Q].hook_name, what=("ci", either(text))),
     ]
 
 

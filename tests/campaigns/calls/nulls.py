@@ -20,7 +20,7 @@ from tests.campaigns.calls.kinds import (
     subcomponents,
     tokens,
 )
-from tests.campaigns.calls.world import Call, Q, World
+from tests.campaigns.calls.world import Call, Q, World, call
 from tests.tiny import GAMMA, some_tokens
 from tl_vpd import evaluation
 
@@ -34,57 +34,50 @@ def calls(w: World) -> list[Call]:
     small = tl_vpd.VPDConfig(steps=1, batch_size=2, C=3, gamma=GAMMA, faithfulness={"warm_up_steps": 1})
     one = subcomponents(w.counts, lists=False)
     return [
-        Call(
-            "evaluation: probe_null",
+        call(
             lambda **o: evaluation.probe_null(**o).to_pandas(),
-            {
-                **w.target,
-                "prompts": (six, tokens(rows=6)),
-                "labels": (labels, _labels(labels)),
-                "test_share": (0.5, either(number(0.5, 0.5))),
-                "batch_size": (2, integer(1)),
-                "seed": (3, SEED),
-            },
+            "evaluation: probe_null",
+            **w.target,
+            prompts=(six, tokens(rows=6)),
+            labels=(labels, _labels(labels)),
+            test_share=(0.5, either(number(0.5, 0.5))),
+            batch_size=(2, integer(1)),
+            seed=(3, SEED),
         ),
-        Call(
-            "evaluation: redundancy",
+        call(
             lambda **o: evaluation.redundancy(**o).to_pandas(),
-            {
-                **prompts,
-                "subcomponents": ([f"{Q}:1"], optional(either(sequence(one)))),
-                "rows": (1, integer(1)),
-                "batch_size": (2, integer(1)),
-                "seed": (3, SEED),
-            },
+            "evaluation: redundancy",
+            **prompts,
+            subcomponents=([f"{Q}:1"], optional(either(sequence(one)))),
+            rows=(1, integer(1)),
+            batch_size=(2, integer(1)),
+            seed=(3, SEED),
         ),
-        Call(
-            "evaluation: untrained",
+        call(
             lambda **o: dict(evaluation.untrained(**o).file_tensors()),
-            {"decomposition": (w.vpd, only(w.vpd)), "seed": (3, SEED)},
+            "evaluation: untrained",
+            decomposition=(w.vpd, only(w.vpd)),
+            seed=(3, SEED),
         ),
-        Call(
-            "evaluation: shuffled_model",
+        call(
             lambda **o: dict(evaluation.shuffled_model(**o).named_parameters()),
-            {"model": (w.model, only(w.model)), "sites": (None, w.sites), "seed": (3, SEED)},
+            "evaluation: shuffled_model",
+            model=(w.model, only(w.model)),
+            sites=(None, w.sites),
+            seed=(3, SEED),
         ),
-        Call(
-            "evaluation: decompose_shuffled",
+        call(
             lambda **o: evaluation.decompose_shuffled(**o) and None,
-            {
-                "model": (w.model, only(w.model)),
-                "tokens": (w.tokens, either(tokens(rows=2))),
-                "config": (small, only(small)),
-                "seed": (3, SEED),
-                "execution": config(tl_vpd.ExecutionConfig),
-                "saving": config(tl_vpd.SavingConfig),
-                "progress": (False, boolean),
-            },
+            "evaluation: decompose_shuffled",
+            model=(w.model, only(w.model)),
+            tokens=(w.tokens, either(tokens(rows=2))),
+            config=(small, only(small)),
+            seed=(3, SEED),
+            execution=config(tl_vpd.ExecutionConfig),
+            saving=config(tl_vpd.SavingConfig),
+            progress=(False, boolean),
         ),
-        Call(
-            "evaluation: nontarget",
-            evaluation.nontarget,
-            {**w.target, "data": (other, only(other)), "config": (w.cheap, optional(only(w.cheap)))},
-        ),
+        call(evaluation.nontarget, **w.target, data=(other, only(other)), config=(w.cheap, optional(only(w.cheap)))),
     ]
 
 

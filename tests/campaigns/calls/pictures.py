@@ -20,7 +20,7 @@ from tests.campaigns.calls.kinds import (
     subcomponents,
     text,
 )
-from tests.campaigns.calls.world import Call, K, Q, World
+from tests.campaigns.calls.world import Call, K, Q, World, call
 from tl_vpd import formats, viz
 from tl_vpd.analysis import attention
 
@@ -39,89 +39,63 @@ def calls(w: World) -> list[Call]:
     history = pd.DataFrame({"step": [1, 2], **{name: [2.0, 1.0] for name in terms}})
     panel = viz.table(history, "caption")
     return [
-        Call("viz: attention_by_offset", viz.attention_by_offset, {"attention": (offsets, only(offsets))}),
-        Call(
-            "viz: evaluation_page",
+        call(viz.attention_by_offset, attention=(offsets, only(offsets))),
+        call(
             viz.evaluation_page,
-            {
-                "report": (w.evaluation, only(w.evaluation)),
-                "path": (w.folder / "page.html", file_to_write),
-                "title": title,
-            },
+            report=(w.evaluation, only(w.evaluation)),
+            path=(w.folder / "page.html", file_to_write),
+            title=title,
         ),
-        Call(
-            "viz: graph",
+        call(
             viz.graph,
-            {
-                "attribution": (graph, only(graph)),
-                "nodes": (3, integer(1)),
-                "edges": (3, integer(1)),
-                "harvest": (harvest, optional(only(harvest))),
-                "title": title,
-            },
+            attribution=(graph, only(graph)),
+            nodes=(3, integer(1)),
+            edges=(3, integer(1)),
+            harvest=(harvest, optional(only(harvest))),
+            title=title,
         ),
-        Call(
-            "viz: head_norms", viz.head_norms, {"norms": (norms, only(norms)), "top": (3, integer(1)), "title": title}
-        ),
-        Call(
-            "viz: importances",
-            viz.importances,
-            {**w.of_prompt, "subcomponents": ([f"{Q}:1"], w.several), "k": (6, how_many)},
-        ),
-        Call(
-            "viz: pair_attention",
+        call(viz.head_norms, norms=(norms, only(norms)), top=(3, integer(1)), title=title),
+        call(viz.importances, **w.of_prompt, subcomponents=([f"{Q}:1"], w.several), k=(6, how_many)),
+        call(
             viz.pair_attention,
-            {
-                "terms": (w.terms, only(w.terms)),
-                "tokens": (words, optional(lambda v: _words(v, 7))),
-                "row": (0, lambda v: None if integer(-2, -1)(v) else integer(0, 1)(v)),
-                "heads": ([0], optional(sequence(integer(0, 1)))),
-            },
+            terms=(w.terms, only(w.terms)),
+            tokens=(words, optional(lambda v: _words(v, 7))),
+            row=(0, lambda v: None if integer(-2, -1)(v) else integer(0, 1)(v)),
+            heads=([0], optional(sequence(integer(0, 1)))),
         ),
-        Call(
-            "viz: static_strengths",
+        call(
             viz.static_strengths,
-            {
-                "strengths": (static, only(static)),
-                "pairs": (pairs, optional(either(only(pairs)))),
-                "top": (6, integer(1)),
-                "max_offset": (2, optional(integer(0))),
-            },
+            strengths=(static, only(static)),
+            pairs=(pairs, optional(either(only(pairs)))),
+            top=(6, integer(1)),
+            max_offset=(2, optional(integer(0))),
         ),
-        Call(
-            "viz: subcomponent",
+        call(
             viz.subcomponent,
-            {
-                "harvest": (harvest, only(harvest)),
-                "address": (harvest.to_pandas()["subcomponent"][0], one),
-                "note": title,
-                "windows": (2, optional(how_many)),
-                "tokens": (3, how_many),
-            },
+            harvest=(harvest, only(harvest)),
+            address=(harvest.to_pandas()["subcomponent"][0], one),
+            note=title,
+            windows=(2, optional(how_many)),
+            tokens=(3, how_many),
         ),
-        Call("viz: table", viz.table, {"df": (history, _frame), "caption": title, "note": title}),
-        Call("viz: losses", viz.losses, {"history": (history, only(history)), "title": title}),
-        Call(
-            "viz: page",
+        call(viz.table, df=(history, _frame), caption=title, note=title),
+        call(viz.losses, history=(history, only(history)), title=title),
+        call(
             viz.page,
-            {
-                "panels": ([panel], either(sequence(only(panel)))),
-                "title": title,
-                "path": (w.folder / "page.html", file_to_write),
-                "introduction": title,
-            },
+            panels=([panel], either(sequence(only(panel)))),
+            title=title,
+            path=(w.folder / "page.html", file_to_write),
+            introduction=title,
         ),
-        Call("viz: Panel.save", panel.save, {"path": (w.folder / "panel.html", file_to_write)}),
-        Call(
-            "formats: to_circuit_tracer",
+        call(panel.save, path=(w.folder / "panel.html", file_to_write)),
+        call(
             lambda **o: Path(formats.to_circuit_tracer(**o)).name,
-            {
-                "graph": (graph, only(graph)),
-                "folder": (w.folder / "tracer", folder_to_write),
-                "slug": ("a-slug", either(choice("a-slug", "x"))),
-                "scan": ("x", either(choice("x"))),
-                "prompt": (None, optional(text)),
-            },
+            "formats: to_circuit_tracer",
+            graph=(graph, only(graph)),
+            folder=(w.folder / "tracer", folder_to_write),
+            slug=("a-slug", either(choice("a-slug", "x"))),
+            scan=("x", either(choice("x"))),
+            prompt=(None, optional(text)),
         ),
     ]
 

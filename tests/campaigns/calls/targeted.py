@@ -11,7 +11,7 @@ import tl_vpd
 from tests.campaigns.calls.analysis import config
 from tests.campaigns.calls.configs import fields
 from tests.campaigns.calls.kinds import boolean, choice, either, integer, number, only, optional, text, tokens
-from tests.campaigns.calls.world import Call, World
+from tests.campaigns.calls.world import Call, World, call
 from tests.tiny import GAMMA
 from tl_vpd import analysis, formats, hooks, toys, training
 
@@ -38,62 +38,55 @@ def calls(w: World) -> list[Call]:
 
     rows = (w.tokens, either(tokens(rows=2)))
     return [
-        Call(
-            "training: decompose_targeted",
+        call(
             decompose,
-            {
-                "model": (w.model, only(w.model)),
-                "target": rows,
-                "nontarget": rows,
-                "config": (small, optional(only(small))),
-                "execution": config(tl_vpd.ExecutionConfig),
-                "resume": (False, lambda v: True if v is False else (None if v is True else boolean(v) and None)),
-                "progress": (False, boolean),
-            },
+            "training: decompose_targeted",
+            model=(w.model, only(w.model)),
+            target=rows,
+            nontarget=rows,
+            config=(small, optional(only(small))),
+            execution=config(tl_vpd.ExecutionConfig),
+            resume=(False, lambda v: True if v is False else (None if v is True else boolean(v) and None)),
+            progress=(False, boolean),
         ),
         Call("training: TargetedConfig", training.TargetedConfig, fields(training.TargetedConfig)),
         Call("training: TargetedCoefficients", training.TargetedCoefficients, fields(training.TargetedCoefficients)),
-        Call(
-            "hooks: compact",
+        call(
             lambda **o: dict(hooks.compact(**o).file_tensors()),
-            {**w.of_prompts, "threshold": (0.25, either(number(0, 1))), "batch_size": (2, integer(1))},
+            "hooks: compact",
+            **w.of_prompts,
+            threshold=(0.25, either(number(0, 1))),
+            batch_size=(2, integer(1)),
         ),
-        Call("hooks: original_addresses", hooks.original_addresses, {"decomposition": (w.vpd, only(w.vpd))}),
-        Call(
-            "formats: save_neuronpedia",
+        call(hooks.original_addresses, decomposition=(w.vpd, only(w.vpd))),
+        call(
             save,
-            {
-                **w.of_prompts,
-                "model_id": ("tiny", either(choice("tiny", "x"))),
-                "config": config(formats.NeuronpediaConfig),
-            },
+            "formats: save_neuronpedia",
+            **w.of_prompts,
+            model_id=("tiny", either(choice("tiny", "x"))),
+            config=config(formats.NeuronpediaConfig),
         ),
-        Call(
-            "formats: save_neuronpedia(folder)",
+        call(
             save_in,
-            {"folder": (new_folder(), lambda v: None if isinstance(v, str | Path) else False)},
+            "formats: save_neuronpedia(folder)",
+            folder=(new_folder(), lambda v: None if isinstance(v, str | Path) else False),
         ),
-        Call(
-            "formats: NeuronpediaConfig",
+        call(
             formats.NeuronpediaConfig,
-            {
-                "set_name": ("vpd", either(choice("vpd", "x"))),
-                "values": ("activation", choice("importance", "activation")),
-                "harvest": (analysis.HarvestConfig(), lambda v: isinstance(v, analysis.HarvestConfig)),
-                "logits": (3, integer(1)),
-                "dataset": ("a text", text),
-            },
+            set_name=("vpd", either(choice("vpd", "x"))),
+            values=("activation", choice("importance", "activation")),
+            harvest=(analysis.HarvestConfig(), lambda v: isinstance(v, analysis.HarvestConfig)),
+            logits=(3, integer(1)),
+            dataset=("a text", text),
         ),
-        Call(
-            "toys: Copying",
+        call(
             lambda **o: toys.Copying(**{"d_model": 8, **o}).build(0),
-            {
-                "training": (toy.training, lambda v: isinstance(v, toys.TargetTraining)),
-                "n_layers": (2, integer(1)),
-                "layer_dropout": (0.25, number(0, 0.9)),
-                "d_vocab": (17, integer(2)),
-                "length": (6, integer(2)),
-                "d_model": (8, integer(2)),
-            },
+            "toys: Copying",
+            training=(toy.training, lambda v: isinstance(v, toys.TargetTraining)),
+            n_layers=(2, integer(1)),
+            layer_dropout=(0.25, number(0, 0.9)),
+            d_vocab=(17, integer(2)),
+            length=(6, integer(2)),
+            d_model=(8, integer(2)),
         ),
     ]

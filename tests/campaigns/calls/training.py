@@ -27,7 +27,7 @@ from tests.campaigns.calls.kinds import (
     text,
     tokens,
 )
-from tests.campaigns.calls.world import Call, World
+from tests.campaigns.calls.world import Call, World, call
 from tests.tiny import GAMMA
 from tl_vpd import baselines, bundled, planning, recipe, toys, training
 
@@ -44,39 +44,31 @@ def _training(w: World) -> list[Call]:
     shape = planning.TransformerShape(layers=1, d_model=8, heads=2, d_mlp=8, vocabulary=11)
     del shape
     return [
-        Call(
-            "training: decompose",
+        call(
             lambda **o: tl_vpd.decompose(**o).decomposition,
-            {
-                "model": model[1],
-                "tokens": (w.tokens, either(tokens(rows=2))),
-                "config": (small, only(small)),
-                "execution": config(tl_vpd.ExecutionConfig),
-                "saving": config(tl_vpd.SavingConfig),
-                "resume": (False, lambda v: True if v is False else (None if v is True else boolean(v) and None)),
-                "context": (None, lambda v: True if v is None else (None if integer(2)(v) is not False else False)),
-                "progress": (False, boolean),
-            },
+            "training: decompose",
+            model=model[1],
+            tokens=(w.tokens, either(tokens(rows=2))),
+            config=(small, only(small)),
+            execution=config(tl_vpd.ExecutionConfig),
+            saving=config(tl_vpd.SavingConfig),
+            resume=(False, lambda v: True if v is False else (None if v is True else boolean(v) and None)),
+            context=(None, lambda v: True if v is None else (None if integer(2)(v) is not False else False)),
+            progress=(False, boolean),
         ),
-        Call(
-            "training: new_decomposition",
-            training.new_decomposition,
-            {"model": model[1], "config": (small, only(small))},
-        ),
-        Call(
-            "training: decompose_at_sizes",
+        call(training.new_decomposition, model=model[1], config=(small, only(small))),
+        call(
             lambda **o: {k: dict(v.file_tensors()) for k, v in tl_vpd.evaluation.decompose_at_sizes(**o).items()},
-            {
-                "model": model[1],
-                "tokens": (w.tokens, either(tokens(rows=2))),
-                "config": (small, only(small)),
-                "execution": config(tl_vpd.ExecutionConfig),
-                "saving": config(tl_vpd.SavingConfig),
-                "progress": (False, boolean),
-                "factors": ([1.0], lambda v: sequence(number(above=0), minimum=0)(v) and (True if len(v) else None)),
-            },
+            "training: decompose_at_sizes",
+            model=model[1],
+            tokens=(w.tokens, either(tokens(rows=2))),
+            config=(small, only(small)),
+            execution=config(tl_vpd.ExecutionConfig),
+            saving=config(tl_vpd.SavingConfig),
+            progress=(False, boolean),
+            factors=([1.0], lambda v: sequence(number(above=0), minimum=0)(v) and (True if len(v) else None)),
         ),
-        Call("recipe: usable_device", lambda device: str(recipe.usable_device(device)), {"device": ("cpu", device)}),
+        call(lambda device: str(recipe.usable_device(device)), "recipe: usable_device", device=("cpu", device)),
     ]
 
 
@@ -87,81 +79,59 @@ def _planning(w: World) -> list[Call]:
     machine, count = planning.Machine(0.5, memory=1 << 30), integer(1)
     divides: Kind = lambda v: count(v) and None  # noqa: E731
     return [
-        Call(
-            "planning: footprint",
+        call(
             lambda **o: planning.footprint(**o).table(),
-            {
-                "target": (target, only(target)),
-                "config": (small, optional(only(small))),
-                "context": (7, integer(1)),
-                "execution": config(tl_vpd.ExecutionConfig),
-                "processes": (1, either(integer(1, 2))),
-            },
+            "planning: footprint",
+            target=(target, only(target)),
+            config=(small, optional(only(small))),
+            context=(7, integer(1)),
+            execution=config(tl_vpd.ExecutionConfig),
+            processes=(1, either(integer(1, 2))),
         ),
-        Call(
-            "planning: Machine",
+        call(
             planning.Machine,
-            {
-                "tflops": (0.5, number(above=0)),
-                "memory": (100, integer(0, size=False)),
-                "bfloat16": (1.5, optional(number(above=0))),
-                "timed": (True, boolean),
-            },
+            tflops=(0.5, number(above=0)),
+            memory=(100, integer(0, size=False)),
+            bfloat16=(1.5, optional(number(above=0))),
+            timed=(True, boolean),
         ),
-        Call(
-            "planning: plan_lines",
+        call(
             planning.plan_lines,
-            {
-                "cost": (result, only(result)),
-                "machine": (machine, only(machine)),
-                "seconds": (0.5, optional(number(above=0))),
-                "why": ("it is late", text),
-            },
+            cost=(result, only(result)),
+            machine=(machine, only(machine)),
+            seconds=(0.5, optional(number(above=0))),
+            why=("it is late", text),
         ),
-        Call(
-            "planning: seconds_per_step",
+        call(
             lambda **o: planning.seconds_per_step(**o) and None,
-            {
-                "model": (w.model, only(w.model)),
-                "config": (small, optional(only(small))),
-                "context": (7, either(integer(1, 10))),
-                "execution": config(tl_vpd.ExecutionConfig),
-                "limit": (0.1, number(0)),
-            },
+            "planning: seconds_per_step",
+            model=(w.model, only(w.model)),
+            config=(small, optional(only(small))),
+            context=(7, either(integer(1, 10))),
+            execution=config(tl_vpd.ExecutionConfig),
+            limit=(0.1, number(0)),
         ),
-        Call(
-            "planning: first_try",
+        call(
             planning.first_try,
-            {
-                "model": (w.model, only(w.model, target)),
-                "sites": ("blocks.1.*", patterns([site.name for site in target.sites])),
-                "steps": (3, count),
-                "batch_size": (2, count),
-                "yardstick": (0.5, optional(number(above=0))),
-            },
+            model=(w.model, only(w.model, target)),
+            sites=("blocks.1.*", patterns([site.name for site in target.sites])),
+            steps=(3, count),
+            batch_size=(2, count),
+            yardstick=(0.5, optional(number(above=0))),
         ),
-        Call(
-            "planning: yardstick",
+        call(
             planning.yardstick,
-            {
-                "model": (w.model, only(w.model)),
-                "tokens": (w.tokens, tokens()),
-                "sites": ("blocks.1.*", patterns([site.name for site in target.sites])),
-            },
+            model=(w.model, only(w.model)),
+            tokens=(w.tokens, tokens()),
+            sites=("blocks.1.*", patterns([site.name for site in target.sites])),
         ),
-        Call("planning: Target.of", planning.Target.of, {"model": (w.model, only(w.model))}),
-        Call(
-            "planning: TransformerShape",
+        call(planning.Target.of, model=(w.model, only(w.model))),
+        call(
             planning.TransformerShape,
-            {
-                **{
-                    name: (8, _lax(divides))
-                    for name in ("layers", "d_model", "heads", "d_mlp", "vocabulary", "itemsize")
-                },
-                "gated": (True, _lax(boolean)),
-                "kv_heads": (8, _lax(optional(lambda v: None if count(v) else count(v)))),
-                "others": (3, _lax(integer(0))),
-            },
+            **{name: (8, _lax(divides)) for name in ("layers", "d_model", "heads", "d_mlp", "vocabulary", "itemsize")},
+            gated=(True, _lax(boolean)),
+            kv_heads=(8, _lax(optional(lambda v: None if count(v) else count(v)))),
+            others=(3, _lax(integer(0))),
         ),
     ]
 
@@ -198,96 +168,83 @@ def _toys(w: World) -> list[Call]:
     }
     same = {"model": (model, only(model)), "data": (data, only(data))}
     return [
-        Call(
-            "toys: train", lambda **o: toys.train(**o), {"toy": (toy, only(toy)), **steps, "progress": (False, boolean)}
-        ),
-        Call(
-            "toys: recipe",
+        call(lambda **o: toys.train(**o), "toys: train", toy=(toy, only(toy)), **steps, progress=(False, boolean)),
+        call(
             toys.recipe,
-            {
-                "toy": ("tms_5_2", choice(*toys.TOYS)),
-                "method": ("vpd", choice("vpd", "spd", "apd")),
-                "seed": (3, SEED),
-                "steps": (1, optional(count)),
-            },
+            toy=("tms_5_2", choice(*toys.TOYS)),
+            method=("vpd", choice("vpd", "spd", "apd")),
+            seed=(3, SEED),
+            steps=(1, optional(count)),
         ),
-        Call(
-            "toys: TMS",
+        call(
             lambda **o: toys.TMS(**o).build(0),
-            {
-                **how,
-                "n_features": (3, count),
-                "n_hidden": (2, count),
-                "identity": (False, boolean),
-                "probability": (0.5, number(0, 1)),
-                "vectors": (8, count),
-            },
+            "toys: TMS",
+            **how,
+            n_features=(3, count),
+            n_hidden=(2, count),
+            identity=(False, boolean),
+            probability=(0.5, number(0, 1)),
+            vectors=(8, count),
         ),
-        Call("toys: TMS.build", toy.build, {"seed": (3, SEED)}),
-        Call("toys: TMS.batches", lambda **o: toy.batches(**o).at(0), {"rows": (2, count), "seed": (3, SEED)}),
-        Call(
-            "toys: Compressed",
+        call(toy.build, seed=(3, SEED)),
+        call(lambda **o: toy.batches(**o).at(0), "toys: TMS.batches", rows=(2, count), seed=(3, SEED)),
+        call(
             lambda **o: toys.Compressed(**{"n_features": 4, "d_resid": 6, "neurons": 4, **o}).build(0),
-            {
-                **how,
-                "n_features": (4, count),
-                "d_resid": (6, count),
-                "neurons": (4, count),
-                "n_layers": (1, count),
-                "probability": (0.5, number(0, 1)),
-                "vectors": (8, count),
-            },
+            "toys: Compressed",
+            **how,
+            n_features=(4, count),
+            d_resid=(6, count),
+            neurons=(4, count),
+            n_layers=(1, count),
+            probability=(0.5, number(0, 1)),
+            vectors=(8, count),
         ),
-        Call(
-            "toys: Grammar",
+        call(
             lambda **o: toys.Grammar(**{"d_model": 8, "d_mlp": 8, "n_heads": 2, **o}).build(0),
-            {
-                **how,
-                "context": (32, either(integer(32, 32))),
-                "n_layers": (1, count),
-                "d_model": (8, either(integer(8, 8))),
-                "n_heads": (2, either(integer(2, 2))),
-                "d_mlp": (8, count),
-            },
+            "toys: Grammar",
+            **how,
+            context=(32, either(integer(32, 32))),
+            n_layers=(1, count),
+            d_model=(8, either(integer(8, 8))),
+            n_heads=(2, either(integer(2, 2))),
+            d_mlp=(8, count),
         ),
-        Call(
-            "toys: Induction",
+        call(
             lambda **o: toys.Induction(**{"d_model": 8, **o}).build(0),
-            {
-                **how,
-                "d_vocab": (33, either(integer(33, 33))),
-                "context": (33, either(integer(33, 33))),
-                "shortest": (6, either(integer(6, 6))),
-                "longest": (16, either(integer(16, 16))),
-                "d_model": (8, either(integer(8, 8))),
-                "n_heads": (1, either(integer(1, 1))),
-            },
+            "toys: Induction",
+            **how,
+            d_vocab=(33, either(integer(33, 33))),
+            context=(33, either(integer(33, 33))),
+            shortest=(6, either(integer(6, 6))),
+            longest=(16, either(integer(16, 16))),
+            d_model=(8, either(integer(8, 8))),
+            n_heads=(1, either(integer(1, 1))),
         ),
-        Call(
-            "toys: TargetTraining",
+        call(
             training_of,
-            {
-                "steps": (3, integer(1)),
-                "rows": (3, count),
-                "lr": (0.5, number(above=0)),
-                "schedule": ("constant", choice("constant", "cosine")),
-                "weight_decay": (0.5, number(0)),
-            },
+            "toys: TargetTraining",
+            steps=(3, integer(1)),
+            rows=(3, count),
+            lr=(0.5, number(above=0)),
+            schedule=("constant", choice("constant", "cosine")),
+            weight_decay=(0.5, number(0)),
         ),
-        Call(
-            "baselines: apd",
+        call(
             lambda **o: _pieces(baselines.apd(**o)),
-            {**same, "config": (apd, either_none(apd)), **switches},
+            "baselines: apd",
+            **same,
+            config=(apd, either_none(apd)),
+            **switches,
         ),
-        Call(
-            "baselines: spd",
+        call(
             lambda **o: _pieces(baselines.spd(data=data, **o)),
-            {"model": same["model"], "config": (spd, either_none(spd)), **switches},
+            "baselines: spd",
+            model=same["model"],
+            config=(spd, either_none(spd)),
+            **switches,
         ),
-        Call(
-            "baselines: SlopedSquash",
-            lambda slope: baselines.SlopedSquash(slope) and None,
-            {"slope": (0.5, number(0, 1))},
+        call(
+            lambda slope: baselines.SlopedSquash(slope) and None, "baselines: SlopedSquash", slope=(0.5, number(0, 1))
         ),
     ]
 
@@ -304,13 +261,13 @@ def _pieces(result: Any) -> Mapping[str, torch.Tensor]:
 def _bundled(w: World) -> list[Call]:
     folder = {"folder": (bundled.MODEL, path_to_read(bundled.MODEL))}
     return [
-        Call("bundled: model", lambda **o: bundled.model(**o) and None, {"device": ("cpu", device), **folder}),
-        Call(
-            "bundled: model(kind)",
+        call(lambda **o: bundled.model(**o) and None, "bundled: model", device=("cpu", device), **folder),
+        call(
             lambda kind: bundled.model(kind=kind) and None,
-            {"kind": (None, optional(choice("bridge", "hooked_transformer")))},
+            "bundled: model(kind)",
+            kind=(None, optional(choice("bridge", "hooked_transformer"))),
         ),
-        Call("bundled: decomposition", lambda **o: bundled.decomposition(**o) and None, {"device": ("cpu", device)}),
-        Call("bundled: tokens", bundled.tokens, {"part": ("validation", choice("validation", "training")), **folder}),
-        Call("bundled: training_record", bundled.training_record, folder),
+        call(lambda **o: bundled.decomposition(**o) and None, "bundled: decomposition", device=("cpu", device)),
+        call(bundled.tokens, part=("validation", choice("validation", "training")), **folder),
+        call(bundled.training_record, **folder),
     ]

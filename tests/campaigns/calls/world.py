@@ -39,6 +39,18 @@ class Call:
     arguments: dict[str, tuple[Any, Kind]]
 
 
+def call(run: Callable[..., Any], label: str = "", /, **arguments: tuple[Any, Kind]) -> Call:
+    """A public call by its arguments.
+
+    Args:
+        run: makes the call.
+        label: its name in the report (empty: the room and name of the function or method).
+        **arguments: each a right value and its kind.
+    """
+    room = run.__module__.removeprefix("tl_vpd.").replace("analysis.attention", "attention")
+    return Call(label or f"{room.split('.')[0]}: {run.__qualname__}", run, arguments)
+
+
 class World:
     """Everything that calls need, made once; ``World`` is made anew when a call has left something behind."""
 
