@@ -82,6 +82,9 @@ class TargetedConfig(VPDConfig):
     """Those of the non-target stream (None: as many)."""
     C: int | dict[str, int] | None = 64
     """Subcomponents per site (the paper: 64 to 96 for prompts, about half of ``d_model`` for a language)."""
+    init: Literal["normal", "channels", "target"] = "normal"  # type: ignore[assignment]
+    """Where V and U start: as in a plain run, or at what the weights do to the target's prompts
+    (``tl_vpd.training.targeted.start``), for runs of hundreds of steps."""
     gamma: GammaConfig = GammaConfig(kind="global_mlp")
     """The causal-importance function Γ (the paper: for a language, a shared transformer of width 1024 and 2 blocks)."""
     coefficients: TargetedCoefficients = TargetedCoefficients()
@@ -100,6 +103,8 @@ class TargetedConfig(VPDConfig):
                 "a targeted run has no faithfulness loss and no warm-up, since Δ is what the target does not use: leave "
                 "coefficients.delta and faithfulness out."
             )
+        if self.init == "target":
+            self.refuse_unused(("init_scale",), "init='target' sets V and U.")
         if self.tied:
             raise ValueError("tied sites are not decayed together: leave tied out of a targeted run.")
         return self

@@ -22,11 +22,12 @@ class TargetedData(RunData):
     Args:
         target: what is decomposed.
         nontarget: ordinary data.
+        prompts: of the target (None: it is data of rows enough for batches).
     """
 
-    def __init__(self, target: RunData, nontarget: RunData) -> None:
+    def __init__(self, target: RunData, nontarget: RunData, prompts: list[Tensor] | None) -> None:
         super().__init__(target.adapter, target.batches, target.rows)
-        self.nontarget = nontarget
+        self.nontarget, self.prompts = nontarget, prompts
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -65,7 +66,7 @@ def targeted_data(
         ValueError: the data does not fit the model.
         TypeError: it is not data.
     """
-    streams: list[RunData] = []
+    streams, prompts = list[RunData](), None
     for name, data, rows in (("target", target, config.batch_size), ("nontarget", nontarget, config.nontarget_rows)):
         try:
             if name == "target" and (prompts := prompts_of(adapter, target, rows)) is not None:
@@ -75,7 +76,7 @@ def targeted_data(
             for stream in streams:
                 stream.close()
             raise type(error)(f"{name}: {error}") from error
-    return TargetedData(*streams)
+    return TargetedData(streams[0], streams[1], prompts)
 
 
 def prompts_of(adapter: Adapter, target: Any, batch_size: int) -> list[Tensor] | None:

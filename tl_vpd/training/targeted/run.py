@@ -8,6 +8,7 @@ The result is a ``Decomposition`` like others, and its record has ``targeted``. 
 
 from __future__ import annotations
 
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -22,6 +23,7 @@ from tl_vpd.training.distributed.processes import World
 from tl_vpd.training.session import Run, Session
 from tl_vpd.training.targeted.config import TargetedConfig
 from tl_vpd.training.targeted.data import TargetedData, targeted_data
+from tl_vpd.training.targeted.start import start_at_target
 from tl_vpd.training.targeted.trainer import TargetedTrainer
 
 
@@ -62,7 +64,16 @@ def decompose_targeted(
 
     def trainer(masked_model: MaskedModel, data: TargetedData, **how: Any) -> TargetedTrainer:
         shapes = (config.batch_size, data.context), (config.nontarget_rows, data.nontarget.context)
-        return TargetedTrainer(masked_model, config, shapes, **how)
+        trainer = TargetedTrainer(masked_model, config, shapes, **how)
+        if config.init == "target":
+            if trainer.sharded:
+                raise ValueError(
+                    "init='target' sets whole matrices: use it with sharding='none' or 'optimizer', or leave it out."
+                )
+            trainer.start = partial(
+                start_at_target, masked_model, trainer.decomposition.components, data, trainer.world
+            )
+        return trainer
 
     def record(data: TargetedData) -> dict[str, Any]:
         description = data.describe()

@@ -13,7 +13,7 @@ After the update, unimportant subcomponents decay. ``tl_vpd.training.reference_t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -29,7 +29,7 @@ from tl_vpd.training.masked_passes import MaskedPasses, PassResult, TokenCounts
 from tl_vpd.training.metrics import StepMetrics, TargetedMetrics
 from tl_vpd.training.schedules import Schedule
 from tl_vpd.training.step_samples import StepSampler, StepSamples
-from tl_vpd.training.stream import Stream, Values
+from tl_vpd.training.stream import Stream, Values, count_tokens
 from tl_vpd.training.targeted.config import TargetedCoefficients, TargetedConfig
 from tl_vpd.training.trainer import Trainer
 
@@ -113,7 +113,19 @@ class TargetedTrainer(Trainer):
     ) -> None:
         super().__init__(masked_model, config, shapes[0], execution=execution, world=world)
         rest = shapes[1], self.world, self.execution.micro_batch
+        self.start: Callable[[], None] | None = None
+        """Sets V and U before the first step (None: they stay as they are)."""
         self.decay, self.nontarget = config.decay, NontargetStream(config.off_target(), self.engine, *rest)
+
+    def warm_up(self, *, progress: bool = False) -> float:
+        """Sets V and U where they do not start at random; there is no faithfulness, and so no bar.
+
+        Args:
+            progress: not used.
+        """
+        if self.start is not None:
+            self.start()
+        return 0.0
 
     def step(  # type: ignore[override]
         self,
@@ -136,10 +148,13 @@ class TargetedTrainer(Trainer):
         now = Schedule.at(self.done, self.config)
         assert isinstance(now.coefficients, TargetedCoefficients)
         self.decomposition.zero_grad(set_to_none=True)
+        batch = self.stream.batch(tokens, token_mask, self.done)
+        other_batch = self.nontarget.batch(nontarget, nontarget_mask, self.done)
+        n, n_other = count_tokens([batch, other_batch])
         values = self._of_weights(now)
-        target = self.stream.backward(tokens, token_mask, self.done, now)
+        target = self.stream.backward(batch, n, now)
         elsewhere = replace(now, coefficients=now.coefficients.off_target())
-        other = self.nontarget.backward(nontarget, nontarget_mask, self.done, elsewhere)
+        other = self.nontarget.backward(other_batch, n_other, elsewhere)
         renamed = {"nontarget": "stochastic", "nontarget_importance": "importance", "nontarget_l0": "l0"}
         values |= target.values | {name: other.values[plain] for name, plain in renamed.items()}
         metrics = self._update(values, now)
