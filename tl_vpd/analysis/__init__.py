@@ -12,6 +12,8 @@ from tl_vpd.analysis.clustering import (
     component_edges,
     importance_patterns,
 )
+from tl_vpd.analysis.edge_attribution import EdgeAttributionConfig, EdgeScores, edge_attribution
+from tl_vpd.analysis.edges import Edge
 from tl_vpd.analysis.effects import AblationTableConfig, ablation_table
 from tl_vpd.analysis.graph import (
     AttributionGraph,
@@ -50,6 +52,9 @@ __all__ = [
     "Component",
     "DatasetGraph",
     "DatasetGraphConfig",
+    "Edge",
+    "EdgeAttributionConfig",
+    "EdgeScores",
     "GraphConfig",
     "Harvest",
     "HarvestConfig",
@@ -71,6 +76,7 @@ __all__ = [
     "cluster_ensemble",
     "component_edges",
     "dataset_graph",
+    "edge_attribution",
     "harvest",
     "importance_patterns",
     "logit_effects",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tl_vpd.checks import shown
@@ -38,6 +39,15 @@ def number_of(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"The metric gave a {type(value).__name__}; one number is needed.")
     return float(value)
+
+
+def differentiable(value: Any) -> Tensor:
+    """A metric's result, where gradients are needed; raises ValueError if it has none."""
+    if not isinstance(value, Tensor) or (torch.is_grad_enabled() and not value.requires_grad):
+        raise ValueError(
+            "The metric cannot be differentiated, or does not depend on the logits: return a tensor computed from them."
+        )
+    return value
 
 
 def finite_number_of(value: Any, where: str) -> float:

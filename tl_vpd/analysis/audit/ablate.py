@@ -3,7 +3,8 @@
     value = ablated + m · (value in this pass − ablated),       m = 1 for the circuit, r ∈ [0, 1] for every other node
 
 r = 0 is plain ablation. A node's value is that of this pass, downstream of the other ablations. Ablated values: 0; the mean
-over the reference prompts' real tokens; or those of another reference prompt at the same position (resample).
+over the reference prompts' real tokens; those of another reference prompt at the same position, drawn (resample) or of the same
+row (corrupted).
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from tl_vpd.adapters import adapt
+from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.analysis.audit.config import Reference
+from tl_vpd.analysis.audit.edge_set import EdgeSet
 from tl_vpd.analysis.audit.node_set import HookSite, NodeSet
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.quiet import frozen, users_hooks_aside
@@ -42,6 +44,19 @@ def interpolated(
 def _by_head(z: Tensor, heads: int) -> Tensor:
     """``[batch, pos, head, d_head]``, which some models flatten (a single number stays one)."""
     return z.unflatten(-1, (heads, -1)) if z.ndim == 3 else z
+
+
+def reference_tokens(
+    adapter: Adapter, reference_prompts: Any, tokens: Tensor, token_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The reference prompts' tokens, and their mask: the prompts themselves for None. The argument is named in what is raised."""
+    if reference_prompts is None:
+        return tokens, token_mask
+    try:
+        reference = adapter.tokens(reference_prompts)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"reference_prompts: {error}") from error
+    return reference, adapter.padding(reference, None)
 
 
 @dataclass
@@ -72,7 +87,7 @@ class AblatedModel:
     def __init__(
         self,
         model: nn.Module,
-        node_set: NodeSet,
+        node_set: NodeSet | EdgeSet,
         tokens: Int[Tensor, "batch pos"],
         token_mask: Bool[Tensor, "batch pos"] | None,
         decomposition: Decomposition | None = None,
@@ -116,21 +131,23 @@ class AblatedModel:
             generator: chooses the other prompts of resampling.
 
         Raises:
-            ValueError: resampling needs another prompt of the same length.
+            ValueError: resampling needs another prompt of the same length, and corrupted values one for each prompt.
         """
         zero = torch.zeros((), device=tokens.device)
         if reference == "zero":
             return {site.hook: zero for site in self.node_set.hook_sites}
-        values = self._values(tokens, token_mask)
+        if reference == "corrupted":
+            self._require_pairs(tokens, token_mask)
+        values = self.values(tokens, token_mask)
         if reference == "mean":
             real = torch.ones_like(tokens, dtype=torch.bool) if token_mask is None else token_mask
             values = {hook: value[real].mean(0)[None, None] for hook, value in values.items()}
-        else:
+        elif reference == "resample":
             rows = self._other_prompts(tokens, token_mask, generator)
             values = {hook: value[rows] for hook, value in values.items()}
         return {site.hook: values.get(site.hook, zero) for site in self.node_set.hook_sites}
 
-    def _values(self, tokens: Tensor, token_mask: Tensor | None) -> dict[str, Tensor]:
+    def values(self, tokens: Tensor, token_mask: Tensor | None) -> dict[str, Tensor]:
         """The output of every hook but Δs' factors on these prompts."""
         values: dict[str, Tensor] = {}
 
@@ -142,6 +159,23 @@ class AblatedModel:
             self.adapter.run(tokens, token_mask)
         self._require([name for name in names if name not in values])
         return values
+
+    def _require_pairs(self, tokens: Tensor, token_mask: Tensor | None) -> None:
+        """Raises ValueError unless there is a reference prompt for every prompt, real wherever the prompt is."""
+        if tokens.shape != self.tokens.shape or tokens is self.tokens:
+            came = (
+                "no reference_prompts" if tokens is self.tokens else f"reference_prompts of shape {tuple(tokens.shape)}"
+            )
+            raise ValueError(
+                f"Corrupted values are those of a reference prompt for every prompt, and prompts of shape "
+                f"{tuple(self.tokens.shape)} came with {came}: give one for each row, of the same length."
+            )
+        if token_mask is not None and bool(
+            (~token_mask & (True if self.token_mask is None else self.token_mask)).any()
+        ):
+            raise ValueError(
+                "A reference prompt is padding where its prompt is not: give reference prompts as long as theirs."
+            )
 
     def _other_prompts(
         self, tokens: Tensor, token_mask: Tensor | None, generator: torch.Generator
@@ -185,6 +219,7 @@ class AblatedModel:
         Raises:
             RuntimeError: a hook did not run exactly once.
         """
+        assert isinstance(self.node_set, NodeSet)
         hooks = [
             _Hook(hook_site, ablated[hook_site.hook], m[..., where])
             for hook_site, where in zip(self.node_set.hook_sites, self.node_set.slices(), strict=True)

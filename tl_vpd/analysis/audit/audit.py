@@ -13,7 +13,9 @@ nothing more.
     >>> heads = ["blocks.0.attn.hook_z:3", "blocks.1.attn.hook_z:1"]
     >>> audit_circuit(None, model, tokens, heads, metric).to_pandas()               # doctest: +SKIP
 
-``node_set`` says what "everything else" is; heads, MLPs, neurons and residual positions need no decomposition.
+``node_set`` says what "everything else" is; heads, MLPs, neurons and residual positions need no decomposition. A circuit may
+also be a list of edges between heads and MLPs, as EAP, EAP-IG and ACDC give: then everything else is every other edge, and
+``edge_ablation`` says what replaces it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ from torch import Tensor, nn
 
 from tl_vpd.analysis.audit.auditor import Auditor, auditor, random_circuit
 from tl_vpd.analysis.audit.config import ABLATIONS, REFERENCES, AuditConfig, Reference
+from tl_vpd.analysis.audit.edge_set import EdgeSet
 from tl_vpd.analysis.audit.node_set import NodeSet
+from tl_vpd.analysis.edges import Edge
 from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.checks import choice, config_of, integer
@@ -43,7 +47,7 @@ class CircuitAudit:
     """A circuit's metric under every ablation of everything else.
 
     Attributes:
-        nodes: the circuit.
+        nodes: the circuit: nodes, or edges.
         node_set: the circuit and everything else.
         whole: the metric of the model itself.
         rows: one row per ablation (and budget): ``ablation``, ``reference`` (the value of a node at r = 0), ``steps``;
@@ -55,8 +59,8 @@ class CircuitAudit:
         lower_is_better: whether the circuit is to keep the metric low.
     """
 
-    nodes: tuple[Node, ...]
-    node_set: NodeSet
+    nodes: tuple[Node, ...] | tuple[Edge, ...]
+    node_set: NodeSet | EdgeSet
     whole: float
     rows: pd.DataFrame
     worst: dict[int, Float[Tensor, "_ total"]]
@@ -106,7 +110,7 @@ def audit_circuit(
     decomposition: Decomposition | None,
     model: nn.Module,
     prompts: Any,
-    nodes: Sequence[str | Node | Subcomponent],
+    nodes: Sequence[str | Node | Subcomponent | Edge],
     metric: Metric,
     *,
     config: AuditConfig | None = None,
@@ -119,17 +123,18 @@ def audit_circuit(
         decomposition: whose subcomponents the nodes are (None: they are heads, MLPs, neurons or residual positions).
         model: the target.
         prompts: a string, strings, or tokens ``[batch, pos]``.
-        nodes: the circuit, as ``node_set`` lists them.
+        nodes: the circuit, as ``node_set`` lists them; or edges (``a0.h1->a1.h3<q>``, see ``analysis.edges``).
         metric: takes the logits ``[batch, pos, vocab]``, gives one number, differentiable where an adversary is to use it.
         config: which ablations, and the adversary (None: the defaults).
-        reference_prompts: prompts that means and other values are taken from (None: the prompts themselves).
+        reference_prompts: prompts that means and other values are taken from (None: the prompts themselves); for
+            ``corrupted`` one per prompt.
         attention_mask: 0 at padding of the prompts (None: where TransformerLens sees padding).
 
     Raises:
         KeyError: a node or pattern does not exist.
         IndexError: a node's index or position does not exist.
-        ValueError: the nodes mix kinds, prompts do not fit, the model has other weights, or the metric gives no single number
-            or none that can be differentiated.
+        ValueError: the nodes mix kinds, prompts do not fit, the model has other weights or no hooks for edges, or the metric
+            gives no single number or none that can be differentiated.
         RuntimeError: a hook does not run in this model.
         TypeError: an argument is of another type, or the metric gives no number.
         FloatingPointError: the metric is NaN or infinite.

@@ -11,11 +11,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_vpd.adapters import adapt
-from tl_vpd.analysis.audit.ablate import AblatedModel
+from tl_vpd.adapters import Adapter, adapt
+from tl_vpd.analysis.audit.ablate import AblatedModel, reference_tokens
 from tl_vpd.analysis.audit.config import AttackConfig, Reference
+from tl_vpd.analysis.audit.edge_ablation import EdgeAblatedModel
+from tl_vpd.analysis.audit.edge_set import EdgeSet, edge_set_of
 from tl_vpd.analysis.audit.node_set import NodeSet, node_set_of
-from tl_vpd.analysis.metric import Metric, check_metric, finite_number_of
+from tl_vpd.analysis.edges import Edge, is_edge
+from tl_vpd.analysis.metric import Metric, check_metric, differentiable, finite_number_of
 from tl_vpd.analysis.nodes import Node, several
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.target_check import check_target
@@ -30,7 +33,7 @@ class Auditor:
     """Metrics of circuits under ablations of everything else.
 
     Attributes:
-        circuit: the nodes that are audited.
+        circuit: the nodes or edges that are audited.
         in_circuit: True for these, on the axis of the node set (one row where no node has a position).
         whole: the metric of the model itself.
         ablated_model: runs the prompts.
@@ -40,7 +43,7 @@ class Auditor:
         config: of the adversary.
     """
 
-    circuit: tuple[Node, ...]
+    circuit: tuple[Node, ...] | tuple[Edge, ...]
     in_circuit: Bool[Tensor, "pos total"]
     whole: float
     ablated_model: AblatedModel
@@ -50,8 +53,8 @@ class Auditor:
     config: AttackConfig
 
     @property
-    def node_set(self) -> NodeSet:
-        """All nodes that are audited."""
+    def node_set(self) -> NodeSet | EdgeSet:
+        """All nodes or edges that are audited."""
         return self.ablated_model.node_set
 
     def plain(self, in_circuit: Bool[Tensor, "pos total"], reference: Reference) -> float:
@@ -79,11 +82,7 @@ class Auditor:
         def loss(sources: Tensor) -> Tensor:
             nonlocal worst
             m = factors(in_circuit, sources)
-            value = self.metric(self.ablated_model.run(m, self.values[reference]))
-            if not isinstance(value, Tensor) or (torch.is_grad_enabled() and not value.requires_grad):
-                raise ValueError(
-                    "The metric cannot be differentiated, or does not depend on the logits: return a tensor computed from them."
-                )
+            value = differentiable(self.metric(self.ablated_model.run(m, self.values[reference])))
             signed = sign * finite_number_of(value, ABLATED)
             if worst is None or signed < worst[0]:
                 worst = signed, sources.detach().clone()
@@ -113,15 +112,11 @@ def factors(
 
 
 def random_circuit(
-    node_set: NodeSet, in_circuit: Bool[Tensor, "pos total"], generator: torch.Generator
+    node_set: NodeSet | EdgeSet, in_circuit: Bool[Tensor, "pos total"], generator: torch.Generator
 ) -> Bool[Tensor, "pos total"]:
-    """As many nodes of each kind (heads, MLPs, neurons, each kind of site) at as many positions, chosen at random."""
+    """As many nodes (edges) of each kind at as many positions, chosen at random."""
     result = torch.zeros_like(in_circuit)
-    groups: dict[str, list[int]] = {}
-    for hook_site, where in zip(node_set.hook_sites, node_set.slices(), strict=True):
-        if hook_site.kind != "delta":
-            groups.setdefault(hook_site.name.split(".", 2)[-1], []).extend(range(where.start, where.stop))
-    for columns in groups.values():
+    for columns in node_set.kinds().values():
         of_kind = in_circuit[:, columns]
         order = torch.randperm(of_kind.numel(), generator=generator).to(in_circuit.device)
         result[:, columns] = of_kind.flatten()[order].view_as(of_kind)
@@ -133,7 +128,7 @@ def auditor(
     decomposition: Decomposition | None,
     model: nn.Module,
     prompts: Any,
-    nodes: Sequence[str | Node | Subcomponent],
+    nodes: Sequence[str | Node | Subcomponent | Edge],
     metric: Metric,
     config: AttackConfig,
     reference_prompts: Any,
@@ -145,31 +140,49 @@ def auditor(
         adapter = adapt(model)
         if decomposition is not None:
             check_target(decomposition, adapter)
-        circuit = tuple(Node.parse(node) for node in several("nodes", nodes))
-        node_set = node_set_of(adapter, circuit, decomposition, config.among)
         tokens = adapter.tokens(prompts)
         token_mask = adapter.padding(tokens, attention_mask)
-        reference_tokens, reference_mask = tokens, token_mask
-        if reference_prompts is not None:
-            try:
-                reference_tokens = adapter.tokens(reference_prompts)
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"reference_prompts: {error}") from error
-            reference_mask = adapter.padding(reference_tokens, None)
-        in_circuit = node_set.contains(circuit, tokens.shape[1]).to(tokens.device)
+        reference, reference_mask = reference_tokens(adapter, reference_prompts, tokens, token_mask)
+        circuit, in_circuit, ablated = _circuit(adapter, nodes, decomposition, config, tokens, token_mask)
         generator = torch.Generator().manual_seed(config.seed)
-        attached = decomposition if decomposition is not None and circuit[0].name in decomposition.sites else None
-        with AblatedModel(model, node_set, tokens, token_mask, attached) as ablated_model:
+        with ablated as ablated_model:
             yield Auditor(
                 circuit=circuit,
-                in_circuit=in_circuit,
+                in_circuit=in_circuit.to(tokens.device),
                 whole=finite_number_of(metric(ablated_model.clean()), "on the model itself"),
                 ablated_model=ablated_model,
                 metric=metric,
                 values={
-                    reference: ablated_model.references(reference, reference_tokens, reference_mask, generator)
-                    for reference in config.references
+                    name: ablated_model.references(name, reference, reference_mask, generator)
+                    for name in config.references
                 },
                 generator=generator,
                 config=config,
             )
+
+
+def _circuit(
+    adapter: Adapter,
+    nodes: Sequence[str | Node | Subcomponent | Edge],
+    decomposition: Decomposition | None,
+    config: AttackConfig,
+    tokens: Tensor,
+    token_mask: Tensor | None,
+) -> tuple[tuple[Node, ...] | tuple[Edge, ...], Bool[Tensor, "pos total"], AblatedModel]:
+    """The parsed circuit, of nodes or of edges; where it lies; and the model in which everything else can be ablated."""
+    addresses: list[Any] = [nodes] if isinstance(nodes, Edge) else several("nodes", nodes)
+    are_edges, n_pos = [is_edge(address) for address in addresses], tokens.shape[1]
+    if all(are_edges):
+        edges, edge_set = tuple(Edge.parse(address) for address in addresses), edge_set_of(adapter, config.among)
+        return edges, edge_set.contains(edges, n_pos), EdgeAblatedModel(adapter.model, edge_set, tokens, token_mask)
+    if any(are_edges):
+        edge, node = addresses[are_edges.index(True)], addresses[are_edges.index(False)]
+        raise ValueError(f"The circuit mixes edges ({edge}) with nodes ({node}): choose one kind.")
+    circuit = tuple(Node.parse(address) for address in addresses)
+    node_set = node_set_of(adapter, circuit, decomposition, config.among)
+    attached = decomposition if decomposition is not None and circuit[0].name in decomposition.sites else None
+    return (
+        circuit,
+        node_set.contains(circuit, n_pos),
+        AblatedModel(adapter.model, node_set, tokens, token_mask, attached),
+    )

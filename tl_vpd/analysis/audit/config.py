@@ -9,7 +9,7 @@ from tl_vpd.checks import check_fields, choice, number, sequence, text_of
 
 Reference = str
 """What ablated nodes are replaced by: one of ``REFERENCES``."""
-REFERENCES: tuple[Reference, ...] = ("zero", "mean", "resample")
+REFERENCES: tuple[Reference, ...] = ("zero", "mean", "resample", "corrupted")
 ABLATIONS = (*REFERENCES, "stochastic", "adversarial")
 
 
@@ -19,7 +19,8 @@ class AttackConfig:
 
     Attributes:
         lower_is_better: whether the circuit is to keep the metric low.
-        reference: the value of a node at source 0: ``zero``, ``mean`` or ``resample``.
+        reference: the value of a node at source 0: ``zero``, ``mean``, ``resample`` (a reference prompt that is drawn) or
+            ``corrupted`` (the reference prompt of the same row).
         step_size: of the adversary's steps (None: ``2 / steps``).
         restarts: starts of every attack: plain ablation first, the others random. The worst setting on the way counts.
         per_position: whether sources differ between positions, which makes the adversary far stronger.
@@ -66,13 +67,13 @@ class AuditConfig(AttackConfig):
     """How a circuit is audited.
 
     Attributes:
-        ablations: of ``zero mean resample stochastic adversarial``.
+        ablations: of ``zero mean resample corrupted stochastic adversarial`` (by default all but ``corrupted``).
         budgets: the adversary's numbers of steps.
         draws: random settings that the stochastic figure is the mean of.
         controls: random circuits of the same kinds (0: none).
     """
 
-    ablations: Sequence[str] = ABLATIONS
+    ablations: Sequence[str] = tuple(name for name in ABLATIONS if name != "corrupted")
     budgets: Sequence[int] = (20,)
     draws: int = 8
     controls: int = 5

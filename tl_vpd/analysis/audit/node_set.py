@@ -79,12 +79,20 @@ class NodeSet:
             ends.append(ends[-1] + site.count)
         return [slice(a, b) for a, b in pairwise(ends)]
 
-    def at(self, concatenated: int) -> tuple[HookSite, int]:
-        """The hook site and index of a concatenated entry; raises IndexError beyond the last."""
+    def node(self, concatenated: int, pos: int | None = None) -> Node:
+        """The node of a concatenated entry."""
+        site, where = next(
+            pair for pair in zip(self.hook_sites, self.slices(), strict=True) if concatenated < pair[1].stop
+        )
+        return site.node(concatenated - where.start, pos)
+
+    def kinds(self) -> dict[str, list[int]]:
+        """Entries by kind of node: heads, MLPs, neurons, each kind of site. Δs' factors are not nodes."""
+        kinds: dict[str, list[int]] = {}
         for site, where in zip(self.hook_sites, self.slices(), strict=True):
-            if concatenated < where.stop:
-                return site, concatenated - where.start
-        raise IndexError(f"Entry {concatenated} is beyond the last of {self.total}.")
+            if site.kind != "delta":
+                kinds.setdefault(site.name.split(".", 2)[-1], []).extend(range(where.start, where.stop))
+        return kinds
 
     def contains(self, nodes: Sequence[Node], n_pos: int) -> Bool[Tensor, "pos total"]:
         """True for these nodes (one row where no node has a position).
@@ -146,13 +154,18 @@ def node_set_of(
     else:
         hook_sites = _of_model(adapter, nodes, decomposition)
     if among is not None:
-        names = [site.name for site in hook_sites]
-        for pattern in [among] if isinstance(among, str) else among:
-            if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):
-                raise KeyError(f"Nothing audited matches {pattern!r}{nearest(pattern, names)}: {', '.join(names)}.")
-        audited = select(among, names)
+        audited = matching(among, [site.name for site in hook_sites])
         hook_sites = [site for site in hook_sites if site.name in audited]
     return NodeSet(tuple(hook_sites))
+
+
+def matching(among: str | Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names that match a pattern; raises KeyError where a pattern matches none."""
+    for pattern in [among] if isinstance(among, str) else among:
+        if not isinstance(pattern, str) or not any(fnmatchcase(name, pattern) for name in names):
+            few = ", ".join(names[:40]) + (", …" if len(names) > 40 else "")
+            raise KeyError(f"Nothing audited matches {pattern!r}{nearest(pattern, names)}: {few}.")
+    return select(among, names)
 
 
 def _of_decomposition(decomposition: Decomposition) -> list[HookSite]:
@@ -182,7 +195,8 @@ def _of_model(adapter: Adapter, nodes: Sequence[Node], decomposition: Decomposit
                     f"{named[layer, part]} is a part of {named[layer, whole]}: choose one of the two for block {layer}."
                 )
         hook_sites += _attention(adapter, layer, whole=(layer, "hook_attn_out") in named)
-        hook_sites += _mlp(adapter, layer, neurons=(layer, "mlp.hook_post") in named)
+        neurons = (layer, "mlp.hook_post") in named
+        hook_sites += [_neurons(adapter, layer)] if neurons else mlp_of(adapter, layer)
     return hook_sites
 
 
@@ -220,12 +234,16 @@ def _attention(adapter: Adapter, layer: int, *, whole: bool) -> list[HookSite]:
     return [HookSite(name, name, "head", site.n_heads)]
 
 
-def _mlp(adapter: Adapter, layer: int, *, neurons: bool) -> list[HookSite]:
+def _neurons(adapter: Adapter, layer: int) -> HookSite:
     site = adapter.sites.get(f"blocks.{layer}.mlp.W_out")
-    if neurons:
-        if site is None:
-            raise KeyError(f"Block {layer} has no neurons that can be audited.")
-        name = f"blocks.{layer}.mlp.hook_post"
-        return [HookSite(name, name, "column", site.d_in)]
-    has_mlp = site is not None or any(r.startswith(f"blocks.{layer}.mlp") for r in adapter.refused)
+    if site is None:
+        raise KeyError(f"Block {layer} has no neurons that can be audited.")
+    name = f"blocks.{layer}.mlp.hook_post"
+    return HookSite(name, name, "column", site.d_in)
+
+
+def mlp_of(adapter: Adapter, layer: int) -> list[HookSite]:
+    """A block's MLP as one node, if it has one."""
+    prefix = f"blocks.{layer}.mlp"
+    has_mlp = f"{prefix}.W_out" in adapter.sites or any(name.startswith(prefix) for name in adapter.refused)
     return [_whole(f"blocks.{layer}.hook_mlp_out")] if has_mlp else []

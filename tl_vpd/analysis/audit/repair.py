@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tl_vpd.analysis.audit.audit import recovered
 from tl_vpd.analysis.audit.auditor import Auditor, auditor, factors
 from tl_vpd.analysis.audit.config import RepairConfig
+from tl_vpd.analysis.edges import Edge, is_edge
 from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.checks import config_of, integer
@@ -40,14 +41,14 @@ class Repair:
         holds: whether the last round reached the target.
     """
 
-    nodes: tuple[Node, ...]
+    nodes: tuple[Node | Edge, ...]
     rows: pd.DataFrame
     holds: bool
 
     @property
-    def added(self) -> tuple[Node, ...]:
-        """The added nodes, in order."""
-        return tuple(Node.parse(name) for name in self.rows["added"] if name)
+    def added(self) -> tuple[Node | Edge, ...]:
+        """The added nodes or edges, in order."""
+        return tuple(Edge.parse(name) if is_edge(name) else Node.parse(name) for name in self.rows["added"] if name)
 
     def to_pandas(self) -> pd.DataFrame:
         """``rows``."""
@@ -65,7 +66,7 @@ def repair_circuit(
     decomposition: Decomposition | None,
     model: nn.Module,
     prompts: Any,
-    nodes: Sequence[str | Node | Subcomponent],
+    nodes: Sequence[str | Node | Subcomponent | Edge],
     metric: Metric,
     *,
     config: RepairConfig | None = None,
@@ -94,7 +95,8 @@ def repair_circuit(
     """
     config = config_of(RepairConfig, config)
     with auditor(decomposition, model, prompts, nodes, metric, config, reference_prompts, attention_mask) as audit:
-        in_circuit, circuit, added = audit.in_circuit, list(audit.circuit), ""
+        in_circuit, added = audit.in_circuit, ""
+        circuit: list[Node | Edge] = [*audit.circuit]
         nothing = audit.plain(torch.zeros_like(in_circuit), config.reference)
         if nothing == audit.whole:
             raise ValueError(
@@ -117,19 +119,19 @@ def repair_circuit(
 
 def _addable(audit: Auditor) -> Bool[Tensor, " total"]:
     """True for every node; Δ's factor is not a node."""
-    result = torch.ones(audit.node_set.total, dtype=torch.bool, device=audit.in_circuit.device)
-    for hook_site, where in zip(audit.node_set.hook_sites, audit.node_set.slices(), strict=True):
-        result[where] = hook_site.kind != "delta"
+    result = torch.zeros(audit.node_set.total, dtype=torch.bool, device=audit.in_circuit.device)
+    for entries in audit.node_set.kinds().values():
+        result[entries] = True
     return result
 
 
 def _best_addition(
     audit: Auditor, in_circuit: Bool[Tensor, "pos total"], sources: Float[Tensor, "rows total"], config: RepairConfig
-) -> tuple[Node, Bool[Tensor, "pos total"]]:
+) -> tuple[Node | Edge, Bool[Tensor, "pos total"]]:
     """The node that helps most at these sources, of those that promise most to first order; and the circuit with it."""
     gains = first_order_gains(audit, in_circuit, sources, config)
     gains = gains.masked_fill(in_circuit | ~_addable(audit), -torch.inf)
-    best: tuple[float, Node, Tensor] | None = None
+    best: tuple[float, Node | Edge, Tensor] | None = None
     flat = gains.flatten()
     for entry in flat.topk(min(config.candidates, int((flat > -torch.inf).sum()))).indices.tolist():
         pos, concatenated = divmod(entry, gains.shape[1])
@@ -137,8 +139,7 @@ def _best_addition(
         trial[pos, concatenated] = True
         value = config.sign * audit.at(trial, sources, config.reference)
         if best is None or value > best[0]:
-            hook_site, index = audit.node_set.at(concatenated)
-            best = value, hook_site.node(index, pos if len(in_circuit) > 1 else None), trial
+            best = value, audit.node_set.node(concatenated, pos if len(in_circuit) > 1 else None), trial
     assert best is not None, "nothing is left to add"
     return best[1], best[2]
 
