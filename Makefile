@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO ?= demo
+DASHBOARD ?= dashboard
 OFFLINE := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 # TransformerLens's other major versions, and the tests that run with each of them.
 OTHERS := 2.18 4.3
@@ -46,6 +47,10 @@ $(VENV)-lowest/.installed: pyproject.toml constraints/lowest.txt
 
 demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/tl-vpd demo --out $(DEMO)
+
+# Pages about every subcomponent of what ships (a few minutes); open dashboard/index.html.
+dashboard: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/tl-vpd dashboard bundled --out $(DASHBOARD)
 
 test: test-main test-others
 

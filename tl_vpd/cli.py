@@ -1,4 +1,5 @@
-"""The command line: ``tl-vpd train``, ``plan``, ``eval``, ``feature-splitting``, ``import``, ``card``, ``push`` and ``demo``.
+"""The command line: ``tl-vpd train``, ``plan``, ``eval``, ``feature-splitting``, ``import``, ``compact``, ``dashboard``,
+``card``, ``push`` and ``demo``.
 
 Errors are one line that says what to do (with ``TL_VPD_TRACEBACK=1`` in the environment, Python's traceback). Exit codes:
 
@@ -316,6 +317,39 @@ def compact_command(
         trust_remote_code=trust_remote_code,
     )
     _say(counts.to_string(), f"{counts.before.sum()} -> {counts.after.sum()} subcomponents.  Written: {out}")
+
+
+@app.command("dashboard")
+@_command
+def dashboard_command(
+    decomposition: Annotated[str, typer.Argument(help="Folder of a decomposition, or 'bundled'.")],
+    out: Annotated[Path, typer.Option(help="New folder of the pages.")],
+    model: Annotated[str, typer.Option(help="'bundled', or a name or folder that TransformerLens knows.")] = "bundled",
+    kind: Annotated[str | None, typer.Option(help="hooked_transformer or bridge (default: what is installed).")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
+    tokens: Annotated[str, typer.Option(help="'bundled', a .npy or .safetensors file, or text files.")] = "bundled",
+    key: Annotated[str | None, typer.Option(help="Tensor of a file, or part of the bundled tokens.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of tokens to look at.")] = 512,
+    alpha: Annotated[float, typer.Option(min=0, help="Of the components, as in docs/components.md; 0 for none.")] = 3.0,
+    labels: Annotated[Path | None, typer.Option(help="CSV file: subcomponent, label, and any numbers.")] = None,
+    trust_remote_code: Trust = False,
+) -> None:
+    """Pages about every subcomponent, with search and sorting, that open offline."""
+    from tl_vpd.recipe.dashboards import dashboard_by_name
+    from tl_vpd.recipe.data import DataRecipe
+    from tl_vpd.recipe.model import ModelRecipe
+
+    page = dashboard_by_name(
+        decomposition,
+        ModelRecipe(name=model, kind=kind, device=device),  # type: ignore[arg-type]
+        DataRecipe(tokens=tokens, key=key),
+        out,
+        rows=rows,
+        alpha=alpha,
+        labels=labels,
+        trust_remote_code=trust_remote_code,
+    )
+    _say(f"Written: open {page}")
 
 
 @app.command()

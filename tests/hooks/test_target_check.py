@@ -34,6 +34,7 @@ ARGUMENTS = {
     "folder": lambda tokens: "features",
     "model_id": lambda tokens: "tiny",
     "wanted": lambda tokens: None,
+    "harvested": lambda tokens: None,
 }
 ATTACHED = {"attachment_of", "pair_ablation_hooks", "ablate_nodes"}
 """Functions that only work on an attached model, or on another function's result."""

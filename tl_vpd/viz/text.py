@@ -41,13 +41,14 @@ def for_plotly(text: str) -> str:
     return re.sub(r"[<>&\"'$]", lambda found: f"&#{ord(found[0])};", label(text))
 
 
-def for_script(value: Any) -> str:
+def for_script(value: Any, *, compact: bool = False) -> str:
     """JSON that is safe inside a ``<script>`` element: no ``<``, ``>``, ``&`` and no line separators of JavaScript.
 
     Raises:
         ValueError: a number is not finite, which JSON cannot hold.
     """
-    text = json.dumps(value, ensure_ascii=True, allow_nan=False)  # ASCII: U+2028 and U+2029 are escaped too
+    separators = (",", ":") if compact else None
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=separators)  # ASCII: U+2028 too
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 

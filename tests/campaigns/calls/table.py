@@ -8,6 +8,7 @@ from tests.campaigns.calls import (
     clustering,
     configs,
     evaluation,
+    harvests,
     hooks,
     nulls,
     pictures,
@@ -16,7 +17,7 @@ from tests.campaigns.calls import (
 )
 from tests.campaigns.calls.world import Call, World
 
-ROOMS = (hooks, analysis, clustering, attention, evaluation, nulls, pictures, training, targeted, configs)
+ROOMS = (hooks, analysis, harvests, clustering, attention, evaluation, nulls, pictures, training, targeted, configs)
 
 
 def calls(w: World) -> list[Call]:

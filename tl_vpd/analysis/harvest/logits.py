@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pandas as pd
@@ -69,7 +70,7 @@ class LogitEffects:
         columns = ["subcomponent", "token_id", "token", "logit"]
         return pd.concat(tables, ignore_index=True)[columns] if tables else pd.DataFrame(columns=columns)
 
-    @property
+    @cached_property
     def _places(self) -> dict[Subcomponent, int]:
         return {c: i for i, c in enumerate(self.subcomponents)}
 

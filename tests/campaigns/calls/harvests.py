@@ -1,0 +1,72 @@
+"""Calls of harvests at scale: folders, parts, logits and the dashboard."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tests.campaigns.calls.kinds import SEED, Kind, either, how_many, integer, only, optional, path_to_read, text
+from tests.campaigns.calls.world import OUT, Call, Q, World, call
+from tl_vpd import analysis, viz
+
+AT_SCALE = analysis.HarvestConfig(windows=2, radius=2, samples=2, lags=1)
+
+
+def calls(w: World) -> list[Call]:
+    """The table."""
+    numbers = count()
+
+    def pages(**options: Any) -> None:
+        viz.dashboard(**{"folder": w.folder / f"pages{next(numbers)}", **options})
+
+    new: Kind = lambda v: None if isinstance(v, str | Path) else False  # noqa: E731
+    first = analysis.harvest(w.vpd, w.model, w.tokens, config=AT_SCALE)
+    second = analysis.harvest(w.vpd, w.model, w.tokens, config=replace(AT_SCALE, first_row=2))
+    saved, one = first.save(w.folder / "saved_harvest"), first[f"{Q}:1"]
+    target = {
+        "decomposition": (w.vpd, only(w.vpd)),
+        "model": (w.model, only(w.model)),
+        "harvested": (first, only(first)),
+    }
+    table = pd.DataFrame({"subcomponent": [f"{Q}:1"], "label": ["a label"], "score": [0.5]})
+    return [
+        call(
+            analysis.harvest, **w.of_prompts, folder=(w.folder / "harvested", lambda v: None if v is None else new(v))
+        ),
+        call(
+            analysis.HarvestConfig,
+            samples=(3, how_many),
+            seed=(3, SEED),
+            lags=(3, optional(integer(0))),
+            memory=(3, integer(1)),
+            first_row=(3, integer(0)),
+        ),
+        call(analysis.merge, first=(first, only(first)), second=(second, only(second))),
+        call(
+            analysis.logit_effects,
+            **w.target,
+            subcomponents=([f"{OUT}:2"], lambda v: None if v is None or w.several(v) else w.several(v)),
+            k=(3, integer(1)),
+        ),
+        call(one.neighbours, k=(3, how_many), min_count=(1, how_many)),
+        call(one.by_quantile, n=(2, integer(1))),
+        call(analysis.Harvest.load, folder=(saved, path_to_read(saved))),
+        call(pages, "viz: dashboard", **target, labels=(table, optional(either(only(table)))), config=_config()),
+        call(pages, "viz: dashboard(clustering)", **target, clustering=(None, only(None))),
+        call(pages, "viz: dashboard(folder)", **target, folder=(w.folder / "pages", new)),
+        call(
+            viz.DashboardConfig,
+            title=("A title", text),
+            logits=(3, integer(1)),
+            min_count=(3, integer(1)),
+            **{name: (3, integer(0)) for name in ("windows", "samples", "radius", "tokens", "neighbours")},
+        ),
+    ]
+
+
+def _config() -> tuple[Any, Kind]:
+    return viz.DashboardConfig(windows=1), lambda v: v is None or isinstance(v, viz.DashboardConfig)

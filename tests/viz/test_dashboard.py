@@ -1,0 +1,238 @@
+"""The dashboard: its data against the harvest, hostile texts, and the pages in Chromium where it is installed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from tests.campaigns.browser import Browser, chromium
+from tests.tiny import decomposition_of, some_tokens, tiny_model
+from tl_vpd import viz
+from tl_vpd.analysis import ClusterConfig, HarvestConfig, cluster, harvest, logit_effects
+from tl_vpd.viz.dashboard.records import spread
+from tl_vpd.viz.text import label
+
+HOSTILE = '</script><script>window.ran.push(1)</script><img src=x onerror="window.ran.push(2)">\'"\u2028 \n'
+FIRST, LABELLED = "blocks.0.attn.W_Q:0", "blocks.1.mlp.W_out:4"
+CONFIG = HarvestConfig(windows=3, radius=2, samples=3, bins=4, lags=1)
+
+
+def read(folder: Path, name: str) -> Any:
+    """The value in a file of data."""
+    text = (folder / "data" / f"{name}.js").read_text(encoding="ascii")
+    match = re.fullmatch(r'tlVpd\.put\("([a-z0-9-]+)", (.*)\);\n', text)
+    assert match and match[1] == name
+    return json.loads(match[2])
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> SimpleNamespace:
+    """A dashboard in which every token, every label and the title are hostile."""
+    model = tiny_model()
+    vpd = decomposition_of(model).to(torch.float64)
+    tokens = some_tokens(shape=(6, 7))
+    plain = harvest(vpd, model, tokens, config=CONFIG)
+    hostile = {i: f"{i}{HOSTILE}" for i in range(model.cfg.d_vocab)}
+    harvested = replace(plain, names=hostile)
+    addresses = [str(a) for a in vpd.site_axis.subcomponents()]
+    table = pd.DataFrame({"subcomponent": addresses, "label": None, "intruder": range(len(addresses)), "note": "x"})
+    table.loc[table["subcomponent"] == LABELLED, "label"] = f"opens a quotation {HOSTILE}"
+    table.loc[3, "intruder"] = float("nan")
+    clustering = cluster(vpd, model, tokens, config=ClusterConfig(alpha=0.1))
+    folder = tmp_path_factory.mktemp("pages") / "dashboard"
+    config = viz.DashboardConfig(title=HOSTILE, windows=2, samples=2, radius=1, min_count=1, logits=2)
+    viz.dashboard(vpd, model, harvested, folder, clustering=clustering, labels=table, config=config)
+    return SimpleNamespace(**{k: v for k, v in locals().items() if k != "tmp_path_factory"})
+
+
+def test_the_data_are_those_of_the_harvest(world):
+    index = read(world.folder, "index")
+    addresses = [f"{index['sites'][s]}:{i}" for s, i in zip(index["site"], index["index"], strict=True)]
+    assert addresses == world.addresses
+    assert index["firings"] == world.harvested.firings.tolist()
+    assert index["mean"] == pytest.approx(world.harvested.mean_importance.tolist(), rel=0.006)
+    effects = logit_effects(world.vpd, world.model, k=2)
+    for place, address in enumerate(addresses):
+        one = world.harvested[address]
+        record = read(world.folder, f"{index['files'][index['site'][place]]}-0")[str(index["index"][place])]
+        for stored, windows in ((record["windows"], one.windows[:2]), (record["samples"], spread(one.samples, 2))):
+            assert len(stored) == len(windows)
+            for (row, pos, peak, ids, g, a), window in zip(stored, windows, strict=True):
+                inside = slice(max(0, window.peak - 1), window.peak + 2)
+                assert (row, pos, peak) == (window.row, window.pos, window.peak - inside.start)
+                assert [index["tokens"][t] for t in ids] == [label(text) for text in window.tokens[inside]]
+                assert g == pytest.approx([100 * x for x in window.importances[inside].tolist()], abs=0.51)
+                scaled = [x * record["scale"] / 100 for x in a]
+                assert scaled == pytest.approx(window.activations[inside].tolist(), abs=0.01 * record["scale"])
+        table = one.input_tokens(10, min_count=1)
+        assert [row[1] for row in record["inputs"]] == table["count"].tolist()
+        assert [row[3] for row in record["inputs"]] == pytest.approx((100 * table["pmi"]).tolist(), abs=0.51)
+        assert record["histogram"] == one.histogram.tolist()
+        near = one.neighbours(12, min_count=1)
+        assert [addresses[row[0]] for row in record["neighbours"]] == near["subcomponent"].tolist()
+        assert [row[1] for row in record["neighbours"]] == near["lag"].tolist()
+        assert len(record["heads"]) == (2 if ".attn." in address else 0)
+        expected = effects[address]["logit"].tolist() if address in effects else []
+        assert [row[1] for row in record["logits"]] == pytest.approx(expected, rel=0.006)
+    members = [[addresses[i] for i in c["members"]] for c in index["components"]]
+    assert members == [[str(m) for m in c.members] for c in world.clustering]
+    assert index["scores"]["intruder"][3] is None and index["scores"]["intruder"][5] == 5
+    assert set(index["scores"]) == {"intruder"}
+
+
+def test_no_text_is_markup_in_any_file(world):
+    for path in world.folder.rglob("*.*"):
+        text = path.read_text(encoding="utf-8")
+        assert "<img" not in text
+        if path.suffix == ".js":
+            assert "<" not in text and "\u2028" not in text
+        else:
+            assert text.count("<script") == 1 == text.count("</script")
+        assert "http" not in text.replace("http-equiv", "")
+
+
+def test_what_is_wrong_is_said(world, tmp_path):
+    def made(**options: Any) -> Path:
+        arguments = {"harvested": world.harvested, "folder": tmp_path / "new", **options}
+        return viz.dashboard(world.vpd, world.model, **arguments)
+
+    with pytest.raises(KeyError, match=r"labels has blocks\.0\.attn\.W_Q:9, which was not harvested"):
+        made(labels={"blocks.0.attn.W_Q:9": "text"})
+    with pytest.raises(ValueError, match="'subcomponent' is needed"):
+        made(labels=pd.DataFrame({"label": ["x"]}))
+    with pytest.raises(ValueError, match=r"has blocks\.0\.attn\.W_Q:0 twice"):
+        made(labels=pd.DataFrame({"subcomponent": [FIRST, FIRST], "label": ["x", "y"]}))
+    with pytest.raises(FileExistsError):
+        made(folder=world.folder)
+    other = decomposition_of(world.model, C=3).to(torch.float64)
+    with pytest.raises(ValueError, match="harvest is of a decomposition with other sites"):
+        viz.dashboard(other, world.model, world.harvested, tmp_path / "new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_anything_optional(world, tmp_path):
+    plain = harvest(world.vpd, world.model, world.tokens, [FIRST], config=HarvestConfig(windows=1))
+    page = viz.dashboard(world.vpd, world.model, plain, tmp_path / "small", labels={FIRST: "first"})
+    record = read(page.parent, "site-0-0")["0"]
+    assert record["samples"] == record["histogram"] == record["neighbours"] == record["logits"] == []
+    assert read(page.parent, "index")["labels"] == {"0": "first"}
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """Chromium."""
+    if chromium() is None:
+        pytest.skip("neither chromium nor google-chrome is installed to open the pages")
+    browser = Browser()
+    yield browser
+    browser.close()
+
+
+READY = """new Promise((done, failed) => { const end = Date.now() + 20000; (function look() {
+  const ready = document.body && document.body.dataset.ready;
+  if (ready && ready === (location.hash || "#")) done(document.querySelector("main").textContent);
+  else if (Date.now() > end) failed(new Error("not ready: " + ready)); else setTimeout(look, 20); })(); })"""
+ROWS = "[...document.querySelectorAll('main tbody tr')].map(r => r.cells[0].textContent)"
+
+
+def go(browser: Browser, world: SimpleNamespace, page: str) -> str:
+    """Opens a page; its text."""
+    browser.send("Page.navigate", url="about:blank")
+    browser.events.clear()
+    browser.send("Page.navigate", url=f"{world.folder.as_uri()}/{page}")
+    browser.evaluate("new Promise(done => setTimeout(done, 50))")
+    return browser.evaluate(READY)
+
+
+def check_nothing_ran(browser: Browser) -> None:
+    assert browser.evaluate("window.ran") == [] and browser.evaluate("window.refused") == []
+    urls = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
+    assert urls and all(url.startswith("file:") for url in urls)
+    errors = [e for e in browser.events if e["method"] == "Runtime.exceptionThrown"]
+    assert not errors
+
+
+def test_the_index_is_searched_and_sorted(browser, world):
+    text = go(browser, world, "index.html#all=1")
+    assert "72 subcomponents" in text
+    assert browser.evaluate("document.querySelector('h1').textContent") == label(HOSTILE)
+    assert len(browser.evaluate(ROWS)) == 72
+    mean = world.harvested.mean_importance
+    order = [world.addresses[i] for i in sorted(range(72), key=lambda i: (-float(f"{mean[i]:.3g}"), i))]
+    assert browser.evaluate(ROWS) == order
+    browser.evaluate("document.querySelector('[data-key=\"score.intruder\"]').click()")
+    first = browser.evaluate(ROWS)
+    assert first[:2] == [world.addresses[71], world.addresses[70]] and first[-1] == world.addresses[3]
+    browser.evaluate("document.querySelector('[data-key=\"score.intruder\"]').click()")
+    assert browser.evaluate(ROWS)[0] == FIRST
+    type_in = (
+        "(t => { const e = document.getElementById('search'); e.value = t; e.dispatchEvent(new Event('input')); })"
+    )
+    browser.evaluate(f"{type_in}('QUOTATION opens')")
+    assert browser.evaluate(ROWS) == [LABELLED]
+    browser.evaluate(f"{type_in}('mlp.W_in:2')")
+    assert sorted(browser.evaluate(ROWS)) == ["blocks.0.mlp.W_in:2", "blocks.1.mlp.W_in:2"]
+    change = "(e => { e.value = 'blocks.1.mlp.W_in'; e.dispatchEvent(new Event('change')); })"
+    browser.evaluate(f"{change}(document.getElementById('site'))")
+    assert browser.evaluate(ROWS) == ["blocks.1.mlp.W_in:2"]
+    address = browser.evaluate("location.hash")
+    assert go(browser, world, f"index.html{address}") and browser.evaluate(ROWS) == ["blocks.1.mlp.W_in:2"]
+    check_nothing_ran(browser)
+
+
+def test_pages_lead_to_the_next_and_to_components(browser, world):
+    text = go(browser, world, "subcomponent.html#blocks.0.attn.W_Q%3A1")
+    assert text.count("importance") > 3
+    assert browser.evaluate("document.querySelector('h1').textContent") == "blocks.0.attn.W_Q:1"
+    one = world.harvested["blocks.0.attn.W_Q:1"]
+    shown = browser.evaluate("[...document.querySelectorAll('.text')].map(e => e.children.length)")
+    assert sum(shown) > 0 and len(shown) == len(one.windows[:2]) + len(spread(one.samples, 2))
+    first = browser.evaluate("document.querySelector('.text span').textContent")
+    assert first == label(one.windows[0].tokens[max(0, one.windows[0].peak - 1)])
+    tokens = browser.evaluate("[...document.querySelectorAll('.tok')].map(e => e.textContent)")
+    assert tokens[0] == label(one.input_tokens(1, min_count=1)["token"][0]).replace(" ", "·")
+    alive = [a for a in world.addresses if world.harvested[a].mean_importance > 1e-6]
+    after = alive[alive.index("blocks.0.attn.W_Q:1") + 1]
+    browser.evaluate("document.getElementById('next').click()")
+    browser.evaluate(READY)
+    assert browser.evaluate("document.querySelector('h1').textContent") == after
+    browser.evaluate("dispatchEvent(new KeyboardEvent('keydown', { key: 'ArrowLeft' }))")
+    browser.evaluate(READY)
+    assert browser.evaluate("document.querySelector('h1').textContent") == "blocks.0.attn.W_Q:1"
+    check_nothing_ran(browser)
+    go(browser, world, f"subcomponent.html#{LABELLED}")
+    assert browser.evaluate("document.querySelector('.label').textContent") == label(f"opens a quotation {HOSTILE}")
+    browser.evaluate("document.querySelector('.facts a').click()")
+    browser.evaluate("new Promise(done => setTimeout(done, 100))")
+    browser.evaluate(READY)
+    component = world.clustering.of(LABELLED)
+    assert browser.evaluate("document.querySelector('h1').textContent") == f"Component {component.index}"
+    assert browser.evaluate(ROWS) == [str(member) for member in component.members]
+    check_nothing_ran(browser)
+
+
+def test_addresses_that_do_not_exist_and_missing_files_are_said(browser, world, tmp_path):
+    assert "There is no subcomponent <b>x</b>" in go(browser, world, "subcomponent.html#%3Cb%3Ex%3C%2Fb%3E")
+    assert "There is no component 999" in go(browser, world, "component.html#999")
+    for page in ("subcomponent.html", "index.html"):
+        (tmp_path / page).write_text((world.folder / page).read_text(encoding="utf-8"), encoding="utf-8")
+    text = go(browser, SimpleNamespace(folder=tmp_path), "index.html")
+    assert "cannot be shown" in text and "data/index.js is missing" in text
+
+
+@pytest.mark.parametrize("width", [360, 800])
+def test_nothing_is_wider_than_the_screen(browser, world, width):
+    browser.send("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=True)
+    for page in ("index.html", f"subcomponent.html#{FIRST}", "component.html#0"):
+        go(browser, world, page)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= width
+    browser.send("Emulation.clearDeviceMetricsOverride")
