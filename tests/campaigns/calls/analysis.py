@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 import tl_vpd
+from tests.campaigns.calls import edges
 from tests.campaigns.calls.kinds import (
     SEED,
     Kind,
@@ -33,12 +34,12 @@ from tests.campaigns.calls.kinds import (
 from tests.campaigns.calls.world import OUT, Call, Q, World, call, metric
 from tl_vpd import analysis
 
-ABLATIONS = ("zero", "mean", "resample", "stochastic", "adversarial")
+REFERENCES = ("zero", "mean", "resample", "corrupted")
 
 
 def calls(w: World) -> list[Call]:
     """The table."""
-    return [*_functions(w), *_circuits(w), *_configs(w), *_results(w)]
+    return [*_functions(w), *_circuits(w), *_configs(w), *_results(w), *edges.calls(w)]
 
 
 def config(kind: type, **settings: Any) -> tuple[Any, Kind]:
@@ -149,7 +150,7 @@ def _configs(w: World) -> list[Call]:
         **step,
         "lower_is_better": (False, boolean),
         "per_position": (False, boolean),
-        "reference": ("zero", choice("zero", "mean", "resample")),
+        "reference": ("zero", choice(*REFERENCES)),
         "among": (["blocks.0.*"], lambda v: True if v is None else (None if equal([], ())(v) else _texts(v))),
     }
     return [
@@ -187,7 +188,7 @@ def _configs(w: World) -> list[Call]:
         call(
             analysis.AuditConfig,
             **attack,
-            ablations=(["zero"], sequence(choice(*ABLATIONS))),
+            ablations=(["zero"], sequence(choice(*REFERENCES, "stochastic", "adversarial"))),
             budgets=([3], sequence(integer(1))),
             draws=(3, integer(1)),
             controls=(3, integer(0)),

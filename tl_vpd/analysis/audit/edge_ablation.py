@@ -23,7 +23,7 @@ from tl_vpd.adapters.edge_hooks import edge_hooks
 from tl_vpd.analysis.audit.ablate import AblatedModel
 from tl_vpd.analysis.audit.edge_set import EdgeSet, Reader
 
-TOLERANCE = 1e-2
+TOLERANCE = 5e-2
 """How far the sources' sum may be from the residual stream, relative to it, apart from a constant."""
 
 
