@@ -46,6 +46,7 @@ LEFT_OUT: dict[str, str] = {
             "Component",
             "ComponentActs",
             "DatasetGraph",
+            "EdgeScores",
             "Evaluation",
             "Footprint",
             "Harvest",
