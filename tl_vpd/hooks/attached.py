@@ -14,9 +14,8 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, Protocol, cast, runtime_checkable
@@ -25,8 +24,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from tl_vpd.adapters import Adapter, adapt
-from tl_vpd.adapters.changes import Change, Later, enter
+from tl_vpd.adapters import adapt
+from tl_vpd.adapters.changes import Later, enter
 from tl_vpd.checks import choice
 from tl_vpd.forward import SiteEdit, attachments
 from tl_vpd.forward.remains import clear
@@ -34,8 +33,9 @@ from tl_vpd.forward.target_check import accept_target, check_decomposition, chec
 from tl_vpd.forward.turns import turn, turns_of
 from tl_vpd.hooks import hook_points
 from tl_vpd.hooks.ablations import FwdHooks, Subcomponents, ablation_hooks, indices_by_site
-from tl_vpd.hooks.attachment import Attachment
+from tl_vpd.hooks.attachment import Attachment, check_layers, remove_unused
 from tl_vpd.hooks.hook_points import KINDS
+from tl_vpd.hooks.inside import Inside
 from tl_vpd.hooks.mask_spec import MaskFunction, MaskSpec
 from tl_vpd.hooks.positions import Positions
 from tl_vpd.importance import DecomposedWeights
@@ -99,9 +99,9 @@ class Attached:
         alone = turns_of(model).owner is not threading.current_thread()
         with turn(model):
             if (other := attachments.attached_to(model)) is not None:
-                _remove_unused(cast(Attachment, other))
+                remove_unused(cast(Attachment, other))
             adapter = adapt(model)
-            _check_layers(adapter)
+            check_layers(adapter)
             if alone and clear(adapter.modules()):  # what an interrupt has left, or the copy of a part
                 adapter.hook_points_changed()
             check_target(decomposition, adapter, check_weights=check_weights)
@@ -152,7 +152,7 @@ class Attached:
         sites: str | Sequence[str] | None = None,
         pos: Positions = None,
         **options: Unpack[ModeKeywords],
-    ) -> Inside:
+    ) -> Inside[Attached]:
         """Every call of the model inside runs masked. The innermost context counts.
 
         Args:
@@ -203,7 +203,7 @@ class Attached:
         sites: str | Sequence[str] | None = None,
         pos: Positions = None,
         **options: Unpack[ModeKeywords],
-    ) -> Inside:
+    ) -> Inside[Attached]:
         """Every call of the model inside runs with these subcomponents alone; the rest of every site is masked.
 
         Args:
@@ -233,12 +233,12 @@ class Attached:
         pos: Positions = None,
         amount: float = 1.0,
         values: Mapping[str, Tensor] | None = None,
-    ) -> Inside:
+    ) -> Inside[Attached]:
         """Every call of the model inside runs without these subcomponents; see ``ablation_hooks``."""
         hooks = ablation_hooks(self.decomposition, subcomponents, pos=pos, amount=amount, values=values)
         return Inside(self, partial(self._runs_with, hooks), "ablated")
 
-    def edited(self, edit: ChangesSites) -> Inside:
+    def edited(self, edit: ChangesSites) -> Inside[Attached]:
         """Every call of the model inside runs with edited weights, and nothing is written into the model.
 
         Edits of contexts around this one act as well. Under masks an edited write direction acts where its subcomponent's mask
@@ -295,66 +295,3 @@ class Attached:
 
     def _runs_with(self, hooks: FwdHooks, undo: Later) -> None:
         enter(undo, self.model.hooks(fwd_hooks=hooks))  # type: ignore[operator]
-
-
-class Inside(Change[Attached]):
-    """What ``masked``, ``keep_only``, ``ablated`` and ``edited`` give: a context, which acts on the calls of the model inside it.
-
-    Args:
-        attached: what ``with`` gives.
-        make: begins it.
-        method: that gives this, for a warning if it is never entered.
-    """
-
-    def __init__(self, attached: Attached, make: Callable[[Later], None], method: str) -> None:
-        super().__init__(partial(self._begin, attached, make))
-        self._method, self._entered = method, False
-
-    @staticmethod
-    def _begin(attached: Attached, make: Callable[[Later], None], undo: Later) -> Attached:
-        make(undo)
-        return attached
-
-    def __enter__(self) -> Attached:
-        if self._undos:
-            raise RuntimeError(
-                f"This {self._method}(...) is entered already: call {self._method} again for each block."
-            )
-        self._entered = True
-        return super().__enter__()
-
-    def __del__(self) -> None:
-        if not self._entered and not sys.is_finalizing():
-            warnings.warn(
-                f"attached.{self._method}(...) without `with` does nothing: write `with attached.{self._method}(...):` and call "
-                "the model inside.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        super().__del__()
-
-
-def _remove_unused(attachment: Attachment) -> None:
-    """Removes an attachment that nobody uses.
-
-    Raises:
-        ValueError: somebody does.
-    """
-    if attachment.passes.contexts or (attachment.user is not None and attachment.user() is not None):
-        raise ValueError(
-            "A decomposition is attached to this model already: detach it first, with "
-            "tl_vpd.hooks.attached_to(model).detach() if you have no name for it."
-        )
-    attachment.remove()
-
-
-def _check_layers(adapter: Adapter) -> None:
-    """Raises ValueError if layers of a model are those of another one that something is attached to."""
-    others = [a for a in attachments.all_attachments() if a.model is not adapter.model]
-    if others:
-        modules = {id(module) for module in adapter.modules()}
-        if any(id(module) in modules for other in others for module in other.model.modules()):
-            raise ValueError(
-                "This model has layers of another model that a decomposition is attached to: detach it there first, or use "
-                "copy.deepcopy(model)."
-            )

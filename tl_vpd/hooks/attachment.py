@@ -100,3 +100,29 @@ class Attachment:
     def paused(self) -> AbstractContextManager[None]:
         """Inside, the model runs as if nothing were attached, even from a hook in the middle of a forward pass."""
         return self.passes.paused()
+
+
+def remove_unused(attachment: Attachment) -> None:
+    """Removes an attachment that nobody uses.
+
+    Raises:
+        ValueError: somebody does.
+    """
+    if attachment.passes.contexts or (attachment.user is not None and attachment.user() is not None):
+        raise ValueError(
+            "A decomposition is attached to this model already: detach it first, with "
+            "tl_vpd.hooks.attached_to(model).detach() if you have no name for it."
+        )
+    attachment.remove()
+
+
+def check_layers(adapter: Adapter) -> None:
+    """Raises ValueError if layers of a model are those of another one that something is attached to."""
+    others = [a for a in attachments.all_attachments() if a.model is not adapter.model]
+    if others:
+        modules = {id(module) for module in adapter.modules()}
+        if any(id(module) in modules for other in others for module in other.model.modules()):
+            raise ValueError(
+                "This model has layers of another model that a decomposition is attached to: detach it there first, or use "
+                "copy.deepcopy(model)."
+            )
