@@ -27,6 +27,8 @@ def test_nodes_edges_and_hover_texts():
     assert data["labels"] == list(graph.labels)
     assert [e[2] for e in data["edges"]] == [-3, 2, -2, 1.5, 1, 1, -1, 0.5]
     assert data["y"][5] == 4 and data["x"][5] == 1 and data["y"][0] == 0
+    assert data["names"][5] == graph.logits[0].text and any(name.startswith("0 W_in:") for name in data["names"])
+    assert data["columns"][1].endswith("<br>1") and len(data["rows"]) == len(graph.names)
     about = data["about"][2]
     assert "−3 ← embed@1" in about and "−2 → blocks.0.mlp.W_in:9@1" in about and "importance 0.25" in about
     assert data["size"][5] == max(data["size"]) and data["color"][3] != data["color"][2]

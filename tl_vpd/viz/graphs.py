@@ -1,7 +1,7 @@
 """An interactive attribution graph: positions across, sites upwards, rendered by plotly inlined into the page.
 
-The page has plotly's script (4.8 MB) and the graph as data; ``_DRAW`` draws it, filters edges by weight, and traces what
-leads to and from a node that is clicked.
+The page has plotly's script (4.8 MB) and the graph as data; ``graph.js`` draws it, names its strongest nodes, filters edges by
+weight, searches, and traces what leads to and from a node.
 """
 
 from __future__ import annotations
@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import re
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from tl_vpd.analysis.graph import AttributionGraph
+from tl_vpd.analysis.graph.result import EMBEDDINGS, LOGITS
 from tl_vpd.analysis.harvest import Harvest
 from tl_vpd.checks import instance, integer, text_of
 from tl_vpd.viz.panel import Panel
@@ -21,72 +23,14 @@ from tl_vpd.viz.text import escape, for_plotly, for_script, number, spaced, visi
 HOW = (
     "Every circle is a subcomponent at a position (or an embedding, below, or a logit, above); its size grows with its influence "
     "on the logits, its colour with its importance. Every line is a direct effect: blue raises what it leads to, red lowers it; "
-    "the strongest are widest. Hover over a circle for its label, tokens and strongest edges; click it to see only what leads to "
-    "it and what it leads to, and click beside the circles to see all again. The slider leaves out weak edges.\n\n"
+    "the strongest are widest. The strongest circles in view have their names. Hover over a circle for its label, tokens and "
+    "strongest edges; click it to see only what leads to it and what it leads to, and click beside the circles to see all again. "
+    "The slider leaves out weak edges. Search by address or token, Enter goes to the next match. On the picture the keys + and - "
+    "zoom, 0 shows all, arrows move, n and p go to the next and previous node by influence, Escape ends a trace. The page's "
+    "address keeps the view.\n\n"
     "Edges are gradients times activations times importances with all other subcomponents constant: a first-order "
     "approximation, not an ablation. Nodes and edges left out of the picture are counted in its heading."
 )
-
-_DRAW = """
-window.tlVpdGraph = function (id, g) {
-  const place = document.getElementById(id), slider = document.getElementById(id + "-weight");
-  const caption = document.getElementById(id + "-caption");
-  let chosen = null;
-  place.style.height = g.layout.height + "px";
-  function reach(from, start, end) {
-    const visited = new Set([from]), waiting = [from];
-    while (waiting.length) {
-      const n = waiting.pop();
-      for (const e of shown()) if (g.edges[e][start] === n && !visited.has(g.edges[e][end])) {
-        visited.add(g.edges[e][end]); waiting.push(g.edges[e][end]);
-      }
-    }
-    return visited;
-  }
-  function shown() { return [...Array(Math.round(slider.value)).keys()]; }
-  function draw() {
-    let visible = shown(), nodes = null;
-    if (chosen !== null) {
-      const up = reach(chosen, 1, 0), down = reach(chosen, 0, 1);
-      nodes = new Set([...up, ...down]);
-      visible = visible.filter(e => (up.has(g.edges[e][0]) && up.has(g.edges[e][1])) ||
-                              (down.has(g.edges[e][0]) && down.has(g.edges[e][1])));
-    }
-    const traces = [], most = g.edges.length ? Math.abs(g.edges[0][2]) : 1;
-    const classes = [[0, .05, .6, .3], [.05, .25, 1.2, .5], [.25, 2, 2.4, .8]];
-    for (const sign of [1, -1]) for (const [low, high, width, opacity] of classes) {
-      const x = [], y = [];
-      for (const e of visible) {
-        const [s, t, w] = g.edges[e], share = Math.abs(w) / most;
-        if (Math.sign(w) === sign && share >= low && share < high) {
-          x.push(g.x[s], g.x[t], null); y.push(g.y[s], g.y[t], null);
-        }
-      }
-      traces.push({ x: x, y: y, mode: "lines", hoverinfo: "skip", showlegend: false, opacity: opacity,
-                    line: { width: width, color: sign > 0 ? g.positive : g.negative } });
-    }
-    traces.push({ x: g.x, y: g.y, mode: "markers", type: "scatter", text: g.about, hoverinfo: "text", showlegend: false,
-      marker: { size: g.size, color: g.color, line: { width: g.x.map((_, i) => i === chosen ? 3 : 1), color: "#1d2430" },
-                opacity: g.x.map((_, i) => nodes === null || nodes.has(i) ? 1 : .12) } });
-    Plotly.react(place, traces, g.layout, { displaylogo: false, responsive: true, scrollZoom: true, typesetMath: false,
-      modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]] });
-    const least = visible.length ? Math.abs(g.edges[visible[visible.length - 1]][2]) : 0;
-    caption.textContent = visible.length + " edges" + (visible.length ? ", the weakest " + least.toPrecision(2) : "") +
-      (chosen === null ? "" : "; traced from " + g.labels[chosen]);
-  }
-  draw();
-  slider.addEventListener("input", draw);
-  let onNode = false;
-  place.on("plotly_click", function (event) {
-    const point = event.points.find(p => p.data.mode === "markers");
-    if (point) { onNode = true; chosen = point.pointIndex === chosen ? null : point.pointIndex; draw(); }
-  });
-  place.addEventListener("click", function () {
-    if (!onNode && chosen !== null) { chosen = null; draw(); }
-    onNode = false;
-  });
-};
-"""
 
 
 @lru_cache(maxsize=1)
@@ -104,7 +48,8 @@ def _library() -> str:
     # The style sheet of maps, which nothing here draws, and which the pages' policy would refuse.
     code = re.sub(r'if\(!document\.getElementById\("[0-9a-f]{64}"\)\)', "if(false)", code)
     hidden = f"(function(define,module,exports){{{code}\n}}).call(window);"
-    return f"if(!window.Plotly){{{hidden}window.Plotly=window.Plotly||window.moduleName}}{_DRAW}"
+    draw = Path(__file__).with_name("graph.js").read_text(encoding="utf-8")
+    return f"if(!window.Plotly){{{hidden}window.Plotly=window.Plotly||window.moduleName}}{draw}"
 
 
 def graph(
@@ -147,7 +92,8 @@ def graph(
     body = (
         f'<h3>{escape(title)}</h3><p class="note">{heading}</p>'
         f'<p class="note"><label>edges <input type="range" id="{id_}-weight" min="1" max="{max(n_edges, 1)}" '
-        f'value="{min(n_edges, 400)}"></label> <span id="{id_}-caption"></span></p>'
+        f'value="{min(n_edges, 400)}"></label> <label>search <input type="search" id="{id_}-search" size="24"></label> '
+        f'<span id="{id_}-caption"></span></p>'
         f'<div id="{id_}"></div>'
     )
     call = f"tlVpdGraph({for_script(id_)}, {script})"
@@ -170,12 +116,16 @@ def _data(shown: AttributionGraph, most: int, harvest: Harvest | None) -> dict[s
         "x": x,
         "y": y,
         "labels": list(shown.labels),
+        "names": _names(shown),
+        "token": [visible(shown.words[pos]) for pos in shown.pos.tolist()],
         "edges": [[s, t, float(f"{w:.4g}")] for s, t, w in ends],
         "size": [round(s, 1) for s in size],
         "color": shades,
         "about": _about(shown, harvest),
         "positive": POSITIVE,
         "negative": NEGATIVE,
+        "rows": [for_plotly(_short(_site(name))) for name in shown.names],
+        "columns": [f"{for_plotly(_short(word, 9))}<br>{i}" for i, word in enumerate(shown.words)],
         "layout": _layout(shown),
     }
 
@@ -203,28 +153,40 @@ def _places(shown: AttributionGraph) -> tuple[list[float], list[float]]:
 
 
 def _layout(shown: AttributionGraph) -> dict[str, Any]:
-    names = [name.replace("blocks.", "").replace(".attn.", " ").replace(".mlp.", " ") for name in shown.names]
-    words = [f"{for_plotly(_short(word))}<br>{i}" for i, word in enumerate(shown.words)]
+    axis = {"zeroline": False, "gridcolor": "#eef0f4"}
     return {
-        "height": 120 + 46 * len(names),
-        "margin": {"l": 80, "r": 10, "t": 10, "b": 60},
+        "height": 120 + 46 * len(shown.names),
+        "margin": {"l": 90, "r": 10, "t": 10, "b": 60},
         "hovermode": "closest",
         "hoverlabel": {"align": "left", "bgcolor": "#fff", "font": {"size": 12}},
         "plot_bgcolor": "#fff",
         "dragmode": "pan",
-        "xaxis": {"tickvals": list(range(len(words))), "ticktext": words, "zeroline": False, "gridcolor": "#eef0f4"},
-        "yaxis": {
-            "tickvals": list(range(len(names))),
-            "ticktext": [for_plotly(_short(name)) for name in names],
-            "zeroline": False,
-            "gridcolor": "#eef0f4",
-        },
+        "xaxis": {**axis, "tickangle": 0},
+        "yaxis": axis,
     }
 
 
-def _short(text: str) -> str:
-    """The beginning of a text that labels an axis."""
-    return spaced(text if len(text) <= 24 else f"{text[:22]}…")
+def _site(name: str) -> str:
+    """``1 W_Q`` for ``blocks.1.attn.W_Q``."""
+    return name.replace("blocks.", "").replace(".attn.", " ").replace(".mlp.", " ")
+
+
+def _names(shown: AttributionGraph) -> list[str]:
+    """What stands above each node: ``1 W_Q:12`` for a subcomponent, the token for a logit; an embedding's is on the axis."""
+    names, logits = [], iter(shown.logits)
+    for kind, index in zip(shown.kind.tolist(), shown.index.tolist(), strict=True):
+        if shown.names[kind] == LOGITS:
+            names.append(_short(visible(next(logits).text)))
+        elif shown.names[kind] == EMBEDDINGS:
+            names.append("")
+        else:
+            names.append(f"{_site(shown.names[kind])}:{index}")
+    return [for_plotly(name) for name in names]
+
+
+def _short(text: str, most: int = 24) -> str:
+    """The beginning of a text that labels an axis or a node."""
+    return spaced(text if len(text) <= most else f"{text[: most - 2]}…")
 
 
 def _about(shown: AttributionGraph, harvest: Harvest | None) -> list[str]:

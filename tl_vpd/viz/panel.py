@@ -105,7 +105,7 @@ def _document(panels: Sequence[Panel], title: str, introduction: str) -> str:
     return "\n".join(
         [
             "<!DOCTYPE html>",
-            '<html lang="en"><head><meta charset="utf-8">',
+            '<html lang="en" data-page="tlvpd"><head><meta charset="utf-8">',
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title><style>{_PAGE_STYLE}</style>",
@@ -130,11 +130,13 @@ def _scripts(codes: Sequence[str]) -> str:
 def _policy(codes: Sequence[str]) -> str:
     """What a browser lets a page do: run these scripts and apply its style sheet, nothing else, and fetch nothing.
 
-    Text that reached the page as markup would have no effect. The empty style sheet is plotly's, which fills it by rules.
+    Text that reached the page as markup would have no effect. Images are those that a script makes to save a picture. The empty
+    style sheet is plotly's, which fills it by rules.
     """
     scripts = " ".join(dict.fromkeys(_hash(code) for code in codes)) or "'none'"
     styles = f"{_hash(_PAGE_STYLE)} {_hash('')}"
-    return f"default-src 'none'; script-src {scripts}; style-src {styles}; base-uri 'none'; form-action 'none'"
+    rules = ["default-src 'none'", "img-src data: blob:", f"script-src {scripts}", f"style-src {styles}"]
+    return "; ".join([*rules, "base-uri 'none'", "form-action 'none'"])
 
 
 def _hash(code: str) -> str:
