@@ -27,10 +27,10 @@ def attributions(
     return torch.stack(terms).sum(0).square().mean(0).sqrt()
 
 
-def batch_top_k(values: Float[Tensor, "batch pos C"], k: float) -> Bool[Tensor, "batch pos C"]:
+def batch_top_k(values: Float[Tensor, "*batch C"], k: float) -> Bool[Tensor, "*batch C"]:
     """True at the ``k`` largest per input, on average over the batch."""
     count = max(1, min(round(k * values[..., 0].numel()), values.numel()))
-    chosen = torch.zeros(values.numel(), dtype=torch.bool)
+    chosen = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
     chosen[values.flatten().topk(count).indices] = True
     return chosen.view(values.shape)
 

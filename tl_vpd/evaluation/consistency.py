@@ -13,7 +13,8 @@ by as many random ones (normal directions of V and U): in few dimensions chance 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 import torch
@@ -81,14 +82,30 @@ def consistency(
     for name in one.sites:
         V, U = _vectors(one, name, None if alive is None else alive[0])
         other_V, other_U = _vectors(other, name, None if alive is None else alive[1])
-        cosines = _both_ways(V, U, other_V, other_U)
-        generator = torch.Generator().manual_seed(seed)
-        chance = [_both_ways(V, U, _like(other_V, generator), _like(other_U, generator)) for _ in range(BASELINES)]
-        row: dict[str, float | str | int] = {"site": name, "C": V.shape[1], "C_other": other_V.shape[1]}
-        for name_of_measure in MEASURES:
-            row[name_of_measure] = cosines[name_of_measure]
-            row[f"{name_of_measure}_random"] = sum(c[name_of_measure] for c in chance) / BASELINES
-        rows.append(row)
+        rows.append({"site": name, **row_of(V, U, other_V, other_U, seed=seed)})
+    return mean_of_rows(rows)
+
+
+def row_of(
+    V: Float[Tensor, "d_in C"],
+    U: Float[Tensor, "C d_out"],
+    other_V: Float[Tensor, "d_in K"],
+    other_U: Float[Tensor, "K d_out"],
+    *,
+    seed: int,
+) -> dict[str, float | int]:
+    """A row of the table: both counts, and every mean max cosine next to its random baseline."""
+    cosines, generator = _both_ways(V, U, other_V, other_U), torch.Generator().manual_seed(seed)
+    chance = [_both_ways(V, U, _like(other_V, generator), _like(other_U, generator)) for _ in range(BASELINES)]
+    row: dict[str, float | int] = {"C": V.shape[1], "C_other": other_V.shape[1]}
+    for name in MEASURES:
+        row[name] = cosines[name]
+        row[f"{name}_random"] = sum(c[name] for c in chance) / BASELINES
+    return row
+
+
+def mean_of_rows(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The table of these rows, with their mean as the last."""
     table = pd.DataFrame(rows).set_index("site")
     columns = [c for c in table.columns if not c.startswith("C")]
     mean = table[columns].mean().to_frame("mean").T

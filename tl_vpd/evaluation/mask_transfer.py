@@ -69,14 +69,16 @@ def mask_transfer(sample: Sample, *, threshold: float = 0.0, single_sites: bool 
 
 
 def clean_input_output(sample: Sample, batch: Batch, masks: Masks) -> Tensor:
-    """The output on a batch when every site is masked and every layer reads the target's residual stream."""
+    """The output on a batch when sites are masked and each of their layers reads the target's residual stream."""
     masked_model, rows = sample.masked_model, batch.rows
     clean: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, x: Tensor, y: Tensor) -> None:
         clean[name] = x, y
 
-    def replace(name: str, x: Tensor, y: Tensor) -> Tensor:
+    def replace(name: str, x: Tensor, y: Tensor) -> Tensor | None:
+        if name not in masks:
+            return None
         if masked_model.weights.sites[name].short in READERS:
             x, y = clean[name]
         return masked_model.product(name, x, y).masked(masks[name])

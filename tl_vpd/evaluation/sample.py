@@ -20,6 +20,7 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor, nn
 
+from tl_vpd.adapters import Adapter
 from tl_vpd.checks import instance, integer, seed_of
 from tl_vpd.components import Components
 from tl_vpd.decomposition import Decomposition
@@ -124,10 +125,11 @@ class Sample:
     def batches(self) -> Iterator[Batch]:
         """All batches in turn, each kept in memory only if it fits into the store."""
         for where in self.row_slices:
-            yield self.store.get(self.rows.take(where), self._batch)
+            yield self.store.get(self.rows.take(where), self.batch)
 
     @measure
-    def _batch(self, rows: Rows) -> Batch:
+    def batch(self, rows: Rows) -> Batch:
+        """Rows after a clean pass, with their importances."""
         output, inputs = self.clean(rows)
         return Batch(
             rows,
@@ -247,7 +249,7 @@ def sampled(
         if not isinstance(decomposition, Decomposition):
             raise TypeError(f"A {type(decomposition).__name__} has no Γ: pass importances=.")
         importances = learned(decomposition)
-    rows = rows_of(masked_model, tokens)
+    rows = all_rows(masked_model.adapter, tokens)
     store = BatchStore(keep_bytes)
     try:
         yield Sample(masked_model, importances, rows, batch_size, seed, store)
@@ -255,10 +257,10 @@ def sampled(
         store.clear()
 
 
-def rows_of(masked_model: MaskedModel, tokens: Any) -> Rows:
+def all_rows(adapter: Adapter, tokens: Any) -> Rows:
     """Prompts or inputs as rows, without rows of padding only."""
-    rows = masked_model.adapter.tokens(tokens)
-    token_mask = masked_model.adapter.padding(rows, None)
+    rows = adapter.tokens(tokens)
+    token_mask = adapter.padding(rows, None)
     every = Rows(rows, token_mask, list(range(len(rows))))
     if token_mask is None or bool(token_mask.any(1).all()):
         return every

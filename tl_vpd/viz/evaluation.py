@@ -93,13 +93,13 @@ def panels(report: Evaluation) -> list[Panel]:
     for name, (caption, note) in TABLES.items():
         if tables.get(name):
             rows = pd.DataFrame(tables[name])
-            result.append(table(_side_by_side(rows) if name == "hidden" else _with_ranges(rows), caption, note=note))
+            result.append(table(_side_by_side(rows) if name == "hidden" else with_ranges(rows), caption, note=note))
     if record["pgd_kl"]:
         attacks = report.pgd_table().reset_index().rename(columns={"low": "kl_low", "high": "kl_high"})
         attacks["starts"] = [
             ", ".join("–" if v is None else f"{v:.3g}" for v in starts) for starts in attacks["starts"]
         ]
-        result.append(table(_with_ranges(attacks), "The standard adversary", note=_attacked(record)))
+        result.append(table(with_ranges(attacks), "The standard adversary", note=_attacked(record)))
     result.append(table(report.sites_table().rename_axis("site"), "Sites"))
     return result
 
@@ -157,7 +157,7 @@ def _side_by_side(df: pd.DataFrame) -> pd.DataFrame:
     return wide.dropna(how="all").reset_index().rename_axis(columns=None)
 
 
-def _with_ranges(df: pd.DataFrame) -> pd.DataFrame:
+def with_ranges(df: pd.DataFrame) -> pd.DataFrame:
     """Low and high as one column, each measure beside its range; the kind of pieces only where there are several."""
     if "pieces" in df and df["pieces"].nunique() == 1:
         df = df.drop(columns="pieces")

@@ -29,6 +29,7 @@ CONFIGS = (
     tl_vpd.VPDConfig,
     baselines.APDConfig,
     baselines.SPDConfig,
+    baselines.TranscoderConfig,
 )
 
 

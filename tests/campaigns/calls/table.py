@@ -14,10 +14,24 @@ from tests.campaigns.calls import (
     pictures,
     targeted,
     training,
+    transcoders,
 )
 from tests.campaigns.calls.world import Call, World
 
-ROOMS = (hooks, analysis, harvests, clustering, attention, evaluation, nulls, pictures, training, targeted, configs)
+ROOMS = (
+    hooks,
+    analysis,
+    harvests,
+    clustering,
+    attention,
+    evaluation,
+    nulls,
+    pictures,
+    training,
+    targeted,
+    transcoders,
+    configs,
+)
 
 
 def calls(w: World) -> list[Call]:
