@@ -11,6 +11,7 @@ and what they put at the top, are loaded when they are first used.
 import importlib
 from typing import Any
 
+import tl_vpd.openmp  # noqa: F401  # first: what it sets is read when PyTorch is loaded
 from tl_vpd.adapters import Unsupported, sites
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import Attached, CausalImportances

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from tests.tiny import draw
 from tl_vpd.forward import PassMasks
+from tl_vpd.masking.routing import Routing
 from tl_vpd.site import ConcatenatedAxis
 
 AXIS = ConcatenatedAxis({"a": 5, "b": 3, "c": 4})
@@ -49,9 +51,8 @@ def chain(t: dict[str, Tensor], product: Callable[[str, Tensor, Tensor], Tensor]
     return (x * draw(BATCH, POS, 4, seed=50)).sum()
 
 
-def routing_of(share: float, seed: int) -> dict[str, Tensor]:
+def routing_of(share: float, seed: int) -> Routing:
     """Random routing of every site; at least one token is not routed."""
-    routing = {name: draw(BATCH, POS, seed=seed + 60 + i) < share for i, name in enumerate(SHAPES)}
-    for routed in routing.values():
-        routed[0, 0] = False
-    return routing
+    routed = torch.stack([draw(BATCH, POS, seed=seed + 60 + i) < share for i in range(len(SHAPES))], dim=1)
+    routed[0, :, 0] = False
+    return Routing(tuple(SHAPES), routed)

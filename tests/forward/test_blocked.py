@@ -18,7 +18,7 @@ SOURCE_ROWS = (draw(TOKENS, seed=70) * POOL).long()
 """Which of three pooled sources each token uses."""
 
 
-def pass_of(t, routing=None, pooled=False, first=None, squash=None):
+def pass_of(t, routing=None, pooled=False, squash=None, source_rows=SOURCE_ROWS, first=None, attacked=None):
     """A pass that leaves the gradients of g and of the sources (or the first of them) where those of the leaves are."""
     t["g"].grad, t["sources"].grad = torch.zeros_like(t["g"]), torch.zeros_like(t["sources"])
     return BlockedMasks(
@@ -26,9 +26,10 @@ def pass_of(t, routing=None, pooled=False, first=None, squash=None):
         t["sources"],
         AXIS,
         routing,
-        source_rows=SOURCE_ROWS if pooled else None,
+        source_rows=source_rows if pooled else None,
         grad_g=t["g"].grad,
         grad_sources=t["sources"].grad[:first],
+        attacked=attacked,
         squash=squash,
     )
 
@@ -67,16 +68,21 @@ def test_gradients_of_importances_add_up_over_passes():
     assert_close(t["g"].grad, 2 * once)
 
 
+@pytest.mark.parametrize("block", [8, 1 << 16])
 @pytest.mark.parametrize("routed", [False, True])
-def test_gradients_of_the_first_sources_alone(routed):
-    """Tokens that use later sources add nothing, as in a pass with attacked and stochastic rows."""
+@pytest.mark.parametrize("pooled", [False, True])
+def test_gradients_of_the_attacked_rows_sources_alone(pooled, routed, block, monkeypatch):
+    """Tokens of later rows, which use later sources, add nothing, as in a pass with attacked and stochastic rows."""
+    monkeypatch.setattr(module, "BLOCK", block)
     routing = routing_of(0.5, seed=0) if routed else None
-    every, two = (leaves(pooled=True, bias=False, seed=0) for _ in range(2))
-    for t, first in ((every, None), (two, 2)):
-        chain(t, of_pass(pass_of(t, routing, pooled=True, first=first), t)).backward()
-    assert_close(two["sources"].grad[:2], every["sources"].grad[:2])
-    assert bool((two["sources"].grad[2] == 0).all()) and bool((every["sources"].grad[2] != 0).any())
-    assert_close(two["g"].grad, every["g"].grad)
+    n = 2 if pooled else POS  # the first row uses two of the pool's sources, the second the third
+    source_rows = torch.cat([SOURCE_ROWS[:POS] % 2, torch.full((TOKENS - POS,), 2)])
+    every, first = (leaves(pooled, bias=False, seed=0) for _ in range(2))
+    for t, options in ((every, {}), (first, {"first": n, "attacked": 1})):
+        chain(t, of_pass(pass_of(t, routing, pooled, source_rows=source_rows, **options), t)).backward()
+    assert_close(first["sources"].grad[:n], every["sources"].grad[:n])
+    assert bool((first["sources"].grad[n:] == 0).all()) and bool((every["sources"].grad[n:] != 0).any())
+    assert_close(first["g"].grad, every["g"].grad)
 
 
 def test_a_pass_over_one_site_leaves_the_gradients_of_the_others_at_zero():

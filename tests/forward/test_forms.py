@@ -43,7 +43,6 @@ def traceable(t, routing, source_rows):
     if routing is None:
         return TraceableMasks.from_sources(t["g"], sources.view(BATCH, POS, -1), AXIS)
     stacked = assign_slots(torch.stack([routed.flatten() for routed in routing.values()]), TOKENS - 1)
-    assert stacked is not None
     slots = {name: Slots(*(tensor[i] for tensor in stacked)) for i, name in enumerate(SHAPES)}
     g, delta_at = t["g"].flatten(0, 1), AXIS.total
     masks = {

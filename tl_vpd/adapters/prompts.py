@@ -48,7 +48,7 @@ class Prompts:
         tokens = self._text(prompts) if is_text(prompts) else integers(prompts)
         tokens = tokens[None] if tokens.ndim == 1 else tokens
         check_tokens(tokens, d_vocab=self.model.cfg.d_vocab, n_ctx=self.model.cfg.n_ctx)
-        return savable(tokens).to(self.device)
+        return to_device(savable(tokens), self.device)
 
     def _text(self, prompts: Any) -> Tensor:
         """Text as tokens."""
@@ -123,7 +123,7 @@ class Prompts:
         """The mask on the model's device, None if nothing is padding."""
         if token_mask is None or bool(token_mask.all()):
             return None
-        return savable(token_mask).to(self.device)
+        return to_device(savable(token_mask), self.device)
 
     def _pads_left(self) -> bool:
         return getattr(self.model.tokenizer, "padding_side", "right") == "left"
@@ -162,6 +162,13 @@ def without_false_padding(token_mask: Bool[Tensor, "batch pos"], *, left: bool) 
     token_mask = token_mask.clone()
     token_mask[~token_mask.any(-1), -1 if left else 0] = True
     return token_mask
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. From the CPU to a GPU it goes by pinned memory, for which nobody waits."""
+    if tensor.device.type != "cpu" or device.type in ("cpu", "mps"):
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def savable(value: Any) -> Any:

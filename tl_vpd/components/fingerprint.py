@@ -32,15 +32,17 @@ class Fingerprint(BaseModel):
 
     @classmethod
     def of(cls, W: Float[Tensor, "d_in d_out"]) -> Fingerprint:
-        """The fingerprint of a weight, computed in float64."""
+        """The fingerprint of a weight, computed in float64 where the weight is."""
         # NumPy guarantees RandomState's stream, so that every later version recognises the files of this one.
         draw = np.random.RandomState(0)
         left = torch.from_numpy(draw.standard_normal((PROJECTIONS, W.shape[0])))
         right = torch.from_numpy(draw.standard_normal((PROJECTIONS, W.shape[1])))
-        exact = W.detach().to(device="cpu", dtype=torch.float64)
-        norm = float(exact.norm())
-        projections = torch.einsum("ki,io,ko->k", left, exact, right) / max(norm, 1e-300)
-        return cls(norm=norm, projections=tuple(projections.tolist()))
+        device = torch.device("cpu") if W.device.type == "mps" else W.device  # which has no float64
+        exact = W.detach().to(device=device, dtype=torch.float64)
+        norm = exact.norm()
+        projections = torch.einsum("ki,io,ko->k", left.to(device), exact, right.to(device)) / norm.clamp(min=1e-300)
+        numbers = torch.cat([norm.reshape(1), projections]).tolist()
+        return cls(norm=numbers[0], projections=tuple(numbers[1:]))
 
     def mismatch(self, other: Fingerprint) -> float:
         """The largest difference of a projection, or the relative difference of the norms if that is larger."""

@@ -16,16 +16,17 @@ tensor of the size of ∂m is ever made (``tl_vpd.forward.site_columns``).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tl_vpd.forward.site_columns import Rows, SiteColumns
 from tl_vpd.importance.squash import Squash
+from tl_vpd.masking.routing import Routing
 from tl_vpd.site import ConcatenatedAxis
 
 BLOCK = 1 << 16
@@ -40,11 +41,13 @@ class BlockedMasks:
         values: importances of all sites, concatenated; or, with ``squash``, the pre-sigmoid values they are made from.
         sources: in [0, 1], concatenated, Δ's behind.
         site_axis: the sites on the last axis.
-        routing: by site, where the masked path is computed (None: everywhere).
+        routing: where the masked path is computed (None: everywhere).
         source_rows: the row of the sources that each token uses, tokens in the order of the values' rows (None: the same row).
         grad_g: where backward adds the gradient of the importances (None: it is not computed).
-        grad_sources: where backward leaves the gradient of the sources, or of the first of them: zero at the start, and right
-            after one backward (None: it is not computed).
+        grad_sources: where backward leaves the gradient of the sources: zero at the start, and right after one backward (None: it
+            is not computed).
+        attacked: the first rows of the batch, whose sources get a gradient; ``grad_sources`` is then of the sources that they
+            use, which are the first ones (None: all rows).
         sites: the sites that are masked (None: all).
         squash: makes importances from pre-sigmoid values in each product, so that no tensor of them is stored (None: the values
             are importances); ``grad_g`` is the gradient of the importances all the same.
@@ -58,17 +61,18 @@ class BlockedMasks:
         values: Float[Tensor, "*batch C_total"],
         sources: Float[Tensor, "rows C_and_deltas"],
         site_axis: ConcatenatedAxis,
-        routing: Mapping[str, Bool[Tensor, "*batch"]] | None = None,
+        routing: Routing | None = None,
         *,
         source_rows: Int[Tensor, " tokens"] | None = None,
         grad_g: Float[Tensor, "*batch C_total"] | None = None,
         grad_sources: Float[Tensor, "first C_and_deltas"] | None = None,
+        attacked: int | None = None,
         sites: Collection[str] | None = None,
         squash: Squash | None = None,
     ) -> None:
         self.sites = site_axis.slices.keys() if sites is None else sites
         self.site_axis, self.routing, self.source_rows = site_axis, routing, source_rows
-        self.batch = values.shape[:-1]
+        self.batch, self.attacked = values.shape[:-1], attacked
         self.values, self.squash, self.sources = values.detach().flatten(0, -2), squash, sources.detach()
         self.grad_g = None if grad_g is None else grad_g.flatten(0, -2)
         self.grad_sources = grad_sources
@@ -93,7 +97,8 @@ class BlockedMasks:
 
     def mask(self, name: str) -> tuple[Float[Tensor, "*batch C"], Float[Tensor, "*batch"]]:
         """One site's mask and Δ's as whole tensors, for layouts that ``product`` does not compute."""
-        mask, delta = _WholeMask.apply(self.handle, self.columns(name))
+        n = None if self.attacked is None else self.attacked * self.batch[1:].numel()
+        mask, delta = _WholeMask.apply(self.handle, self.columns(name), n)
         return mask.view(*self.batch, -1), delta.view(self.batch)
 
     def product(
@@ -106,14 +111,18 @@ class BlockedMasks:
         bias: Float[Tensor, " d_out"] | None,
     ) -> Float[Tensor, "*batch d_out"]:
         """The site's masked output from the output y that the model computed and its input x."""
-        routed = None if self.routing is None else self.routing[name].reshape(-1).nonzero().squeeze(1)
+        routed = None if self.routing is None else self.routing.tokens[name]
+        n = self.attacked
+        if n is not None:
+            n = n * self.batch[1:].numel() if self.routing is None else self.routing.counts_of([name], slice(n))[0]
         flat = y.flatten(0, -2), x.flatten(0, -2)
-        output: Tensor = _BlockedProduct.apply(self.handle, *flat, V, U, bias, routed, self.columns(name))
+        output: Tensor = _BlockedProduct.apply(self.handle, *flat, V, U, bias, routed, self.columns(name), n)
         return output.view(y.shape)
 
 
 class _BlockedProduct(torch.autograd.Function):
-    """One site's masked output. Tensors are ``[tokens, ...]``; ``routed`` are the indices of the masked tokens (None: all)."""
+    """One site's masked output. Tensors are ``[tokens, ...]``; ``routed`` are the indices of the masked tokens (None: all), of
+    which the first n are attacked (None: all)."""
 
     @staticmethod
     def forward(
@@ -126,6 +135,7 @@ class _BlockedProduct(torch.autograd.Function):
         bias: Tensor | None,
         routed: Tensor | None,
         columns: SiteColumns,
+        n: int | None,
     ) -> Tensor:
         rows: Rows = ALL if routed is None else routed
         low, ctx.x_dtype = y.dtype, x.dtype
@@ -139,7 +149,7 @@ class _BlockedProduct(torch.autograd.Function):
         output.addmm_(coefficients, U.to(low))
         # V and U as they are stored, not their casts: where they are sharded, only these are freed after forward.
         ctx.save_for_backward(y if columns.grad_sources is not None else None, x, acts, V, U, bias, routed)
-        ctx.columns = columns
+        ctx.columns, ctx.n = columns, n
         return output if routed is None else y.index_copy(0, routed, output)
 
     @staticmethod
@@ -162,12 +172,12 @@ class _BlockedProduct(torch.autograd.Function):
                 torch.mul(acts[block], difference, out=coefficients[block])
             if columns.needs_gradients:
                 grad_mask = grad_acts[block].to(full) * acts[block].to(full)
-                columns.add_mask_gradient(at, grad_mask)
+                columns.add_mask_gradient(at, grad_mask, _inside(block, ctx.n))
                 if grad_delta is not None:
                     grad_delta[block] -= grad_mask.sum(-1)
             grad_acts[block].mul_(difference)
         if grad_delta is not None:
-            columns.add_delta_gradient(rows, grad_delta)
+            columns.add_delta_gradient(rows, grad_delta, ctx.n)
         grad_y = grad_x = None
         if y_needs:
             grad_y = grad_rows * delta.to(low)
@@ -181,7 +191,7 @@ class _BlockedProduct(torch.autograd.Function):
             None if grad_x is None else grad_x.to(ctx.x_dtype),
             (x[rows].T @ grad_acts).to(V) if V_needs else None,
             None if coefficients is None else (coefficients.T @ grad_rows).to(U),
-            *[None] * 3,
+            *[None] * 4,
         )
 
 
@@ -189,16 +199,21 @@ class _WholeMask(torch.autograd.Function):
     """A site's mask and Δ's, whose gradients go where those of ``_BlockedProduct`` go."""
 
     @staticmethod
-    def forward(ctx: Any, handle: Tensor, columns: SiteColumns) -> tuple[Tensor, Tensor]:
-        ctx.columns = columns
+    def forward(ctx: Any, handle: Tensor, columns: SiteColumns, n: int | None) -> tuple[Tensor, Tensor]:
+        ctx.columns, ctx.n = columns, n
         return columns.mask(ALL), columns.delta(ALL).squeeze(1).clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_mask: Tensor, grad_delta: Tensor) -> tuple[None, None]:  # type: ignore[override]
-        ctx.columns.add_mask_gradient(ALL, grad_mask)
-        ctx.columns.add_delta_gradient(ALL, grad_delta)
-        return None, None
+    def backward(ctx: Any, grad_mask: Tensor, grad_delta: Tensor) -> tuple[None, None, None]:  # type: ignore[override]
+        ctx.columns.add_mask_gradient(ALL, grad_mask, ctx.n)
+        ctx.columns.add_delta_gradient(ALL, grad_delta, ctx.n)
+        return None, None, None
+
+
+def _inside(block: slice, n: int | None) -> int | None:
+    """How many tokens of a block are among the first n (None: all)."""
+    return None if n is None else min(max(n - block.start, 0), block.stop - block.start)
 
 
 def _blocks(acts: Tensor, routed: Tensor | None) -> Iterator[tuple[slice, Rows]]:

@@ -70,45 +70,40 @@ class SiteColumns:
         """``m − m_Δ`` of tokens."""
         return self.mask(rows).sub_(self.delta(rows))
 
-    def add_mask_gradient(self, rows: Rows, grad_mask: Float[Tensor, "rows C"]) -> None:
-        """Passes ∂m of tokens on to ∂g and ∂r."""
+    def add_mask_gradient(self, rows: Rows, grad_mask: Float[Tensor, "rows C"], n: int | None = None) -> None:
+        """Passes ∂m of tokens on to ∂g, and of the first n of them to ∂r (None: of all)."""
         if self.grad_g is not None:
             if isinstance(rows, slice):
                 self.grad_g[rows].add_(grad_mask).addcmul_(grad_mask, self.r(rows), value=-1)
             else:
                 self.grad_g.index_add_(0, rows, torch.addcmul(grad_mask, grad_mask, self.r(rows), value=-1))
-        if self.grad_sources is not None:
-            target = self.grad_sources[0]
+        if self.grad_sources is not None and n != 0:
+            target, (rows, grad_mask) = self.grad_sources[0], _first(rows, grad_mask, n)
             if isinstance(rows, slice) and self.source_rows is None:  # straight into place
-                first, grad_mask = _first(rows, grad_mask, len(target))
-                torch.addcmul(grad_mask, grad_mask, self.g(first), value=-1, out=target[first])
+                torch.addcmul(grad_mask, grad_mask, self.g(rows), value=-1, out=target[rows])
             else:
                 self._add(target, rows, torch.addcmul(grad_mask, grad_mask, self.g(rows), value=-1))
 
-    def add_delta_gradient(self, rows: Rows, grad_delta: Float[Tensor, " rows"]) -> None:
-        """Passes ∂m_Δ of tokens on."""
+    def add_delta_gradient(self, rows: Rows, grad_delta: Float[Tensor, " rows"], n: int | None = None) -> None:
+        """Passes ∂m_Δ of tokens on, of the first n of them (None: of all)."""
         if self.grad_sources is not None:
-            self._add(self.grad_sources[1], rows, grad_delta)
+            self._add(self.grad_sources[1], *_first(rows, grad_delta, n))
 
     def _source_rows(self, rows: Rows) -> Rows:
         return rows if self.source_rows is None else self.source_rows[rows]
 
     def _add(self, target: Tensor, rows: Rows, gradient: Tensor) -> None:
-        """Adds to the source rows that tokens use; rows past the end of ``target`` need no gradient."""
+        """Adds to the source rows that tokens use."""
         rows = self._source_rows(rows)
-        if len(target) < len(self.sources):
-            rows, gradient = _first(rows, gradient, len(target))
         if self.source_rows is not None and isinstance(rows, Tensor):
             target.index_add_(0, rows, gradient)
         else:
             target[rows] = gradient
 
 
-def _first(rows: Rows, gradient: Tensor, n: int) -> tuple[Rows, Tensor]:
-    """Those rows that are among the first n, and their gradients."""
-    if isinstance(rows, Tensor):
-        inside = rows < n
-        return rows[inside], gradient[inside]
-    start = rows.start or 0
-    stop = max(start, n if rows.stop is None else min(rows.stop, n))
-    return slice(start, stop), gradient[: stop - start]
+def _first(rows: Rows, gradient: Tensor, n: int | None) -> tuple[Rows, Tensor]:
+    """The first n of some tokens (None: all), and their gradients."""
+    if n is None:
+        return rows, gradient
+    start = 0 if isinstance(rows, Tensor) else rows.start or 0
+    return rows[:n] if isinstance(rows, Tensor) else slice(start, start + n), gradient[:n]

@@ -6,8 +6,6 @@ tokens that are expected to be routed; the rest hold tokens that are not routed,
 >>> routing = torch.tensor([[True, False, True]])
 >>> [at.tolist() for at in assign_slots(routing, 2)[:2]]
 [[[0, 2]], [[0, 0, 1]]]
->>> assign_slots(routing, 1) is None
-True
 """
 
 from __future__ import annotations
@@ -49,10 +47,8 @@ class Slots(NamedTuple):
         return torch.where(self.routed[:, None], by_slot[self.slot], 0)
 
 
-def assign_slots(routing: Bool[Tensor, "site tokens"], n: int) -> Slots | None:
-    """Slots of sites, in tensors with sites first; None if a site has more than n routed tokens."""
-    if int(routing.sum(1).max()) > n:
-        return None
+def assign_slots(routing: Bool[Tensor, "site tokens"], n: int) -> Slots:
+    """Slots of sites, in tensors with sites first; no site may have more than n routed tokens."""
     token = (~routing).byte().argsort(dim=1, stable=True)[:, :n]
     slot = (routing.cumsum(1) - 1).clamp_(min=0)
     return Slots(token.contiguous(), slot, routing)

@@ -253,5 +253,6 @@ def constant_masks(
             raise ValueError("delta is on the meta device, without numbers, or sparse: give a plain tensor.")
     else:
         delta = factor_of("delta", delta)
-    factor = torch.as_tensor(delta, dtype=mask.dtype, device=mask.device).expand(mask.shape[:-1])
+        delta = torch.full((), delta, dtype=mask.dtype, device=mask.device)
+    factor = delta.to(mask).expand(mask.shape[:-1])
     return Masks({name: SiteMask(site_mask, factor) for name, site_mask in site_axis.split_sites(mask).items()})

@@ -69,8 +69,7 @@ class PersistentSources:
         step = lr * scale / (1 - self.betas[0] ** self.updates)
         tensors = self.values[rows], self.first[rows], self.second[rows], gradient
         if by is not None:
-            numbers = torch.tensor([step, self.eps * scale], dtype=gradient.dtype, device=gradient.device)
-            by(*tensors, *numbers.unbind())
+            by(*tensors, *(gradient.new_full((), number) for number in (step, self.eps * scale)))
             return
         if not tensors[0].is_contiguous():  # of some slots
             self.ascended(*tensors, step, self.eps * scale)

@@ -10,6 +10,7 @@ import torch
 
 from tl_vpd.checks import check_fields, number
 from tl_vpd.training.memory import machine_memory
+from tl_vpd.training.precision import has_bfloat16
 
 ROWS, WIDTH = 512, 768
 """The product that is timed is as large as those of a small model's step: ``[ROWS, WIDTH] @ [WIDTH, WIDTH]``."""
@@ -25,7 +26,7 @@ class Machine:
     Attributes:
         tflops: 10¹² FLOP of matrix products in float32 that a device computes per second.
         memory: bytes of a device (0: unknown).
-        bfloat16: how many times as fast products in bfloat16 are (None: not known).
+        bfloat16: how many times as fast products in bfloat16 are (None: not known, or there are no instructions for them).
         timed: whether it is this machine, whose products were timed.
     """
 
@@ -44,7 +45,7 @@ class Machine:
     def here(cls, device: torch.device | str = "cpu") -> Machine:
         """This machine, with one of its devices."""
         tflops = matrix_tflops(device)
-        faster = matrix_tflops(device, torch.bfloat16) / tflops
+        faster = matrix_tflops(device, torch.bfloat16) / tflops if has_bfloat16(device) else None
         return cls(tflops, machine_memory(device), faster, timed=True)
 
 

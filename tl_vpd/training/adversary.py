@@ -14,7 +14,7 @@ from torch import Tensor
 from tl_vpd.masking import PersistentSources, rows_of_slots
 from tl_vpd.masking.persistent import Rows
 from tl_vpd.training.engine import CleanForward, EagerEngine, MaskInputs
-from tl_vpd.training.micro_batch import MicroBatch, select_rows
+from tl_vpd.training.micro_batch import MicroBatch
 from tl_vpd.training.step_samples import StepSamples, routed_share
 
 
@@ -35,7 +35,7 @@ class Adversary:
         values = self.sources.values[self._rows(micro_batch)]
         slots = samples.slots
         source_rows = None if slots is None else rows_of_slots(slots[micro_batch.attacked], values.shape[1])
-        routing = select_rows(samples.adversarial_routing, micro_batch.attacked)
+        routing = samples.adversarial_routing and samples.adversarial_routing.rows(micro_batch.attacked)
         return MaskInputs(values.flatten(0, 1), source_rows, routing, routed_share=routed_share(routing))
 
     def ascend_alone(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,9 +58,11 @@ class Loop:
         trainer = self.trainer
         with self.report:
             while trainer.done < trainer.config.steps and not self._stopped():
-                metrics = trainer.step(*self.batch(trainer.done))
+                batch, start = self.batch(trainer.done), time.perf_counter()
+                metrics = trainer.step(*batch)
+                seconds = time.perf_counter() - start
                 logged = metrics.step % self.log_every == 0 or trainer.done == trainer.config.steps
-                self.report.step(metrics, logged=logged)
+                self.report.step(metrics, seconds, logged=logged)
                 if logged:
                     self.history.append(metrics)
                     if self.files is not None:

@@ -19,21 +19,25 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.masking.routing import joined
 from tl_vpd.training.adversary import Adversary
 from tl_vpd.training.config_sections import Coefficients
 from tl_vpd.training.engine import CleanForward, EagerEngine, LossTerm, MaskInputs
-from tl_vpd.training.micro_batch import concatenate_routing, select_rows
 from tl_vpd.training.step_samples import StepSampler, StepSamples, routed_share
 
 Losses = dict[str, Float[Tensor, ""]]
 
 
 class TokenCounts(NamedTuple):
-    """Real tokens of the whole batch: of all rows, of the attacked rows, of those with stochastic masks."""
+    """Real tokens of the whole batch: of all rows, of the attacked rows, of those with stochastic masks.
+
+    ``known``: those of all rows as a number (None: only the device knows it).
+    """
 
     all: Float[Tensor, ""]
     attacked: Float[Tensor, ""]
     stochastic: Float[Tensor, ""]
+    known: int | None = None
 
 
 class PassResult(NamedTuple):
@@ -102,7 +106,7 @@ class MaskedPasses:
     def _layerwise(self, clean: CleanForward, step: int, counts: TokenCounts, grad_g: Tensor) -> Iterator[PassResult]:
         """One pass for each site, with masks on that site alone."""
         sampler, sites = self.sampler, self.sampler.site_axis.names
-        rows = clean.micro_batch.row_numbers(sampler.split.rows)
+        rows = [sampler.split.rows[i] for i in clean.micro_batch.numbers]
         sources = sampler.sources("layerwise", step, rows).flatten(0, 1)
         term = LossTerm(len(sites) * counts.all, self.coefficients.layerwise)
         for name in sites:
@@ -123,7 +127,8 @@ class MaskedPasses:
         inputs = MaskInputs(
             torch.cat([attacked.sources, stochastic.sources]),
             source_rows,
-            concatenate_routing(attacked.routing, stochastic.routing, n, m),
+            joined(attacked.routing, stochastic.routing, n, m),
+            attacked=n,
             routed_share=(n * attacked.routed_share + m * stochastic.routed_share) / (n + m),
         )
         c = self.coefficients
@@ -139,5 +144,5 @@ class MaskedPasses:
     def _stochastic_inputs(self, clean: CleanForward, step: int, samples: StepSamples) -> MaskInputs:
         rows = clean.micro_batch.stochastic
         sources = self.sampler.sources("stochastic", step, self.sampler.split.stochastic[rows])
-        routing = select_rows(samples.stochastic_routing, rows)
+        routing = samples.stochastic_routing and samples.stochastic_routing.rows(rows)
         return MaskInputs(sources.flatten(0, 1), routing=routing, routed_share=routed_share(routing))

@@ -11,11 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool
 from torch import Tensor
-
-Routing = dict[str, Bool[Tensor, "_ pos"]] | None
-"""By site, at which tokens of each row the masked path is computed (None: everywhere)."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +19,13 @@ class MicroBatch:
     """Rows that go through the model together.
 
     Attributes:
-        order: which of this process's rows, in the order in which they run.
+        numbers: which of this process's rows, in the order in which they run.
+        order: the same, as an index on the device.
         attacked: where they are among this process's attacked rows.
         stochastic: where they are among its rows with stochastic masks. (Every row is of both kinds unless ``merged``.)
     """
 
+    numbers: Sequence[int]
     order: Tensor | slice
     attacked: slice
     stochastic: slice
@@ -35,10 +33,6 @@ class MicroBatch:
     def select(self, tensor: Tensor | None) -> Tensor | None:
         """These rows of a tensor with all of the process's rows."""
         return None if tensor is None else tensor[self.order]
-
-    def row_numbers(self, rows: Sequence[int]) -> Sequence[int]:
-        """These rows of a sequence with all of the process's rows."""
-        return rows[self.order] if isinstance(self.order, slice) else [rows[i] for i in self.order.tolist()]
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,9 @@ def attacked_among_first(n: int, proportion: float) -> int:
     return math.ceil(round(n * proportion, 9))  # rounded: 100 · 0.55 is above 55 in floating point
 
 
-def split_batch(rows: Sequence[int], micro_batch: int | None, *, merged: float = 0.0) -> BatchSplit:
+def split_batch(
+    rows: Sequence[int], micro_batch: int | None, *, merged: float = 0.0, device: torch.device | None = None
+) -> BatchSplit:
     """Splits a process's rows.
 
     Args:
@@ -75,6 +71,7 @@ def split_batch(rows: Sequence[int], micro_batch: int | None, *, merged: float =
         micro_batch: rows that run at once (None: all).
         merged: the proportion of rows that are attacked while the others get stochastic masks, in one pass (0: all rows are of
             both kinds).
+        device: of the batch (None: the CPU).
 
     Raises:
         ValueError: the rows are of one kind only, and merged.
@@ -98,32 +95,14 @@ def split_batch(rows: Sequence[int], micro_batch: int | None, *, merged: float =
         block = rows[start : start + size]
         n_attacked = sum(not merged or is_attacked(row) for row in block)
         n_stochastic = sum(not merged or not is_attacked(row) for row in block)
+        numbers = list(range(start, start + len(block)))
         order: Tensor | slice = slice(start, start + len(block))
         if merged:
-            order = torch.tensor(
-                [start + i for kind in (True, False) for i, row in enumerate(block) if is_attacked(row) == kind]
-            )
+            numbers.sort(key=lambda i: not is_attacked(rows[i]))  # which keeps the order of each kind
+            order = torch.tensor(numbers, device=device)
         ends = first_attacked + n_attacked, first_stochastic + n_stochastic
-        micro_batches.append(MicroBatch(order, slice(first_attacked, ends[0]), slice(first_stochastic, ends[1])))
+        micro_batches.append(
+            MicroBatch(numbers, order, slice(first_attacked, ends[0]), slice(first_stochastic, ends[1]))
+        )
         first_attacked, first_stochastic = ends
     return BatchSplit(rows, attacked, stochastic, tuple(micro_batches))
-
-
-def select_rows(routing: Routing, rows: slice) -> Routing:
-    """The routing of a slice of rows."""
-    return None if routing is None else {name: routed[rows] for name, routed in routing.items()}
-
-
-def concatenate_routing(attacked: Routing, stochastic: Routing, n_attacked: int, n_stochastic: int) -> Routing:
-    """One routing for attacked rows followed by rows with stochastic masks."""
-    if attacked is None and stochastic is None:
-        return None
-    names = attacked if attacked is not None else stochastic
-    assert names is not None
-    rows: dict[str, Tensor] = {}
-    for name, either in names.items():
-        everywhere = either.new_ones(n_attacked + n_stochastic, either.shape[1])
-        first = everywhere[:n_attacked] if attacked is None else attacked[name]
-        last = everywhere[:n_stochastic] if stochastic is None else stochastic[name]
-        rows[name] = torch.cat([first, last])
-    return rows

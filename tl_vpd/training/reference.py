@@ -43,8 +43,10 @@ class Samples:  # what a step draws: tensors with one row for each row of the ba
     rows: Sequence[Sequence[int]]  # with adversarial, and with stochastic masks: all; later a proportion, and the rest
     stochastic: dict[str, Tensor]  # [batch pos C+1], uniform in [0, 1]
     slots: Tensor  # [batch pos], which source r a token uses: that of its position; later a random one of a pool
-    stochastic_routing: dict[str, Tensor] | None = None  # [batch pos], True where the site is masked (None: everywhere)
-    adversarial_routing: dict[str, Tensor] | None = None
+    stochastic_routing: Mapping[str, Tensor] | None = (
+        None  # [batch pos], True where the site is masked (None: everywhere)
+    )
+    adversarial_routing: Mapping[str, Tensor] | None = None
     layerwise: dict[str, Tensor] | None = None  # [batch pos C+1], uniform in [0, 1]
 
 
@@ -79,7 +81,7 @@ class Reference:
         g = dict(zip(sites, importances.split([site.V.shape[1] for site in sites.values()], dim=-1), strict=True))
 
         def reconstruction(
-            rows: Sequence[int], r: dict[str, Tensor], routing: dict[str, Tensor] | None = None
+            rows: Sequence[int], r: dict[str, Tensor], routing: Mapping[str, Tensor] | None = None
         ) -> Tensor:
             def masked(name: str, x: Tensor) -> Tensor:
                 y = sites[name].masked(x, g[name][rows], r[name]) if name in r else sites[name].clean(x)

@@ -13,19 +13,37 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from tl_vpd.openmp import threads_sleep
 from tl_vpd.training.memory import peak_memory
 from tl_vpd.training.metrics import StepMetrics
 from tl_vpd.training.outlook import Check, Outlook, due, duration
 from tl_vpd.training.schedules import Schedule
+from tl_vpd.training.step_times import StepTimes
 from tl_vpd.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 TIMED = 6
 """Steps after which the time of a step is told: compilation and caches have been filled."""
+FIRST = 2
+"""Steps whose time does not count."""
+
+
+class Bar(tqdm):  # type: ignore[type-arg]
+    """A bar whose estimate follows the median of recent steps."""
+
+    seconds: float | None = None
+    """Of a step (None: not known)."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """What the line is made from."""
+        values = dict(super().format_dict)
+        return values if self.seconds is None else values | {"rate": 1 / self.seconds}
 
 
 class RunReport:
@@ -44,7 +62,9 @@ class RunReport:
         self.trainer, self.show = trainer, show
         self.outlook = Outlook(trainer.masked_model, trainer.config, tokens, token_mask)
         self._bar: Any = None
-        self._times: list[float] = []
+        self._steps, self._last_time = 0, 0.0
+        self._intervals, self._times = StepTimes(), StepTimes()
+        """From the end of a step to that of the next, and of steps alone, without data and files."""
         self.checks: list[Check] = []
         self._last: StepMetrics | None = None
         self._warned: set[str] = set()
@@ -52,10 +72,10 @@ class RunReport:
     def __enter__(self) -> RunReport:
         self._say(*self.first_lines())
         config, done = self.trainer.config, self.trainer.done
-        self._bar = tqdm(
+        self._bar = Bar(
             total=config.steps, initial=done, disable=not self.show, desc="decomposing", unit="step", dynamic_ncols=True
         )
-        self._times.append(time.perf_counter())
+        self._last_time = time.perf_counter()
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -79,25 +99,45 @@ class RunReport:
             )
         return lines
 
-    def step(self, metrics: StepMetrics, *, logged: bool) -> None:
+    def step(self, metrics: StepMetrics, seconds: float, *, logged: bool) -> None:
         """Notes a step.
 
         Args:
             metrics: of the step.
+            seconds: that it took.
             logged: whether the bar shows its numbers.
         """
         trainer, steps = self.trainer, self.trainer.config.steps
         self._last = metrics
         if due(trainer.done, steps):
             self._check()
+        self._time(seconds)
         self._bar.update()
-        if len(self._times) <= TIMED:
-            self._times.append(time.perf_counter())
-            if len(self._times) == TIMED + 1 and trainer.done < steps:
-                self._say(self.time_line())
+        if self._steps == TIMED and trainer.done < steps:
+            self._say(self.time_line())
         if logged:
             rounded = {"rounded": f"{self.checks[-1].share:.0%}"} if self.checks else {}
             self._bar.set_postfix(self.shares(metrics) | rounded | {"l0": f"{metrics.l0:.1f}"})
+
+    def _time(self, seconds: float) -> None:
+        """Notes the time of a step; says once if other processes disturb them."""
+        now = time.perf_counter()
+        interval, self._last_time, self._steps = now - self._last_time, now, self._steps + 1
+        if self._steps <= FIRST:
+            return
+        self._intervals.add(interval)
+        self._times.add(seconds)
+        self._bar.seconds = self._intervals.median
+        on_cpu = self.trainer.decomposition.device.type == "cpu" and torch.get_num_threads() > 1
+        if self._times.disturbed and on_cpu and not threads_sleep() and "time" not in self._warned:
+            self._warned.add("time")
+            log.warning(
+                "Steps now take up to %.2g s, and the fastest took %.2g s: another process seems to use the same cores, and "
+                "OpenMP's threads wait for each other without sleeping. Start Python with OMP_WAIT_POLICY=PASSIVE in the "
+                "environment (the command line does), or call torch.set_num_threads with fewer threads.",
+                self._times.slowest,
+                self._times.fastest,
+            )
 
     def _check(self) -> None:
         """Looks at the run, and warns once of each thing that is wrong."""
@@ -122,8 +162,7 @@ class RunReport:
 
     def time_line(self) -> str:
         """How long a step takes here, and when the run will end."""
-        steps = sorted(b - a for a, b in zip(self._times[2:], self._times[3:], strict=False))
-        seconds = steps[len(steps) // 2]
+        seconds = self._intervals.median
         left = seconds * (self.trainer.config.steps - self.trainer.done)
         end = datetime.now() + timedelta(seconds=left)
         day = (

@@ -31,6 +31,7 @@ from tl_vpd.training.interrupts import interruptible
 from tl_vpd.training.loop import Loop
 from tl_vpd.training.new_decomposition import new_decomposition
 from tl_vpd.training.outlook import rows_measured
+from tl_vpd.training.precision import refuse_imitated
 from tl_vpd.training.run_files import RunFiles, plain_data
 from tl_vpd.training.run_report import RunReport
 from tl_vpd.training.state import StoredRun
@@ -116,6 +117,7 @@ class Session:
                 self.resume
             )  # refused before anything is computed; asked again when the folder is locked
         adapter = adapt(model)
+        refuse_imitated(execution.precision, adapter.device)
         with (
             _gradients(adapter.device),
             world(adapter.device) as processes,
@@ -146,7 +148,7 @@ class Session:
                 checks = report.table()
                 del trainer, report, loop  # and with them AdamW's moments, before parameters are gathered
                 unshard(decomposition)
-                if finished and not all(bool(p.isfinite().all()) for p in decomposition.parameters()):
+                if finished and not bool(torch.stack([p.isfinite().all() for p in decomposition.parameters()]).all()):
                     raise FloatingPointError("The last update gave values that are not finite; no result was written.")
                 if files is not None and finished and processes.first:
                     files.finish(decomposition)

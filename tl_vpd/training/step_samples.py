@@ -15,11 +15,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_vpd.masking.routing import uniform_k, uniform_k_share
+from tl_vpd.masking.routing import Routing, uniform_k, uniform_k_share
 from tl_vpd.masking.row_random import RowRandom
 from tl_vpd.site import ConcatenatedAxis
 from tl_vpd.training.config import VPDConfig
-from tl_vpd.training.micro_batch import BatchSplit, Routing
+from tl_vpd.training.micro_batch import BatchSplit
 
 START = -1
 """The step of what is drawn before the first step."""
@@ -30,13 +30,13 @@ class StepSamples:
     """A step's random choices except sources.
 
     Attributes:
-        stochastic_routing: of the rows with stochastic masks.
+        stochastic_routing: of the rows with stochastic masks (None: every site is masked at every token).
         adversarial_routing: of the attacked rows.
         slots: which slot of the pool each attacked token uses (None: there is no pool).
     """
 
-    stochastic_routing: Routing
-    adversarial_routing: Routing
+    stochastic_routing: Routing | None
+    adversarial_routing: Routing | None
     slots: Int[Tensor, "attacked pos"] | None = None
 
 
@@ -97,14 +97,14 @@ class StepSampler:
         """A step's ``stochastic`` or ``layerwise`` sources of rows."""
         return self.random.uniform(what, step, rows, (self.pos, self.width)).to(self.dtype)
 
-    def _routing(self, what: str, step: int, rows: Sequence[int], kind: str) -> Routing:
+    def _routing(self, what: str, step: int, rows: Sequence[int], kind: str) -> Routing | None:
         if kind == "all":
             return None
         names = self.site_axis.names
-        routed = self.random.rows(what, step, rows, lambda g: uniform_k(len(names), (self.pos,), generator=g))
-        return dict(zip(names, routed.unbind(1), strict=True))
+        draw = lambda generator: uniform_k(len(names), (self.pos,), generator=generator)  # noqa: E731
+        return Routing(names, self.random.rows(what, step, rows, draw))
 
 
-def routed_share(routing: Routing) -> float:
+def routed_share(routing: Routing | None) -> float:
     """The share of tokens at which a site is expected to be masked."""
     return 1.0 if routing is None else uniform_k_share(len(routing))

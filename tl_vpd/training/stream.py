@@ -6,6 +6,7 @@ in micro-batches and be split over processes; means over tokens are then weighte
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from tl_vpd.losses import Penalty
 from tl_vpd.masking import PersistentSources
+from tl_vpd.masking.routing import count
 from tl_vpd.training.adversary import Adversary
 from tl_vpd.training.config import VPDConfig
 from tl_vpd.training.distributed.processes import World
@@ -22,10 +24,39 @@ from tl_vpd.training.masked_passes import MaskedPasses, TokenCounts
 from tl_vpd.training.micro_batch import MicroBatch, attacked_among_first, split_batch
 from tl_vpd.training.minimality import Minimality
 from tl_vpd.training.schedules import Schedule
-from tl_vpd.training.step_samples import StepSampler
+from tl_vpd.training.step_samples import StepSampler, StepSamples
 
 Values = dict[str, Float[Tensor, ""]]
 """Losses by name, and ``l0``."""
+
+
+@dataclass(frozen=True)
+class StreamBatch:
+    """A step's rows of a stream and its random choices.
+
+    Attributes:
+        step: its number.
+        tokens: the rows.
+        token_mask: False at padding (None: no padding).
+        sampler: draws for rows of this length.
+        samples: what it has drawn.
+        counts: real tokens.
+    """
+
+    step: int
+    tokens: Shaped[Tensor, "batch ..."]
+    token_mask: Bool[Tensor, "batch pos"] | None
+    sampler: StepSampler
+    samples: StepSamples
+    counts: TokenCounts
+
+
+def count_tokens(batches: Sequence[StreamBatch]) -> list[int]:
+    """The real tokens of each batch. Waits for the device once at most: it counts routed tokens as well, for all passes."""
+    drawn = [(b.samples.stochastic_routing, b.samples.adversarial_routing) for b in batches]
+    unknown = [b.counts.all.reshape(1) for b in batches if b.counts.known is None]
+    counted = iter(count([routing for both in drawn for routing in both if routing is not None], unknown))
+    return [int(next(counted)[0]) if b.counts.known is None else b.counts.known for b in batches]
 
 
 @dataclass(frozen=True)
@@ -76,7 +107,8 @@ class Stream:
         self, config: VPDConfig, engine: EagerEngine, shape: tuple[int, int], world: World, micro_batch: int | None
     ) -> None:
         self.config, self.engine, self.world, self.pos = config, engine, world, shape[1]
-        self.split = split_batch(world.rows(shape[0]), micro_batch, merged=config.merged)
+        device = engine.decomposition.device
+        self.split = split_batch(world.rows(shape[0]), micro_batch, merged=config.merged, device=device)
         if len(self.split.attacked) * world.size != attacked_among_first(shape[0], config.merged or 1.0):
             raise ValueError(
                 f"merged={config.merged} would give {world.size} processes different numbers of attacked rows: make that "
@@ -89,31 +121,49 @@ class Stream:
         adversary = config.adversary
         self.sources = PersistentSources(self.sampler.start(), betas=adversary.betas, eps=adversary.eps)
         self.minimality = Minimality(config, site_axis.total, first)
+        kinds = [[float(row in rows) for row in self.split.rows] for rows in self._kinds]
+        self.is_of_kind = torch.tensor(kinds, device=device)
+        """Whether a row is one of all, attacked, or of those with stochastic masks."""
 
-    def backward(
-        self,
-        tokens: Shaped[Tensor, "batch ..."],
-        token_mask: Bool[Tensor, "batch pos"] | None,
-        step: int,
-        now: Schedule,
-    ) -> StreamGradients:
-        """Gradients of V, U and Γ on this process's rows, after the adversary's first ascents.
+    def batch(
+        self, tokens: Shaped[Tensor, "batch ..."], token_mask: Bool[Tensor, "batch pos"] | None, step: int
+    ) -> StreamBatch:
+        """A step's batch and random choices. Nothing waits for the device.
 
         Args:
             tokens: the rows.
             token_mask: False at padding (None: no padding).
             step: the number of the step.
-            now: its schedule.
 
         Raises:
-            ValueError: there are more or fewer rows than the stream was made for, or longer ones, or all is padding.
+            ValueError: there are more or fewer rows than the stream was made for, or longer ones.
         """
-        sampler, adversary = self._of_length(tokens)
-        c, samples, penalty = now.coefficients, sampler.at(step), self.minimality.penalty(now)
+        pos = 1 if tokens.is_floating_point() and tokens.ndim == 2 else tokens.shape[1]
+        if len(tokens) != len(self.split.rows) or pos > self.pos:
+            raise ValueError(
+                f"This trainer takes {len(self.split.rows)} rows per step, of at most {self.pos} positions, and this batch has "
+                f"{len(tokens)} rows of {pos}."
+            )
+        sampler = self.sampler.of_length(pos)
+        return StreamBatch(step, tokens, token_mask, sampler, sampler.at(step), self._counts(token_mask, pos))
+
+    def backward(self, batch: StreamBatch, n: int, now: Schedule) -> StreamGradients:
+        """Gradients of V, U and Γ on this process's rows, after the adversary's first ascents.
+
+        Args:
+            batch: what the step is made on.
+            n: its real tokens over all processes.
+            now: the schedule of the step.
+
+        Raises:
+            ValueError: all is padding.
+        """
+        tokens, token_mask, samples, counts = batch.tokens, batch.token_mask, batch.samples, batch.counts
+        sampler, adversary = batch.sampler, self._adversary(batch.sampler.pos)
+        c, penalty = now.coefficients, self.minimality.penalty(now)
         ascents = self.config.adversary.inner_steps if c.adversarial else 0
-        counts, n = self._count(tokens, token_mask, sampler.pos)
         if not n:
-            raise ValueError(f"Step {step}: every token of the batch is padding: leave out rows that are empty.")
+            raise ValueError(f"Step {batch.step}: every token of the batch is padding: leave out rows that are empty.")
         passes = self.passes(c, self.engine, adversary, sampler, merged=bool(self.config.merged))
 
         # A, B. Clean forward and importances: of all micro-batches, since minimality needs sums over the whole batch.
@@ -132,7 +182,7 @@ class Stream:
                 adversary.ascend_alone(clean, samples, counts.attacked, now.adversary_lr, ascended + k + 1)
             # F, G. Stochastic and adversarial reconstruction.
             grad_g = torch.zeros_like(clean.z)
-            for result in passes.run(clean, step, samples, counts, grad_g):
+            for result in passes.run(clean, batch.step, samples, counts, grad_g):
                 for name, loss in result.losses.items():
                     reconstruction[name] += loss
                 if result.grad_sources is not None:
@@ -145,26 +195,26 @@ class Stream:
         values |= dict(zip(reconstruction, added, strict=True))
         return StreamGradients(values, grad_sources, adversary, ascended + ascents + 1, largest)
 
-    def _of_length(self, tokens: Tensor) -> tuple[StepSampler, Adversary]:
-        """What draws for rows of this length, and the adversary, whose sources of further positions rest."""
-        pos = 1 if tokens.is_floating_point() and tokens.ndim == 2 else tokens.shape[1]
-        if len(tokens) != len(self.split.rows) or pos > self.pos:
-            raise ValueError(
-                f"This trainer takes {len(self.split.rows)} rows per step, of at most {self.pos} positions, and this batch has "
-                f"{len(tokens)} rows of {pos}."
-            )
+    def _adversary(self, pos: int) -> Adversary:
+        """The adversary on rows of this length; its sources of further positions rest."""
         shorter = pos < self.pos and self.config.adversary.pool is None
-        return self.sampler.of_length(pos), Adversary(self.engine, self.sources, slots=pos if shorter else None)
+        return Adversary(self.engine, self.sources, slots=pos if shorter else None)
 
-    def _count(self, tokens: Tensor, token_mask: Tensor | None, pos: int) -> tuple[TokenCounts, int]:
-        """Real tokens of the whole batch, on the device, and of all rows as a number."""
-        split, first = self.split, self.split.rows[0]
-        real = torch.full(tokens.shape[:1], float(pos)) if token_mask is None else token_mask.sum(1).float().cpu()
-        kinds = [split.rows, split.attacked, split.stochastic]
-        on_cpu = torch.stack([real[[row - first for row in rows]].sum() for rows in kinds])
-        counts = self.world.add(on_cpu.to(self.engine.decomposition.device))
-        n = int(on_cpu[0] if self.world.size == 1 else counts[0])
-        return TokenCounts(*counts.to(self.sampler.dtype).unbind()), n
+    @property
+    def _kinds(self) -> list[Sequence[int]]:
+        return [self.split.rows, self.split.attacked, self.split.stochastic]
+
+    def _counts(self, token_mask: Tensor | None, pos: int) -> TokenCounts:
+        """Real tokens of the whole batch."""
+        dtype, device = self.sampler.dtype, self.engine.decomposition.device
+        if token_mask is None and self.world.size == 1:
+            numbers = [len(rows) * pos for rows in self._kinds]
+            every, attacked, stochastic = (torch.full((), float(n), dtype=dtype, device=device) for n in numbers)
+            return TokenCounts(every, attacked, stochastic, numbers[0])
+        real = self.is_of_kind if token_mask is None else self.is_of_kind * token_mask.sum(1)
+        counts = self.world.add(real.sum(1) * (pos if token_mask is None else 1))
+        every, attacked, stochastic = counts.to(dtype).unbind()
+        return TokenCounts(every, attacked, stochastic)
 
     def _sums(
         self, tokens: Tensor, token_mask: Tensor | None, penalty: Penalty
@@ -184,6 +234,6 @@ class Stream:
 def _largest(clean: CleanForward, before: Tensor | None) -> Float[Tensor, " C_total"]:
     """Every subcomponent's largest importance at a micro-batch's real tokens, and at those of earlier ones."""
     g = clean.z.detach().clamp(0, 1)
-    g = g.flatten(0, -2) if clean.token_mask is None else g[clean.token_mask]
-    largest = g.amax(0) if len(g) else g.new_zeros(g.shape[-1])
+    g = g if clean.token_mask is None else g.masked_fill(~clean.token_mask.unsqueeze(-1), 0)
+    largest = g.flatten(0, -2).amax(0)
     return largest if before is None else torch.maximum(before, largest)

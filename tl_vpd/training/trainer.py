@@ -29,8 +29,10 @@ from tl_vpd.training.engine import engine_of
 from tl_vpd.training.metrics import StepMetrics
 from tl_vpd.training.optimizers import optimizers_of
 from tl_vpd.training.schedules import Schedule
-from tl_vpd.training.stream import Stream, Values
+from tl_vpd.training.stream import Stream, Values, count_tokens
 from tl_vpd.training.ties import Ties
+
+MATRICES = "V and U"
 
 
 class Trainer:
@@ -133,8 +135,10 @@ class Trainer:
         now = Schedule.at(self.done, self.config)
         # Everything, also followers of tied sites and what a refused step has left.
         self.decomposition.zero_grad(set_to_none=True)
+        batch = self.stream.batch(tokens, token_mask, self.done)
+        (n,) = count_tokens([batch])
         values = self._of_weights(now)
-        gradients = self.stream.backward(tokens, token_mask, self.done, now)
+        gradients = self.stream.backward(batch, n, now)
         metrics = self._update(values | gradients.values, now)
         gradients.ascend(now)
         self.done += 1
@@ -163,33 +167,33 @@ class Trainer:
         return self.engine.faithfulness(self.weights, coefficient, relative=self.config.faithfulness.kind == "relative")
 
     def _update(self, values: Values, now: Schedule) -> StepMetrics:
-        """Checks the losses, clips gradients, updates V, U and Γ."""
-        numbers = dict(zip(values, torch.stack([v.double() for v in values.values()]).tolist(), strict=True))
+        """Clips gradients, checks losses and norms, updates V, U and Γ."""
+        self._add_gradients(self.parameters)
+        norms = self._clip()
+        both = torch.stack([v.double() for v in (*values.values(), *norms.values())]).tolist()  # waits for the device
+        numbers, norm = dict(zip(values, both, strict=False)), dict(zip(norms, both[len(values) :], strict=True))
         total = self._total(numbers, now)
         if not math.isfinite(total):
             wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
             raise FloatingPointError(f"Step {self.done}: not finite: {', '.join(wrong) or 'total'} ({numbers}).")
-        self._add_gradients(self.parameters)
-        norm = self._clip(numbers)
+        for whose, value in norm.items():
+            if not math.isfinite(value):  # and clipped by it, every gradient would be NaN
+                raise FloatingPointError(f"Step {self.done}: the gradient of {whose} is not finite ({numbers}).")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * now.rate
             optimizer.step()
         self.after_update()
         lr = self.config.optimizer.lr * now.rate
-        return self.metrics_kind(step=self.done, total=total, p=now.p, lr=lr, grad_norm=norm, **numbers)
+        return self.metrics_kind(step=self.done, total=total, p=now.p, lr=lr, grad_norm=norm[MATRICES], **numbers)
 
-    def _clip(self, numbers: Mapping[str, float]) -> float:
-        """Clips gradients; the norm of V's and U's before."""
+    def _clip(self) -> dict[str, Float[Tensor, ""]]:
+        """Clips gradients; their norms before, by whose they are."""
         optimizer = self.config.optimizer
-        norms = {"V and U": clip_gradients(self.matrices, optimizer.clip)}
+        norms = {MATRICES: clip_gradients(self.matrices, optimizer.clip)}
         if optimizer.gamma_clip is not None:
             norms["Γ"] = clip_gradients(self.gamma_parameters, optimizer.gamma_clip)
-        values = torch.stack(list(norms.values())).tolist()
-        for whose, value in zip(norms, values, strict=True):
-            if not math.isfinite(value):  # and clipped by it, every gradient would be NaN
-                raise FloatingPointError(f"Step {self.done}: the gradient of {whose} is not finite ({numbers}).")
-        return values[0]
+        return norms
 
     def _total(self, values: Mapping[str, float], now: Schedule) -> float:
         c = now.coefficients

@@ -66,8 +66,8 @@ class RunData:
         self.batches.close()
 
     def _rows(self, rows: Tensor) -> Rows:
-        tokens = self.adapter.tokens(rows)
-        return tokens, self.adapter.padding(tokens, None)
+        """The padding is found where the rows are: on the CPU that waits for nothing."""
+        return self.adapter.tokens(rows), self.adapter.padding(rows, None)
 
 
 def run_data(
@@ -91,6 +91,7 @@ def run_data(
         raise ValueError(f"context={context} would do nothing: only datasets of text are cut into rows.")
     if is_text(data) or isinstance(data, Tensor):
         data = adapter.tokens(data)
+        data = data if data.is_floating_point() else data.cpu()  # where each step's rows are checked without waiting
     rows = processes.rows(batch_size)
     batches = batches_of(
         data,

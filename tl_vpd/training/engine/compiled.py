@@ -221,7 +221,7 @@ class CompiledEngine(EagerEngine):
 
     def _number(self, value: float | Tensor) -> Float[Tensor, ""]:
         """A number as an argument of graphs, which are made once for all its values."""
-        return torch.tensor(float(value), dtype=self.dtype, device=self.decomposition.device)
+        return torch.full((), float(value), dtype=self.dtype, device=self.decomposition.device)
 
 
 def _form(penalty: Penalty) -> tuple[str, bool]:

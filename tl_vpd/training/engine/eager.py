@@ -237,15 +237,15 @@ class EagerEngine:
 
         V and U are constant where ``grad_g`` is None.
         """
-        z, routing = clean.z.detach()[rows], inputs.routing
         masks = BlockedMasks(
-            z,
+            clean.z.detach()[rows],
             inputs.sources,
             self.decomposition.site_axis,
-            None if routing is None else {name: routed.view(z.shape[:-1]) for name, routed in routing.items()},
+            inputs.routing,
             source_rows=inputs.source_rows,
             grad_g=None if grad_g is None else grad_g[rows],
             grad_sources=grad_sources,
+            attacked=inputs.attacked,
             sites=inputs.sites,
             squash=self.squash,
         )

@@ -79,10 +79,10 @@ class MaskedGraph:
         slots: Slots | tuple[()] = ()
         if inputs.routing is not None:
             routing = torch.stack([inputs.routing[name].reshape(-1) for name in self.sites])
-            assigned = assign_slots(routing, room(inputs.routed_share, routing.shape[1]))
-            if assigned is None:
+            n = room(inputs.routed_share, routing.shape[1])
+            if max(inputs.routing.counts_of(self.sites)) > n:
                 return None
-            slots = assigned
+            slots = assign_slots(routing, n)
         distance, totals = clean.distance.rows(rows), torch.stack([term.total for term in terms])
         tensors = PassTensors(
             clean.tokens[rows],
@@ -94,7 +94,7 @@ class MaskedGraph:
             inputs.sources,
             inputs.source_rows,
             totals,
-            totals.new_tensor([term.weight for term in terms]),
+            torch.stack([totals.new_full((), term.weight) for term in terms]),
             grad_sources,
             grad_g,
         )

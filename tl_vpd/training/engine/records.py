@@ -8,7 +8,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_vpd.losses import Reconstruction
-from tl_vpd.training.micro_batch import MicroBatch, Routing
+from tl_vpd.masking.routing import Routing
+from tl_vpd.training.micro_batch import MicroBatch
 
 ALL = slice(None)
 
@@ -51,13 +52,15 @@ class MaskInputs:
         sources: in [0, 1], Δ's behind.
         source_rows: the row of the sources that each token uses (None: the same row).
         routing: where the masked path is computed (None: everywhere).
+        attacked: the first rows, whose sources are the adversary's, in a pass with rows of both kinds (None: there is one kind).
         sites: the sites that are masked (None: all).
         routed_share: the share of tokens at which a site is expected to be routed.
     """
 
     sources: Float[Tensor, "rows C_and_deltas"]
     source_rows: Int[Tensor, " tokens"] | None = None
-    routing: Routing = None
+    routing: Routing | None = None
+    attacked: int | None = None
     sites: tuple[str, ...] | None = None
     routed_share: float = 1.0
 
