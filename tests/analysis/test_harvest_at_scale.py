@@ -211,7 +211,7 @@ def test_streams_are_read_as_tensors_are(model, vpd, rows, whole, tmp_path, kind
 def test_streams_that_are_no_rows_are_refused(model, vpd, rows):
     with pytest.raises(ValueError, match="has 3 tokens and the first has 7"):
         harvest(vpd, model, Stream([*rows, rows[0, :3]]))
-    with pytest.raises(ValueError, match="the stream is empty"):
+    with pytest.raises(ValueError, match="a stream without rows"):
         harvest(vpd, model, Stream([]))
     with pytest.raises(ValueError, match="attention_mask does nothing for a stream"):
         harvest(vpd, model, Stream(rows), attention_mask=torch.ones_like(rows))

@@ -184,6 +184,11 @@ def _configs(w: World) -> list[Call]:
             threshold=(0.25, lambda v: None if number(1, 1)(v) else number(0, 1)(v)),
             batch_size=(3, integer(1)),
             bins=(3, integer(0)),
+            samples=(3, how_many),
+            seed=(3, SEED),
+            lags=(3, optional(integer(0))),
+            memory=(3, integer(1)),
+            first_row=(3, integer(0)),
         ),
         call(
             analysis.AuditConfig,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from tests.campaigns.calls.kinds import SEED, Kind, either, how_many, integer, only, optional, path_to_read, text
+from tests.campaigns.calls.kinds import Kind, either, how_many, integer, only, optional, path_to_read, text
 from tests.campaigns.calls.world import OUT, Call, Q, World, call
 from tl_vpd import analysis, viz
 
@@ -35,15 +35,10 @@ def calls(w: World) -> list[Call]:
     table = pd.DataFrame({"subcomponent": [f"{Q}:1"], "label": ["a label"], "score": [0.5]})
     return [
         call(
-            analysis.harvest, **w.of_prompts, folder=(w.folder / "harvested", lambda v: None if v is None else new(v))
-        ),
-        call(
-            analysis.HarvestConfig,
-            samples=(3, how_many),
-            seed=(3, SEED),
-            lags=(3, optional(integer(0))),
-            memory=(3, integer(1)),
-            first_row=(3, integer(0)),
+            analysis.harvest,
+            "analysis: harvest(folder)",
+            **w.of_prompts,
+            folder=(w.folder / "harvested", lambda v: None if v is None else new(v)),
         ),
         call(analysis.merge, first=(first, only(first)), second=(second, only(second))),
         call(

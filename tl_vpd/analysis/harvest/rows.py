@@ -65,7 +65,7 @@ class Rows:
             self._stream = iter(map(row_of, prompts))
         head = list(islice(self._from(0), 1))
         if not head:
-            raise ValueError("There are no rows: the stream is empty.")
+            raise ValueError("The prompts are a stream without rows: give rows of tokens.")
         self.first = head[0]
         self._stream = chain(head, self._stream)
         check_are_tokens(adapter.tokens(self.first[None]), "A harvest")

@@ -78,11 +78,11 @@ def dashboard(
     adapter = adapt(model)
     check_target(decomposition, adapter, check_weights=True)
     instance("harvested", harvested, Harvest)
+    if clustering is not None:
+        instance("clustering", clustering, Clustering)
     for name, other in (("harvest", harvested), ("clustering", clustering)):
         if other is not None and other.site_axis.counts != decomposition.counts:
             raise ValueError(f"The {name} is of a decomposition with other sites or numbers of subcomponents.")
-    if clustering is not None:
-        instance("clustering", clustering, Clustering)
     effects = None
     if adapter.unembedding() is not None:
         effects = logit_effects(decomposition, model, k=config.logits)
