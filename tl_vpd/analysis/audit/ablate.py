@@ -59,9 +59,12 @@ def reference_tokens(
     return reference, adapter.padding(reference, None)
 
 
-@dataclass
+@dataclass(repr=False)
 class _Hook:
-    """Interpolates one hook's nodes by ``m``; counts how often it ran."""
+    """Interpolates one hook's nodes by ``m``; counts how often it ran.
+
+    TransformerLens asks every hook for its ``repr``, which would write out the tensors.
+    """
 
     hook_site: HookSite
     ablated: Tensor

@@ -27,9 +27,12 @@ TOLERANCE = 5e-2
 """How far the sources' sum may be from the residual stream, relative to it, apart from a constant."""
 
 
-@dataclass
+@dataclass(repr=False)
 class _Pass:
-    """The sources' differences of one pass, as far as it has come."""
+    """The sources' differences of one pass, as far as it has come.
+
+    TransformerLens asks every hook for its ``repr``, which would write out all tensors.
+    """
 
     m: Float[Tensor, "#batch #pos every"]
     ablated: Mapping[str, Tensor]
