@@ -271,9 +271,13 @@ class EagerEngine:
         return nullcontext() if self.unembedding is None else self.masked_model.adapter.unembedding_left_out()
 
     def autocast(self) -> torch.autocast:
-        """Inside, products have the run's precision."""
+        """Inside, products have the run's precision.
+
+        Nothing is cached: autocast would keep its copies of weights until the outermost context ends, which is after the run,
+        while the weights move in every step.
+        """
         low = self.precision == "bfloat16"
-        return torch.autocast(self.decomposition.device.type, dtype=torch.bfloat16, enabled=low)
+        return torch.autocast(self.decomposition.device.type, dtype=torch.bfloat16, enabled=low, cache_enabled=False)
 
 
 def weighted(distance: Reconstruction, output: Tensor, total: Float[Tensor, ""]) -> Float[Tensor, ""]:
