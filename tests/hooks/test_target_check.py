@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.analysis.labels.synthetic import firings_where
 from tests.marks import needs_hooked_transformer
 from tests.tiny import decomposition_of, tiny_model
 from tl_vpd import Decomposition, analysis, bundled, evaluation, formats, hooks, viz
@@ -35,6 +36,8 @@ ARGUMENTS = {
     "model_id": lambda tokens: "tiny",
     "wanted": lambda tokens: None,
     "harvested": lambda tokens: None,
+    "firings": lambda tokens: firings_where(tokens.numpy(), {Q: tokens.numpy() % 2 == 0}),
+    "null": lambda tokens: "shuffled",
 }
 ATTACHED = {"attachment_of", "pair_ablation_hooks", "ablate_nodes"}
 """Functions that only work on an attached model, or on another function's result."""

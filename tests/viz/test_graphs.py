@@ -12,7 +12,7 @@ pytest.importorskip("plotly")
 
 from tests.analysis.test_graph_result import by_hand
 from tests.viz.test_panel import addresses
-from tl_vpd.analysis import HarvestConfig, harvest
+from tl_vpd.analysis import HarvestConfig, Label, Labels, harvest
 from tl_vpd.analysis.graph import LogitTarget, attribution_graph
 from tl_vpd.viz.graphs import graph as picture
 
@@ -52,6 +52,11 @@ def test_a_models_graph_with_tokens_of_its_subcomponents(model, vpd, tokens):
     assert len(data["edges"]) == 30 and sum("blocks" in label for label in data["labels"]) == 12
     assert any("fires at" in about for about in data["about"]) and "12 of" in panel.body
     assert sorted((abs(e[2]) for e in data["edges"]), reverse=True) == [abs(e[2]) for e in data["edges"]]
+    address = next(label for label in data["labels"] if "blocks" in label).partition("@")[0]
+    labels = Labels({address: Label("digits <b>of</b> a year", "by hand")})
+    labelled = data_of(picture(graph, nodes=12, edges=30, labels=labels))
+    texts = dict(zip(labelled["labels"], labelled["about"], strict=True))
+    assert all(("<br>digits &#60;b&#62;of" in about) == node.startswith(f"{address}@") for node, about in texts.items())
 
 
 def test_mistakes_are_said():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ def graph(
     nodes: int = 150,
     edges: int = 1500,
     harvest: Harvest | None = None,
+    labels: Mapping[str, Any] | None = None,
     title: str = "",
 ) -> Panel:
     """An attribution graph as a panel to walk through.
@@ -67,6 +69,7 @@ def graph(
         nodes: subcomponents that are shown, those of largest influence on the logits.
         edges: edges that are shown at most, the largest.
         harvest: says at which tokens a subcomponent fires (None: not shown).
+        labels: texts by address, such as ``analysis.Labels`` (None: not shown).
         title: of the panel (empty: the graph's targets).
 
     Raises:
@@ -77,11 +80,13 @@ def graph(
     instance("attribution", attribution, AttributionGraph)
     if harvest is not None:
         instance("harvest", harvest, Harvest)
+    if labels is not None:
+        instance("labels", labels, Mapping)  # type: ignore[type-abstract]
     title = text_of("title", title)
     nodes, edges = integer("nodes", nodes, minimum=1), integer("edges", edges, minimum=1)
     pruned = attribution.pruned(nodes=nodes)
     title = title or "Attribution graph of " + ", ".join(visible(t.text) for t in attribution.logits)
-    data = _data(pruned, edges, harvest)
+    data = _data(pruned, edges, harvest, labels or {})
     n_edges, all_edges = len(data["edges"]), len(attribution.weight)
     script = for_script(data)
     id_ = f"tlvpd-graph-{hashlib.sha256(script.encode()).hexdigest()[:16]}"
@@ -100,7 +105,7 @@ def graph(
     return Panel(title=title, body=body, how_to_read=HOW, libraries=(_library(),), scripts=(call,))
 
 
-def _data(shown: AttributionGraph, most: int, harvest: Harvest | None) -> dict[str, Any]:
+def _data(shown: AttributionGraph, most: int, harvest: Harvest | None, labels: Mapping[str, Any]) -> dict[str, Any]:
     """What ``_DRAW`` gets: positions, style and hover texts of nodes, and edges from the largest."""
     x, y = _places(shown)
     order = shown.weight.abs().argsort(descending=True, stable=True)[:most].tolist()
@@ -121,7 +126,7 @@ def _data(shown: AttributionGraph, most: int, harvest: Harvest | None) -> dict[s
         "edges": [[s, t, float(f"{w:.4g}")] for s, t, w in ends],
         "size": [round(s, 1) for s in size],
         "color": shades,
-        "about": _about(shown, harvest),
+        "about": _about(shown, harvest, labels),
         "positive": POSITIVE,
         "negative": NEGATIVE,
         "rows": [for_plotly(_short(_site(name))) for name in shown.names],
@@ -189,7 +194,7 @@ def _short(text: str, most: int = 24) -> str:
     return spaced(text if len(text) <= most else f"{text[: most - 2]}…")
 
 
-def _about(shown: AttributionGraph, harvest: Harvest | None) -> list[str]:
+def _about(shown: AttributionGraph, harvest: Harvest | None, texts: Mapping[str, Any]) -> list[str]:
     """Each node's hover text."""
     strongest: list[tuple[list[str], list[str]]] = [([], []) for _ in range(len(shown))]
     labels = shown.labels
@@ -202,17 +207,20 @@ def _about(shown: AttributionGraph, harvest: Harvest | None) -> list[str]:
         if len(out_of) < 5:
             out_of.append(f"{number(weights[e])} → {for_plotly(labels[targets[e]])}")
     rows: list[dict[str, Any]] = shown.nodes().to_dict("records")  # type: ignore[assignment]
-    texts = []
+    about = []
     for i, row in enumerate(rows):
         lines = [for_plotly(row["node"]), f"token {for_plotly(visible(row['token']))}"]
         if bool(shown.is_subcomponent[i]):
+            address = f"{row['name']}:{row['index']}"
+            if address in texts:
+                lines.insert(1, for_plotly(str(texts[address])))
             lines.append(f"activation {number(row['activation'])}, importance {number(row['importance'])}")
             if harvest is not None:
-                lines += _tokens(harvest, f"{row['name']}:{row['index']}")
+                lines += _tokens(harvest, address)
         lines.append(f"influence {number(row['influence'])}")
         lines += [*strongest[i][0], *strongest[i][1]]
-        texts.append("<br>".join(lines))
-    return texts
+        about.append("<br>".join(lines))
+    return about
 
 
 def _tokens(harvest: Harvest, address: str) -> list[str]:

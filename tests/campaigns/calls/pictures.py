@@ -52,6 +52,7 @@ def calls(w: World) -> list[Call]:
             nodes=(3, integer(1)),
             edges=(3, integer(1)),
             harvest=(harvest, optional(only(harvest))),
+            labels=({f"{Q}:1": "a label"}, lambda v: v is None or (None if isinstance(v, dict) else False)),
             title=title,
         ),
         call(viz.head_norms, norms=(norms, only(norms)), top=(3, integer(1)), title=title),

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from tl_vpd.analysis.harvest import Harvest
 from tl_vpd.analysis.labels.asking import LanguageModel, Question, field_of
@@ -99,8 +98,8 @@ def label(
 
 def label_cost(
     source: Harvest | Firings,
-    subcomponents: str | Subcomponent | Sequence[str | Subcomponent] | None = None,
-    endpoint: Any = None,
+    subcomponents: str | Subcomponent | Sequence[str | Subcomponent] | None,
+    endpoint: Endpoint,
     *,
     config: LabelConfig | None = None,
 ) -> Cost:

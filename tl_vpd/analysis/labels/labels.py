@@ -21,7 +21,7 @@ from pydantic import Field
 
 from tl_vpd.analysis.labels.scores import LabelScores, Score
 from tl_vpd.analysis.labels.trials import CHANCE, Test
-from tl_vpd.checks import instance, integer, path_of, shown, text_of
+from tl_vpd.checks import choice, instance, integer, path_of, shown, text_of
 from tl_vpd.files.json_files import read_json, write_json
 from tl_vpd.frozen import Frozen
 from tl_vpd.site import Subcomponent, nearest
@@ -55,6 +55,10 @@ class Label:
                 raise ValueError(
                     f"{name}={shown(value)}: give a text of at most {LONGEST} characters on one line, without control characters."
                 )
+        instance("scores", self.scores, Mapping)  # type: ignore[type-abstract]
+        for test, score in self.scores.items():
+            if choice("scores", test, CHANCE) != instance(f"scores[{test!r}]", score, Score).test:
+                raise ValueError(f"scores has a score of {score.test} as {test!r}: give each by its test.")
 
     def __str__(self) -> str:
         return self.text

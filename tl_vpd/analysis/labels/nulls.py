@@ -64,12 +64,12 @@ def null_firings(
     kind, seed = choice("null", null, NULLS), seed_of(seed)
     batch_size, max_bytes = integer("batch_size", batch_size, minimum=1), integer("max_bytes", max_bytes, minimum=1)
     columns = columns_of(decomposition, list(firings.addresses))
-    if kind == "shuffled":
-        return firings.shuffled(seed)
     values = _of_untrained(decomposition, seed) if kind == "untrained" else _of_directions(decomposition, seed)
     block = max(1, max_bytes // (4 * firings.tokens.size))
     chosen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
     with MaskedModel(decomposition, model) as masked_model:
+        if kind == "shuffled":
+            return firings.shuffled(seed)
         for part in columns.split(block):
             ranked = _values(masked_model, firings, part, values, batch_size)
             chosen += [_largest(column, firings, len(chosen) + i) for i, column in enumerate(ranked.T)]

@@ -58,12 +58,19 @@ class Score:
     Attributes:
         test: ``intruder``, ``detection`` or ``fuzzing``.
         right: answers that were right; of detection and fuzzing, one for each excerpt.
-        n: answers.
+        n: answers, at least one.
+
+    Raises:
+        TypeError: a number is not an integer.
+        ValueError: there are no answers, or more are right than there are.
     """
 
     test: Test
     right: int
     n: int
+
+    def __post_init__(self) -> None:
+        integer("right", self.right, minimum=0, maximum=integer("n", self.n, minimum=1))
 
     @property
     def value(self) -> float:
