@@ -1,0 +1,137 @@
+"""The page of a fact: what was reached beside the marks, where the subcomponents are, what edits do there and elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from tl_vpd import viz
+from tl_vpd.analysis import AttributionGraph
+
+INTRODUCTION = (
+    "SmolLM2-135M-Instruct (30 blocks, its weights read from 4 bits), decomposed for two prompts alone: {prompts}. The "
+    "matrices of {blocks} were split into rank-one subcomponents that these prompts use and a rest, Δ, that does everything "
+    "else; the other blocks are as they were.\n\n"
+    "In the full model, where Δ is on, a few of these subcomponents are then removed, or two of them exchange what they write. "
+    "KL is the divergence of the changed model's prediction from the model's, in nats per token, on {tokens:,} tokens of other "
+    "text."
+)
+KINDS = {"W_Q": "attn", "W_K": "attn", "W_V": "attn", "W_O": "attn", "W_gate": "mlp", "W_in": "mlp", "W_out": "mlp"}
+
+
+def marks(figures: Mapping[str, Any]) -> pd.DataFrame:
+    """What was reached beside what was asked for, a row for each figure: ``figure``, ``reached``, ``asked`` and ``met``.
+
+    Args:
+        figures: from ``measure``.
+    """
+    alone, answers = pd.DataFrame(figures["alone"]), pd.DataFrame(figures["answers"])
+    kl = pd.DataFrame(figures["elsewhere"]).set_index(["edit", "text"]).xs("all", level="text")
+    trained = answers[answers["trained"]].set_index(["edit", "subject"])["answer"]
+    exchanged = answers[answers["edit"] == "exchanged"]
+    wanted = dict(zip(alone["subject"], figures["facts"]["answers"][::-1], strict=True))
+    first, top = ((exchanged[c] == exchanged["subject"].map(wanted)) for c in ("first", "top"))
+    erased = [f"without {subject}" for subject in alone["subject"]]
+    left = max(trained[f"without {s}", s] / trained["model", s] for s in alone["subject"])
+    rows = [
+        (
+            "subcomponents alone: probability of the answer, of the model's",
+            (alone["rounded"] / alone["model"]).min(),
+            ">= 0.8",
+        ),
+        ("the same under attack", (alone["attacked"] / alone["model"]).min(), ">= 0.6"),
+        ("fact erased: probability of the answer, of the model's", left, "<= 0.05"),
+        ("fact erased: mean KL elsewhere", kl.loc[erased, "kl"].max(), "<= 0.01"),
+        ("fact erased: 99th percentile of KL elsewhere", kl.loc[erased, "p99"].max(), "<= 0.1"),
+        ("facts exchanged: the other answer is first of the capitals, share of all prompts", first.mean(), ">= 1"),
+        ("facts exchanged: the other answer is the likeliest token, share of all prompts", top.mean(), ">= 1"),
+        ("facts exchanged: mean KL elsewhere", kl.loc["exchanged", "kl"], "<= 0.001"),
+    ]
+    if naive := [name for name in kl.index if name.endswith("naive")]:
+        ratio = kl.loc[naive[0], "kl"] / max(kl.loc[erased[0], "kl"], 1e-12)
+        rows.append(("naive run: mean KL elsewhere of its erased fact, times that of this one", ratio, ">= 10"))
+    table = pd.DataFrame(rows, columns=["figure", "reached", "asked"])
+    limits = [(asked[:2], float(asked[3:])) for asked in table["asked"]]
+    table["met"] = [
+        "yes" if (x >= y if sign == ">=" else x <= y) else "no"
+        for x, (sign, y) in zip(table["reached"], limits, strict=True)
+    ]
+    return table
+
+
+def where(figures: Mapping[str, Any]) -> pd.DataFrame:
+    """How many subcomponents each matrix has, a row for each decomposed block.
+
+    Args:
+        figures: from ``measure``.
+    """
+    blocks = sorted({int(name.split(".")[1]) for name in figures["alive"]})
+    rows = [
+        {
+            "block": block,
+            **{kind: figures["alive"].get(f"blocks.{block}.{part}.{kind}", 0) for kind, part in KINDS.items()},
+        }
+        for block in blocks
+    ]
+    return pd.DataFrame(rows).set_index("block")
+
+
+def fact_page(figures: Mapping[str, Any], graph: AttributionGraph | None, path: Path) -> Path:
+    """Writes the page, which opens offline; returns its path.
+
+    Args:
+        figures: from ``measure``.
+        graph: of one of the prompts (None: left out).
+        path: of the page.
+    """
+    answers, elsewhere = pd.DataFrame(figures["answers"]), pd.DataFrame(figures["elsewhere"])
+    shown = answers.assign(prompt=answers["prompt"].str.replace("\n", "⏎ ")).drop(columns=["subject", "trained"])
+    shown["top"] = shown["top"].str.strip()
+    edits = pd.DataFrame(
+        [{"edit": name, "subcomponents": ", ".join(names)} for name, names in figures["edits"].items()]
+    )
+    kl = elsewhere.pivot(index="edit", columns="text", values="kl").add_suffix(", mean")
+    p99 = elsewhere.pivot(index="edit", columns="text", values="p99")[["all"]].add_suffix(", 99%")
+    single = pd.DataFrame(figures["ablations"])
+    if figures["ablations_elsewhere"]:
+        more = pd.DataFrame(figures["ablations_elsewhere"]).rename(
+            columns={"edit": "subcomponent", "kl": "KL elsewhere"}
+        )
+        single = single.merge(more[["subcomponent", "KL elsewhere", "p99"]], on="subcomponent")
+    note = "Important at a token of the prompts; 8 at most for each matrix, one for each different token."
+    panels = [
+        viz.table(marks(figures), "What was reached", note="The worse of both facts."),
+        viz.table(where(figures), "Which matrices have how many subcomponents", note=note),
+        viz.table(
+            pd.DataFrame(figures["alone"]),
+            "The answer's probability",
+            note="rounded: important subcomponents alone, Δ off; attacked: the worst masks found in 20 steps; ablated: all off, "
+            "Δ on; l0: important subcomponents per token.",
+        ),
+        viz.table(
+            single,
+            "Single subcomponents, ablated out of the full model",
+            note="p: the answer's probability afterwards; of: log-probability that a fact loses more than the other.",
+        ),
+        viz.table(edits, "Edits"),
+        viz.table(
+            shown,
+            "Answers",
+            note="answer: probability of the right answer; other: of the other fact's; top: the likeliest token; first: of 28 "
+            "capitals. Only the first form was trained on.",
+        ),
+        viz.table(
+            kl.join(p99),
+            "What the edits change elsewhere",
+            note=f"KL in nats per token, on {figures['tokens']:,} tokens. At random others: the same edit elsewhere.",
+        ),
+    ]
+    if graph is not None:
+        panels.append(viz.graph(graph, title=f"How {figures['facts']['prompts'][0]!r} is completed"))
+    prompts = " and ".join(repr(prompt) for prompt in figures["facts"]["prompts"])
+    blocks = f"block {where(figures).index[0]}" if len(where(figures)) == 1 else f"{len(where(figures))} blocks"
+    introduction = INTRODUCTION.format(prompts=prompts, tokens=figures["tokens"], blocks=blocks)
+    return viz.page(panels, "A fact, erased and rewired", path, introduction=introduction)
