@@ -1,5 +1,5 @@
 """The command line: ``tl-vpd train``, ``plan``, ``eval``, ``feature-splitting``, ``import``, ``compact``, ``dashboard``,
-``card``, ``push`` and ``demo``.
+``card``, ``push``, ``demo`` and ``fact``.
 
 Errors are one line that says what to do (with ``TL_VPD_TRACEBACK=1`` in the environment, Python's traceback). Exit codes:
 
@@ -10,99 +10,36 @@ Errors are one line that says what to do (with ``TL_VPD_TRACEBACK=1`` in the env
 130   interrupted; ``train`` has saved, and continues with ``--resume``
 ====  ================================================================================================================
 
-Under ``torchrun`` the first process
-prints for all; the others are silent, except for errors that the system raises in them alone::
+Under ``torchrun`` the first process prints for all; the others are silent, except for errors that the system raises in them
+alone::
 
     torchrun --nproc-per-node 2 -m tl_vpd.cli train recipe.yaml
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    help="adVersarial Parameter Decomposition of transformers' weights (VPD).",
+from tl_vpd import publish_commands
+from tl_vpd.console import (
+    DecompositionName,
+    Device,
+    Key,
+    ModelKind,
+    ModelName,
+    Tokens,
+    Trust,
+    app,
+    command,
+    say,
 )
-_out = Console(soft_wrap=True)
-_err = Console(stderr=True, soft_wrap=True)
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")]
-Folder = Annotated[Path, typer.Argument(help="Folder of a decomposition.")]
-ReportFile = Annotated[Path | None, typer.Option(help="Its report (default: metrics.json in the folder, if any).")]
-Licence = Annotated[str | None, typer.Option(help="Of the decomposition, as the Hub names it, such as mit.")]
-BaseModel = Annotated[str | None, typer.Option(help="The target's name on the Hub.")]
-TargetLicence = Annotated[str | None, typer.Option(help="Of the target.")]
-Datasets = Annotated[list[str] | None, typer.Option("--dataset", help="Name on the Hub of the text; may be repeated.")]
-TextLicence = Annotated[str | None, typer.Option(help="Of the text.")]
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, KeyError, IndexError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        _show(error)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        if not _rank():
-            _err.print("Interrupted; what was saved before is intact.", markup=False, highlight=False)
-        raise typer.Exit(130) from error
-    except (RuntimeError, MemoryError, AssertionError, ArithmeticError, AttributeError) as error:
-        if isinstance(error, typer.Exit | typer.Abort):
-            raise
-        _show(error, " (an error of the program or of a library: set TL_VPD_TRACEBACK=1 to see where)")
-        raise typer.Exit(1) from error
-
-
-def _show(error: Exception, hint: str = "") -> None:
-    """Prints an error on one line; raises it instead if ``TL_VPD_TRACEBACK`` is set."""
-    if os.environ.get("TL_VPD_TRACEBACK"):
-        raise error
-    rank = _rank()
-    if rank and getattr(error, "errno", None) is None:
-        return
-    if rank:
-        _err.print(f"Process {rank}: ", end="")
-    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
-    _err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-    _err.print(" ".join(text.splitlines()) + hint, markup=False, highlight=False)
-
-
-def _rank() -> int:
-    """Which of the processes of ``torchrun`` this is; 0 where there is one."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def _command(function: Callable[..., None]) -> Callable[..., None]:
-    @wraps(function)
-    def wrapped(*arguments: Any, **keywords: Any) -> None:
-        # TransformerLens 3 says at every model that HookedTransformer goes away in 4; users of the command cannot act on that.
-        warnings.filterwarnings("ignore", message="HookedTransformer is deprecated", category=DeprecationWarning)
-        logging.basicConfig(level=logging.ERROR if _rank() else logging.INFO, format="%(message)s")
-        with ExitStack() as silence:
-            if _rank():
-                nowhere = silence.enter_context(open(os.devnull, "w", encoding="utf-8"))
-                silence.enter_context(redirect_stdout(nowhere))
-                warnings.simplefilter("ignore")
-            silence.enter_context(_plain_errors())
-            function(*arguments, **keywords)
-
-    return wrapped
 
 
 @app.command()
-@_command
+@command
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, vpd or targeted, execution, saving.")],
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in saving.folder.")] = False,
@@ -126,14 +63,14 @@ def train(
         saving={"keep_states": keep_states},
     )
     if settings.train(resume=from_state or resume, trust_remote_code=trust_remote_code).finished:
-        _say(f"Finished: {settings.saving.folder}/decomposition")
+        say(f"Finished: {settings.saving.folder}/decomposition")
     else:
-        _say(f"Stopped and saved; continue with the same command and --resume: tl-vpd train {recipe} --resume")
+        say(f"Stopped and saved; continue with the same command and --resume: tl-vpd train {recipe} --resume")
         raise typer.Exit(130)
 
 
 @app.command()
-@_command
+@command
 def plan(
     recipe: Annotated[Path | None, typer.Argument(help="YAML file; without one, give the model's numbers.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Blocks of the model.")] = None,
@@ -170,18 +107,18 @@ def plan(
         data={"context": context},
     )
     options = {"processes": processes, "tflops": tflops, "limit": limit, "trust_remote_code": trust_remote_code}
-    _say(*settings.plan(shape, **options))  # type: ignore[arg-type]
+    say(*settings.plan(shape, **options))  # type: ignore[arg-type]
 
 
 @app.command("eval")
-@_command
+@command
 def evaluate_command(
-    decomposition: Annotated[str, typer.Argument(help="Folder of a decomposition, or 'bundled'.")],
-    model: Annotated[str, typer.Option(help="'bundled', or a name or folder that TransformerLens knows.")] = "bundled",
-    kind: Annotated[str | None, typer.Option(help="hooked_transformer or bridge (default: what is installed).")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    tokens: Annotated[str, typer.Option(help="'bundled', a .npy or .safetensors file, or text files.")] = "bundled",
-    key: Annotated[str | None, typer.Option(help="Tensor of a file, or part of the bundled tokens.")] = None,
+    decomposition: DecompositionName,
+    model: ModelName = "bundled",
+    kind: ModelKind = None,
+    device: Device = "cpu",
+    tokens: Tokens = "bundled",
+    key: Key = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of tokens to use.")] = 64,
     measures: Annotated[str, typer.Option(help="In addition to mode table and counts: all, none, or names.")] = "all",
     budgets: Annotated[str, typer.Option(help="Steps of attacks with commas, '' for none, or ladder.")] = "20,60",
@@ -231,11 +168,11 @@ def evaluate_command(
         result.save(out)
     if html is not None:
         viz.evaluation_page(result, html, title=f"Evaluation of {decomposition}")
-    _say(*evaluating.evaluation_lines(result), *(f"Written: {path}" for path in (out, html) if path is not None))
+    say(*evaluating.evaluation_lines(result), *(f"Written: {path}" for path in (out, html) if path is not None))
 
 
 @app.command("feature-splitting")
-@_command
+@command
 def feature_splitting_command(
     recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, vpd, execution, saving.")],
     factors: Annotated[str, typer.Option(help="Times the recipe's C, with commas.")] = "0.5,1,2,4",
@@ -251,13 +188,13 @@ def feature_splitting_command(
     check_writable(out)
     settings, sizes = Recipe.read(recipe), numbers("--factors", factors, float)
     table = settings.feature_splitting(sizes, rows=rows, trust_remote_code=trust_remote_code)
-    _say(table.round(4).to_string())
+    say(table.round(4).to_string())
     if out is not None:
         write_text(out, table.to_csv())
 
 
 @app.command("import")
-@_command
+@command
 def import_command(
     run: Annotated[str, typer.Argument(help="Folder or checkpoint of the authors' code, or the id of a W&B run.")],
     out: Annotated[Path, typer.Option(help="New folder of the decomposition; its model goes to 'model' in it.")],
@@ -285,19 +222,19 @@ def import_command(
         tokens=None if tokens is None else first_stored_rows(tokens, key, rows),
         check_order=check_order,
     )
-    _say(certificate.to_pandas().to_string(index=False), f"Written: {out} and {out / 'model'}")
+    say(certificate.to_pandas().to_string(index=False), f"Written: {out} and {out / 'model'}")
 
 
 @app.command("compact")
-@_command
+@command
 def compact_command(
-    decomposition: Annotated[str, typer.Argument(help="Folder of a decomposition, or 'bundled'.")],
+    decomposition: DecompositionName,
     out: Annotated[Path, typer.Option(help="New folder of the smaller decomposition.")],
-    model: Annotated[str, typer.Option(help="'bundled', or a name or folder that TransformerLens knows.")] = "bundled",
-    kind: Annotated[str | None, typer.Option(help="hooked_transformer or bridge (default: what is installed).")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    tokens: Annotated[str, typer.Option(help="'bundled', a .npy or .safetensors file, or text files.")] = "bundled",
-    key: Annotated[str | None, typer.Option(help="Tensor of a file, or part of the bundled tokens.")] = None,
+    model: ModelName = "bundled",
+    kind: ModelKind = None,
+    device: Device = "cpu",
+    tokens: Tokens = "bundled",
+    key: Key = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of tokens: what is important on none of them goes.")] = 512,
     threshold: Annotated[float, typer.Option(help="The largest importance at which a subcomponent goes.")] = 0.0,
     trust_remote_code: Trust = False,
@@ -316,19 +253,19 @@ def compact_command(
         threshold=threshold,
         trust_remote_code=trust_remote_code,
     )
-    _say(counts.to_string(), f"{counts.before.sum()} -> {counts.after.sum()} subcomponents.  Written: {out}")
+    say(counts.to_string(), f"{counts.before.sum()} -> {counts.after.sum()} subcomponents.  Written: {out}")
 
 
 @app.command("dashboard")
-@_command
+@command
 def dashboard_command(
-    decomposition: Annotated[str, typer.Argument(help="Folder of a decomposition, or 'bundled'.")],
+    decomposition: DecompositionName,
     out: Annotated[Path, typer.Option(help="New folder of the pages.")],
-    model: Annotated[str, typer.Option(help="'bundled', or a name or folder that TransformerLens knows.")] = "bundled",
-    kind: Annotated[str | None, typer.Option(help="hooked_transformer or bridge (default: what is installed).")] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...")] = "cpu",
-    tokens: Annotated[str, typer.Option(help="'bundled', a .npy or .safetensors file, or text files.")] = "bundled",
-    key: Annotated[str | None, typer.Option(help="Tensor of a file, or part of the bundled tokens.")] = None,
+    model: ModelName = "bundled",
+    kind: ModelKind = None,
+    device: Device = "cpu",
+    tokens: Tokens = "bundled",
+    key: Key = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of tokens to look at.")] = 512,
     alpha: Annotated[float, typer.Option(min=0, help="Of the components, as in docs/components.md; 0 for none.")] = 3.0,
     labels: Annotated[Path | None, typer.Option(help="CSV file: subcomponent, label, and any numbers.")] = None,
@@ -349,63 +286,15 @@ def dashboard_command(
         labels=labels,
         trust_remote_code=trust_remote_code,
     )
-    _say(f"Written: open {page}")
+    say(f"Written: open {page}")
+
+
+app.command()(publish_commands.card)
+app.command()(publish_commands.push)
 
 
 @app.command()
-@_command
-def card(
-    folder: Folder,
-    report: ReportFile = None,
-    out: Annotated[Path | None, typer.Option(help="File for the card (default: printed).")] = None,
-    repository: Annotated[str | None, typer.Option(help="user/repo where it will be loaded from.")] = None,
-    licence: Licence = None,
-    base_model: BaseModel = None,
-    target_licence: TargetLicence = None,
-    dataset: Datasets = None,
-    text_licence: TextLicence = None,
-) -> None:
-    """The card of a decomposition: what it is, how to load it, what was measured and what may be claimed."""
-    from tl_vpd.files.atomic import write_text
-    from tl_vpd.recipe.publishing import decomposition_and_report
-
-    config = _card_config(licence, base_model, target_licence, dataset, text_licence)
-    decomposition, evaluation = decomposition_and_report(folder, report)
-    text = str(decomposition.model_card(repository, report=evaluation, card=config))
-    if out is None:
-        typer.echo(text)
-    else:
-        write_text(out, text)
-        _say(f"Written: {out}")
-
-
-@app.command("push")
-@_command
-def push_command(
-    folder: Folder,
-    repository: Annotated[str, typer.Argument(help="user/repo on the Hugging Face Hub; made if needed.")],
-    report: ReportFile = None,
-    private: Annotated[
-        bool | None, typer.Option("--private/--public", help="Who sees it (default: as it is, or as the account says).")
-    ] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, made if needed (default: the main one).")] = None,
-    licence: Licence = None,
-    base_model: BaseModel = None,
-    target_licence: TargetLicence = None,
-    dataset: Datasets = None,
-    text_licence: TextLicence = None,
-) -> None:
-    """Push a decomposition to the Hugging Face Hub, with its report and its card, in one commit."""
-    from tl_vpd.recipe.publishing import decomposition_and_report
-
-    config = _card_config(licence, base_model, target_licence, dataset, text_licence)
-    decomposition, evaluation = decomposition_and_report(folder, report)
-    address = decomposition.push_to_hub(repository, report=evaluation, card=config, private=private, revision=revision)
-    _say(f"Pushed: {address}")
-
-
-@app.command()
-@_command
+@command
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the page, the metrics and the decomposition.")] = Path("demo"),
     steps: Annotated[int, typer.Option(min=1, help="Steps of the short decomposition.")] = 300,
@@ -413,31 +302,23 @@ def demo(
     """A tour in a few minutes: the bundled model decomposed, checked, trained again for a while, and a page to look at."""
     from tl_vpd.demo import run_demo
 
-    run_demo(out, steps=steps, say=_say)
+    run_demo(out, steps=steps, say=say)
 
 
-def _card_config(
-    licence: str | None,
-    base_model: str | None,
-    target_licence: str | None,
-    datasets: list[str] | None,
-    text_licence: str | None,
-) -> Any:
-    """What ``card`` and ``push`` are told for the card."""
-    from tl_vpd.publishing import CardConfig
+@app.command()
+@command
+def fact(
+    out: Annotated[Path, typer.Option(help="Folder of the page, the figures, the decomposition and the runs.")] = Path(
+        "fact"
+    ),
+    finished: Annotated[bool, typer.Option("--finished", help="Take the decomposition that ships.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the run.")] = 220,
+) -> None:
+    """A fact of SmolLM2-135M decomposed, erased and rewired (extra ``real``), and a page to look at."""
+    from tl_vpd.fact import run_fact
 
-    return CardConfig(
-        licence=licence,
-        base_model=base_model,
-        target_licence=target_licence,
-        datasets=tuple(datasets or ()),
-        text_licence=text_licence,
-    )
-
-
-def _say(*lines: str) -> None:
-    for line in lines:
-        _out.print(line, markup=False, highlight=False)
+    run_fact(out, finished=finished, resume=resume, steps=steps, say=say)
 
 
 if __name__ == "__main__":
