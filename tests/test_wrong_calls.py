@@ -11,7 +11,9 @@ import sys
 import pytest
 
 
-@pytest.mark.parametrize("script", ["tests.wrong_calls", "tests.hooks.wrong_calls", "tests.hooks.other_forms"])
+@pytest.mark.parametrize(
+    "script", ["hooks.wrong_calls", "hooks.other_forms", "wrong_calls_analysis", "editing.wrong_calls"]
+)
 def test_calls_are_right_or_refused_in_one_sentence(script):
-    result = subprocess.run([sys.executable, "-m", script], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", f"tests.{script}"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

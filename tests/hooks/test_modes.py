@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from tests.tiny import options_of
 from tl_vpd.losses import kl_divergence
-from tl_vpd.masking import Masks, SiteMask
+from tl_vpd.masking import SiteMask
 from tl_vpd.masking.modes import MODES, NEED_IMPORTANCES, masks_of_mode
 from tl_vpd.site import ConcatenatedAxis
 
@@ -216,53 +216,6 @@ def test_a_function_gives_masks_from_activations(model, vpd, tokens):
             got = model(tokens)
         with attached.masked("zero"):
             assert torch.equal(got, model(tokens))
-
-
-def test_impossible_requests_say_what_is_possible(model, vpd, tokens):
-    with vpd.attach(model) as attached:
-        for arguments, error, message in [
-            (
-                ("roundd",),
-                ValueError,
-                r"'roundd' is not a mask mode \(did you mean 'rounded'\?\)\. Modes: unmasked, stochastic",
-            ),
-            (
-                ({"blocks.0.mlp.W_x": SiteMask(None, None)},),
-                KeyError,
-                r"'blocks\.0\.mlp\.W_x', which is not decomposed \(did",
-            ),
-        ]:
-            with pytest.raises(error, match=message), attached.masked(*arguments):
-                pass
-        with pytest.raises(ValueError, match="give a number, 'drawn'"), attached.masked("zero", delta="often"):
-            pass
-        with pytest.raises(ValueError, match="attacks Δ as well"), attached.masked("adversarial", delta=0.0):
-            pass
-        nearest = r"did you mean 'blocks\.0\.mlp\.W_in'"
-        with pytest.raises(KeyError, match=nearest), attached.masked("zero", sites="blocks.0.mlp.W_In"):
-            pass
-        for shape, message in (
-            ((2, 6, 6), r"is .*, this forward pass needs \(2, 7, 6\)"),
-            ((5,), r"is \(5,\), and the site has 6 subcomponents"),
-            (
-                (2, 6),
-                r"leaves open what its axes are: give \[C\] for all tokens, or \[batch, pos, C\].*\(2, 7, 6\): unsqueeze",
-            ),
-            ((7, 6), "leaves open what its axes are"),
-            ((3, 2, 7, 6), "leaves open what its axes are"),
-        ):
-            wrong = Masks({IN: SiteMask(torch.ones(shape), None)})
-            with pytest.raises(ValueError, match=rf"The mask for {IN} .*{message}"), attached.masked(wrong):
-                model(tokens)
-        for shape, message in (
-            ((6,), r"is \(6,\), which leaves open what its axes are: give a number for all tokens, or \[batch, pos\]"),
-            ((2, 6), r"is \(2, 6\), this forward pass needs \(2, 7\)"),
-        ):
-            wrong = {IN: SiteMask(None, torch.ones(shape))}
-            with pytest.raises(ValueError, match=rf"Δ's mask for {IN} {message}"), attached.masked(wrong):
-                model(tokens)
-        with pytest.raises(ValueError, match="need runs of the model"):
-            vpd.causal_importances(model, tokens).masks("adversarial")
 
 
 @pytest.mark.parametrize("mode", NEED_IMPORTANCES)

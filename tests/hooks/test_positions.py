@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tests.tiny import options_of, tiny_model
-from tl_vpd.hooks.positions import checked_positions, position_indices
+from tl_vpd.hooks.positions import position_indices
 from tl_vpd.masking import Masks, SiteMask
 
 from .test_edited import by_token
@@ -18,7 +18,6 @@ from .test_generate import generate
 from .test_hook_lists import by_size
 
 OUT = "blocks.1.mlp.W_out"
-unchecked = getattr(checked_positions, "__wrapped__", checked_positions)  # without the type check of the tests
 
 
 def masks_in(cache, vpd):
@@ -188,33 +187,3 @@ def test_slices_are_pythons_and_those_that_select_none_are_refused(pos):
         return
     with pytest.raises(IndexError, match="selects none of the 7 positions at here"):
         position_indices(pos, 7, torch.device("cpu"), "here")
-
-
-@pytest.mark.parametrize("pos", [7, -8, [0, 7]])
-def test_positions_that_do_not_exist_are_said(pos):
-    with pytest.raises(IndexError, match=r"is outside the 7 positions at here"):
-        position_indices(pos, 7, torch.device("cpu"), "here")
-
-
-@pytest.mark.parametrize("wrong", [[], (), slice(9, None), slice(4, 4), torch.zeros(7, dtype=torch.bool)], ids=str)
-def test_positions_that_select_none_are_refused_wherever_they_are_given(model, vpd, tokens, wrong):
-    with torch.no_grad(), vpd.attach(model) as attached:
-        for act in (
-            lambda: attached.masked("zero", pos=wrong),
-            lambda: attached.keep_only(f"{OUT}:1", pos=wrong),
-            lambda: attached.ablated(f"{OUT}:1", pos=wrong),
-            lambda: model.hooks(fwd_hooks=vpd.delta_hooks(0.0, pos=wrong)),
-        ):
-            with pytest.raises((ValueError, IndexError), match=r"selects no(ne of the 7 positions| position)"), act():
-                model(tokens)
-
-
-@pytest.mark.parametrize(
-    "wrong", [torch.tensor([1.0]), np.zeros((2, 7), dtype=bool), True, [True, 2], "3", [None], {3}, slice("a")], ids=str
-)
-def test_what_is_not_a_position_is_refused(wrong):
-    with pytest.raises(
-        TypeError, match="give an index, a slice, a sequence of indices, or a mask of one axis"
-    ) as refused:
-        unchecked(wrong)
-    assert "\n" not in str(refused.value)

@@ -19,7 +19,7 @@ from tl_vpd import Decomposition, GammaConfig, Masks, SiteMask, Subcomponent, bu
 from tl_vpd.adapters.loading import load_model
 from tl_vpd.hooks import attached_to, attachment_of
 
-Q, K = "blocks.0.attn.W_Q", "blocks.0.attn.W_K"
+Q, K, OUT = "blocks.0.attn.W_Q", "blocks.0.attn.W_K", "blocks.1.mlp.W_out"
 NAN, INF = float("nan"), float("inf")
 model = tiny_model()
 vpd = decomposition_of(model).double()
@@ -157,8 +157,15 @@ def calls_with_masks() -> Iterator[Call]:
     for value, error, message in (
         (None, TypeError, "The mask function returned None for blocks.0.attn.W_Q: return one factor"),
         (1.0, TypeError, "The mask of blocks.0.attn.W_Q is a float"),
-        (ones[0], ValueError, "which leaves open what its axes are"),
+        (
+            ones[0],
+            ValueError,
+            r"leaves open what its axes are: give \[C\] for all tokens, or \[batch, pos, C\].*unsqueeze",
+        ),
+        (ones[:, 0], ValueError, "which leaves open what its axes are"),
+        (ones[None], ValueError, "which leaves open what its axes are"),
         (torch.ones(5), ValueError, r"this forward pass needs \(2, 7, 6\)"),
+        (ones[:, :3], ValueError, r"is \(2, 3, 6\), this forward pass needs \(2, 7, 6\)"),
         (torch.full((6,), NAN), ValueError, "has 6 of 6 factors that are NaN, infinite or beyond 65504"),
         (ones * 1e5, ValueError, "has 84 of 84 factors that are NaN"),
         (SiteMask(None, torch.tensor(-INF)), ValueError, "Δ's mask for .* has 1 of 1 factors"),
@@ -170,11 +177,22 @@ def calls_with_masks() -> Iterator[Call]:
             message = message.replace("this forward pass needs", "(this forward|the site has 6 subcomponents)|")
             yield masked({Q: value}), error, message
             yield hooked(lambda value=value: vpd.mask_hooks({Q: value})), error, message
+    for value, message in (
+        (SiteMask(None, ones[:, 0]), r"Δ's mask for .* is \(2, 6\), this forward pass needs \(2, 7\)"),
+        (SiteMask(None, torch.ones(6)), r"Δ's mask for .* is \(6,\), which leaves open .* or \[batch, pos\]"),
+        (SiteMask(None, 0.0, torch.ones(8).bool()), r"(routing|mask) for .* is \(8,\), which leaves open"),
+    ):
+        yield masked({Q: value}), ValueError, message
+        yield masked(lambda site, acts, value=value: value), ValueError, message
     for wrong, error, message in (
         ({}, ValueError, "There are no masks, so nothing would be masked"),
         (Masks({}), ValueError, "There are no masks"),
         ({3: torch.ones(6)}, KeyError, "The masks name 3, which is not decomposed"),
-        ({"blocks.0.attn.hook_q": torch.ones(6)}, KeyError, "did you mean 'blocks.0.attn.W_Q'"),
+        (
+            {"blocks.0.attn.hook_q": torch.ones(6)},
+            KeyError,
+            "which is not decomposed .did you mean 'blocks.0.attn.W_Q'",
+        ),
         ([torch.ones(6)], TypeError, "a list: give"),
     ):
         yield masked(wrong), error, message
@@ -184,7 +202,37 @@ def calls_with_masks() -> Iterator[Call]:
         yield masked("ci", delta=factor), ValueError, "delta=.*: give a finite number"
         yield hooked(lambda factor=factor: vpd.delta_hooks(factor)), ValueError, "value=.*: give a finite number"
         yield ablated(f"{Q}:1", amount=factor), ValueError, "amount=.*: give a finite number"
+    yield masked(None), TypeError, "The mode is a NoneType: give a mode's name, masks by site, or a function"
+    yield masked({OUT: torch.zeros(6)}, sites="blocks.0.*"), ValueError, "nothing would be masked"
+    yield hooked(lambda: vpd.mask_hooks(3)), TypeError, "Masks are a int: give masks by site, or a function"  # type: ignore[arg-type]
+    yield lambda: SiteMask.of([1.0], "a"), TypeError, "The mask of a is a list: give a tensor .* or a SiteMask"  # type: ignore[arg-type]
+    yield lambda: SiteMask([1.0], None), TypeError, "SiteMask.mask is a list: give a tensor or None"  # type: ignore[arg-type]
+    yield lambda: SiteMask(None, "drawn"), TypeError, "SiteMask.delta='drawn' is a str: give a number"  # type: ignore[arg-type]
+    yield lambda: SiteMask(None, None, True), TypeError, "SiteMask.routed is a bool: give a tensor or None"  # type: ignore[arg-type]
+    yield lambda: SiteMask(None, 0.0, ones), TypeError, "SiteMask.routed is of torch.float32: give a tensor of bools"
     yield lambda: SiteMask(None, True), TypeError, "SiteMask.delta=True is a bool"
+    yield hooked(lambda: vpd.delta_hooks(anything)), TypeError, "is a type: give a number"
+    yield ablated(f"{Q}:1", amount="all"), TypeError, "amount='all' is a str: give a number"
+    yield ablated(f"{Q}:1", values=[1.0]), TypeError, "values is a list: give tensors by site"
+    yield ablated(f"{Q}:1", values={}), KeyError, "values has nothing for blocks.0.attn.W_Q"
+    yield ablated(f"{OUT}:1", values={"blocks.1.mlp.W_ou": torch.ones(6)}), KeyError, "nothing for .*did you mean"
+    yield ablated(f"{Q}:1", values={Q: torch.zeros(7, 5)}), ValueError, r"is \(7, 5\).*has 6 subcomponents"
+    yield (
+        ablated(f"{Q}:1", values={Q: torch.zeros(7, 6)}),
+        ValueError,
+        r"is \(7, 1\), which leaves open.*unsqueeze\(0\)",
+    )
+    others = vpd.component_acts(model, some_tokens(shape=(3, 5)))
+    message = (
+        r"values for blocks\.1\.hook_out_component_acts is \(3, 5, 2\).*needs \(2, 7, \d\): masks and values belong to"
+    )
+    yield ablated([f"{OUT}:2", f"{OUT}:4"], values=others), ValueError, message
+    look = [("blocks.1.hook_out_mask", lambda mask, hook: None)]
+    yield (
+        hooked(lambda: [*vpd.ablation_hooks([f"{OUT}:2", f"{OUT}:4"], values=others), *look]),
+        ValueError,
+        message,
+    )
     yield ablated(f"{Q}:1", amount=True), TypeError, "amount=True is a bool"
     yield ablated(f"{Q}:1", values={0: None}), KeyError, "values has nothing for blocks.0.attn.W_Q"
     yield ablated(f"{Q}:1", values={Q: [1.0]}), TypeError, "values of blocks.0.attn.W_Q is a list"
@@ -243,6 +291,7 @@ def calls_with_names() -> Iterator[Call]:
         (3, TypeError, "The sites are a int"),
         ([3], TypeError, "A pattern of sites is a int"),
         ("blocks.0.attn.hook_k", KeyError, "did you mean 'blocks.0.attn.W_K'"),
+        ("blocks.1.mlp.W_Out", KeyError, "did you mean 'blocks.1.mlp.W_out'"),
     ):
         yield masked("zero", sites=sites), error, message
         yield kept(f"{Q}:1", sites=sites), error, message
@@ -258,6 +307,11 @@ def calls_with_names() -> Iterator[Call]:
         (7, IndexError, "pos=7 is outside the 7 positions"),
         (10**5000, IndexError, "pos=a number of thousands of digits is outside the positions of any pass"),
         (np.int64(-8), IndexError, "pos=-8 is outside the 7 positions"),
+        ([0, 7], IndexError, "pos=7 is outside the 7 positions"),
+        ([None], TypeError, "pos is a list: give an index"),
+        (slice("a"), TypeError, "pos=slice.*: give an index, a slice, a sequence of indices, or a mask of one axis"),
+        (slice(4, 4), IndexError, "selects none of the 7 positions"),
+        (torch.zeros(7).bool(), ValueError, "selects no position"),
         ([True, False], IndexError, "pos is a mask of 2 positions, and there are 7"),
         ([True, 2, 3], TypeError, "pos is a list: give an index"),
         (True, TypeError, "pos is a bool: give an index"),
@@ -296,6 +350,18 @@ def calls_with_options() -> Iterator[Call]:
         yield lambda options=options: vpd.adversarial_masks(model, tokens, **options), error, message
         if "seed" in options:
             yield lambda options=options: importances.masks("stochastic", **options), error, message
+    yield (
+        masked("roundd"),
+        ValueError,
+        r"'roundd' is not a mask mode \(did you mean 'rounded'\?\)\. Modes: unmasked, stoch",
+    )
+    yield masked("zero", delta="often"), ValueError, "give a number, 'drawn'"
+    yield masked("ci", delta=[1]), TypeError, r"delta=\[1\] is a list: give a number"
+    yield masked("adversarial", delta=0.0), ValueError, "attacks Δ as well"
+    yield masked("rounded", threshold="0.1"), TypeError, "threshold='0.1' is a str: give a number"
+    yield lambda: importances.masks("adversarial"), ValueError, "need runs of the model"
+    yield lambda: vpd.compact(model, tokens, threshold="0.1"), TypeError, "threshold='0.1' is a str: give a number"
+    yield lambda: vpd.compact(model, tokens, batch_size=1.5), TypeError, "batch_size=1.5 is a float: give an integer"
     for threshold in (NAN, -0.1, 1.5, INF):
         yield masked("rounded", threshold=threshold), ValueError, "threshold=.*: importances are in"
         yield lambda t=threshold: importances.masks("rounded", threshold=t), ValueError, "importances are in"
@@ -334,6 +400,18 @@ def calls_with_options() -> Iterator[Call]:
 
     def made(V: Any = V, U: Any = U, gamma: Any = gamma, rest: Any = rest) -> Callable[[], Any]:
         return lambda: Decomposition.from_tensors(model, V, U, gamma, rest)
+
+    hub: Any = Decomposition.from_hub
+    yield lambda: hub(5), TypeError, "repository=5 is a int: give a string"
+    yield lambda: hub("user/repo", revision=5), TypeError, "revision=5 is a int: give a string"
+    yield lambda: vpd.push_to_hub(None), TypeError, "repository=None is a NoneType: give a string"  # type: ignore[arg-type]
+    yield lambda: vpd.model_card("repo"), ValueError, "'repo' is not the name of a repository"
+    for options, message in (
+        ({"private": "yes"}, "private='yes' is a str: give True or False"),
+        ({"report": {}}, r"report={} is a dict: give what tl_vpd.evaluate returns"),
+        ({"card": {}}, "A dict came where CardConfig is needed"),
+    ):
+        yield lambda options=options: vpd.push_to_hub("user/repo", **options), TypeError, message
 
     yield made(V=[V[Q]]), TypeError, "V is a list: give tensors by name"
     yield made(U=None), TypeError, "U is a NoneType"
