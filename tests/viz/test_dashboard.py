@@ -13,11 +13,14 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from tests.campaigns.browser import Browser, chromium
 from tests.tiny import decomposition_of, some_tokens, tiny_model
-from tl_vpd import viz
+from tl_vpd import bundled, viz
 from tl_vpd.analysis import ClusterConfig, HarvestConfig, cluster, harvest, logit_effects
+from tl_vpd.analysis.labels import Label, Labels
+from tl_vpd.cli import app
 from tl_vpd.viz.dashboard.records import spread
 from tl_vpd.viz.text import label
 
@@ -47,6 +50,7 @@ def world(tmp_path_factory) -> SimpleNamespace:
     table = pd.DataFrame({"subcomponent": addresses, "label": None, "intruder": range(len(addresses)), "note": "x"})
     table.loc[table["subcomponent"] == LABELLED, "label"] = f"opens a quotation {HOSTILE}"
     table.loc[3, "intruder"] = float("nan")
+    table.loc[len(table)] = ["component:0", "a component", float("nan"), "x"]
     clustering = cluster(vpd, model, tokens, config=ClusterConfig(alpha=0.1))
     folder = tmp_path_factory.mktemp("pages") / "dashboard"
     config = viz.DashboardConfig(title=HOSTILE, windows=2, samples=2, radius=1, min_count=1, logits=2)
@@ -85,6 +89,7 @@ def test_the_data_are_those_of_the_harvest(world):
         assert [row[1] for row in record["logits"]] == pytest.approx(expected, rel=0.006)
     members = [[addresses[i] for i in c["members"]] for c in index["components"]]
     assert members == [[str(m) for m in c.members] for c in world.clustering]
+    assert index["components"][0]["label"] == "a component"
     assert index["scores"]["intruder"][3] is None and index["scores"]["intruder"][5] == 5
     assert set(index["scores"]) == {"intruder"}
 
@@ -121,10 +126,31 @@ def test_what_is_wrong_is_said(world, tmp_path):
 
 def test_without_anything_optional(world, tmp_path):
     plain = harvest(world.vpd, world.model, world.tokens, [FIRST], config=HarvestConfig(windows=1))
-    page = viz.dashboard(world.vpd, world.model, plain, tmp_path / "small", labels={FIRST: "first"})
+    made = Labels({FIRST: Label("first", source="by hand")})
+    page = viz.dashboard(world.vpd, world.model, plain, tmp_path / "small", labels=made)
     record = read(page.parent, "site-0-0")["0"]
     assert record["samples"] == record["histogram"] == record["neighbours"] == record["logits"] == []
     assert read(page.parent, "index")["labels"] == {"0": "first"}
+
+
+def test_the_command(tmp_path):
+    model, tokens = bundled.model(), bundled.tokens("validation")
+    small = bundled.decomposition().compact(model, tokens[:1, :16], threshold=0.95)
+    small.save(tmp_path / "small")
+    address = str(next(iter(small.site_axis.subcomponents())))
+    (tmp_path / "labels.csv").write_text(f"subcomponent,label,score\n{address},the first,0.5\n", encoding="utf-8")
+    arguments = ["dashboard", str(tmp_path / "small"), "--rows", "2", "--labels", str(tmp_path / "labels.csv")]
+    arguments += ["--out", str(tmp_path / "pages")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    index = read(tmp_path / "pages", "index")
+    assert len(index["index"]) == small.site_axis.total and index["title"] == "Subcomponents of small"
+    assert index["labels"] == {"0": "the first"} and index["scores"]["score"][:2] == [0.5, None]
+    assert sum(len(c["members"]) for c in index["components"]) > 0
+    again = CliRunner().invoke(app, arguments)
+    assert again.exit_code == 2 and "is not an empty folder" in again.output
+    missing = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "new"), "--labels", str(tmp_path / "none.csv")])
+    assert missing.exit_code == 2 and "none.csv does not exist" in missing.output.replace("\n", "")
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ def dashboard_by_name(
     clustering = None
     if alpha:
         clustering = cluster(vpd, target, tokens[:COMPONENT_ROWS], config=ClusterConfig(alpha=alpha))
-    config = DashboardConfig(title=f"Subcomponents of {decomposition}")
+    config = DashboardConfig(title=f"Subcomponents of {Path(decomposition).name}")
     return dashboard(vpd, target, harvested, out, clustering=clustering, labels=table, config=config)
 
 

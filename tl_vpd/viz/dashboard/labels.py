@@ -18,13 +18,14 @@ Scores = dict[str, dict[str, float | None]]
 
 
 def labels_and_scores(
-    labels: Mapping[str, str] | pd.DataFrame | None, known: Mapping[str, Any]
+    labels: Mapping[str, Any] | pd.DataFrame | None, known: Mapping[str, Any]
 ) -> tuple[dict[str, str], Scores]:
     """Texts by address, and numbers by name and address.
 
     Args:
-        labels: texts by address, or a table with the column ``subcomponent``, perhaps ``label``, and any columns of numbers.
-        known: what was harvested, by address.
+        labels: texts by address, or a table with the column ``subcomponent``, perhaps ``label``, and any columns of numbers; what
+            has ``to_pandas`` is such a table.
+        known: what was harvested or clustered, by address.
 
     Raises:
         KeyError: a subcomponent was not harvested.
@@ -33,6 +34,8 @@ def labels_and_scores(
     """
     if labels is None:
         return {}, {}
+    if not isinstance(labels, pd.DataFrame) and hasattr(labels, "to_pandas"):
+        labels = labels.to_pandas()
     if isinstance(labels, pd.DataFrame):
         if "subcomponent" not in labels:
             raise ValueError(f"labels has the columns {', '.join(map(str, labels))}: 'subcomponent' is needed.")

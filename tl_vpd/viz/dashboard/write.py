@@ -36,7 +36,7 @@ from tl_vpd.viz.text import escape, for_script, label
 SHARD = 200
 """Subcomponents of a file."""
 PAGES = ("index", "subcomponent", "component")
-Labels = Mapping[str, str] | pd.DataFrame
+Labels = Mapping[str, Any] | pd.DataFrame
 
 
 def dashboard(
@@ -59,8 +59,8 @@ def dashboard(
         harvested: what is shown.
         folder: does not exist, or is empty.
         clustering: its components get pages (None: there are none).
-        labels: texts by address, or a table with the columns ``subcomponent`` and ``label``, whose columns of numbers (scores,
-            effects of ablations) are shown too (None: there are none).
+        labels: texts by address (of components: ``component:7``), ``Labels``, or a table with the columns ``subcomponent`` and
+            ``label``, whose columns of numbers (scores, effects of ablations) are shown too (None: there are none).
         config: how much is shown (None: the defaults).
 
     Returns:
@@ -87,7 +87,8 @@ def dashboard(
     if adapter.unembedding() is not None:
         effects = logit_effects(decomposition, model, k=config.logits)
     records = Records(decomposition, harvested, effects, config)
-    texts, scores = labels_and_scores(labels, records.places)
+    components = [f"component:{component.index}" for component in clustering or ()]
+    texts, scores = labels_and_scores(labels, {**records.places, **dict.fromkeys(components)})
     with new_folder(place) as written:
         (written / "data").mkdir()
         files = _write_shards(written / "data", records)
@@ -140,7 +141,7 @@ def _index(
         members = [records.places[str(m)] for m in component.members if str(m) in records.places]
         component_of |= dict.fromkeys(members, component.index)
         named = [texts[str(m)] for m in component.members if str(m) in texts]
-        about = "; ".join(dict.fromkeys(named[:3]))
+        about = texts.get(f"component:{component.index}") or "; ".join(dict.fromkeys(named[:3]))
         components.append({"members": members, "density": short(component.density), "label": about})
     mean = harvested.mean_importance.tolist()
     alive = sum(value > ALIVE for value in mean)
@@ -160,7 +161,7 @@ def _index(
         "mean": [short(value) for value in mean],
         "density": [short(value) for value in harvested.density.tolist()],
         "firings": harvested.firings.tolist(),
-        "labels": {records.places[address]: text for address, text in texts.items()},
+        "labels": {records.places[a]: text for a, text in texts.items() if a in records.places},
         "scores": {label(name): [column.get(a) for a in records.places] for name, column in scores.items()},
         "component": [component_of.get(i) for i in range(len(addresses))],
         "components": components,
