@@ -1,7 +1,7 @@
 """Whether a device computes products in bfloat16, or would imitate them number by number.
 
-On a processor without the instructions a product in bfloat16 takes up to a hundred times as long as in float32. PyTorch does not
-say so, and computes it.
+On a processor without the instructions a product in bfloat16 takes many times as long as in float32. PyTorch computes it all the
+same, and does not say so.
 """
 
 from __future__ import annotations
