@@ -38,7 +38,8 @@ class PromptBatches:
             raise ValueError("The target has no prompts, or an empty one: give at least one token each.")
         self.batch_size, self.seed, self.n = batch_size, seed, len(prompts)
         lengths = sorted({len(prompt) for prompt in prompts})
-        self.groups = [torch.stack([p for p in prompts if len(p) == length]) for length in lengths]
+        # On the CPU, where rows are chosen and checked without waiting for a device.
+        self.groups = [torch.stack([p for p in prompts if len(p) == length]).cpu() for length in lengths]
         self.context = lengths[-1]
 
     def at(self, step: int) -> Shaped[Tensor, "batch pos"]:
