@@ -61,7 +61,7 @@ def test_a_run_in_bfloat16_learns_what_one_in_float32_does():
 
 def test_a_first_batch_with_padding_late_in_a_compiled_run():
     """Its graphs are recorded then, and compared with what the weights of that time give."""
-    model, tokens = tiny_model().float(), some_tokens(shape=(4, 6))
+    model, tokens = tiny_model(torch.float32), some_tokens(shape=(4, 6))
     padded = torch.ones(4, 6, dtype=torch.bool)
     padded[1, -1] = False
     execution = ExecutionConfig(precision="bfloat16", compile="recorded")
