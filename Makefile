@@ -49,6 +49,7 @@ demo: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/tl-vpd demo --out $(DEMO)
 
 # Pages about every subcomponent of what ships (a few minutes); open dashboard/index.html.
+.PHONY: dashboard
 dashboard: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/tl-vpd dashboard bundled --out $(DASHBOARD)
 

@@ -84,7 +84,7 @@ def harvest(
     """
     config = config_of(HarvestConfig, config)
     instance("decomposition", decomposition, Decomposition)
-    chosen = _chosen(decomposition, subcomponents)
+    chosen = chosen_columns(decomposition, subcomponents)
     place = None if folder is None else path_of("folder", folder)
     with MaskedModel(decomposition, model) as masked_model:
         rows = Rows(masked_model.adapter, prompts, attention_mask)
@@ -184,7 +184,7 @@ class _Pass:
         _, inputs = self.masked_model.clean(tokens, mask)
         g = self.decomposition.importances(inputs, mask)
         g = g if self.all else g[..., self.chosen]
-        a = _activations(self.decomposition, inputs, self.chosen)
+        a = activations_of(self.decomposition, inputs, self.chosen)
         wide = torch.promote_types(g.dtype, torch.float32)
         return g.to(wide), a.to(wide)
 
@@ -237,7 +237,7 @@ class _Pass:
         return f"of {rows} rows, and there are {self.rows.n}" if self.rows.n is not None and self.rows.n < rows else ""
 
 
-def _chosen(
+def chosen_columns(
     decomposition: Decomposition, subcomponents: str | Subcomponent | Sequence[str | Subcomponent] | None
 ) -> Int[Tensor, " C"]:
     """Concatenated positions, ascending, each once."""
@@ -248,7 +248,7 @@ def _chosen(
     return torch.tensor(sorted({site_axis.slices[c.site].start + c.index for c in parsed}))
 
 
-def _activations(
+def activations_of(
     decomposition: Decomposition, inputs: Mapping[str, Tensor], chosen: Int[Tensor, " C"]
 ) -> Float[Tensor, "row pos C"]:
     """``(x @ V[:, c]) ‖U[c]‖`` of the chosen subcomponents."""
