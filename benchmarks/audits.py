@@ -6,10 +6,12 @@ Six tasks: the toy ``Induction`` (four heads a layer), and five of the bundled m
 prompt of which another token is right. The metric is the logit of the right token minus that of the corrupted prompt's, so that
 the corrupted run is at the bottom. By EAP and EAP-IG, on the first half of the pairs: the smallest number of edges of the largest
 scores that recover ``--published`` with everything else at the corrupted values. On the other half: what this circuit recovers
-under each ablation and each of the adversary's budgets, what as large circuits at random recover, and how many edges
-``repair_circuit`` (again on the first half) adds until 0.8 is left under 20 steps.
+under each ablation and each of the adversary's budgets (between the prompts' and the corrupted values; also with sources for
+each position, and between the prompts' values and 0), and what as large circuits at random recover. ``repair_circuit``, again on
+the first half, adds edges until 0.8 is left under 20 steps; what is left then on the other half is the last figure.
 
-Tasks of the record that were measured on the same model and settings are kept (``--again`` measures them again).
+Tasks of the record that were measured on the same model and settings are kept (``--again`` measures them again). The table of
+EAP-IG's circuits is printed at the end.
 """
 
 from __future__ import annotations
@@ -19,17 +21,18 @@ import itertools
 import json
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from benchmarks import harness
 from tl_vpd import bundled
-from tl_vpd.analysis import AuditConfig, RepairConfig, audit_circuit, repair_circuit
+from tl_vpd.analysis import AuditConfig, CircuitAudit, RepairConfig, audit_circuit, repair_circuit
 from tl_vpd.analysis.edge_attribution import EdgeAttributionConfig, EdgeScores, edge_attribution
 from tl_vpd.analysis.edges import Edge
 from tl_vpd.toys.induction import BOS, Induction
@@ -109,10 +112,7 @@ def published(model: Any, pairs: Pairs, scores: EdgeScores, level: float) -> tup
             circuit = scores.circuit(min(size, len(scores.edges)))
         except ValueError:  # no path yet
             continue
-        audit = audit_circuit(
-            None, model, pairs.clean, circuit, pairs.metric(), config=config, reference_prompts=pairs.corrupted
-        )
-        recovered = float(audit.rows["recovered"][0])
+        recovered = float(audited(model, pairs, circuit, config).rows["recovered"][0])
         if recovered >= level:
             break
     return circuit, recovered
@@ -130,58 +130,69 @@ def measure(model: Any, pairs: Pairs, steps: int, arguments: Any) -> dict[str, A
         config=EdgeAttributionConfig(ig_steps=steps),
     )
     circuit, recovered = published(model, first, scores, arguments.published)
-    config = AuditConfig(
+    plain = AuditConfig(
         ablations=["corrupted", "zero", "mean", "stochastic", "adversarial"],
         reference="corrupted",
         budgets=tuple(arguments.budgets),
     )
-    audit = audit_circuit(
-        None, model, second.clean, circuit, second.metric(), config=config, reference_prompts=second.corrupted
-    )
+    last = AuditConfig(ablations=["adversarial"], reference="corrupted", controls=0, seed=1)
+    audit = audited(model, second, circuit, plain)
+    others = {
+        "adversarial_per_position": audited(model, second, circuit, replace(last, per_position=True)),
+        "adversarial_from_zero": audited(model, second, circuit, replace(last, reference="zero")),
+    }
     repair = repair_circuit(
         None,
         model,
         first.clean,
         circuit,
         first.metric(),
-        config=RepairConfig(target=0.8, steps=20, max_added=arguments.max_added, reference="corrupted"),
+        config=RepairConfig(target=0.8, max_added=arguments.max_added, reference="corrupted", restarts=1),
         reference_prompts=first.corrupted,
     )
-    after = audit_circuit(
-        None,
-        model,
-        second.clean,
-        repair.nodes,
-        second.metric(),
-        config=AuditConfig(
-            ablations=["corrupted", "adversarial"], reference="corrupted", budgets=(20,), controls=0, seed=1
-        ),
-        reference_prompts=second.corrupted,
-    )
-    rows = {
-        row.ablation if row.ablation != "adversarial" else f"adversarial_{row.steps}": row
-        for row in audit.rows.itertuples()
-    }
-    scale = audit.whole - audit.rows["nothing"][0]
+    after = audited(model, second, repair.nodes, last)
+    nothing = float(audit.rows["nothing"][0])
+    rows = {f"{row.ablation}{'' if pd.isna(row.steps) else f'_{row.steps}'}": row for row in audit.rows.itertuples()}
     return {
         "edges": len(circuit),
         "of": len(scores.edges),
         "published": round(recovered, 3),
-        "recovered": {name: round(row.recovered, 3) for name, row in rows.items()},
+        "recovered": {name: round(row.recovered, 3) for name, row in rows.items()}
+        | {name: round(float(other.rows["recovered"][0]), 3) for name, other in others.items()},
         "random": {
-            name: round((row.random_mean - audit.rows["nothing"][0]) / scale, 3)
+            name: round((row.random_mean - nothing) / (audit.whole - nothing), 3)
             for name, row in rows.items()
-            if name == "corrupted" or name == f"adversarial_{arguments.budgets[0]}"
+            if row.reference == "corrupted" and not pd.isna(row.random_mean)
         },
         "repair": {
             "added": len(repair.added),
             "holds": repair.holds,
-            "first": [str(edge) for edge in repair.added[:5]],
-            "recovered": {row.ablation: round(row.recovered, 3) for row in after.rows.itertuples()},
+            "edges": [str(edge) for edge in repair.added],
+            "adversarial_20": round(float(after.rows["recovered"][0]), 3),
         },
         "circuit": [str(edge) for edge in circuit],
         "seconds": round(time.perf_counter() - start, 1),
     }
+
+
+def audited(model: Any, pairs: Pairs, circuit: Sequence[Any], config: AuditConfig) -> CircuitAudit:
+    """The audit of a circuit on pairs."""
+    metric = pairs.metric()
+    return audit_circuit(None, model, pairs.clean, circuit, metric, config=config, reference_prompts=pairs.corrupted)
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record in Markdown: of each task's EAP-IG circuit."""
+    names = ("corrupted", "zero", "stochastic", "adversarial_20", "adversarial_per_position", "adversarial_from_zero")
+    lines = [f"| task | edges | {' | '.join(names)} | added | then adversarial_20 |", "| --- " * (len(names) + 4) + "|"]
+    for task, entry in record.items():
+        if task != "settings":
+            circuit = entry["eap_ig"]
+            figures = " | ".join(f"{circuit['recovered'][name]:.2f}" for name in names)
+            repair = circuit["repair"]
+            added = f"{repair['added']}{'' if repair['holds'] else ' (does not hold)'} | {repair['adversarial_20']:.2f}"
+            lines.append(f"| {task} | {circuit['edges']} of {circuit['of']} | {figures} | {added} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -193,7 +204,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=32)
     parser.add_argument("--published", type=float, default=0.85)
     parser.add_argument("--budgets", type=int, nargs="+", default=[5, 20, 80])
-    parser.add_argument("--max-added", type=int, default=40)
+    parser.add_argument("--max-added", type=int, default=30)
     parser.add_argument("--toy-steps", type=int, default=1500, help="training steps of the toy")
     parser.add_argument("--again", action="store_true", help="measure what the record has, too")
     arguments = parser.parse_args()
@@ -224,6 +235,7 @@ def main() -> None:
         }
         harness.write(arguments.out, record, "audits", **settings)
         print(json.dumps({task: record[task]}, ensure_ascii=False), flush=True)
+    print(table(record))
 
 
 if __name__ == "__main__":

@@ -145,11 +145,30 @@ def test_graphs_of_subcomponents_come_back(tmp_path, model, vpd, tokens):
     assert names(load_circuit(path, top=1)) == [
         f"{graph.names[graph.kind[first]]}:{graph.index[first]}@{graph.pos[first]}"
     ]
-    content = json.loads(path.read_text(encoding="utf-8"))
-    for node in content["nodes"]:
-        node["clerp"] = "a latent"
-    with pytest.raises(ValueError, match=r"latent of a transcoder.*can be audited\.$"):
-        load_circuit(written(tmp_path, content))
+
+
+def test_circuit_tracers_graphs_give_latents(tmp_path):
+    """Its ids are {layer}_{feature}_{pos}; ``feature`` is another number there; errors are 0_{layer}_{pos}."""
+    kinds = {"3_42_5": "cross layer transcoder", "1_7_2": "cross layer transcoder", "0_3_2": "mlp reconstruction error"}
+    kinds |= {"E_9_0": "embedding", "13_502_7": "logit"}
+    nodes = [
+        {
+            "node_id": i,
+            "feature": 999,
+            "layer": i[0],
+            "ctx_idx": int(i[-1]),
+            "feature_type": kind,
+            "clerp": "",
+            "influence": x,
+        }
+        for (i, kind), x in zip(kinds.items(), (0.75, 0.25, 0.5, None, None), strict=True)
+    ]
+    path = written(tmp_path, {"metadata": {}, "qParams": {}, "nodes": nodes, "links": []})
+    assert names(load_circuit(path)) == ["blocks.3.transcoder:42@5", "blocks.1.transcoder:7@2"]
+    assert names(load_circuit(path, top=1)) == ["blocks.1.transcoder:7@2"]
+    nodes[0]["node_id"] = "L3/42"
+    with pytest.raises(ValueError, match=r"neither a subcomponent nor a latent of a layer\.$"):
+        load_circuit(written(tmp_path, {"nodes": nodes, "links": []}))
 
 
 def test_other_files_are_refused_in_a_sentence(tmp_path):

@@ -8,14 +8,15 @@ auto-circuit's ``PruneScores`` by ``torch.save``     the edges whose score is no
 a JSON list of names                                 edges: ``a0.h1->a1.h3<q>``, or auto-circuit's ``A0.1->A1.3.Q``
 CircuitKit's ``CircuitArtifact`` (``save_json``)     its nodes: its edges leave out the embedding and the logits
 CircuitKit's ``…_scores.json``                       nodes by score
-graphs for circuit-tracer's viewer                   subcomponents at positions, in graphs of this package
+graphs of circuit-tracer, and for its viewer         latents at positions; subcomponents in graphs of this package
 ===================================================  =============================================================================
 
 With ``top=k`` the k edges or nodes of the largest scores in absolute value are read instead.
 
     >>> audit_circuit(None, model, tokens, load_circuit("ioi.json"), metric)                # doctest: +SKIP
 
-Pickles (``.pkl``) run code when they are read and are refused. Latents of transcoders cannot be audited.
+Latents are audited with their transcoders in the place of the decomposition. Pickles (``.pkl``) run code when they are read and
+are refused.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ _AUTO_CIRCUIT = re.compile(
 )
 _READERS = re.compile(r"blocks\.(\d+)\.(hook_[qkv]_input|hook_attn_in|hook_mlp_in|hook_resid_post)", re.ASCII)
 _NAMED = re.compile(r"A(?P<a>\d+)\.(?P<h>\d+)|MLP (?P<m>\d+)|L(?P<l>\d+)\.(?P<n>\d+)", re.ASCII)
+_LATENT = re.compile(r"(\d+)_(\d+)_\d+", re.ASCII)
 _SUBCOMPONENT = re.compile(r"blocks\.\d+\.[\w.]+\.W_\w+:\d+", re.ASCII)
 
 
@@ -186,18 +188,21 @@ def _artifact_node(node: Mapping[str, Any], neurons: bool) -> Node:
 
 
 def _viewer_graph(nodes: list[dict[str, Any]]) -> tuple[Scored, list[Edge | Node]]:
-    """Subcomponents of a graph written by ``to_circuit_tracer``; influence is cumulative there, so small is important."""
+    """Subcomponents (graphs of this package) or latents (``{layer}_{feature}_{pos}``); embeddings, logits and errors stay on.
+
+    Influence is cumulative, so small is important.
+    """
     scored: Scored = []
     for node in nodes:
-        if node["feature_type"] in ("embedding", "logit"):
+        if node["feature_type"] in ("embedding", "logit", "mlp reconstruction error"):
             continue
-        if not _SUBCOMPONENT.fullmatch(node["clerp"]):
-            raise ValueError(
-                f"its node {shown(node['node_id'])} is a latent of a transcoder, and only graphs of subcomponents, written by "
-                "to_circuit_tracer, can be audited"
-            )
-        site, index = node["clerp"].rsplit(":", 1)
-        scored.append(
-            (Node(site, int(index), integer("ctx_idx", node["ctx_idx"], minimum=0)), 1.0 - float(node["influence"]))
-        )
+        pos, match = integer("ctx_idx", node["ctx_idx"], minimum=0), _LATENT.fullmatch(node["node_id"])
+        if _SUBCOMPONENT.fullmatch(node.get("clerp") or ""):
+            site, index = node["clerp"].rsplit(":", 1)
+        elif match is not None:
+            site, index = f"blocks.{int(match[1])}.transcoder", match[2]
+        else:
+            raise ValueError(f"its node {shown(node['node_id'])} is neither a subcomponent nor a latent of a layer")
+        influence = node.get("influence")
+        scored.append((Node(site, int(index), pos), math.nan if influence is None else 1.0 - float(influence)))
     return scored, [node for node, _ in scored]

@@ -37,6 +37,7 @@ from tl_vpd.analysis.audit.node_set import NodeSet
 from tl_vpd.analysis.edges import Edge
 from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
+from tl_vpd.baselines.transcoders import Transcoders
 from tl_vpd.checks import choice, config_of, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent, nearest
@@ -107,7 +108,7 @@ class CircuitAudit:
 
 
 def audit_circuit(
-    decomposition: Decomposition | None,
+    decomposition: Decomposition | Transcoders | None,
     model: nn.Module,
     prompts: Any,
     nodes: Sequence[str | Node | Subcomponent | Edge],
@@ -120,7 +121,8 @@ def audit_circuit(
     """Audits a circuit.
 
     Args:
-        decomposition: whose subcomponents the nodes are (None: they are heads, MLPs, neurons or residual positions).
+        decomposition: whose subcomponents the nodes are; or transcoders, whose latents they are (None: they are heads, MLPs,
+            neurons, residual positions or edges).
         model: the target.
         prompts: a string, strings, or tokens ``[batch, pos]``.
         nodes: the circuit, as ``node_set`` lists them; or edges (``a0.h1->a1.h3<q>``, see ``analysis.edges``).

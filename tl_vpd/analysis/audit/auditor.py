@@ -16,10 +16,12 @@ from tl_vpd.analysis.audit.ablate import AblatedModel, reference_tokens
 from tl_vpd.analysis.audit.config import AttackConfig, Reference
 from tl_vpd.analysis.audit.edge_ablation import EdgeAblatedModel
 from tl_vpd.analysis.audit.edge_set import EdgeSet, edge_set_of
+from tl_vpd.analysis.audit.latent_ablation import LatentAblatedModel, latent_set_of
 from tl_vpd.analysis.audit.node_set import NodeSet, node_set_of
 from tl_vpd.analysis.edges import Edge, is_edge
 from tl_vpd.analysis.metric import Metric, check_metric, differentiable, finite_number_of
 from tl_vpd.analysis.nodes import Node, several
+from tl_vpd.baselines.transcoders import Transcoders
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.target_check import check_target
 from tl_vpd.masking import restarted_pgd
@@ -125,7 +127,7 @@ def random_circuit(
 
 @contextmanager
 def auditor(
-    decomposition: Decomposition | None,
+    decomposition: Decomposition | Transcoders | None,
     model: nn.Module,
     prompts: Any,
     nodes: Sequence[str | Node | Subcomponent | Edge],
@@ -138,7 +140,7 @@ def auditor(
     check_metric(metric)
     with torch.inference_mode(False):
         adapter = adapt(model)
-        if decomposition is not None:
+        if decomposition is not None and not isinstance(decomposition, Transcoders):
             check_target(decomposition, adapter)
         tokens = adapter.tokens(prompts)
         token_mask = adapter.padding(tokens, attention_mask)
@@ -164,12 +166,12 @@ def auditor(
 def _circuit(
     adapter: Adapter,
     nodes: Sequence[str | Node | Subcomponent | Edge],
-    decomposition: Decomposition | None,
+    decomposition: Decomposition | Transcoders | None,
     config: AttackConfig,
     tokens: Tensor,
     token_mask: Tensor | None,
 ) -> tuple[tuple[Node, ...] | tuple[Edge, ...], Bool[Tensor, "pos total"], AblatedModel]:
-    """The parsed circuit, of nodes or of edges; where it lies; and the model in which everything else can be ablated."""
+    """The parsed circuit, of nodes, latents or edges; where it lies; and the model in which everything else can be ablated."""
     addresses: list[Any] = [nodes] if isinstance(nodes, Edge) else several("nodes", nodes)
     are_edges, n_pos = [is_edge(address) for address in addresses], tokens.shape[1]
     if all(are_edges):
@@ -179,6 +181,10 @@ def _circuit(
         edge, node = addresses[are_edges.index(True)], addresses[are_edges.index(False)]
         raise ValueError(f"The circuit mixes edges ({edge}) with nodes ({node}): choose one kind.")
     circuit = tuple(Node.parse(address) for address in addresses)
+    if isinstance(decomposition, Transcoders):
+        latents = latent_set_of(decomposition, config.among)
+        latent_model = LatentAblatedModel(adapter.model, latents, tokens, token_mask, decomposition)
+        return circuit, latents.contains(circuit, n_pos), latent_model
     node_set = node_set_of(adapter, circuit, decomposition, config.among)
     attached = decomposition if decomposition is not None and circuit[0].name in decomposition.sites else None
     return (

@@ -153,10 +153,13 @@ def node_set_of(
         hook_sites = _of_decomposition(decomposition)
     else:
         hook_sites = _of_model(adapter, nodes, decomposition)
-    if among is not None:
-        audited = matching(among, [site.name for site in hook_sites])
-        hook_sites = [site for site in hook_sites if site.name in audited]
-    return NodeSet(tuple(hook_sites))
+    return among_of(hook_sites, among)
+
+
+def among_of(hook_sites: Sequence[HookSite], among: str | Sequence[str] | None) -> NodeSet:
+    """The hook sites that match a pattern (None: all); raises KeyError where a pattern matches none."""
+    audited = None if among is None else matching(among, [site.name for site in hook_sites])
+    return NodeSet(tuple(site for site in hook_sites if audited is None or site.name in audited))
 
 
 def matching(among: str | Sequence[str], names: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from tl_vpd.analysis.audit.config import RepairConfig
 from tl_vpd.analysis.edges import Edge, is_edge
 from tl_vpd.analysis.metric import Metric
 from tl_vpd.analysis.nodes import Node
+from tl_vpd.baselines.transcoders import Transcoders
 from tl_vpd.checks import config_of, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import Subcomponent
@@ -63,7 +64,7 @@ class Repair:
 
 
 def repair_circuit(
-    decomposition: Decomposition | None,
+    decomposition: Decomposition | Transcoders | None,
     model: nn.Module,
     prompts: Any,
     nodes: Sequence[str | Node | Subcomponent | Edge],
