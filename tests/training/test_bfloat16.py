@@ -68,5 +68,5 @@ def test_a_first_batch_with_padding_late_in_a_compiled_run():
     with MaskedModel(new_decomposition(model, CONFIG), model) as masked_model, torch.autocast("cpu", enabled=False):
         trainer = Trainer(masked_model, CONFIG, (4, 6), execution=execution)
         for token_mask in (None, None, None, padded):
-            metrics = trainer.step(tokens, token_mask)
-    assert torch.isfinite(torch.as_tensor(float(metrics["total"])))
+            trainer.step(tokens, token_mask)
+    assert trainer.done == 4 and all(torch.isfinite(p).all() for p in trainer.decomposition.parameters())
