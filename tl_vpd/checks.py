@@ -95,16 +95,14 @@ def integer(name: str, value: Any, *, minimum: int | None = None, maximum: int |
         TypeError: it is not an integer.
         ValueError: it is out of range.
     """
-    whole = item(value)
+    whole, allowed = item(value), _range(minimum, maximum)
     if isinstance(whole, bool) or not isinstance(whole, Integral):
-        raise TypeError(
-            f"{name}={shown(value)} is a {type(value).__name__}: give an integer{_range(minimum, maximum)}."
-        )
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}: give an integer{allowed}.")
     result = int(whole)
     if (minimum is not None and result < minimum) or (maximum is not None and result > maximum):
-        raise ValueError(f"{name}={shown(value)}: give an integer{_range(minimum, maximum)}.")
+        raise ValueError(f"{name}={shown(value)}: give an integer{allowed}.")
     if not -(1 << 63) <= result <= LARGEST_SEED:
-        raise ValueError(f"{name}={shown(value)} is beyond 64 bits: give an integer{_range(minimum, maximum)}.")
+        raise ValueError(f"{name}={shown(value)} is beyond 64 bits: give an integer{allowed}.")
     return result
 
 
@@ -129,27 +127,23 @@ def number(
         TypeError: it is not a number.
         ValueError: it is not finite, or out of range.
     """
-    real = item(value)
+    real, allowed = item(value), _range(minimum, maximum, above)
     if isinstance(real, bool) or not isinstance(real, Real):
-        raise TypeError(
-            f"{name}={shown(value)} is a {type(value).__name__}: give a number{_range(minimum, maximum, above)}."
-        )
+        raise TypeError(f"{name}={shown(value)} is a {type(value).__name__}: give a number{allowed}.")
     result = _float(real)
     small = (minimum is not None and result < minimum) or (above is not None and result <= above)
     if not math.isfinite(result) or small or (maximum is not None and result > maximum):
-        raise ValueError(f"{name}={shown(value)}: give a finite number{_range(minimum, maximum, above)}.")
+        raise ValueError(f"{name}={shown(value)}: give a finite number{allowed}.")
     return result
 
 
 def check_threshold(threshold: Any) -> float:
     """A threshold that an importance can be above or below; raises TypeError or ValueError otherwise."""
-    real = item(threshold)
-    if isinstance(real, bool) or not isinstance(real, Real):
-        raise TypeError(f"threshold={shown(threshold)} is a {type(threshold).__name__}: give a number from 0 to 1.")
-    value = _float(real)
-    if not 0 <= value <= 1:
-        raise ValueError(f"threshold={shown(threshold)}: importances are in [0, 1], give a number from 0 to 1.")
-    return value
+    try:
+        return number("threshold", threshold, minimum=0, maximum=1)
+    except ValueError:
+        came = f"threshold={shown(threshold)}"
+        raise ValueError(f"{came}: importances are in [0, 1], give a number from 0 to 1.") from None
 
 
 def seed_of(value: Any, *, name: str = "seed") -> int:

@@ -15,6 +15,7 @@ weight, ``blocks.1.attn.W_Q``; heads are flattened head-major, so ``d_out = n_he
 from __future__ import annotations
 
 import difflib
+import itertools
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,17 +29,10 @@ from torch import Tensor
 SHORT = {"W_Q": "q", "W_K": "k", "W_V": "v", "W_O": "o", "W_in": "in", "W_gate": "gate", "W_out": "out"}
 """TransformerLens's name of a weight -> the short name in ``blocks.{i}.hook_{site}_{what}``."""
 
-_WEIGHTS = {short: weight for weight, short in SHORT.items()} | {
-    "z": "W_O",
-    "result": "W_O",
-    "attn_out": "W_O",
-    "pre": "W_in",
-    "pre_linear": "W_in",
-    "post": "W_out",
-    "mlp_out": "W_out",
-    "up": "W_in",
-    "down": "W_out",
-}
+_WEIGHTS = {short: weight for weight, short in SHORT.items()}
+_WEIGHTS |= dict.fromkeys(("z", "result", "attn_out"), "W_O")
+_WEIGHTS |= dict.fromkeys(("pre", "pre_linear", "up"), "W_in")
+_WEIGHTS |= dict.fromkeys(("post", "mlp_out", "down"), "W_out")
 """Other names of a weight, without what ``_AFFIXES`` matches, -> TransformerLens's."""
 _AFFIXES = re.compile(r"^hook_|_proj$|_component_acts$|_ci$|_delta_mask$|_mask$")
 _BLOCK_SITE = re.compile(r"(blocks\.\d+)\.(?:attn|mlp)\.(W_[QKVO]|W_in|W_gate|W_out)")
@@ -294,11 +288,8 @@ class ConcatenatedAxis:
         self.counts = dict(counts)
         self.names = list(self.counts)
         self.total = sum(self.counts.values())
-        self.slices: dict[str, slice] = {}
-        start = 0
-        for name, count in self.counts.items():
-            self.slices[name] = slice(start, start + count)
-            start += count
+        ends = itertools.accumulate(self.counts.values())
+        self.slices = {name: slice(end - self.counts[name], end) for name, end in zip(self.counts, ends, strict=True)}
 
     def split_sites(self, concatenated: Shaped[Tensor, "*batch C_total"]) -> dict[str, Shaped[Tensor, "*batch _"]]:
         """Views of the concatenated tensor, by site."""
@@ -306,9 +297,7 @@ class ConcatenatedAxis:
 
     def subcomponents(self) -> Iterator[Subcomponent]:
         """All subcomponents in concatenated order."""
-        for name, count in self.counts.items():
-            for index in range(count):
-                yield Subcomponent(name, index)
+        return (Subcomponent(name, index) for name, count in self.counts.items() for index in range(count))
 
     def at(self, position: int) -> Subcomponent:
         """The subcomponent at a concatenated position; raises IndexError if there is none."""

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from tl_vpd.importance.transformer import GammaCache, rms_norm
+from tl_vpd.importance.transformer import GammaCache, concatenated_norms
 
 
 class GlobalMLP(nn.Module):
@@ -43,13 +42,7 @@ class GlobalMLP(nn.Module):
         cache: GammaCache | None = None,
     ) -> Float[Tensor, "*batch C_total"]:
         """Pre-sigmoid values from site inputs; other tokens, and so their mask and cache, do not matter."""
-        dtype, normed = self.embed.bias.dtype, dict[int, Tensor]()
-        for name in self.names:  # Q, K and V usually share one input tensor: normalise it once
-            x = inputs[name]
-            if id(x) not in normed:
-                normed[id(x)] = rms_norm(x.to(dtype))
-        concatenated = torch.cat([normed[id(inputs[name])] for name in self.names], dim=-1)
-        return self.unembed(F.gelu(self.embed(concatenated)))
+        return self.unembed(F.gelu(self.embed(concatenated_norms(inputs, self.names, self.embed.bias.dtype))))
 
     def output_biases(self) -> list[Tensor]:
         """The biases that are added last."""

@@ -12,7 +12,7 @@ depend on its prefix alone, and a ``GammaCache`` lets them be computed token by 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,24 @@ EPS = torch.finfo(torch.float32).eps
 def rms_norm(x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """``x / sqrt(mean(x²) + eps)``."""
     return F.rms_norm(x, (x.shape[-1],), eps=EPS)
+
+
+def concatenated_norms(
+    inputs: Mapping[str, Float[Tensor, "*batch _"]], names: Sequence[str], dtype: torch.dtype
+) -> Float[Tensor, "*batch d"]:
+    """``[rms(x_1), …, rms(x_L)]``.
+
+    Args:
+        inputs: by name.
+        names: which, in order.
+        dtype: of the result.
+    """
+    normed: dict[int, Tensor] = {}
+    for name in names:  # Q, K and V usually share one input tensor: normalise it once
+        x = inputs[name]
+        if id(x) not in normed:
+            normed[id(x)] = rms_norm(x.to(dtype))
+    return torch.cat([normed[id(inputs[name])] for name in names], dim=-1)
 
 
 def rotary(
@@ -162,14 +180,8 @@ class SharedTransformer(nn.Module):
         """
         if cache is not None and not self.causal:
             raise ValueError("A bidirectional Γ reads later tokens too, so that it cannot go on from a cache.")
-        # Q, K and V usually share one input tensor: normalise it once. (Under sharding, to read the bias is cheaper.)
-        normed: dict[int, Tensor] = {}
-        dtype = self.embed.bias.dtype
-        for name in self.names:
-            x = inputs[name]
-            if id(x) not in normed:
-                normed[id(x)] = rms_norm(x.to(dtype))
-        x = self.embed(torch.cat([normed[id(inputs[name])] for name in self.names], dim=-1))
+        # Under sharding, a bias is cheaper to read than a weight.
+        x = self.embed(concatenated_norms(inputs, self.names, self.embed.bias.dtype))
         start = 0 if cache is None else self._cached(cache)
         attend = _attend(x.shape[-2], start, token_mask, x.device, causal=self.causal)
         for block in self.blocks:
