@@ -8,6 +8,8 @@ trained end to end in each of the three ways; every training gets the same numbe
 MLPs' matrices alone, with the bundled recipe and its schedules stretched over its steps; the bundled decomposition, which had far
 more compute, is a row of its own. Finished trainings are kept in ``--runs`` and not repeated.
 
+VPD starts at the weights' channels, the same for every seed, so that short trainings of other seeds look alike.
+
 Recorded: the tables of ``tl_vpd.baselines.compare`` with 95% intervals over validation rows; how consistent seeds are (mean max
 cosines beside random directions); the alive count of a size over that of half the size.
 """

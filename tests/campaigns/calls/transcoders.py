@@ -109,7 +109,7 @@ def calls(w: World) -> list[Call]:
                 "tokens": w.of_prompts["prompts"],
                 "artefacts": (artefacts, only(artefacts)),
                 "config": (config, optional(only(config))),
-                "costs": (cost, _mapping_or_none),
+                "costs": (cost, _costs),
             },
         ),
         Call(
@@ -167,9 +167,7 @@ def _mapping(value: Any) -> bool | None:
     return True if value is None else (None if isinstance(value, dict) else False)
 
 
-def _mapping_or_none(value: Any) -> bool | None:
-    return (
-        True
-        if value is None
-        else (None if isinstance(value, dict) and "a" in value else (None if value == {} else False))
-    )
+def _costs(value: Any) -> bool | None:
+    if value is None:
+        return True
+    return None if isinstance(value, dict) and (not value or "a" in value) else False

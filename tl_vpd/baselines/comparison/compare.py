@@ -37,7 +37,7 @@ from tl_vpd.baselines.comparison.replacement import Artefact, Replacement, layer
 from tl_vpd.baselines.comparison.result import Comparison
 from tl_vpd.baselines.transcoders.replaced_model import ReplacedModel
 from tl_vpd.baselines.transcoders.transcoders import Transcoders
-from tl_vpd.checks import config_of, instance, shown
+from tl_vpd.checks import config_of, instance, shown, text_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.batch import Batch, Rows, ce_by_row
 from tl_vpd.evaluation.importance_statistics import ImportanceStatistics
@@ -76,6 +76,7 @@ def compare(
     if not isinstance(artefacts, Mapping) or not artefacts:
         raise ValueError(f"artefacts={shown(artefacts)}: give at least one by name.")
     for name, artefact in artefacts.items():
+        text_of("A name in artefacts", name)
         instance(f"artefacts[{shown(name)}]", artefact, Decomposition, Transcoders)
     if costs is not None and not isinstance(costs, Mapping):
         raise TypeError(f"costs={shown(costs)} is a {type(costs).__name__}: give a TrainingCost by name.")

@@ -121,7 +121,7 @@ class Transcoders(nn.Module):
         super().__init__()
         if not isinstance(by_layer, Mapping) or not by_layer:
             raise TypeError(f"by_layer={shown(by_layer)}: give at least one Transcoder by its layer.")
-        self.layers = sorted(integer("layer", layer, minimum=0) for layer in by_layer)
+        self.layers = sorted(integer("a key of by_layer", layer, minimum=0) for layer in by_layer)
         self.cross_layer, self.reads = flag("cross_layer", cross_layer), choice("reads", reads, ("mlp_in", "mlp_out"))
         if record is not None and not isinstance(record, Mapping):
             raise TypeError(f"record={shown(record)} is a {type(record).__name__}: give data by name.")
