@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -197,6 +198,11 @@ def test_feature_splitting_trains_each_size_and_writes_the_table(tmp_path: Path)
     assert wrong.exit_code == 2 and "--factors 'half': give numbers with commas" in wrong.output
     missing = call("feature-splitting", tmp_path / "recipe.yaml", "--out", tmp_path / "nowhere" / "sizes.csv")
     assert missing.exit_code == 2 and "cannot be written" in missing.output
+
+
+def test_the_version_is_printed_without_a_command():
+    result = call("--version")
+    assert result.exit_code == 0 and result.output == f"tl_vpd {version('tl_vpd')}\n"
 
 
 def test_missing_and_broken_files(tmp_path: Path):

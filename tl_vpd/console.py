@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from functools import wraps
+from importlib.metadata import version
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +16,6 @@ from rich.console import Console
 
 app = typer.Typer(
     no_args_is_help=True,
-    add_completion=False,
     help="adVersarial Parameter Decomposition of transformers' weights (VPD).",
 )
 _out = Console(soft_wrap=True)
@@ -27,6 +27,21 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
 Tokens = Annotated[str, typer.Option(help="'bundled', a .npy or .safetensors file, or text files.")]
 Key = Annotated[str | None, typer.Option(help="Tensor of a file, or part of the bundled tokens.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"tl_vpd {version('tl_vpd')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    asked: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
 
 
 @contextmanager
