@@ -29,10 +29,11 @@ Key = Annotated[str | None, typer.Option(help="Tensor of a file, or part of the 
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that comes with the model.")]
 
 
-def _version(asked: bool) -> None:
+def _version(asked: bool) -> bool:
     if asked:
         typer.echo(f"tl_vpd {version('tl_vpd')}")
         raise typer.Exit
+    return asked
 
 
 @app.callback()
