@@ -54,6 +54,7 @@ ROOMS = [
     "demo",
     "editing",
     "evaluation",
+    "fact",
     "formats",
     "planning",
     "recipe",

@@ -82,7 +82,10 @@ def main() -> None:
         for kind, rows in kinds.items()
     ]
     tensors = {"training": torch.cat([*training, capitals, capitals])[:, :TRAINED_LENGTH]}
-    tensors |= {kind: rows[-APART:] for kind, rows in kinds.items()} | {"other capitals": capitals}
+    trained = {tuple(row) for row in tensors["training"].tolist()}
+    for kind, rows in kinds.items():  # licences repeat each other
+        new = [row for row in rows if tuple(row[:TRAINED_LENGTH].tolist()) not in trained]
+        tensors[kind] = torch.stack(new[-APART:])
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "texts.safetensors"
     save_file({name: rows.to(torch.int32).contiguous() for name, rows in tensors.items()}, file)

@@ -1,8 +1,8 @@
 """The texts of the run and its result, which ship: rows of tokens for SmolLM2, each opened by BOS.
 
 ``scripts/bundled/fact_texts.py`` made the texts: source files and documentation of Python's standard library (PSF licence),
-licences of installed packages, what the model itself writes at temperature 1, and sentences about 25 other capitals. The last
-rows of each kind are not in the training rows.
+licences of installed packages, what the model itself writes at temperature 1, and, for training alone, sentences about 25 other
+capitals. No row of ``other_text`` is among the training rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def other_text(rows: int | None = None) -> dict[str, Int[Tensor, "row pos"]]:
         rows: of each kind (None: all 160 of 32 tokens).
     """
     texts = load_file(FOLDER / "texts.safetensors")
-    return {kind: tokens[:rows].long() for kind, tokens in texts.items() if kind not in ("training", "other capitals")}
+    return {kind: tokens[:rows].long() for kind, tokens in texts.items() if kind != "training"}
 
 
 def finished() -> Decomposition:

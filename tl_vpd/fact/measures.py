@@ -149,7 +149,7 @@ def measure(
     alive = torch.zeros(decomposition.site_axis.total, dtype=torch.bool)
     for site, index in zip(table["site"], table["index"], strict=True):
         alive[decomposition.site_axis.slices[site].start + index] = True
-    for name, edit in edits.items():
+    for name, edit in list(edits.items())[1:]:
         if (control := random_control(edit, decomposition, alive, torch.Generator().manual_seed(0))) is not None:
             variants[f"{name}, at random others"] = control.site_edits(decomposition)
     if naive is not None:

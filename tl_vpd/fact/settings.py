@@ -103,7 +103,7 @@ def config(*, steps: int = STEPS, seed: int = 0, naive: bool = False) -> Targete
         "sites": SITES,
         "C": 8,
         "init": "target",
-        "gamma": {"kind": "per_site_mlps", "hidden": 16, "output_bias": 1.2},
+        "gamma": {"kind": "global_mlp", "hidden": 32, "output_bias": 1.0},
         "coefficients": {"importance": 3e-3, **alone},
         "adversary": {"start": 0.0, "inner_steps": 1, "lr": 0.01},
         "optimizer": {"lr": 2e-4, "gamma_lr": 1e-3, "clip": None},

@@ -1,0 +1,165 @@
+"""The chain of ``tl-vpd fact`` on the bundled model, and what ships of the real run."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from tl_vpd import bundled
+from tl_vpd.cli import app
+from tl_vpd.editing import bake, remove
+from tl_vpd.fact import data
+from tl_vpd.fact.edits import ERASED, MOST, ablations, erasing, swapping
+from tl_vpd.fact.measures import kl_elsewhere, probabilities
+from tl_vpd.fact.page import marks
+from tl_vpd.fact.run import decompositions, report
+from tl_vpd.fact.settings import FACTS, Facts, config
+from tl_vpd.training import TargetedConfig
+
+SITES = ("blocks.1.attn.*", "blocks.1.mlp.W_out")
+
+
+@pytest.fixture(autouse=True)
+def _no_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return bundled.model()
+
+
+@pytest.fixture(scope="module")
+def facts(model):
+    """Two names and the likeliest tokens after them."""
+    subjects, template = ("os", "self"), "return {}."
+    tops = [model(template.format(subject))[0, -1].argmax() for subject in subjects]
+    words = tuple(model.tokenizer.decode(int(top)) for top in tops)
+    assert words[0] != words[1]
+    return Facts(template, subjects, words, paraphrases=("print({}.",), others=("get", "name"))
+
+
+@pytest.fixture(scope="module")
+def text():
+    rows = bundled.tokens("validation")
+    return {"one": rows[:3, :16], "two": rows[3:5, :24]}
+
+
+@pytest.fixture(scope="module")
+def settings():
+    return TargetedConfig(**{**config(steps=2).model_dump(), "sites": SITES, "C": 8})
+
+
+@pytest.fixture(scope="module")
+def runs(model, facts, settings, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("fact")
+    rows = bundled.tokens("training")[:, :24]
+    found = decompositions(model, facts, rows, folder, steps=2, resume=False, settings=settings)
+    again = decompositions(model, facts, rows, folder, steps=2, resume=True, settings=settings)
+    assert all(torch.equal(a.V[name], b.V[name]) for a, b in zip(found, again, strict=True) for name in a.sites)
+    return found
+
+
+@pytest.fixture(scope="module")
+def table(model, facts, runs):
+    return ablations(runs[0], model, facts, batch=5)
+
+
+def test_each_ablation_is_that_of_a_model_without_the_subcomponent(model, facts, runs, table):
+    vpd = runs[0]
+    assert len(table) and set(table["site"]) <= set(vpd.sites)
+    for _, row in table.sample(3, random_state=0).iterrows():
+        baked = bake(remove(vpd, row["subcomponent"]), model)
+        p = [
+            model(prompt)[0, -1].softmax(-1)[model.to_single_token(word)]
+            for prompt, word in zip(facts.prompts, facts.answers, strict=True)
+        ]
+        baked.undo()
+        assert [row[f"p {word.strip()}"] for word in facts.answers] == pytest.approx([float(x) for x in p], rel=1e-3)
+
+
+def test_edits_erase_and_exchange(model, facts, runs, table):
+    vpd = runs[0]
+    for i in range(2):
+        edit = erasing(vpd, model, facts, table, i)
+        p = probabilities(vpd, model, facts, {"model": None, "erased": edit}).query("trained")
+        p = p[p["subject"] == facts.subjects[i]].set_index("edit")["answer"]
+        before, after = p["model"], p["erased"]
+        assert after < before and (after <= ERASED * before * 1.001 or len(edit) == min(MOST, len(table)))
+    edit = swapping(vpd, model, facts, table)
+    c, d = edit.subcomponents
+    assert c.site == d.site and c != d
+    p = probabilities(vpd, model, facts, {"model": None, "exchanged": edit})
+    assert len(p) == 2 * 2 * 2 and set(p["prompt"]) == {"return os.", "return self.", "print(os.", "print(self."}
+    before, after = (p[p["edit"] == name]["other"].sum() for name in ("model", "exchanged"))
+    assert after > before
+
+
+def test_kl_elsewhere_is_that_of_the_edited_weights(model, runs, table, text):
+    vpd, name = runs[0], table["subcomponent"][0]
+    edit = remove(vpd, name)
+    kl = kl_elsewhere(vpd, model, text, {"edit": edit.site_edits(vpd)}, batch=2).set_index("text")
+    clean = {kind: model(rows).log_softmax(-1) for kind, rows in text.items()}
+    baked = bake(edit, model)
+    after = {kind: model(rows).log_softmax(-1) for kind, rows in text.items()}
+    baked.undo()
+    values = {kind: (clean[kind].exp() * (clean[kind] - after[kind])).sum(-1).flatten() for kind in text}
+    values["all"] = torch.cat(list(values.values()))
+    for kind, expected in values.items():
+        assert kl.loc[kind, "kl"] == pytest.approx(float(expected.mean()), rel=1e-2, abs=1e-6)
+        assert kl.loc[kind, "p99"] == pytest.approx(float(expected.quantile(0.99)), rel=1e-2, abs=1e-6)
+        assert kl.loc[kind, "tokens"] == len(expected)
+
+
+def test_the_page_has_every_figure_and_nothing_active(model, facts, runs, text, tmp_path):
+    said = []
+    figures = report(runs[0], model, text, facts, tmp_path, naive=runs[1], say=said.append)
+    stored = json.loads((tmp_path / "figures.json").read_text())
+    assert stored["marks"] == json.loads(json.dumps(figures["marks"])) and stored["tokens"] == 3 * 16 + 2 * 24
+    html = (tmp_path / "index.html").read_text()
+    assert "return os." in html and 'src="http' not in html and 'href="http' not in html
+    assert all(row["figure"].split(":")[0] in html for row in stored["marks"]) and any(
+        "index.html" in line for line in said
+    )
+    assert len(stored["marks"]) == 9 and {row["met"] for row in stored["marks"]} <= {"yes", "no"}
+
+
+def test_marks_by_hand():
+    facts = {"prompts": ["a", "b"], "answers": ["A", "B"]}
+    rows = [("model", "a", 0.8, "A"), ("model", "b", 0.5, "B"), ("without a", "a", 0.04, "x"), ("without b", "b", 0.05, "x"),
+            ("exchanged", "a", 0.0, "B"), ("exchanged", "b", 0.0, "x")]  # fmt: skip
+    answers = [{"edit": e, "subject": s, "answer": p, "top": t, "first": t, "trained": True} for e, s, p, t in rows]
+    elsewhere = [{"edit": e, "text": "all", "kl": kl, "p99": 10 * kl} for e, kl in
+                 (("without a", 0.002), ("without b", 0.02), ("exchanged", 0.001), ("without a, naive", 0.03))]  # fmt: skip
+    alone = [
+        {"subject": "a", "model": 0.8, "rounded": 0.72, "attacked": 0.4},
+        {"subject": "b", "model": 0.5, "rounded": 0.5, "attacked": 0.5},
+    ]
+    table = marks({"facts": facts, "answers": answers, "elsewhere": elsewhere, "alone": alone})
+    assert table["reached"].tolist() == pytest.approx([0.9, 0.5, 0.1, 0.02, 0.2, 0.5, 0.5, 0.001, 15.0])
+    assert table["met"].tolist() == ["yes", "no", "no", "no", "no", "no", "no", "yes", "yes"]
+    assert isinstance(table, pd.DataFrame)
+
+
+def test_what_ships_agrees_with_its_record():
+    figures, vpd, text = data.finished_figures(), data.finished(), data.other_text()
+    assert marks(figures).to_dict("records") == figures["marks"]
+    assert figures["facts"] == {"prompts": FACTS.prompts, "answers": list(FACTS.answers)}
+    assert sum(figures["alive"].values()) == vpd.site_axis.total and set(figures["alive"]) == set(vpd.sites)
+    assert {c for names in figures["edits"].values() for c in names} and "targeted" in vpd.record
+    assert len(text) == 4 and figures["tokens"] == sum(rows.numel() for rows in text.values()) >= 20_000
+    assert sum(path.stat().st_size for path in data.FOLDER.rglob("*") if path.is_file()) < 5_000_000
+    trained = {tuple(row) for row in data.training_rows().tolist()}
+    assert not any(tuple(row[:24]) in trained for rows in text.values() for row in rows.tolist())
+    assert {kind: len(rows) for kind, rows in data.other_text(2).items()} == dict.fromkeys(text, 2)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = CliRunner().invoke(app, ["fact", "--finished", "--out", str(tmp_path / "file" / "fact")])
+    assert result.exit_code == 2 and "SmolLM2" not in result.output
