@@ -64,7 +64,9 @@ def test_harvests_warn_and_name_the_subcomponent(damaged: Decomposition, model: 
     damaged.gamma.unembed.bias.data.fill_(1)  # every subcomponent fires
     with pytest.warns(RuntimeWarning, match=f"Importances or activations of 1 of 72 .* the first is {IN}:2"):
         harvested = analysis.harvest(damaged, model, tokens)
-    assert math.isnan(harvested[f"{IN}:2"].mean_activation)
+    record = harvested[f"{IN}:2"]
+    assert math.isnan(record.mean_activation) and len(record.windows) == 2
+    assert bool(record.windows[0].activations.isnan().all()) and record.windows[0].peak == record.windows[0].pos
 
 
 def test_logits_that_are_not_finite_are_named(vpd: Decomposition, model: HookedTransformer, tokens: Tensor):

@@ -35,7 +35,7 @@ ARGUMENTS = {
     "folder": lambda tokens: "features",
     "model_id": lambda tokens: "tiny",
     "wanted": lambda tokens: None,
-    "harvested": lambda tokens: None,
+    "harvested": lambda tokens: analysis.harvest(bundled.decomposition(), bundled.model(), tokens, [Q]),
     "firings": lambda tokens: firings_where(tokens.numpy(), {Q: tokens.numpy() % 2 == 0}),
     "null": lambda tokens: "shuffled",
 }

@@ -121,7 +121,7 @@ class Windows:
         (n_rows, n_pos), (C, k) = tokens.shape, self.score.shape
         if not k:
             return
-        score, at = candidates
+        score, at = candidates[0].nan_to_num(-1.0), candidates[1]
         numbers = torch.arange(first_row, first_row + n_rows, device=score.device).expand(C, n_rows)
         scores, rows = torch.cat([self.score, score.T], 1), torch.cat([self.rows, numbers], 1)
         source = _order(scores, rows)[:, :k]
@@ -172,10 +172,10 @@ def peaks(
     """In every row the token of largest importance, as its score and position.
 
     Many importances are exactly 1: among equal ones the largest ``|activation|`` wins, within a row and between rows, so
-    the score (float64) is ``g + 1e-6 |a| / (1 + |a|)``.
+    the score (float64) is ``g + 1e-6 |a| / (1 + |a|)``. An activation that is NaN counts as 0 here.
     """
     best = g.amax(1)
-    size, at = torch.where(g == best[:, None], a.abs(), -1).max(1)
+    size, at = torch.where(g == best[:, None], a.abs().nan_to_num(0.0), -1).max(1)
     size = size.double()
     return best.double() + 1e-6 * size / (1 + size), at
 
