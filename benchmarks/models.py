@@ -100,8 +100,8 @@ def hooked_transformer(*, layers: int, d_model: int, heads: int, vocabulary: int
     return HookedTransformer(HookedTransformerConfig(**{**settings, **flags}))
 
 
-def target_of(size: Size) -> Any:
-    """The model of a size: rotary positions, RMSNorm."""
+def target_of(size: Size, device: torch.device | None = None) -> Any:
+    """The model of a size: rotary positions, RMSNorm; on a GPU where there is one, unless a device is named."""
     return hooked_transformer(
         layers=size.layers,
         d_model=size.d_model,
@@ -112,7 +112,7 @@ def target_of(size: Size) -> Any:
         normalization_type="RMS",
         positional_embedding_type="rotary",
         rotary_dim=size.d_model // size.heads,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=str(device or ("cuda" if torch.cuda.is_available() else "cpu")),
     )
 
 
@@ -130,19 +130,22 @@ def config_of(size: Size, sites: tuple[str, ...] = SITES, **recipe: Any) -> Any:
     )
 
 
-def trainer_step(size: Size, variant: str = "paper", sites: tuple[str, ...] = SITES) -> Callable[[], object]:
+def trainer_step(
+    size: Size, variant: str = "paper", sites: tuple[str, ...] = SITES, *, device: torch.device | None = None
+) -> Callable[[], object]:
     """A step of ``tl_vpd``'s trainer on a random HookedTransformer.
 
     Args:
         size: of model, decomposition and batch.
         variant: of the trainer.
         sites: patterns of what is decomposed.
+        device: where (None: on a GPU, if there is one).
     """
     from tl_vpd import ExecutionConfig
     from tl_vpd.forward import MaskedModel
     from tl_vpd.training import Trainer, new_decomposition
 
-    model, (recipe, execution) = target_of(size), VARIANTS[variant]
+    model, (recipe, execution) = target_of(size, device), VARIANTS[variant]
     config = config_of(size, sites, **recipe)
     masked_model = MaskedModel(new_decomposition(model, config), model, fused_attention=True)
     masked_model.__enter__()  # for as long as the benchmark runs

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from unittest.mock import patch
 
 from jaxtyping import install_import_hook
 
@@ -16,6 +18,22 @@ from torch import Tensor
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import Decomposition
 from tl_vpd.adapters.versions import HookedTransformer
+from tl_vpd.training import precision
+
+PROBE = precision.has_bfloat16
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bfloat16_may_be_imitated() -> Iterator[None]:
+    """Tiny products in bfloat16 are tested on every processor."""
+    with patch.object(precision, "has_bfloat16", return_value=True):
+        yield
+
+
+@pytest.fixture
+def probe() -> Callable[..., bool]:
+    """The question itself, which the fixture above replaces."""
+    return PROBE
 
 
 @pytest.fixture

@@ -42,8 +42,10 @@ class Bar(tqdm):  # type: ignore[type-arg]
     @property
     def format_dict(self) -> dict[str, Any]:
         """What the line is made from."""
-        values = dict(super().format_dict)
-        return values if self.seconds is None else values | {"rate": 1 / self.seconds}
+        values: Any = super().format_dict
+        if self.seconds is not None:
+            values["rate"] = 1 / self.seconds
+        return values
 
 
 class RunReport:

@@ -1,0 +1,1 @@
+"""Everything on a device that is not the CPU."""
