@@ -15,6 +15,8 @@ from tl_vpd.hooks.attached import KINDS
 from tl_vpd.masking import Masks, SiteMask
 from tl_vpd.masking.modes import MODES
 
+from .test_generate import generate
+
 OUT = "blocks.1.mlp.W_out"
 
 
@@ -156,15 +158,14 @@ def test_gradients_of_v_and_u_are_the_hooked_transformers(hooked, bridge, vpd, t
 
 def test_generation_is_the_hooked_transformers(hooked, bridge, vpd, tokens):
     results = []
-    settings = dict(max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False, return_type="tokens")
     for model in (hooked, bridge):
         with torch.no_grad(), vpd.attach(model) as attached:
             with attached.masked("zero"):
-                hooked_results = [model.generate(tokens[:1], **settings)]
+                hooked_results = [generate(model, tokens[:1], return_type="tokens")]
             with attached.masked("rounded"):
-                hooked_results.append(model.generate(tokens[:1], use_past_kv_cache=False, **settings))
+                hooked_results.append(generate(model, tokens[:1], use_past_kv_cache=False, return_type="tokens"))
                 with pytest.raises(ValueError, match=r"needs the whole prefix.*use_past_kv_cache=False"):
-                    model.generate(tokens[:1], **settings)
+                    generate(model, tokens[:1], return_type="tokens")
             results.append(hooked_results)
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

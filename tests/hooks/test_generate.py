@@ -9,8 +9,8 @@ from tests.tiny import GAMMA, decomposition_of, options_of
 from tl_vpd.masking.modes import NEED_IMPORTANCES
 
 
-def generate(model, tokens, **more):
-    return model.generate(tokens, max_new_tokens=3, do_sample=False, stop_at_eos=False, verbose=False, **more)
+def generate(model, prompts, n=3, **more):
+    return model.generate(prompts, max_new_tokens=n, do_sample=False, stop_at_eos=False, verbose=False, **more)
 
 
 def greedy(model, tokens):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks import mode_masks
 from tl_vpd.masking.modes import MODES
 from tl_vpd.training import new_decomposition
+
+from .test_generate import generate
 
 PROMPTS = ["import os", "def forward(self, x):\n    return x"]
 
@@ -96,20 +99,11 @@ def test_an_explicit_attention_mask_says_what_is_padding(shipped):
 
 def test_generation_from_padded_prompts_masks_as_the_prompt_alone(shipped):
     model, vpd = shipped
-
-    def generate(prompts):
-        return model.generate(
-            prompts,
-            max_new_tokens=2,
-            do_sample=False,
-            use_past_kv_cache=False,
-            stop_at_eos=False,
-            return_type="tokens",
-            verbose=False,
-        )
-
     with vpd.attach(model) as attached, attached.masked("ci"):
-        assert torch.equal(generate(PROMPTS)[0, -2:], generate(PROMPTS[:1])[0, -2:])
+        both, one = (
+            generate(model, p, 2, use_past_kv_cache=False, return_type="tokens") for p in (PROMPTS, PROMPTS[:1])
+        )
+    assert torch.equal(both[0, -2:], one[0, -2:])
 
 
 def test_a_masked_pass_over_padding_is_the_one_over_the_prompt_alone(padded):
@@ -215,24 +209,14 @@ def test_generation_past_eos_is_that_of_the_edited_model(either, side, use_past_
     either.tokenizer.padding_side = side
     vpd, tokens = bundled.decomposition(), torch.tensor(tokens)
     other = without_delta(either, vpd)
-
-    def generate(model):
-        return model.generate(
-            tokens,
-            max_new_tokens=4,
-            do_sample=False,
-            stop_at_eos=False,
-            use_past_kv_cache=use_past_kv_cache,
-            verbose=False,
-        )
-
+    four = partial(generate, prompts=tokens, n=4, use_past_kv_cache=use_past_kv_cache)
     with torch.no_grad():
-        expected = generate(other)
+        expected = four(other)
         with vpd.attach(either) as attached, attached.masked(lambda site, acts: SiteMask(None, 0.0)):
-            assert torch.equal(generate(either), expected)
+            assert torch.equal(four(either), expected)
         if len(tokens) == 1 or side == "left":  # else the row that ends in EOS cannot be told from a padded one
             with vpd.attach(either) as attached, attached.masked("unmasked"):
-                assert torch.equal(generate(either), expected)
+                assert torch.equal(four(either), expected)
 
 
 def test_a_mode_with_importances_masks_an_eos_that_generation_starts_from(shipped):
@@ -240,14 +224,7 @@ def test_a_mode_with_importances_masks_an_eos_that_generation_starts_from(shippe
     last = []
     keep = [("blocks.0.hook_q_mask", lambda mask, hook: last.append(mask[:, -1].clone()))]
     with torch.no_grad(), vpd.attach(model) as attached, attached.masked("ci"), model.hooks(fwd_hooks=keep):
-        model.generate(
-            torch.tensor([[0, 633, 0]]),
-            max_new_tokens=2,
-            do_sample=False,
-            use_past_kv_cache=False,
-            stop_at_eos=False,
-            verbose=False,
-        )
+        generate(model, torch.tensor([[0, 633, 0]]), 2, use_past_kv_cache=False)
     assert len(last) == 2 and all(bool((mask < 1).any()) and bool((mask > 0).any()) for mask in last)
 
 
