@@ -6,6 +6,7 @@ from typing import Any
 
 from tests.analysis.labels.synthetic import ruled
 from tests.campaigns.calls.analysis import config
+from tests.campaigns.calls.configs import fields
 from tests.campaigns.calls.kinds import (
     SEED,
     Kind,
@@ -19,7 +20,6 @@ from tests.campaigns.calls.kinds import (
     path_to_read,
     sequence,
     subcomponents,
-    text,
 )
 from tests.campaigns.calls.world import Call, World, call
 from tl_vpd import analysis
@@ -42,6 +42,7 @@ def calls(w: World) -> list[Call]:
     scores = analysis.LabelScores("judge", {rules.addresses[0]: {"intruder": score}})
     source, judged = {"source": (rules, only(rules))}, {"firings": (rules, only(rules))}
     line: Kind = lambda v: isinstance(v, str) and bool(v.strip()) and v.isprintable() and len(v) <= 200  # noqa: E731
+    form: Kind = lambda v: None if isinstance(v, str) else False  # noqa: E731
     named = {**source, "subcomponents": (list(rules.addresses[:2]), some), "config": config(analysis.LabelConfig)}
     return [
         call(analysis.firings, **w.of_prompts, subcomponents=(None, w.several), config=config(analysis.FiringsConfig)),
@@ -125,36 +126,8 @@ def calls(w: World) -> list[Call]:
         call(labels.save, "analysis: Labels.save", path=(w.folder / "new_labels.json", file_to_write)),
         call(lambda path: dict(analysis.Labels.load(path)), "analysis: Labels.load", path=(saved, path_to_read(saved))),
         call(scores.top, "analysis: LabelScores.top", k=(2, how_many)),
-        call(analysis.Endpoint, **_of_endpoint()),
+        call(analysis.Endpoint, **{**fields(analysis.Endpoint), "base_url": (URL, form), "model": ("small", form)}),
     ]
-
-
-def _of_endpoint() -> dict[str, tuple[Any, Kind]]:
-    """Fields with limits; addresses and names of variables have forms that tests try."""
-    form: Kind = lambda v: None if isinstance(v, str) else False  # noqa: E731
-    none: Kind = lambda v: v is None  # noqa: E731
-
-    def optional(kind: Kind) -> Kind:
-        return lambda v: v is None or kind(v)
-
-    return {
-        "base_url": (URL, form),
-        "model": ("small", form),
-        "key_variable": ("SOME_KEY", form),
-        "concurrency": (2, integer(1, 256)),
-        "requests_per_minute": (60.0, optional(number(above=0))),
-        "timeout": (3.0, number(above=0)),
-        "retries": (2, integer(0, 20)),
-        "first_pause": (0.5, number(0)),
-        "longest_pause": (5.0, number(0)),
-        "input_price": (1.0, number(0)),
-        "output_price": (1.0, number(0)),
-        "max_cost": (1.0, optional(number(0))),
-        "max_failures": (0.25, number(0, 1)),
-        "limit_field": ("max_tokens", choice("max_tokens", "max_completion_tokens")),
-        "options": ({}, lambda v: None if isinstance(v, dict) else False),
-        "folder": (None, lambda v: none(v) or (None if text(v) or hasattr(v, "__fspath__") else False)),
-    }
 
 
 def _all_in(value: Any, listed: set[str]) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from tl_vpd.analysis.clustering import Clustering
 from tl_vpd.analysis.harvest.rows import check_are_tokens
+from tl_vpd.analysis.harvest.run import activations_of, chosen_columns
 from tl_vpd.analysis.harvest.tokens import token_texts
 from tl_vpd.analysis.nodes import several
 from tl_vpd.checks import check_fields, config_of, instance, seed_of
@@ -205,7 +206,7 @@ def firings(
     """
     config = config_of(FiringsConfig, config)
     instance("decomposition", decomposition, Decomposition)
-    columns = columns_of(decomposition, subcomponents)
+    columns = chosen_columns(decomposition, subcomponents)
     with MaskedModel(decomposition, model) as masked_model:
         tokens = masked_model.adapter.tokens(prompts)
         check_are_tokens(tokens, "A table of firings")
@@ -218,7 +219,7 @@ def firings(
             _, inputs = masked_model.clean(tokens[rows], batch_mask)
             g = decomposition.importances(inputs, batch_mask)[..., columns.to(tokens.device)]
             row, pos, c = ((g > config.threshold) & real[rows][..., None]).nonzero(as_tuple=True)
-            a = _activations(decomposition, inputs, columns)[row, pos, c]
+            a = activations_of(decomposition, inputs, columns)[row, pos, c]
             batch = (c, (row + start) * tokens.shape[1] + pos, g[row, pos, c], a)
             parts.append([t.cpu().float().numpy() if t.is_floating_point() else t.cpu().numpy() for t in batch])
         names = token_texts(getattr(masked_model.adapter.model, "tokenizer", None), tokens)
@@ -230,31 +231,8 @@ def firings(
     return Firings(addresses, ends, *ordered, tokens.cpu().numpy(), real.cpu().numpy(), names, config.threshold)
 
 
-def columns_of(
-    decomposition: Decomposition, subcomponents: str | Subcomponent | Sequence[str | Subcomponent] | None
-) -> Int[Tensor, " C"]:
-    """Concatenated positions of subcomponents, ascending, each once."""
-    site_axis = decomposition.site_axis
-    if subcomponents is None:
-        return torch.arange(site_axis.total)
-    parsed = [decomposition.subcomponent(address) for address in several("subcomponents", subcomponents)]
-    return torch.tensor(sorted({site_axis.slices[c.site].start + c.index for c in parsed}))
-
-
 def by_site(decomposition: Decomposition, columns: Int[Tensor, " C"]) -> dict[str, Int[Tensor, " c"]]:
     """The indices within each site of some columns."""
     slices = decomposition.site_axis.slices
     inside = {name: columns[(columns >= s.start) & (columns < s.stop)] - s.start for name, s in slices.items()}
     return {name: indices for name, indices in inside.items() if len(indices)}
-
-
-def _activations(
-    decomposition: Decomposition, inputs: Mapping[str, Tensor], columns: Int[Tensor, " C"]
-) -> Float[Tensor, "row pos C"]:
-    """``(x @ V[:, c]) ‖U[c]‖``."""
-    products = []
-    for name, indices in by_site(decomposition, columns).items():
-        where = indices.to(decomposition.device)
-        V, U = decomposition.V[name][:, where], decomposition.U[name][where]
-        products.append(inputs[name] @ (V * U.norm(dim=-1)).to(inputs[name]))
-    return torch.cat(products, dim=-1)

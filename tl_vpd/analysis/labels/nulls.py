@@ -20,7 +20,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from tl_vpd.analysis.labels.firings import Firings, by_site, columns_of, joined
+from tl_vpd.analysis.harvest.run import chosen_columns
+from tl_vpd.analysis.labels.firings import Firings, by_site, joined
 from tl_vpd.checks import choice, instance, integer, seed_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.nulls import untrained
@@ -63,7 +64,7 @@ def null_firings(
     instance("firings", firings, Firings)
     kind, seed = choice("null", null, NULLS), seed_of(seed)
     batch_size, max_bytes = integer("batch_size", batch_size, minimum=1), integer("max_bytes", max_bytes, minimum=1)
-    columns = columns_of(decomposition, list(firings.addresses))
+    columns = chosen_columns(decomposition, list(firings.addresses))
     values = _of_untrained(decomposition, seed) if kind == "untrained" else _of_directions(decomposition, seed)
     block = max(1, max_bytes // (4 * firings.tokens.size))
     chosen: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []

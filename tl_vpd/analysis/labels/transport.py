@@ -88,17 +88,18 @@ class Transport:
         sent = answered = 0
         try:
             content = self._sent(body)
-            text, sent, answered = self._read(content, question)
+            sent, answered = _usage(content, question)
         finally:
             self._budget.settle(reserved, sent, answered)
         try:
+            text = self._text(content)
             question.parse(text)
         except ValueError as error:
             raise _Again(self._quoted(str(error))) from error
         return text
 
-    def _read(self, content: Any, question: Question) -> tuple[str, int, int]:
-        """The answer's text, and how many tokens were sent and answered."""
+    def _text(self, content: Any) -> str:
+        """The text in a reply."""
         try:
             text = content["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError) as error:
@@ -106,15 +107,8 @@ class Transport:
             raise _Again(f"the endpoint's answer has no text ({self._quoted(message or 'no choices')})") from error
         if not isinstance(text, str):
             raise _Again("the endpoint's answer has no text (a refusal, or a call of a tool)")
-        usage = content.get("usage") if isinstance(content.get("usage"), dict) else {}
-        counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-        known = [n if isinstance(n, int) and n >= 0 else None for n in counts]
         self._answered = True
-        return (
-            text,
-            question.tokens if known[0] is None else known[0],
-            question.answer_tokens if known[1] is None else known[1],
-        )
+        return text
 
     def _sent(self, body: bytes) -> Any:
         """The body of the reply to one request, as JSON."""
@@ -165,6 +159,14 @@ class Transport:
         plain = str(text).replace(self._key, "…") if self._key else str(text)
         line = " ".join("".join(c if c.isprintable() else " " for c in plain[:2000]).split())
         return (line if len(line) <= 200 else f"{line[:197]}...").rstrip(".")
+
+
+def _usage(content: Any, question: Question) -> tuple[int, int]:
+    """How many tokens were sent and answered, by the reply's own count or else by ours."""
+    usage = content.get("usage") if isinstance(content, dict) else None
+    counts = [usage.get(name) if isinstance(usage, dict) else None for name in ("prompt_tokens", "completion_tokens")]
+    sent, answered = (n if isinstance(n, int) and n >= 0 else None for n in counts)
+    return question.tokens if sent is None else sent, question.answer_tokens if answered is None else answered
 
 
 def _body(response: Any, deadline: float) -> bytes:
