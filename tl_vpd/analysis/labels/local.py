@@ -1,7 +1,7 @@
 """A causal language model of transformers, in this process, as labeller or judge.
 
->>> bridge = tl_vpd.bundled.smollm2()                                        # doctest: +SKIP
->>> small = LocalModel(bridge.original_model, bridge.tokenizer)              # doctest: +SKIP
+>>> model = AutoModelForCausalLM.from_pretrained(folder)              # doctest: +SKIP
+>>> small = LocalModel(model, AutoTokenizer.from_pretrained(folder))  # doctest: +SKIP
 >>> score_labels(fires, LanguageJudge(small), labels=labels)                 # doctest: +SKIP
 """
 
