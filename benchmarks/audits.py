@@ -205,7 +205,7 @@ def main() -> None:
     parser.add_argument("--published", type=float, default=0.85)
     parser.add_argument("--budgets", type=int, nargs="+", default=[5, 20, 80])
     parser.add_argument("--max-added", type=int, default=30)
-    parser.add_argument("--toy-steps", type=int, default=1500, help="training steps of the toy")
+    parser.add_argument("--toy-steps", type=int, default=3000, help="training steps of the toy")
     parser.add_argument("--again", action="store_true", help="measure what the record has, too")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
