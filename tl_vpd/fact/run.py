@@ -24,6 +24,7 @@ from tl_vpd.files.json_files import write_json
 from tl_vpd.training import SavingConfig, TargetedConfig, decompose_targeted
 
 Say = Callable[[str], None]
+NAME = "SmolLM2-135M-Instruct"
 QUICK_ROWS = 8
 """Rows of each kind of text on which the result that ships is measured again."""
 NAIVE = 5
@@ -55,6 +56,7 @@ def run_fact(folder: Path, *, finished: bool = False, resume: bool = False, step
         say(f"\n2. The decomposition: {steps} steps, and a naive one (the target alone) of {max(1, steps // NAIVE)}")
         vpd, naive = decompositions(model, FACTS, data.training_rows(), folder, steps=steps, resume=resume)
         text = data.other_text()
+        vpd.record["target"]["name"] = NAME  # in place of the folder in the user's cache
     vpd.save(folder / "decomposition")
     say(
         "\n3. What it does"
