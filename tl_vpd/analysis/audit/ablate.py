@@ -171,7 +171,8 @@ class AblatedModel:
             )
             raise ValueError(
                 f"Corrupted values are those of a reference prompt for every prompt, and prompts of shape "
-                f"{tuple(self.tokens.shape)} came with {came}: give one for each row, of the same length, or a config with another reference."
+                f"{tuple(self.tokens.shape)} came with {came}: give one for each row, of the same length, or a config with another "
+                "reference."
             )
         if token_mask is not None and bool(
             (~token_mask & (True if self.token_mask is None else self.token_mask)).any()
