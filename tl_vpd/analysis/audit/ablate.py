@@ -170,9 +170,9 @@ class AblatedModel:
                 "no reference_prompts" if tokens is self.tokens else f"reference_prompts of shape {tuple(tokens.shape)}"
             )
             raise ValueError(
-                f"Corrupted values are those of a reference prompt for every prompt, and prompts of shape "
-                f"{tuple(self.tokens.shape)} came with {came}: give one for each row, of the same length, or a config with another "
-                "reference."
+                "Corrupted values are those of a reference prompt for every prompt, and prompts of shape "
+                f"{tuple(self.tokens.shape)} came with {came}: give one for each row, of the same length, or a config with "
+                "another reference."
             )
         if token_mask is not None and bool(
             (~token_mask & (True if self.token_mask is None else self.token_mask)).any()
