@@ -16,7 +16,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def runnable() -> list[str]:
     """The notebooks whose model class the installed TransformerLens has, and whose extra is installed."""
-    names = ["ablation_experiments.ipynb", "attention_without_heads.ipynb", "editing.ipynb"]
+    names = ["ablation_experiments.ipynb", "attention_without_heads.ipynb", "editing.ipynb", "rewire_a_fact.ipynb"]
     if HookedTransformer is not None:
         names += ["three_lines_hooked_transformer.ipynb", "auditing_a_circuit.ipynb", "released_run.ipynb"]
     if find_spec("plotly") is not None:
@@ -59,6 +59,7 @@ def test_every_notebook_is_run_somewhere():
         "closing_a_bracket.ipynb",
         "editing.ipynb",
         "released_run.ipynb",
+        "rewire_a_fact.ipynb",
         "three_lines_bridge.ipynb",
         "three_lines_hooked_transformer.ipynb",
     }
