@@ -1,6 +1,6 @@
 """What labels by token statistics are worth on the bundled decomposition, beside its nulls. Writes ``labels.json``.
 
-    python -m benchmarks.labels                 # about three minutes of one core
+    python -m benchmarks.labels                 # about a minute of one core
     python -m benchmarks.labels --rows 64       # a look
 
 Each site's score is the mean over ``PER_SITE`` random subcomponents that fire at least ``LEAST`` times and at no more than
