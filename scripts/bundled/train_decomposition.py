@@ -19,7 +19,7 @@ from tl_vpd import bundled
 from tl_vpd.bundled.recipe import CONFIG
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import EvaluationConfig, evaluate
-from tl_vpd.training import SavingConfig, decompose
+from tl_vpd.training import ExecutionConfig, SavingConfig, decompose
 
 CONTEXT = 128
 ROWS = 40_000
@@ -32,6 +32,8 @@ def main() -> None:
         "--model", type=Path, default=bundled.MODEL, help="folder of the model (default: the bundled one)"
     )
     parser.add_argument("--steps", type=int, default=CONFIG.steps)
+    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32", help="of matrix products")
+    parser.add_argument("--compile", action="store_true", help="compile the step (needs a C++ compiler)")
     parser.add_argument("--resume", action="store_true")
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -40,22 +42,29 @@ def main() -> None:
     rows = torch.from_numpy(corpus.windows(stream, CONTEXT, ROWS, seed=3).astype(np.int64))
     config = CONFIG.model_copy(update={"steps": arguments.steps})
     model = bundled.model(folder=arguments.model)
-    run = decompose(model, rows, config, saving=SavingConfig(folder=arguments.out), resume=arguments.resume)
+    execution = ExecutionConfig(precision=arguments.precision, compile=arguments.compile)
+    saving = SavingConfig(folder=arguments.out)
+    run = decompose(model, rows, config, execution=execution, saving=saving, resume=arguments.resume)
     if run.finished:
         finish(run.decomposition, model, arguments.model, arguments.out)
 
 
 def finish(vpd: Decomposition, model: nn.Module, source: Path, folder: Path) -> None:
-    """Evaluates on 8,192 validation tokens and puts record and training log beside the decomposition."""
-    report = evaluate(
-        vpd,
-        model,
-        bundled.tokens("validation", source)[:64],
-        EvaluationConfig(starts={20: 3}, curve=bundled.training_record(source)["curve"]),
-    )
-    report.save(folder / "decomposition" / "metrics.json")
+    """Writes what ships into ``folder / "shipped"``: the decomposition in half precision, its training log and its evaluation.
+
+    Figures are of what was written, on 8,192 validation tokens.
+    """
+    shipped = vpd.save(folder / "shipped", dtype=torch.float16)
     log = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    (folder / "decomposition" / "training.jsonl").write_text("".join([*log[::10], log[-1]]), encoding="utf-8")
+    (shipped / "training.jsonl").write_text("".join([*log[::10], log[-1]]), encoding="utf-8")
+    config = EvaluationConfig(
+        measures=("sparsity_sweep", "future_leakage"),
+        budgets=(20, 40, 80),
+        starts={20: 3},
+        curve=bundled.training_record(source)["curve"],
+    )
+    report = evaluate(Decomposition.load(shipped), model, bundled.tokens("validation", source)[:64], config)
+    report.save(shipped / "metrics.json")
 
 
 if __name__ == "__main__":

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from tl_vpd.importance import GammaConfig
-from tl_vpd.training import AdversaryConfig, Coefficients, OptimizerConfig, VPDConfig
+from tl_vpd.training import AdversaryConfig, Coefficients, MinimalityConfig, OptimizerConfig, VPDConfig
 
 CONFIG = VPDConfig(
-    steps=7_000,
+    steps=8_000,
     batch_size=8,
     seed=0,
-    C={"*.W_[QK]": 96, "*.W_[VO]": 128, "*.W_in": 416, "*.W_out": 416},
+    C={"*.W_[QK]": 128, "*.W_[VO]": 160, "*.W_in": 512, "*.W_out": 512},
     init="channels",
-    gamma=GammaConfig(d_ci=192, n_blocks=2, n_heads=4, causal=False, output_bias=0.8),
+    gamma=GammaConfig(d_ci=192, n_blocks=2, n_heads=4, output_bias=0.8),
     coefficients=Coefficients(
         delta=1e5,
-        importance=6e-4,
-        frequency=3e-4,
+        importance=6.5e-4,
+        frequency=3.25e-4,
         schedule={"importance": ((0, 0), (0.3, 1)), "frequency": ((0, 0), (0.3, 1))},
     ),
-    adversary=AdversaryConfig(lr=0.02),
-    optimizer=OptimizerConfig(lr=1e-3),
+    adversary=AdversaryConfig(lr=0.02, inner_steps=1, betas=(0.01, 0.99)),
+    minimality=MinimalityConfig(kind="smooth_l0", normalised=True),
+    optimizer=OptimizerConfig(lr=1e-3, gamma_clip=1.0),
 )
