@@ -34,7 +34,7 @@ window.tlVpd = (function () {
   }
 
   const percent = value => number(100 * value) + "%";
-  const visible = text => text.replace(/ /g, "·");
+  const visible = text => text.replace(/ +/g, run => run.length < 4 ? "·".repeat(run.length) : `·×${run.length}`);
 
   // ------------------------------------------------------------------------------------------------ what there is
   let data = null, byAddress = null;
