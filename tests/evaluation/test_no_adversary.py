@@ -43,7 +43,7 @@ def trained_on(model: Any, *, adversarial: float) -> Decomposition:
 
 
 def measured(vpd: Decomposition, model: Any) -> Evaluation:
-    rows = bundled.tokens("validation")[:16, :64]
+    rows = bundled.tokens("validation")[:32, :64]
     config = EvaluationConfig(budgets=(20,), control_budgets=(), measures=("union_test", "cancelling"))
     return evaluate(vpd, model, rows, config)
 

@@ -19,6 +19,7 @@ from tl_vpd.losses import (
     importance_minimality,
 )
 from tl_vpd.masking import fresh_pgd, masks_from_sources
+from tl_vpd.masking.routing import Routing
 from tl_vpd.training import AdversaryConfig, Coefficients, Trainer, VPDConfig
 from tl_vpd.training.step_samples import StepSampler, StepSamples
 
@@ -165,7 +166,8 @@ class Given(StepSampler):
     tensors: dict[str, Tensor]
 
     def at(self, step: int) -> StepSamples:
-        return StepSamples(by_site(self.tensors, f"step{step - 500}/routing"), None)
+        routing = by_site(self.tensors, f"step{step - 500}/routing")
+        return StepSamples(Routing(list(routing), torch.stack(list(routing.values()), 1)), None)
 
     def sources(self, what: str, step: int, rows: list[int]) -> Tensor:
         prefix = f"step{step - 500}"

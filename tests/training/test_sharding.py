@@ -84,8 +84,9 @@ def assert_alike(one: Path, other: Path, rel: float = 2e-4, atol: float = 1e-4) 
         for key in x:
             assert x[key].shape == y[key].shape and x[key].dtype == y[key].dtype, key
             if x[key].is_floating_point() and not key.startswith(("sources/", "adamw/")):
-                # Adam gives an entry whose gradient is rounding noise a full-length step.
-                assert float((x[key] - y[key]).abs().gt(atol).float().mean()) < 0.05, key
+                # Adam gives an entry whose gradient is rounding noise a full-length step. Metrics have units of their own.
+                most = atol + rel * x[key].abs() if key == "history" else atol
+                assert float((x[key] - y[key]).abs().gt(most).float().mean()) < 0.05, key
 
 
 @pytest.mark.parametrize("kind", ["optimizer", "full"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -238,7 +239,7 @@ def test_pages_lead_to_the_next_and_to_components(browser, world):
     go(browser, world, f"subcomponent.html#{LABELLED}")
     assert browser.evaluate("document.querySelector('.label').textContent") == label(f"opens a quotation {HOSTILE}")
     browser.evaluate("document.querySelector('.facts a').click()")
-    browser.evaluate("new Promise(done => setTimeout(done, 100))")
+    time.sleep(0.3)  # the browser leaves the page, and with it what would be waited for there
     browser.evaluate(READY)
     component = world.clustering.of(LABELLED)
     assert browser.evaluate("document.querySelector('h1').textContent") == f"Component {component.index}"

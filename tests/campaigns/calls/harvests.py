@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -22,6 +23,10 @@ def calls(w: World) -> list[Call]:
 
     def pages(**options: Any) -> None:
         viz.dashboard(**{"folder": w.folder / f"pages{next(numbers)}", **options})
+
+    def pages_in(folder: Any) -> None:
+        pages(folder=folder, decomposition=w.vpd, model=w.model, harvested=first)
+        shutil.rmtree(folder)  # the next call gets the same
 
     new: Kind = lambda v: None if isinstance(v, str | Path) else False  # noqa: E731
     first = analysis.harvest(w.vpd, w.model, w.tokens, config=AT_SCALE)
@@ -52,7 +57,7 @@ def calls(w: World) -> list[Call]:
         call(analysis.Harvest.load, folder=(saved, path_to_read(saved))),
         call(pages, "viz: dashboard", **target, labels=(table, optional(either(only(table)))), config=_config()),
         call(pages, "viz: dashboard(clustering)", **target, clustering=(None, only(None))),
-        call(pages, "viz: dashboard(folder)", **target, folder=(w.folder / "pages", new)),
+        call(pages_in, "viz: dashboard(folder)", folder=(w.folder / "pages", new)),
         call(
             viz.DashboardConfig,
             title=("A title", text),
