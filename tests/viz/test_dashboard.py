@@ -6,6 +6,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -216,6 +217,16 @@ def test_the_index_is_searched_and_sorted(browser, world):
     check_nothing_ran(browser)
 
 
+def wait_for_page(browser: Browser, name: str) -> None:
+    """Until a page has taken the place of the one before, with which an evaluation in progress ends."""
+    for _ in range(100):
+        with suppress(RuntimeError):
+            if browser.evaluate("location.pathname").endswith(name):
+                break
+        time.sleep(0.1)
+    browser.evaluate(READY)
+
+
 def test_pages_lead_to_the_next_and_to_components(browser, world):
     text = go(browser, world, "subcomponent.html#blocks.0.attn.W_Q%3A1")
     assert text.count("importance") > 3
@@ -239,8 +250,7 @@ def test_pages_lead_to_the_next_and_to_components(browser, world):
     go(browser, world, f"subcomponent.html#{LABELLED}")
     assert browser.evaluate("document.querySelector('.label').textContent") == label(f"opens a quotation {HOSTILE}")
     browser.evaluate("document.querySelector('.facts a').click()")
-    time.sleep(0.3)  # the browser leaves the page, and with it what would be waited for there
-    browser.evaluate(READY)
+    wait_for_page(browser, "/component.html")
     component = world.clustering.of(LABELLED)
     assert browser.evaluate("document.querySelector('h1').textContent") == f"Component {component.index}"
     assert browser.evaluate(ROWS) == [str(member) for member in component.members]
