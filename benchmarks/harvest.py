@@ -6,8 +6,8 @@
 Training text is read from a memory-mapped file (again and again, where more is asked for) by the bundled model. Each kind of
 harvest is timed beside the passes alone, in the processor's seconds, which other work on the machine changes little;
 ``beyond`` is what the harvest takes in addition, per million tokens. ``peak_mb`` is the most memory of the whole process, library
-and model included, during that harvest. The record has one entry for every number of tokens; with ``--minutes``, kinds that it has
-stay, and no further one begins after that time.
+and model included, during that harvest. The record has one entry for every number of tokens; with ``--minutes``, kinds that it
+has stay, and no further one begins after that time.
 """
 
 from __future__ import annotations
