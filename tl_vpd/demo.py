@@ -42,16 +42,7 @@ INTRODUCTION = (
 
 
 def run_demo(folder: Path, *, steps: int, say: Say) -> None:
-    """Runs the demo and writes its folder.
-
-    Args:
-        folder: for the output.
-        steps: of the short decomposition.
-        say: prints a text.
-
-    Raises:
-        OSError: the folder cannot be written (checked first).
-    """
+    """Runs the demo with so many steps of the short decomposition, and writes its folder; ``say`` prints a text."""
     make_folder(folder)
     write_json(folder / "metrics.json", {})
     say("1. The bundled model and its decomposition")
@@ -90,11 +81,7 @@ def run_demo(folder: Path, *, steps: int, say: Say) -> None:
 
 
 def exactness(vpd: Decomposition, model: Any, tokens: Int[Tensor, "batch pos"]) -> list[str]:
-    """Two checks as sentences.
-
-    Raises:
-        RuntimeError: a check fails.
-    """
+    """Two checks as sentences; raises RuntimeError where one fails."""
     generator = torch.Generator().manual_seed(0)
     adapter, site_axis = adapt(model), vpd.site_axis
     mask = torch.rand(site_axis.total, generator=generator)

@@ -67,17 +67,7 @@ class ArceeShape:
 
 
 def write_arcee(shape: ArceeShape, weights: Mapping[str, Tensor], folder: Path, tokenizer: Any | None) -> None:
-    """Writes the folder that transformers, and so TransformerBridge, loads: config, weights, tokenizer.
-
-    Args:
-        shape: of the model.
-        weights: by name.
-        folder: exists.
-        tokenizer: of transformers (None: the folder has none).
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes the folder that transformers, and so TransformerBridge, loads: config, weights, and the tokenizer if there is one."""
     config = {
         "architectures": ["ArceeForCausalLM"],
         "model_type": "arcee",
@@ -120,13 +110,8 @@ def is_arcee(folder: Path) -> bool:
 
 
 def arcee_of(model: Any) -> tuple[ArceeShape, dict[str, Float[Tensor, "..."]]]:
-    """The sizes and weights of a model as if it were of this architecture: whether it is, its output must show.
-
-    Args:
-        model: a HookedTransformer or TransformerBridge.
-
-    Raises:
-        ValueError: a weight of the architecture is missing or has another shape.
+    """The sizes and weights of a model as if it were of this architecture: whether it is, its output must show. Raises ValueError
+    where a weight is missing or has another shape.
     """
     adapter, cfg, hooked = adapt(model), model.cfg, is_hooked_transformer(model)
     shape = ArceeShape(

@@ -26,17 +26,11 @@ from tl_vpd.site import Site
 
 
 class Adapter(Prompts, Calls, ABC):
-    """A model as sites, weights and taps.
-
-    Args:
-        model: of a class that the adapter knows.
+    """A model as sites, weights and taps. Raises Unsupported where a flag, or every layer, cannot be decomposed.
 
     Attributes:
         sites: what can be decomposed, in the order of the forward pass.
         refused: what cannot, with the reason.
-
-    Raises:
-        Unsupported: a flag of the model, or all of its layer types, cannot be decomposed.
     """
 
     def __init__(self, model: Any) -> None:
@@ -126,11 +120,7 @@ class Adapter(Prompts, Calls, ABC):
         """The bias added to the site's output before it is tapped (None: there is none)."""
 
     def blocks(self) -> list[nn.Module]:
-        """The layers that run one after the other, whose activations may be computed again instead of stored.
-
-        Raises:
-            Unsupported: the model is not a stack of layers.
-        """
+        """The layers, whose activations may be computed again instead of stored; raises Unsupported without a stack of them."""
         blocks = getattr(self.model, "blocks", None)
         if not isinstance(blocks, nn.ModuleList):
             raise Unsupported(
@@ -139,11 +129,7 @@ class Adapter(Prompts, Calls, ABC):
         return list(blocks)
 
     def tap_stream(self, layer: int, read: Read) -> Handle:
-        """Sends the residual stream that enters a block, after every hook on it, to ``read`` in every forward pass.
-
-        Raises:
-            Unsupported: the model's blocks have no residual stream.
-        """
+        """Sends the residual stream that enters a block, after all hooks, to ``read``; raises Unsupported where there is none."""
         block: Any = self.blocks()[layer]
         for name in ("hook_resid_pre", "hook_in"):  # most blocks of TransformerBridge have the second
             if name in block._modules:
@@ -180,11 +166,7 @@ class Adapter(Prompts, Calls, ABC):
         return nullcontext()
 
     def scores_hook(self, layer: int) -> str:
-        """The hook that sees a layer's attention scores: scaled, masked, before the softmax; they must be bilinear in q and k.
-
-        Raises:
-            Unsupported: the model has no attention, or this layer's scores are not a sum of products of queries and keys.
-        """
+        """The hook on a layer's scores, scaled, masked, before the softmax; raises Unsupported where they are not bilinear."""
         raise Unsupported(
             f"A {type(self.model).__name__} has no attention that this package knows: pass a transformer."
         )
@@ -206,16 +188,7 @@ class Adapter(Prompts, Calls, ABC):
         return [tap_argument(self.blocks()[0], change)]
 
     def linearised(self, *, norms: bool, patterns: bool, see: SeeNorm) -> list[Handle]:
-        """Cuts gradients at norms' scales and attention patterns.
-
-        Args:
-            norms: whether norms' scales are constants.
-            patterns: whether attention patterns are constants.
-            see: is called with every norm's output and bias.
-
-        Raises:
-            Unsupported: this class of model does not show them.
-        """
+        """Makes norms' scales and attention patterns constants for gradients; ``see`` gets every norm's output and bias."""
         raise Unsupported(f"The norms and patterns of a {type(self.model).__name__} cannot be made constant.")
 
     # -- HookPoints --------------------------------------------------------------------------------------------------

@@ -47,13 +47,7 @@ class HasBatch(Protocol):
 
 
 class BatchedRows:
-    """Restores the batch axis for layers that run on all tokens as rows (OPT's MLP), and flattens it again.
-
-    Args:
-        adapter: its ``batch`` is the batch size of the pass that runs (None: not known).
-        read: is called with ``[batch, pos, d_in]``.
-        write: is called with ``[batch, pos, d_out]``.
-    """
+    """Restores the batch axis for layers that run on all tokens as rows (OPT's MLP), and flattens it again."""
 
     def __init__(self, adapter: HasBatch, read: Read, write: Write) -> None:
         self._adapter, self._read, self._write = adapter, read, write

@@ -28,17 +28,7 @@ def load_arcee(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """A folder of ``write_arcee`` as a model of TransformerLens; without a tokenizer in it, the model has none.
-
-    Args:
-        folder: with the model's files.
-        kind: ``hooked_transformer`` or ``bridge``.
-        device: where the model goes.
-        dtype: of its weights.
-
-    Raises:
-        ImportError: the installed TransformerLens has no such class.
-    """
+    """A folder of ``write_arcee`` as a model of TransformerLens; without a tokenizer in it, the model has none."""
     with torch.random.fork_rng(devices=[]), quiet_transformers():
         if kind == "bridge":
             return _bridge(folder, device, dtype)

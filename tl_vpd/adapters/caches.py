@@ -15,14 +15,7 @@ from transformer_lens import ActivationCache
 
 
 class MaskedCache(ActivationCache):
-    """The cache of a pass in which the outputs of sites are not those of their stored weights.
-
-    Args:
-        cache_dict: as ActivationCache's.
-        model: as ActivationCache's.
-        has_batch_dim: as ActivationCache's.
-        masked_sites: those of the sites that write into the residual stream (W_O, W_out).
-    """
+    """The cache of a pass in which W_O or W_out of ``masked_sites`` did not write what their stored weights would."""
 
     def __init__(self, cache_dict: Any, model: Any, has_batch_dim: bool, masked_sites: Collection[str]) -> None:
         super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)

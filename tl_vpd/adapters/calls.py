@@ -53,14 +53,7 @@ class Calls:
     def with_argument(
         self, arguments: Arguments, keywords: Keywords, name: str, value: Any
     ) -> tuple[Arguments, Keywords]:
-        """The arguments of a call with another value for one of them.
-
-        Args:
-            arguments: of the call.
-            keywords: of the call.
-            name: of the argument.
-            value: that it gets.
-        """
+        """The arguments of a call with another value for one of them."""
         at = self._parameters.index(name) if name in self._parameters else len(arguments)
         if at < len(arguments):
             return (*arguments[:at], value, *arguments[at + 1 :]), {k: v for k, v in keywords.items() if k != name}
@@ -100,19 +93,11 @@ class Calls:
         return None
 
     def empty_kv_cache(self, like: Any) -> Any:
-        """A KV cache without tokens.
-
-        Args:
-            like: an empty one for the same rows (None: the call makes it).
-        """
+        """A KV cache without tokens, from an empty one for the same rows (None: the call makes it)."""
         return copy.deepcopy(like)
 
     def kv_cache_length(self, cache: Any) -> int:
-        """Tokens in a KV cache.
-
-        Raises:
-            Unsupported: this class of model takes no KV cache that is known.
-        """
+        """Tokens in a KV cache; raises Unsupported where the class of model has none that is known."""
         raise Unsupported(
             f"A {type(self.model).__name__} has no KV cache that this package knows: call it without one."
         )

@@ -71,9 +71,8 @@ def interrupt_waits() -> bool:
 class Change(AbstractContextManager[T], Generic[T]):
     """Something changed while a context lasts.
 
-    Args:
-        make: makes the change. Its argument is called with how to undo each step, before the step is made.
-        lasting: whether the change stays when this object is garbage collected.
+    ``make`` gets a function that notes how to undo each step, before it is made. A ``lasting`` change stays when this object is
+    garbage collected.
     """
 
     def __init__(self, make: Callable[[Later], T], *, lasting: bool = False) -> None:
@@ -121,14 +120,7 @@ def enter(undo: Later, inner: AbstractContextManager[T]) -> T:
 
 
 def put_attribute(undo: Later, owner: Any, name: str, value: Any) -> None:
-    """Sets an attribute on an instance; undoing restores it, unless somebody has replaced it since.
-
-    Args:
-        undo: notes how.
-        owner: whose ``__dict__`` gets it.
-        name: of the attribute.
-        value: of the attribute.
-    """
+    """Sets an attribute in an instance's ``__dict__``; undoing restores it, unless somebody has replaced it since."""
     attributes = owner.__dict__
     missing = name not in attributes
     before = attributes.get(name)

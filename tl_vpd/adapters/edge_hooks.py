@@ -16,10 +16,8 @@ from tl_vpd.adapters.taps import Unsupported
 
 @change
 def edge_hooks(undo: Later, adapter: Adapter) -> None:
-    """Inside, heads' results and the inputs of queries, keys, values and MLPs pass hooks; flags are restored afterwards.
-
-    Raises:
-        Unsupported: the model has no such hooks, or groups keys and values in a way that it cannot ungroup.
+    """Inside, heads' results and the inputs of queries, keys, values and MLPs pass hooks; flags are restored afterwards. Raises
+    Unsupported where a model has no such hooks, or cannot ungroup its keys and values.
     """
     cfg = adapter.model.cfg
     grouped = (getattr(cfg, "n_key_value_heads", None) or cfg.n_heads) != cfg.n_heads

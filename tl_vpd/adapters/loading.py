@@ -36,12 +36,6 @@ def load_model(
         device: where the model goes.
         compatibility_mode: of a bridge: process its weights as HookedTransformer does.
         options: of ``HookedTransformer.from_pretrained`` or ``TransformerBridge.boot_transformers``.
-
-    Raises:
-        ImportError: the installed TransformerLens has no such class.
-        TypeError: the name or device is of another type.
-        ValueError: an option of the other class, or no such kind or device.
-        NotADirectoryError: the name is that of a file.
     """
     if not isinstance(name, str | os.PathLike):
         raise TypeError(f"The model's name is a {type(name).__name__}: give the name of a model, or of a folder.")
@@ -68,11 +62,7 @@ def load_model(
 
 
 def converted_neox_weights(source: Any, cfg: Any) -> dict[str, torch.Tensor]:
-    """A GPT-NeoX of transformers as the state of a HookedTransformer of the same shape.
-
-    Raises:
-        ImportError: the installed TransformerLens has no HookedTransformer.
-    """
+    """A GPT-NeoX of transformers as the state of a HookedTransformer of the same shape."""
     from transformer_lens.pretrained.weight_conversions import convert_neox_weights
 
     return convert_neox_weights(source, cfg)

@@ -18,12 +18,7 @@ from tl_vpd.adapters.versions import HookedRootModule, is_bridge, is_hooked_tran
 
 
 def adapt(model: nn.Module) -> Adapter:
-    """The adapter for a model.
-
-    Raises:
-        TypeError: no adapter knows the model's class.
-        Unsupported: the class is known, but a flag or layer type of this model is not.
-    """
+    """The adapter for a model; raises TypeError where none knows its class, Unsupported where a flag is in the way."""
     if is_hooked_transformer(model):
         return HookedTransformerAdapter(model)
     if is_bridge(model):

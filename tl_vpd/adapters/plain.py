@@ -85,17 +85,7 @@ class Place:
 
 
 class PlainWeights:
-    """The weights of a model of transformers.
-
-    Args:
-        model: of a family of ``FAMILIES``.
-
-    Attributes:
-        places: where every site is, by TransformerLens's name.
-
-    Raises:
-        Unsupported: the architecture is not known, or a weight is quantised.
-    """
+    """The weights of a model of transformers; raises Unsupported where its family is not known, or a weight is quantised."""
 
     def __init__(self, model: Any) -> None:
         kind = getattr(getattr(model, "config", None), "model_type", None)

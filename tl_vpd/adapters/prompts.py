@@ -58,11 +58,7 @@ class Prompts:
         return tokens
 
     def token(self, text: str) -> int:
-        """The number of the token that a text is.
-
-        Raises:
-            ValueError: the model has no tokenizer, or the text is several tokens.
-        """
+        """The number of the token that a text is; raises ValueError where it is several, or the model has no tokenizer."""
         if getattr(self.model, "tokenizer", None) is None:
             raise ValueError(f"This model has no tokenizer to read {shown(text)} with: give tokens as numbers.")
         numbers = self.model.to_tokens(text, prepend_bos=False)[0].tolist()
@@ -79,15 +75,8 @@ class Prompts:
         return [self.model.tokenizer.decode([token]) for token in tokens.tolist()]
 
     def padding(self, tokens: Int[Tensor, "batch pos"], attention_mask: Any) -> Bool[Tensor, "batch pos"] | None:
-        """True at real tokens, False at padding; None if nothing is padding.
-
-        Args:
-            tokens: of the prompts.
-            attention_mask: 0 at padding (None: the tokens tell).
-
-        Raises:
-            TypeError: the attention mask is not a tensor, an array or lists of numbers.
-            ValueError: the attention mask does not fit the tokens, or a row has no real token.
+        """True at real tokens, False at padding; None if nothing is padding. Without an attention mask the tokens tell. Raises
+        TypeError or ValueError where the mask does not fit the tokens, or a row has no real token.
         """
         if attention_mask is None:
             return self._token_mask(self._padding_of_tokens(tokens, refuse=True))
@@ -100,13 +89,9 @@ class Prompts:
 
         Args:
             tokens: None where the call starts from embeddings, as those of ``generate`` do.
-            attention_mask: the user's, or the one that TransformerLens made from the tokens; behind a KV cache, of the whole
-                prefix.
+            attention_mask: the user's, or the one that TransformerLens made; behind a KV cache, of the whole prefix.
             by_user: whether the attention mask is an argument of the call.
             cached: whether the tokens stand behind a KV cache.
-
-        Raises:
-            ValueError: the user's attention mask does not fit the tokens, or a row of it has no real token.
         """
         if attention_mask is None or (not by_user and attention_mask.ndim != 2):
             return None if tokens is None else self._token_mask(self._padding_of_tokens(tokens))
@@ -149,11 +134,8 @@ class Prompts:
 
 
 def without_false_padding(token_mask: Bool[Tensor, "batch pos"], *, left: bool) -> Bool[Tensor, "batch pos"]:
-    """The mask with trailing padding only where rows differ in length, and with a real token in every row.
-
-    Args:
-        token_mask: False where pad tokens stand.
-        left: whether prompts are padded on the left; a row of pad tokens only ends, else begins, with its real one.
+    """The mask with trailing padding only where rows differ in length, and with a real token in every row: of a row of pad
+    tokens, the last where prompts are padded on the ``left``, else the first.
     """
     trailing = token_mask.flip(-1).cumsum(-1).flip(-1) == 0
     lengths = (~trailing).sum(-1)

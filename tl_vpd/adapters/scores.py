@@ -12,17 +12,7 @@ from tl_vpd.adapters.taps import Unsupported
 
 
 def bilinear_scores(layer: int, *, qk_norm: bool, softcap: float | None, clip: float | None) -> str:
-    """The name of the hook that sees a layer's scores.
-
-    Args:
-        layer: index of the block.
-        qk_norm: whether queries and keys are normalised.
-        softcap: cap of the scores (None or 0: none).
-        clip: bound of queries and keys (None: none).
-
-    Raises:
-        Unsupported: queries and keys are normalised or clipped, or scores are capped.
-    """
+    """The name of the hook on a layer's scores; raises Unsupported where q and k are normalised or clipped, or scores capped."""
     why = [
         text
         for text, on in (

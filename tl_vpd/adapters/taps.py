@@ -40,12 +40,7 @@ def is_ours(value: Any) -> bool:
 
 
 class Tap(OnModel):
-    """A function with its first arguments, as a torch-level hook of this package (compilers do not follow classes of partials).
-
-    Args:
-        function: that is called.
-        arguments: the first ones.
-    """
+    """A function with its first arguments, as a torch-level hook of this package (compilers do not follow ``partial``)."""
 
     def __init__(self, function: Callable[..., Any], *arguments: Any) -> None:
         self.function, self.arguments = function, arguments
@@ -183,10 +178,5 @@ def tap_product(module: nn.Module, read: Read, write: Write) -> RemovableHandle:
 
 @change
 def tapped(undo: Later, put_on: Callable[[], Handle]) -> None:
-    """Inside, one tap is on.
-
-    Args:
-        undo: notes how to remove it.
-        put_on: puts it on.
-    """
+    """Inside, the tap that ``put_on`` puts on a model is on."""
     undo(put_on().remove)

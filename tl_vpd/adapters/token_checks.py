@@ -16,12 +16,7 @@ from torch import Tensor
 
 
 def is_text(prompts: Any) -> bool:
-    """Whether prompts are a string or strings.
-
-    Raises:
-        TypeError: some of them are strings.
-        ValueError: there are none.
-    """
+    """Whether prompts are a string or strings; raises TypeError where only some are, ValueError where there are none."""
     if not isinstance(prompts, list | tuple):
         return isinstance(prompts, str)
     if not prompts:
@@ -33,15 +28,7 @@ def is_text(prompts: Any) -> bool:
 
 
 def integers(tokens: Any) -> Int[Tensor, "..."]:
-    """Tokens of any integer type and layout as int64.
-
-    Args:
-        tokens: a tensor, an array, or lists of integers.
-
-    Raises:
-        TypeError: it is something else.
-        ValueError: rows of several lengths, or not integers.
-    """
+    """Tokens (a tensor, an array, or lists) of any integer type and layout as int64; raises TypeError or ValueError otherwise."""
     if isinstance(tokens, list | tuple):
         if any(isinstance(row, Tensor) and (row.is_meta or row.layout != torch.strided) for row in tokens):
             raise ValueError("A row of the tokens is a meta or sparse tensor: give rows of numbers.")
@@ -72,16 +59,7 @@ def integers(tokens: Any) -> Int[Tensor, "..."]:
 
 
 def check_tokens(tokens: Int[Tensor, "..."], *, d_vocab: int, n_ctx: int) -> None:
-    """Checks tokens of a model.
-
-    Args:
-        tokens: integers.
-        d_vocab: number of tokens in the vocabulary.
-        n_ctx: the longest prompt.
-
-    Raises:
-        ValueError: they are not a non-empty ``[batch, pos]`` of tokens that the model knows.
-    """
+    """Raises ValueError unless tokens are a non-empty ``[batch, pos]`` of at most ``n_ctx`` positions, all in the vocabulary."""
     if tokens.ndim != 2:
         raise ValueError(f"Tokens are of shape {tuple(tokens.shape)}; integers [batch, pos] are needed.")
     if tokens.numel() == 0:
@@ -100,16 +78,12 @@ def check_tokens(tokens: Int[Tensor, "..."], *, d_vocab: int, n_ctx: int) -> Non
 def checked_attention_mask(
     attention_mask: Any, shape: Sequence[int], *, prefix: bool = False
 ) -> Bool[Tensor, "batch _"]:
-    """An attention mask of all rows: True at real tokens.
+    """An attention mask of all rows: True at real tokens. Raises TypeError or ValueError where it does not fit the tokens.
 
     Args:
         attention_mask: 1 (or True) at real tokens and 0 at padding, as a tensor, an array or lists; one row counts for all.
         shape: of the tokens, (batch, pos).
         prefix: whether the mask may go on to the left, over what stands in a KV cache.
-
-    Raises:
-        TypeError: it is something else.
-        ValueError: it does not fit the tokens, has other entries than 0 and 1, or a row has no real token.
     """
     try:
         mask = attention_mask if isinstance(attention_mask, Tensor) else torch.as_tensor(np.asarray(attention_mask))

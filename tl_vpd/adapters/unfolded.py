@@ -79,13 +79,7 @@ def forms(plain: PlainWeights, name: str) -> dict[str, Float[Tensor, "d_in d_out
 
 
 def form_of(plain: PlainWeights, name: str, fingerprint: Fingerprint) -> tuple[str, float]:
-    """In which form a weight was decomposed: the one that differs least from the fingerprint, and by how much.
-
-    Args:
-        plain: the model of transformers.
-        name: of the site.
-        fingerprint: of the decomposed weight.
-    """
+    """In which form a weight was decomposed: the one that differs least from the fingerprint, and by how much."""
     sizes = {form: fingerprint.mismatch(Fingerprint.of(weight)) for form, weight in forms(plain, name).items()}
     return min(sizes.items(), key=lambda entry: entry[1])
 

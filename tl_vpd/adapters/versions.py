@@ -59,11 +59,7 @@ def is_bridge(model: nn.Module) -> bool:
 
 
 def transformer_bridge() -> Any:
-    """The class TransformerBridge.
-
-    Raises:
-        ImportError: the installed TransformerLens has none.
-    """
+    """The class TransformerBridge; raises ImportError where the installed TransformerLens has none."""
     try:
         from transformer_lens.model_bridge import TransformerBridge
     except ImportError as error:

@@ -23,15 +23,7 @@ def check_metric(metric: Any) -> None:
 
 
 def number_of(value: Any) -> float:
-    """A metric's result as a number, which may be NaN or infinite.
-
-    Args:
-        value: from the metric.
-
-    Raises:
-        TypeError: it is not a number.
-        ValueError: it is several.
-    """
+    """A metric's result as a number, which may be NaN or infinite; raises TypeError or ValueError where it is not one number."""
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"The metric gave a tensor of shape {tuple(value.shape)}; one number is needed.")
@@ -51,17 +43,7 @@ def differentiable(value: Any) -> Tensor:
 
 
 def finite_number_of(value: Any, where: str) -> float:
-    """A metric's result as a finite number.
-
-    Args:
-        value: from the metric.
-        where: it was taken, for the message.
-
-    Raises:
-        TypeError: as ``number_of``.
-        ValueError: as ``number_of``.
-        FloatingPointError: it is NaN or infinite.
-    """
+    """A metric's result as a number; raises FloatingPointError, which says ``where`` it was taken, unless it is finite."""
     result = number_of(value)
     if not math.isfinite(result):
         raise FloatingPointError(

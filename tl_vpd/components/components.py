@@ -25,10 +25,6 @@ class SiteComponents(nn.Module):
 
     What trains V and U reads them through ``forward`` alone: where they are sharded (PyTorch's ``fully_shard``), they are whole
     only inside it and inside its backward.
-
-    Args:
-        V: read directions.
-        U: write directions.
     """
 
     def __init__(self, V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"]) -> None:
@@ -60,15 +56,8 @@ class _BySite(Mapping[str, Tensor]):
 class Components(nn.Module):
     """V ``[d_in, C]`` and U ``[C, d_out]`` of every site.
 
-    Initialised normal with standard deviation ``1/√d_in`` (V) and ``1/√C`` (U), as in the VPD paper (section 3, training).
-
-    Args:
-        sites: the decomposed weights.
-        counts: number of subcomponents C by site.
-        generator: the initial values are drawn from it (None: from PyTorch's global generator).
-
-    Raises:
-        ValueError: a site's C is below 1.
+    Initialised normal with standard deviation ``1/√d_in`` (V) and ``1/√C`` (U), as in the VPD paper (section 3, training), from a
+    generator (None: PyTorch's global one). Raises ValueError where a site's C is below 1.
     """
 
     def __init__(

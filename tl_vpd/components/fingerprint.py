@@ -50,12 +50,7 @@ class Fingerprint(BaseModel):
         return max(largest, abs(self.norm - other.norm) / max(self.norm, other.norm, 1e-300))
 
     def shows_change(self, W: Float[Tensor, "d_in d_out"], change: Float[Tensor, "d_in d_out"]) -> bool:
-        """Whether ``W`` is this weight with a change added to it: projections, times the norm, are linear in the weight.
-
-        Args:
-            W: a weight.
-            change: that it may have.
-        """
+        """Whether ``W`` is this weight with a change added to it: projections, times the norm, are linear in the weight."""
         before, after, changed = (
             np.array(f.projections) * f.norm for f in (self, Fingerprint.of(W), Fingerprint.of(change))
         )

@@ -16,15 +16,8 @@ SECTIONS = ("sites", "C", "gamma", "fingerprints")
 
 
 def read_config(path: Path, tensors: Path) -> dict[str, Any]:
-    """The config as it is stored now, after the tensor file was compared with its checksum.
-
-    Args:
-        path: of ``config.json``.
-        tensors: path of the tensor file.
-
-    Raises:
-        FileNotFoundError: there is no config.
-        ValueError: it is not a config of this format, or the tensors are not those it was written for.
+    """The config in the form of today, after the tensor file was compared with its checksum; raises FileNotFoundError without a
+    config, ValueError where it is not of this format, or the tensors are not those it was written for.
     """
     if not path.is_file():
         raise FileNotFoundError(

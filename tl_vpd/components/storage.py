@@ -31,18 +31,12 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Writes both files; a decomposition that is there is replaced.
-
-    Args:
-        folder: made if needed.
-        config: what JSON can hold.
-        tensors: by key, on the CPU.
+    """Writes both files into a folder, which is made if needed; a decomposition that is there is replaced.
 
     Raises:
         FileExistsError: ``config.json`` there belongs to something else.
         OSError: the folder cannot be written; the message says what is safe.
-        TypeError: the config is not data; nothing has been written then.
-        ValueError: the same.
+        TypeError, ValueError: the config is not data; nothing has been written then.
     """
     content = parse_json(json_text({"format_version": FORMAT_VERSION, **config}), "The config")
     make_folder(folder)
@@ -63,11 +57,8 @@ def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, 
 
 @contextmanager
 def open_folder(folder: Path) -> Iterator[tuple[dict[str, Any], TensorFile]]:
-    """The config of a folder, without its version, and the open tensor file.
-
-    Raises:
-        FileNotFoundError: there is no such folder, or it is not a decomposition.
-        ValueError: a file is damaged or of another format.
+    """The config of a folder, without its version, and the open tensor file; raises FileNotFoundError where it is not a
+    decomposition, ValueError where a file is damaged or of another format.
     """
     if not (folder / TENSORS).is_file():
         reason = f"has no {TENSORS}" if folder.is_dir() else "is a file" if folder.exists() else "does not exist"
@@ -91,15 +82,7 @@ def open_folder(folder: Path) -> Iterator[tuple[dict[str, Any], TensorFile]]:
 
 
 def check_tensors(tensors: Mapping[str, Tensor], file: TensorFile) -> None:
-    """Compares the file's header with the tensors that the config asks for.
-
-    Args:
-        tensors: by key; nothing needs to be allocated for them.
-        file: the open file.
-
-    Raises:
-        ValueError: a key, shape or type is wrong; the message names it.
-    """
+    """Raises ValueError, with its name, where a key, shape or type in the file's header is not that of the tensors."""
     if file.shapes.keys() != tensors.keys():
         missing, extra = sorted(tensors.keys() - file.shapes.keys()), sorted(file.shapes.keys() - tensors.keys())
         raise ValueError(f"{file.path}: missing keys {missing[:3]}, unexpected keys {extra[:3]}.")
@@ -114,10 +97,8 @@ def check_tensors(tensors: Mapping[str, Tensor], file: TensorFile) -> None:
 
 @torch.no_grad()
 def fill(tensors: Mapping[str, Tensor], file: TensorFile) -> None:
-    """Reads every tensor into the one of the same key, in place, on its device and in its dtype, one after the other.
-
-    Raises:
-        ValueError: a tensor is damaged, or has values that are not finite in the dtype; the message names it.
+    """Reads every tensor into the one of the same key, in place, on its device and in its dtype, one after the other; raises
+    ValueError, with its name, where one is damaged or has values that are not finite in the dtype.
     """
     for key, tensor in tensors.items():
         stored = file.read(key)
@@ -127,16 +108,7 @@ def fill(tensors: Mapping[str, Tensor], file: TensorFile) -> None:
 
 
 def check_values(name: str, exact: Tensor, converted: Tensor) -> None:
-    """Checks a tensor after a change of its dtype.
-
-    Args:
-        name: of the tensor, for messages.
-        exact: before.
-        converted: after.
-
-    Raises:
-        ValueError: values are NaN or infinite, before or after.
-    """
+    """Raises ValueError if a tensor has values that are NaN or infinite, before or after a change of its dtype."""
     extremes = torch.stack(
         torch.aminmax(converted)
     )  # NaN if there is one; isfinite() would need several times the memory

@@ -34,7 +34,6 @@ def write_file(path: Path, write: Callable[[Path], Any], *, safe: str | None = N
 
     Raises:
         OSError: it cannot be written; the message names the folder, what is safe and what to do.
-        ValueError: the path has a zero byte.
     """
     path = _path(path).resolve()
     if path.exists() and not path.is_file():
@@ -67,12 +66,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it.
-
-    Raises:
-        OSError: it cannot be made, or a file has its name; the message says which.
-        ValueError: the path has a zero byte.
-    """
+    """Makes a folder and those above it; raises OSError where it cannot be made, or a file has its name."""
     for place in (_path(folder), *folder.parents):
         if place.exists() and not place.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, f"{place} is a file and a folder is needed: give another path.")
@@ -84,11 +78,8 @@ def make_folder(folder: Path) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside a new one, which takes its name if all went well.
-
-    Raises:
-        FileExistsError: there is something in the folder, or a file has its name.
-        OSError: the folder cannot be made.
+    """A temporary folder beside a new one, which takes its name if all went well; raises FileExistsError where the folder has
+    something in it, or a file has its name.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not an empty folder: give the path of a new one.")
@@ -115,11 +106,8 @@ def clear_leftovers(path: Path) -> None:
 
 @contextmanager
 def named_errors(path: Path, safe: str | None = None) -> Iterator[None]:
-    """Turns errors of writing (the safetensors library's too) into an OSError that says what is safe and what to do.
-
-    Args:
-        path: of the file that is written.
-        safe: what is intact (None: the older file, if there is one).
+    """Turns errors of writing (the safetensors library's too) into an OSError that says what is safe (None: the older file, if
+    there is one) and what to do.
     """
     try:
         yield

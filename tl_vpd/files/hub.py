@@ -44,16 +44,7 @@ BROKEN_OFF = ("RemoteProtocolError", "ChunkedEncodingError", "ProtocolError", "I
 
 
 def check_repository(name: Any, *, with_user: bool = False) -> str:
-    """The name of a repository.
-
-    Args:
-        name: from the caller.
-        with_user: whether it must have the form ``user/repo``.
-
-    Raises:
-        TypeError: it is not a string.
-        ValueError: no repository can have the name.
-    """
+    """A repository's name; raises TypeError or ValueError unless the Hub can have it (with ``with_user`` as ``user/repo``)."""
     try:
         validate_repo_id(text_of("repository", name))
     except HFValidationError:
@@ -69,17 +60,10 @@ def fetch(repository: str, name: str, *, others: Sequence[str] = (), revision: s
 
     Without a network, or with ``HF_HUB_OFFLINE=1``, it is what was fetched before.
 
-    Args:
-        repository: ``user/repo``.
-        name: of the file.
-        others: names of files that may be missing.
-        revision: a branch, tag or commit (None: the main branch).
-
     Raises:
         FileNotFoundError: the repository has no such file.
         OSError: it cannot be fetched; the message says why.
-        TypeError: a name is not a string.
-        ValueError: it is not the name of a repository.
+        TypeError, ValueError: a name is not one.
     """
     check_repository(repository)
     revision = None if revision is None else _revision(revision)
@@ -100,17 +84,7 @@ def fetch(repository: str, name: str, *, others: Sequence[str] = (), revision: s
 
 
 def check_push(repository: Any, *, private: Any, revision: Any) -> None:
-    """Checks the arguments of ``upload``.
-
-    Args:
-        repository: ``user/repo``.
-        private: True, False or None.
-        revision: a branch (None: the main branch).
-
-    Raises:
-        TypeError: an argument is of another type.
-        ValueError: it is not the name of a repository or branch.
-    """
+    """Checks the arguments of ``upload``; raises TypeError or ValueError."""
     check_repository(repository, with_user=True)
     if private is not None:
         flag("private", private)
@@ -147,8 +121,7 @@ def upload(
 
     Raises:
         FileExistsError: the repository belongs to something else, or is public where ``private=True`` (or the reverse).
-        OSError: the Hub does not accept it; the message says why. The repository is as it was, or, as the message says, new and
-            empty.
+        OSError: the Hub does not accept it; the message says why, and whether a new and empty repository is left.
     """
     operations: list[Any] = [CommitOperationAdd(name, content) for name, content in files.items()]
     made: list[str] = []
@@ -196,13 +169,8 @@ def _api() -> HfApi:
 
 @contextmanager
 def _one_sentence(repository: str, revision: str | None, what: str, made: Sequence[str] = ()) -> Iterator[None]:
-    """Turns what ``huggingface_hub`` and its HTTP libraries raise, which differ between versions, into one OSError.
-
-    Args:
-        repository: ``user/repo``.
-        revision: a branch, tag or commit.
-        what: was not done.
-        made: ends of the sentence, filled inside: what stays on the Hub.
+    """Turns what ``huggingface_hub`` and its HTTP libraries raise, which differ between versions, into one OSError. ``made`` is
+    filled inside with ends of the sentence: what stays on the Hub.
     """
     try:
         yield

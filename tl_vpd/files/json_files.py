@@ -12,12 +12,7 @@ from tl_vpd.files.atomic import write_text
 
 
 def json_text(content: Any, *, indent: int | None = None) -> str:
-    """The content as JSON.
-
-    Raises:
-        TypeError: it is not data.
-        ValueError: it has NaN or infinite numbers, which JSON does not, or is nested or long beyond what is read.
-    """
+    """The content as JSON; raises TypeError where it is not data, ValueError for NaN, infinite numbers and endless nesting."""
     try:
         return json.dumps(content, indent=indent, allow_nan=False)
     except TypeError as error:
@@ -34,15 +29,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def parse_json(text: str | bytes, name: str) -> Any:
-    """Reads JSON text.
-
-    Args:
-        text: in UTF-8.
-        name: of what is read, for messages.
-
-    Raises:
-        ValueError: it is not JSON, has a key twice, NaN, or is nested or long beyond what is read; one sentence.
-    """
+    """Reads JSON in UTF-8; raises ValueError where it is not JSON, has a key twice or NaN, or is too long or deep to be read."""
     try:
         decoded = text if isinstance(text, str) else text.decode("utf-8")
         return json.loads(decoded, object_pairs_hook=_once, parse_constant=_refuse, parse_float=_finite)
@@ -55,11 +42,7 @@ def parse_json(text: str | bytes, name: str) -> Any:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; errors as for ``parse_json``.
-
-    Raises:
-        FileNotFoundError: there is no ordinary file of this name.
-    """
+    """Reads a JSON file; raises FileNotFoundError where there is no ordinary file of this name, or as ``parse_json``."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} {'is not an ordinary file' if path.exists() else 'does not exist'}.")
     return parse_json(path.read_bytes(), str(path))

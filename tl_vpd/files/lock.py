@@ -23,11 +23,7 @@ LOCK = ".lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Locks a folder, which is made if it does not exist.
-
-    Raises:
-        OSError: another process has locked it (the message names the process and its machine), or it cannot be written.
-    """
+    """Locks a folder, made if need be; raises OSError where another process, which the message names, has locked it."""
     make_folder(folder)
     path = folder / LOCK
     lock = FileLock(path, timeout=0)

@@ -70,22 +70,14 @@ class TensorFile:
     _starts: dict[str, int] = field(repr=False)
 
     def read(self, key: str) -> Tensor:
-        """A tensor, on the CPU, proved by its digest where the file has one.
-
-        Raises:
-            ValueError: its bytes are not those that were written.
-        """
+        """A tensor, on the CPU, proved by its digest where the file has one; raises ValueError where its bytes have changed."""
         tensor = self._read(key, 0, self.shapes[key])
         if self.digests and digest_of(key, tensor) != self.digests[key]:
             raise ValueError(f"{self.path}: {key} is damaged, its checksum differs from the one it was written with.")
         return tensor
 
     def read_part(self, key: str, start: int, stop: int) -> Tensor:
-        """Entries ``start`` to ``stop`` of a tensor's first axis, on the CPU; a part cannot be proved by a digest.
-
-        Raises:
-            ValueError: there are fewer entries, or the file is cut short.
-        """
+        """Entries ``start`` to ``stop`` of a tensor's first axis, on the CPU; a part cannot be proved by a digest."""
         n, *rest = self.shapes[key]
         if not 0 <= start <= stop <= n:
             raise ValueError(f"{self.path}: {key} has {n} entries, and {start} to {stop} are wanted.")
@@ -103,13 +95,7 @@ class TensorFile:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], content: Any, *, safe: str | None = None) -> None:
-    """Writes tensors and a content; errors of writing as for ``write_file``.
-
-    Args:
-        path: of the file; its folder must exist.
-        tensors: by key; floating-point ones must be finite.
-        content: what JSON can hold.
-        safe: what is intact if it fails, for the message.
+    """Writes tensors and a content that JSON can hold; errors of writing as for ``write_file``.
 
     Raises:
         TypeError: the content is not data, or a tensor is of a type that is not stored (complex, 8-bit floats).
@@ -128,11 +114,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], content: Any, *, sa
 
 @contextmanager
 def open_tensors(path: Path) -> Iterator[TensorFile]:
-    """Opens a file and checks its content; tensors are read, and checked, one at a time.
-
-    Raises:
-        FileNotFoundError: there is no ordinary file of this name.
-        ValueError: the header is damaged or the content is not the one that was written.
+    """Opens a file and checks its content; tensors are read, and checked, one at a time. Raises FileNotFoundError or, for a
+    damaged header, ValueError.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path} {'is not an ordinary file' if path.exists() else 'does not exist'}.")

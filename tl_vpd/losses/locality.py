@@ -31,13 +31,7 @@ def units_of(site: Site) -> int | None:
 
 
 def units_used(U: Float[Tensor, "C d_out"], units: int, width: float) -> Float[Tensor, " C"]:
-    """The soft number of units that each subcomponent writes to.
-
-    Args:
-        U: write directions.
-        units: N, which ``d_out`` divides into.
-        width: t.
-    """
+    """The soft number of the N ``units`` that each subcomponent writes to, at the width t."""
     squares = U.unflatten(-1, (units, -1)).square().sum(-1)
     return (squares / (squares + width / units * squares.sum(-1, keepdim=True).clamp(min=SMALLEST))).sum(-1)
 

@@ -19,23 +19,13 @@ LARGEST_FACTOR = 65504.0
 
 
 def factor_of(name: str, value: Any) -> float:
-    """A factor that every dtype of a model has; raises TypeError or ValueError for anything else.
-
-    Args:
-        name: of the argument, for messages.
-        value: from the caller.
-    """
+    """A factor that every dtype of a model has; raises TypeError or ValueError for anything else."""
     return number(name, value, minimum=-LARGEST_FACTOR, maximum=LARGEST_FACTOR)
 
 
 def check_axes(what: str, tensor: Tensor, shape: Sequence[int], *, shared: int) -> None:
-    """Raises ValueError unless a tensor has the last ``shared`` axes of ``shape``, or all of them with 1 where it is shared.
-
-    Args:
-        what: its name, for the message.
-        tensor: a mask, or values for activations.
-        shape: of this forward pass.
-        shared: number of axes of a tensor that is the same for all tokens.
+    """Raises ValueError unless a mask or values have the last ``shared`` axes of this pass's ``shape``, or all of them with 1
+    where they are shared.
     """
     shape = tuple(shape)
     if tensor.ndim not in (shared, len(shape)):
@@ -54,14 +44,8 @@ def check_axes(what: str, tensor: Tensor, shape: Sequence[int], *, shared: int) 
 
 
 def check_all(factors: Mapping[str, Tensor]) -> None:
-    """Checks factors; waits for the device once.
-
-    Args:
-        factors: by what they are, for messages.
-
-    Raises:
-        ValueError: there are NaN, infinite ones or ones that are too large for half precision.
-        TypeError: ``torch.func.vmap`` runs over one, whose numbers cannot be looked at.
+    """Raises ValueError for factors that are NaN, infinite or too large for half precision, TypeError for those that
+    ``torch.func.vmap`` runs over; keys are what they are, for messages. Waits for the device once.
     """
     if not factors:
         return

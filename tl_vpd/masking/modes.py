@@ -75,16 +75,9 @@ class ModeOptions:
 
     @classmethod
     def of(cls, mode: str, options: Mapping[str, Any], *, label: str | None = None) -> ModeOptions:
-        """The options of a mode from keywords; None stands for the default.
-
-        Args:
-            mode: one of ``MODES``.
-            options: by name, as the caller gave them.
-            label: what the caller calls the mode (None: its name), for messages.
-
-        Raises:
-            ValueError: there is no such mode, the mode does not take an option, or a value is impossible.
-            TypeError: there is no such option, or it is not a number.
+        """The options of a mode (``label``: what the caller calls it) from keywords; None stands for the default. Raises
+        ValueError where the mode does not exist or does not take an option, or a value is impossible, TypeError for an unknown
+        option.
         """
         if not isinstance(mode, str) or mode not in MODES:
             raise ValueError(f"mode={shown(mode)} is not a mask mode{nearest(mode, MODES)}. Modes: {', '.join(MODES)}.")
@@ -131,15 +124,8 @@ def masks_of_mode(
     delta: Delta = None,
     generator: torch.Generator | None = None,
 ) -> Masks:
-    """The masks of every mode but ``adversarial``, which needs a model to attack.
-
-    Args:
-        mode: one of ``MODES``.
-        g: importances.
-        site_axis: the sites on g's last axis.
-        threshold: of ``rounded``.
-        delta: factor of Δ (None: the mode's default).
-        generator: of ``stochastic`` and of ``delta="drawn"`` (None: torch's global one).
+    """The masks of every mode but ``adversarial``, which needs a model to attack. ``delta`` None: the mode's default;
+    ``generator`` None: torch's global one.
     """
     if delta is None:
         delta = "drawn" if mode == "stochastic" else 0.0

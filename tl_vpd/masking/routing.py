@@ -22,12 +22,8 @@ from torch import Tensor
 class Routing(Mapping[str, Tensor]):
     """By site, at which tokens of some rows the masked path is computed, ``[rows, pos]``.
 
-    How many these are is known on the CPU: with that, no pass waits for the device to find them.
-
-    Args:
-        names: of the sites.
-        routed: of all sites.
-        counts: by row and site, how many tokens are routed (None: they are counted when they are first asked for).
+    How many these are, by row and site, is known on the CPU: with that, no pass waits for the device to count them. Without
+    ``counts`` they are counted when they are first asked for.
     """
 
     def __init__(
@@ -76,15 +72,7 @@ class Routing(Mapping[str, Tensor]):
 
 
 def count(routings: Sequence[Routing], others: Sequence[Tensor] = ()) -> list[list[float]]:
-    """Waits for the device once: routed tokens are counted from then on.
-
-    Args:
-        routings: on one device.
-        others: numbers that are wanted on the CPU as well, one axis each.
-
-    Returns:
-        Those numbers.
-    """
+    """Waits for the device once: routed tokens are counted from then on. Gives the ``others``, one axis each, as numbers."""
     unread = [routing for routing in routings if routing._counts is None]
     sums = [routing._sums.flatten() for routing in unread if routing._sums is not None]
     if not sums and not others:

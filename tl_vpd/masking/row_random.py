@@ -21,12 +21,7 @@ SPREAD = 1 << 17
 
 
 class RowRandom:
-    """Random tensors with one row for each row of a batch.
-
-    Args:
-        seed: of the training run or evaluation.
-        device: where the numbers are made and stay.
-    """
+    """Random tensors with one row for each row of a batch, made on a device."""
 
     def __init__(self, seed: int, device: torch.device) -> None:
         self.seed = seed

@@ -26,13 +26,7 @@ from tl_vpd.training.fits import FLOAT
 
 
 def bytes_of(shape: RunShape, sharding: ShardingKind, processes: int) -> dict[str, int]:
-    """Bytes by what they hold.
-
-    Args:
-        shape: of the process's part of the run.
-        sharding: what each process stores a part of.
-        processes: how many there are.
-    """
+    """Bytes by what they hold, of one of the processes that ``sharding`` splits state among."""
     split = 1 if sharding == "none" else processes
     counts = shape.counts()
     P = counts["components"] + counts["gamma"]

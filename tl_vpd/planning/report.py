@@ -54,13 +54,7 @@ def plan_lines(cost: Footprint, machine: Machine, seconds: float | None = None, 
 
 
 def advice(cost: Footprint, machine: Machine, seconds: float | None = None) -> list[str]:
-    """Whether a run fits on a machine, and what to change.
-
-    Args:
-        cost: of the run.
-        machine: of known memory.
-        seconds: of a step, timed (None: not timed).
-    """
+    """Whether a run fits on a machine of known memory, and what to change; ``seconds`` of a step, if one was timed."""
     lines, slow = [], (seconds or _products(cost, machine)) * cost.config.steps
     too_large = cost.total > FITS * machine.memory
     if too_large:

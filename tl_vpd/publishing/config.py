@@ -75,16 +75,7 @@ class Report(Protocol):
 
 
 def check_report(report: Any, counts: dict[str, int]) -> None:
-    """Checks that a report can be of a decomposition.
-
-    Args:
-        report: from the caller.
-        counts: number of subcomponents by site of the decomposition.
-
-    Raises:
-        TypeError: it is not a report.
-        ValueError: it is of another decomposition.
-    """
+    """Raises TypeError unless a report is one, ValueError where it is of a decomposition with other numbers of subcomponents."""
     if not isinstance(report, Report):
         raise TypeError(
             f"report={shown(report)} is a {type(report).__name__}: give what tl_vpd.evaluate returns, or "

@@ -12,11 +12,7 @@ ATTACK_COLUMNS = ("pieces", "adversary", "steps", "starts", "tokens", "kl", "kl_
 
 
 def evaluation_section(report: Report | None) -> str:
-    """Mode table, counts, attacks, future leakage and faults.
-
-    Args:
-        report: of the decomposition (None: there is none).
-    """
+    """Mode table, counts, attacks, future leakage and faults."""
     if report is None:
         return "## Evaluation\n\n**Not evaluated.** No report came with this decomposition."
     record, modes = report.record, report.table().reset_index()

@@ -11,13 +11,7 @@ BRIDGE = "TransformerBridge"
 
 
 def loading_section(weights: DecomposedWeights, base_model: str | None, repository: str | None) -> str:
-    """How to load it, with each of TransformerLens's classes.
-
-    Args:
-        weights: the decomposition.
-        base_model: the target's name on the Hub, if it is known.
-        repository: where the decomposition is (None: in a folder).
-    """
+    """How to load it from a repository (None: from a folder), with each of TransformerLens's classes."""
     where = "load('path/to/this/folder')" if repository is None else f"from_hub({repository!a})"
     use = [
         f"vpd = tl_vpd.Decomposition.{where}",

@@ -16,13 +16,7 @@ NOT_STATED = "not stated"
 
 
 def title_section(weights: DecomposedWeights, base_model: str | None, report: Report | None) -> str:
-    """What it is of, where it comes from, and its sites.
-
-    Args:
-        weights: the decomposition.
-        base_model: the target's name on the Hub, if it is known.
-        report: its evaluation (None: there is none), for the number of alive subcomponents.
-    """
+    """What it is of, where it comes from, and its sites; with a report, how many subcomponents are alive."""
     target = weights.record.get("target")
     known = target.get("name") if isinstance(target, dict) else None
     name = plain(base_model or (str(known).rsplit("/", 1)[-1] if known and known != "custom" else "a model"))

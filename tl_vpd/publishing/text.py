@@ -24,12 +24,7 @@ _ENTITIES = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
 
 def plain(value: Any, *, longest: int = LONGEST) -> str:
-    """A value as text of one line without markup.
-
-    Args:
-        value: anything that ``str`` takes.
-        longest: characters after which it is cut.
-    """
+    """A value as text of one line without markup, cut after ``longest`` characters."""
     text = "".join(c if c.isprintable() else " " for c in str(value))
     text = " ".join(text.split())
     text = text if len(text) <= longest else text[: longest - 1] + "…"
@@ -51,23 +46,13 @@ def figure(value: Any) -> str:
 
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table.
-
-    Args:
-        headers: of its columns.
-        rows: values, as many as headers.
-    """
+    """A table with one column per header."""
     lines = [[plain(h) for h in headers], ["---"] * len(headers), *([figure(v) for v in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def block(text: str, language: str) -> str:
-    """A block of code, whose fence is longer than any in the text.
-
-    Args:
-        text: of one line or more.
-        language: for its colours.
-    """
+    """A block of code, whose fence is longer than any in the text."""
     if len(text) > LONGEST_BLOCK:
         text = f"{text[:LONGEST_BLOCK]}\n... ({len(text) - LONGEST_BLOCK} more characters are in config.json)"
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])

@@ -29,15 +29,8 @@ class DataRecipe(Frozen):
     """Length of the windows that text is cut into, and to which longer rows are cut (None: the model's context)."""
 
     def load(self, model: Any, *, default_key: str = "training") -> Int[Tensor, "n pos"] | Integer[np.ndarray, "n pos"]:
-        """Rows of tokens for a model; a ``.npy`` file stays on the disk, and each step reads its rows.
-
-        Args:
-            model: whose tokenizer and context are used.
-            default_key: where ``key`` is None.
-
-        Raises:
-            FileNotFoundError: no file matches.
-            ValueError: the file does not hold rows of integers, or ``key`` does not fit.
+        """Rows of tokens for a model; a ``.npy`` file stays on the disk, and each step reads its rows. ``default_key`` counts
+        where there is no ``key``. Raises FileNotFoundError or, where a file does not hold rows of integers, ValueError.
         """
         length = self.context or model.cfg.n_ctx
         if self.tokens == "bundled":
@@ -71,15 +64,8 @@ class DataRecipe(Frozen):
 
 
 def stored_rows(path: Path, key: str) -> Integer[np.ndarray, "n pos"]:
-    """Rows of tokens from a file of arrays.
-
-    Args:
-        path: of a ``.npy`` file, which stays on the disk, or a ``.safetensors`` file.
-        key: which tensor of a ``.safetensors`` file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file does not hold rows of integers.
+    """Rows of tokens from a ``.npy`` file, which stays on the disk, or from one tensor of a ``.safetensors`` file; raises
+    FileNotFoundError where there is no such file, ValueError where it does not hold rows of integers.
     """
     if path.suffix not in (".npy", ".safetensors"):
         raise ValueError(f"{path} is not a .npy or .safetensors file: save the tokens as one of these.")
@@ -123,11 +109,7 @@ def _read_safetensors(path: Path, key: str) -> np.ndarray:
 
 
 def read_utf8(path: Path) -> str:
-    """A text file, without a byte order mark.
-
-    Raises:
-        ValueError: it is in another encoding.
-    """
+    """A text file, without a byte order mark; raises ValueError where it is in another encoding."""
     data = path.read_bytes()
     remedy = "save it as UTF-8"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
@@ -142,11 +124,7 @@ def read_utf8(path: Path) -> str:
 
 
 def text_windows(model: Any, texts: list[str], length: int) -> Int[Tensor, "n pos"]:
-    """Texts tokenised and cut into windows of ``length``, each opened by BOS; the rest at the end of each text is dropped.
-
-    Raises:
-        ValueError: the model has no tokenizer, or no text is as long as a window.
-    """
+    """Texts tokenised and cut into windows of ``length``, each opened by BOS; the rest at the end of each text is dropped."""
     if model.tokenizer is None:
         raise ValueError("This model has no tokenizer: pass tokens instead of text.")
     rows = []

@@ -96,11 +96,7 @@ def budgets_of(text: str) -> tuple[Sequence[int], Sequence[int]]:
 
 
 def numbers(option: str, text: str, kind: type[N]) -> list[N]:
-    """Numbers with commas.
-
-    Raises:
-        ValueError: one is not a number of that kind.
-    """
+    """Numbers with commas; raises ValueError where one is not a number of that kind."""
     try:
         return [kind(number) for number in text.split(",") if number.strip()]
     except ValueError as error:
@@ -109,11 +105,7 @@ def numbers(option: str, text: str, kind: type[N]) -> list[N]:
 
 
 def by_name(option: str, texts: Sequence[str] | None) -> dict[str, str]:
-    """``NAME=VALUE`` options.
-
-    Raises:
-        ValueError: one has no name or no value.
-    """
+    """``NAME=VALUE`` options; raises ValueError where one has no name or no value."""
     result = {}
     for text in texts or ():
         name, _, value = text.partition("=")
@@ -124,12 +116,7 @@ def by_name(option: str, texts: Sequence[str] | None) -> dict[str, str]:
 
 
 def check_writable(*paths: Path | None) -> None:
-    """Refuses paths of files that could not be written, before anything is computed.
-
-    Raises:
-        FileNotFoundError: a folder does not exist.
-        IsADirectoryError: a path is a folder.
-    """
+    """Raises OSError for paths of files that could not be written, before anything is computed."""
     for path in paths:
         if path is not None and not path.parent.is_dir():
             raise FileNotFoundError(f"{path} cannot be written: {path.parent} is not a folder.")

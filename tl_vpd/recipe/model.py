@@ -74,13 +74,8 @@ class ModelRecipe(Frozen):
         return options
 
     def load(self, *, trust_remote_code: bool = False) -> Any:
-        """The model on its device.
-
-        Args:
-            trust_remote_code: run the code that comes with the model, if it comes with any.
-
-        Raises:
-            ValueError: the device is not available, the bundled model has options, or the model comes with code.
+        """The model on its device. Raises ValueError where the device is not available, the bundled model has options, or the
+        model comes with code and ``trust_remote_code`` is off.
         """
         device = usable_device(self.device)
         if self.name != "bundled":
@@ -116,10 +111,8 @@ def _no_code_of(name: str) -> Iterator[None]:
 
 
 def usable_device(device: str) -> str:
-    """A device's name; ``cuda`` as the device of this process, where ``torchrun`` started several.
-
-    Raises:
-        ValueError: PyTorch knows no such device, or this machine has none.
+    """A device's name; ``cuda`` as the device of this process, where ``torchrun`` started several. Raises ValueError where this
+    machine has no such device.
     """
     rank = os.environ.get("LOCAL_RANK")
     name = f"cuda:{rank}" if isinstance(device, str) and device == "cuda" and rank is not None else device

@@ -14,16 +14,7 @@ from tl_vpd.publishing.push import METRICS
 
 
 def decomposition_and_report(folder: Path, report: Path | None) -> tuple[Decomposition, Evaluation | None]:
-    """A decomposition in the dtype that it is stored in, and its report.
-
-    Args:
-        folder: of the decomposition.
-        report: a file (None: ``metrics.json`` in the folder, if it is there).
-
-    Raises:
-        FileNotFoundError: there is no such folder or file.
-        ValueError: a file is damaged.
-    """
+    """A decomposition in the dtype that it is stored in, and its report (None: the folder's ``metrics.json``, if any)."""
     if report is None and (folder / METRICS).exists():
         report = folder / METRICS
     evaluation = None if report is None else Evaluation.load(report)

@@ -50,12 +50,7 @@ class Recipe(Frozen):
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
-        """Reads a YAML file.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: it is not a recipe; the message names each wrong key.
-        """
+        """Reads a YAML file; raises FileNotFoundError where there is none, ValueError where it is not a recipe."""
         sections = "model, data, vpd (or targeted), execution and saving"
         if not path.is_file():
             what = "is not an ordinary file" if path.exists() else "does not exist"
@@ -70,13 +65,10 @@ class Recipe(Frozen):
             raise ValueError(f"{path}: {sentence_of(error)}") from error
 
     def changed(self, **sections: Mapping[str, Any]) -> Recipe:
-        """The recipe with other values in sections; values of None leave the recipe's.
+        """The recipe with other values in sections; None leaves the recipe's. Raises ValueError where one is not allowed.
 
         >>> Recipe().changed(vpd={"C": 8, "gamma": {"d_ci": 64}}, execution={"micro_batch": None}).vpd.gamma.d_ci
         64
-
-        Raises:
-            ValueError: a value is not allowed.
         """
         try:
             return Recipe.model_validate(_merged(self.model_dump(), sections))
@@ -142,9 +134,6 @@ class Recipe(Frozen):
             tflops: 10¹² FLOP per second of another device (None: this machine's, timed).
             limit: seconds that timing a step may take (0: none is timed).
             trust_remote_code: as for ``ModelRecipe.load``.
-
-        Raises:
-            ValueError: the length of rows is not known, or the batch cannot be split equally.
         """
         self._refuse_targeted("A plan")
         model, context = None, self.data.context
@@ -177,15 +166,7 @@ def _not_timed(cost: Footprint, machine: Machine, limit: float, *, loaded: bool)
 
 
 def recipe_and_shape(path: Path | None, numbers: Mapping[str, Any]) -> tuple[Recipe, TransformerShape | None]:
-    """A recipe from a file, or an empty one for the numbers of a transformer.
-
-    Args:
-        path: of a recipe (None: there are numbers).
-        numbers: by field of ``TransformerShape``; None where a number is left out.
-
-    Raises:
-        ValueError: there are both, or neither, or a number is missing.
-    """
+    """A recipe from a file, or an empty one for the numbers of a transformer; raises ValueError for both, or for neither."""
     options = {name: value for name, value in numbers.items() if value is not None}
     if path is not None:
         recipe = Recipe.read(path)

@@ -69,15 +69,7 @@ _Data.add_constructor(
 
 
 def yaml_data(text: str, name: str) -> Any:
-    """The content of a YAML text.
-
-    Args:
-        text: to read.
-        name: of what is read, for messages.
-
-    Raises:
-        ValueError: it is not YAML, or more than data; one sentence with the line.
-    """
+    """The content of a YAML text; raises ValueError, with ``name`` and the line, where it is not YAML, or more than data."""
     try:
         return yaml.load(text, Loader=_Data)
     except yaml.MarkedYAMLError as error:

@@ -36,12 +36,7 @@ TRAINING = TargetTraining(steps=1_500, rows=64, lr=3e-3, schedule="cosine", weig
 
 @dataclass(frozen=True)
 class Twice:
-    """Batches ``[batch_size, 1 + 2 · length]`` of a block of random tokens, twice.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: a number is out of its range.
-    """
+    """Batches ``[batch_size, 1 + 2 · length]`` of a block of random tokens, twice."""
 
     d_vocab: int
     length: int
@@ -153,9 +148,6 @@ def first_layer_alone(model: Any) -> Decomposition:
 
     Its subcomponents are the singular directions of every weight. Where a later layer can copy as well, those of the first have
     hidden twins.
-
-    Args:
-        model: the toy's.
     """
     adapter = adapt(model)
     config = VPDConfig(C=adapter.d_model, gamma=GammaConfig(kind="per_site_mlps", hidden=1))

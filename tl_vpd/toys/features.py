@@ -24,12 +24,7 @@ from tl_vpd.checks import check_fields
 
 @dataclass(frozen=True)
 class SparseFeatures:
-    """Batches ``[batch_size, context, n_features]`` for ``tl_vpd.decompose`` and for training a target.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: a number is out of its range.
-    """
+    """Batches ``[batch_size, context, n_features]`` for ``tl_vpd.decompose`` and for training a target."""
 
     n_features: int
     probability: float

@@ -100,12 +100,7 @@ SENTENCES = (_possession, _bracketed, _being, _felt)
 
 @dataclass(frozen=True)
 class Sentences:
-    """Batches ``[batch_size, context]`` of sentences.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: a number is below 1.
-    """
+    """Batches ``[batch_size, context]`` of sentences."""
 
     context: int
     batch_size: int

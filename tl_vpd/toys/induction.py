@@ -37,12 +37,7 @@ TRAINING = TargetTraining(steps=3_000, rows=64, lr=2e-3, schedule="cosine", weig
 
 @dataclass(frozen=True)
 class Repeated:
-    """Batches ``[batch_size, context]`` of repeated blocks of ``shortest`` to ``longest`` distinct tokens.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: a number is out of its range: ``1 ≤ shortest ≤ longest < d_vocab``.
-    """
+    """Batches ``[batch_size, context]`` of repeated blocks of ``shortest`` to ``longest`` distinct tokens."""
 
     d_vocab: int
     context: int

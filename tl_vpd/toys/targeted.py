@@ -70,14 +70,7 @@ def targeted_recipe(toy: str, *, seed: int = 0, steps: int | None = None, naive:
 
 
 def streams(toy: Toy, features: Sequence[int], rows: int, *, seed: int = 0) -> tuple[Batches, Batches]:
-    """The target stream, and the toy's ordinary data.
-
-    Args:
-        toy: of sparse features.
-        features: that are the target, from 0.
-        rows: in a batch.
-        seed: of both.
-    """
+    """The target stream, of the chosen features (from 0) of a toy of sparse features, and the toy's ordinary data."""
     target: Any = toy.batches(rows, seed=seed + 7)
     probability = 0.5 if len(features) == 1 else 1 / (len(features) + 1)
     return replace(target, probability=probability, only=tuple(features)), toy.batches(rows, seed=seed)
@@ -87,12 +80,6 @@ def streams(toy: Toy, features: Sequence[int], rows: int, *, seed: int = 0) -> t
 def features_report(decomposition: Decomposition, model: nn.Module, toy: Toy, features: Sequence[int]) -> pd.DataFrame:
     """By site: subcomponents important for a chosen feature alone at 0.75 (``for_target``), and for how many of the other
     features any is important (``other_features``).
-
-    Args:
-        decomposition: of the toy's model, targeted.
-        model: the toy's.
-        toy: of sparse features.
-        features: the target, from 0.
     """
     n = toy.batches(1).at(0).shape[-1]
     importances = decomposition.causal_importances(model, PROBE_VALUE * torch.eye(n)[:, None])

@@ -15,11 +15,7 @@ from tl_vpd.checks import seed_of
 
 
 def small_transformer(seed: int, **settings: Any) -> Any:
-    """A HookedTransformer on the CPU with random weights from a seed; settings are ``HookedTransformerConfig``'s.
-
-    Raises:
-        ImportError: the installed TransformerLens has no HookedTransformer.
-    """
+    """A HookedTransformer on the CPU with random weights from a seed; settings are ``HookedTransformerConfig``'s."""
     if HookedTransformer is None:
         raise ImportError("This TransformerLens has no HookedTransformer: install 3.x to build this toy.")
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):

@@ -88,11 +88,6 @@ def _offsets(n_query: int, n_key: int, device: torch.device) -> Int[Tensor, "que
 def measured_kernel(adapter: Adapter, layer: int, length: int) -> ScoreKernel:
     """The kernel of a layer for offsets up to ``length − 1``.
 
-    Args:
-        adapter: of the model.
-        layer: the block's index.
-        length: how many offsets are measured.
-
     Raises:
         Unsupported: scores are not bilinear (by name where the adapter knows why), or depend on more than the offset.
         KeyError: the block has no such attention.
@@ -135,14 +130,7 @@ def _batches(d: int, heads: int, n: int, window: int) -> Iterator[list[tuple[int
 
 
 class _UnitSums:
-    """Sums and counts of scores of unit vectors by offset, query direction i and key direction j.
-
-    Args:
-        offsets: how many.
-        d: the width of a head.
-        offset: by visible pair of positions, from 0.
-        device: of the scores.
-    """
+    """Sums and counts of scores of unit vectors by offset (of each visible pair, from 0), query direction i and key direction j."""
 
     def __init__(self, offsets: int, d: int, offset: Int[Tensor, " pair"], device: torch.device) -> None:
         self.d, self.offset = d, offset

@@ -53,18 +53,7 @@ class AttentionPass:
 
 
 class AttentionLayer:
-    """A block's attention in terms of subcomponents.
-
-    Args:
-        decomposition: with W_Q and W_K of the block.
-        model: the target.
-        layer: the block's index.
-
-    Raises:
-        KeyError: the block or one of the two sites is not decomposed.
-        TypeError: the layer is not an integer.
-        ValueError: the layer is negative, or the model has other weights.
-    """
+    """A block's attention in terms of subcomponents; raises KeyError where its W_Q or W_K is not decomposed."""
 
     def __init__(self, decomposition: Decomposition, model: nn.Module, layer: int) -> None:
         self.decomposition, self.model, self.index = decomposition, model, integer("layer", layer, minimum=0)
@@ -103,13 +92,8 @@ class AttentionLayer:
         return with_one(x @ self.decomposition.V[site.name].detach().to(x))
 
     def pairs(self, pairs: Pairs) -> list[Pair]:
-        """Pairs of addresses as subcomponents; ``"bias"`` stands for the bias of its side.
-
-        Raises:
-            ValueError: a pair is not one of this block's W_Q and W_K, or there is no bias.
-            TypeError: the pairs are not in a list.
-            KeyError: a site is not decomposed.
-            IndexError: there is no such subcomponent.
+        """Pairs of addresses as subcomponents; ``"bias"`` stands for the bias of its side. Raises TypeError, ValueError,
+        KeyError or IndexError for what is not a pair of this block's W_Q and W_K.
         """
         pairs = pairs_of(pairs)
         return [(self._member(q, self.q), self._member(k, self.k)) for q, k in pairs]
@@ -127,13 +111,7 @@ class AttentionLayer:
         return subcomponent
 
     def sides(self, subcomponents: Sequence[str | Subcomponent] | None) -> tuple[list[int], list[int]]:
-        """The queries and the keys among subcomponents of this block, as indices; all of a side that no subcomponent is of.
-
-        Raises:
-            ValueError: one is of another site.
-            KeyError: a site is not decomposed.
-            IndexError: there is no such subcomponent.
-        """
+        """The queries and the keys among subcomponents of this block, as indices; all of a side that no subcomponent is of."""
         indices: dict[str, list[int]] = {self.q.name: [], self.k.name: []}
         for address in () if subcomponents is None else several("subcomponents", subcomponents):
             subcomponent = self.decomposition.subcomponent(address)
@@ -153,16 +131,7 @@ class AttentionLayer:
 
     @torch.no_grad()
     def clean(self, prompts: Any, attention_mask: Tensor | None = None) -> AttentionPass:
-        """One clean pass.
-
-        Args:
-            prompts: a string, strings, or tokens ``[batch, pos]``.
-            attention_mask: 0 at padding (None: where TransformerLens sees padding).
-
-        Raises:
-            Unsupported: the scores are not bilinear in queries and keys, or pass no HookPoint.
-            ValueError: the prompts are empty, too long, or not this model's tokens; or the model has other weights.
-        """
+        """One clean pass; raises Unsupported where scores are not bilinear in queries and keys, or pass no HookPoint."""
         scores: list[Tensor] = []
         with MaskedModel(self.decomposition, self.model) as masked_model:
             name = self.adapter.scores_hook(self.index)
@@ -190,18 +159,7 @@ def pairs_of(pairs: Any) -> list[tuple[Any, Any]]:
 
 
 def attention_site(decomposition: Decomposition, layer: int, weight: str) -> Site:
-    """``blocks.{layer}.attn.{weight}`` of a decomposition.
-
-    Args:
-        decomposition: with this site.
-        layer: the block's index.
-        weight: ``W_Q``, ``W_K``, ``W_V`` or ``W_O``.
-
-    Raises:
-        KeyError: it is not decomposed.
-        TypeError: the layer is not an integer.
-        ValueError: the layer is negative.
-    """
+    """``blocks.{layer}.attn.{weight}`` of a decomposition; raises KeyError where it is not decomposed."""
     instance("decomposition", decomposition, Decomposition)
     name = f"blocks.{integer('layer', layer, minimum=0)}.attn.{weight}"
     if name not in decomposition.sites:

@@ -39,13 +39,8 @@ def scores_of(
 ) -> Float[Tensor, "batch head query key"]:
     """A layer's scores with these queries and keys in place of the computed ones.
 
-    Args:
-        adapter: of the model.
-        layer: the block's index.
-        q: queries.
-        k: keys; with a head axis of 1, all heads have the same.
-        tokens: that are run (None: any of the length of q; only masks and positional biases depend on them).
-        token_mask: False at padding of ``tokens`` (None: no padding).
+    Keys with a head axis of 1 are the same for all heads. Without tokens any of the length of q are run: only masks and
+    positional biases depend on them.
     """
     if tokens is None:
         tokens = torch.zeros(q.shape[:2], dtype=torch.long, device=q.device)

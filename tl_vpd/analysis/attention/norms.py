@@ -54,11 +54,7 @@ class HeadNorms(BySite):
 
 
 def norms_by_head(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], site: Site) -> Float[Tensor, "C head"]:
-    """``‖V_c‖ ‖U_c‖`` with the side that has heads divided into them.
-
-    Raises:
-        ValueError: the site has no heads.
-    """
+    """``‖V_c‖ ‖U_c‖`` with the side that has heads divided into them."""
     if site.n_heads is None:
         raise ValueError(f"{site.name} has no heads.")
     if site.short == "o":

@@ -1,7 +1,7 @@
 """What heads read and write through W_OV, weighted by the data: do two heads move the same information?
 
-With x̄ the centred inputs of W_V (one row per token), their covariance ``C = x̄ᵀ x̄ / N = Z̄ S̄² Z̄ᵀ`` and ``W_OV = W_V^h W_O^h`` (rows
-are read, columns written; transposed against the paper's column convention):
+With x̄ the centred inputs of W_V (one row per token), their covariance ``C = x̄ᵀ x̄ / N = Z̄ S̄² Z̄ᵀ`` and ``W_OV = W_V^h
+W_O^h`` (rows are read, columns written; transposed against the paper's column convention):
 
     M_h = (Z̄ S̄)ᵀ W_OV          read  M_h M_hᵀ,   write  M_hᵀ M_h,   raw  W_OV        compared by Frobenius cosine
 
@@ -173,11 +173,7 @@ def ov_overlap(
 def ov_factors(
     adapter: Adapter, layer: int
 ) -> tuple[Float[Tensor, "head d_model d_head"], Float[Tensor, "head d_head d_out"]]:
-    """``W_V^h`` and ``W_O^h`` of every query head, in float32 or better.
-
-    Raises:
-        KeyError: the block has no W_V and W_O.
-    """
+    """``W_V^h`` and ``W_O^h`` of every query head, in float32 or better; raises KeyError where the block has none."""
     v, o = (adapter.sites.get(f"blocks.{layer}.attn.{w}") for w in ("W_V", "W_O"))
     if v is None or o is None or not v.n_heads or not o.n_heads:
         raise KeyError(f"Block {layer} has no W_V and W_O.")

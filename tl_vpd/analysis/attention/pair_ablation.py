@@ -30,13 +30,8 @@ from tl_vpd.hooks.ablations import FwdHooks, require_points
 
 
 class PairAblation:
-    """The hooks of one layer's pairs: they read the pairs' activations in a pass and subtract where its scores pass.
-
-    Args:
-        columns: of the pairs' queries and keys among the activations.
-        by_offset: the pairs' products of write directions.
-        offsets: of these.
-        amount: of the summands that is subtracted.
+    """The hooks of one layer's pairs: they read the pairs' activations (``columns``) in a pass, and subtract ``amount`` of their
+    products with ``by_offset`` where its scores pass.
     """
 
     def __init__(
@@ -59,11 +54,8 @@ class PairAblation:
         self._acts[side] = self._acts[side] * with_one(tensor)[..., self.columns[side]]
 
     def scores(self, tensor: Float[Tensor, "batch head query key"], hook: Any) -> Float[Tensor, "batch head query key"]:
-        """On the scores: subtracts the pairs' summands.
-
-        Raises:
-            RuntimeError: the hooks that read activations did not run.
-            ValueError: the pass is of another length than the pairs' activations (a KV cache), or longer than was prepared for.
+        """On the scores: subtracts the pairs' summands. Raises RuntimeError where the hooks that read activations did not run,
+        ValueError with a KV cache, or where the pass is longer than was prepared for.
         """
         if len(self._acts) < 2:
             raise RuntimeError(

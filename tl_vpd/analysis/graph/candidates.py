@@ -14,16 +14,8 @@ from tl_vpd.analysis.graph.targets import LogitTarget
 
 
 class Candidates:
-    """The nodes of a graph in order: embeddings, subcomponents by site and position, logits.
-
-    Args:
-        direct: the model, entered.
-        tokens: the prompt.
-        inputs: of every site.
-        g: importances.
-        logit_nodes: the logits that are explained.
-        logits: of the model.
-        threshold: a subcomponent is a node where its importance exceeds this (None: everywhere).
+    """The nodes of a graph in order: embeddings, subcomponents by site and position where importance exceeds ``threshold`` (None:
+    everywhere), logits.
 
     Attributes:
         pos: by site, each node's position.

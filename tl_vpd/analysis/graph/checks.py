@@ -24,12 +24,7 @@ OF_TERMS = {"deltas": True, "biases": True}
 
 
 def check_graph(graph: AttributionGraph) -> None:
-    """Checks a graph.
-
-    Raises:
-        TypeError: a field is of another type.
-        ValueError: fields contradict each other or are out of range.
-    """
+    """Raises TypeError where a field is of another type, ValueError where fields contradict each other or are out of range."""
     _check_texts(graph)
     _check_logits(graph)
     _check_tensors(graph)

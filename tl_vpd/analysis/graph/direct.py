@@ -80,12 +80,8 @@ class DirectPass:
     norms: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
     def gradients(self, seeds: Sequence[tuple[Tensor, Tensor]], sites: Sequence[str], *, again: bool) -> Gradients:
-        """Gradients of ``Σ tensor · seed`` in sites' outputs, the embeddings and the norms' outputs.
-
-        Args:
-            seeds: tensors of the pass, and a seed of the same shape for each.
-            sites: in whose outputs.
-            again: whether further gradients are taken of this pass.
+        """Gradients of ``Σ tensor · seed`` in sites' outputs, the embeddings and the norms' outputs; ``again`` where more are
+        taken.
         """
         assert self.embeddings is not None
         outputs = [self.outputs[name] for name in sites]
@@ -107,15 +103,8 @@ class DirectPass:
 
 
 class DirectModel(MaskedModel):
-    """A model whose passes stop gradients at subcomponents. A context manager, as ``MaskedModel`` is.
-
-    Args:
-        decomposition: of the model's weights.
-        model: the target.
-        fixed: what gradients treat as constant, of ``norms``, ``deltas`` and ``patterns``.
-
-    Raises:
-        ValueError: attention is computed head by head, or the model has other weights.
+    """A model whose passes stop gradients at subcomponents, and at what is ``fixed``: ``norms``, ``deltas`` and ``patterns``. A
+    context manager, as ``MaskedModel`` is.
     """
 
     def __init__(self, decomposition: Decomposition, model: nn.Module, *, fixed: Collection[str] = ()) -> None:
@@ -153,13 +142,7 @@ class DirectModel(MaskedModel):
         until: Collection[str] | None = None,
         token_mask: Bool[Tensor, "batch pos"] | None = None,
     ) -> DirectPass:
-        """Runs tokens.
-
-        Args:
-            tokens: one prompt per row.
-            until: the sites whose inputs are all that is needed (None: the pass runs to the logits).
-            token_mask: False at padding (None: no padding).
-        """
+        """Runs tokens as far as the inputs of the sites in ``until`` (None: to the logits)."""
         direct = DirectPass()
         needed = None if until is None else frozenset(until)
         run = SitePass(partial(self._stopped, direct), read=partial(self._note_input, direct, needed))

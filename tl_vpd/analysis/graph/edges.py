@@ -15,14 +15,7 @@ from tl_vpd.analysis.graph.rows import Batch, Group
 
 
 class Edges:
-    """Takes the gradients of groups of targets and gathers their edges.
-
-    Args:
-        direct: the model, entered.
-        nodes: of the graph.
-        tokens: the prompt.
-        config: which edges count.
-    """
+    """Takes the gradients of groups of targets and gathers their edges."""
 
     def __init__(
         self, direct: DirectModel, nodes: Candidates, tokens: Int[Tensor, "1 pos"], config: GraphConfig

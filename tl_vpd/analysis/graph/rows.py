@@ -77,15 +77,8 @@ def groups(
 ) -> list[Group]:
     """Blocks by position, so that no row is run on more tokens than it needs where that would cost a batch.
 
-    Positions go together while the rows of their fullest input fit in one batch. Within a group, blocks stand in the order of the
-    forward pass, so that a batch goes no deeper than it must.
-
-    Args:
-        blocks: all targets.
-        order: the sites in the order of the forward pass.
-        length: of the prompt.
-        tokens_at_once: rows × positions of a batch.
-        causal: whether later positions do nothing to earlier ones.
+    Positions go together while the rows of their fullest input fit in one batch of ``tokens_at_once`` rows × positions. Within a
+    group, blocks stand in the ``order`` of the forward pass, so that a batch goes no deeper than it must.
     """
     depth = {site: i for i, site in enumerate(order)}
     by_position: dict[int, list[Block]] = {}

@@ -30,23 +30,14 @@ class _Batch:
 
 
 class DatasetSums:
-    """Importances, squared activations and attributions, summed over all real tokens of prompts.
-
-    Args:
-        direct: the model, entered.
-        tokens: the prompts.
-        token_mask: False at padding (None: no padding).
-        config: versions and memory.
-        chosen: the nodes (None: all that are important).
+    """Importances, squared activations and attributions of the chosen nodes (None: all that are important), summed over all real
+    tokens of prompts. Raises ValueError where nothing is important.
 
     Attributes:
         nodes: concatenated positions of the nodes.
         importance: summed, of all subcomponents.
         rms: of all subcomponents' inner activations.
         n_tokens: how many tokens are real.
-
-    Raises:
-        ValueError: nothing is important.
     """
 
     def __init__(

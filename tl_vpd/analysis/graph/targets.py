@@ -50,13 +50,8 @@ class LogitTarget:
 
 
 def logit_targets(adapter: Adapter, logits: Float[Tensor, "pos vocab"], targets: Any, pos: Any) -> list[LogitTarget]:
-    """The targets as the module's table writes them (None: every token of probability 0.05 or more, and at least the likeliest).
-
-    Args:
-        adapter: of the model, for texts of tokens.
-        logits: of the model on the prompt.
-        targets: one target, or a list.
-        pos: the position of the logits.
+    """One target or a list, as the module's table writes them (None: every token of probability 0.05 or more, and at least the
+    likeliest).
 
     Raises:
         IndexError: the position or a token does not exist.

@@ -61,12 +61,6 @@ class Behaviour:
 def behaviour_of(adapter: Adapter, logits: Float[Tensor, "pos vocab"], behaviour: Any, pos: int) -> Behaviour:
     """Reads a behaviour as the module's table writes it.
 
-    Args:
-        adapter: of the model, for texts of tokens.
-        logits: of the target on the prompt.
-        behaviour: a token, a pair of tokens, or None.
-        pos: the position, counted from the end if negative.
-
     Raises:
         IndexError: the position or a token does not exist.
         ValueError: a text is not one token.

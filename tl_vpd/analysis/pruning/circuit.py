@@ -91,14 +91,7 @@ class PrunedCircuit:
 def probabilities(
     loss: PromptLoss, g: Float[Tensor, "pos C_total"], alive: Bool[Tensor, "pos C_total"], config: PruneConfig
 ) -> dict[str, float]:
-    """The behaviour's probability under importances, stochastic and adversarial masks; see ``PrunedCircuit``.
-
-    Args:
-        loss: of the behaviour.
-        g: the circuit's importances.
-        alive: where Γ's importance is above 0.
-        config: how the circuit was pruned.
-    """
+    """The behaviour's probability under a circuit's importances, stochastic and adversarial masks; see ``PrunedCircuit``."""
     generator = torch.Generator(g.device).manual_seed(config.seed + 1)
     sites = len(loss.masked_model.names)
     many, starts = g.expand(STOCHASTIC_DRAWS, -1, -1), g.expand(FRESH_STARTS, -1, -1)

@@ -28,13 +28,7 @@ Gradient = Callable[[Variable, Tensor, Tensor], Tensor]
 
 
 class PromptLoss:
-    """A behaviour's loss on one prompt under masks; each row holds the masks of one circuit or adversary.
-
-    Args:
-        masked_model: entered; its attention may be fused.
-        tokens: the prompt.
-        behaviour: whose loss is taken.
-    """
+    """A behaviour's loss on one prompt under masks; each row holds the masks of one circuit or adversary."""
 
     def __init__(self, masked_model: MaskedModel, tokens: Int[Tensor, "1 pos"], behaviour: Behaviour) -> None:
         self.masked_model, self.tokens, self.behaviour = masked_model, tokens, behaviour
@@ -69,9 +63,6 @@ class RecordedGradient:
     """``PromptLoss.gradient`` from recordings, one per variable and number of rows, each made when it is first needed.
 
     Warns (RuntimeWarning) where the model's passes cannot be recorded, and runs the model instead.
-
-    Args:
-        loss: whose gradients are recorded.
     """
 
     def __init__(self, loss: PromptLoss) -> None:

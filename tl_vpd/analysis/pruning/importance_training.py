@@ -15,14 +15,7 @@ from tl_vpd.training.schedules import cosine, warm_up
 
 
 class ImportanceTraining:
-    """Trains the importances of one circuit per λ.
-
-    Args:
-        loss: of the behaviour.
-        z: Γ's pre-sigmoid values on the prompt.
-        strengths: λ of every circuit.
-        config: how it is pruned.
-    """
+    """Trains the importances of one circuit per λ (``strengths``), from Γ's pre-sigmoid values z."""
 
     def __init__(
         self,
