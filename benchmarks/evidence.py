@@ -1,4 +1,4 @@
-"""Tables and pictures of docs/evidence.md from the measurements of ``python -m tl_vpd.toys.run``.
+"""Tables and pictures of docs/evidence.md from the measurements of ``python -m benchmarks.toys``.
 
 python -m benchmarks.evidence                                     # the tables of benchmarks/results/ground_truth.json
 python -m benchmarks.evidence --picture tms_5_2 0 --out docs/tms_5_2.png      # from the run in build/toys
@@ -10,12 +10,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from benchmarks.toy_results import PUBLISHED, RESULTS, read
+from benchmarks.toys import WORK, target_of
 from tl_vpd.baselines import RankOne
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.toys import TOYS
-from tl_vpd.toys.published import PUBLISHED
-from tl_vpd.toys.results import RESULTS, read
-from tl_vpd.toys.run import WORK, target_of
 from tl_vpd.viz.ground_truth import ground_truth
 from tl_vpd.viz.ground_truth import needed as needed_picture
 

@@ -77,9 +77,9 @@ def settings(model: Any, *, minimality: float = 1.0, defaults: bool = False, **o
 
 def toy() -> tuple[Any, Any, torch.Tensor]:
     """The two-layer induction model, trained if it is not stored."""
+    from benchmarks.toys import WORK as TOYS_WORK
+    from benchmarks.toys import target_of
     from tl_vpd.toys.recipes import TOYS
-    from tl_vpd.toys.run import WORK as TOYS_WORK
-    from tl_vpd.toys.run import target_of
 
     model = target_of("induction", 0, TOYS_WORK)
     batches = TOYS["induction"].batches(32)

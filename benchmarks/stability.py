@@ -4,7 +4,7 @@
 
 *Sizes*: VPD with 0.5, 1, 2 and 4 times the recipe's C, seed 0: subcomponents built and alive, L0, distances. *Seeds*: mean
 max cosines between the decompositions of all pairs of seeds, alive subcomponents alone, beside random directions, from the
-runs that ``python -m tl_vpd.toys.run`` has left in ``--work``. Sizes are trained there, and read where they are finished. The
+runs that ``python -m benchmarks.toys`` has left in ``--work``. Sizes are trained there, and read where they are finished. The
 file's figures of other toys stay.
 """
 
@@ -19,11 +19,11 @@ import pandas as pd
 import torch
 
 from benchmarks import harness
+from benchmarks.toys import ROWS, WORK, target_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.consistency import consistency
 from tl_vpd.evaluation.feature_splitting import FACTORS, alive_subcomponents, decompose_at_sizes, feature_splitting
 from tl_vpd.toys import TOYS, recipe
-from tl_vpd.toys.run import ROWS, WORK, target_of
 from tl_vpd.training import ExecutionConfig, SavingConfig
 
 
@@ -49,7 +49,7 @@ def of_seeds(name: str, work: Path) -> dict[str, Any]:
     folders = sorted(work.glob(f"{name}-vpd-*-target0-{steps}/decomposition"))
     if len(folders) < 2:
         raise FileNotFoundError(
-            f"{work} has {len(folders)} runs of {name}, and two are needed: make more with python -m tl_vpd.toys.run."
+            f"{work} has {len(folders)} runs of {name}, and two are needed: make more with python -m benchmarks.toys."
         )
     inputs = toy.batches(ROWS, seed=-3).at(0)
     runs = [Decomposition.load(folder) for folder in folders]

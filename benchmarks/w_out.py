@@ -19,11 +19,11 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.toys import ROWS, WORK, target_of
 from tl_vpd.baselines import METHODS, SPDConfig
 from tl_vpd.evaluation.ground_truth import ground_truth
 from tl_vpd.evaluation.matching import TOLERANCE
 from tl_vpd.toys import TOYS, recipe
-from tl_vpd.toys.run import ROWS, WORK, target_of
 
 IN, OUT = "layers.0.W_in", "layers.0.W_out"
 TOY = "compressed"
@@ -50,7 +50,7 @@ def run(method: str, importance: float, slope: float, steps: int | None, compile
     config = base.model_copy(update={"coefficients": coefficients})
     if slope:  # only SPD's config has one
         config = SPDConfig(**{**config.model_dump(), "forward_slope": slope})
-    # The unchanged recipe's run is the one that ``tl_vpd.toys.run`` has made.
+    # The unchanged recipe's run is the one that ``benchmarks.toys`` has made.
     other = "" if config == base else f"-{importance:g}-{slope:g}"
     folder = WORK / f"{TOY}-{method}-0{other}-target0-{config.steps}"
     data = toy.batches(config.batch_size, seed=0)

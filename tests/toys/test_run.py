@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import toy_results as results
+from benchmarks import toys as runner
+from benchmarks.toy_results import PUBLISHED
 from tl_vpd.baselines import METHODS
-from tl_vpd.toys import TOYS, recipe, results
-from tl_vpd.toys import run as runner
-from tl_vpd.toys.published import PUBLISHED
+from tl_vpd.toys import TOYS, recipe
 from tl_vpd.training import VPDConfig
 
 ROOT = Path(__file__).parents[2]

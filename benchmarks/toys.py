@@ -1,7 +1,7 @@
 """Trains toys, decomposes them and compares with the truth, entry by entry into one file.
 
-    python -m tl_vpd.toys.run --toy tms_5_2 --method vpd spd apd --seeds 0 1 2
-    python -m tl_vpd.toys.run --toy grammar --only-target            trains (or reads) the model and measures its quality
+    python -m benchmarks.toys --toy tms_5_2 --method vpd spd apd --seeds 0 1 2
+    python -m benchmarks.toys --toy grammar --only-target            trains (or reads) the model and measures its quality
 
 An entry is a toy, a method and a seed; entries in the file are skipped, and an interrupted run continues. The target is
 trained once per toy; it and the runs are stored in the folder --work.
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from benchmarks import toy_results as results
 from tl_vpd.baselines import METHODS
 from tl_vpd.evaluation.ground_truth import GroundTruth, ground_truth
 from tl_vpd.files.atomic import make_folder
 from tl_vpd.files.tensor_file import open_tensors, write_tensors
-from tl_vpd.toys import results
 from tl_vpd.toys.recipes import TOYS, recipe
 from tl_vpd.toys.toy import train
 
@@ -46,15 +46,7 @@ _out = Console(soft_wrap=True)
 
 
 def target_of(name: str, seed: int, work: Path, *, steps: int | None = None, progress: bool = False) -> Any:
-    """A toy's trained model: read from ``work``, or trained and stored there.
-
-    Args:
-        name: of the toy.
-        seed: of the model and its training data.
-        work: folder of targets.
-        steps: of training (None: the toy's).
-        progress: show a bar.
-    """
+    """A toy's trained model: read from ``work``, or trained (``steps`` None: the toy's) and stored there."""
     toy = TOYS[name]
     path = work / f"{name}-target{seed}{'' if steps is None else f'-{steps}'}.safetensors"
     if path.exists():
@@ -70,18 +62,7 @@ def target_of(name: str, seed: int, work: Path, *, steps: int | None = None, pro
 
 
 def measure(name: str, method: str, seed: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One entry: trains or reads the target, decomposes, measures.
-
-    Args:
-        name: of the toy.
-        method: its name.
-        seed: of the decomposition and its data.
-        options: of the command: ``steps``, ``target_seed``, ``target_steps``, ``work``, ``quiet``, ``compile``.
-
-    Raises:
-        KeyError: there is no such toy or method.
-        ValueError: the method has no recipe for the toy.
-    """
+    """One entry: trains or reads the target, decomposes, measures."""
     config, toy = recipe(name, method, seed=seed, steps=options.steps), TOYS[name]
     progress = not options.quiet
     model = target_of(name, options.target_seed, options.work, steps=options.target_steps, progress=progress)
@@ -129,7 +110,7 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m tl_vpd.toys.run",
+        prog="python -m benchmarks.toys",
         description=__doc__,
         epilog=ESTIMATES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

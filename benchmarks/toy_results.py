@@ -14,10 +14,17 @@ from tl_vpd.baselines import METHODS, APDConfig
 from tl_vpd.files.atomic import make_folder
 from tl_vpd.files.json_files import read_json, write_json
 from tl_vpd.files.versions import library_versions
-from tl_vpd.toys.published import PUBLISHED
 from tl_vpd.training.stored_config import upgraded
 
 RESULTS = Path("benchmarks/results/ground_truth.json")
+PUBLISHED: dict[str, dict[str, dict[str, tuple[float, float]]]] = {
+    "tms_5_2": {"spd": {"mmcs": (1.000, 0.000), "ml2r": (0.993, 0.002)}},
+    "tms_40_10": {"spd": {"mmcs": (1.000, 0.000), "ml2r": (1.010, 0.007)}},
+    "tms_5_2_id": {"spd": {"mmcs": (1.000, 0.000), "ml2r": (0.992, 0.010)}},
+    "tms_40_10_id": {"spd": {"mmcs": (1.000, 0.000), "ml2r": (1.031, 0.001)}},
+}
+"""By toy, method and measure: mean and standard deviation over seeds. SPD: table 1 of its paper (arXiv 2506.20790, version 1), of
+the embedding W."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -47,17 +54,8 @@ def _append(lists: dict[str, Any], entry: dict[str, Any]) -> None:
 
 
 def is_measured(path: Path, toy: str, method: str, seed: int, settings: dict[str, Any]) -> bool:
-    """Whether the file has the entry.
-
-    Args:
-        path: of the file.
-        toy: its name.
-        method: its name.
-        seed: of the decomposition.
-        settings: the config without its seed, as JSON.
-
-    Raises:
-        ValueError: it has entries of this toy and method that were made with other settings.
+    """Whether the file has the entry (``settings``: the config without its seed, as JSON); raises ValueError where it has entries
+    of this toy and method that were made with other settings.
     """
     entries = read(path).get(toy, {}).get(method)
     if entries is None:
