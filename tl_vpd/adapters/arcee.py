@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,18 @@ _LINEAR = {
     "mlp.W_out": "mlp.down_proj",
 }
 _NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
+_SIZES = {
+    "n_layers": "num_hidden_layers",
+    "d_model": "hidden_size",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "d_mlp": "intermediate_size",
+    "d_vocab": "vocab_size",
+    "n_ctx": "max_position_embeddings",
+    "eps": "rms_norm_eps",
+    "rotary_base": "rope_theta",
+}
+"""The fields of a shape by their keys in the config."""
 
 
 @dataclass(frozen=True)
@@ -67,21 +80,13 @@ class ArceeShape:
 
 
 def write_arcee(shape: ArceeShape, weights: Mapping[str, Tensor], folder: Path, tokenizer: Any | None) -> None:
-    """Writes the folder that transformers, and so TransformerBridge, loads: config, weights, and the tokenizer if there is one."""
+    """Writes the folder that transformers (and TransformerBridge) loads: config, weights, and the tokenizer if there is one."""
     config = {
         "architectures": ["ArceeForCausalLM"],
         "model_type": "arcee",
         "hidden_act": "gelu_new",
-        "hidden_size": shape.d_model,
-        "intermediate_size": shape.d_mlp,
-        "num_hidden_layers": shape.n_layers,
-        "num_attention_heads": shape.n_heads,
-        "num_key_value_heads": shape.n_kv_heads,
+        **{key: getattr(shape, field) for field, key in _SIZES.items()},
         "head_dim": shape.d_head,
-        "vocab_size": shape.d_vocab,
-        "max_position_embeddings": shape.n_ctx,
-        "rms_norm_eps": shape.eps,
-        "rope_theta": shape.rotary_base,
         "tie_word_embeddings": True,
         "attention_bias": False,
         "mlp_bias": False,
@@ -115,14 +120,9 @@ def arcee_of(model: Any) -> tuple[ArceeShape, dict[str, Float[Tensor, "..."]]]:
     """
     adapter, cfg, hooked = adapt(model), model.cfg, is_hooked_transformer(model)
     shape = ArceeShape(
-        n_layers=cfg.n_layers,
-        d_model=cfg.d_model,
-        n_heads=cfg.n_heads,
+        **{field: getattr(cfg, field) for field in ("n_layers", "d_model", "n_heads", "d_vocab", "n_ctx", "eps")},
         n_kv_heads=getattr(cfg, "n_key_value_heads", None) or cfg.n_heads,
         d_mlp=cfg.d_mlp or 0,
-        d_vocab=cfg.d_vocab,
-        n_ctx=cfg.n_ctx,
-        eps=cfg.eps,
         rotary_base=float(getattr(cfg, "rotary_base", 10_000) if hooked else rotary_base_of(model)),
     )
     weights: dict[str, Tensor] = {}
@@ -130,11 +130,9 @@ def arcee_of(model: Any) -> tuple[ArceeShape, dict[str, Float[Tensor, "..."]]]:
         if name in adapter.sites:
             tensor: Tensor | None = adapter.weight(name)
         else:
-            owner, _, attribute = name.rpartition(".")
-            module: Any = model
-            for part in owner.split("."):
-                module = getattr(module, part, None)
-            tensor = getattr(module, attribute, None) if hooked else _original_weight(module)
+            owner = name.rpartition(".")[0]
+            path = name if hooked else f"{owner}.original_component.weight"
+            tensor = reduce(lambda module, part: getattr(module, part, None), path.split("."), model)
         if tensor is None or tuple(tensor.shape) != size:
             came = "is missing" if tensor is None else f"is {tuple(tensor.shape)}"
             raise ValueError(
@@ -153,23 +151,9 @@ def rotary_base_of(bridge: Any) -> float:
     return float(base)
 
 
-def _original_weight(module: Any) -> Tensor | None:
-    return getattr(getattr(module, "original_component", None), "weight", None)
-
-
 def shape_of_config(config: Mapping[str, Any]) -> ArceeShape:
     """The sizes that a folder's config says."""
-    return ArceeShape(
-        n_layers=config["num_hidden_layers"],
-        d_model=config["hidden_size"],
-        n_heads=config["num_attention_heads"],
-        n_kv_heads=config["num_key_value_heads"],
-        d_mlp=config["intermediate_size"],
-        d_vocab=config["vocab_size"],
-        n_ctx=config["max_position_embeddings"],
-        eps=config["rms_norm_eps"],
-        rotary_base=config["rope_theta"],
-    )
+    return ArceeShape(**{field: config[key] for field, key in _SIZES.items()})
 
 
 def hugging_face_name(name: str) -> str:

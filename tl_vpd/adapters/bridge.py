@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tl_vpd.adapters.base import Adapter, centred
 from tl_vpd.adapters.bridge_taps import (
     BatchedRows,
-    HeadInputTap,
+    HeadInputs,
     flag_is_on,
     norm_at_fixed_scale,
     product_of,
@@ -38,7 +38,7 @@ from tl_vpd.adapters.calls import Arguments, Keywords
 from tl_vpd.adapters.linearised import SeeNorm, constant, norm_modules, pattern_points
 from tl_vpd.adapters.linears import oriented, overwrite, why_not
 from tl_vpd.adapters.scores import bilinear_scores
-from tl_vpd.adapters.taps import Handle, Read, Tap, Unsupported, Write, tap_output, tap_product, tap_result
+from tl_vpd.adapters.taps import Handle, Read, Reader, Tap, Unsupported, Write, tap_output, tap_product, tap_result
 from tl_vpd.adapters.versions import transformer_lens_version
 from tl_vpd.components import WHOLE, Layout
 from tl_vpd.site import SHORT, Site
@@ -58,7 +58,6 @@ class BridgeAdapter(Adapter):
         super().__init__(model)
 
     def check(self) -> None:
-        """Raises Unsupported if a flag of the model is on that cannot be decomposed."""
         if not hasattr(self.model, "blocks"):
             raise Unsupported("This bridge has no `blocks`: decoder-only transformers can be decomposed.")
         for block in self.model.blocks:
@@ -145,7 +144,6 @@ class BridgeAdapter(Adapter):
         return owner, short, product
 
     def holder(self, name: str) -> tuple[nn.Module, str]:
-        """The module that holds a site's weight, and the name it has there."""
         return self._modules_of(name)[2], "weight"
 
     def _processed(self, name: str, what: str) -> Tensor | None:
@@ -154,13 +152,11 @@ class BridgeAdapter(Adapter):
         return getattr(owner, f"_processed_{what}_{short}", None) if uses_processed_weights(owner) else None
 
     def weight(self, name: str) -> Float[Tensor, "d_in d_out"]:
-        """The site's weight in the model (detached, a view)."""
         processed = self._processed(name, "W")
         return oriented(self._modules_of(name)[2]) if processed is None else processed.detach().T
 
     @torch.no_grad()
     def set_weight(self, name: str, W: Float[Tensor, "d_in d_out"]) -> None:
-        """Writes the site's weight into the model, in place; raises ValueError if the shape is another."""
         self.check_shape(name, W)
         overwrite(self._modules_of(name)[2], W)
         processed = self._processed(name, "W")
@@ -168,7 +164,6 @@ class BridgeAdapter(Adapter):
             processed.copy_(W.T)
 
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
-        """The bias that is part of the site's output (None: there is none)."""
         owner, _, product = self._modules_of(name)
         bias = self._processed(name, "b") if hasattr(owner, "_processed_W_in") else getattr(product, "bias", None)
         return None if bias is None else bias.reshape(-1)
@@ -196,7 +191,6 @@ class BridgeAdapter(Adapter):
         )
 
     def linearised(self, *, norms: bool, patterns: bool, see: SeeNorm) -> list[Handle]:
-        """Cuts gradients at norms' scales and attention patterns."""
         handles: list[Handle] = []
         for module in norm_modules(self.modules()) if norms else []:
             handles.append(module.register_forward_hook(Tap(norm_at_fixed_scale, see), prepend=True, with_kwargs=True))
@@ -207,7 +201,6 @@ class BridgeAdapter(Adapter):
     # -- calls ---------------------------------------------------------------------------------------------------
 
     def hook_points_changed(self) -> None:
-        """Lets the bridge scan its modules again."""
         self.model.clear_hook_registry()
         self.model._initialize_hook_registry()
 
@@ -216,11 +209,9 @@ class BridgeAdapter(Adapter):
         return "stop_at_layer" if self.by_name(arguments, keywords).get("stop_at_layer") is not None else None
 
     def completed(self, arguments: Arguments, keywords: Keywords) -> bool:
-        """Whether the wrapped model came to its end."""
         return self._completed
 
     def run(self, tokens: Tensor, token_mask: Bool[Tensor, "batch pos"] | None) -> Tensor:
-        """Logits of the model on tokens; ``token_mask`` is False at padding."""
         self.batch = len(tokens)  # taps may be on without ``tap_inputs``
         return super().run(tokens, token_mask)
 
@@ -242,7 +233,6 @@ class BridgeAdapter(Adapter):
         return DynamicCache(config=self.model.original_model.config)
 
     def kv_cache_length(self, cache: Any) -> int:
-        """Tokens in a KV cache."""
         return int(cache.get_seq_length())
 
     # -- taps ----------------------------------------------------------------------------------------------------
@@ -250,7 +240,6 @@ class BridgeAdapter(Adapter):
     def tap_inputs(
         self, see_tokens: Callable[[Tensor | None], None], see_attention_mask: Callable[[Tensor | None], None]
     ) -> list[Handle]:
-        """Tokens and attention mask as the wrapped model gets them."""
         source = self.model.original_model
         begin = Tap(self._begin, see_tokens, see_attention_mask)
         return [
@@ -277,14 +266,13 @@ class BridgeAdapter(Adapter):
         self._completed = True
 
     def tap(self, name: str, read: Read, write: Write) -> list[Handle]:
-        """Sends a site's input to ``read`` and its output through ``write`` in every forward pass."""
         owner, short, product = self._modules_of(name)
         bridge: Any = owner._modules[short]
         rows = BatchedRows(self, read, write)
         handles: list[Handle] = [tap_product(product, rows.read, rows.write)]
         if short in ("q", "k", "v"):
             if projects_per_head(owner):
-                handles.append(HeadInputTap(owner, short, read))
+                handles.append(Reader(HeadInputs, owner, short, read))
                 handles.append(tap_output(bridge.hook_out, write, partial(splits_inputs, owner)))
         elif short == "o":
             result = getattr(owner, "hook_result", None)

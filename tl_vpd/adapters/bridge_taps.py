@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from tl_vpd.adapters.calls import Arguments, Keywords
 from tl_vpd.adapters.linearised import SeeNorm, at_fixed_scale
-from tl_vpd.adapters.taps import OnModel, Read, Write
-
-_PER_HEAD = "_project_per_head_qkv"
+from tl_vpd.adapters.taps import Read, ReadMethod, Write
 
 
 def product_of(owner: nn.Module, short: str) -> nn.Module | None:
@@ -31,7 +28,7 @@ def splits_inputs(attn: nn.Module) -> bool:
 
 def projects_per_head(attn: nn.Module) -> bool:
     """Whether an attention can compute Q, K and V from an input for every head."""
-    return hasattr(type(attn), _PER_HEAD)
+    return hasattr(type(attn), HeadInputs.name)
 
 
 def uses_processed_weights(mlp: nn.Module) -> bool:
@@ -66,40 +63,16 @@ class BatchedRows:
         return None if changed is None else changed.reshape(y.shape)
 
 
-class _HeadInputs(OnModel):
-    """Replaces an attention's ``_project_per_head_qkv`` and shows its input to readers."""
+class HeadInputs(ReadMethod):
+    """Shows the input per head of an attention's ``q``, ``k`` or ``v`` (an entry is its short name and a reader)."""
 
-    def __init__(self, attn: nn.Module) -> None:
-        self.attn = attn
-        self.readers: dict[str, Read] = {}
-
-    def __deepcopy__(self, memo: Any) -> _HeadInputs:
-        copied = _HeadInputs(copy.deepcopy(self.attn, memo))
-        copied.readers.update(self.readers)
-        return copied
+    name = "_project_per_head_qkv"
 
     def __call__(self, product: nn.Module, x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        for short, read in self.readers.items():
-            if product is self.attn._modules[short]:
+        for short, read in self.readers:
+            if product is self.owner._modules[short]:
                 read(x)
-        return getattr(type(self.attn), _PER_HEAD)(self.attn, product, x, *arguments, **keywords)
-
-
-class HeadInputTap:
-    """One reader of the inputs per head of ``q``, ``k`` or ``v``."""
-
-    def __init__(self, attn: nn.Module, short: str, read: Read) -> None:
-        self.attn, self.short = attn, short
-        attn.__dict__.setdefault(_PER_HEAD, _HeadInputs(attn)).readers[short] = read
-
-    def remove(self) -> None:
-        """Removes the reader; after the last one, the attention's method is as before."""
-        replacement = self.attn.__dict__.get(_PER_HEAD)
-        if replacement is None:
-            return
-        replacement.readers.pop(self.short, None)
-        if not replacement.readers:
-            del self.attn.__dict__[_PER_HEAD]
+        return getattr(type(self.owner), self.name)(self.owner, product, x, *arguments, **keywords)
 
 
 def norm_at_fixed_scale(see: SeeNorm, module: Any, arguments: Arguments, keywords: Keywords, output: Tensor) -> Tensor:

@@ -19,6 +19,8 @@ from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig,
 from tl_vpd.files.json_files import read_json
 
 Kind = Literal["hooked_transformer", "bridge"]
+_SHARED = ("n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_mlp", "d_vocab", "eps")
+"""What HookedTransformerConfig calls as ``ArceeShape`` does."""
 
 
 def load_arcee(
@@ -60,18 +62,11 @@ def _hooked_transformer(folder: Path, device: str | torch.device, dtype: torch.d
 
     shape = shape_of_config(read_json(folder / CONFIG))
     cfg = HookedTransformerConfig(
-        n_layers=shape.n_layers,
-        d_model=shape.d_model,
-        n_ctx=shape.n_ctx,
-        d_head=shape.d_head,
-        n_heads=shape.n_heads,
+        **{name: getattr(shape, name) for name in _SHARED},
         n_key_value_heads=None if shape.n_kv_heads == shape.n_heads else shape.n_kv_heads,
-        d_mlp=shape.d_mlp,
-        d_vocab=shape.d_vocab,
         act_fn="gelu_new",
         normalization_type="RMS",
         final_rms=True,
-        eps=shape.eps,
         positional_embedding_type="rotary",
         rotary_dim=shape.d_head,
         rotary_base=int(shape.rotary_base),

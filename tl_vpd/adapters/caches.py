@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from transformer_lens import ActivationCache
 
+_NEURONS = "use component_acts of that site times its U, or mask the other sites alone (sites=...)"
+
 
 class MaskedCache(ActivationCache):
     """The cache of a pass in which W_O or W_out of ``masked_sites`` did not write what their stored weights would."""
@@ -27,52 +29,35 @@ class MaskedCache(ActivationCache):
         return MaskedCache(cache.cache_dict, cache.model, cache.has_batch_dim, self.masked_sites)
 
     def compute_head_results(self) -> None:
-        """As ActivationCache's, without computing with a stored W_O that was masked.
-
-        Raises:
-            ValueError: a W_O was masked and the results of the heads were not cached.
-        """
-        if not self._has_head_results():
-            self._refuse_of("W_O", "The results of heads", "call model.set_use_attn_result(True) before caching")
+        """As ActivationCache's; raises ValueError where a W_O was masked and the results were not cached."""
+        if not self._head_results_cached():
             super().compute_head_results()
 
     def _ensure_head_results(self) -> bool:
         """What 4.x's ``stack_head_results`` calls."""
-        if self._has_head_results():
-            return True
-        self._refuse_of("W_O", "The results of heads", "call model.set_use_attn_result(True) before caching")
-        return super()._ensure_head_results()  # type: ignore[misc]
+        return self._head_results_cached() or super()._ensure_head_results()  # type: ignore[misc]
 
-    def _has_head_results(self) -> bool:
-        """Whether every block's results are cached, ``[batch, pos, head, d_model]``."""
+    def _head_results_cached(self) -> bool:
+        """Whether every block's results are cached, ``[batch, pos, head, d_model]``, or can be computed (False)."""
         cfg = self.model.cfg
         results = [self.cache_dict.get(f"blocks.{layer}.attn.hook_result") for layer in range(cfg.n_layers)]
         axes = 4 if self.has_batch_dim else 3
-        return all(isinstance(r, Tensor) and r.ndim == axes and r.shape[-2] == cfg.n_heads for r in results)
+        if all(isinstance(r, Tensor) and r.ndim == axes and r.shape[-2] == cfg.n_heads for r in results):
+            return True
+        self._refuse("W_O", "The results of heads", "call model.set_use_attn_result(True) before caching")
+        return False
 
     def get_neuron_results(self, layer: int, *arguments: Any, **keywords: Any) -> Any:
-        """As ActivationCache's.
-
-        Raises:
-            ValueError: the block's W_out was masked.
-        """
-        self._refuse_neurons()
+        """As ActivationCache's; raises ValueError where a W_out was masked."""
+        self._refuse("W_out", "The results of neurons", _NEURONS)
         return super().get_neuron_results(layer, *arguments, **keywords)
 
     def stack_neuron_results(self, layer: int, *arguments: Any, **keywords: Any) -> Any:
-        """As ActivationCache's.
-
-        Raises:
-            ValueError: a W_out was masked.
-        """
-        self._refuse_neurons()
+        """As ActivationCache's; raises ValueError where a W_out was masked."""
+        self._refuse("W_out", "The results of neurons", _NEURONS)
         return super().stack_neuron_results(layer, *arguments, **keywords)
 
-    def _refuse_neurons(self) -> None:
-        remedy = "use component_acts of that site times its U, or mask the other sites alone (sites=...)"
-        self._refuse_of("W_out", "The results of neurons", remedy)
-
-    def _refuse_of(self, weight: str, what: str, remedy: str) -> None:
+    def _refuse(self, weight: str, what: str, remedy: str) -> None:
         masked = sorted(name for name in self.masked_sites if name.endswith(weight))
         if masked:
             raise ValueError(

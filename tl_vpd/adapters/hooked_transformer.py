@@ -55,7 +55,6 @@ class HookedTransformerAdapter(Adapter):
     kv_cache_argument = "past_kv_cache"
 
     def check(self) -> None:
-        """Raises Unsupported if a flag of the model is on that cannot be decomposed."""
         cfg = self.model.cfg
         if getattr(cfg, "load_in_4bit", False):
             raise Unsupported(
@@ -65,11 +64,9 @@ class HookedTransformerAdapter(Adapter):
             raise Unsupported(f"cfg.n_devices is {cfg.n_devices}: load the model on one device.")
 
     def fused_attention(self) -> AbstractContextManager[None]:
-        """Inside, attention whose scores and pattern nobody hooks is computed in one call; for runs without padding."""
         return fused_attention(block.attn for block in self.model.blocks)
 
     def linearised(self, *, norms: bool, patterns: bool, see: SeeNorm) -> list[Handle]:
-        """Cuts gradients at norms' scales and attention patterns."""
         handles: list[Handle] = []
         for module in norm_modules(self.modules()) if norms else []:
             handles.append(module.hook_scale.register_forward_hook(Tap(constant)))  # type: ignore[union-attr, operator]
@@ -108,14 +105,12 @@ class HookedTransformerAdapter(Adapter):
     # -- weights -------------------------------------------------------------------------------------------------
 
     def holder(self, name: str) -> tuple[nn.Module, str]:
-        """The ``attn`` or ``mlp`` that holds a site's weight, and the name it has there."""
         owner, weight = name.rsplit(".", 1)
         module = self.model.get_submodule(owner)
         grouped = hasattr(module, "_" + weight)  # grouped query attention stores its K and V as _W_K, _W_V
         return module, "_" + weight if grouped else weight
 
     def weight(self, name: str) -> Float[Tensor, "d_in d_out"]:
-        """The site's weight in the model, heads flattened (detached; a view where possible)."""
         site = self.sites[name]
         module, attribute = self.holder(name)
         W = getattr(module, attribute).detach()
@@ -125,7 +120,6 @@ class HookedTransformerAdapter(Adapter):
 
     @torch.no_grad()
     def set_weight(self, name: str, W: Float[Tensor, "d_in d_out"]) -> None:
-        """Writes the site's weight into the model, in place; raises ValueError if the shape is another."""
         self.check_shape(name, W)
         site = self.sites[name]
         module, attribute = self.holder(name)
@@ -135,7 +129,6 @@ class HookedTransformerAdapter(Adapter):
         parameter.copy_(W.reshape(parameter.shape))
 
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
-        """The bias added to the site's output before it is tapped (None: there is none)."""
         site = self.sites[name]
         if site.short == "gate" or (site.short == "in" and self.model.cfg.gated_mlp):
             return None
@@ -180,11 +173,9 @@ class HookedTransformerAdapter(Adapter):
         return "stop_at_layer" if named.get("stop_at_layer") is not None else None
 
     def kv_cache_length(self, cache: Any) -> int:
-        """Tokens in a KV cache."""
         return int(cache[0].past_keys.shape[1])
 
     def kv_cache_frozen(self, cache: Any) -> bool:
-        """Whether calls leave a KV cache as it is."""
         return bool(cache.frozen)
 
     # -- taps ----------------------------------------------------------------------------------------------------
@@ -199,7 +190,6 @@ class HookedTransformerAdapter(Adapter):
         ]
 
     def tap(self, name: str, read: Read, write: Write) -> list[Handle]:
-        """Sends a site's input to ``read`` and its output through ``write`` in every forward pass."""
         site = self.sites[name]
         path = name.rsplit(".", 1)[0]
         module = self.tapped(path)

@@ -42,7 +42,6 @@ class ModuleAdapter(Adapter):
                 self.add(Site(path, module.in_features, module.out_features))
 
     def holder(self, name: str) -> tuple[nn.Module, str]:
-        """The layer that holds a site's weight, and the name it has there."""
         return self.model.get_submodule(name), "weight"
 
     def _first(self) -> Tensor:
@@ -56,7 +55,6 @@ class ModuleAdapter(Adapter):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the decomposed weights."""
         return self._first().dtype
 
     @property
@@ -65,16 +63,13 @@ class ModuleAdapter(Adapter):
         return max(site.d_in for site in self.sites.values())
 
     def weight(self, name: str) -> Float[Tensor, "d_in d_out"]:
-        """The layer's weight as ``[d_in, d_out]`` (detached, a view)."""
         return oriented(self.model.get_submodule(name))
 
     def set_weight(self, name: str, W: Float[Tensor, "d_in d_out"]) -> None:
-        """Writes the layer's weight, in place; raises ValueError if the shape is another."""
         self.check_shape(name, W)
         overwrite(self.model.get_submodule(name), W)
 
     def bias(self, name: str) -> Float[Tensor, " d_out"] | None:
-        """The layer's bias."""
         return self.model.get_submodule(name).bias
 
     def run(self, tokens: Tensor, token_mask: Bool[Tensor, "batch pos"] | None) -> Tensor:
@@ -118,5 +113,4 @@ class ModuleAdapter(Adapter):
         return []
 
     def tap(self, name: str, read: Read, write: Write) -> list[Handle]:
-        """Sends the layer's input to ``read`` and its output through ``write``."""
         return [tap_product(self.tapped(name), read, write)]

@@ -13,16 +13,12 @@ from tl_vpd.adapters.taps import Unsupported
 
 def bilinear_scores(layer: int, *, qk_norm: bool, softcap: float | None, clip: float | None) -> str:
     """The name of the hook on a layer's scores; raises Unsupported where q and k are normalised or clipped, or scores capped."""
-    why = [
-        text
-        for text, on in (
-            ("its queries and keys are normalised (qk-norm)", qk_norm),
-            (f"its scores are capped at {softcap} (softcap)", bool(softcap and softcap > 0)),
-            (f"its queries and keys are clipped at {clip} (clip_qkv)", clip is not None),
-        )
-        if on
-    ]
-    if why:
+    reasons = {
+        "its queries and keys are normalised (qk-norm)": qk_norm,
+        f"its scores are capped at {softcap} (softcap)": bool(softcap and softcap > 0),
+        f"its queries and keys are clipped at {clip} (clip_qkv)": clip is not None,
+    }
+    if why := [reason for reason, holds in reasons.items() if holds]:
         raise Unsupported(
             f"Attention of block {layer} is not a sum over pairs of subcomponents: {' and '.join(why)}. Norms, OV overlap, "
             "attention by offset and ablations still work."

@@ -117,51 +117,57 @@ def tap_output(module: nn.Module, write: Write, when: Callable[[], bool] = alway
     return module.register_forward_hook(Tap(_output, write, when), prepend=True)
 
 
-class _TappedCall(OnModel):
+class ReadMethod(OnModel):
+    """A method, replaced on an instance, that shows a tensor to readers; without readers the instance is as before."""
+
+    name: str
+
+    def __init__(self, owner: nn.Module) -> None:
+        self.owner = owner
+        self.readers: list[tuple[Any, ...]] = []
+
+    def __deepcopy__(self, memo: Any) -> ReadMethod:
+        copied = type(self)(copy.deepcopy(self.owner, memo))
+        copied.readers += self.readers
+        return copied
+
+
+class Reader:
+    """One reader of a ``ReadMethod``, which is put on its owner where it is not there yet."""
+
+    def __init__(self, kind: type[ReadMethod], owner: nn.Module, *entry: Any) -> None:
+        self.name, self.owner, self.entry = kind.name, owner, entry
+        owner.__dict__.setdefault(kind.name, kind(owner)).readers.append(entry)
+
+    def remove(self) -> None:
+        """Removes the reader; after the last one, the owner's method is as before."""
+        method = self.owner.__dict__.get(self.name)
+        if method is not None:
+            method.readers[:] = [entry for entry in method.readers if entry is not self.entry]
+            if not method.readers:
+                del self.owner.__dict__[self.name]
+
+
+class _ReadCall(ReadMethod):
     """Calls a HookPoint and shows its output, after every hook on it, to every reader.
 
     A forward hook, even the last, sees the tensor before the node that torch adds for backward hooks; a gradient from a
     reader's branch would then be missing in those hooks. So the call itself is wrapped, on the instance.
     """
 
-    def __init__(self, hook_point: nn.Module) -> None:
-        self.hook_point = hook_point
-        self.readers: list[tuple[Read, Callable[[], bool]]] = []
-
-    def __deepcopy__(self, memo: Any) -> _TappedCall:
-        copied = _TappedCall(copy.deepcopy(self.hook_point, memo))
-        copied.readers += self.readers
-        return copied
+    name = "_call_impl"
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Tensor:
-        output = type(self.hook_point)._call_impl(self.hook_point, *arguments, **keywords)
+        output = type(self.owner)._call_impl(self.owner, *arguments, **keywords)
         for read, when in self.readers:
             if when():
                 read(output)
         return output
 
 
-class _ResultTap:
-    """One reader of the result of a HookPoint, or of the SAE in its place."""
-
-    def __init__(self, hook_point: nn.Module, read: Read, when: Callable[[], bool]) -> None:
-        self.hook_point, self.read = hook_point, read
-        call = hook_point.__dict__.setdefault("_call_impl", _TappedCall(hook_point))
-        call.readers.append((read, when))
-
-    def remove(self) -> None:
-        """Removes the reader; after the last one, the HookPoint's call is as before."""
-        call = self.hook_point.__dict__.get("_call_impl")
-        if call is None:
-            return
-        call.readers[:] = [(read, when) for read, when in call.readers if read is not self.read]
-        if not call.readers:
-            del self.hook_point.__dict__["_call_impl"]
-
-
-def tap_result(hook_point: nn.Module, read: Read, when: Callable[[], bool] = always) -> _ResultTap:
+def tap_result(hook_point: nn.Module, read: Read, when: Callable[[], bool] = always) -> Reader:
     """Sends the output of a HookPoint (or of the SAE in its place), after all its hooks, to ``read`` while ``when()`` holds."""
-    return _ResultTap(hook_point, read, when)
+    return Reader(_ReadCall, hook_point, read, when)
 
 
 def _product(

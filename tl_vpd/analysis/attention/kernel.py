@@ -130,7 +130,7 @@ def _batches(d: int, heads: int, n: int, window: int) -> Iterator[list[tuple[int
 
 
 class _UnitSums:
-    """Sums and counts of scores of unit vectors by offset (of each visible pair, from 0), query direction i and key direction j."""
+    """Sums and counts of scores of unit vectors by offset (of visible pairs, from 0), query direction i and key direction j."""
 
     def __init__(self, offsets: int, d: int, offset: Int[Tensor, " pair"], device: torch.device) -> None:
         self.d, self.offset = d, offset
