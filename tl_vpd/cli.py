@@ -34,6 +34,7 @@ from tl_vpd.console import (
     Trust,
     app,
     command,
+    named,
     say,
 )
 
@@ -137,8 +138,6 @@ def evaluate_command(
     from tl_vpd import bundled, viz
     from tl_vpd.evaluation import EvaluationConfig
     from tl_vpd.recipe import evaluating
-    from tl_vpd.recipe.data import DataRecipe
-    from tl_vpd.recipe.model import ModelRecipe
 
     evaluating.check_writable(out, html)
     steps, others_steps = evaluating.budgets_of(budgets)
@@ -155,14 +154,10 @@ def evaluate_command(
         curve=bundled.training_record()["curve"] if model == "bundled" else None,
     )
     result = evaluating.evaluate_by_name(
-        decomposition,
-        ModelRecipe(name=model, kind=kind, device=device),  # type: ignore[arg-type]
-        DataRecipe(tokens=tokens, key=key),
+        named(decomposition, model, kind, device, tokens, key, rows, trust_remote_code),
         config,
-        rows=rows,
         off_distribution=evaluating.by_name("--off-distribution", off_distribution),
         others=evaluating.by_name("--others", others),
-        trust_remote_code=trust_remote_code,
     )
     if out is not None:
         result.save(out)
@@ -241,18 +236,9 @@ def compact_command(
 ) -> None:
     """Leave out the subcomponents that are never important: a smaller decomposition, in a new folder."""
     from tl_vpd.recipe.compacting import compact_by_name
-    from tl_vpd.recipe.data import DataRecipe
-    from tl_vpd.recipe.model import ModelRecipe
 
-    counts = compact_by_name(
-        decomposition,
-        ModelRecipe(name=model, kind=kind, device=device),  # type: ignore[arg-type]
-        DataRecipe(tokens=tokens, key=key),
-        out,
-        rows=rows,
-        threshold=threshold,
-        trust_remote_code=trust_remote_code,
-    )
+    what = named(decomposition, model, kind, device, tokens, key, rows, trust_remote_code)
+    counts = compact_by_name(what, out, threshold=threshold)
     say(counts.to_string(), f"{counts.before.sum()} -> {counts.after.sum()} subcomponents.  Written: {out}")
 
 
@@ -273,20 +259,9 @@ def dashboard_command(
 ) -> None:
     """Pages about every subcomponent, with search and sorting, that open offline."""
     from tl_vpd.recipe.dashboards import dashboard_by_name
-    from tl_vpd.recipe.data import DataRecipe
-    from tl_vpd.recipe.model import ModelRecipe
 
-    page = dashboard_by_name(
-        decomposition,
-        ModelRecipe(name=model, kind=kind, device=device),  # type: ignore[arg-type]
-        DataRecipe(tokens=tokens, key=key),
-        out,
-        rows=rows,
-        alpha=alpha,
-        labels=labels,
-        trust_remote_code=trust_remote_code,
-    )
-    say(f"Written: open {page}")
+    what = named(decomposition, model, kind, device, tokens, key, rows, trust_remote_code)
+    say(f"Written: open {dashboard_by_name(what, out, alpha=alpha, labels=labels)}")
 
 
 app.command()(publish_commands.card)

@@ -106,3 +106,14 @@ def say(*lines: str) -> None:
     """Prints lines as they are."""
     for line in lines:
         _out.print(line, markup=False, highlight=False)
+
+
+def named(
+    decomposition: str, model: str, kind: str | None, device: str, tokens: str, key: str | None, rows: int, trust: bool
+) -> Any:
+    """What several commands take: a ``tl_vpd.recipe.named.Named``."""
+    from tl_vpd.recipe import DataRecipe, ModelRecipe
+    from tl_vpd.recipe.named import Named
+
+    target = ModelRecipe(name=model, kind=kind, device=device)  # type: ignore[arg-type]
+    return Named(decomposition, target, DataRecipe(tokens=tokens, key=key), rows, trust)

@@ -32,10 +32,9 @@ def card(
 ) -> None:
     """The card of a decomposition: what it is, how to load it, what was measured and what may be claimed."""
     from tl_vpd.files.atomic import write_text
-    from tl_vpd.recipe.publishing import decomposition_and_report
 
-    config = _card_config(licence, base_model, target_licence, dataset, text_licence)
-    decomposition, evaluation = decomposition_and_report(folder, report)
+    names = {"licence": licence, "base_model": base_model, "target_licence": target_licence}
+    decomposition, evaluation, config = _ready(folder, report, **names, datasets=dataset, text_licence=text_licence)
     text = str(decomposition.model_card(repository, report=evaluation, card=config))
     if out is None:
         typer.echo(text)
@@ -60,28 +59,16 @@ def push(
     text_licence: TextLicence = None,
 ) -> None:
     """Push a decomposition to the Hugging Face Hub, with its report and its card, in one commit."""
-    from tl_vpd.recipe.publishing import decomposition_and_report
-
-    config = _card_config(licence, base_model, target_licence, dataset, text_licence)
-    decomposition, evaluation = decomposition_and_report(folder, report)
+    names = {"licence": licence, "base_model": base_model, "target_licence": target_licence}
+    decomposition, evaluation, config = _ready(folder, report, **names, datasets=dataset, text_licence=text_licence)
     address = decomposition.push_to_hub(repository, report=evaluation, card=config, private=private, revision=revision)
     say(f"Pushed: {address}")
 
 
-def _card_config(
-    licence: str | None,
-    base_model: str | None,
-    target_licence: str | None,
-    datasets: list[str] | None,
-    text_licence: str | None,
-) -> Any:
-    """What ``card`` and ``push`` are told for the card."""
+def _ready(folder: Path, report: Path | None, **card: Any) -> tuple[Any, Any, Any]:
+    """What ``card`` and ``push`` work on: the decomposition, its report, and the card's config."""
     from tl_vpd.publishing import CardConfig
+    from tl_vpd.recipe.publishing import decomposition_and_report
 
-    return CardConfig(
-        licence=licence,
-        base_model=base_model,
-        target_licence=target_licence,
-        datasets=tuple(datasets or ()),
-        text_licence=text_licence,
-    )
+    config = CardConfig(**{**card, "datasets": tuple(card["datasets"] or ())})
+    return *decomposition_and_report(folder, report), config

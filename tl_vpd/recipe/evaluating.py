@@ -9,62 +9,31 @@ from typing import TypeVar
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_vpd import bundled
-from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import LADDER, MEASURES, Evaluation, EvaluationConfig, evaluate
 from tl_vpd.recipe.data import DataRecipe
-from tl_vpd.recipe.model import ModelRecipe, usable_device
+from tl_vpd.recipe.named import Named
 
 N = TypeVar("N", int, float)
 
 
 def evaluate_by_name(
-    decomposition: str,
-    model: ModelRecipe,
-    data: DataRecipe,
-    config: EvaluationConfig,
-    *,
-    rows: int,
-    off_distribution: Mapping[str, str],
-    others: Mapping[str, str],
-    trust_remote_code: bool = False,
+    named: Named, config: EvaluationConfig, *, off_distribution: Mapping[str, str], others: Mapping[str, str]
 ) -> Evaluation:
-    """Evaluates a decomposition.
+    """Evaluates a decomposition; of other text (files by name) as many rows are used, ``others`` are folders by name."""
+    vpd, model, tokens = named.load()
 
-    Args:
-        decomposition: a folder, or ``bundled``.
-        model: its target.
-        data: the tokens.
-        config: what is measured.
-        rows: of tokens, of this data and of each in ``off_distribution``.
-        off_distribution: files of other text, as in ``data``, by name.
-        others: folders of other decompositions of the model, by name.
-        trust_remote_code: as for ``ModelRecipe.load``.
-    """
-    device = usable_device(model.device)
-
-    vpd = decomposition_by_name(decomposition, device=device)
-    target = model.load(trust_remote_code=trust_remote_code)
-
-    def tokens(recipe: DataRecipe) -> Int[Tensor, "_ pos"]:
-        return recipe.first(target, rows, default_key="validation")
-
-    def text(files: str) -> DataRecipe:
-        return DataRecipe(tokens=files, key=data.key if files.endswith(".safetensors") else None)
+    def text(files: str) -> Int[Tensor, "_ pos"]:
+        recipe = DataRecipe(tokens=files, key=named.data.key if files.endswith(".safetensors") else None)
+        return recipe.first(model, named.rows, default_key="validation")
 
     return evaluate(
         vpd,
-        target,
-        tokens(data),
+        model,
+        tokens,
         config,
-        off_distribution={name: tokens(text(files)) for name, files in off_distribution.items()},
-        others={name: decomposition_by_name(folder, device=device) for name, folder in others.items()},
+        off_distribution={name: text(files) for name, files in off_distribution.items()},
+        others={name: named.decomposition_of(folder) for name, folder in others.items()},
     )
-
-
-def decomposition_by_name(name: str, *, device: str) -> Decomposition:
-    """The decomposition in a folder, or the bundled one."""
-    return bundled.decomposition(device=device) if name == "bundled" else Decomposition.load(name, device=device)
 
 
 def evaluation_lines(evaluation: Evaluation) -> list[str]:
