@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import EvaluationConfig, evaluate
@@ -17,7 +20,7 @@ from tl_vpd.adapters.hooked_transformer import HookedTransformerAdapter
 from tl_vpd.evaluation import Adversary, attack, checks, sampled, union_test
 from tl_vpd.evaluation.batch import BatchStore
 from tl_vpd.evaluation.modes import masks_in_row
-from tl_vpd.forward import MaskedModel
+from tl_vpd.evaluation.sample import Sample
 
 ROWS = 5
 QUICK = dict(budgets=(2,), control_budgets=(1,), adversary_budgets=(1,), attack_rows=3)
@@ -84,8 +87,8 @@ def test_a_tiny_budget_of_memory_changes_no_digit_and_is_kept_to(setting, monkey
         return batch
 
     passes: list[int] = []
-    clean = MaskedModel.clean
-    monkeypatch.setattr(MaskedModel, "clean", lambda *a, **k: passes.append(1) or clean(*a, **k))
+    batch = Sample.batch
+    monkeypatch.setattr(Sample, "batch", lambda *a, **k: passes.append(1) or batch(*a, **k))
     monkeypatch.setattr(BatchStore, "get", counted)
     settings = dict(batch_size=2, controls=False)
     plenty = record_of(setting, **settings)
@@ -215,3 +218,52 @@ def test_a_model_that_gives_nan_is_not_judged(setting):
     assert by_name["delta"].sentence == "Not measured: kl.unmasked (it is not a finite number)."
     assert by_name["delta"].value is None and not by_name["delta"].fault
     assert not any("nan" in check.sentence for check in by_name.values())
+
+
+def test_masked_passes_start_at_the_first_decomposed_block(monkeypatch):
+    model, tokens = tiny_model(torch.float32), some_tokens(shape=(ROWS, 6))
+    vpd, runs = decomposition_of(model, sites=("blocks.1.*",)), []
+    model.blocks[0].ln1.register_forward_hook(lambda *_: runs.append(1))
+    late = record_of((model, vpd, tokens))
+    n, runs[:] = len(runs), []
+    monkeypatch.setattr(Sample, "starts_late", False)
+    whole = record_of((model, vpd, tokens))
+    assert 2 * n < len(runs)  # clean passes run every block
+    same(late, whole, 0.0)
+
+
+class Held(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that are there at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = self.calls = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self.calls += 1
+        if self.calls % 16 == 0:
+            self.live = {key: (ref, n) for key, (ref, n) in self.live.items() if not ref.expired()}
+            self.peak = max(self.peak, sum(n for _, n in self.live.values()))
+        return result
+
+
+def test_memory_does_not_grow_with_the_rows(setting):
+    model, vpd, _ = setting
+
+    def peak(rows: int) -> int:
+        config = EvaluationConfig(
+            budgets=(1,), control_budgets=(1,), adversary_budgets=(1,), batch_size=2, leak_rows=2, leak_positions=1,
+            keep_bytes=0,
+        )  # fmt: skip
+        with Held() as held:
+            evaluate(vpd, model, some_tokens(shape=(rows, 6)), config)
+        return held.peak
+
+    few, many = peak(4), peak(16)
+    assert few > 10_000 and many < 1.05 * few

@@ -48,13 +48,14 @@ class Batch:
 
     ``g``: importances ``[row, pos, C_total]`` (``[row, C_total]`` for inputs without positions). ``reconstruction``: the
     distance of an output from the target's. ``target_ce``: the target's cross-entropy of the next token (None: the model returns
-    no logits).
+    no logits). ``residual``: what enters the first decomposed block, where masked passes start (None: every block runs).
     """
 
     rows: Rows
     g: Float[Tensor, "row *pos C_total"]
     reconstruction: Reconstruction
     target_ce: PerRow | None
+    residual: Float[Tensor, "row pos d_model"] | None = None
 
     @property
     def real(self) -> Bool[Tensor, "row *pos"]:
@@ -74,8 +75,9 @@ class Batch:
 
     @property
     def n_bytes(self) -> int:
-        """The memory of the importances and of the target's output."""
-        return sum(t.numel() * t.element_size() for t in (self.g, self.reconstruction.target))
+        """The memory of the importances, of the target's output and of the residual stream."""
+        tensors = (self.g, self.reconstruction.target, self.residual)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
     @torch.no_grad()
     def distance(self, output: Float[Tensor, "row ..."]) -> PerRow:

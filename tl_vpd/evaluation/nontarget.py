@@ -70,8 +70,7 @@ def _rows(sample: Sample) -> list[dict[str, Any]]:
     distances: dict[str, list[np.ndarray]] = {mode: [] for mode in MODES}
     for batch in sample.batches():
         for mode in MODES:
-            rows = batch.rows
-            output = sample.masked_model.masked(rows.tokens, _masks(sample, batch, mode), rows.token_mask)
+            output = sample.masked(batch, _masks(sample, batch, mode))
             distances[mode].append(_by_token(sample, batch, output))
     statistics = sample.statistics
     counts = {

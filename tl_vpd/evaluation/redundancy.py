@@ -172,6 +172,7 @@ def _of_row(sample: Sample, batch: Batch, i: int, columns: list[int]) -> Float[T
                 rows.tokens.expand(len(some), -1),
                 constant_masks(masks, delta, sample.site_axis),
                 None if rows.token_mask is None else rows.token_mask.expand(len(some), -1),
+                start=None if batch.residual is None else batch.residual[i : i + 1].expand(len(some), -1, -1),
             )
             results += [float(distance(output[j : j + 1])) for j in range(len(some))]
         return torch.tensor(results, dtype=torch.float64)

@@ -28,6 +28,7 @@ from tl_vpd.evaluation.batch import Batch, BatchStore, Rows, ce_by_row
 from tl_vpd.evaluation.importance_statistics import ImportanceStatistics
 from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.forward.masked_model import MaskedModel
+from tl_vpd.forward.site_taps import SitePass
 from tl_vpd.losses import Reconstruction
 from tl_vpd.masking import Masks
 from tl_vpd.masking.row_random import RowRandom
@@ -130,12 +131,28 @@ class Sample:
     @measure
     def batch(self, rows: Rows) -> Batch:
         """Rows after a clean pass, with their importances."""
-        output, inputs = self.clean(rows)
+        run = SitePass(collect=True)
+        output = self.masked_model.run(rows.tokens, run, rows.token_mask)
         return Batch(
             rows,
-            self.importances(self, rows, inputs),
+            self.importances(self, rows, run.inputs),
             Reconstruction(output, self.distance_name, rows.token_mask),  # type: ignore[arg-type]
             ce_by_row(output, rows.tokens, rows.token_mask) if self.has_logits else None,
+            run.residual if self.starts_late else None,
+        )
+
+    @cached_property
+    def starts_late(self) -> bool:
+        """Whether masked passes start at the first decomposed block."""
+        first = self.rows.take(slice(1))
+        with self.masked_model:
+            return self.masked_model.can_start_late(first.tokens, first.token_mask)
+
+    def masked(self, batch: Batch, masks: Masks, *, constant_weights: bool = False) -> Tensor:
+        """The masked model's output on a batch, inside a measure or with the model entered."""
+        rows = batch.rows
+        return self.masked_model.masked(
+            rows.tokens, masks, rows.token_mask, start=batch.residual, constant_weights=constant_weights
         )
 
     @cached_property
@@ -172,12 +189,12 @@ class Sample:
     @measure
     def output(self, batch: Batch, masks: Masks) -> Tensor:
         """The masked model's output on a batch."""
-        return self.masked_model.masked(batch.rows.tokens, masks, batch.rows.token_mask)
+        return self.masked(batch, masks)
 
     def loss(self, batch: Batch, masks: Masks) -> Float[Tensor, ""]:
         """The mean distance on a batch, with gradients to the masks where gradients are on."""
         with self.masked_model:
-            output = self.masked_model.masked(batch.rows.tokens, masks, batch.rows.token_mask, constant_weights=True)
+            output = self.masked(batch, masks, constant_weights=True)
         return batch.reconstruction(output)
 
     @measure
