@@ -242,10 +242,7 @@ class BridgeAdapter(Adapter):
     ) -> list[Handle]:
         source = self.model.original_model
         begin = Tap(self._begin, see_tokens, see_attention_mask)
-        return [
-            source.register_forward_pre_hook(begin, with_kwargs=True),
-            source.register_forward_hook(Tap(self._end)),
-        ]
+        return [source.register_forward_pre_hook(begin, with_kwargs=True), source.register_forward_hook(Tap(self._end))]
 
     def _begin(
         self,

@@ -24,11 +24,7 @@ _SHARED = ("n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_mlp", "d_voca
 
 
 def load_arcee(
-    folder: Path,
-    *,
-    kind: Kind,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    folder: Path, *, kind: Kind, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
 ) -> Any:
     """A folder of ``write_arcee`` as a model of TransformerLens; without a tokenizer in it, the model has none."""
     with torch.random.fork_rng(devices=[]), quiet_transformers():

@@ -196,10 +196,7 @@ class HookedTransformerAdapter(Adapter):
         match site.short:
             case "q" | "k" | "v":
                 keyword = {"q": "query_input", "k": "key_input", "v": "value_input"}[site.short]
-                return [
-                    tap_keyword(module, keyword, read),
-                    tap_point(self.tapped(f"{path}.hook_{site.short}"), write),
-                ]
+                return [tap_keyword(module, keyword, read), tap_point(self.tapped(f"{path}.hook_{site.short}"), write)]
             case "o":
                 return [
                     tap_result(self.tapped(f"{path}.hook_z"), read),

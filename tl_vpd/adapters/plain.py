@@ -61,10 +61,7 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family("transformer.h.{i}", _GPTJ, ("ln_1", "ln_1")),
     "opt": Family("model.decoder.layers.{i}", _OPT, ("self_attn_layer_norm", "final_layer_norm")),
     "gpt_neox": Family(
-        "gpt_neox.layers.{i}",
-        {"qkv": "attention.query_key_value", "o": "attention.dense", **_NEOX},
-        _NORMS,
-        "heads",
+        "gpt_neox.layers.{i}", {"qkv": "attention.query_key_value", "o": "attention.dense", **_NEOX}, _NORMS, "heads"
     ),
     "bloom": Family(
         "transformer.h.{i}",

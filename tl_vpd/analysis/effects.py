@@ -44,10 +44,6 @@ class AblationTableConfig:
         threshold: without a choice of subcomponents, those whose importance exceeds this at any token are ablated.
         rows: prompts run at once (at least all of one copy).
         progress: whether a bar is shown.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: the threshold is not in [0, 1], the amount is not finite, or ``rows`` is below 1.
     """
 
     pos: Positions = None

@@ -21,11 +21,7 @@ from tl_vpd.checks import number
 
 
 def frequency_minimality(
-    s: Float[Tensor, " C_total"],
-    n: int,
-    *,
-    reference: float | None = None,
-    at: Float[Tensor, " C_total"] | None = None,
+    s: Float[Tensor, " C_total"], n: int, *, reference: float | None = None, at: Float[Tensor, " C_total"] | None = None
 ) -> Float[Tensor, ""]:
     """``Σ_c Φ(f_c)``; 0 for a batch without real tokens.
 
@@ -60,12 +56,7 @@ class RunningFrequency:
     """
 
     def __init__(
-        self,
-        width: int,
-        half_life: float,
-        *,
-        device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
+        self, width: int, half_life: float, *, device: torch.device | None = None, dtype: torch.dtype = torch.float32
     ) -> None:
         self.beta = 0.5 ** (1 / number("half_life", half_life, above=0))
         self.mean = torch.zeros(width, device=device, dtype=dtype)

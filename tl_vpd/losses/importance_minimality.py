@@ -12,10 +12,5 @@ from torch import Tensor
 
 
 def importance_minimality(s: Float[Tensor, " C_total"], n: int) -> Float[Tensor, ""]:
-    """Mean over tokens of the summed penalty of all subcomponents; 0 for a batch without real tokens.
-
-    Args:
-        s: the penalty of each subcomponent, summed over real tokens.
-        n: how many real tokens that are.
-    """
+    """Mean over the batch's n real tokens of the summed penalty s of all subcomponents; 0 without real tokens."""
     return s.sum() / max(n, 1)

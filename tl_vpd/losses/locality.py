@@ -37,12 +37,7 @@ def units_used(U: Float[Tensor, "C d_out"], units: int, width: float) -> Float[T
 
 
 def locality_terms(components: Components, width: float) -> Iterator[Float[Tensor, ""]]:
-    """The terms of the loss, one per site that has units.
-
-    Args:
-        components: V and U of every site.
-        width: t.
-    """
+    """The terms of the loss at the width t, one per site that has units."""
     units = {name: n for name, site in components.sites.items() if (n := units_of(site)) is not None}
     total = sum(components.site_axis.counts[name] for name in units)
     for name, n in units.items():
@@ -50,15 +45,7 @@ def locality_terms(components: Components, width: float) -> Iterator[Float[Tenso
 
 
 def locality(components: Components, width: float) -> Float[Tensor, ""]:
-    """The loss.
-
-    Args:
-        components: V and U of every site.
-        width: t.
-
-    Raises:
-        ValueError: no site has units.
-    """
+    """The loss at the width t; raises ValueError where no site has units."""
     check_units(components)
     return torch.stack(list(locality_terms(components, width))).sum()
 

@@ -9,6 +9,8 @@ Report the budget with the number; a rule of thumb is ``steps · step_size = 2``
 steps along a running sum of normalised gradients, and several starts guard against one that gets stuck:
 
     v ← μ v + ∇_r loss / mean|∇_r loss|,      r ← clamp(r + step · sign(v), 0, 1)
+
+The mean is over the sources of each row, so that rows that do not share sources do not mix.
 """
 
 from __future__ import annotations
@@ -92,7 +94,8 @@ def fresh_pgd(
                 gradient = leaf.grad
             losses.append(float(value.detach()))
             if momentum:
-                unit = gradient / gradient.abs().mean().clamp_min(torch.finfo(gradient.dtype).tiny)
+                mean = gradient.abs().mean(tuple(range(min(1, gradient.ndim - 1), gradient.ndim)), keepdim=True)
+                unit = gradient / mean.clamp_min(torch.finfo(gradient.dtype).tiny)
                 velocity = unit if velocity is None else momentum * velocity + unit
                 gradient = velocity
             sources = (leaf.detach() + size * gradient.sign()).clamp_(0, 1)
@@ -154,18 +157,7 @@ def restarted_pgd(
     step_size: float | None = None,
     momentum: float = 0.0,
 ) -> list[AttackResult]:
-    """``fresh_pgd`` from every start, the worst (of the largest loss) first.
-
-    Args:
-        loss: as in ``fresh_pgd``.
-        starts: sources in [0, 1].
-        steps: number of updates.
-        step_size: length of each (None: ``2 / steps``).
-        momentum: as in ``fresh_pgd``.
-
-    Raises:
-        ValueError: there is no start, or ``fresh_pgd`` refuses one or an option.
-    """
+    """``fresh_pgd`` from every start, the worst (of the largest loss) first; other arguments, and errors, as in ``fresh_pgd``."""
     results = [fresh_pgd(loss, start, steps=steps, step_size=step_size, momentum=momentum) for start in starts]
     if not results:
         raise ValueError("There is no start: give one or more sources in [0, 1].")

@@ -73,12 +73,7 @@ class CompressedModel(HookedRootModule):
 
 @dataclass(frozen=True)
 class Compressed(Toy):
-    """The toy; ``neurons`` are those of each of ``n_layers`` layers.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: a number is out of its range.
-    """
+    """The toy; ``neurons`` are those of each of ``n_layers`` layers."""
 
     n_features: int = 100
     d_resid: int = 1000

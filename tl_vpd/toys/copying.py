@@ -13,7 +13,7 @@ torch.Size([2, 7])
 from __future__ import annotations
 
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -25,8 +25,8 @@ from tl_vpd.checks import check_fields
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.truth import Truth
 from tl_vpd.importance import GammaConfig
-from tl_vpd.toys.toy import TargetTraining, Toy
-from tl_vpd.toys.transformers import accuracy_at, cross_entropy_at, small_transformer
+from tl_vpd.toys.toy import SeededBatches, TargetTraining, Toy
+from tl_vpd.toys.transformers import ATTENTION_ONLY, accuracy_at, cross_entropy_at, small_transformer
 from tl_vpd.training import VPDConfig, new_decomposition
 from tl_vpd.training.data import Batches
 
@@ -35,9 +35,10 @@ TRAINING = TargetTraining(steps=1_500, rows=64, lr=3e-3, schedule="cosine", weig
 
 
 @dataclass(frozen=True)
-class Twice:
+class Twice(SeededBatches):
     """Batches ``[batch_size, 1 + 2 · length]`` of a block of random tokens, twice."""
 
+    rows: ClassVar[str] = "blocks, twice"
     d_vocab: int
     length: int
     batch_size: int
@@ -53,16 +54,9 @@ class Twice:
 
     def at(self, step: int) -> Int[Tensor, "batch pos"]:
         """The batch of a step."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"twice/{self.seed}/{step}".encode()))
+        generator = self.generator("twice", step)
         block = torch.randint(1, self.d_vocab, (self.batch_size, self.length), generator=generator)
         return torch.cat([torch.full((self.batch_size, 1), BOS), block, block], dim=1)
-
-    def describe(self) -> dict[str, Any]:
-        """What distinguishes these data from others."""
-        return {"rows": "blocks, twice", **asdict(self)}
-
-    def close(self) -> None:
-        """Nothing runs in the background."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +87,7 @@ class Copying(Toy):
             d_head=self.d_model,
             d_vocab=self.d_vocab,
             n_ctx=1 + 2 * self.length,
-            attn_only=True,
-            normalization_type=None,
-            positional_embedding_type="shortformer",
+            **ATTENTION_ONLY,
         )
 
     def batches(self, rows: int, seed: int = 0) -> Batches:
@@ -104,9 +96,8 @@ class Copying(Toy):
 
     def loss(self, model: Any, batch: Int[Tensor, "batch pos"]) -> Float[Tensor, ""]:
         """Cross-entropy with the next token in the second block, under layer dropout."""
-        generator = torch.Generator().manual_seed(
-            zlib.crc32(batch.cpu().numpy().tobytes())
-        )  # the batch decides what is left out
+        # The batch decides what is left out.
+        generator = torch.Generator().manual_seed(zlib.crc32(batch.cpu().numpy().tobytes()))
         kept = torch.rand(len(batch), self.n_layers, generator=generator) >= self.layer_dropout
         spared = torch.randint(self.n_layers, (len(batch),), generator=generator)
         kept[torch.arange(len(batch)), spared] |= ~kept.any(1)

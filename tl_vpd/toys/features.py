@@ -10,22 +10,23 @@ torch.Size([4, 8, 5])
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.checks import check_fields
+from tl_vpd.toys.toy import SeededBatches
 
 
 @dataclass(frozen=True)
-class SparseFeatures:
+class SparseFeatures(SeededBatches):
     """Batches ``[batch_size, context, n_features]`` for ``tl_vpd.decompose`` and for training a target."""
 
+    rows: ClassVar[str] = "sparse features"
     n_features: int
     probability: float
     batch_size: int
@@ -48,7 +49,7 @@ class SparseFeatures:
 
     def at(self, step: int) -> Float[Tensor, "batch pos features"]:
         """The batch of a step."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"features/{self.seed}/{step}".encode()))
+        generator = self.generator("features", step)
         shape = (self.batch_size, self.context, self.n_features)
         values = torch.rand(shape, generator=generator).mul_(self.high - self.low).add_(self.low)
         on = torch.rand(shape, generator=generator) < self.probability
@@ -57,11 +58,5 @@ class SparseFeatures:
         return values.mul_(on)
 
     def describe(self) -> dict[str, Any]:
-        """What distinguishes these data from others."""
-        fields = asdict(self)
-        if self.only is None:  # as states of runs on all features have it
-            del fields["only"]
-        return {"rows": "sparse features", **fields}
-
-    def close(self) -> None:
-        """Nothing runs in the background."""
+        """What distinguishes these data from others; without ``only`` as states of runs on all features have it."""
+        return {name: value for name, value in super().describe().items() if name != "only" or value is not None}

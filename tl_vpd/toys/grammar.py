@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from tl_vpd.checks import check_fields
 from tl_vpd.evaluation.truth import Truth
-from tl_vpd.toys.toy import TargetTraining, Toy
+from tl_vpd.toys.toy import SeededBatches, TargetTraining, Toy
 from tl_vpd.toys.transformers import accuracy_at, check_heads, cross_entropy_at, small_transformer
 from tl_vpd.training.data import Batches
 
@@ -99,9 +99,10 @@ SENTENCES = (_possession, _bracketed, _being, _felt)
 
 
 @dataclass(frozen=True)
-class Sentences:
+class Sentences(SeededBatches):
     """Batches ``[batch_size, context]`` of sentences."""
 
+    rows: ClassVar[str] = "sentences"
     context: int
     batch_size: int
     seed: int = 0
@@ -121,13 +122,6 @@ class Sentences:
         """By latent, the positions whose next token depends on it."""
         rows = self._rows(step, extra=1)
         return {name: torch.tensor([[latent == name for _, latent in row[1:]] for row in rows]) for name in LATENTS}
-
-    def describe(self) -> dict[str, Any]:
-        """What distinguishes these data from others."""
-        return {"rows": "sentences", **asdict(self)}
-
-    def close(self) -> None:
-        """Nothing runs in the background."""
 
     def _rows(self, step: int, extra: int = 0) -> list[list[Word]]:
         """Rows of ``context + extra`` words."""

@@ -14,9 +14,8 @@ torch.Size([2, 13])
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -26,8 +25,8 @@ from torch import Tensor
 from tl_vpd.checks import check_fields
 from tl_vpd.evaluation.truth import Truth
 from tl_vpd.losses import kl_divergence
-from tl_vpd.toys.toy import TargetTraining, Toy
-from tl_vpd.toys.transformers import accuracy_at, check_heads, cross_entropy_at, small_transformer
+from tl_vpd.toys.toy import SeededBatches, TargetTraining, Toy
+from tl_vpd.toys.transformers import ATTENTION_ONLY, accuracy_at, check_heads, cross_entropy_at, small_transformer
 from tl_vpd.training.data import Batches
 
 BOS = 0
@@ -36,9 +35,10 @@ TRAINING = TargetTraining(steps=3_000, rows=64, lr=2e-3, schedule="cosine", weig
 
 
 @dataclass(frozen=True)
-class Repeated:
+class Repeated(SeededBatches):
     """Batches ``[batch_size, context]`` of repeated blocks of ``shortest`` to ``longest`` distinct tokens."""
 
+    rows: ClassVar[str] = "repeated blocks"
     d_vocab: int
     context: int
     shortest: int
@@ -52,18 +52,11 @@ class Repeated:
 
     def at(self, step: int) -> Int[Tensor, "batch pos"]:
         """The batch of a step."""
-        generator = torch.Generator().manual_seed(zlib.crc32(f"repeated/{self.seed}/{step}".encode()))
+        generator = self.generator("repeated", step)
         order = torch.rand(self.batch_size, self.d_vocab - 1, generator=generator).argsort(-1) + 1
         length = torch.randint(self.shortest, self.longest + 1, (self.batch_size, 1), generator=generator)
         rows = order.gather(1, torch.arange(self.context - 1)[None] % length)
         return torch.cat([torch.full((self.batch_size, 1), BOS), rows], dim=1)
-
-    def describe(self) -> dict[str, Any]:
-        """What distinguishes these data from others."""
-        return {"rows": "repeated blocks", **asdict(self)}
-
-    def close(self) -> None:
-        """Nothing runs in the background."""
 
 
 def repeated(tokens: Int[Tensor, "batch pos"]) -> Bool[Tensor, "batch pos"]:
@@ -128,9 +121,7 @@ class Induction(Toy):
             d_head=self.d_model // self.n_heads,
             d_vocab=self.d_vocab,
             n_ctx=self.context,
-            attn_only=True,
-            normalization_type=None,
-            positional_embedding_type="shortformer",
+            **ATTENTION_ONLY,
         )
 
     def batches(self, rows: int, seed: int = 0) -> Batches:

@@ -17,13 +17,7 @@ from tl_vpd.toys.grammar import Grammar
 from tl_vpd.toys.induction import Induction
 from tl_vpd.toys.tms import TMS
 from tl_vpd.toys.toy import TargetTraining, Toy
-from tl_vpd.training import (
-    AdversaryConfig,
-    Coefficients,
-    FaithfulnessConfig,
-    OptimizerConfig,
-    VPDConfig,
-)
+from tl_vpd.training import AdversaryConfig, Coefficients, FaithfulnessConfig, OptimizerConfig, VPDConfig
 
 LARGE = TargetTraining(steps=10_000, rows=128, lr=5e-3)
 DEEP = TargetTraining(steps=10_000, rows=32, lr=3e-3, schedule="cosine")
@@ -63,31 +57,10 @@ _COMPRESSED: dict[str, Any] = {
 }
 """No frequency loss: pieces of W_out are on at many inputs."""
 _VPD: dict[str, dict[str, Any]] = {
-    "tms_5_2": {
-        "steps": 15_000,
-        "importance": 3e-3,
-        "frequency": 2e-3,
-        "p_end": 0.5,
-        "rising": True,
-        "tied": (),
-    },
+    "tms_5_2": {"steps": 15_000, "importance": 3e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True, "tied": ()},
     "tms_5_2_id": {"steps": 15_000, "importance": 3e-3, "frequency": 2e-3, "p_end": 0.5, "rising": True},
-    "tms_40_10": {
-        "steps": 15_000,
-        "importance": 1.25e-4,
-        "frequency": 2.5e-4,
-        "p": 1.0,
-        "rising": True,
-        "tied": (),
-    },
-    "tms_40_10_id": {
-        "steps": 10_000,
-        "importance": 4e-5,
-        "frequency": 8e-5,
-        "p": 1.0,
-        "p_end": 0.5,
-        "rising": True,
-    },
+    "tms_40_10": {"steps": 15_000, "importance": 1.25e-4, "frequency": 2.5e-4, "p": 1.0, "rising": True, "tied": ()},
+    "tms_40_10_id": {"steps": 10_000, "importance": 4e-5, "frequency": 8e-5, "p": 1.0, "p_end": 0.5, "rising": True},
     "compressed": _COMPRESSED,
     "compressed_2": _COMPRESSED,
     "compressed_3": {**_COMPRESSED, "importance": 3e-5},

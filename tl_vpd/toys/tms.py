@@ -57,12 +57,7 @@ class TMSModel(HookedRootModule):
 
 @dataclass(frozen=True)
 class TMS(Toy):
-    """The toy; ``identity`` puts a fixed identity matrix between the two layers.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: a number is out of its range.
-    """
+    """The toy; ``identity`` puts a fixed identity matrix between the two layers."""
 
     n_features: int
     n_hidden: int

@@ -10,8 +10,9 @@ A toy is a frozen dataclass: its fields are the config. The model is a ``HookedR
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,12 +31,7 @@ _LARGEST = 1 << 24
 
 @dataclass(frozen=True)
 class TargetTraining:
-    """How a toy's model is trained: AdamW with a learning rate that is constant, or falls to 0 on a cosine.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: a number is out of its range, or there is no such schedule.
-    """
+    """How a toy's model is trained: AdamW with a learning rate that is constant, or falls to 0 on a cosine."""
 
     steps: int
     rows: int
@@ -48,6 +44,25 @@ class TargetTraining:
         check_fields(self, steps=(1, _LARGEST), rows=1, weight_decay=0)
         number("lr", self.lr, above=0)
         choice("schedule", self.schedule, ("constant", "cosine"))
+
+
+class SeededBatches:
+    """Batches of a step that follow from a seed alone. Subclasses are frozen dataclasses with a field ``seed``."""
+
+    rows: ClassVar[str]
+    """What they are rows of."""
+    seed: int
+
+    def generator(self, name: str, step: int) -> torch.Generator:
+        """The random numbers of a step."""
+        return torch.Generator().manual_seed(zlib.crc32(f"{name}/{self.seed}/{step}".encode()))
+
+    def describe(self) -> dict[str, Any]:
+        """What distinguishes these data from others."""
+        return {"rows": self.rows, **asdict(self)}  # type: ignore[call-overload]
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
 
 
 class Toy(ABC):
@@ -69,12 +84,7 @@ class Toy(ABC):
 
     @abstractmethod
     def batches(self, rows: int, seed: int = 0) -> Batches:
-        """Its data, unlimited.
-
-        Args:
-            rows: in a batch.
-            seed: of the data.
-        """
+        """Its data, unlimited, in batches of ``rows``; ``seed`` is the data's."""
 
     @abstractmethod
     def loss(self, model: Any, batch: Shaped[Tensor, "batch pos ..."]) -> Float[Tensor, ""]:

@@ -13,6 +13,9 @@ from torch import Tensor
 from tl_vpd.adapters.versions import HookedTransformer, HookedTransformerConfig
 from tl_vpd.checks import seed_of
 
+ATTENTION_ONLY = {"attn_only": True, "normalization_type": None, "positional_embedding_type": "shortformer"}
+"""Settings of toys of attention alone: no norms, positions added to queries and keys only."""
+
 
 def small_transformer(seed: int, **settings: Any) -> Any:
     """A HookedTransformer on the CPU with random weights from a seed; settings are ``HookedTransformerConfig``'s."""

@@ -48,10 +48,6 @@ class OVConfig:
         threshold: with a key, tokens where its importance exceeds this count.
         draws: random heads for the weighted baselines, two at a time.
         seed: of the random heads.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: the threshold is not in [0, 1], or there are no draws.
     """
 
     threshold: float = 0.0

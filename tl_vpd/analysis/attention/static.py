@@ -153,22 +153,7 @@ def strongest_static(
 ) -> pd.DataFrame:
     """The ``k`` largest standardised strengths over all pairs, heads and offsets of a layer, gone through in blocks.
 
-    Args:
-        decomposition: as in ``static_strengths``.
-        model: the target.
-        prompts: as in ``static_strengths``.
-        layer: the block's index.
-        k: how many.
-        length: as in ``static_strengths``.
-        attention_mask: as in ``static_strengths``.
-
-    Returns:
-        A table: query, key, head, offset, strength, standardised.
-
-    Raises:
-        Unsupported: as in ``static_strengths``.
-        KeyError: as in ``static_strengths``.
-        ValueError: as in ``static_strengths``.
+    Other arguments, and errors, as in ``static_strengths``; the table's columns as in ``StaticStrengths.to_pandas``.
     """
     k, attention = integer("k", k, minimum=0), AttentionLayer(decomposition, model, layer)
     kernel, queries, keys = _signed(attention, prompts, length, attention_mask)

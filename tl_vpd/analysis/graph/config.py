@@ -23,10 +23,6 @@ class GraphConfig:
         fixed: what gradients do not pass: ``"norms"`` (their scales), ``"deltas"``, ``"patterns"`` (of attention).
         tokens_at_once: rows × positions of a batch of gradients, which bounds memory.
         progress: whether a bar is shown.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: a value is out of range or unknown.
     """
 
     threshold: float = 0.0
@@ -54,10 +50,6 @@ class DatasetGraphConfig:
         absolute: whether the absolute version is made too.
         batch_size: prompts run at once, which bounds memory.
         progress: whether a bar is shown.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: the batch size is below 1.
     """
 
     absolute: bool = True

@@ -58,11 +58,7 @@ def influence(
 
 
 def strongest_paths(
-    source: Int[Tensor, " edges"],
-    target: Int[Tensor, " edges"],
-    weight: Float[Tensor, " edges"],
-    end: int,
-    k: int,
+    source: Int[Tensor, " edges"], target: Int[Tensor, " edges"], weight: Float[Tensor, " edges"], end: int, k: int
 ) -> list[Path]:
     """The k strongest paths to the node ``end`` from nodes that nothing enters, strongest first.
 

@@ -24,10 +24,6 @@ class PruneConfig:
         seed: of sources.
         recorded: whether passes are recorded once and then run without Python, several times faster (None: from 100 steps on).
         progress: whether a bar is shown.
-
-    Raises:
-        TypeError: a value is of another type.
-        ValueError: a value is out of range or unknown.
     """
 
     variant: str = "adversarial"

@@ -88,23 +88,7 @@ def prune_sweep(
     pos: int = -1,
     config: PruneConfig | None = None,
 ) -> PruneSweep:
-    """``prune`` at several λ, all in the same passes.
-
-    Args:
-        decomposition: of the model's weights.
-        model: the target.
-        prompt: as in ``prune``.
-        behaviour: as in ``prune``.
-        coefficients: the λs.
-        pos: as in ``prune``.
-        config: as in ``prune``.
-
-    Raises:
-        ValueError: there is no coefficient, or one is negative, or as in ``prune``.
-        IndexError: as in ``prune``.
-        TypeError: as in ``prune``.
-        FloatingPointError: as in ``prune``.
-    """
+    """``prune`` at several λ (``coefficients``), all in the same passes; other arguments, and errors, as in ``prune``."""
     config = config_of(PruneConfig, config)
     coefficients = [number("coefficient λ", value, minimum=0) for value in sequence("coefficients", coefficients)]
     if not coefficients:
