@@ -1,5 +1,5 @@
 """The command line: ``tl-vpd train``, ``plan``, ``eval``, ``feature-splitting``, ``import``, ``compact``, ``dashboard``,
-``card``, ``push``, ``demo`` and ``fact``.
+``label``, ``card``, ``push``, ``demo`` and ``fact``.
 
 Errors are one line that says what to do (with ``TL_VPD_TRACEBACK=1`` in the environment, Python's traceback). Exit codes:
 
@@ -23,7 +23,7 @@ from typing import Annotated
 
 import typer
 
-from tl_vpd import publish_commands
+from tl_vpd import publish_commands, reading_commands
 from tl_vpd.console import (
     DecompositionName,
     Device,
@@ -242,28 +242,8 @@ def compact_command(
     say(counts.to_string(), f"{counts.before.sum()} -> {counts.after.sum()} subcomponents.  Written: {out}")
 
 
-@app.command("dashboard")
-@command
-def dashboard_command(
-    decomposition: DecompositionName,
-    out: Annotated[Path, typer.Option(help="New folder of the pages.")],
-    model: ModelName = "bundled",
-    kind: ModelKind = None,
-    device: Device = "cpu",
-    tokens: Tokens = "bundled",
-    key: Key = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of tokens to look at.")] = 512,
-    alpha: Annotated[float, typer.Option(min=0, help="Of the components, as in docs/components.md; 0 for none.")] = 3.0,
-    labels: Annotated[Path | None, typer.Option(help="CSV file: subcomponent, label, and any numbers.")] = None,
-    trust_remote_code: Trust = False,
-) -> None:
-    """Pages about every subcomponent, with search and sorting, that open offline."""
-    from tl_vpd.recipe.dashboards import dashboard_by_name
-
-    what = named(decomposition, model, kind, device, tokens, key, rows, trust_remote_code)
-    say(f"Written: open {dashboard_by_name(what, out, alpha=alpha, labels=labels)}")
-
-
+app.command()(reading_commands.dashboard)
+app.command()(reading_commands.label)
 app.command()(publish_commands.card)
 app.command()(publish_commands.push)
 
@@ -289,11 +269,12 @@ def fact(
     finished: Annotated[bool, typer.Option("--finished", help="Take the decomposition that ships.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the run.")] = 220,
+    seed: Annotated[int, typer.Option(min=0, help="Of the run.")] = 0,
 ) -> None:
     """A fact of SmolLM2-135M decomposed, erased and rewired (extra ``real``), and a page to look at."""
     from tl_vpd.fact import run_fact
 
-    run_fact(out, finished=finished, resume=resume, steps=steps, say=say)
+    run_fact(out, finished=finished, resume=resume, steps=steps, seed=seed, say=say)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ from tl_vpd.cli import app
 from tl_vpd.editing import bake, remove
 from tl_vpd.fact import data
 from tl_vpd.fact.edits import ERASED, MOST, ablations, erasing, swapping
-from tl_vpd.fact.measures import kl_elsewhere, probabilities
+from tl_vpd.fact.elsewhere import kl_elsewhere
+from tl_vpd.fact.measures import measure, probabilities
 from tl_vpd.fact.page import marks
-from tl_vpd.fact.run import decompositions, report
+from tl_vpd.fact.run import decomposed, report
 from tl_vpd.fact.settings import FACTS, Facts, config
 from tl_vpd.training import TargetedConfig
 
@@ -53,17 +54,20 @@ def text():
 
 
 @pytest.fixture(scope="module")
-def settings():
-    return TargetedConfig(**{**config(steps=2).model_dump(), "sites": SITES, "C": 8})
+def rows():
+    return bundled.tokens("training")[:, :24]
 
 
 @pytest.fixture(scope="module")
-def runs(model, facts, settings, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("fact")
-    rows = bundled.tokens("training")[:, :24]
-    found = decompositions(model, facts, rows, folder, steps=2, resume=False, settings=settings)
-    again = decompositions(model, facts, rows, folder, steps=2, resume=True, settings=settings)
-    assert all(torch.equal(a.V[name], b.V[name]) for a, b in zip(found, again, strict=True) for name in a.sites)
+def runs(model, facts, rows, tmp_path_factory):
+    folder, found = tmp_path_factory.mktemp("fact"), []
+    for naive in (False, True):
+        settings = TargetedConfig(**{**config(steps=2, naive=naive).model_dump(), "sites": SITES, "C": 8})
+        assert settings.init == ("normal" if naive else "target")
+        where, stream = folder / str(naive), None if naive else rows
+        one, other = (decomposed(model, facts, settings, where, rows=stream, resume=again) for again in (False, True))
+        assert all(torch.equal(one.V[name], other.V[name]) for name in one.sites)
+        found.append(one)
     return found
 
 
@@ -85,7 +89,7 @@ def test_each_ablation_is_that_of_a_model_without_the_subcomponent(model, facts,
         assert [row[f"p {word.strip()}"] for word in facts.answers] == pytest.approx([float(x) for x in p], rel=1e-3)
 
 
-def test_edits_erase_and_exchange(model, facts, runs, table):
+def test_edits_erase_and_exchange(model, facts, runs, table, rows):
     vpd = runs[0]
     for i in range(2):
         edit = erasing(vpd, model, facts, table, i)
@@ -93,7 +97,7 @@ def test_edits_erase_and_exchange(model, facts, runs, table):
         p = p[p["subject"] == facts.subjects[i]].set_index("edit")["answer"]
         before, after = p["model"], p["erased"]
         assert after < before and (after <= ERASED * before * 1.001 or len(edit) == min(MOST, len(table)))
-    edit = swapping(vpd, model, facts, table)
+    edit = swapping(vpd, model, facts, table, rows[:4])
     c, d = edit.subcomponents
     assert c.site == d.site and c != d
     p = probabilities(vpd, model, facts, {"model": None, "exchanged": edit})
@@ -118,9 +122,9 @@ def test_kl_elsewhere_is_that_of_the_edited_weights(model, runs, table, text):
         assert kl.loc[kind, "tokens"] == len(expected)
 
 
-def test_the_page_has_every_figure_and_nothing_active(model, facts, runs, text, tmp_path):
-    said = []
-    figures = report(runs[0], model, text, facts, tmp_path, naive=runs[1], say=said.append)
+def test_the_page_has_every_figure_and_nothing_active(model, facts, runs, text, rows, tmp_path):
+    said, figures = [], measure(runs[0], model, text, facts, rows[:4], naive=runs[1])
+    report(runs[0], model, figures, facts, tmp_path, say=said.append)
     stored = json.loads((tmp_path / "figures.json").read_text())
     assert stored["marks"] == json.loads(json.dumps(figures["marks"])) and stored["tokens"] == 3 * 16 + 2 * 24
     html = (tmp_path / "index.html").read_text()

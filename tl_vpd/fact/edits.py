@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import pandas as pd
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.editing import Edit, remove, swap
 from tl_vpd.editing.runs import edited_run
+from tl_vpd.fact.elsewhere import kl_elsewhere
 from tl_vpd.fact.settings import Facts
 from tl_vpd.forward import MaskedModel, SitePass
 from tl_vpd.masking import constant_masks
@@ -21,8 +23,8 @@ ERASED = 0.05
 """A fact is erased where its answer has at most this part of its probability."""
 MOST = 12
 """Subcomponents that an edit removes at most."""
-PAIRS = 4
-"""Sites at which an exchange is tried."""
+REWIRED = 0.5
+"""Two facts are exchanged where each prompt gives the other's answer at least this probability."""
 
 
 def answers_of(masked_model: MaskedModel, facts: Facts) -> list[int]:
@@ -102,29 +104,38 @@ def erasing(decomposition: Decomposition, model: nn.Module, facts: Facts, table:
     return edit
 
 
-def swapping(decomposition: Decomposition, model: nn.Module, facts: Facts, table: pd.DataFrame) -> Edit:
-    """Exchanges the write directions of one subcomponent of each fact, at the site where that rewires both best.
+def swapping(
+    decomposition: Decomposition, model: nn.Module, facts: Facts, table: pd.DataFrame, rows: Int[Tensor, "other other_pos"]
+) -> Edit:
+    """Exchanges the write directions of one subcomponent of each fact, at the site where that rewires both (the other answer is
+    likelier than not) and changes other text least; at the best of them where none does.
 
     Args:
         decomposition: of the model's weights.
         model: the target.
         facts: the facts.
         table: from ``ablations``.
+        rows: of other text, on which sites are compared.
+
+    Raises:
+        ValueError: no site has a subcomponent of each fact.
     """
-    columns, edits = [f"of {subject}" for subject in facts.subjects], []
-    strongest = table.groupby("site")[columns].max().min(axis=1).nlargest(PAIRS).index
+    columns, edits, p = [f"of {subject}" for subject in facts.subjects], dict[str, Edit](), dict[str, float]()
     with MaskedModel(decomposition, model) as masked_model:
         tokens, answers = masked_model.adapter.tokens(facts.prompts), answers_of(masked_model, facts)
-        for site in strongest:
-            of_site = table[table["site"] == site].set_index("subcomponent")
+        for site, of_site in table.set_index("subcomponent").groupby("site"):
             c, d = (of_site[column].idxmax() for column in columns)
             if c != d:
-                edit = swap(decomposition, model, facts.prompts, c, d)
-                logits = edited_run(masked_model, edit.site_edits(decomposition))(tokens, None)
-                edits.append((float(_log_p(logits, torch.tensor(answers[::-1])).min()), edit))
+                edits[site] = swap(decomposition, model, facts.prompts, c, d)
+                logits = edited_run(masked_model, edits[site].site_edits(decomposition))(tokens, None)
+                p[site] = float(_log_p(logits, torch.tensor(answers[::-1])).min().exp())
     if not edits:
         raise ValueError("No site has a subcomponent of each fact: nothing can be exchanged.")
-    return max(edits, key=lambda pair: pair[0])[1]
+    rewiring = {site: edit.site_edits(decomposition) for site, edit in edits.items() if p[site] > REWIRED}
+    if not rewiring:
+        return edits[max(p, key=p.__getitem__)]
+    kl = kl_elsewhere(decomposition, model, {"rows": rows}, rewiring).query("text == 'all'").set_index("edit")["kl"]
+    return edits[kl.idxmin()]
 
 
 def _log_p(logits: Tensor, answers: Tensor) -> Tensor:

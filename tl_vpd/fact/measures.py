@@ -1,4 +1,4 @@
-"""What was found, in numbers: the facts under masks and edits, and what edits change elsewhere."""
+"""The facts in numbers: under masks and edits, and what edits change elsewhere."""
 
 from __future__ import annotations
 
@@ -13,52 +13,11 @@ from torch import Tensor, nn
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.editing import Edit, remove
 from tl_vpd.editing.controls import random_control
-from tl_vpd.editing.runs import edited, edited_run
+from tl_vpd.editing.runs import edited_run
 from tl_vpd.fact.edits import ablations, answers_of, erasing, swapping
+from tl_vpd.fact.elsewhere import Text, kl_elsewhere
 from tl_vpd.fact.settings import Facts
-from tl_vpd.forward import MaskedModel, SiteEdit, SitePass
-from tl_vpd.masking import Masks
-
-Text = Mapping[str, Int[Tensor, "row pos"]]
-
-
-@torch.no_grad()
-def kl_elsewhere(
-    decomposition: Decomposition,
-    model: nn.Module,
-    text: Text,
-    edits: Mapping[str, Mapping[str, SiteEdit]],
-    *,
-    batch: int = 16,
-) -> pd.DataFrame:
-    """KL from the model's prediction in nats, mean and 99th percentile over tokens: a row for each edit and kind of text, and one
-    for all kinds.
-
-    Args:
-        decomposition: of the model's weights, whose sites are edited.
-        model: the target.
-        text: rows of tokens by kind.
-        edits: changes by site, by name.
-        batch: rows that run at once.
-    """
-    values: dict[tuple[str, str], list[Tensor]] = {}
-    with MaskedModel(decomposition, model, fused_attention=True) as masked_model:
-        late = masked_model.can_start_late(next(iter(text.values()))[:1])
-        for kind, rows in text.items():
-            for tokens in rows.split(batch):
-                run = SitePass(collect=late)
-                log_p = masked_model.run(tokens, run).float().log_softmax(-1)
-                for name, edit in edits.items():
-                    with edited(masked_model, edit):
-                        logits = masked_model.masked(tokens, Masks({}), start=run.residual if late else None)
-                    kl = (log_p.exp() * (log_p - logits.float().log_softmax(-1))).sum(-1)
-                    values.setdefault((name, kind), []).append(kl.flatten().clamp(min=0))
-    table, by_edit = [], dict[str, list[Tensor]]()
-    for (name, kind), parts in values.items():
-        by_edit.setdefault(name, []).extend(parts)
-        table.append({"edit": name, "text": kind, **_mean_and_p99(torch.cat(parts))})
-    table += [{"edit": name, "text": "all", **_mean_and_p99(torch.cat(parts))} for name, parts in by_edit.items()]
-    return pd.DataFrame(table)
+from tl_vpd.forward import MaskedModel
 
 
 @torch.no_grad()
@@ -128,6 +87,7 @@ def measure(
     model: nn.Module,
     text: Text,
     facts: Facts,
+    rows: Int[Tensor, "other other_pos"],
     *,
     naive: Decomposition | None = None,
     shown: int = 12,
@@ -139,12 +99,13 @@ def measure(
         model: the target.
         text: other text by kind.
         facts: the facts.
+        rows: of other text, on which edits are chosen (``swapping``).
         naive: of the target stream alone, of the same sites, for comparison.
         shown: subcomponents whose ablation is measured on other text too: those that belong to a fact most.
     """
     table = ablations(decomposition, model, facts)
     edits = {f"without {s}": erasing(decomposition, model, facts, table, i) for i, s in enumerate(facts.subjects)}
-    edits["exchanged"] = swapping(decomposition, model, facts, table)
+    edits["exchanged"] = swapping(decomposition, model, facts, table, rows)
     variants = {name: edit.site_edits(decomposition) for name, edit in edits.items()}
     alive = torch.zeros(decomposition.site_axis.total, dtype=torch.bool)
     for site, index in zip(table["site"], table["index"], strict=True):
@@ -179,10 +140,6 @@ def measure(
 
 def _of(edits: Mapping[str, Edit], *, naive: bool) -> dict[str, Edit]:
     return {name: edit for name, edit in edits.items() if name.endswith("naive") == naive}
-
-
-def _mean_and_p99(kl: Tensor) -> dict[str, float]:
-    return {"kl": float(kl.double().mean()), "p99": float(kl.double().quantile(0.99)), "tokens": len(kl)}
 
 
 def _rows(table: pd.DataFrame) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from tl_vpd.analysis import attribution_graph
 from tl_vpd.bundled import smollm2
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.fact import data
-from tl_vpd.fact.measures import Text, measure
+from tl_vpd.fact.measures import measure
 from tl_vpd.fact.page import fact_page, marks
 from tl_vpd.fact.settings import FACTS, STEPS, Facts, config
 from tl_vpd.files.atomic import make_folder
@@ -27,11 +27,13 @@ Say = Callable[[str], None]
 NAME = "SmolLM2-135M-Instruct"
 QUICK_ROWS = 8
 """Rows of each kind of text on which the result that ships is measured again."""
-NAIVE = 5
-"""The naive run has this part of the steps."""
+CHOOSING_EVERY = 25
+"""Edits are chosen on every so-many-th row of the non-target stream."""
 
 
-def run_fact(folder: Path, *, finished: bool = False, resume: bool = False, steps: int = STEPS, say: Say) -> None:
+def run_fact(
+    folder: Path, *, finished: bool = False, resume: bool = False, steps: int = STEPS, seed: int = 0, say: Say
+) -> None:
     """Decomposes the facts, or takes the result that ships, and writes the folder.
 
     Args:
@@ -39,6 +41,7 @@ def run_fact(folder: Path, *, finished: bool = False, resume: bool = False, step
         finished: take the decomposition that ships, and measure it on a part of the text.
         resume: go on with a run that was interrupted.
         steps: of the run.
+        seed: of the run.
         say: prints a text.
 
     Raises:
@@ -53,8 +56,12 @@ def run_fact(folder: Path, *, finished: bool = False, resume: bool = False, step
         say("\n2. The decomposition that ships")
         vpd, text = data.finished(), data.other_text(QUICK_ROWS)
     else:
-        say(f"\n2. The decomposition: {steps} steps, and a naive one (the target alone) of {max(1, steps // NAIVE)}")
-        vpd, naive = decompositions(model, FACTS, data.training_rows(), folder, steps=steps, resume=resume)
+        say(f"\n2. The decomposition: {steps} steps, and a naive one, of the target alone")
+        settings = config(steps=steps, seed=seed), config(steps=steps, seed=seed, naive=True)
+        vpd, naive = (
+            decomposed(model, FACTS, how, folder / name, resume=resume)
+            for name, how in zip(("run", "naive"), settings, strict=True)
+        )
         text = data.other_text()
         vpd.record["target"]["name"] = NAME  # in place of the folder in the user's cache
     vpd.save(folder / "decomposition")
@@ -62,71 +69,51 @@ def run_fact(folder: Path, *, finished: bool = False, resume: bool = False, step
         "\n3. What it does"
         + (f" (the shipped figures are of {data.finished_figures()['tokens']:,} tokens)" if finished else "")
     )
-    report(vpd, model, text, FACTS, folder, naive=naive, say=say)
+    figures = measure(vpd, model, text, FACTS, data.training_rows()[::CHOOSING_EVERY], naive=naive)
+    report(vpd, model, figures, FACTS, folder, say=say)
 
 
-def decompositions(
-    model: nn.Module,
-    facts: Facts,
-    rows: Tensor,
-    folder: Path,
-    *,
-    steps: int,
-    resume: bool,
-    settings: TargetedConfig | None = None,
-) -> tuple[Decomposition, Decomposition]:
-    """The facts' decomposition without what they do not use, and that of the target stream alone.
+def decomposed(
+    model: nn.Module, facts: Facts, settings: TargetedConfig, folder: Path, *, rows: Tensor | None = None, resume: bool
+) -> Decomposition:
+    """The facts' decomposition without what they do not use.
 
     Args:
         model: the target.
         facts: that are decomposed.
-        rows: the non-target stream.
-        folder: for both runs.
-        steps: of the first.
-        resume: go on with them.
-        settings: of the first, in place of ``config`` (None: those).
+        settings: of the run.
+        folder: for it.
+        rows: the non-target stream (None: that of the run that ships; where it has no loss, the prompts, which cost less).
+        resume: go on with it, where it has begun.
     """
-    found = []
-    for name, n, naive in (("run", steps, False), ("naive", max(1, steps // NAIVE), True)):
-        how = config(steps=n, naive=naive)
-        if settings is not None:
-            how = TargetedConfig(**{**how.model_dump(), "sites": settings.sites, "C": settings.C})
-        saving = SavingConfig(folder=folder / name, save_every=100)
-        others = model.to_tokens(facts.prompts).repeat(8, 1) if naive else rows  # type: ignore[operator]
-        start = resume and (folder / name / "state").is_dir()
-        run = decompose_targeted(model, facts.prompts, others, how, saving=saving, resume=start)
-        if not run.finished:
-            raise KeyboardInterrupt
-        found.append(run.decomposition.compact(model, facts.prompts))
-    return found[0], found[1]
+    if rows is None:
+        naive = not settings.coefficients.nontarget
+        rows = model.to_tokens(facts.prompts).repeat(8, 1) if naive else data.training_rows()  # type: ignore[operator]
+    resume = resume and (folder / "state").is_dir()
+    saving = SavingConfig(folder=folder, save_every=20)
+    run = decompose_targeted(model, facts.prompts, rows, settings, saving=saving, resume=resume)
+    if not run.finished:
+        raise KeyboardInterrupt
+    return run.decomposition.compact(model, facts.prompts)
 
 
 def report(
-    decomposition: Decomposition,
-    model: nn.Module,
-    text: Text,
-    facts: Facts,
-    folder: Path,
-    *,
-    naive: Decomposition | None = None,
-    say: Say,
-) -> dict[str, Any]:
-    """Measures, prints and writes ``figures.json`` and ``index.html``; returns the figures.
+    decomposition: Decomposition, model: nn.Module, figures: dict[str, Any], facts: Facts, folder: Path, *, say: Say
+) -> None:
+    """Prints, and writes ``figures.json`` and ``index.html``.
 
     Args:
         decomposition: of the facts.
         model: the target.
-        text: other text by kind.
+        figures: from ``measure``; ``marks`` are added.
         facts: the facts.
         folder: for the files.
-        naive: of the target stream alone.
         say: prints a text.
     """
-    figures = measure(decomposition, model, text, facts, naive=naive)
-    figures["marks"] = marks(figures).to_dict("records")
+    table = marks(figures)
+    figures["marks"] = table.to_dict("records")
     write_json(folder / "figures.json", figures)
-    say("   " + marks(figures).to_string(index=False).replace("\n", "\n   "))
+    say("   " + table.to_string(index=False).replace("\n", "\n   "))
     graph = attribution_graph(decomposition, model, facts.prompts[0])
     path = fact_page(figures, graph, folder / "index.html")
     say(f"\n4. Look at it: {path.resolve()}")
-    return figures
