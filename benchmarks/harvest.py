@@ -79,6 +79,7 @@ def main() -> None:
     """Runs and writes."""
     parser = harness.parser("harvest", __doc__)
     parser.add_argument("--tokens", type=int, default=32_768, help="how many")
+    parser.add_argument("--kind", action="append", choices=KINDS, help="only this one; may be repeated")
     parser.add_argument("--minutes", type=float, help="go on with the record, for about as long")
     options = parser.parse_args()
     until = time.monotonic() + 60 * (options.minutes or float("inf"))
@@ -92,7 +93,7 @@ def main() -> None:
         if not entry:
             entry = {"tokens": rows.size, "subcomponents": vpd.site_axis.total, "load": round(os.getloadavg()[0], 1)}
             entry["passes"] = timed(lambda: passes(model, vpd, rows))
-        for kind in KINDS:
+        for kind in options.kind or KINDS:
             if kind not in entry and time.monotonic() < until:
                 entry[kind] = measured(model, vpd, rows, kind, entry["passes"]["cpu_seconds"])
                 print(kind, entry[kind], flush=True)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tiny import decomposition_of, some_tokens, tiny_model
-from tl_vpd.analysis import attribution_graph
+from tl_vpd.analysis import (
+    AuditConfig,
+    DatasetGraphConfig,
+    Node,
+    attribution_graph,
+    audit_circuit,
+    dataset_graph,
+)
 from tl_vpd.analysis.clustering import (
     ClusterConfig,
     Clustering,
@@ -110,13 +120,13 @@ def test_both_ways_to_count_agree(by_word: bool, monkeypatch: pytest.MonkeyPatch
 def test_bits_are_counted_without_numpy_2(monkeypatch: pytest.MonkeyPatch):
     words = np.array([[0, 1, 2**64 - 1], [5, 2**63, 0]], dtype=np.uint64)
     monkeypatch.delattr(np, "bitwise_count", raising=False)
-    assert overlaps._ones(words).tolist() == [65, 3]
+    assert overlaps.ones(words).tolist() == [65, 3]
 
 
 def test_known_groups_are_found_and_none_in_shuffled_importances():
     matrix, groups = planted(n_groups=8, size=4)
     axis = ConcatenatedAxis({"blocks.0.mlp.W_in": 20, "blocks.0.mlp.W_out": 12})
-    patterns = Patterns(scipy.sparse.csc_matrix(matrix), np.arange(32), axis, 0.01)
+    patterns = Patterns(scipy.sparse.csc_matrix(matrix), np.arange(32), axis, 0.01, np.array([400]))
     clustering = clustered(patterns, ClusterConfig(alpha=2.0, greed=GREEDY))
     assert variation_of_information(clustering.partition, groups) == 0
     assert [len(c.members) for c in clustering] == [4] * 8
@@ -124,6 +134,98 @@ def test_known_groups_are_found_and_none_in_shuffled_importances():
     null = clustered(patterns.shuffled(), ClusterConfig(alpha=2.0, greed=GREEDY))
     assert max(len(c.members) for c in null) < 3
     assert (np.diff(patterns.shuffled().important.indptr) == matrix.sum(0)).all()
+
+
+def events(matrix: np.ndarray, offsets: np.ndarray, lengths: list[int], members: np.ndarray) -> set[tuple[int, int]]:
+    """(row, place) of a group's events, from the definition."""
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    pos = np.concatenate([np.arange(n) for n in lengths])
+    return {
+        (int(row[t]), int(pos[t] + offsets[c]))
+        for c in members.nonzero()[0]
+        for t in matrix[:, c].nonzero()[0].tolist()
+    }
+
+
+def lagged_length(matrix, partition, offsets, lengths, alpha: float) -> float:
+    groups = np.unique(partition)
+    sizes = [(len(events(matrix, offsets, lengths, partition == g)), (partition == g).sum()) for g in groups]
+    return sum(n * (np.log2(len(groups)) + alpha * rank) for n, rank in sizes)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.integers(2, 7),
+    st.integers(1, 3),
+    st.integers(0, 99),
+    st.sampled_from([[30], [9, 1, 14], [40, 27]]),
+    st.floats(0, 2),
+)
+def test_merges_over_lags_have_the_length_of_their_events(
+    n: int, lags: int, seed: int, lengths: list[int], alpha: float
+):
+    matrix = important(sum(lengths), n, 0.15, seed)
+    history = merge(scipy.sparse.csc_matrix(matrix), alpha=alpha, seed=seed, lags=lags, lengths=np.array(lengths))
+    for merges in range(n):
+        partition, offsets = history.partition(merges), history.offsets(merges)
+        assert offsets.min() == 0 and offsets.max() <= lags
+        expected = lagged_length(matrix, partition, offsets, lengths, alpha)
+        assert expected == pytest.approx(history.description_length[merges])
+        if merges:
+            members = partition == partition[history.pairs[merges - 1, 0]]
+            assert len(events(matrix, offsets, lengths, members)) == history.tokens[merges - 1]
+
+
+@settings(max_examples=8, deadline=None)
+@given(st.integers(3, 5), st.integers(0, 99))
+def test_greedy_merges_over_lags_are_the_best_of_all_pairs_and_lags(n: int, seed: int):
+    lengths, lags, alpha = [30, 25], 2, 0.3
+    matrix = important(55, n, 0.2, seed)
+    history = merge(scipy.sparse.csc_matrix(matrix), alpha=alpha, greed=GREEDY, lags=lags, lengths=np.array(lengths))
+    for merges in range(n - 1):
+        partition, offsets = history.partition(merges), history.offsets(merges)
+        before, changes = lagged_length(matrix, partition, offsets, lengths, alpha), []
+        for a, b in combinations(np.unique(partition), 2):
+            for lag in range(-lags, lags + 1):
+                moved = offsets + np.where(partition == a, max(lag, 0), 0) + np.where(partition == b, max(-lag, 0), 0)
+                if moved.max() <= lags:
+                    joined = np.where(partition == b, a, partition)
+                    changes.append(lagged_length(matrix, joined, moved, lengths, alpha) - before)
+        assert history.best_change[merges] == pytest.approx(min(changes), abs=1e-9)
+
+
+def test_groups_over_positions_need_lags():
+    # Members of a group fire 0, 1 and 2 tokens after each other, like a query and the key of the token before.
+    generator = np.random.default_rng(0)
+    lengths, groups = np.array([40] * 30), 6
+    starts = generator.random((30, 40, groups)) < 0.03
+    starts[:, -2:] = False
+    matrix = np.stack([np.roll(starts[..., c // 3], c % 3, axis=1).reshape(-1) for c in range(18)], axis=1)
+    axis = ConcatenatedAxis({"blocks.0.attn.W_Q": 9, "blocks.0.attn.W_K": 9})
+    patterns = Patterns(scipy.sparse.csc_matrix(matrix), np.arange(18), axis, 0.01, lengths)
+    config = ClusterConfig(alpha=2.0, greed=GREEDY)
+    with_lags = clustered(patterns, replace(config, lags=2))
+    assert variation_of_information(with_lags.partition, np.arange(18) // 3) == 0
+    assert all(component.lags == (2, 1, 0) for component in with_lags)
+    assert with_lags[0].nodes(1) == [Node(c.site, c.index, i - 1) for i, c in enumerate(with_lags[0]) if i]
+    assert max(len(c) for c in clustered(patterns, config)) == 1
+    assert max(len(c) for c in clustered(patterns.shuffled(), replace(config, lags=2))) < 3
+
+
+def test_importances_of_a_component_over_positions(target):
+    model, decomposition, tokens = target
+    clustering = cluster(decomposition, model, tokens, config=ClusterConfig(alpha=0.2, lags=2))
+    assert any(any(c.lags) for c in clustering)
+    ci = decomposition.causal_importances(model, tokens)
+    largest = clustering.importances(ci)
+    for component in clustering:
+        expected = torch.zeros(6, 10)
+        for member, lag in zip(component, component.lags, strict=True):
+            g = ci[member.site][..., member.index]
+            expected[:, lag:] = expected[:, lag:].maximum(g[:, : 10 - lag])
+        assert torch.equal(largest[..., component.number], expected)
+    again = Clustering.load(clustering.save(Path(tempfile.mkdtemp()) / "c.json"), decomposition)
+    assert again.components == clustering.components
 
 
 def test_distance_of_partitions_by_hand():
@@ -164,18 +266,26 @@ def test_components_on_a_model(target, clustering: Clustering):
     largest = clustering.importances(ci)
     for component in clustering:
         expected = torch.stack([ci[m.site][..., m.index] for m in component.members]).amax(0)
-        assert torch.equal(largest[..., component.index], expected)
+        assert torch.equal(largest[..., component.number], expected)
         assert int((expected > 0.01).sum()) == component.tokens
         assert clustering.of(component.members[-1]) == component
     several = max(clustering, key=lambda c: len(c.members))
     with decomposition.attach(model) as attached:
-        with attached.ablated(several.members):
+        with attached.ablated(several):
             together = model(tokens)
         with attached.ablated([str(m) for m in several.members]):
             assert torch.equal(model(tokens), together)
+        with attached.keep_only(several):
+            alone = model(tokens)
+        with attached.keep_only([str(m) for m in several.members]):
+            assert torch.equal(model(tokens), alone)
+    metric = lambda logits: logits[:, -1].std()  # noqa: E731
+    config = AuditConfig(ablations=("zero",), controls=0)
+    audits = [audit_circuit(decomposition, model, tokens, m, metric, config=config) for m in (several, several.members)]
+    assert audits[0].value("zero") == audits[1].value("zero")
     table = clustering.to_pandas()
     assert table.members.sum() == len(clustering.chosen)
-    assert clustering.top(1).component.item() == several.index
+    assert clustering.top(1).component.item() == several.number
     assert len(clustering.at(0)) == len(clustering.chosen)
     assert len(clustering.at(len(clustering.chosen) - 1)) == 1
 
@@ -210,8 +320,8 @@ def test_edges_of_components_are_sums(target, clustering: Clustering):
     names = {}
     for label in graph.labels:
         address, _, pos = label.rpartition("@")
-        inside = [c.index for c in clustering if address in map(str, c.members)]
-        names[label] = f"component {inside[0]}@{pos}" if inside else label
+        inside = [c.number for c in clustering if address in map(str, c.members)]
+        names[label] = f"component:{inside[0]}@{pos}" if inside else label
     assert any(name.startswith("component") for name in names.values())
     expected: dict[tuple[str, str], float] = {}
     for edge in graph.to_pandas().itertuples():
@@ -220,6 +330,20 @@ def test_edges_of_components_are_sums(target, clustering: Clustering):
             expected[pair] = expected.get(pair, 0.0) + edge.weight
     assert {(e.source, e.target): e.weight for e in table.itertuples()} == pytest.approx(expected, abs=1e-6)
     assert table.weight.abs().is_monotonic_decreasing
+
+
+def test_edges_of_components_over_many_prompts_are_sums(target, clustering: Clustering):
+    model, decomposition, tokens = target
+    graph = dataset_graph(decomposition, model, tokens, config=DatasetGraphConfig(absolute=False))
+    number = {str(member): component.address for component in clustering for member in component}
+    expected: dict[tuple[str, str], float] = {}
+    for edge in graph.to_pandas().itertuples():
+        pair = number.get(edge.source, edge.source), number.get(edge.target, edge.target)
+        if pair[0] != pair[1]:
+            expected[pair] = expected.get(pair, 0.0) + edge.signed
+    table = component_edges(graph, clustering)
+    assert {(e.source, e.target): e.weight for e in table.itertuples()} == pytest.approx(expected, abs=1e-5)
+    assert "embed" in set(table.source) and table.edges.sum() <= len(graph.to_pandas())
 
 
 def test_an_ensemble_has_a_row_per_alpha(target):

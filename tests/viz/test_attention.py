@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from typing import Any
 
 import pytest
 import torch
 
 from tl_vpd import bundled, viz
-from tl_vpd.analysis import attention
+from tl_vpd.analysis import Component, attention
+from tl_vpd.site import Subcomponent
 
 Q, K = "blocks.0.attn.W_Q", "blocks.0.attn.W_K"
 PAIRS = [(f"{Q}:77", f"{K}:48"), (f"{Q}:77", "bias")]
@@ -91,10 +93,15 @@ def test_attention_by_offset(model, vpd, tokens):
     assert "left out" not in alone.body
 
 
+def window_of(panel: viz.Panel) -> dict[str, Any]:
+    """What the first block of a panel draws."""
+    (window,) = json.loads(re.fullmatch(r"tlVpdDraw\((\{.*\})\)", panel.scripts[0])[1]).values()
+    return window
+
+
 def test_tokens_by_importance(model, vpd, tokens, tmp_path):
     panel = viz.importances(vpd, model, tokens[:1], [f"{Q}:77"])
-    given = json.loads(re.fullmatch(r"tlVpdDraw\((\{.*\})\)", panel.scripts[0])[1])
-    (window,) = given.values()
+    window = window_of(panel)
     ci = vpd.causal_importances(model, tokens[:1])
     assert window["values"] == pytest.approx(ci[Q][0, :, 77].tolist(), abs=1e-4)
     acts = vpd.component_acts(model, tokens[:1])[Q][0, :, 77] * vpd.U[Q][77].norm()
@@ -102,6 +109,12 @@ def test_tokens_by_importance(model, vpd, tokens, tmp_path):
         f"activation {a:.3g}".replace("-", "−") in about
         for a, about in zip(acts.tolist(), window["about"], strict=True)
     )
+    component = Component(7, (Subcomponent(Q, 77), Subcomponent(Q, 3)), (1, 0), 1, 1.0)
+    panel = viz.importances(vpd, model, tokens[:1], [component])
+    expected = torch.nn.functional.pad(ci[Q][0, :-1, 77], (1, 0)).maximum(ci[Q][0, :, 3])
+    assert "component:7" in panel.body and window_of(panel)["values"] == pytest.approx(expected.tolist(), abs=0.001)
+    members = viz.importances(vpd, model, tokens[:1], component)  # the sequence of its members
+    assert members.body.count('class="window"') == 2
     several = viz.importances(vpd, model, tokens[:1], k=3)
     assert several.body.count('class="window"') == 3
     assert "<script src" not in several.save(tmp_path / "tokens.html").read_text(encoding="utf-8")

@@ -20,7 +20,17 @@ from typer.testing import CliRunner
 from tests.campaigns.browser import Browser, chromium
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd import bundled, viz
-from tl_vpd.analysis import ClusterConfig, HarvestConfig, cluster, harvest, logit_effects
+from tl_vpd.analysis import (
+    ClusterConfig,
+    DatasetGraphConfig,
+    HarvestConfig,
+    ablation_table,
+    cluster,
+    component_edges,
+    dataset_graph,
+    harvest,
+    logit_effects,
+)
 from tl_vpd.analysis.labels import Label, Labels
 from tl_vpd.cli import app
 from tl_vpd.viz.dashboard.records import spread
@@ -56,7 +66,10 @@ def world(tmp_path_factory) -> SimpleNamespace:
     clustering = cluster(vpd, model, tokens, config=ClusterConfig(alpha=0.1))
     folder = tmp_path_factory.mktemp("pages") / "dashboard"
     config = viz.DashboardConfig(title=HOSTILE, windows=2, samples=2, radius=1, min_count=1, logits=2)
-    viz.dashboard(vpd, model, harvested, folder, clustering=clustering, labels=table, config=config)
+    graph = dataset_graph(vpd, model, tokens, config=DatasetGraphConfig(absolute=False))
+    ablations = ablation_table(vpd, model, tokens[:2], lambda logits: logits[:, -1].std(), addresses[:5])
+    data = viz.DashboardData(clustering, table, graph, ablations, prompts=tokens[:3])
+    viz.dashboard(vpd, model, harvested, folder, data=data, config=config)
     return SimpleNamespace(**{k: v for k, v in locals().items() if k != "tmp_path_factory"})
 
 
@@ -89,11 +102,83 @@ def test_the_data_are_those_of_the_harvest(world):
         assert len(record["heads"]) == (2 if ".attn." in address else 0)
         expected = effects[address]["logit"].tolist() if address in effects else []
         assert [row[1] for row in record["logits"]] == pytest.approx(expected, rel=0.006)
+    assert index["scores"]["ablation"][:5] == pytest.approx(world.ablations["change"].tolist(), rel=0.006)
+    assert set(index["scores"]["ablation"][5:]) == {None}
     members = [[addresses[i] for i in c["members"]] for c in index["components"]]
     assert members == [[str(m) for m in c.members] for c in world.clustering]
     assert index["components"][0]["label"] == "a component"
     assert index["scores"]["intruder"][3] is None and index["scores"]["intruder"][5] == 5
-    assert set(index["scores"]) == {"intruder"}
+    assert set(index["scores"]) == {"intruder", "ablation"}
+
+
+def records_of(world) -> Iterator[tuple[str, Any]]:
+    """Address and record of every subcomponent."""
+    index = read(world.folder, "index")
+    for place, address in enumerate(world.addresses):
+        yield address, read(world.folder, f"{index['files'][index['site'][place]]}-0")[str(index["index"][place])]
+
+
+def test_edges_are_the_strongest_of_the_graph(world):
+    seen = 0
+    for address, record in records_of(world):
+        if address not in map(str, world.graph.nodes):
+            assert record["into"] == record["from"] == []
+            continue
+        for side, end, other in (("into", "target", "source"), ("from", "source", "target")):
+            table = world.graph.top_edges(8, **{end: address})
+            names = [world.addresses[i] if i >= 0 else "embed" for i, _ in record[side]]
+            assert names == table[other].tolist()
+            assert [w for _, w in record[side]] == pytest.approx(table["signed"].tolist(), rel=0.006)
+            seen += len(names)
+    assert seen > 50
+    components = read(world.folder, "index")["components"]
+    table = component_edges(world.graph, world.clustering)
+    table = table[table.source.str.startswith("component") & table.target.str.startswith("component")]
+    for number, component in enumerate(components):
+        expected = table[table.target == f"component:{number}"].head(8)
+        edges = [edge for edge in component["into"] if edge[0] >= 0]
+        assert [f"component:{i}" for i, _ in edges] == expected.source.tolist()[: len(edges)]
+        assert [w for _, w in edges] == pytest.approx(expected.weight.tolist()[: len(edges)], rel=0.006)
+
+
+@torch.no_grad()
+def test_heads_of_other_blocks_are_those_of_the_weights(world):
+    cfg = world.model.cfg
+    seen = 0
+    for address, record in records_of(world):
+        site, index = address.rpartition(":")[0], int(address.rpartition(":")[2])
+        layer, writes = int(site.split(".")[1]), site.endswith(("W_O", "W_out"))
+        expected = {}
+        for other in range(layer + 1, cfg.n_layers) if writes else range(layer):
+            attention = world.model.blocks[other].attn
+            for head in range(cfg.n_heads):
+                W = attention.W_V[head] @ attention.W_O[head]
+                vector = world.vpd.U[site][index] if writes else world.vpd.V[site][:, index]
+                moved = vector @ W if writes else W @ vector
+                expected[other, head] = float(moved.norm() / vector.norm() / W.norm() * cfg.d_model**0.5)
+        best = sorted(expected.items(), key=lambda item: -item[1])[:4]
+        assert [(b, h) for b, h, _ in record["passed"]] == [pair for pair, _ in best]
+        assert [x for *_, x in record["passed"]] == pytest.approx([x for _, x in best], abs=0.0051)
+        seen += len(best)
+    assert seen > 50
+
+
+def test_prompts_have_the_importances_of_their_tokens(world):
+    index = read(world.folder, "index")
+    ci = world.vpd.causal_importances(world.model, world.tokens[:3])
+    best = world.model(world.tokens[:3]).softmax(-1).max(-1)
+    assert len(index["prompts"]) == 3
+    for row in range(3):
+        record = read(world.folder, f"prompt-{row}")
+        assert [index["tokens"][t] for t in record["tokens"]] == [
+            label(world.hostile[t]) for t in world.tokens[row].tolist()
+        ]
+        assert [p for _, p in record["next"]] == pytest.approx((100 * best.values[row]).tolist(), abs=0.51)
+        for pos, listed in enumerate(record["at"]):
+            g = {place: x for place, x in enumerate((100 * ci.concatenated[row, pos]).round().int().tolist()) if x}
+            assert {place: x for place, x, _ in listed} == dict(sorted(g.items(), key=lambda i: -i[1])[: len(listed)])
+            assert len(listed) == min(len(g), 40)
+            assert [x for _, x, _ in listed] == sorted((x for _, x, _ in listed), reverse=True)
 
 
 def test_no_text_is_markup_in_any_file(world):
@@ -113,24 +198,33 @@ def test_what_is_wrong_is_said(world, tmp_path):
         return viz.dashboard(world.vpd, world.model, **arguments)
 
     with pytest.raises(KeyError, match=r"labels has blocks\.0\.attn\.W_Q:9, which was not harvested"):
-        made(labels={"blocks.0.attn.W_Q:9": "text"})
+        made(data=viz.DashboardData(labels={"blocks.0.attn.W_Q:9": "text"}))
     with pytest.raises(ValueError, match="'subcomponent' is needed"):
-        made(labels=pd.DataFrame({"label": ["x"]}))
+        made(data=viz.DashboardData(labels=pd.DataFrame({"label": ["x"]})))
     with pytest.raises(ValueError, match=r"has blocks\.0\.attn\.W_Q:0 twice"):
-        made(labels=pd.DataFrame({"subcomponent": [FIRST, FIRST], "label": ["x", "y"]}))
+        made(data=viz.DashboardData(labels=pd.DataFrame({"subcomponent": [FIRST, FIRST], "label": ["x", "y"]})))
+    with pytest.raises(ValueError, match="'subcomponent' and 'change' are needed"):
+        viz.DashboardData(ablations=pd.DataFrame({"subcomponent": [FIRST]}))
     with pytest.raises(FileExistsError):
         made(folder=world.folder)
     other = decomposition_of(world.model, C=3).to(torch.float64)
     with pytest.raises(ValueError, match="harvest is of a decomposition with other sites"):
         viz.dashboard(other, world.model, world.harvested, tmp_path / "new")
+    elsewhere = harvest(other, world.model, world.tokens, config=HarvestConfig(windows=1))
+    with pytest.raises(ValueError, match="clustering is of a decomposition with other sites"):
+        viz.dashboard(other, world.model, elsewhere, tmp_path / "new", data=viz.DashboardData(world.clustering))
+    with pytest.raises(IndexError, match="does not exist"):
+        viz.dashboard(other, world.model, elsewhere, tmp_path / "new", data=viz.DashboardData(graph=world.graph))
     assert not list(tmp_path.iterdir())
 
 
 def test_without_anything_optional(world, tmp_path):
     plain = harvest(world.vpd, world.model, world.tokens, [FIRST], config=HarvestConfig(windows=1))
     made = Labels({FIRST: Label("first", source="by hand")})
-    page = viz.dashboard(world.vpd, world.model, plain, tmp_path / "small", labels=made)
+    data = viz.DashboardData(labels=made, graph=world.graph)
+    page = viz.dashboard(world.vpd, world.model, plain, tmp_path / "small", data=data)
     record = read(page.parent, "site-0-0")["0"]
+    assert {place for place, _ in record["into"]} <= {-1} and record["from"] == []  # the only one with a page
     assert record["samples"] == record["histogram"] == record["neighbours"] == record["logits"] == []
     assert read(page.parent, "index")["labels"] == {"0": "first"}
 
@@ -142,13 +236,15 @@ def test_the_command(tmp_path):
     address = str(next(iter(small.site_axis.subcomponents())))
     (tmp_path / "labels.csv").write_text(f"subcomponent,label,score\n{address},the first,0.5\n", encoding="utf-8")
     arguments = ["dashboard", str(tmp_path / "small"), "--rows", "2", "--labels", str(tmp_path / "labels.csv")]
-    arguments += ["--out", str(tmp_path / "pages")]
+    arguments += ["--prompts", "2", "--graph-rows", "1", "--out", str(tmp_path / "pages")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     index = read(tmp_path / "pages", "index")
     assert len(index["index"]) == small.site_axis.total and index["title"] == "Subcomponents of small"
     assert index["labels"] == {"0": "the first"} and index["scores"]["score"][:2] == [0.5, None]
     assert sum(len(c["members"]) for c in index["components"]) > 0
+    assert len(index["prompts"]) == 2 and any(x for x in index["scores"]["ablation"])
+    assert any(read(tmp_path / "pages", f"{file}-0")[str(0)]["into"] for file in index["files"][1:])
     again = CliRunner().invoke(app, arguments)
     assert again.exit_code == 2 and "is not an empty folder" in again.output
     missing = CliRunner().invoke(app, [*arguments[:-1], str(tmp_path / "new"), "--labels", str(tmp_path / "none.csv")])
@@ -252,7 +348,7 @@ def test_pages_lead_to_the_next_and_to_components(browser, world):
     browser.evaluate("document.querySelector('.facts a').click()")
     wait_for_page(browser, "/component.html")
     component = world.clustering.of(LABELLED)
-    assert browser.evaluate("document.querySelector('h1').textContent") == f"Component {component.index}"
+    assert browser.evaluate("document.querySelector('h1').textContent") == f"Component {component.number}"
     assert browser.evaluate(ROWS) == [str(member) for member in component.members]
     check_nothing_ran(browser)
 
@@ -266,10 +362,44 @@ def test_addresses_that_do_not_exist_and_missing_files_are_said(browser, world, 
     assert "cannot be shown" in text and "data/index.js is missing" in text
 
 
+def test_prompts_are_looked_at_token_by_token(browser, world):
+    text = go(browser, world, "prompts.html#prompt=1")
+    assert text.startswith("All subcomponentsPrompts‹ previousnext ›Prompt 1")
+    tokens = browser.evaluate("[...document.querySelectorAll('.text a')].map(e => e.textContent)")
+    index = read(world.folder, "index")
+    record = read(world.folder, "prompt-1")
+    assert tokens == [index["tokens"][t] for t in record["tokens"]]
+    browser.evaluate("document.querySelectorAll('.text a')[4].click()")
+    browser.evaluate(READY)
+    rows = (
+        "[...document.querySelectorAll('#token tbody tr')].map(r => [...r.cells].slice(0, 2).map(c => c.textContent))"
+    )
+    shown = browser.evaluate(rows)
+    expected = [[world.addresses[i], g / 100] for i, g, _ in record["at"][4]]
+    assert [[name, float(g)] for name, g in shown] == expected
+    change = "(e => { e.value = 'blocks.1.mlp.W_in'; e.dispatchEvent(new Event('change')); })"
+    browser.evaluate(f"{change}(document.getElementById('site'))")
+    browser.evaluate(READY)
+    assert [name for name, _ in browser.evaluate(rows)] == [a for a, _ in expected if a.startswith("blocks.1.mlp.W_in")]
+    heads = browser.evaluate("[...document.querySelectorAll('.heat tbody th')].map(e => e.textContent)")
+    sums: dict[str, int] = {}
+    for listed in record["at"]:
+        for i, g, _ in listed:
+            if world.addresses[i].startswith("blocks.1.mlp.W_in"):
+                sums[world.addresses[i]] = sums.get(world.addresses[i], 0) + g
+    assert [f"blocks.{name}" for name in heads] == sorted(sums, key=lambda a: (-sums[a], world.addresses.index(a)))
+    check_nothing_ran(browser)
+    browser.evaluate("document.querySelector('.heat tbody th a').click()")
+    wait_for_page(browser, "/subcomponent.html")
+    assert browser.evaluate("document.querySelector('h1').textContent") == f"blocks.{heads[0]}"
+    check_nothing_ran(browser)
+    assert "There is no such prompt" in go(browser, world, "prompts.html#prompt=99")
+
+
 @pytest.mark.parametrize("width", [360, 800])
 def test_nothing_is_wider_than_the_screen(browser, world, width):
     browser.send("Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=True)
-    for page in ("index.html", f"subcomponent.html#{FIRST}", "component.html#0"):
+    for page in ("index.html", f"subcomponent.html#{FIRST}", "component.html#0", "prompts.html#prompt=0&token=2"):
         go(browser, world, page)
         assert browser.evaluate("document.documentElement.scrollWidth") <= width
     browser.send("Emulation.clearDeviceMetricsOverride")

@@ -9,7 +9,7 @@
 from tl_vpd.viz.attention import attention_by_offset, head_norms, pair_attention, static_strengths
 from tl_vpd.viz.attention_tokens import importances
 from tl_vpd.viz.comparison import comparison_page, comparison_panels
-from tl_vpd.viz.dashboard import DashboardConfig, dashboard
+from tl_vpd.viz.dashboard import DashboardConfig, DashboardData, dashboard
 from tl_vpd.viz.editing import edit_page, edit_panels
 from tl_vpd.viz.evaluation import evaluation_page
 from tl_vpd.viz.graphs import graph
@@ -20,6 +20,7 @@ from tl_vpd.viz.tables import table
 
 __all__ = [
     "DashboardConfig",
+    "DashboardData",
     "Panel",
     "attention_by_offset",
     "comparison_page",

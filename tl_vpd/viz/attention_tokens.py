@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.analysis import Window
+from tl_vpd.analysis import Component, Window
 from tl_vpd.analysis.nodes import several
 from tl_vpd.checks import integer
 from tl_vpd.forward.target_check import check_decomposition
@@ -34,7 +35,7 @@ def importances(
     decomposition: Decomposition,
     model: nn.Module,
     prompt: Any,
-    subcomponents: Sequence[str | Subcomponent] | None = None,
+    subcomponents: Sequence[str | Subcomponent | Component] | None = None,
     *,
     k: int = 6,
 ) -> Panel:
@@ -45,6 +46,7 @@ def importances(
         model: the target.
         prompt: a string, or the tokens of one prompt.
         subcomponents: to show (None: the ``k`` of the largest mean importance that are not above 0.5 at half the tokens or more).
+            A component in a list is one block, with the largest importance of its members and that member's activation.
         k: how many, where none are named.
 
     Raises:
@@ -62,25 +64,25 @@ def importances(
         often = (g.concatenated[0] > 0.5).float().mean(0) >= 0.5
         mean = g.concatenated[0].mean(0).masked_fill(often, 0)
         best = mean.topk(min(k, len(mean)))
-        chosen = [g.site_axis.at(i) for i, m in zip(best.indices.tolist(), best.values.tolist(), strict=True) if m > 0]
+        values = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        chosen: list[Subcomponent | Component] = [g.site_axis.at(i) for i, m in values if m > 0]
     else:
-        chosen = [decomposition.subcomponent(c) for c in several("subcomponents", subcomponents)]
+        named = several("subcomponents", subcomponents)
+        chosen = [c if isinstance(c, Component) else decomposition.subcomponent(c) for c in named]
     if not chosen:
         raise ValueError("There is nothing to show: no subcomponent was named, or none is important anywhere.")
     acts = decomposition.component_acts(model, g.tokens)
     words = adapt(model).words(g.tokens[0])
     blocks, scripts = [], []
     for c in chosen:
-        norm = decomposition.U[c.site][c.index].detach().norm().to(acts[c.site])
-        a = (acts[c.site][0, :, c.index] * norm).float().cpu()
-        ci = g[c.site][0, :, c.index].float().cpu()
+        ci, a = _values(decomposition, c, g, acts)
         peak = int(ci.nan_to_num(-1.0).argmax())
         window = Window(0, peak, 0, tuple(g.tokens[0].tolist()), tuple(words), ci, a)
         scale = scale_of([window])
         (place,), script_of_window = draw([window], scale)
         scripts.append(script_of_window)
         blocks.append(
-            f'<div class="window"><div class="where"><code>{escape(str(c))}</code><br>importance '
+            f'<div class="window"><div class="where"><code>{escape(c.address if isinstance(c, Component) else str(c))}</code><br>importance '
             f"up to {number(float(ci[peak]))}<br>activation up to {number(scale)}</div>{place}</div>{note_of([window])}"
         )
     legend = (
@@ -91,3 +93,19 @@ def importances(
     title = "Tokens by importance"
     body = f"<h3>{title}</h3>{legend}{''.join(blocks)}"
     return Panel(title=title, body=body, how_to_read=HOW, libraries=(library(),), scripts=tuple(scripts))
+
+
+def _values(
+    decomposition: Decomposition, shown: Subcomponent | Component, g: Mapping[str, Tensor], acts: Mapping[str, Tensor]
+) -> tuple[Float[Tensor, " pos"], Float[Tensor, " pos"]]:
+    """Importance and activation at each token; of a component those of the member that is most important there."""
+    members = list(shown) if isinstance(shown, Component) else [decomposition.subcomponent(shown)]
+    lags = shown.lags if isinstance(shown, Component) else (0,)
+    rows = []
+    for c, lag in zip(members, lags, strict=True):
+        norm = decomposition.U[c.site][c.index].detach().norm().to(acts[c.site])
+        both = torch.stack([g[c.site][0, :, c.index].float(), (acts[c.site][0, :, c.index] * norm).float()]).cpu()
+        rows.append(nn.functional.pad(both, (lag, 0))[:, : both.shape[1]])
+    importance, activation = torch.stack(rows, dim=1)
+    best = importance.nan_to_num(-1.0).argmax(0)[None]
+    return importance.gather(0, best)[0], activation.gather(0, best)[0]

@@ -68,10 +68,10 @@ def test_components_fire_where_a_member_does_with_its_largest_importance(model, 
     assert together.addresses[1] == "component:1"
     assert max(len(c.members) for c in clustering) > 1
     for component in clustering:
-        found = together.of(component.index)
-        where = (g[:, component.index] > 0.1).nonzero()[:, 0]
+        found = together.of(component.number)
+        where = (g[:, component.number] > 0.1).nonzero()[:, 0]
         assert_array_equal(together.at[found], where)
-        assert_allclose(together.importances[found], g[where, component.index], rtol=1e-6)
+        assert_allclose(together.importances[found], g[where, component.number], rtol=1e-6)
     with pytest.raises(KeyError, match="is not among"):
         firings(vpd, model, tokens, ["blocks.0.attn.W_K:2"]).components(clustering)
 

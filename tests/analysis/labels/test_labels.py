@@ -13,7 +13,8 @@ import torch
 from tests.analysis.labels.server import KEY, Server, text_reply
 from tests.analysis.labels.synthetic import firings_where, ruled, text
 from tests.tiny import some_tokens
-from tl_vpd.analysis import HarvestConfig, harvest
+from tl_vpd import editing, viz
+from tl_vpd.analysis import AuditConfig, HarvestConfig, attribution_graph, audit_circuit, harvest
 from tl_vpd.analysis.labels import (
     Endpoint,
     Label,
@@ -215,6 +216,38 @@ def test_answers_of_another_form_are_asked_for_again_and_count_as_wrong(judge, a
     assert len(server.bodies) == 2
 
 
+def test_labels_stand_beside_addresses_in_any_table():
+    labels = Labels({"blocks.0.mlp.W_in:1": Label("colon", "by hand"), "component:2": Label("indent", "by hand")})
+    edges = pd.DataFrame(
+        {"source": ["embed", "blocks.0.mlp.W_in:1@3"], "target": ["component:2@4", ")@4"], "n": [1, 2]}
+    )
+    beside = labels.beside(edges)
+    assert list(beside) == ["source", "source label", "target", "target label", "n"]
+    assert beside["source label"].tolist() == ["", "colon"] and beside["target label"].tolist() == ["indent", ""]
+    assert list(edges) == ["source", "target", "n"]
+    for column in ("subcomponent", "node"):
+        assert labels.beside(pd.DataFrame({column: ["blocks.0.mlp.W_in:1"]}))["label"].tolist() == ["colon"]
+    nothing = pd.DataFrame({"node": ["a0.h1"]})
+    pd.testing.assert_frame_equal(labels.beside(nothing), nothing)
+    with pytest.raises(ValueError, match="has a column 'label': leave it out"):
+        labels.beside(labels.to_pandas())
+
+
+def test_labels_show_in_graphs_audits_and_edits(model, vpd):
+    tokens = some_tokens(shape=(1, 5))
+    address = "blocks.1.mlp.W_out:0"
+    labels = Labels({address: Label("a label of the test", "by hand")})
+    graph = attribution_graph(vpd, model, tokens, targets=[0])
+    assert address in {label.partition("@")[0] for label in graph.labels}
+    assert "a label of the test" in viz.graph(graph, labels=labels).scripts[0]
+    config = AuditConfig(ablations=("adversarial",), budgets=(1,), controls=0)
+    audit = audit_circuit(vpd, model, tokens, ["blocks.0.mlp.W_in:1"], lambda x: x[:, -1, 0].mean(), config=config)
+    assert "a label of the test" in set(labels.beside(audit.top(200))["label"])
+    edit = editing.scale(vpd, address, 0.5)
+    assert labels.beside(edit.to_pandas())["label"].tolist() == ["a label of the test"]
+    assert "a label of the test" in viz.table(labels.beside(edit.to_pandas()), "The edit").body
+
+
 @pytest.fixture(scope="module")
 def local():
     """A random small language model with the bundled tokenizer."""
@@ -253,6 +286,8 @@ def test_a_local_model_takes_the_most_probable_choice(local):
         local.ask([Question(messages, int, choices=("1", "11"))], progress=False)
     written = local.ask([Question(messages, str, answer_tokens=5), Question(messages, int)], progress=False)
     assert isinstance(written[0], str) and written[1] is None
+    opened = local.ask([Question(messages, json.loads, answer_tokens=5, opening='{"label": "')], progress=False)
+    assert list(opened[0]) == ["label"]
     with pytest.raises(ValueError, match="random reads 2048: show fewer"):
         local.ask([Question(({"role": "user", "content": "word " * 2000},), int)], progress=False)
 

@@ -43,8 +43,10 @@ def calls(w: World) -> list[Call]:
             threshold=(0.25, number(0, 1)),
             greed=(0.5, number(above=0)),
             seed=(3, SEED),
+            lags=(2, integer(0, 64)),
             batch_size=(2, integer(1)),
         ),
+        call(clustering[0].nodes, "analysis: Component.nodes", pos=(1, integer(0))),
         call(
             lambda **o: analysis.cluster(**o).partition,
             "analysis: cluster",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from tests.campaigns.calls.kinds import Kind, either, how_many, integer, only, optional, path_to_read, text
+from tests.campaigns.calls.kinds import Kind, how_many, integer, only, optional, path_to_read, text
 from tests.campaigns.calls.world import OUT, Call, Q, World, call
 from tl_vpd import analysis, viz
 
@@ -38,6 +38,7 @@ def calls(w: World) -> list[Call]:
         "harvested": (first, only(first)),
     }
     table = pd.DataFrame({"subcomponent": [f"{Q}:1"], "label": ["a label"], "score": [0.5]})
+    data = viz.DashboardData(labels=table, prompts=w.tokens)
     return [
         call(
             analysis.harvest,
@@ -55,15 +56,27 @@ def calls(w: World) -> list[Call]:
         call(one.neighbours, k=(3, how_many), min_count=(1, how_many)),
         call(one.by_quantile, n=(2, integer(1))),
         call(analysis.Harvest.load, folder=(saved, path_to_read(saved))),
-        call(pages, "viz: dashboard", **target, labels=(table, optional(either(only(table)))), config=_config()),
-        call(pages, "viz: dashboard(clustering)", **target, clustering=(None, only(None))),
+        call(pages, "viz: dashboard", **target, data=(data, optional(only(data))), config=_config()),
+        call(
+            lambda **o: vars(viz.DashboardData(**o)),
+            "viz: DashboardData",
+            labels=(table, lambda v: None),
+            clustering=(None, only(None)),
+            graph=(None, only(None)),
+            ablations=(None, only(None)),
+            prompts=(w.tokens, lambda v: None),
+        ),
         call(pages_in, "viz: dashboard(folder)", folder=(w.folder / "pages", new)),
         call(
             viz.DashboardConfig,
             title=("A title", text),
             logits=(3, integer(1)),
             min_count=(3, integer(1)),
-            **{name: (3, integer(0)) for name in ("windows", "samples", "radius", "tokens", "neighbours")},
+            per_token=(3, integer(1)),
+            **{
+                name: (3, integer(0))
+                for name in ("windows", "samples", "radius", "tokens", "neighbours", "edges", "heads")
+            },
         ),
     ]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pandas as pd
+
 from tests.analysis.labels.synthetic import ruled
 from tests.campaigns.calls.analysis import config
 from tests.campaigns.calls.configs import fields
@@ -122,12 +124,18 @@ def calls(w: World) -> list[Call]:
         ),
         call(labels.text, "analysis: Labels.text", address=(rules.addresses[0], _any_address)),
         call(labels.top, "analysis: Labels.top", k=(2, how_many)),
+        call(labels.beside, "analysis: Labels.beside", table=(fires.to_pandas(), any_of_type(pd.DataFrame))),
         call(labels.with_scores, "analysis: Labels.with_scores", scores=(scores, only(scores))),
         call(labels.save, "analysis: Labels.save", path=(w.folder / "new_labels.json", file_to_write)),
         call(lambda path: dict(analysis.Labels.load(path)), "analysis: Labels.load", path=(saved, path_to_read(saved))),
         call(scores.top, "analysis: LabelScores.top", k=(2, how_many)),
         call(analysis.Endpoint, **{**fields(analysis.Endpoint), "base_url": (URL, form), "model": ("small", form)}),
     ]
+
+
+def any_of_type(kind: type) -> Kind:
+    """Whatever is of a type."""
+    return lambda v: isinstance(v, kind)
 
 
 def _all_in(value: Any, listed: set[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -29,6 +29,8 @@ class ClusterConfig:
         greed: of all pairs, ranked by the change of the description length, the pair of rank n is merged with probability
             ∝ ``e^(−greed · n)``.
         seed: of these choices.
+        lags: members of a component may be important up to this many tokens apart (0: at one token). Each pair of groups is
+            merged at the lag at which they are most often important together.
         batch_size: rows run at once.
 
     Raises:
@@ -40,10 +42,11 @@ class ClusterConfig:
     threshold: float = 0.01
     greed: float = 0.2
     seed: int = 0
+    lags: int = 0
     batch_size: int = 32
 
     def __post_init__(self) -> None:
-        check_fields(self, alpha=0, batch_size=1)
+        check_fields(self, alpha=0, lags=(0, 64), batch_size=1)
         number("greed", self.greed, above=0)
 
 
@@ -76,8 +79,9 @@ def cluster(
 
 def clustered(patterns: Patterns, config: ClusterConfig) -> Clustering:
     """Components of patterns."""
-    history = merge(patterns.important, alpha=config.alpha, greed=config.greed, seed=config.seed)
-    settings = {name: getattr(config, name) for name in ("alpha", "greed", "seed")} | {"threshold": patterns.threshold}
+    options = {name: getattr(config, name) for name in ("alpha", "greed", "seed", "lags")}
+    history = merge(patterns.important, **options, lengths=patterns.lengths)
+    settings = options | {"threshold": patterns.threshold}
     counts = np.diff(patterns.important.indptr).astype(np.int64)
     rest = patterns.chosen, counts, patterns.n_tokens, patterns.site_axis, settings
     return Clustering(history, history.shortest, *rest)
@@ -151,8 +155,9 @@ def cluster_ensemble(
     null, made = patterns.shuffled(config.seed), {}
     for alpha in resolutions:
         for seed in starts:
-            made[alpha, seed] = clustered(patterns, _with(config, alpha, seed))
-    return ClusterEnsemble(made, {alpha: clustered(null, _with(config, alpha, starts[0])) for alpha in resolutions})
+            made[alpha, seed] = clustered(patterns, replace(config, alpha=alpha, seed=seed))
+    first = replace(config, seed=starts[0])
+    return ClusterEnsemble(made, {alpha: clustered(null, replace(first, alpha=alpha)) for alpha in resolutions})
 
 
 def variation_of_information(a: Any, b: Any) -> float:
@@ -180,10 +185,6 @@ def _entropy(columns: np.ndarray) -> float:
 
 def _of_several(clustering: Clustering) -> int:
     return sum(len(component.members) > 1 for component in clustering)
-
-
-def _with(config: ClusterConfig, alpha: float, seed: int) -> ClusterConfig:
-    return ClusterConfig(alpha, config.threshold, config.greed, seed, config.batch_size)
 
 
 def _patterns(decomposition: Decomposition, model: nn.Module, prompts: Any, config: ClusterConfig) -> Patterns:

@@ -2,7 +2,7 @@
 
 >>> clustering = cluster(vpd, model, tokens)                     # doctest: +SKIP
 >>> clustering.top(5)                                            # doctest: +SKIP
->>> with vpd.attach(model) as attached, attached.ablated(clustering[3].members):      # doctest: +SKIP
+>>> with vpd.attach(model) as attached, attached.ablated(clustering[3]):      # doctest: +SKIP
 ...     model(prompt)
 
 What may be claimed: which subcomponents are important at the same tokens of these texts. How many components there are depends on
@@ -23,9 +23,10 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
-from torch import Tensor
+from torch import Tensor, nn
 
 from tl_vpd.analysis.clustering.merging import MergeHistory
+from tl_vpd.analysis.nodes import Node
 from tl_vpd.checks import instance, integer, path_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.files.json_files import read_json, write_json
@@ -33,31 +34,57 @@ from tl_vpd.frozen import Frozen
 from tl_vpd.hooks import CausalImportances
 from tl_vpd.site import ConcatenatedAxis, Subcomponent
 
+COMPONENT = "component"
+"""``component:7`` is the address of a clustering's component 7."""
+
 
 @dataclass(frozen=True)
-class Component:
-    """A group of subcomponents.
+class Component(Sequence[Subcomponent]):
+    """A group of subcomponents: the sequence of its members, which goes wherever subcomponents are asked for.
 
     Attributes:
-        index: its number in the clustering, by how often it is important.
-        members: its subcomponents; the list goes wherever subcomponents are asked for.
-        tokens: at how many tokens one of them is important.
+        number: in the clustering, by how often it is important.
+        members: its subcomponents.
+        lags: how many tokens before the component each member is important; all 0 unless merged over lags.
+        tokens: at how many tokens it is important.
         density: the same as a fraction of all tokens.
     """
 
-    index: int
+    number: int
     members: tuple[Subcomponent, ...]
+    lags: tuple[int, ...]
     tokens: int
     density: float
+
+    @property
+    def address(self) -> str:
+        """``component:7``, as labels and tables name it."""
+        return f"{COMPONENT}:{self.number}"
 
     @property
     def sites(self) -> tuple[str, ...]:
         """The sites of its members, each once."""
         return tuple(dict.fromkeys(member.site for member in self.members))
 
+    def nodes(self, pos: int) -> list[Node]:
+        """Its members where they are important if the component is important at a position; those before the prompt are left out.
+
+        Args:
+            pos: of the component, counted from the start.
+        """
+        pos = integer("pos", pos, minimum=0)
+        pairs = zip(self.members, self.lags, strict=True)
+        return [Node(member.site, member.index, pos - lag) for member, lag in pairs if lag <= pos]
+
+    def __getitem__(self, index: int) -> Subcomponent:  # type: ignore[override]
+        return self.members[index]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
     def __str__(self) -> str:
         more = f" and {len(self.members) - 3} more" if len(self.members) > 3 else ""
-        return f"component {self.index}: {', '.join(map(str, self.members[:3]))}{more}"
+        return f"{self.address}: {', '.join(map(str, self.members[:3]))}{more}"
 
 
 @dataclass(frozen=True)
@@ -71,7 +98,7 @@ class Clustering(Sequence[Component]):
         counts: at how many tokens each of these is important.
         n_tokens: how many tokens were looked at.
         site_axis: of the decomposition.
-        settings: ``alpha``, ``threshold``, ``greed``, ``seed``.
+        settings: ``alpha``, ``threshold``, ``greed``, ``seed``, ``lags``.
     """
 
     history: MergeHistory
@@ -102,12 +129,13 @@ class Clustering(Sequence[Component]):
     def components(self) -> tuple[Component, ...]:
         """All components."""
         subcomponents = [self.site_axis.at(int(i)) for i in self.chosen]
-        members: list[list[Subcomponent]] = [[] for _ in self._tokens]
-        for subcomponent, number in zip(subcomponents, self.partition.tolist(), strict=True):
-            members[number].append(subcomponent)
-        tokens = np.sort(self._tokens)[::-1].tolist()
+        members: list[list[int]] = [[] for _ in self._tokens]
+        for place, number in enumerate(self.partition.tolist()):
+            members[number].append(place)
+        tokens, offsets = np.sort(self._tokens)[::-1].tolist(), self.history.offsets(self.merges).tolist()
         return tuple(
-            Component(i, tuple(m), n, n / self.n_tokens) for i, (m, n) in enumerate(zip(members, tokens, strict=True))
+            Component(i, tuple(subcomponents[m] for m in group), tuple(offsets[m] for m in group), n, n / self.n_tokens)
+            for i, (group, n) in enumerate(zip(members, tokens, strict=True))
         )
 
     def __getitem__(self, index: int) -> Component:  # type: ignore[override]
@@ -148,7 +176,7 @@ class Clustering(Sequence[Component]):
         return replace(self, merges=integer("merges", merges, minimum=0, maximum=len(self.history.pairs)))
 
     def importances(self, ci: CausalImportances) -> Float[Tensor, "*batch component"]:
-        """The largest importance of every component's members.
+        """The largest importance of every component's members, each at its lag before the position.
 
         Args:
             ci: of this decomposition, ``[batch, pos, C_total]``.
@@ -165,19 +193,25 @@ class Clustering(Sequence[Component]):
             )
         g = ci.concatenated
         values = g[..., torch.as_tensor(self.chosen, device=g.device)]
+        offsets = torch.as_tensor(self.history.offsets(self.merges), device=g.device)
+        for lag in offsets.unique().tolist():
+            if lag:  # at the first positions there is nothing before
+                columns = offsets == lag
+                values[..., columns] = nn.functional.pad(values[..., columns], (0, 0, lag, 0))[..., :-lag, :]
         number = torch.as_tensor(self.partition, device=g.device).expand(values.shape)
         result = values.new_zeros(*values.shape[:-1], len(self))
         return result.scatter_reduce(-1, number, values, "amax")
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per component: ``component, members, sites, tokens, density``."""
+        """One row per component: ``component, members, sites, tokens, density, lags``, the first member."""
         return pd.DataFrame(
             {
-                "component": [c.index for c in self],
+                "component": [c.number for c in self],
                 "members": [len(c.members) for c in self],
                 "sites": [" ".join(c.sites) for c in self],
                 "tokens": [c.tokens for c in self],
                 "density": [c.density for c in self],
+                "lags": [max(c.lags) for c in self],
                 "first": [str(c.members[0]) for c in self],
             }
         )
@@ -226,12 +260,10 @@ class Clustering(Sequence[Component]):
             raise ValueError(f"{path} is not a whole clustering that save() wrote: {error}") from error
         if stored.sites != decomposition.counts:
             raise ValueError(f"{path} is of a decomposition with other sites or numbers of subcomponents.")
-        integers = (
-            np.array(values, dtype=np.int64) for values in (stored.pairs, stored.tokens, stored.chosen, stored.counts)
-        )
-        pairs, tokens, chosen, counts = integers
+        lists = stored.pairs, stored.tokens, stored.chosen, stored.counts, stored.lags or [0] * len(stored.pairs)
+        pairs, tokens, chosen, counts, lags = (np.array(values, dtype=np.int64) for values in lists)
         lengths = np.array(stored.description_length), np.array(stored.best_change)
-        history = MergeHistory(pairs.reshape(-1, 2), *lengths, tokens)
+        history = MergeHistory(pairs.reshape(-1, 2), *lengths, tokens, lags)
         return cls(history, stored.merges, chosen, counts, stored.n_tokens, decomposition.site_axis, stored.settings)
 
 
@@ -249,12 +281,14 @@ class StoredClustering(Frozen):
     tokens: tuple[int, ...]
     description_length: tuple[float, ...]
     best_change: tuple[float, ...]
+    lags: tuple[int, ...] | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> StoredClustering:
         n, total = len(self.chosen), sum(self.sites.values())
-        lengths = [len(x) for x in (self.counts, self.pairs, self.tokens, self.description_length, self.best_change)]
-        if lengths != [n, n - 1, n - 1, n, n - 1] or self.merges >= n:
+        of_rounds = self.pairs, self.tokens, self.best_change, *([] if self.lags is None else [self.lags])
+        right = len(self.counts) == n == len(self.description_length) and {len(x) for x in of_rounds} == {n - 1}
+        if not right or self.merges >= n:
             raise ValueError("its merges and subcomponents do not fit together.")
         if list(self.chosen) != sorted(set(self.chosen)) or self.chosen[0] < 0 or self.chosen[-1] >= total:
             raise ValueError("its subcomponents do not exist, or stand there twice.")

@@ -19,7 +19,7 @@ group is left.
 
 Exact, and fast enough for 10,000 subcomponents: a pair's change depends on the round through log2(k − 1) alone, which falls. So a
 row's smallest change of an earlier round is a lower bound of today's, and only the few rows with the lowest bounds are looked at.
-Left out: importance at other positions (a query's piece with the previous token's key).
+With ``lags`` groups have members that fire some tokens apart, and s counts their events (``lagged``); all else is the same.
 """
 
 from __future__ import annotations
@@ -27,12 +27,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.sparse
 from jaxtyping import Bool, Float, Int
 
-from tl_vpd.analysis.clustering.overlaps import Overlaps
-
-Matrix = scipy.sparse.csc_matrix
+from tl_vpd.analysis.clustering.lagged import LaggedOverlaps
+from tl_vpd.analysis.clustering.overlaps import Matrix, Overlaps
 
 
 @dataclass(frozen=True)
@@ -44,12 +42,14 @@ class MergeHistory:
         description_length: in bits, before the first round and after each.
         best_change: of each round, the smallest change of any pair, in bits.
         tokens: at which the merged group of each round is important.
+        lags: at which lag each pair was merged: by how many tokens events of the second group were later (negative: earlier).
     """
 
     pairs: Int[np.ndarray, "round 2"]
     description_length: Float[np.ndarray, " length"]
     best_change: Float[np.ndarray, " round"]
     tokens: Int[np.ndarray, " round"]
+    lags: Int[np.ndarray, " round"]
 
     @property
     def shortest(self) -> int:
@@ -70,6 +70,20 @@ class MergeHistory:
             group[i] = group[parent]
         return np.unique(group, return_inverse=True)[1]
 
+    def offsets(self, merges: int | None = None) -> Int[np.ndarray, " n"]:
+        """How many tokens before its group's events each subcomponent is important.
+
+        Args:
+            merges: how many (None: as many as give the shortest description).
+        """
+        merges = self.shortest if merges is None else merges
+        offsets, members = np.zeros(len(self.pairs) + 1, dtype=np.int64), {i: [i] for i in range(len(self.pairs) + 1)}
+        for (first, second), lag in zip(self.pairs[:merges].tolist(), self.lags.tolist(), strict=False):
+            offsets[members[first]] += max(lag, 0)
+            offsets[members[second]] += max(-lag, 0)
+            members[first] += members.pop(second)
+        return offsets
+
 
 def description_length(important: Bool[np.ndarray, "token n"], partition: Int[np.ndarray, " n"], alpha: float) -> float:
     """L in bits, from its definition.
@@ -87,7 +101,15 @@ def description_length(important: Bool[np.ndarray, "token n"], partition: Int[np
     return float(bits)
 
 
-def merge(important: Matrix, *, alpha: float, greed: float = 0.2, seed: int = 0) -> MergeHistory:
+def merge(
+    important: Matrix,
+    *,
+    alpha: float,
+    greed: float = 0.2,
+    seed: int = 0,
+    lags: int = 0,
+    lengths: Int[np.ndarray, " row"] | None = None,
+) -> MergeHistory:
     """Merges until one group is left.
 
     Args:
@@ -95,12 +117,15 @@ def merge(important: Matrix, *, alpha: float, greed: float = 0.2, seed: int = 0)
         alpha: bits per rank; the larger, the smaller the groups.
         greed: the pair of rank n is chosen with probability ∝ ``e^(−greed · n)``.
         seed: of these choices.
+        lags: up to how many tokens apart members may be important.
+        lengths: tokens of every row, between which nothing is important together (None: there is one row).
     """
-    overlaps = Overlaps(important)
+    rows = np.array([important.shape[0]]) if lengths is None else lengths
+    overlaps = LaggedOverlaps(important, rows, lags) if lags else Overlaps(important)
     n, generator = overlaps.k, np.random.default_rng(seed % (1 << 64))
     rank, first = np.ones(n), np.arange(n)
     bound = np.full(n, -np.inf)
-    pairs, changes, best, tokens = [], [], [], []
+    pairs, changes, best, tokens, merged_at = [], [], [], [], []
     start = float(overlaps.counts.sum()) * (np.log2(n) + alpha)
     for k in range(n, 1, -1):
         # 1. The rank of the pair, of k (k − 1) / 2, from the geometric distribution.
@@ -112,7 +137,8 @@ def merge(important: Matrix, *, alpha: float, greed: float = 0.2, seed: int = 0)
         best.append(smallest + shift)
         pairs.append((min(first[i], first[j]), max(first[i], first[j])))
         # 3. The merged group stands at i; the last one moves to j.
-        overlaps.merge(i, j)
+        lag = overlaps.merge(i, j)
+        merged_at.append(lag if first[i] < first[j] else -lag)
         tokens.append(int(overlaps.counts[i]))
         rank[i] += rank[j]
         first[i] = min(first[i], first[j])
@@ -122,14 +148,14 @@ def merge(important: Matrix, *, alpha: float, greed: float = 0.2, seed: int = 0)
             row = _changes(overlaps, rank[: k - 1], np.array([i]), alpha)[0]
             bound[: k - 1] = np.minimum(bound[: k - 1], row)
             bound[i] = row.min()
-    lengths = start + np.concatenate([[0.0], np.cumsum(changes)])
-    return MergeHistory(
-        np.array(pairs, dtype=np.int64).reshape(-1, 2), lengths, np.array(best), np.array(tokens, dtype=np.int64)
-    )
+    description = start + np.concatenate([[0.0], np.cumsum(changes)])
+    integers = (np.array(values, dtype=np.int64) for values in (pairs, tokens, merged_at))
+    merged, events, at = integers
+    return MergeHistory(merged.reshape(-1, 2), description, np.array(best), events, at)
 
 
 def _changes(
-    overlaps: Overlaps, rank: Float[np.ndarray, " k"], rows: Int[np.ndarray, " m"], alpha: float
+    overlaps: Overlaps | LaggedOverlaps, rank: Float[np.ndarray, " k"], rows: Int[np.ndarray, " m"], alpha: float
 ) -> Float[np.ndarray, "m k"]:
     """ΔL without its first term, which all pairs have, of the pairs of these rows; infinite on the diagonal."""
     k = len(rank)
@@ -141,7 +167,11 @@ def _changes(
 
 
 def _pair_of_rank(
-    overlaps: Overlaps, rank: Float[np.ndarray, " k"], bound: Float[np.ndarray, " k"], alpha: float, wanted: int
+    overlaps: Overlaps | LaggedOverlaps,
+    rank: Float[np.ndarray, " k"],
+    bound: Float[np.ndarray, " k"],
+    alpha: float,
+    wanted: int,
 ) -> tuple[int, int, float, float]:
     """The pair of this rank (0: the smallest change), the lower row first, its change, and the smallest one.
 

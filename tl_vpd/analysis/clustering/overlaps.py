@@ -37,18 +37,15 @@ class Overlaps:
         self.by_token = columns.tocsr()
         self.per_token = np.diff(self.by_token.indptr)
         self.group = np.arange(self.k)
-        self.words = np.zeros((self.k, -(-n_tokens // 64)), dtype=np.uint64)
-        for i in range(self.k):
-            tokens = columns.indices[columns.indptr[i] : columns.indptr[i + 1]].astype(np.uint64)
-            np.bitwise_or.at(self.words[i], tokens >> np.uint64(6), np.uint64(1) << (tokens & np.uint64(63)))
+        self.words = packed(columns)
         rows = columns.T.tocsr().astype(exact)
         self.together = np.empty((self.k, self.k), dtype=exact)
         for start in range(0, self.k, _ROWS):
             self.together[start : start + _ROWS] = (rows[start : start + _ROWS] @ rows.T).toarray()
         self.counts = self.together.diagonal().astype(np.float64)
 
-    def merge(self, i: int, j: int) -> None:
-        """Group i becomes the union with j, and the last group takes j's place."""
+    def merge(self, i: int, j: int) -> int:
+        """Group i becomes the union with j, and the last group takes j's place; the lag at which they were merged, 0."""
         k, last = self.k, self.k - 1
         row = self.together[i, :k] + self.together[j, :k] - self._in_all_three(i, j)
         union = self.counts[i] + self.counts[j] - self.together[i, j]
@@ -62,6 +59,7 @@ class Overlaps:
             self.words[j], self.counts[j] = self.words[last], self.counts[last]
             self.group[self.group == last] = j
         self.k = last
+        return 0
 
     def _in_all_three(self, i: int, j: int) -> Shaped[np.ndarray, " k"]:
         """``s_ijm`` for every group m."""
@@ -75,7 +73,7 @@ class Overlaps:
             return self._by_subcomponent(tokens)
         every = len(words) > self.words.shape[1] // 2  # a gather costs as much as twice as many words in a row
         shared = self.words[: self.k] & both if every else self.words[: self.k, words] & both[words]
-        return _ones(shared).astype(self.together.dtype)
+        return ones(shared).astype(self.together.dtype)
 
     def _by_subcomponent(self, tokens: Int[np.ndarray, " m"]) -> Shaped[np.ndarray, " k"]:
         """At how many of these tokens each group is important, from the subcomponents that are important there."""
@@ -87,7 +85,17 @@ class Overlaps:
         return present.sum(0, dtype=self.together.dtype)
 
 
-def _ones(words: Shaped[np.ndarray, "k word"]) -> Int[np.ndarray, " k"]:
+def packed(columns: Matrix) -> Shaped[np.ndarray, "k word"]:
+    """Each column as bits, 64 tokens in a word."""
+    n_tokens, k = columns.shape
+    words = np.zeros((k, -(-n_tokens // 64)), dtype=np.uint64)
+    for i in range(k):
+        tokens = columns.indices[columns.indptr[i] : columns.indptr[i + 1]].astype(np.uint64)
+        np.bitwise_or.at(words[i], tokens >> np.uint64(6), np.uint64(1) << (tokens & np.uint64(63)))
+    return words
+
+
+def ones(words: Shaped[np.ndarray, "k word"]) -> Int[np.ndarray, " k"]:
     """How many bits of each row are 1."""
     if hasattr(np, "bitwise_count"):  # NumPy 2
         return np.bitwise_count(words).sum(1, dtype=np.int64)

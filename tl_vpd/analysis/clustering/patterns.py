@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,14 @@ class Patterns:
         chosen: each column's place on ``site_axis``, ascending.
         site_axis: of the decomposition.
         threshold: a subcomponent is important where its importance exceeds it.
+        lengths: real tokens of every row.
     """
 
     important: scipy.sparse.csc_matrix
     chosen: Int[np.ndarray, " n"]
     site_axis: ConcatenatedAxis
     threshold: float
+    lengths: Int[np.ndarray, " row"]
 
     @property
     def n_tokens(self) -> int:
@@ -45,7 +47,7 @@ class Patterns:
         tokens = [np.sort(generator.choice(self.n_tokens, size, replace=False)) for size in counts]
         entries = np.concatenate(tokens) if tokens else columns.indices
         matrix = scipy.sparse.csc_matrix((columns.data, entries, columns.indptr), shape=columns.shape)
-        return Patterns(matrix, self.chosen, self.site_axis, self.threshold)
+        return replace(self, important=matrix)
 
 
 @torch.no_grad()
@@ -79,6 +81,7 @@ def importance_patterns(
     threshold = number("threshold", threshold, minimum=0, maximum=1)
     batch_size = integer("batch_size", batch_size, minimum=1)
     site_axis, columns, ends = decomposition.site_axis, [], [np.zeros(1, dtype=np.int64)]
+    lengths: list[int] = []
     with MaskedModel(decomposition, model) as masked_model:
         tokens = masked_model.adapter.tokens(prompts)
         token_mask = masked_model.adapter.padding(tokens, attention_mask)
@@ -88,6 +91,8 @@ def importance_patterns(
             _, inputs = masked_model.clean(tokens[rows], batch_mask)
             g = decomposition.importances(inputs, batch_mask)
             important = (g > threshold).flatten(0, -2) if batch_mask is None else (g > threshold)[batch_mask]
+            n_pos = g.shape[1] if g.ndim > 2 else 1
+            lengths += [n_pos] * len(g) if batch_mask is None else batch_mask.sum(1).tolist()
             token, subcomponent = (axis.cpu().numpy() for axis in important.nonzero(as_tuple=True))
             columns.append(subcomponent.astype(np.int32))
             ends.append(ends[-1][-1] + np.bincount(token, minlength=len(important)).cumsum())
@@ -99,4 +104,4 @@ def importance_patterns(
         raise ValueError(
             f"No subcomponent has an importance above {threshold:g} at any of {shape[0]} tokens: lower the threshold."
         )
-    return Patterns(matrix[:, chosen], chosen, site_axis, threshold)
+    return Patterns(matrix[:, chosen], chosen, site_axis, threshold, np.array(lengths))

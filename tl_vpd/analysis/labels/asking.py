@@ -28,12 +28,14 @@ class Question:
         parse: reads an answer; raises ValueError, in one sentence, for one that is not as asked for.
         answer_tokens: the longest answer.
         choices: the answers that are allowed, of which the model takes the most probable one (None: it writes text).
+        opening: how an answer in JSON with one text begins, which a small model in this process has only to continue.
     """
 
     messages: tuple[Message, ...]
     parse: Callable[[str], Any]
     answer_tokens: int = 200
     choices: tuple[str, ...] | None = None
+    opening: str = ""
 
     @property
     def tokens(self) -> int:

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 import torch
 
+from tl_vpd.analysis.clustering.clustering import COMPONENT
 from tl_vpd.analysis.harvest import Harvest, Window
 from tl_vpd.analysis.harvest.tokens import count_tokens
-from tl_vpd.analysis.labels.firings import COMPONENT, Firings
+from tl_vpd.analysis.labels.firings import Firings
 from tl_vpd.analysis.labels.trials import TrialMaker
 from tl_vpd.analysis.nodes import several
 from tl_vpd.site import Subcomponent

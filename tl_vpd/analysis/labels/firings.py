@@ -31,9 +31,6 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.site import Subcomponent, nearest
 
-COMPONENT = "component"
-"""``component:7`` is the address of a clustering's component 7."""
-
 
 @dataclass(frozen=True)
 class FiringsConfig:
@@ -162,7 +159,7 @@ class Firings:
             order = np.lexsort((-g, at))
             order = order[np.unique(at[order], return_index=True)[1]]
             merged.append((at[order], g[order], a[order]))
-        names = tuple(f"{COMPONENT}:{component.index}" for component in clustering)
+        names = tuple(component.address for component in clustering)
         return joined(replace(self, addresses=names), merged)
 
     def to_pandas(self) -> pd.DataFrame:

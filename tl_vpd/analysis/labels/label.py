@@ -136,6 +136,7 @@ def _questions(evidence: Sequence[Evidence], config: LabelConfig) -> list[Questi
             label_messages(e, max_words=config.max_words, tokens=config.tokens),
             parse,
             answer_tokens=20 + 8 * config.max_words,
+            opening='{"label": "',
         )
         for e in evidence
     ]

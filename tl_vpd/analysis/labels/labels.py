@@ -101,6 +101,30 @@ class Labels(Mapping[str, Label]):
         """The text of a label, empty where there is none."""
         return str(self.by_address.get(str(Subcomponent.parse(address)), ""))
 
+    def beside(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Any table with the labels of what it names: of subcomponents, nodes of a graph or an audit, edges, pairs, edits.
+
+        After each column of addresses (with positions or without) there is one with their labels: ``label`` after
+        ``subcomponent`` and ``node``, ``source label`` after ``source``.
+
+        Args:
+            table: of which no column is changed.
+
+        Raises:
+            TypeError: it is not a DataFrame.
+            ValueError: it has a column of that name.
+        """
+        instance("table", table, pd.DataFrame)
+        result = table.copy()
+        for column in table:
+            texts = [str(self.by_address.get(str(value).partition("@")[0], "")) for value in table[column]]
+            if any(texts):
+                name = "label" if column in ("subcomponent", "node") else f"{column} label"
+                if name in result:
+                    raise ValueError(f"The table has a column {name!r}: leave it out.")
+                result.insert(int(result.columns.get_loc(column)) + 1, name, texts)
+        return result
+
     def with_scores(self, scores: LabelScores) -> Labels:
         """The same labels with a judge's scores; those of addresses without a label are left out."""
         instance("scores", scores, LabelScores)

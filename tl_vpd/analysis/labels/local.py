@@ -76,7 +76,9 @@ class LocalModel:
                 do_sample=False,
                 pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id or 0,
             )
-            text = self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+            text = question.opening + self.tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True)
+            if question.opening:
+                text = text[: len(question.opening)] + text[len(question.opening) :].split('"')[0] + '"}'
         else:
             last = [self.tokenizer.encode(choice, add_special_tokens=False)[-1] for choice in question.choices]
             if len(set(last)) < len(last):
@@ -98,5 +100,5 @@ class LocalModel:
             )
         else:
             text = "\n\n".join([*(m["content"] for m in question.messages), "Answer: "])
-        encoded = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        encoded = self.tokenizer(text + question.opening, add_special_tokens=False, return_tensors="pt")
         return encoded["input_ids"].to(next(self.model.parameters()).device)

@@ -4,6 +4,7 @@
 """
 
 from tl_vpd.viz.dashboard.config import DashboardConfig
+from tl_vpd.viz.dashboard.data import DashboardData
 from tl_vpd.viz.dashboard.write import dashboard
 
-__all__ = ["DashboardConfig", "dashboard"]
+__all__ = ["DashboardConfig", "DashboardData", "dashboard"]

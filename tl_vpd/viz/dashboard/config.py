@@ -20,6 +20,9 @@ class DashboardConfig:
         min_count: how often a subcomponent fires at a token, or with a neighbour, for it to be listed.
         logits: tokens at each end of the logits.
         neighbours: pairs of subcomponent and lag.
+        edges: of the dataset graph into each subcomponent or component, and as many out of it.
+        heads: of other blocks that read what a subcomponent writes, or write what it reads.
+        per_token: subcomponents that are listed at each token of a prompt, those of the largest importance.
 
     Raises:
         TypeError: a value is of another type.
@@ -34,7 +37,10 @@ class DashboardConfig:
     min_count: int = 2
     logits: int = 8
     neighbours: int = 12
+    edges: int = 8
+    heads: int = 4
+    per_token: int = 40
 
     def __post_init__(self) -> None:
-        sizes = ("windows", "samples", "radius", "tokens", "neighbours")
-        check_fields(self, **dict.fromkeys(sizes, 0), min_count=1, logits=1)
+        sizes = ("windows", "samples", "radius", "tokens", "neighbours", "edges", "heads")
+        check_fields(self, **dict.fromkeys(sizes, 0), min_count=1, logits=1, per_token=1)

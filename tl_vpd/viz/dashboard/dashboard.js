@@ -45,6 +45,8 @@ window.tlVpd = (function () {
   const toSubcomponent = (i, text) => h("a", { href: "subcomponent.html#" + encodeURIComponent(address(i)) }, text || address(i));
   const toComponent = k => h("a", { href: "component.html#" + k }, "component " + k);
 
+  const toPrompts = () => data.prompts.length ? h("a", { href: "prompts.html#prompt=0", id: "prompts" }, "Prompts") : null;
+
   async function record(i) {
     const shard = await load(data.files[data.site[i]] + "-" + Math.floor(data.index[i] / data.shard));
     return shard[data.index[i]];
@@ -154,7 +156,7 @@ window.tlVpd = (function () {
           onchange: e => change("all", e.target.checked ? "1" : "") }), "with dead ones"),
         data.components.length ? h("label", { class: "check" }, h("input", { type: "checkbox", id: "components",
           checked: state.show ? "" : null, onchange: e => change("show", e.target.checked ? "components" : "") }), "components") : null,
-        count),
+        toPrompts(), count),
       h("section", { class: "card" }, place));
     draw();
   }
@@ -202,9 +204,34 @@ window.tlVpd = (function () {
       { name: "tokens later", show: r => r[1] === 0 ? "0" : (r[1] > 0 ? "+" : "−") + Math.abs(r[1]) },
       { name: "together", minor: true, show: r => number(r[2]) }, { name: "Jaccard", show: r => number(r[3] / 1000) }];
     if (rows.some(r => label(r[0]))) columns.push({ name: "label", words: true, free: true, show: r => label(r[0]) });
-    const element = card("Neighbours", "They fire at the same tokens, or some tokens later (negative: earlier).", table(columns, rows));
+    return broad(card("Neighbours", "They fire at the same tokens, or some tokens later (negative: earlier).", table(columns, rows)));
+  }
+
+  // Edges of the dataset graph: [place, weight], of subcomponents or, with ``link`` and ``name``, of components.
+  function edgeTables(r, link, name) {
+    const make = function (title, edges) {
+      if (!edges.length) return null;
+      const columns = [{ name: "from" === title ? "leads to" : "comes from", words: true, show: e => e[0] < 0 ? "embeddings" : link(e[0]) },
+        { name: "weight", show: e => number(e[1]) }];
+      if (edges.some(e => e[0] >= 0 && name(e[0])))
+        columns.push({ name: "label", words: true, free: true, show: e => e[0] < 0 ? "" : name(e[0]) });
+      return table(columns, edges);
+    };
+    const shown = [make("into", r.into), make("from", r.from)].filter(Boolean);
+    return shown.length ? broad(card("Edges", "Direct effects over many prompts, by gradients: from what it reads, and to what reads it.", shown)) : null;
+  }
+
+  function broad(element) {
     element.classList.add("broad");
     return element;
+  }
+
+  function passedTable(i, heads) {
+    if (!heads.length) return null;
+    const writes = /W_O$|W_out$/.test(data.sites[data.site[i]]);
+    return card("Heads", (writes ? "Heads of later blocks whose values read what it writes" : "Heads of earlier blocks that write what it reads") +
+      ", by the weights alone; 1: as a random direction.", table([{ name: "head", words: true, show: r => "block " + r[0] + ", head " + r[1] },
+      { name: "alignment", show: r => number(r[2]) }], heads));
   }
 
   function bars(title, note, values, names, low, high) {
@@ -230,7 +257,7 @@ window.tlVpd = (function () {
   }
 
   function steps(previous, next) {
-    return h("nav", {}, h("a", { href: "index.html", id: "index" }, "All subcomponents"),
+    return h("nav", {}, h("a", { href: "index.html", id: "index" }, "All subcomponents"), toPrompts(),
       previous ? h("a", { href: previous, id: "previous", rel: "prev" }, "‹ previous") : null,
       next ? h("a", { href: next, id: "next", rel: "next" }, "next ›") : null);
   }
@@ -263,10 +290,10 @@ window.tlVpd = (function () {
         tokenTable("Fires at", r.inputs), tokenTable("Followed by", r.outputs),
         r.logits.length ? card("Logits it raises and lowers", "Of its write direction alone, without the final norm, per unit of activation.",
           table([token, { name: "logit", show: row => number(row[1]) }], r.logits)) : null,
-        neighbourTable(r.neighbours),
+        neighbourTable(r.neighbours), edgeTables(r, toSubcomponent, label), passedTable(i, r.passed),
         bars("Importances above 0", "How many lie in each bin, on a scale of logarithms.", r.histogram.map(n => Math.log10(1 + n)),
           n => "bin " + (n + 1) + ", log10 of 1 + count", "0", "1"),
-        bars("Heads", "Norm by head.", r.heads, n => "head " + n, "head 0", "head " + (r.heads.length - 1))),
+        bars("Its heads", "Norm by head.", r.heads, n => "head " + n, "head 0", "head " + (r.heads.length - 1))),
     ];
     main.replaceChildren(...content.filter(Boolean));
   }
@@ -291,12 +318,86 @@ window.tlVpd = (function () {
       card("Members", null, table([{ name: "subcomponent", words: true, show: i => toSubcomponent(i) },
         { name: "label", words: true, free: true, show: label }, { name: "mean importance", show: i => number(data.mean[i]) },
         { name: "density", show: i => percent(data.density[i]) }], c.members)),
+      edgeTables(c, toComponent, k => data.components[k].label),
       ...strongest.map((i, n) => windows(address(i), records[n].windows.slice(0, 3), records[n].scale, label(i))),
     ].filter(Boolean));
   }
 
+  // ------------------------------------------------------------------------------------------------ prompts
+  const ROWS = 40;
+
+  async function promptsPage(main) {
+    const hash = location.hash, query = new URLSearchParams(hash.slice(1));
+    const whole = (name, end) => /^\d+$/.test(query.get(name) || "") && Number(query.get(name)) < end ? Number(query.get(name)) : null;
+    const k = whole("prompt", data.prompts.length), site = data.sites.indexOf(query.get("site"));
+    document.title = "Prompts";
+    if (k === null) {
+      main.append(steps(null, null), h("h1", {}, "There is no such prompt"));
+      return;
+    }
+    const prompt = await load("prompt-" + k);
+    if (location.hash !== hash) return;
+    const token = whole("token", prompt.tokens.length);
+    const to = (changes) => "prompts.html#" + new URLSearchParams(Object.entries({ prompt: k, token: token, site: query.get("site"), ...changes })
+      .filter(([_, value]) => value !== null && value !== "" && value !== undefined));
+    const link = n => n >= 0 && n < data.prompts.length ? to({ prompt: n, token: null }) : null;
+    const go = changes => { location.hash = to(changes).split("#")[1]; };
+    const at = prompt.at.map(list => list.filter(([i]) => site < 0 || data.site[i] === site));
+    const text = t => data.tokens[prompt.tokens[t]];
+
+    const most = Math.max(1, ...at.map(list => list.length));
+    const words = prompt.tokens.map(function (_, t) {
+      const span = h("a", { href: to({ token: t }), class: t === token ? "peak" : null, "aria-label": "token " + t + ": " + visible(text(t)),
+        title: at[t].length + " important" }, text(t));
+      span.style.backgroundColor = "rgb(var(--amber) / " + .7 * at[t].length / most + ")";
+      return span;
+    });
+    const names = data.prompts.map((title, n) => h("option", { value: n, selected: n === k ? "" : null }, n + ": " + visible(title)));
+    const sites = ["", ...data.sites].map(s => h("option", { value: s, selected: s === (query.get("site") || "") ? "" : null }, s || "all sites"));
+    main.replaceChildren(...[
+      steps(link(k - 1), link(k + 1)),
+      h("h1", {}, "Prompt " + k),
+      h("div", { class: "controls" },
+        h("select", { id: "prompt", "aria-label": "Prompt", onchange: e => go({ prompt: e.target.value, token: null }) }, names),
+        h("select", { id: "site", "aria-label": "Site", onchange: e => go({ site: e.target.value }) }, sites)),
+      card("Tokens", "The darker, the more subcomponents are important there. Choose a token to see which.", h("div", { class: "text" }, words)),
+      token === null ? null : tokenCard(prompt, token, at[token], text(token)),
+      heatmap(at, token, t => to({ token: t }), t => visible(text(t))),
+    ].filter(Boolean));
+  }
+
+  function tokenCard(prompt, t, list, text) {
+    const columns = [{ name: "subcomponent", words: true, show: r => toSubcomponent(r[0]) }, { name: "importance", show: r => number(r[1] / 100) },
+      { name: "activation", show: r => number(r[2]) }];
+    if (list.some(r => label(r[0]))) columns.push({ name: "label", words: true, free: true, show: r => label(r[0]) });
+    const element = h("section", { class: "card" }, h("h2", {}, "At token " + t + " ", h("span", { class: "tok" }, visible(text))),
+      h("p", { class: "soft" }, "The model thinks most probable after it: ", h("span", { class: "tok" }, visible(data.tokens[prompt.next[t][0]])),
+        " (" + percent(prompt.next[t][1] / 100) + "). "), list.length ? table(columns, list) : "No subcomponent is important here.");
+    element.id = "token";
+    return element;
+  }
+
+  function heatmap(at, token, link, text) {
+    const sums = new Map();
+    at.forEach(list => list.forEach(([i, g]) => sums.set(i, (sums.get(i) || 0) + g)));
+    const rows = [...sums].sort((a, b) => b[1] - a[1] || a[0] - b[0]).slice(0, ROWS).map(([i]) => i);
+    if (!rows.length) return null;
+    const values = at.map(list => new Map(list.map(r => [r[0], r])));
+    const cell = function (i, t) {
+      const r = values[t].get(i);
+      const about = address(i) + ", token " + t + " " + text(t) + ": " + (r ? "importance " + number(r[1] / 100) + ", activation " + number(r[2]) : "not important");
+      const element = h("td", { title: about, onclick: () => readout(about) });
+      if (r) element.style.backgroundColor = "rgb(var(--amber) / " + r[1] / 100 + ")";
+      return element;
+    };
+    const head = at.map((_, t) => h("th", { scope: "col", class: t === token ? "chosen" : null }, h("a", { href: link(t) }, text(t))));
+    return card("The strongest subcomponents", "Importance of the " + rows.length + " with the largest sum over this prompt, token by token.",
+      h("div", { class: "wide" }, h("table", { class: "heat" }, h("thead", {}, h("tr", {}, h("th", {}), head)), h("tbody", {}, rows.map(i =>
+        h("tr", {}, h("th", { scope: "row", title: label(i) || null }, toSubcomponent(i, address(i).replace(/^blocks\./, ""))), at.map((_, t) => cell(i, t))))))));
+  }
+
   // ------------------------------------------------------------------------------------------------ start
-  const PAGES = { index: indexPage, subcomponent: subcomponentPage, component: componentPage };
+  const PAGES = { index: indexPage, subcomponent: subcomponentPage, component: componentPage, prompts: promptsPage };
 
   async function show() {
     const main = document.querySelector("main"), page = document.body.dataset.page;

@@ -5,13 +5,15 @@ of a window    row, position, peak, tokens, importances in hundredths, activatio
 of a token     number, count, recall in thousandths, PMI in hundredths of a nat
 of a logit     token, logit
 of a neighbour number, lag, firings together, Jaccard index in thousandths
+of an edge     number (-1: the embeddings), weight
+of a head      block, head, alignment
 =============  =====================================================================================
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -50,13 +52,19 @@ class Records:
         decomposition: whose subcomponents.
         harvested: windows, counts and pairs.
         effects: logits (None: the model has none that stand alone).
+        passed: heads of other blocks, by site and subcomponent.
         config: how much is shown.
     """
 
     def __init__(
-        self, decomposition: Decomposition, harvested: Harvest, effects: LogitEffects | None, config: DashboardConfig
+        self,
+        decomposition: Decomposition,
+        harvested: Harvest,
+        effects: LogitEffects | None,
+        passed: Mapping[str, Sequence[Any]],
+        config: DashboardConfig,
     ) -> None:
-        self.harvested, self.effects, self.config = harvested, effects, config
+        self.harvested, self.effects, self.passed, self.config = harvested, effects, passed, config
         self.tokens = Tokens()
         self.places = {str(harvested.site_axis.at(c)): i for i, c in enumerate(harvested.chosen.tolist())}
         self.heads: dict[str, Tensor] = {
@@ -84,6 +92,7 @@ class Records:
             "logits": self._logits(address),
             "neighbours": self._neighbours(one),
             "heads": [short(norm) for norm in heads],
+            "passed": self.passed[site][index] if site in self.passed else [],
         }
 
     def _window(self, window: Window, scale: float) -> list[Any]:

@@ -3,6 +3,7 @@
     folder/index.html            all subcomponents and components, with search and sorting
     folder/subcomponent.html     one of them, as subcomponent.html#blocks.1.mlp.W_in:12
     folder/component.html        one component, as component.html#3
+    folder/prompts.html          prompts token by token, as prompts.html#0
     folder/data/*.js             what the pages read: one list, and for every site files of a few hundred subcomponents
 
 The pages share one script, which reads only the data of what is looked at. Pages opened from a disk may not fetch files, but may
@@ -18,25 +19,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from torch import nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.analysis import Clustering, Harvest, logit_effects
+from tl_vpd.analysis import Harvest, logit_effects
 from tl_vpd.checks import config_of, instance, path_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.importance_statistics import ALIVE
 from tl_vpd.files.atomic import new_folder, write_text
 from tl_vpd.forward.target_check import check_target
 from tl_vpd.viz.dashboard.config import DashboardConfig
-from tl_vpd.viz.dashboard.labels import labels_and_scores
+from tl_vpd.viz.dashboard.data import DashboardData
+from tl_vpd.viz.dashboard.edges import NO_EDGES, Ends, component_edges_of, edges_of
+from tl_vpd.viz.dashboard.heads import heads_of
+from tl_vpd.viz.dashboard.labels import Scores, labels_and_scores
+from tl_vpd.viz.dashboard.prompts import prompt_records
 from tl_vpd.viz.dashboard.records import Records, short
 from tl_vpd.viz.text import escape, for_script, label
 
 SHARD = 200
 """Subcomponents of a file."""
-PAGES = ("index", "subcomponent", "component")
-Labels = Mapping[str, Any] | pd.DataFrame
+PAGES = ("index", "subcomponent", "component", "prompts")
 
 
 def dashboard(
@@ -45,8 +48,7 @@ def dashboard(
     harvested: Harvest,
     folder: str | os.PathLike[str],
     *,
-    clustering: Clustering | None = None,
-    labels: Labels | None = None,
+    data: DashboardData | None = None,
     config: DashboardConfig | None = None,
 ) -> Path:
     """Writes a folder of pages about every harvested subcomponent; ``index.html`` opens from the disk, without any network.
@@ -55,12 +57,10 @@ def dashboard(
 
     Args:
         decomposition: of the model's weights.
-        model: the target, for logits.
+        model: the target, for logits, heads and prompts.
         harvested: what is shown.
         folder: does not exist, or is empty.
-        clustering: its components get pages (None: there are none).
-        labels: texts by address (of components: ``component:7``), ``Labels``, or a table with the columns ``subcomponent`` and
-            ``label``, whose columns of numbers (scores, effects of ablations) are shown too (None: there are none).
+        data: components, labels, edges, ablations and prompts (None: there are none).
         config: how much is shown (None: the defaults).
 
     Returns:
@@ -68,38 +68,52 @@ def dashboard(
 
     Raises:
         FileExistsError: there is something in the folder.
-        ValueError: the harvest or the clustering is of another decomposition, or the decomposition of another model.
+        ValueError: the harvest, the clustering or the graph is of another decomposition, or the decomposition of another model;
+            or the prompts are not this model's.
         KeyError: a label's subcomponent was not harvested.
         TypeError: an argument is of another type.
         OSError: the folder cannot be written; it is not there then.
     """
-    config, place = config_of(DashboardConfig, config), path_of("folder", folder)
+    config, data, place = config_of(DashboardConfig, config), config_of(DashboardData, data), path_of("folder", folder)
     instance("decomposition", decomposition, Decomposition)
     adapter = adapt(model)
     check_target(decomposition, adapter, check_weights=True)
     instance("harvested", harvested, Harvest)
-    if clustering is not None:
-        instance("clustering", clustering, Clustering)
-    for name, other in (("harvest", harvested), ("clustering", clustering)):
-        if other is not None and other.site_axis.counts != decomposition.counts:
-            raise ValueError(f"The {name} is of a decomposition with other sites or numbers of subcomponents.")
+    if harvested.site_axis.counts != decomposition.counts:
+        raise ValueError("The harvest is of a decomposition with other sites or numbers of subcomponents.")
+    data.check(decomposition)
     effects = None
     if adapter.unembedding() is not None:
         effects = logit_effects(decomposition, model, k=config.logits)
-    records = Records(decomposition, harvested, effects, config)
-    components = [f"component:{component.index}" for component in clustering or ()]
-    texts, scores = labels_and_scores(labels, {**records.places, **dict.fromkeys(components)})
+    passed = heads_of(decomposition, adapter, config.heads)
+    records = Records(decomposition, harvested, effects, passed, config)
+    texts, scores = _texts_and_scores(data, records)
     with new_folder(place) as written:
         (written / "data").mkdir()
-        files = _write_shards(written / "data", records)
-        index = _index(records, files, clustering, texts, scores)
+        files = _write_shards(written / "data", records, edges_of(data.graph, records.places, config.edges))
+        titles = []
+        prompts = () if data.prompts is None else prompt_records(decomposition, model, data.prompts, records)
+        for i, record in enumerate(prompts):
+            _write_data(written / "data", f"prompt-{i}", record)
+            titles.append("".join(records.tokens.texts[t] for t in record["tokens"][:16]))
+        index = _index(records, files, data, texts, scores) | {"prompts": titles}
         _write_data(written / "data", "index", index)
         for page in PAGES:
             write_text(written / f"{page}.html", _page(page, config.title))
     return place / "index.html"
 
 
-def _write_shards(folder: Path, records: Records) -> dict[str, str]:
+def _texts_and_scores(data: DashboardData, records: Records) -> tuple[dict[str, str], Scores]:
+    """Labels by address, and numbers by name and address: of the labels' table and of ablations."""
+    components = [component.address for component in data.clustering or ()]
+    texts, scores = labels_and_scores(data.labels, {**records.places, **dict.fromkeys(components)})
+    if data.ablations is not None:
+        changes = data.ablations[["subcomponent", "change"]].rename(columns={"change": "ablation"})
+        scores |= labels_and_scores(changes[changes["subcomponent"].isin(records.places)], records.places)[1]
+    return texts, scores
+
+
+def _write_shards(folder: Path, records: Records, edges: Mapping[str, Ends]) -> dict[str, str]:
     """Writes all subcomponents; the beginning of the files' names by site."""
     files: dict[str, str] = {}
     shards: dict[str, dict[int, Any]] = {}
@@ -109,7 +123,7 @@ def _write_shards(folder: Path, records: Records) -> dict[str, str]:
         name = f"{file}-{int(index) // SHARD}"
         if name not in shards:
             _flush(folder, shards)
-        shards.setdefault(name, {})[int(index)] = records.of(address)
+        shards.setdefault(name, {})[int(index)] = records.of(address) | edges.get(address, NO_EDGES)
     _flush(folder, shards)
     return files
 
@@ -128,7 +142,7 @@ def _write_data(folder: Path, name: str, value: Any) -> None:
 def _index(
     records: Records,
     files: Mapping[str, str],
-    clustering: Clustering | None,
+    data: DashboardData,
     texts: Mapping[str, str],
     scores: Mapping[str, Mapping[str, float | None]],
 ) -> dict[str, Any]:
@@ -137,19 +151,22 @@ def _index(
     addresses = [address.rpartition(":") for address in records.places]
     components: list[dict[str, Any]] = []
     component_of: dict[int, int] = {}
-    for component in clustering or ():
+    edges = component_edges_of(data.graph, data.clustering, records.config.edges)
+    for component in data.clustering or ():
         members = [records.places[str(m)] for m in component.members if str(m) in records.places]
-        component_of |= dict.fromkeys(members, component.index)
+        component_of |= dict.fromkeys(members, component.number)
         named = [texts[str(m)] for m in component.members if str(m) in texts]
-        about = texts.get(f"component:{component.index}") or "; ".join(dict.fromkeys(named[:3]))
-        components.append({"members": members, "density": short(component.density), "label": about})
+        about = texts.get(component.address) or "; ".join(dict.fromkeys(named[:3]))
+        shown = {"members": members, "density": short(component.density), "label": about}
+        components.append(shown | edges.get(component.number, NO_EDGES))
     mean = harvested.mean_importance.tolist()
     alive = sum(value > ALIVE for value in mean)
     return {
         "title": label(records.config.title),
         "about": f"{len(harvested):,} subcomponents of {len(sites)} sites, {alive:,} of them important somewhere on "
         f"{harvested.n:,} tokens. Importance at a token says whether the piece of a weight is needed there: 1 that it is, 0 "
-        "that it can be removed. Density: the fraction of tokens at which importance is above 0.",
+        "that it can be removed. Density: the fraction of tokens at which importance is above 0."
+        + (" Ablation: how the metric changes where it alone is ablated." if data.ablations is not None else ""),
         "alive": ALIVE,
         "threshold": harvested.threshold,
         "shard": SHARD,
