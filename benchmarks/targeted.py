@@ -19,10 +19,10 @@ from typing import Any
 import torch
 
 from benchmarks import harness
+from benchmarks.targeted_toys import features_report, streams, targeted_recipe
 from benchmarks.toys import WORK, target_of
 from tl_vpd.evaluation import nontarget
 from tl_vpd.toys import TOYS, recipe
-from tl_vpd.toys.targeted import features_report, streams, targeted_recipe
 from tl_vpd.training import decompose_targeted
 
 CASES = {

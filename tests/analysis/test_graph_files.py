@@ -103,7 +103,7 @@ def test_no_file_with_other_values_loads(tmp_path, name, value, message):
         ({"names": ["embed", "x", "x", "y", "logits"]}, "every site once"),
         ({"logits": []}, "not those of its logit targets"),
         ({"logits": [{"token": 3}]}, "a logit target has"),
-        ({"logits": [asdict(LogitTarget(3, 1, None, "x", 1.5))]}, "out of range"),
+        ({"logits": [{**asdict(LogitTarget(3, 1)), "probability": 1.5}]}, r"probability=1\.5"),
         ({"more": 1}, "its table has not the fields"),
         ({"format_version": 3}, "is of format 3"),
     ],

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.targeted_toys import features_report, streams, targeted_recipe
 from tl_vpd.toys import TMS, TOYS, train
-from tl_vpd.toys.targeted import features_report, streams, targeted_recipe
 from tl_vpd.training import decompose_targeted, new_decomposition
 
 

@@ -6,7 +6,6 @@ from an earlier kind to a later one, once for each pair of nodes. All numbers ar
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,7 +25,6 @@ OF_TERMS = {"deltas": True, "biases": True}
 def check_graph(graph: AttributionGraph) -> None:
     """Raises TypeError where a field is of another type, ValueError where fields contradict each other or are out of range."""
     _check_texts(graph)
-    _check_logits(graph)
     _check_tensors(graph)
     _check_nodes(graph)
     _check_edges(graph)
@@ -42,18 +40,6 @@ def _check_texts(graph: AttributionGraph) -> None:
         raise ValueError("names of a graph are 'embed', every site once, and 'logits'.")
     if not isinstance(graph.settings, dict):
         raise TypeError("settings of a graph are a dictionary.")
-
-
-def _check_logits(graph: AttributionGraph) -> None:
-    for target in graph.logits:
-        minus = 0 if target.minus is None else target.minus
-        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in (target.token, target.pos, minus))
-        p = target.probability
-        real = isinstance(p, int | float) and not isinstance(p, bool) and math.isfinite(p)
-        if not whole or not real or not isinstance(target.text, str):
-            raise TypeError("A graph's logit target has whole numbers, a text and a finite probability.")
-        if min(target.token, target.pos, minus) < 0 or not 0 <= p <= 1:
-            raise ValueError(f"The logit target {target.label} of probability {p:.3g} is out of range.")
 
 
 def _check_tensors(graph: AttributionGraph) -> None:

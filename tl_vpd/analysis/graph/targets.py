@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tl_vpd.adapters import Adapter
 from tl_vpd.analysis.nodes import position_of
-from tl_vpd.checks import item, shown
+from tl_vpd.checks import check_fields, item, shown
 
 LEAST_PROBABILITY = 0.05
 
@@ -34,6 +34,9 @@ class LogitTarget:
     minus: int | None = None
     text: str = ""
     probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_fields(self, token=0, pos=0, minus=0, probability=(0, 1))
 
     @property
     def label(self) -> str:
