@@ -47,8 +47,6 @@ class Adapter(Prompts, Calls, ABC):
                 f"This {type(model).__name__} has no weight that can be decomposed. {why or 'It has no layers.'}"
             )
 
-    # -- what it consists of -----------------------------------------------------------------------------------------
-
     @abstractmethod
     def check(self) -> None:
         """Raises Unsupported if a flag of the model is on that cannot be decomposed; called at every attached pass."""
@@ -104,8 +102,6 @@ class Adapter(Prompts, Calls, ABC):
     def processed(self) -> bool:
         """Whether a call since the model was made may have replaced its weights."""
         return False
-
-    # -- weights -----------------------------------------------------------------------------------------------------
 
     @abstractmethod
     def weight(self, name: str) -> Float[Tensor, "d_in d_out"]:
@@ -171,8 +167,6 @@ class Adapter(Prompts, Calls, ABC):
             f"A {type(self.model).__name__} has no attention that this package knows: pass a transformer."
         )
 
-    # -- what gradients pass -----------------------------------------------------------------------------------------
-
     @property
     def causal(self) -> bool:
         """Whether no position sees a later one."""
@@ -191,8 +185,6 @@ class Adapter(Prompts, Calls, ABC):
         """Makes norms' scales and attention patterns constants for gradients; ``see`` gets every norm's output and bias."""
         raise Unsupported(f"The norms and patterns of a {type(self.model).__name__} cannot be made constant.")
 
-    # -- HookPoints --------------------------------------------------------------------------------------------------
-
     def home(self, name: str) -> nn.Module:
         """The module that carries a site's HookPoints."""
         return self.model.get_submodule(self.sites[name].home)
@@ -200,8 +192,6 @@ class Adapter(Prompts, Calls, ABC):
     def hook_points_changed(self) -> None:
         """Lets TransformerLens find HookPoints that were added or removed."""
         self.model.setup()
-
-    # -- taps --------------------------------------------------------------------------------------------------------
 
     def tapped(self, path: str) -> Any:
         """The module at a path, noted as one that taps stand on."""

@@ -133,8 +133,6 @@ class BridgeAdapter(Adapter):
         """Whether ``enable_compatibility_mode`` has been called."""
         return bool(getattr(self.model, "compatibility_mode", False))
 
-    # -- weights -------------------------------------------------------------------------------------------------
-
     def _modules_of(self, name: str) -> tuple[nn.Module, str, nn.Module]:
         """A site's ``attn`` or ``mlp``, its short name, and the module of its weight."""
         owner = self.model.get_submodule(name.rpartition(".")[0])
@@ -198,8 +196,6 @@ class BridgeAdapter(Adapter):
             handles.append(point.register_forward_hook(Tap(constant)))
         return handles
 
-    # -- calls ---------------------------------------------------------------------------------------------------
-
     def hook_points_changed(self) -> None:
         self.model.clear_hook_registry()
         self.model._initialize_hook_registry()
@@ -234,8 +230,6 @@ class BridgeAdapter(Adapter):
 
     def kv_cache_length(self, cache: Any) -> int:
         return int(cache.get_seq_length())
-
-    # -- taps ----------------------------------------------------------------------------------------------------
 
     def tap_inputs(
         self, see_tokens: Callable[[Tensor | None], None], see_attention_mask: Callable[[Tensor | None], None]

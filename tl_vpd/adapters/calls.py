@@ -73,8 +73,6 @@ class Calls:
         """Whether the call that has just ended went through every block."""
         return self.truncation(arguments, keywords) is None
 
-    # -- KV caches -------------------------------------------------------------------------------------------------
-
     def kv_cache(self, arguments: Arguments, keywords: Keywords) -> Any:
         """The KV cache passed to a call, if any."""
         return self.by_name(arguments, keywords).get(self.kv_cache_argument or "")

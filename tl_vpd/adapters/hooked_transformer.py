@@ -102,8 +102,6 @@ class HookedTransformerAdapter(Adapter):
             "fold_value_biases": not any(bool(block.attn.b_V.any()) for block in self.model.blocks),
         }
 
-    # -- weights -------------------------------------------------------------------------------------------------
-
     def holder(self, name: str) -> tuple[nn.Module, str]:
         owner, weight = name.rsplit(".", 1)
         module = self.model.get_submodule(owner)
@@ -163,8 +161,6 @@ class HookedTransformerAdapter(Adapter):
             clip=getattr(cfg, "clip_qkv", None),
         )
 
-    # -- calls ---------------------------------------------------------------------------------------------------
-
     def truncation(self, arguments: Arguments, keywords: Keywords) -> str | None:
         """The argument that makes a call skip blocks, if any (``generate`` starts at layer 0, from embeddings)."""
         named = self.by_name(arguments, keywords)
@@ -177,8 +173,6 @@ class HookedTransformerAdapter(Adapter):
 
     def kv_cache_frozen(self, cache: Any) -> bool:
         return bool(cache.frozen)
-
-    # -- taps ----------------------------------------------------------------------------------------------------
 
     def tap_inputs(
         self, see_tokens: Callable[[Tensor | None], None], see_attention_mask: Callable[[Tensor | None], None]
