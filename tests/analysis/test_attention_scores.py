@@ -91,7 +91,7 @@ def test_all_pairs_delta_bias_and_position_sum_to_the_models_scores(name):
     assert_close(terms.strengths.sum(0), terms.subcomponents, rtol=0, atol=1e-10)
     assert bool((terms.delta.abs().amax((0, 2, 3)) > 1e-3).all()) and bool((terms.bias.abs() > 1e-3).any())
     assert bool((terms.position[recorded] != 0).any()) == (name == "alibi")
-    shares = terms.to_pandas().set_index("term")["share"]
+    shares = terms.to_pandas().set_index("term")["fraction"]
     assert shares[["subcomponents", "delta", "bias", "position"]].sum() == pytest.approx(1.0, abs=1e-5)
     assert shares.iloc[4:].sum() == pytest.approx(shares["subcomponents"], abs=1e-9)
 
@@ -297,7 +297,7 @@ def test_padding_on_either_side_gives_the_same_terms():
     for side in ("left", "right"):
         model.tokenizer.padding_side = side
         terms = score_terms(vpd, model, prompts, 1)
-        results[side] = terms.to_pandas()[["mean_size", "share"]].to_numpy()
+        results[side] = terms.to_pandas()[["mean_size", "fraction"]].to_numpy()
         token_mask = adapt(model).padding(terms.tokens, None)
         assert token_mask is not None
         assert not terms.visible[(~token_mask)[:, None, :, None].expand_as(terms.visible)].any()

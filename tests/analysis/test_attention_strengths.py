@@ -96,7 +96,7 @@ def test_mean_strengths_are_the_mean_of_the_summands(flags):
     assert_close(result.contrast(1)[1, 5], result.values[1, 5, :, 1] - others, rtol=0, atol=1e-12)
     best = result.top(1, offset=1).iloc[0]
     assert best["contrast"] == pytest.approx(float(result.contrast(1).sum(-1).max()))
-    assert result.heads(best["query"], best["key"], offset=1)["share"].sum() == pytest.approx(1)
+    assert result.heads(best["query"], best["key"], offset=1)["fraction"].sum() == pytest.approx(1)
     assert len(result.to_pandas(offset=2)) == result.values[..., 0].numel()
     with pytest.raises(IndexError, match="does not occur"):
         result.contrast(9)

@@ -63,8 +63,8 @@ class Routing(Mapping[str, Tensor]):
         total, where = sum(counts), flat.flatten()
         number = torch.arange(flat.shape[1], device=flat.device).expand_as(flat).flatten()
         slot = torch.where(where, where.cumsum(0) - 1, total)
-        found = number.new_empty(total + 1).scatter_(0, slot, number)  # what is not routed goes to the last place
-        return dict(zip(self.names, found[:total].split(counts), strict=True))
+        numbers = number.new_empty(total + 1).scatter_(0, slot, number)  # what is not routed goes to the last place
+        return dict(zip(self.names, numbers[:total].split(counts), strict=True))
 
     def rows(self, rows: slice) -> Routing:
         """The same for some rows."""
@@ -78,10 +78,10 @@ def count(routings: Sequence[Routing], others: Sequence[Tensor] = ()) -> list[li
     if not sums and not others:
         return []
     everything = torch.cat([tensor.double() for tensor in (*sums, *others)]).cpu()
-    parts = everything.split([len(tensor) for tensor in (*sums, *others)])
-    for routing, part in zip(unread, parts, strict=False):
-        routing._counts = part.long().numpy().reshape(routing.routed.shape[:2])
-    return [part.tolist() for part in parts[len(sums) :]]
+    pieces = everything.split([len(tensor) for tensor in (*sums, *others)])
+    for routing, sums_of in zip(unread, pieces, strict=False):
+        routing._counts = sums_of.long().numpy().reshape(routing.routed.shape[:2])
+    return [piece.tolist() for piece in pieces[len(sums) :]]
 
 
 def joined(attacked: Routing | None, stochastic: Routing | None, n_attacked: int, n_stochastic: int) -> Routing | None:

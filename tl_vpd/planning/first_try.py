@@ -1,7 +1,7 @@
 """A first config for a model: settings that reach a sparse decomposition in few steps.
 
 Everything starts important and subcomponents start as the weights' channels, so that reconstruction is exact at first; then the
-minimality losses rise over three tenths of the run and what is least needed is given up first. One masked forward per step, a
+minimality losses rise over three tenths of the run and what is least needed goes first. One masked forward per step, a
 small Γ and few rows keep a step cheap. ``docs/your_own_model.md`` has measured runs.
 
 Reconstruction losses are at most the *yardstick*, what ablating the sites costs. Where that is small,

@@ -11,7 +11,7 @@ from tl_vpd.planning.machine import Machine
 from tl_vpd.training.outlook import duration
 
 FITS = 0.8
-"""The share of the memory that a run may be planned to take; the allocator and the system need the rest."""
+"""The fraction of the memory that a run may be planned to take; the allocator and the system need the rest."""
 LONG = 24 * 3600
 """Seconds above which a run counts as long."""
 FASTER = 1.3

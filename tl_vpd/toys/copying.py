@@ -98,10 +98,10 @@ class Copying(Toy):
         """Cross-entropy with the next token in the second block, under layer dropout."""
         # The batch decides what is left out.
         generator = torch.Generator().manual_seed(zlib.crc32(batch.cpu().numpy().tobytes()))
-        kept = torch.rand(len(batch), self.n_layers, generator=generator) >= self.layer_dropout
-        spared = torch.randint(self.n_layers, (len(batch),), generator=generator)
-        kept[torch.arange(len(batch)), spared] |= ~kept.any(1)
-        return cross_entropy_at(self._with_layers(model, batch, kept), batch, self._copied(batch))
+        active = torch.rand(len(batch), self.n_layers, generator=generator) >= self.layer_dropout
+        one = torch.randint(self.n_layers, (len(batch),), generator=generator)
+        active[torch.arange(len(batch)), one] |= ~active.any(1)
+        return cross_entropy_at(self._with_layers(model, batch, active), batch, self._copied(batch))
 
     def quality(self, model: Any) -> dict[str, float]:
         """Accuracy in the second block, with all layers and with each of them alone."""
@@ -122,11 +122,11 @@ class Copying(Toy):
         """Where the next token is known: from the end of the first block on."""
         return (torch.arange(tokens.shape[1]) >= self.length).expand(tokens.shape)
 
-    def _with_layers(self, model: Any, tokens: Tensor, kept: Bool[Tensor, "batch layer"]) -> Tensor:
-        """Logits with only some layers' outputs in every row."""
+    def _with_layers(self, model: Any, tokens: Tensor, active: Bool[Tensor, "batch layer"]) -> Tensor:
+        """Logits with the outputs of the active layers of every row alone."""
 
         def only(layer: int) -> Any:
-            return lambda out, hook: out * kept[:, layer, None, None].to(out.dtype)
+            return lambda out, hook: out * active[:, layer, None, None].to(out.dtype)
 
         hooks = [(f"blocks.{i}.hook_attn_out", only(i)) for i in range(self.n_layers)]
         logits: Tensor = model.run_with_hooks(tokens, fwd_hooks=hooks)

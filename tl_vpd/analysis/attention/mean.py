@@ -69,7 +69,7 @@ class MeanStrengths:
         return index
 
     def heads(self, query: str | Subcomponent, key: str | Subcomponent, *, offset: int) -> pd.DataFrame:
-        """One row per head: strength, contrast, and the head's share of the pair's summed absolute contrast.
+        """One row per head: strength, contrast, and the head's fraction of the pair's summed absolute contrast.
 
         Raises:
             KeyError: the pair is not among these.
@@ -82,7 +82,7 @@ class MeanStrengths:
                 "head": range(len(contrast)),
                 "strength": self.values[i, j, :, self._index(offset)].tolist(),
                 "contrast": contrast.tolist(),
-                "share": (contrast.abs() / contrast.abs().sum()).tolist(),
+                "fraction": (contrast.abs() / contrast.abs().sum()).tolist(),
             }
         )
 

@@ -95,7 +95,7 @@ def pair_ablation_hooks(
     Raises:
         RuntimeError: the decomposition is not attached.
         KeyError: it is attached without ``component_acts`` and ``mask``, or a site is not decomposed.
-        Unsupported: a layer's scores are not bilinear in queries and keys, or the flags give every head its own input.
+        Unsupported: a layer's scores are not bilinear in queries and keys, or every head has an input to itself.
         ValueError: a pair is not one of W_Q and W_K of the same block, there are none, or the amount is not finite.
         IndexError: there is no such subcomponent.
     """
@@ -117,7 +117,7 @@ def _layer_of(decomposition: Decomposition, pair: tuple[Any, Any]) -> int:
     """The block of a pair."""
     named = [member for member in pair if member != BIAS]
     if not named:
-        raise ValueError("('bias', 'bias') does not say of which block: a pair needs a subcomponent here.")
+        raise ValueError("('bias', 'bias') does not say of which block: name a subcomponent in every pair.")
     layer = decomposition.sites[decomposition.subcomponent(named[0]).site].layer
     if layer is None:
         raise ValueError(f"{pair} is not of any block: a pair is a subcomponent of W_Q and one of W_K.")
@@ -129,7 +129,9 @@ def _layer_hooks(layer: AttentionLayer, pairs: Pairs, length: int | None, amount
     points = [(site.name, kind) for site in sides.values() for kind in ("component_acts", "mask")]
     require_points(layer.decomposition, "pair_ablation_hooks", points)
     if any(layer.adapter.layout(site.name).by_head for site in sides.values()):
-        raise Unsupported("Every head has its own input (use_split_qkv_input or use_attn_in): switch that off first.")
+        raise Unsupported(
+            "Every head has an input to itself (use_split_qkv_input or use_attn_in): switch that off first."
+        )
     n_ctx = adapt(layer.model).n_ctx
     kernel = layer.kernel(n_ctx if length is None else min(length, n_ctx))
     ablation = PairAblation(layer.columns(members), between_writes(layer, kernel, members), kernel.offsets, amount)

@@ -74,10 +74,10 @@ class ScoreTerms:
         return self.strengths.sum(0) + self.position
 
     def to_pandas(self) -> pd.DataFrame:
-        """One row per term: the mean over visible entries of its size, and the share of the scores' spread over keys it makes.
+        """One row per term: the mean over visible entries of its size, and the fraction of the scores' spread over keys it makes.
 
-        The share is the slope of the term on the scores, both centred over each query's keys (softmax depends on nothing else);
-        the shares of the four terms sum to 1 (NaN where no query sees two keys of different scores).
+        The fraction is the slope of the term on the scores, both centred over each query's keys (softmax depends on nothing
+        else); those of the four terms sum to 1 (NaN where no query sees two keys of different scores).
         """
         visible = self.visible
         scores = _centred(self.scores, visible)
@@ -85,9 +85,9 @@ class ScoreTerms:
         terms |= {f"{q} · {k}": self.strengths[i] for i, (q, k) in enumerate(self.pairs)}
         rows = []
         for name, term in terms.items():
-            share = float((_centred(term, visible) * scores).sum() / scores.square().sum())
-            rows.append((name, float(term[visible].abs().mean()), share))
-        return pd.DataFrame(rows, columns=["term", "mean_size", "share"])
+            fraction = float((_centred(term, visible) * scores).sum() / scores.square().sum())
+            rows.append((name, float(term[visible].abs().mean()), fraction))
+        return pd.DataFrame(rows, columns=["term", "mean_size", "fraction"])
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` strongest summands of the chosen pairs: both subcomponents, batch, head, query, key, strength, score."""

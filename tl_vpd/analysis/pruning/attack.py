@@ -50,7 +50,7 @@ def attack(
     steps: int,
     step_size: float,
 ) -> Float[Tensor, "rows pos C_and_deltas"]:
-    """Sources after sign-gradient ascent from ``start`` on every row's loss, whose ``gradient`` is given."""
+    """Sources after sign-gradient ascent from ``start`` along the ``gradient`` of every row's loss."""
 
     def loss(sources: Tensor) -> Tensor:
         # The loss itself is not needed, only its gradient: the pass after the last step is left out.
