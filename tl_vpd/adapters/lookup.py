@@ -1,4 +1,4 @@
-"""The only room that knows TransformerLens's classes: where a site's input, output and weight are in a model.
+"""The adapter for a model, and the table of what can be decomposed in it.
 
 >>> adapter = adapt(model)                     # doctest: +SKIP
 >>> adapter.sites["blocks.0.attn.W_Q"]         # doctest: +SKIP

@@ -69,12 +69,7 @@ class Penalty:
     def sums(
         self, z: Float[Tensor, "tokens C_total"], token_mask: Bool[Tensor, " tokens"] | None = None
     ) -> Float[Tensor, " C_total"]:
-        """``s_c``; no intermediate tensor of z's size is made.
-
-        Args:
-            z: pre-sigmoid values.
-            token_mask: False at padding, which is not counted (None: no padding).
-        """
+        """``s_c`` of pre-sigmoid values z, without padding; no intermediate tensor of z's size is made."""
         total = z.new_zeros(z.shape[-1])
         for rows, real in self._blocks(z, token_mask):
             penalties = self.value(_upper_leaky(z[rows]))

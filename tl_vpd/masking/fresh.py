@@ -128,15 +128,8 @@ def attacked_masks(
     step_size: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Masks:
-    """The worst masks that an attack on a loss of masks reaches from importances ``g``; sources are shared.
-
-    Args:
-        g: importances; what is 1 cannot be ablated.
-        site_axis: the sites on g's last axis.
-        loss: differentiable in the masks.
-        steps: of the attack.
-        step_size: length of each (None: ``2 / steps``).
-        generator: of the random start (None: torch's global one).
+    """The worst masks that an attack on a ``loss`` of masks reaches from importances ``g`` (what is 1 cannot be ablated);
+    sources are shared. The attack is ``fresh_pgd`` from a random start.
     """
     _check_loss(loss)
     g = g.clone() if g.is_inference() else g  # autograd may save it then

@@ -65,11 +65,7 @@ class SiteMask:
 
     @classmethod
     def of(cls, value: Any, site: str) -> SiteMask:
-        """A site's mask from what a user gives for it: a ``SiteMask``, or a bare tensor of factors.
-
-        Raises:
-            TypeError: it is neither.
-        """
+        """A site's mask from a ``SiteMask`` or a bare tensor of factors; raises TypeError for anything else."""
         if isinstance(value, cls):
             return value
         if isinstance(value, Tensor):
@@ -80,15 +76,8 @@ class SiteMask:
         )
 
     def fitted(self, name: str, shape: Sequence[int], device: torch.device) -> SiteMask:
-        """The same mask on a device.
-
-        Args:
-            name: of the site, for messages.
-            shape: of the site's activations in this pass, ``[batch, pos, C]``.
-            device: theirs.
-
-        Raises:
-            ValueError: the mask has other axes.
+        """The same mask on a device; raises ValueError unless its axes are those of activations of this ``shape``, ``[batch,
+        pos, C]``.
         """
         for what, tensor, shared in (("mask", self.mask, 1), ("Δ's mask", self.delta, 0), ("routing", self.routed, 0)):
             if tensor is not None:
@@ -139,14 +128,10 @@ class Masks(Mapping[str, SiteMask]):
     def of(cls, masks: Mapping[str, SiteMask | Tensor], counts: Mapping[str, int]) -> Masks:
         """Masks as a user gives them, checked as far as they can be before a pass.
 
-        Args:
-            masks: by site.
-            counts: number of subcomponents C by site.
-
         Raises:
             KeyError: a site is not decomposed.
             TypeError: a mask is neither a SiteMask nor a tensor.
-            ValueError: there are no masks, one has another C, or factors are not finite.
+            ValueError: there are no masks, one has another C than ``counts`` says, or factors are not finite.
         """
         if not masks:
             raise ValueError("There are no masks, so nothing would be masked: name one site or more.")
@@ -164,13 +149,8 @@ class Masks(Mapping[str, SiteMask]):
         return result
 
     def only(self, sites: str | Sequence[str] | None) -> Masks:
-        """The masks of some sites alone; the others run unmasked.
-
-        Args:
-            sites: patterns (None: all).
-
-        Raises:
-            KeyError: a pattern matches nothing.
+        """The masks of the sites that match patterns (None: of all); the others run unmasked. Raises KeyError for a pattern
+        without match.
         """
         return Masks({name: self[name] for name in select(sites, self)})
 

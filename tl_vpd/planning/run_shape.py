@@ -49,14 +49,10 @@ class RunShape:
         return self.C_total + len(self.C)
 
     @property
-    def adversarial_rows(self) -> int:
-        """Rows with persistent sources."""
-        return attacked_among_first(self.rows, self.config.merged or 1.0)
-
-    @property
     def attacked_rows(self) -> int:
-        """Rows with adversarial masks: those with sources, unless the loss has no weight."""
-        return self.adversarial_rows if self.config.coefficients.adversarial else 0
+        """Rows with adversarial masks: those with persistent sources, unless the loss has no weight."""
+        rows = attacked_among_first(self.rows, self.config.merged or 1.0)
+        return rows if self.config.coefficients.adversarial else 0
 
     @property
     def tokens_at_once(self) -> int:

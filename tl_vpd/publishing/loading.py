@@ -12,12 +12,13 @@ BRIDGE = "TransformerBridge"
 
 def loading_section(weights: DecomposedWeights, base_model: str | None, repository: str | None) -> str:
     """How to load it from a repository (None: from a folder), with each of TransformerLens's classes."""
+    site = next(iter(weights.sites.values()))
     where = "load('path/to/this/folder')" if repository is None else f"from_hub({repository!a})"
     use = [
         f"vpd = tl_vpd.Decomposition.{where}",
         "with vpd.attach(model):",
         "    logits, cache = model.run_with_cache(tokens)",
-        *(f"    cache[{hook!a}]  # [batch, pos, C]" for hook in _hooks(weights)),
+        *(f"    cache[{site.hook_name(what)!a}]  # [batch, pos, C]" for what in ("component_acts", "ci")),
     ]
     lines = ["## Load it", "", "`pip install tl_vpd`, then:"]
     for title, imports, load in _targets(weights.record, base_model):
@@ -27,12 +28,6 @@ def loading_section(weights: DecomposedWeights, base_model: str | None, reposito
             block("\n".join(["import tl_vpd", *imports, "", *load, *use]), "py"),
         ]
     return "\n".join([*lines, "", _what_is_checked(weights.record)])
-
-
-def _hooks(weights: DecomposedWeights) -> list[str]:
-    """HookPoints of the first site."""
-    site = next(iter(weights.sites.values()))
-    return [site.hook_name(what) for what in ("component_acts", "ci")]
 
 
 def _targets(record: dict[str, Any], base_model: str | None) -> list[tuple[str, list[str], list[str]]]:

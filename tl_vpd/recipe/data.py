@@ -13,6 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from tl_vpd import bundled
+from tl_vpd.checks import choice
 from tl_vpd.files.tensor_file import open_tensors
 from tl_vpd.frozen import Frozen
 
@@ -34,7 +35,8 @@ class DataRecipe(Frozen):
         """
         length = self.context or model.cfg.n_ctx
         if self.tokens == "bundled":
-            return bundled.tokens(_bundled_part(self.key or default_key))[:, :length]  # type: ignore[arg-type]
+            part = choice("data.key", self.key or default_key, ("training", "validation"))
+            return bundled.tokens(part)[:, :length]  # type: ignore[arg-type]
         paths = [Path(p) for p in sorted(glob(self.tokens, recursive=True)) if not Path(p).is_dir()]
         for path in paths:
             if not path.is_file():
@@ -80,12 +82,6 @@ def stored_rows(path: Path, key: str) -> Integer[np.ndarray, "n pos"]:
 def first_stored_rows(path: Path, key: str, n: int) -> Int[Tensor, "_ pos"]:
     """The first ``n`` of ``stored_rows``, in memory."""
     return torch.from_numpy(stored_rows(path, key)[:n].astype(np.int64))
-
-
-def _bundled_part(key: str) -> str:
-    if key not in ("training", "validation"):
-        raise ValueError(f"data.key is {key!r}; the bundled tokens have 'training' and 'validation'.")
-    return key
 
 
 def _read_npy(path: Path) -> np.ndarray:

@@ -49,11 +49,7 @@ class MeanStrengths:
     values: Float[Tensor, "query_c key_c head offset"]
 
     def contrast(self, offset: int) -> Float[Tensor, "query_c key_c head"]:
-        """The strength at an offset minus its mean over the others, weighted by ``counts``.
-
-        Raises:
-            IndexError: the offset does not occur.
-        """
+        """The strength at an offset minus its mean over the others, weighted by ``counts``; raises IndexError elsewhere."""
         index = self._index(offset)
         others = self.counts.to(self.values)
         others[index] = 0
@@ -69,11 +65,8 @@ class MeanStrengths:
         return index
 
     def heads(self, query: str | Subcomponent, key: str | Subcomponent, *, offset: int) -> pd.DataFrame:
-        """One row per head: strength, contrast, and the head's fraction of the pair's summed absolute contrast.
-
-        Raises:
-            KeyError: the pair is not among these.
-            IndexError: the offset does not occur.
+        """One row per head: strength, contrast, and the head's fraction of the pair's summed absolute contrast. Raises KeyError
+        for a pair, IndexError for an offset that is not among these.
         """
         i, j = _position(self.queries, query), _position(self.keys, key)
         contrast = self.contrast(offset)[i, j]
@@ -90,10 +83,6 @@ class MeanStrengths:
         """The ``k`` pairs of largest contrast at an offset, summed over heads (or in one): query, key, contrast, heads.
 
         ``heads`` is over how many heads the pair is spread: ``(Σ_h x_h)² / Σ_h x_h²`` of the heads' positive contrasts x.
-
-        Raises:
-            ValueError: there is no such head, or ``k`` is negative.
-            IndexError: the offset does not occur.
         """
         k, by_head = integer("k", k, minimum=0), self.contrast(offset)
         if head is not None:

@@ -64,16 +64,8 @@ def norms_by_head(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], site:
 
 @torch.no_grad()
 def head_norms(decomposition: Decomposition, layer: int) -> HeadNorms:
-    """Norms by head of every subcomponent of a block's Q, K, V and O, as far as they are decomposed.
-
-    Args:
-        decomposition: whose subcomponents; no model is needed.
-        layer: the block's index.
-
-    Raises:
-        KeyError: nothing of the block's attention is decomposed.
-        TypeError: the layer is not an integer.
-        ValueError: the layer is negative.
+    """Norms by head of every subcomponent of a block's Q, K, V and O, as far as they are decomposed; raises KeyError where none
+    is.
     """
     instance("decomposition", decomposition, Decomposition)
     layer = integer("layer", layer, minimum=0)

@@ -142,16 +142,8 @@ def _counts(keys: Bool[Tensor, "token key_c"], values: Bool[Tensor, "token value
 
 @torch.no_grad()
 def head_alignment(decomposition: Decomposition, model: nn.Module, layer: int) -> HeadNorms:
-    """How much of every V and O subcomponent of a block passes through each head's W_OV, ``[C, head]`` by site.
-
-    Args:
-        decomposition: with W_V and W_O of the block.
-        model: the target.
-        layer: the block's index.
-
-    Raises:
-        KeyError: the block's W_V or W_O is not decomposed.
-        ValueError: the model has other weights.
+    """How much of every V and O subcomponent of a block passes through each head's W_OV, ``[C, head]`` by site; raises KeyError
+    where the block's W_V or W_O is not decomposed, ValueError where the model has other weights.
     """
     v, o = (attention_site(decomposition, layer, weight).name for weight in ("W_V", "W_O"))
     adapter = adapt(model)

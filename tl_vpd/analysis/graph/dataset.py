@@ -79,17 +79,9 @@ class DatasetGraph:
         target: str | Subcomponent | None = None,
         absolute: bool = False,
     ) -> pd.DataFrame:
-        """The k edges of largest size: ``source, target, signed`` and ``absolute``.
-
-        Args:
-            k: how many.
-            source: only edges from this node.
-            target: only edges into this node.
-            absolute: whether the absolute version ranks.
-
-        Raises:
-            KeyError: there is no such node.
-            ValueError: the graph has no absolute version.
+        """The k edges of largest size, in the signed or the ``absolute`` version, of all or of those from or into a node:
+        ``source, target, signed`` and ``absolute``. Raises KeyError for a node, ValueError for a version that the graph does not
+        have.
         """
         k = integer("k", k, minimum=0)
         weights = self.absolute if absolute else self.signed

@@ -107,15 +107,8 @@ class AttributionGraph:
         return {label: number for number, label in enumerate(self.labels)}
 
     def number(self, node: str | Node | int) -> int:
-        """A node's number.
-
-        Args:
-            node: its label, address or number.
-
-        Raises:
-            KeyError: no node has this label; the message has the nearest.
-            IndexError: the number is beyond the last.
-            TypeError: it is something else.
+        """The number of a node, from its label, address or number. Raises KeyError with the nearest label, IndexError beyond the
+        last node, TypeError for anything else.
         """
         node = item(node)
         if isinstance(node, int) and not isinstance(node, bool):
@@ -212,10 +205,8 @@ class AttributionGraph:
     def sums(self) -> pd.DataFrame:
         """Where norms and Δs were fixed: every node's value next to what its edges, Δs and biases add up to.
 
-        ``rest`` is what no term is linear in: 0 for logits and Q, K, V, gate and in (and O with patterns fixed).
-
-        Raises:
-            ValueError: the graph was not made with ``GraphConfig(fixed=("norms", "deltas"), importances=False)``.
+        ``rest`` is what no term is linear in: 0 for logits and Q, K, V, gate and in (and O with patterns fixed). Raises
+        ValueError unless the graph was made with ``GraphConfig(fixed=("norms", "deltas"), importances=False)``.
         """
         if self.deltas is None or self.biases is None or self.settings.get("importances", True):
             raise ValueError(
@@ -266,10 +257,8 @@ class AttributionGraph:
         )
 
     def to_networkx(self) -> networkx.DiGraph:
-        """A ``networkx.DiGraph`` on the labels, with the columns of ``nodes()`` and each edge's ``weight``.
-
-        Raises:
-            ImportError: networkx is not installed.
+        """A ``networkx.DiGraph`` on the labels, with the columns of ``nodes()`` and each edge's ``weight``; raises ImportError
+        without the extra ``viz``.
         """
         try:
             import networkx
@@ -288,14 +277,7 @@ class AttributionGraph:
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Writes ``graph.safetensors``, which holds everything with checksums, and ``graph.json``, a readable copy of its table.
 
-        Args:
-            folder: is made where it is missing; a graph that it holds is replaced, or stays whole if writing fails.
-
-        Returns:
-            The folder.
-
-        Raises:
-            OSError: it cannot be written; the message names the folder and what is intact.
+        A graph that the folder holds is replaced, or stays whole where an OSError says that writing failed.
         """
         from tl_vpd.analysis.graph.files import save
 
@@ -303,15 +285,8 @@ class AttributionGraph:
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, device: str | torch.device = "cpu") -> AttributionGraph:
-        """Reads what ``save`` wrote.
-
-        Args:
-            folder: of the graph.
-            device: of its tensors; its tokens stay on the CPU.
-
-        Raises:
-            FileNotFoundError: the folder has no graph.
-            ValueError: the graph is damaged; the message says where.
+        """Reads what ``save`` wrote, to a device (tokens stay on the CPU); raises FileNotFoundError where there is no graph,
+        ValueError, which says where, for a damaged one.
         """
         from tl_vpd.analysis.graph.files import load
 
