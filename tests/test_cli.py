@@ -70,10 +70,7 @@ def test_train_then_eval(tmp_path: Path):
         ({"data": "{key: test}"}, "'training' and 'validation'"),
         ({"modle": "{}"}, "modle"),
         ({"saving": "{log_every: 5}"}, "saving.folder is missing"),
-        (
-            {"execution": "{micro_batches: 2}"},
-            "ExecutionConfig has no 'micro_batches' (did you mean 'micro_batch'?)",
-        ),
+        ({"execution": "{micro_batches: 2}"}, "ExecutionConfig has no 'micro_batches' (did you mean 'micro_batch'?)"),
         ({"execution": "{sharding: most}"}, "execution.sharding='most': Input should be 'none', 'optimizer' or 'full'"),
         ({"saving": "{keep_states: 0}"}, "saving.keep_states"),
         ({"data": "{contxt: 8}"}, "DataRecipe has no 'contxt' (did you mean 'context'?)"),

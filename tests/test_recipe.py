@@ -114,10 +114,7 @@ def test_the_default_key_depends_on_what_the_tokens_are_for():
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        (b"", "damaged, or not a .npy file of numbers"),
-        (b"garbage", "damaged, or not a .npy file of numbers"),
-    ],
+    [(b"", "damaged, or not a .npy file of numbers"), (b"garbage", "damaged, or not a .npy file of numbers")],
 )
 def test_damaged_arrays_are_named(tmp_path: Path, content: bytes, message: str):
     (tmp_path / "rows.npy").write_bytes(content)

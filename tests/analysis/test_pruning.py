@@ -58,11 +58,9 @@ def test_behaviours_by_hand(model, vpd, tokens, behaviour):
         read = behaviour_of(masked_model.adapter, clean, behaviour, -2)
     other = clean[[0, 3]].detach()
     p, q = clean[-2].softmax(-1), other.softmax(-1)
-    expected = {
-        3: q[:, 3],
-        (3, 5): q[:, 3] / (q[:, 3] + q[:, 5]),
-        None: (-(p * (p.log() - q.log())).sum(-1)).exp(),
-    }[behaviour]
+    expected = {3: q[:, 3], (3, 5): q[:, 3] / (q[:, 3] + q[:, 5]), None: (-(p * (p.log() - q.log())).sum(-1)).exp()}[
+        behaviour
+    ]
     assert read.pos == 5
     assert_close(read.probability(other), expected, rtol=1e-9, atol=1e-11)
 

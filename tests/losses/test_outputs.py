@@ -12,13 +12,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from tl_vpd.evaluation.batch import ce_by_row
-from tl_vpd.losses import (
-    Reconstruction,
-    Unembedding,
-    kl_divergence,
-    squared_error,
-    unembedded_kl,
-)
+from tl_vpd.losses import Reconstruction, Unembedding, kl_divergence, squared_error, unembedded_kl
 from tl_vpd.losses import unembedding as module
 from tl_vpd.losses.precision import at_least_float32
 
