@@ -24,7 +24,7 @@ from benchmarks import harness
 from tests.campaigns.browser import Browser, chromium
 from tests.tiny import decomposition_of, tiny_model
 from tl_vpd import viz
-from tl_vpd.analysis import HarvestConfig, harvest
+from tl_vpd.analysis import DatasetGraphConfig, HarvestConfig, dataset_graph, harvest
 
 WANTED = 10_000
 DRAWN = "document.querySelectorAll('tbody tr').length"
@@ -38,7 +38,9 @@ def full_folder(folder: Path) -> int:
     harvested = harvest(vpd, model, tokens, config=HarvestConfig(samples=8, bins=20, lags=2))
     harvested = replace(harvested, names={token: f" token{token}" for token in harvested.names})
     labels = {str(c): "a label of about forty characters, as usual" for c in vpd.site_axis.subcomponents()}
-    viz.dashboard(vpd, model, harvested, folder, labels=labels)
+    graph = dataset_graph(vpd, model, tokens[:2], config=DatasetGraphConfig(absolute=False))
+    data = viz.DashboardData(labels=labels, graph=graph, prompts=tokens[:12])
+    viz.dashboard(vpd, model, harvested, folder, data=data)
     return len(harvested)
 
 
@@ -50,6 +52,8 @@ def lengthened(folder: Path, times: int) -> None:
     n = len(index["index"])
     for name in ("site", "index", "mean", "density", "firings", "component"):
         index[name] = index[name] * times
+    for name in index["scores"]:
+        index["scores"][name] = index["scores"][name] * times
     index["labels"] = {str(i): index["labels"][str(i % n)] for i in range(n * times)}
     path.write_text(f"{head}{json.dumps(index, separators=(',', ':'))});\n", encoding="ascii")
 

@@ -176,8 +176,8 @@ def test_prompts_have_the_importances_of_their_tokens(world):
         assert [p for _, p in record["next"]] == pytest.approx((100 * best.values[row]).tolist(), abs=0.51)
         for pos, listed in enumerate(record["at"]):
             g = {place: x for place, x in enumerate((100 * ci.concatenated[row, pos]).round().int().tolist()) if x}
-            assert {place: x for place, x, _ in listed} == dict(sorted(g.items(), key=lambda i: -i[1])[: len(listed)])
-            assert len(listed) == min(len(g), 40)
+            assert {place: x for place, x, _ in listed} == g
+            assert len(listed) == len(g)
             assert [x for _, x, _ in listed] == sorted((x for _, x, _ in listed), reverse=True)
 
 
@@ -345,11 +345,21 @@ def test_pages_lead_to_the_next_and_to_components(browser, world):
     check_nothing_ran(browser)
     go(browser, world, f"subcomponent.html#{LABELLED}")
     assert browser.evaluate("document.querySelector('.label').textContent") == label(f"opens a quotation {HOSTILE}")
+    ends = "[...document.querySelectorAll('.card')].filter(e => e.querySelector('h2').textContent === 'Edges')[0]"
+    ends = f"[...{ends}.querySelectorAll('tbody tr')].map(r => r.cells[0].textContent)"
+    sources = world.graph.top_edges(8, target=LABELLED)["source"].replace("embed", "embeddings").tolist()
+    assert sources and browser.evaluate(ends) == sources  # nothing reads the last block's output but the logits
     browser.evaluate("document.querySelector('.facts a').click()")
     wait_for_page(browser, "/component.html")
     component = world.clustering.of(LABELLED)
     assert browser.evaluate("document.querySelector('h1').textContent") == f"Component {component.number}"
-    assert browser.evaluate(ROWS) == [str(member) for member in component.members]
+    members = [str(member) for member in component.members]
+    assert browser.evaluate(ROWS)[: len(members)] == members
+    shown = [
+        edge for side in ("into", "from") for edge in read(world.folder, "index")["components"][component.number][side]
+    ]
+    names = ["embeddings" if i < 0 else f"component {i}" for i, _ in shown]
+    assert names and browser.evaluate(ends) == names
     check_nothing_ran(browser)
 
 

@@ -75,6 +75,7 @@ def importances(
     words = adapt(model).words(g.tokens[0])
     blocks, scripts = [], []
     for c in chosen:
+        name = c.address if isinstance(c, Component) else str(c)
         ci, a = _values(decomposition, c, g, acts)
         peak = int(ci.nan_to_num(-1.0).argmax())
         window = Window(0, peak, 0, tuple(g.tokens[0].tolist()), tuple(words), ci, a)
@@ -82,7 +83,7 @@ def importances(
         (place,), script_of_window = draw([window], scale)
         scripts.append(script_of_window)
         blocks.append(
-            f'<div class="window"><div class="where"><code>{escape(c.address if isinstance(c, Component) else str(c))}</code><br>importance '
+            f'<div class="window"><div class="where"><code>{escape(name)}</code><br>importance '
             f"up to {number(float(ci[peak]))}<br>activation up to {number(scale)}</div>{place}</div>{note_of([window])}"
         )
     legend = (

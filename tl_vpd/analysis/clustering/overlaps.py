@@ -85,8 +85,9 @@ class Overlaps:
         return present.sum(0, dtype=self.together.dtype)
 
 
-def packed(columns: Matrix) -> Shaped[np.ndarray, "k word"]:
+def packed(important: Matrix) -> Shaped[np.ndarray, "k word"]:
     """Each column as bits, 64 tokens in a word."""
+    columns = scipy.sparse.csc_matrix(important)
     n_tokens, k = columns.shape
     words = np.zeros((k, -(-n_tokens // 64)), dtype=np.uint64)
     for i in range(k):

@@ -48,15 +48,17 @@ class Question:
 
 @runtime_checkable
 class LanguageModel(Protocol):
-    """What answers questions.
+    """What answers questions."""
 
-    Attributes:
-        name: as labels and tables show it.
-        compares_choices: whether it answers questions with ``choices`` by comparing these; otherwise it writes text.
-    """
+    @property
+    def name(self) -> str:
+        """As labels and tables show it."""
+        ...
 
-    name: str
-    compares_choices: bool
+    @property
+    def compares_choices(self) -> bool:
+        """Whether it answers questions with ``choices`` by comparing these; otherwise it writes text."""
+        ...
 
     def ask(self, questions: Sequence[Question], *, progress: bool = True) -> list[Any | None]:
         """The parsed answers (None: it has failed to give one)."""

@@ -39,7 +39,7 @@ class DashboardConfig:
     neighbours: int = 12
     edges: int = 8
     heads: int = 4
-    per_token: int = 40
+    per_token: int = 200
 
     def __post_init__(self) -> None:
         sizes = ("windows", "samples", "radius", "tokens", "neighbours", "edges", "heads")

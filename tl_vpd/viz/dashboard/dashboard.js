@@ -218,7 +218,7 @@ window.tlVpd = (function () {
       return table(columns, edges);
     };
     const shown = [make("into", r.into), make("from", r.from)].filter(Boolean);
-    return shown.length ? broad(card("Edges", "Direct effects over many prompts, by gradients: from what it reads, and to what reads it.", shown)) : null;
+    return shown.length ? broad(card("Edges", "Direct effects over many prompts, by gradients: from what it reads, and to what reads it.", ...shown)) : null;
   }
 
   function broad(element) {
@@ -316,7 +316,8 @@ window.tlVpd = (function () {
       c.label ? h("p", { class: "label" }, c.label) : null,
       facts([["members", number(c.members.length)], ["a member is important at", percent(c.density) + " of the tokens"]]),
       card("Members", null, table([{ name: "subcomponent", words: true, show: i => toSubcomponent(i) },
-        { name: "label", words: true, free: true, show: label }, { name: "mean importance", show: i => number(data.mean[i]) },
+        ...(c.members.some(label) ? [{ name: "label", words: true, free: true, show: label }] : []),
+        { name: "mean importance", show: i => number(data.mean[i]) },
         { name: "density", show: i => percent(data.density[i]) }], c.members)),
       edgeTables(c, toComponent, k => data.components[k].label),
       ...strongest.map((i, n) => windows(address(i), records[n].windows.slice(0, 3), records[n].scale, label(i))),
@@ -372,7 +373,8 @@ window.tlVpd = (function () {
     if (list.some(r => label(r[0]))) columns.push({ name: "label", words: true, free: true, show: r => label(r[0]) });
     const element = h("section", { class: "card" }, h("h2", {}, "At token " + t + " ", h("span", { class: "tok" }, visible(text))),
       h("p", { class: "soft" }, "The model thinks most probable after it: ", h("span", { class: "tok" }, visible(data.tokens[prompt.next[t][0]])),
-        " (" + percent(prompt.next[t][1] / 100) + "). "), list.length ? table(columns, list) : "No subcomponent is important here.");
+        " (" + percent(prompt.next[t][1] / 100) + "). ", list.length > ROWS ? "The first " + ROWS + " of " + list.length + " subcomponents:" : ""),
+      list.length ? table(columns, list.slice(0, ROWS)) : "No subcomponent is important here.");
     element.id = "token";
     return element;
   }

@@ -42,13 +42,13 @@ def component_edges_of(graph: DatasetGraph | None, clustering: Clustering | None
     if graph is None or clustering is None or not k:
         return ends
     table = component_edges(graph, clustering)
-    for row in table.itertuples(index=False):
-        for name, other, side in ((row.target, row.source, "into"), (row.source, row.target, "from")):
+    for source, target, weight in zip(table["source"], table["target"], table["weight"], strict=True):
+        for name, other, side in ((target, source, "into"), (source, target, "from")):
             node, number = _component(name), -1 if other == EMBEDDINGS else _component(other)
             if node is not None and number is not None:
                 edges = ends.setdefault(node, {"into": [], "from": []})[side]
                 if len(edges) < k:
-                    edges.append([number, short(float(row.weight))])
+                    edges.append([number, short(float(weight))])
     return ends
 
 

@@ -30,6 +30,8 @@ def heads_of(decomposition: Decomposition, adapter: Adapter, k: int) -> dict[str
     factors = dict(_factors(adapter)) if k else {}
     result = {}
     for name, site in decomposition.sites.items():
+        if site.layer is None:
+            continue
         writes, d = site.short in WRITE, site.d_out if site.short in WRITE else site.d_in
         blocks = [b for b in factors if (b > site.layer if writes else b < site.layer) and _fits(factors[b], d)]
         if not blocks:
@@ -46,7 +48,7 @@ def heads_of(decomposition: Decomposition, adapter: Adapter, k: int) -> dict[str
 
 
 def _factors(adapter: Adapter) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    for layer in sorted({site.layer for site in adapter.sites.values()}):
+    for layer in sorted({site.layer for site in adapter.sites.values() if site.layer is not None}):
         try:
             yield layer, ov_factors(adapter, layer)
         except KeyError:  # a block without attention

@@ -62,10 +62,11 @@ def prompt_records(decomposition: Decomposition, model: nn.Module, prompts: Any,
 
 
 def _strongest(g: Tensor, a: Tensor, k: int) -> list[list[Any]]:
-    """Those of a token whose importance is at least a hundredth."""
+    """Those of a token whose importance is at least a hundredth; of equal ones the most active first."""
     best = g.topk(min(k, len(g)))
-    return [
+    listed = [
         [place, importance, short(float(a[place]))]
         for place, importance in zip(best.indices.tolist(), hundredths(best.values), strict=True)
         if importance > 0
     ]
+    return sorted(listed, key=lambda entry: (-entry[1], -abs(entry[2] or 0.0), entry[0]))
