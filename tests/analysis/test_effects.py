@@ -34,12 +34,9 @@ def test_each_row_is_the_model_with_the_weight_edited(model, vpd, tokens, rows):
 @pytest.mark.parametrize("values", ["none", "means", "by position", "other prompts"])
 def test_positions_amounts_and_values_are_those_of_single_hooks(model, vpd, tokens, pos, values):
     other = vpd.component_acts(model, some_tokens(seed=9))
-    given = {
-        "none": None,
-        "means": other.mean(),
-        "by position": other.mean(by_position=True),
-        "other prompts": other,
-    }[values]
+    given = {"none": None, "means": other.mean(), "by position": other.mean(by_position=True), "other prompts": other}[
+        values
+    ]
     table = ablation_table(
         vpd, model, tokens, metric, SOME, config=AblationTableConfig(pos=pos, amount=0.7, values=given)
     )
