@@ -2,18 +2,16 @@
 
     python -m benchmarks.targeted                          # benchmarks/results/targeted.json, minutes of one core
     python -m benchmarks.targeted --cases compressed       # 1,000 dimensions: longer
-    tl-vpd fact --out fact && python -m benchmarks.targeted --fact fact      # a fact of a real model
 
 Each case is a toy and the features that are its target. Figures: subcomponents important for the target by site, for how many
 other features any is important, steps beside those of the whole decomposition, and, with Δ on and the target's subcomponents
-ablated, the squared error on ordinary data. Cases in the file are kept.
+ablated, the squared error on ordinary data. Cases in the file are kept; ``benchmarks.targeted_bundled`` and
+``benchmarks.targeted_fact`` write others.
 """
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -58,15 +56,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(DEFAULT), choices=list(CASES), help="which cases")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the decompositions")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--fact", type=Path, help="only store the figures of this folder of tl-vpd fact, as real_model")
     options = parser.parse_args()
     torch.set_num_threads(1)
     record = harness.read(options.out)
-    if options.fact is not None:
-        record["real_model"] = json.loads((options.fact / "figures.json").read_text(encoding="utf8"))
-        record.pop("settings", None)
-        harness.write(options.out, record, "targeted")
-        return
     for case in options.cases:
         for seed in options.seeds:
             for kind in ("targeted", "naive"):
