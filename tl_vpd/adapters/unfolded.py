@@ -34,17 +34,10 @@ def stored_change(
     fingerprints: Mapping[str, Fingerprint],
     processing: Mapping[str, bool],
 ) -> Change:
-    """The change of a stored weight and bias.
+    """The change of a stored weight and bias, from that of the weight as it was decomposed, in float64 on the CPU.
 
-    Args:
-        plain: the model of transformers.
-        name: of the site.
-        delta: the change of the weight as it was decomposed, in float64 on the CPU.
-        fingerprints: of the weights as they were decomposed, by site.
-        processing: what is known besides of how they were processed.
-
-    Raises:
-        ValueError: the weight is of another model, or the processing cannot be translated back; the message says why.
+    Raises ValueError, which says why, where the weight is of another model, or what ``processing`` and fingerprints say of
+    how the weights were processed cannot be undone.
     """
     form, size = form_of(plain, name, fingerprints[name])
     change, bias = delta, None

@@ -31,12 +31,9 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def write_folder(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
-    """Writes both files into a folder, which is made if needed; a decomposition that is there is replaced.
-
-    Raises:
-        FileExistsError: ``config.json`` there belongs to something else.
-        OSError: the folder cannot be written; the message says what is safe.
-        TypeError, ValueError: the config is not data; nothing has been written then.
+    """Writes both files into a folder, which is made if needed; a decomposition that is there is replaced. Raises FileExistsError
+    where ``config.json`` belongs to something else, OSError, which says what is safe, TypeError or ValueError where the config is
+    not data, before anything is written.
     """
     content = parse_json(json_text({"format_version": FORMAT_VERSION, **config}), "The config")
     make_folder(folder)

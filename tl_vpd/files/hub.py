@@ -58,12 +58,8 @@ def check_repository(name: Any, *, with_user: bool = False) -> str:
 def fetch(repository: str, name: str, *, others: Sequence[str] = (), revision: str | None = None) -> Path:
     """The folder of a repository's cached copy with a file, and others of the same commit where it has them.
 
-    Without a network, or with ``HF_HUB_OFFLINE=1``, it is what was fetched before.
-
-    Raises:
-        FileNotFoundError: the repository has no such file.
-        OSError: it cannot be fetched; the message says why.
-        TypeError, ValueError: a name is not one.
+    Without a network, or with ``HF_HUB_OFFLINE=1``, it is what was fetched before. Raises FileNotFoundError where there is no
+    such file, OSError, which says why, where it cannot be fetched, TypeError or ValueError for what cannot be a name.
     """
     check_repository(repository)
     revision = None if revision is None else _revision(revision)

@@ -95,11 +95,8 @@ class TensorFile:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], content: Any, *, safe: str | None = None) -> None:
-    """Writes tensors and a content that JSON can hold; errors of writing as for ``write_file``.
-
-    Raises:
-        TypeError: the content is not data, or a tensor is of a type that is not stored (complex, 8-bit floats).
-        ValueError: the content or a tensor holds NaN or infinite numbers.
+    """Writes tensors and a content that JSON can hold; errors of writing as for ``write_file``. Raises TypeError for types that
+    are not stored (complex, 8-bit floats), ValueError for NaN and infinite numbers.
     """
     ready = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
     for key, t in ready.items():

@@ -86,12 +86,8 @@ def _offsets(n_query: int, n_key: int, device: torch.device) -> Int[Tensor, "que
 
 @torch.no_grad()
 def measured_kernel(adapter: Adapter, layer: int, length: int) -> ScoreKernel:
-    """The kernel of a layer for offsets up to ``length − 1``.
-
-    Raises:
-        Unsupported: scores are not bilinear (by name where the adapter knows why), or depend on more than the offset.
-        KeyError: the block has no such attention.
-        ValueError: the model cannot run prompts of this length.
+    """The kernel of a layer for offsets up to ``length − 1``. Raises KeyError where the block has no such attention, Unsupported
+    where scores are not bilinear (by name where the adapter knows why) or depend on more than the offset.
     """
     site = adapter.sites.get(f"blocks.{layer}.attn.W_Q")
     if site is None or site.d_head is None or f"blocks.{layer}.attn.W_K" not in adapter.sites:

@@ -257,13 +257,9 @@ class AttributionGraph:
         )
 
     def to_networkx(self) -> networkx.DiGraph:
-        """A ``networkx.DiGraph`` on the labels, with the columns of ``nodes()`` and each edge's ``weight``; raises ImportError
-        without the extra ``viz``.
-        """
-        try:
-            import networkx
-        except ImportError as error:
-            raise ImportError("networkx is not installed: pip install 'tl_vpd[viz]'.") from error
+        """A ``networkx.DiGraph`` on the labels, with the columns of ``nodes()`` and each edge's ``weight``."""
+        import networkx
+
         graph = networkx.DiGraph()
         table = self.nodes().set_index("node")
         graph.add_nodes_from(table.to_dict("index").items())

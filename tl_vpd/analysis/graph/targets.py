@@ -54,13 +54,8 @@ class LogitTarget:
 
 def logit_targets(adapter: Adapter, logits: Float[Tensor, "pos vocab"], targets: Any, pos: Any) -> list[LogitTarget]:
     """One target or a list, as the module's table writes them (None: every token of probability 0.05 or more, and at least the
-    likeliest).
-
-    Raises:
-        IndexError: the position or a token does not exist.
-        ValueError: a text is not one token, or nothing is left to explain.
-        TypeError: the position or a target is something else.
-        FloatingPointError: the logits are NaN or infinite.
+    likeliest). Raises IndexError for a position or token that does not exist, ValueError for a text that is not one token or
+    where nothing is left to explain, TypeError for anything else, FloatingPointError where the logits are NaN or infinite.
     """
     pos = position_of(pos, len(logits))
     check_logits(logits[pos], pos)

@@ -59,13 +59,9 @@ class Behaviour:
 
 
 def behaviour_of(adapter: Adapter, logits: Float[Tensor, "pos vocab"], behaviour: Any, pos: int) -> Behaviour:
-    """Reads a behaviour as the module's table writes it.
-
-    Raises:
-        IndexError: the position or a token does not exist.
-        ValueError: a text is not one token.
-        TypeError: the position is not an integer, or the behaviour is something else.
-        FloatingPointError: the logits are NaN or infinite.
+    """Reads a behaviour as the module's table writes it. Raises IndexError for a position or token that does not exist,
+    ValueError for a text that is not one token, TypeError for anything else, FloatingPointError where the logits are NaN or
+    infinite.
     """
     pos = position_of(pos, len(logits))
     check_logits(logits[pos], pos)
