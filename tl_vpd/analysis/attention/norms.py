@@ -64,9 +64,7 @@ def norms_by_head(V: Float[Tensor, "d_in C"], U: Float[Tensor, "C d_out"], site:
 
 @torch.no_grad()
 def head_norms(decomposition: Decomposition, layer: int) -> HeadNorms:
-    """Norms by head of every subcomponent of a block's Q, K, V and O, as far as they are decomposed; raises KeyError where none
-    is.
-    """
+    """Norms by head of every subcomponent of a block's Q, K, V and O that is decomposed; raises KeyError where none is."""
     instance("decomposition", decomposition, Decomposition)
     layer = integer("layer", layer, minimum=0)
     sites = [

@@ -80,9 +80,7 @@ class DirectPass:
     norms: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
 
     def gradients(self, seeds: Sequence[tuple[Tensor, Tensor]], sites: Sequence[str], *, again: bool) -> Gradients:
-        """Gradients of ``Σ tensor · seed`` in sites' outputs, the embeddings and the norms' outputs; ``again`` where more are
-        taken.
-        """
+        """Gradients of ``Σ tensor · seed`` in sites' outputs, the embeddings and norms' outputs; ``again``: more will follow."""
         assert self.embeddings is not None
         outputs = [self.outputs[name] for name in sites]
         norms = [y for y, bias in self.norms if bias is not None and y.requires_grad]
