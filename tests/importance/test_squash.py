@@ -1,4 +1,4 @@
-"""Values and gradients of the two squashings, by hand."""
+"""Values and gradients of the two squashings, by hand (VPD paper, section on the causal-importance function)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Faithfulness: both kinds by their formula, and site by site."""
+"""Faithfulness: both kinds by their formula, and site by site (VPD paper, "Enforcing parameter faithfulness")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The frequency loss with the batch's count, a fixed one and at a running mean: values and gradients by hand."""
+"""The frequency loss with the batch's count, a fixed one and at a running mean: values and gradients by hand (VPD paper,
+"Optimizing for simplicity")."""
 
 from __future__ import annotations
 

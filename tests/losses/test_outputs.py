@@ -1,4 +1,5 @@
-"""Distances between outputs: values and gradients by hand, in float64 where the outputs are, and 0 without a real position."""
+"""Distances between outputs: values and gradients by hand, in float64 where the outputs are, and 0 without a real position
+(VPD paper, "Optimizing for mechanistic faithfulness"; SPD, arXiv 2506.20790, section 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Both penalties summed over tokens: values and gradients by hand and by autograd through both squashings."""
+"""Both penalties summed over tokens: values and gradients by hand and by autograd through both squashings (VPD
+paper, "Optimizing for minimality")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fresh PGD on losses whose maximum is known."""
+"""Fresh PGD on losses whose maximum is known (VPD paper, section on evaluation)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks from importances and sources: values, bounds, gradients, routing."""
+"""Masks from importances and sources: values, bounds, gradients, routing (VPD paper, section on masked forwards)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Persistent sources: Adam's ascent against torch.optim, the clamp, saving and restoring."""
+"""Persistent sources: Adam's ascent against torch.optim, the clamp, saving and restoring (VPD paper, section on training)."""
 
 from __future__ import annotations
 

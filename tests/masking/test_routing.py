@@ -1,4 +1,4 @@
-"""Uniform-k routing: how many sites a token takes, and which."""
+"""Uniform-k routing: how many sites a token takes, and which (VPD paper, section on losses)."""
 
 from __future__ import annotations
 
