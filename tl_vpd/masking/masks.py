@@ -76,7 +76,7 @@ class SiteMask:
         )
 
     def fitted(self, name: str, shape: Sequence[int], device: torch.device) -> SiteMask:
-        """The same mask on a device; raises ValueError unless its axes are those of activations ``[batch, pos, C]`` of this shape."""
+        """The same mask on a device; raises ValueError unless it fits activations of this shape, ``[batch, pos, C]``."""
         for what, tensor, shared in (("mask", self.mask, 1), ("Δ's mask", self.delta, 0), ("routing", self.routed, 0)):
             if tensor is not None:
                 check_axes(f"The {what} for {name}", tensor, shape if shared else shape[:-1], shared=shared)
@@ -147,7 +147,7 @@ class Masks(Mapping[str, SiteMask]):
         return result
 
     def only(self, sites: str | Sequence[str] | None) -> Masks:
-        """The masks of sites that match patterns (None: all); the others run unmasked. Raises KeyError where one matches nothing."""
+        """The masks of sites that match patterns (None: all) alone; raises KeyError where a pattern matches nothing."""
         return Masks({name: self[name] for name in select(sites, self)})
 
     def routed(self, routing: Mapping[str, Bool[Tensor, "*batch"]]) -> Masks:
