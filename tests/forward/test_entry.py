@@ -9,6 +9,7 @@ from tests.matrix.models import build
 from tests.matrix.models import tokens as tokens_of_family
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd.adapters import adapt
+from tl_vpd.analysis.pruning import PruneConfig, prune
 from tl_vpd.forward import MaskedModel, SitePass
 from tl_vpd.forward.entry import entry_of
 from tl_vpd.masking import Masks
@@ -110,3 +111,21 @@ def test_a_bridge_starts_late_too(family):
             masks = masks_of(vpd, inputs)
             late, whole = (masked_model.masked(inputs, masks, start=start) for start in (run.residual, None))
     assert torch.equal(late, whole)
+
+
+@pytest.mark.parametrize("what", ["attack", "pruning"])
+def test_repeated_passes_start_late_with_the_same_numbers(what, tokens, monkeypatch):
+    model = tiny_model(n_layers=3)
+    vpd, counts = decomposition_of(model, sites=("blocks.2.*",)).double(), ran(model)
+
+    def result():
+        counts[:] = [0, 0, 0]
+        if what == "pruning":
+            return prune(vpd, model, tokens[:1], 3, config=PruneConfig(steps=4)).importances
+        masks = vpd.adversarial_masks(model, tokens, steps=4, seed=0)
+        return torch.cat([masks[name].mask.flatten() for name in vpd.sites])
+
+    late, few = result(), counts[0]
+    assert few < counts[2] - 3
+    monkeypatch.setattr(MaskedModel, "late_start", lambda *_: None)
+    assert torch.equal(late, result()) and counts[0] == counts[2]

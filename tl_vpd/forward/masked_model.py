@@ -150,14 +150,21 @@ class MaskedModel:
         run.residual = next(iter(residual), None)
         return logits
 
-    @torch.no_grad()
     def can_start_late(self, tokens: Tensor, token_mask: Tensor | None = None) -> bool:
         """Whether passes may start at the first decomposed block: there are blocks before it, and the output is the same."""
+        return self.late_start(tokens, token_mask) is not None
+
+    @torch.no_grad()
+    def late_start(
+        self, tokens: Shaped[Tensor, "batch ..."], token_mask: Bool[Tensor, "batch pos"] | None = None
+    ) -> Float[Tensor, "batch pos d_model"] | None:
+        """The residual stream from which masked passes may start (None: every block runs)."""
         if self.entry is None:
-            return False
+            return None
         run = SitePass(collect=True)
         whole = self.run(tokens, run, token_mask)
-        return torch.equal(self.masked(tokens, Masks({}), token_mask, start=run.residual), whole)
+        same = torch.equal(self.masked(tokens, Masks({}), token_mask, start=run.residual), whole)
+        return run.residual if same else None
 
     def product(self, name: str, x: Tensor, y: Tensor) -> SiteProduct:
         """A site's product, from its input and output as the model passes them."""

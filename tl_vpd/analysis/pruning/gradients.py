@@ -32,6 +32,7 @@ class PromptLoss:
 
     def __init__(self, masked_model: MaskedModel, tokens: Int[Tensor, "1 pos"], behaviour: Behaviour) -> None:
         self.masked_model, self.tokens, self.behaviour = masked_model, tokens, behaviour
+        self.start = masked_model.late_start(tokens)
 
     def logits(
         self, g: Float[Tensor, "rows pos C_total"], sources: Float[Tensor, "rows pos C_and_deltas"]
@@ -39,7 +40,8 @@ class PromptLoss:
         """Logits at the behaviour's position, under the masks of importances and sources."""
         masks = TraceableMasks.from_sources(g, sources, self.masked_model.weights.site_axis)
         tokens = self.tokens.expand(len(g), -1)
-        return self.masked_model.masked(tokens, masks, constant_weights=True)[:, self.behaviour.pos]
+        start = None if self.start is None else self.start.expand(len(g), -1, -1)
+        return self.masked_model.masked(tokens, masks, start=start, constant_weights=True)[:, self.behaviour.pos]
 
     @torch.no_grad()
     def probability(
