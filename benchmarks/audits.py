@@ -1,6 +1,6 @@
 """Circuits of edges before an adversary: how much of their published-style faithfulness is left, and what must be added.
 
-    python -m benchmarks.audits                      # benchmarks/results/audits.json; the table of docs/auditing.md
+    python -m benchmarks.audits                      # benchmarks/results/audits.json, and the table of docs/auditing.md
 
 Six tasks: the toy ``Induction`` (four heads a layer), and five of the bundled model, each with pairs of a prompt and a corrupted
 prompt of which another token is right. The metric is the logit of the right token minus that of the corrupted prompt's, so that
@@ -10,8 +10,8 @@ under each ablation and each of the adversary's budgets (between the prompts' an
 each position, and between the prompts' values and 0), and what as large circuits at random recover. ``repair_circuit``, again on
 the first half, adds edges until 0.8 is left under 20 steps; what is left then on the other half is the last figure.
 
-Tasks of the record that were measured on the same model and settings are kept (``--again`` measures them again). The table of
-EAP-IG's circuits is printed at the end.
+Tasks of the record that were measured on the same model and settings are kept (``--again`` measures them again).
+``python -m scripts.site.figures`` writes the page's table.
 """
 
 from __future__ import annotations
@@ -181,20 +181,6 @@ def audited(model: Any, pairs: Pairs, circuit: Sequence[Any], config: AuditConfi
     return audit_circuit(None, model, pairs.clean, circuit, metric, config=config, reference_prompts=pairs.corrupted)
 
 
-def table(record: dict[str, Any]) -> str:
-    """The record in Markdown: of each task's EAP-IG circuit."""
-    names = ("corrupted", "zero", "stochastic", "adversarial_20", "adversarial_per_position", "adversarial_from_zero")
-    lines = [f"| task | edges | {' | '.join(names)} | added | then adversarial_20 |", "| --- " * (len(names) + 4) + "|"]
-    for task, entry in record.items():
-        if task != "settings":
-            circuit = entry["eap_ig"]
-            figures = " | ".join(f"{circuit['recovered'][name]:.2f}" for name in names)
-            repair = circuit["repair"]
-            added = f"{repair['added']}{'' if repair['holds'] else ' (does not hold)'} | {repair['adversarial_20']:.2f}"
-            lines.append(f"| {task} | {circuit['edges']} of {circuit['of']} | {figures} | {added} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     """Runs what the record does not have yet, and writes it after each task."""
     warnings.simplefilter("ignore")
@@ -235,7 +221,6 @@ def main() -> None:
         }
         harness.write(arguments.out, record, "audits", **settings)
         print(json.dumps({task: record[task]}, ensure_ascii=False), flush=True)
-    print(table(record))
 
 
 if __name__ == "__main__":

@@ -11,9 +11,10 @@ import torch
 
 from tests.baselines.test_transcoders import exact_transcoders, random_transcoders
 from tests.tiny import decomposition_of, some_tokens, tiny_model
-from tl_vpd.baselines import Comparison, ComparisonConfig, TrainingCost, compare
-from tl_vpd.baselines.comparison.compare import entropy_bits
+from tl_vpd.baselines import Comparison, ComparisonConfig, TrainingCost, compare, transcoder_consistency
+from tl_vpd.baselines.comparison.measured import entropy_bits
 from tl_vpd.baselines.comparison.replacement import replacement_of
+from tl_vpd.baselines.transcoders.transcoders import Transcoder, Transcoders
 from tl_vpd.evaluation import mask_transfer, sampled
 from tl_vpd.evaluation.batch import Rows
 from tl_vpd.viz import comparison_page
@@ -142,6 +143,55 @@ def test_attacks_start_at_the_plain_output_and_end_at_everything_on(relu, vpd, t
             torch.testing.assert_close(everything, on.replaced.error_propagating(relus, tokens))
 
 
+def doubled(one):
+    """A transcoder with each latent twice, each with half of its decoder."""
+    W_enc, W_dec = torch.cat([one.W_enc] * 2, dim=1), torch.cat([one.W_dec / 2] * 2, dim=1)
+    return Transcoder(W_enc, one.b_enc.repeat(2), W_dec, one.b_dec, one.threshold.repeat(2))
+
+
+def test_seeds_and_sizes_of_a_method_are_measured_together(relu, vpd, tokens):
+    plts = {f"plt {seed}": random_transcoders(seed=seed) for seed in range(3)}
+    double = Transcoders({layer: doubled(plts["plt 0"][layer]) for layer in (0, 1)})
+    artefacts = {"vpd": vpd, **plts, "twice": double}
+    names = {"twice": "plt", **dict.fromkeys(plts, "plt")}
+    result = compare(relu, tokens, artefacts, ComparisonConfig(budgets=(2,)), methods=names)
+    summary, table = (result.to_pandas(name).set_index("method") for name in ("summary", "methods"))
+    assert list(table.index) == ["parameter decomposition", "plt", "plt"]
+    small, large = table.loc["plt"].iloc[0], table.loc["plt"].iloc[1]
+    of_seeds = summary.loc["plt"].iloc[:3]
+    assert (small["artefacts"], large["artefacts"]) == (3, 1) and large["built"] == 2 * small["built"]
+    for column in ("kl", "pgd_2", "alive", "index_bits"):
+        values = of_seeds[column].astype(float)
+        expected = [values.mean(), values.min(), values.max()]
+        assert list(small[[column, f"{column}_low", f"{column}_high"]]) == pytest.approx(expected)
+    assert small["alive_growth"] == 1 and large["alive"] == 2 * int(summary.loc["plt"].iloc[0]["alive"])
+    assert large["alive_growth"] == pytest.approx(large["alive"] / small["alive"])
+    alive = []
+    for plt in plts.values():
+        rows = Rows(tokens, None, list(range(5)))
+        with replacement_of(plt, relu, rows, float("nan"), batch_size=5, seed=0) as on:
+            fires = on.axis.split_sites(on.batch(rows).g.flatten(0, 1).any(0))
+            alive.append({layer: fires[f"blocks.{layer}.mlp"] for layer in (0, 1)})
+    pairs = [
+        transcoder_consistency(plts[f"plt {i}"], plts[f"plt {j}"], alive=(alive[i], alive[j])).loc["mean"]
+        for i, j in ((0, 1), (0, 2), (1, 2))
+    ]
+    for name in ("V", "U", "rank_one", "V_random"):
+        assert small[name] == pytest.approx(sum(pair[name] for pair in pairs) / 3)
+    assert math.isnan(large["V"]) and math.isnan(table.loc["parameter decomposition", "U"])
+
+
+def test_what_was_trained_in_one_way_is_measured_against_the_others(relu, vpd, tokens):
+    cascading = random_transcoders()
+    cascading.record["config"] = {"loss": "cascading"}
+    summary = compare(relu, tokens, {"vpd": vpd, "e2e": cascading, "raw": random_transcoders()}, NO_ATTACK).to_pandas()
+    assert list(summary["trained_in"]) == ["error-propagating", "error-propagating", "unknown"]
+    assert list(summary["method"])[1:] == ["per-layer transcoders, error-propagating", "per-layer transcoders"]
+    others = summary[["clean_input_kl", "single_layer_kl"]].max(axis=1)
+    assert summary["mismatch"][:2].tolist() == pytest.approx((others / summary["kl"])[:2].tolist())
+    assert math.isnan(summary["mismatch"][2])
+
+
 def test_attacks_do_more_harm_than_nothing(result):
     summary = result.to_pandas()
     attacks = result.to_pandas("attacks")
@@ -171,7 +221,7 @@ def test_the_model_is_left_as_it_was(relu, vpd, tokens):
 def test_results_are_saved_and_loaded_and_shown(result, tmp_path):
     loaded = Comparison.load(result.save(tmp_path / "comparison.json"))
     assert loaded.target_ce == result.target_ce and loaded.layers == (0, 1) and loaded.tokens == 35
-    for name in ("summary", "replacement", "modules", "attacks"):
+    for name in ("summary", "methods", "replacement", "modules", "attacks"):
         one, other = result.to_pandas(name), loaded.to_pandas(name)
         assert list(one.columns) == list(other.columns) and len(one) == len(other)
     assert loaded.top(1)["artefact"].tolist() == ["exact"]
@@ -193,6 +243,8 @@ def test_what_cannot_be_compared_is_refused(relu, vpd, tokens):
         compare(relu, tokens, {"a": decomposition_of(relu, sites=("*.attn.*",))})
     with pytest.raises(KeyError, match="costs names 'b', which is not among the artefacts: a"):
         compare(relu, tokens, {"a": vpd}, costs={"b": TrainingCost(flops=1.0)})
+    with pytest.raises(KeyError, match="methods names 'b', which is not among the artefacts: a"):
+        compare(relu, tokens, {"a": vpd}, methods={"b": "plt"})
     with pytest.raises(ValueError, match=r"thresholds=\(\): give at least one\."):
         ComparisonConfig(thresholds=())
     with pytest.raises(ValueError, match="flops=-1"):

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.tiny import decomposition_of, edited, options_of, tiny_model
+from tl_vpd.analysis import AuditConfig, audit_circuit
 
 sae_lens = pytest.importorskip("sae_lens")
 WIDTHS = {
@@ -89,6 +90,34 @@ def test_saes_where_no_tap_stands_come_and_go_while_attached(sae_model, vpd, tok
             inside = sae_model.run_with_saes(tokens, saes=[sae_on("blocks.0.hook_resid_pre")])
             assert torch.equal(sae_model(tokens), masked)
         assert not torch.allclose(inside, masked) and torch.equal(sae_model(tokens), clean)
+
+
+@pytest.mark.parametrize("nodes", [["blocks.0.attn.W_Q:1", "blocks.1.mlp.W_in:2"], ["blocks.1.attn.hook_z:0"]])
+def test_circuits_of_a_model_with_an_sae_and_a_decomposition_are_audited(sae_model, vpd, tokens, nodes):
+    sae_model.add_sae(sae_on("blocks.0.hook_resid_pre"))
+
+    def metric(logits):
+        return logits[:, -1, 1].mean()
+
+    whole = float(metric(sae_model(tokens)))
+    ablations = ["zero", "mean", "resample", "stochastic", "adversarial"]
+    config = AuditConfig(ablations=ablations, budgets=(2,), controls=0)
+    decomposition = vpd if "W_" in nodes[0] else None
+    alone = audit_circuit(decomposition, sae_model, tokens, nodes, metric, config=config).to_pandas()
+    with vpd.attach(sae_model):
+        attached = audit_circuit(decomposition, sae_model, tokens, nodes, metric, config=config).to_pandas()
+    assert alone["circuit"][0] == pytest.approx(whole)
+    for name in ("circuit", "complement", "nothing"):
+        assert list(alone[name][1:]) == pytest.approx(list(attached[name][1:]))
+    assert float(metric(sae_model(tokens))) == whole
+    if decomposition is not None:  # zero: an edited model with the same SAE
+        masks = {name: (torch.zeros(6).double(), 0.0) for name in vpd.sites}
+        for site, c in (node.split(":") for node in nodes):
+            masks[site][0][int(c)] = 1
+        reference = with_saes(edited(tiny_model(), vpd, masks))
+        reference.add_sae(sae_on("blocks.0.hook_resid_pre"))
+        row = alone[alone["ablation"] == "zero"].iloc[0]
+        assert row["circuit"] == pytest.approx(float(metric(reference(tokens))), rel=1e-10)
 
 
 @pytest.mark.parametrize("hook", ["blocks.0.attn.hook_z", "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_pre"])

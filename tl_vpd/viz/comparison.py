@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +28,25 @@ INTRODUCTION = (
     "A latent and a subcomponent are not the same kind of thing: read all three axes of cost, and the bits, before you name a "
     "winner."
 )
-AXES = {
-    "per_module": "active pieces per module",
-    "per_mlp": "active pieces per MLP output",
-    "parameters": "active parameters",
+COLOURS = ("#7b2fb5", "#1f5fd0", "#e07b00", "#2e8b57", "#c2185b", "#00838f", "#6b7484", "#8d6e00", "#5d4037")
+PLOTS = {
+    "per_module": ("active pieces per module and token", "ce_increase"),
+    "per_mlp": ("active pieces per MLP output and token", "ce_increase"),
+    "parameters": ("active parameters per token", "ce_increase"),
+    "built": ("built pieces", "alive"),
 }
-COLOURS = {
-    "parameter decomposition": "#7b2fb5",
-    "per-layer transcoders": "#1f5fd0",
-    "cross-layer transcoders": "#e07b00",
-    "SAEs of MLP outputs": "#2e8b57",
-}
-FEWER = ["artefact", "threshold", "kind"]
+"""Columns of the table of methods, what they are, and the column that is drawn over them."""
+COUNTS = (
+    *("built", "alive", "dead", "l0", "per_module", "per_mlp", "parameters", "index_bits", "entropy_bits"),
+    *("flops", "seconds"),
+)
+LABELS = ["artefact", "threshold"]
+SEEDS = "The mean of the artefacts of a method and size; ranges are from the smallest to the largest. alive_growth: alive \
+count over that of the smallest size. V, U, rank_one: mean max cosine of the artefacts' alive pieces, beside random ones."
+ATTACK = (
+    "A shared adversary switches inactive pieces on: subcomponents and Δ by their masks, latents by a share of what ReLU \
+passes below their thresholds."
+)
 
 
 def comparison_page(comparison: Comparison, path: str | os.PathLike[str], *, title: str = "Comparison") -> Path:
@@ -57,65 +67,79 @@ def comparison_page(comparison: Comparison, path: str | os.PathLike[str], *, tit
 def comparison_panels(comparison: Comparison) -> list[Panel]:
     """The panels of a comparison's page."""
     instance("comparison", comparison, Comparison)
-    summary = comparison.to_pandas()
+    summary, methods, attacks = (comparison.to_pandas(name) for name in ("summary", "methods", "attacks"))
     note = (
         f"Target cross-entropy {comparison.target_ce:.4f}; with every MLP output 0 it is {comparison.zero['ce_increase']:.3g} "
         f"more (KL {comparison.zero['kl']:.3g}). {comparison.tokens:,} tokens, layers {list(comparison.layers)}."
     )
-    plots = svg((12.6, 3.8), lambda figure: _costs(figure, summary, comparison.zero["ce_increase"]))
-    ways = svg((10.4, 3.8), lambda figure: _ways(figure, summary))
-    counts = ["built", "alive", "dead", "l0", "per_module", "per_mlp", "parameters", "index_bits", "entropy_bits"]
-    figures = [c for c in summary.columns if c not in (*FEWER, *counts, "l0_low", "l0_high", "flops", "seconds")]
+    colours = dict(zip(methods["method"].unique(), itertools.cycle(COLOURS)))
+    plots = [svg((4.8, 3.4), partial(_plot, methods=methods, colours=colours, x=x)) for x in PLOTS]
+    ways = svg((9.4, 1.2 + 0.36 * len(methods)), partial(_ways, methods=methods))
+    others = [c for c in summary if c not in (*COUNTS, "kind", "method", "trained_in", "l0_low", "l0_high")]
     result = [
-        Panel(title="Cost and fit", body=f'<h3>Cost and fit</h3><div class="plot">{plots}</div>'),
-        Panel(title="Ways of replacing", body=f'<h3>Ways of replacing</h3><div class="plot">{ways}</div>'),
-        table(_shown(summary[[*FEWER, *counts, "flops", "seconds"]]), "Counts, bits and training", note=note),
-        table(_shown(with_ranges(summary[[*FEWER[:2], *figures]])), "KL and rise of the cross-entropy"),
+        _of_plots("Cost, fit and splitting", '<div class="columns matrices">', plots, "</div>"),
+        _of_plots("Ways of replacing", "", [ways], ""),
+        table(_shown(_of_seeds(methods)), "Methods", note=SEEDS),
+        table(_shown(summary[[*LABELS, "kind", "trained_in", *COUNTS]]), "Counts, bits and training", note=note),
+        table(_shown(with_ranges(summary[others])), "KL and rise of the cross-entropy"),
         table(_shown(comparison.to_pandas("modules")), "Modules"),
     ]
-    attacks = comparison.to_pandas("attacks")
-    if len(attacks):
-        what = (
-            "A shared adversary switches inactive pieces on: subcomponents and Δ by their masks, latents by a share of what ReLU "
-            "passes below their thresholds."
-        )
-        result.append(table(_shown(with_ranges(attacks)), "Under attack", note=what))
-    return result
+    return [*result, table(_shown(with_ranges(attacks)), "Under attack", note=ATTACK)] if len(attacks) else result
 
 
-def _costs(figure: Any, summary: pd.DataFrame, zero: float) -> None:
-    axes = figure.subplots(1, len(AXES))
-    for at, (column, name) in zip(axes, AXES.items(), strict=True):
-        for kind, group in summary.groupby("kind", sort=False):
-            low, y, high = (group[f"ce_increase{end}"].astype(float) for end in ("_low", "", "_high"))
-            errors = [(y - low).clip(lower=0), (high - y).clip(lower=0)]
-            at.errorbar(group[column], y, yerr=errors, fmt="o", color=COLOURS[str(kind)], label=str(kind), markersize=4)
-        at.axhline(zero, color="#6b7484", linestyle=":", linewidth=1, label="MLP outputs 0")
-        at.set_xlabel(f"{name} per token")
-        at.set_xscale("log")
-        at.grid(alpha=0.25, linewidth=0.6)
-        at.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("rise of the cross-entropy (nats)")
-    axes[0].legend(fontsize=7.5, framealpha=0.8, edgecolor="none")
+def _of_plots(title: str, before: str, plots: list[str], after: str) -> Panel:
+    body = "".join(f'<div class="plot">{plot}</div>' for plot in plots)
+    return Panel(title=title, body=f"<h3>{title}</h3>{before}{body}{after}")
 
 
-def _ways(figure: Any, summary: pd.DataFrame) -> None:
-    at = figure.subplots()
-    columns = ["kl", "clean_input_kl", "single_layer_kl"]
+def _plot(figure: Any, methods: pd.DataFrame, colours: Mapping[str, str], x: str) -> None:
+    """A curve over sizes for each method and threshold, with the range over seeds."""
+    at, (name, y) = figure.subplots(), PLOTS[x]
+    for (method, _), group in methods.groupby(["method", "threshold"], sort=False, dropna=False):
+        low, mean, high = (group[f"{y}{end}"].astype(float) for end in ("_low", "", "_high"))
+        at.errorbar(
+            group[x], mean, yerr=[mean - low, high - mean], fmt="o-", color=colours[method], markersize=4, linewidth=1,
+            label=method if method not in at.get_legend_handles_labels()[1] else None,
+        )  # fmt: skip
+    at.set_xlabel(name)
+    at.set_ylabel("alive pieces" if y == "alive" else "rise of the cross-entropy (nats)")
+    at.set_xscale("log")
+    at.grid(alpha=0.25, linewidth=0.6)
+    at.spines[["top", "right"]].set_visible(False)
+    if x == next(iter(PLOTS)):
+        at.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+
+
+def _ways(figure: Any, methods: pd.DataFrame) -> None:
+    """Three bars for each row of the table of methods."""
+    at, columns = figure.subplots(), ["kl", "clean_input_kl", "single_layer_kl"]
     for i, (way, column) in enumerate(zip(WAYS, columns, strict=True)):
-        at.bar([x + 0.27 * (i - 1) for x in range(len(summary))], summary[column], width=0.25, label=way)
-    at.set_xticks(range(len(summary)), [_name(row) for row in summary.itertuples()], rotation=20, ha="right")
-    at.set_ylabel("KL to the target (nats per token)")
-    at.set_yscale("log" if bool((summary[columns] > 0).all(axis=None)) else "linear")
+        low, mean, high = (methods[f"{column}{end}"] for end in ("_low", "", "_high"))
+        places = [row + 0.27 * (i - 1) for row in range(len(methods))]
+        at.barh(places, mean, height=0.25, label=way, xerr=[mean - low, high - mean], error_kw={"linewidth": 0.8})
+    at.set_yticks(range(len(methods)), [_name(row) for row in methods.itertuples()])
+    at.invert_yaxis()
+    at.set_xlabel("KL to the target (nats per token)")
+    at.set_xscale("log" if bool((methods[columns] > 0).all(axis=None)) else "linear")
     at.spines[["top", "right"]].set_visible(False)
     at.legend(fontsize=7.5, framealpha=0.8, edgecolor="none")
 
 
+def _of_seeds(methods: pd.DataFrame) -> pd.DataFrame:
+    """The table of methods, with ranges of the figures that seeds are compared by."""
+    ranged = ("alive", "kl", "clean_input_kl", "single_layer_kl")
+    names = [name for name in methods if not name.endswith(("_low", "_high")) or name.startswith(("pgd_", *ranged))]
+    return with_ranges(methods[names]).rename(columns=lambda name: name.replace(" 95%", " range"))
+
+
 def _name(row: Any) -> str:
-    return str(row.artefact) if pd.isna(row.threshold) else f"{row.artefact}, g > {row.threshold:g}"
+    name = f"{row.method}, {row.built:,} built"
+    return name if pd.isna(row.threshold) else f"{name}, g > {row.threshold:g}"
 
 
 def _shown(df: pd.DataFrame) -> pd.DataFrame:
     """The table with a dash for what is not defined, and without columns that are not defined anywhere."""
     df = df.dropna(axis=1, how="all")
-    return df.astype(object).where(df.notna(), "–")
+    return df.assign(
+        **{name: df[name].astype(object).where(df[name].notna(), "–") for name in df if df[name].isna().any()}
+    )

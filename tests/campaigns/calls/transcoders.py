@@ -109,7 +109,8 @@ def calls(w: World) -> list[Call]:
                 "tokens": w.of_prompts["prompts"],
                 "artefacts": (artefacts, only(artefacts)),
                 "config": (config, optional(only(config))),
-                "costs": (cost, _costs),
+                "costs": (cost, _by_name),
+                "methods": ({"a": "plt"}, _by_name),
             },
         ),
         Call(
@@ -167,7 +168,7 @@ def _mapping(value: Any) -> bool | None:
     return True if value is None else (None if isinstance(value, dict) else False)
 
 
-def _costs(value: Any) -> bool | None:
+def _by_name(value: Any) -> bool | None:
     if value is None:
         return True
     return None if isinstance(value, dict) and (not value or "a" in value) else False

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tl_vpd.baselines.comparison.config import WAYS
 from tl_vpd.baselines.transcoders.replaced_model import ReplacedModel, clean_outputs, read_by
 from tl_vpd.baselines.transcoders.transcoders import Transcoders
 from tl_vpd.decomposition import Decomposition
@@ -28,6 +29,8 @@ from tl_vpd.masking import Masks, constant_masks, masks_from_sources
 from tl_vpd.site import ConcatenatedAxis, Site
 
 Artefact = Decomposition | Transcoders
+TRAINED_IN = {"local": "local", "cascading": WAYS[0], "parallel": WAYS[1], "independent": WAYS[2]}
+"""Losses of ``TranscoderConfig`` and the ways of replacing that they train."""
 
 
 class Replacement(ABC):
@@ -40,6 +43,7 @@ class Replacement(ABC):
         always_on: parameters that every token uses (skip connections).
         writers: by layer, the modules that take part in its MLP's output.
         n_sources: how many sources an attack has.
+        trained_in: the way of replacing that it was trained in; ``"local"`` (each MLP's output) or ``"unknown"``.
     """
 
     kind: str
@@ -48,6 +52,12 @@ class Replacement(ABC):
     always_on: int = 0
     writers: dict[int, list[str]]
     n_sources: int
+    trained_in: str
+
+    @property
+    def method(self) -> str:
+        """The kind, and of transcoders what they were trained in, in words."""
+        return self.kind if self.trained_in == "unknown" else f"{self.kind}, {self.trained_in}"
 
     @abstractmethod
     def batch(self, rows: Rows) -> Batch:
@@ -75,6 +85,7 @@ class OfDecomposition(Replacement):
     """
 
     kind = "parameter decomposition"
+    trained_in = WAYS[0]
 
     def __init__(self, sample: Sample, threshold: float) -> None:
         self.sample, self.threshold = sample, threshold
@@ -128,6 +139,8 @@ class OfTranscoders(Replacement):
         self.transcoders, self.replaced = transcoders, replaced
         kind = "cross-layer transcoders" if transcoders.cross_layer else "per-layer transcoders"
         self.kind = "SAEs of MLP outputs" if transcoders.reads == "mlp_out" else kind
+        loss = transcoders.record.get("config", {}).get("loss")
+        self.trained_in = TRAINED_IN.get(loss, "unknown")
         names = {layer: f"blocks.{layer}.mlp" for layer in transcoders.layers}
         self.axis = ConcatenatedAxis({names[layer]: n for layer, n in transcoders.n_latents.items()})
         self.parameters, self.writers = {}, {}
@@ -188,6 +201,14 @@ def layers_of(artefact: Artefact) -> list[int]:
     if isinstance(artefact, Transcoders):
         return list(artefact.layers)
     return sorted({site.layer for site in mlp_sites(artefact.sites.values()) if site.layer is not None})
+
+
+def directions(artefact: Artefact, module: str) -> tuple[Float[Tensor, "d_in n"], Float[Tensor, "n d_out"]]:
+    """What the pieces of a module read and write; of a cross-layer latent, its decoders as one vector."""
+    if isinstance(artefact, Decomposition):
+        return artefact.V[module].detach(), artefact.U[module].detach()
+    one = artefact[int(module.split(".")[1])]
+    return one.W_enc.detach(), one.W_dec.detach().transpose(0, 1).flatten(1)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from tl_vpd.checks import choice, integer, path_of
 from tl_vpd.evaluation.tables import plain
 from tl_vpd.files.json_files import read_json, write_json
 
-TABLES = ("summary", "replacement", "modules", "attacks")
+TABLES = ("summary", "methods", "replacement", "modules", "attacks")
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Comparison:
     """Artefacts on the same axes.
 
     Attributes:
-        tables: ``summary`` (a row for each artefact and threshold), ``replacement`` (every way of replacing), ``modules`` (every
-            weight matrix or layer) and ``attacks`` (every budget).
+        tables: ``summary`` (a row for each artefact and threshold), ``methods`` (each method's artefacts of one size
+            together: spread over seeds, splitting over sizes, consistency), ``replacement`` (every way of replacing), ``modules``
+            (every weight matrix or layer) and ``attacks`` (every budget).
         target_ce: the target's cross-entropy of the next token, in nats.
         zero: ``kl`` and ``ce_increase`` when the replaced MLPs put out 0.
         tokens: real tokens that everything was measured on.
