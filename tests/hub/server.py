@@ -157,11 +157,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(403, f'You don\'t have the rights to create a model under the namespace "{owner}".')
         name = f"{owner}/{asked['name']}"
         if name in self.server.repositories:
-            return (
-                409,
-                {"X-Error-Message": "You already created this model repo"},
-                _json({"url": f"{self.server.url}/{name}"})[2],
-            )
+            headers = {"X-Error-Message": "You already created this model repo"}
+            return 409, headers, _json({"url": f"{self.server.url}/{name}"})[2]
         self.server.put(name, {}, private=asked.get("private") is True or asked.get("visibility") == "private")
         return _json({"url": f"{self.server.url}/{name}"})
 
@@ -180,13 +177,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def yaml(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
         wrong = "license: unknown-here" in json.loads(body)["content"]
-        if wrong:
-            return (
-                400,
-                {},
-                json.dumps({"errors": [{"message": '"license" must be one of [mit]'}], "warnings": []}).encode(),
-            )
-        return _json({"errors": [], "warnings": []})
+        errors = [{"message": '"license" must be one of [mit]'}] if wrong else []
+        return 400 if wrong else 200, {}, _json({"errors": errors, "warnings": []})[2]
 
     def preupload(self, body: bytes, name: str, revision: str) -> tuple[int, dict[str, str], bytes]:
         self._writable(name)

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from tests.hub.test_push import one_sentence
+from tests.hub.test_push import refused
 from tests.tiny import decomposition_of, tiny_model
 from tl_vpd import Decomposition
 from tl_vpd.components.storage import CONFIG, TENSORS
@@ -17,11 +17,8 @@ def test_a_private_repository_needs_a_token_of_somebody_with_access(hub, pushed,
     pushed.push_to_hub("user/secret", private=True)
     for token in (None, "hf_guest"):
         login(token)
-        with pytest.raises(
-            OSError, match=r"user/secret cannot be fetched .* it is private: check its name, or log in"
-        ) as caught:
+        with refused(OSError, r"user/secret cannot be fetched .* it is private: check its name, or log in"):
             Decomposition.from_hub("user/secret")
-        one_sentence(caught)
     login("hf_owner")
     assert Decomposition.from_hub("user/secret").counts == pushed.counts
 
@@ -43,11 +40,8 @@ def test_what_was_fetched_loads_without_a_network(hub, pushed, offline):
         again = Decomposition.from_hub("user/repo", revision=revision)
         assert all(torch.equal(again.file_tensors()[key], tensor) for key, tensor in first.file_tensors().items())
     for name, revision in (("user/other", None), ("user/repo", "v2")):
-        with pytest.raises(
-            OSError, match=f"{name}.* HF_HUB_OFFLINE=1 forbids it, and it was not fetched before"
-        ) as caught:
+        with refused(OSError, f"{name}.* HF_HUB_OFFLINE=1 forbids it, and it was not fetched before"):
             Decomposition.from_hub(name, revision=revision)
-        one_sentence(caught)
     assert len(hub.calls) == n
 
 
@@ -58,9 +52,9 @@ def test_what_was_fetched_loads_while_the_hub_is_down(hub, pushed, monkeypatch, 
     hub.faults["HEAD"] = status
     assert Decomposition.from_hub("user/repo").counts == pushed.counts
     hub.put("user/other", dict(hub.files("user/repo")))
-    with pytest.raises(OSError, match=r"user/other cannot be fetched .*, and it was not fetched before") as caught:
+    reason = "no right" if status == 403 else f"the Hub answers {status}"
+    with refused(OSError, rf"user/other cannot be fetched .*{reason}.*, and it was not fetched before"):
         Decomposition.from_hub("user/other")
-    assert "no right" in one_sentence(caught) if status == 403 else f"the Hub answers {status}" in one_sentence(caught)
 
 
 def test_revisions_are_branches_and_commits(hub, pushed):
@@ -70,24 +64,19 @@ def test_revisions_are_branches_and_commits(hub, pushed):
     assert Decomposition.from_hub("user/repo", revision=first).counts == pushed.counts
     assert Decomposition.from_hub("user/repo", revision="main").counts == other.counts
     for revision in ("v9", "0" * 40):
-        with pytest.raises(
-            OSError, match=f"user/repo at {revision} cannot be fetched .*: it has no such revision"
-        ) as caught:
+        with refused(OSError, f"user/repo at {revision} cannot be fetched .*: it has no such revision"):
             Decomposition.from_hub("user/repo", revision=revision)
-        one_sentence(caught)
 
 
 def test_there_is_no_such_repository(hub, pushed):
-    with pytest.raises(OSError, match=r"user/none cannot be fetched .*: there is no such repository") as caught:
+    with refused(OSError, r"user/none cannot be fetched .*: there is no such repository"):
         Decomposition.from_hub("user/none")
-    one_sentence(caught)
 
 
 def test_a_repository_that_is_not_a_decomposition(hub):
     hub.put("user/model", {"config.json": b'{"model_type": "gpt2"}', "model.safetensors": b"12345678"})
-    with pytest.raises(FileNotFoundError, match=f"not a decomposition: user/model has no {TENSORS}") as caught:
+    with refused(FileNotFoundError, f"not a decomposition: user/model has no {TENSORS}"):
         Decomposition.from_hub("user/model")
-    one_sentence(caught)
     hub.put("user/false", {TENSORS: b"12345678"})
     with pytest.raises(ValueError, match=r"user/false: .*decomposition\.safetensors"):
         Decomposition.from_hub("user/false")
@@ -96,11 +85,8 @@ def test_a_repository_that_is_not_a_decomposition(hub):
 def test_a_download_that_breaks_off_is_said_and_the_next_one_is_whole(hub, pushed, monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the attempts of huggingface_hub
     hub.faults["GET /user/repo/resolve"] = "cut"
-    with pytest.raises(
-        OSError, match=r"user/repo cannot be fetched from the Hugging Face Hub: the connection broke off"
-    ) as caught:
+    with refused(OSError, r"user/repo cannot be fetched from the Hugging Face Hub: the connection broke off"):
         Decomposition.from_hub("user/repo")
-    one_sentence(caught)
     hub.faults.clear()
     again = Decomposition.from_hub("user/repo", dtype=torch.float64)
     assert all(torch.equal(again.file_tensors()[key], tensor) for key, tensor in pushed.file_tensors().items())
@@ -109,9 +95,8 @@ def test_a_download_that_breaks_off_is_said_and_the_next_one_is_whole(hub, pushe
 def test_a_cache_that_cannot_be_written_is_said(hub, pushed, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OSError, match=r"user/repo cannot be fetched from the Hugging Face Hub: .*file") as caught:
+    with refused(OSError, r"user/repo cannot be fetched from the Hugging Face Hub: .*file"):
         Decomposition.from_hub("user/repo")
-    one_sentence(caught)
 
 
 def test_a_damaged_file_is_named_with_what_to_do(hub, pushed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -14,10 +15,13 @@ from tl_vpd import CardConfig, Decomposition
 FILES = {".gitattributes", "README.md", "config.json", "decomposition.safetensors"}
 
 
-def one_sentence(caught) -> str:
+@contextmanager
+def refused(error, message):
+    """What is inside raises this error, in one sentence."""
+    with pytest.raises(error, match=message) as caught:
+        yield caught
     text = str(caught.value)
     assert "\n" not in text and text.endswith(".") and ". " not in text, text
-    return text
 
 
 def test_what_was_pushed_comes_back_to_the_bit(hub, login, vpd):
@@ -71,9 +75,8 @@ def test_a_private_repository_is_made_private_and_visibility_never_changes_in_pa
         ("user/repo", True, "user/repo is public and private=True was asked"),
     ]:
         before = dict(hub.repositories[name].commits)
-        with pytest.raises(FileExistsError, match=message) as caught:
+        with refused(FileExistsError, message):
             decomposition_of(tiny_model(), C=4).push_to_hub(name, private=private)
-        one_sentence(caught)
         assert hub.repositories[name].commits == before
 
 
@@ -81,9 +84,8 @@ def test_a_repository_of_something_else_is_left_alone(hub, login, vpd):
     login("hf_owner")
     hub.put("user/model", {"README.md": b"a model", "config.json": b'{"model_type": "gpt2"}'})
     for revision in (None, "vpd"):
-        with pytest.raises(FileExistsError, match=r"belongs to something else, it has config.json") as caught:
+        with refused(FileExistsError, r"belongs to something else, it has config.json"):
             vpd.push_to_hub("user/model", revision=revision)
-        one_sentence(caught)
     assert len(hub.repositories["user/model"].commits) == 1 and list(hub.repositories["user/model"].branches) == [
         "main"
     ]
@@ -105,33 +107,27 @@ def test_a_repository_of_something_else_is_left_alone(hub, login, vpd):
 )
 def test_a_name_that_is_not_one_is_refused_without_a_call(hub, login, vpd, repository, options, message):
     login("hf_owner")
-    with pytest.raises(ValueError, match=message) as caught:
+    with refused(ValueError, message):
         vpd.push_to_hub(repository, **options)
-    one_sentence(caught)
     assert not hub.calls
 
 
 def test_without_a_token_or_with_damaged_numbers_nothing_is_called(hub, login, vpd):
-    with pytest.raises(
-        OSError, match=r"user/repo cannot be pushed to: there is no token: log in .* or set HF_TOKEN"
-    ) as caught:
+    with refused(OSError, r"user/repo cannot be pushed to: there is no token: log in .* or set HF_TOKEN"):
         vpd.push_to_hub("user/repo")
-    one_sentence(caught)
     login("hf_owner")
     with torch.no_grad():
         vpd.V["blocks.1.attn.W_K"][0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"V/blocks\.1\.attn\.W_K has 1 of 48 entries that are NaN") as caught:
+    with refused(ValueError, r"V/blocks\.1\.attn\.W_K has 1 of 48 entries that are NaN"):
         vpd.push_to_hub("user/repo")
-    one_sentence(caught)
     assert not hub.calls and not hub.repositories
 
 
 def test_a_report_of_another_decomposition_is_refused(hub, login, report):
     login("hf_owner")
     other = decomposition_of(tiny_model(), C=4)
-    with pytest.raises(ValueError, match=r"it says C=6 at 'blocks\.0\.attn\.W_Q', and this one has C=4") as caught:
+    with refused(ValueError, r"it says C=6 at 'blocks\.0\.attn\.W_Q', and this one has C=4"):
         other.push_to_hub("user/repo", report=report)
-    one_sentence(caught)
     assert not hub.calls
 
 
@@ -139,9 +135,8 @@ def test_a_report_of_another_decomposition_is_refused(hub, login, report):
 def test_who_may_not_write_is_told_so(hub, pushed, login, token, reason):
     login(token)
     before = dict(hub.repositories["user/repo"].commits)
-    with pytest.raises(OSError, match=f"user/repo cannot be pushed to: the token {reason}") as caught:
+    with refused(OSError, f"user/repo cannot be pushed to: the token {reason}"):
         decomposition_of(tiny_model(), C=4).push_to_hub("user/repo")
-    one_sentence(caught)
     assert hub.repositories["user/repo"].commits == before
 
 
@@ -162,9 +157,9 @@ def test_who_may_not_write_is_told_so(hub, pushed, login, token, reason):
 def test_a_call_that_fails_leaves_the_repository_as_it_was(hub, login, vpd, call, status, reason):
     login("hf_owner")
     hub.faults[call] = status
-    with pytest.raises(OSError, match=f"user/repo cannot be pushed to: .*{reason}") as caught:
+    with refused(OSError, f"user/repo cannot be pushed to: .*{reason}") as caught:
         vpd.push_to_hub("user/repo")
-    assert ("; the repository was made before that and is empty." in one_sentence(caught)) == bool(hub.repositories)
+    assert ("; the repository was made before that and is empty." in str(caught.value)) == bool(hub.repositories)
     assert all(hub.files(name).keys() == {".gitattributes"} for name in hub.repositories)
     if call == "/commit/":  # the repository is there now, which is not this push's doing
         with pytest.raises(OSError, match=r"\(a fault of the test\)\.$"):
@@ -185,7 +180,6 @@ def test_a_licence_that_the_hub_does_not_know_is_its_answer(hub, login, vpd):
 def test_offline_is_said(hub, login, offline, vpd):
     login("hf_owner")
     offline()
-    with pytest.raises(OSError, match="user/repo cannot be pushed to: HF_HUB_OFFLINE=1 forbids it") as caught:
+    with refused(OSError, "user/repo cannot be pushed to: HF_HUB_OFFLINE=1 forbids it"):
         vpd.push_to_hub("user/repo")
-    one_sentence(caught)
     assert not hub.calls
