@@ -10,7 +10,7 @@ OTHERS := 2.18 4.3
 EVERYWHERE := tests/matrix
 OTHER_ENVIRONMENTS := $(OTHERS:%=$(VENV)-%/.installed)
 
-.PHONY: demo fact docs release test test-main test-others test-matrix campaign check format bundled bench bench-hooks bench-step bench-growth bench-graph bench-pruning gpu clean
+.PHONY: demo fact docs release test test-quick test-main test-others test-viewer test-matrix campaign check format bundled bench bench-hooks bench-step bench-growth bench-graph bench-pruning gpu clean
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
@@ -37,12 +37,18 @@ $(VENV)-saelens/.installed: pyproject.toml constraints/saelens.txt
 	$(VENV)-saelens/bin/python -m pip install --quiet --no-deps -c constraints/saelens.txt sae-dashboard
 	touch $@
 
+# circuit-tracer's page alone, and what it takes from the network.
+$(VENV)-viewer/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(VENV)-viewer circuit-tracer==0.5.0
+	npm install --silent --no-audit --no-fund --prefix $(VENV)-viewer d3@7.9.0 d3-collection@1.0.7 d3-jetpack@2.3.0 dagre@0.8.5 pako@2.1.0
+	touch $@
+
 # What pyproject.toml allows at the least, without the tools of development.
 $(VENV)-lowest/.installed: pyproject.toml constraints/lowest.txt
 	$(PYTHON) -m venv $(VENV)-lowest
 	$(VENV)-lowest/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints/lowest.txt torch
-	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints/lowest.txt -e '.[viz]' pytest
+	$(VENV)-lowest/bin/python -m pip install --quiet -c constraints/lowest.txt -e . pytest
 	touch $@
 
 demo: $(VENV)/.installed
@@ -50,8 +56,11 @@ demo: $(VENV)/.installed
 
 # Pages about every subcomponent of what ships (a few minutes); open dashboard/index.html.
 .PHONY: dashboard
-dashboard: $(VENV)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/tl-vpd dashboard bundled --out $(DASHBOARD)
+dashboard: $(DASHBOARD).labels.json
+	HF_HUB_OFFLINE=1 $(BIN)/tl-vpd dashboard bundled --labels $(DASHBOARD).labels.json --out $(DASHBOARD)
+
+$(DASHBOARD).labels.json: $(VENV)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/tl-vpd label bundled --out $@
 
 # A fact of a real language model, decomposed (FACT_OPTIONS=--finished: what ships, in minutes).
 fact: $(VENV)/.installed
@@ -60,6 +69,12 @@ fact: $(VENV)/.installed
 
 test: test-main test-others
 
+# The numerics and what puts them on a model, without trainings of toys, notebooks, campaigns and pages.
+QUICK := tests/adapters tests/components tests/files tests/forward tests/importance tests/losses tests/masking tests/test_checks.py \
+  tests/test_decomposition.py tests/test_docstrings.py tests/test_site.py tests/training/test_reference.py
+test-quick: $(VENV)/.installed
+	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile $(QUICK)
+
 test-main: $(VENV)/.installed
 	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile
 
@@ -67,6 +82,10 @@ test-others: $(OTHER_ENVIRONMENTS) $(VENV)-saelens/.installed $(VENV)-lowest/.in
 	set -e; for version in $(OTHERS); do $(OFFLINE) $(VENV)-$$version/bin/python -m pytest $(EVERYWHERE); done
 	$(OFFLINE) $(VENV)-saelens/bin/python -m pytest tests/saelens
 	$(OFFLINE) $(VENV)-lowest/bin/python -m pytest tests/lowest
+
+# Graphs in circuit-tracer's viewer; needs npm and Chromium.
+test-viewer: $(VENV)-viewer/.installed
+	$(OFFLINE) $(BIN)/python -m pytest tests/formats/test_circuit_tracer_viewer.py
 
 # Every cell of docs/compatibility.md, which it writes; fails if a cell does (about an hour on one core).
 test-matrix: $(VENV)/.installed $(OTHER_ENVIRONMENTS)
@@ -93,7 +112,7 @@ docs: $(VENV)/.docs
 	DISABLE_MKDOCS_2_WARNING=true NO_MKDOCS_2_WARNING=1 HF_HUB_OFFLINE=1 $(BIN)/mkdocs build --quiet
 
 # What is published: built, checked, installed in an environment without this folder, and its demo run there.
-release: $(VENV)/.installed
+release:
 	rm -rf build/release && $(PYTHON) -m venv build/release/tools
 	build/release/tools/bin/python -m pip install --quiet build twine
 	build/release/tools/bin/python -m build --outdir build/release/dist .
@@ -125,4 +144,4 @@ gpu: $(VENV)/.installed
 	$(OFFLINE) $(BIN)/python -m benchmarks.gpu
 
 clean:
-	rm -rf $(VENV) $(OTHERS:%=$(VENV)-%) $(VENV)-saelens $(VENV)-lowest build/matrix build/campaign build/campaign-short $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OTHERS:%=$(VENV)-%) $(VENV)-saelens $(VENV)-viewer $(VENV)-lowest build/matrix build/campaign build/campaign-short $(DEMO) .mypy_cache .pytest_cache .ruff_cache .hypothesis

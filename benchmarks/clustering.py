@@ -20,8 +20,8 @@ from benchmarks import harness
 from tl_vpd.analysis import ClusterConfig, cluster_ensemble, importance_patterns
 from tl_vpd.analysis.clustering.merging import merge
 
-SIZES = {"2,000 on 20,000": (2_000, 20_000, 0.02, 3)}
-LARGE = {"10,000 on 100,000": (10_000, 100_000, 0.02, 1)}
+SIZES = {"2,000 on 20,000": (2_000, 20_000, 0.02, 3, 0), "2,000 on 20,000, lags 2": (2_000, 20_000, 0.02, 1, 2)}
+LARGE = {"10,000 on 100,000": (10_000, 100_000, 0.02, 1, 0)}
 ROWS = 64
 ALPHAS, SEEDS = (1.0, 3.0, 10.0, 30.0), (0, 1, 2)
 
@@ -41,12 +41,12 @@ def planted(n: int, n_tokens: int, density: float) -> scipy.sparse.csc_matrix:
     return scipy.sparse.csc_matrix((np.ones(len(entries), dtype=bool), entries, ends), shape=(n_tokens, n))
 
 
-def timed(important: scipy.sparse.csc_matrix, rounds: int) -> dict[str, float]:
+def timed(important: scipy.sparse.csc_matrix, rounds: int, lags: int) -> dict[str, float]:
     """Seconds of the merges, by the clock and of the processor, and how many groups are right."""
     clock, processor = [], []
     for _ in range(rounds):
         began, used = time.perf_counter(), time.process_time()
-        history = merge(important, alpha=1.0)
+        history = merge(important, alpha=1.0, lags=lags)
         clock.append(time.perf_counter() - began)
         processor.append(time.process_time() - used)
     groups = history.partition().reshape(-1, 4)
@@ -73,8 +73,8 @@ def main() -> None:
     parser.add_argument("--large", action="store_true", help="the large size too")
     options = parser.parse_args()
     record = harness.read(options.out)
-    for name, (n, n_tokens, density, rounds) in (SIZES | (LARGE if options.large else {})).items():
-        record[name] = timed(planted(n, n_tokens, density), rounds)
+    for name, (n, n_tokens, density, rounds, lags) in (SIZES | (LARGE if options.large else {})).items():
+        record[name] = timed(planted(n, n_tokens, density), rounds, lags)
         print(name, record[name], flush=True)
     record["bundled"] = bundled()
     harness.write(options.out, record, "clustering" + " --large" * options.large)

@@ -20,7 +20,7 @@ import tl_vpd
 from benchmarks import harness
 from benchmarks.labels import ROWS, chosen
 from tl_vpd.analysis import LabelConfig, LanguageJudge, LocalModel, ScoreConfig, firings, label, score_labels
-from tl_vpd.analysis.labels import Firings, Labels
+from tl_vpd.analysis.labels import Firings
 from tl_vpd.evaluation.intervals import PerRow
 
 ADDRESSES, WINDOWS, PER_TEST, RADIUS = 30, 6, 4, 8
@@ -46,14 +46,13 @@ def judged(fires: Firings, address: str, text: str, model: LocalModel, *, intrud
     return {test: [score.right, score.n] for test, score in scores.items()}
 
 
-def its_labels(source: Firings, names: list[str], model: LocalModel, stored: dict[str, str], until: float) -> None:
-    """Adds the labels that the language model writes; an empty one where it has written none as asked for."""
-    for name in names:
-        if name not in stored and time.monotonic() < until:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", RuntimeWarning)
-                made = label(source, [name], model, config=LabelConfig(windows=WINDOWS, radius=RADIUS), progress=False)
-            stored[name] = made.text(name)
+def its_label(source: Firings, name: str, model: LocalModel) -> str:
+    """The label that the language model writes; empty where it has written none as asked for."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return label(source, [name], model, config=LabelConfig(windows=WINDOWS, radius=RADIUS), progress=False).text(
+            name
+        )
 
 
 def summary(scores: dict[str, dict[str, dict[str, list[int]]]]) -> list[dict[str, Any]]:
@@ -91,20 +90,18 @@ def main() -> None:
     )
     local = language_model(options.folder)
     written: dict[str, str] = record.get("its_labels", {})
-    its_labels(source, names, local, written, until)
-    statistics: Labels = label(source, names)
-    texts = {"token statistics": {a: statistics.text(a) for a in names}, "its labels": written}
     scores: dict[str, Any] = record.get("scores", {})
+    statistics = label(source, names)
     for i, name in enumerate(names):
-        if name in scores or time.monotonic() > until or len(written) < len(names):
+        if name in scores or time.monotonic() > until:
             continue
-        scores[name] = {}
-        for kind in KINDS:
-            by_address = texts[kind.removesuffix(", mixed")]
-            owner = names[(i + 7) % len(names)] if kind.endswith("mixed") else name
-            if by_address[owner]:
-                scores[name][kind] = judged(rest, name, by_address[owner], local, intruder=kind == KINDS[0])
-        print(name, scores[name], flush=True)
+        written[name] = its_label(source, name, local)
+        texts = statistics.text(name), statistics.text(names[(i + 7) % len(names)]), written[name]
+        kinds = {kind: text for kind, text in zip(KINDS, texts, strict=True) if text}
+        scores[name] = {
+            kind: judged(rest, name, text, local, intruder=kind == KINDS[0]) for kind, text in kinds.items()
+        }
+        print(name, written[name], scores[name], flush=True)
     record = {"addresses": names, "rows": ROWS, "its_labels": written, "scores": scores, "summary": summary(scores)}
     for row in record["summary"]:
         print(row, flush=True)
