@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,23 +52,22 @@ def bracket_config(*, steps: int = 600, naive: bool = False) -> TargetedConfig:
     )
 
 
-def prose_config(*, steps: int = 800, naive: bool = False) -> TargetedConfig:
+def prose_config(*, steps: int = 400) -> TargetedConfig:
     """Settings of prose against code."""
     return TargetedConfig(
         steps=steps,
         batch_size=4,
         C=64,
         gamma={"kind": "global_mlp", "hidden": 128, "output_bias": 1.0},
-        coefficients={"importance": 2e-3, **(NAIVE if naive else {})},
+        coefficients={"importance": 2e-3},
         adversary={"start": 0.2, "inner_steps": 1},
         minimality={"p": ((0.1, 2.0), (1.0, 0.5))},
         optimizer={"lr": 2e-3, "clip": None},
-        decay=0.0 if naive else 0.1,
     )
 
 
 @torch.no_grad()
-def bracket(model: Any, naive: bool, steps: int | None) -> dict[str, Any]:
+def bracket(model: Any, *, naive: bool, steps: int | None) -> dict[str, Any]:
     """The figures of the bracket."""
     rows, other = bundled.tokens("training")[:, :32], {"code": bundled.tokens("validation")[:16]}
     config = bracket_config(naive=naive, **({} if steps is None else {"steps": steps}))
@@ -104,10 +105,10 @@ def windows(model: Any, part: Any) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def prose(model: Any, naive: bool, steps: int | None) -> dict[str, Any]:
+def prose(model: Any, *, steps: int | None) -> dict[str, Any]:
     """The figures of prose against code."""
     training, other = windows(model, "training"), windows(model, "validation")
-    config = prose_config(naive=naive, **({} if steps is None else {"steps": steps}))
+    config = prose_config(**({} if steps is None else {"steps": steps}))
     with torch.enable_grad():
         run = decompose_targeted(model, training["prose"], training["code"], config, progress=False)
     vpd = run.decomposition
@@ -162,10 +163,14 @@ def main() -> None:
     options, model = parser.parse_args(), bundled.model()
     torch.set_num_threads(1)
     record = harness.read(options.out)
+    runs: dict[str, dict[str, Callable[..., dict[str, Any]]]] = {
+        "bracket": {"targeted": partial(bracket, naive=False), "naive": partial(bracket, naive=True)},
+        "prose": {"targeted": prose},
+    }
     for case in options.cases:
-        for kind in ("targeted", "naive"):
+        for kind, run in runs[case].items():
             start = time.process_time()
-            figures = (bracket if case == "bracket" else prose)(model, kind == "naive", options.steps)
+            figures = run(model, steps=options.steps)
             figures["cpu_seconds"] = round(time.process_time() - start, 1)
             record.setdefault(case, {})[kind] = figures
             record.pop("settings", None)

@@ -130,6 +130,7 @@ def measure(
         "tokens": int(sum(rows.numel() for rows in text.values())),
         "alive": {name: int((table["site"] == name).sum()) for name in decomposition.sites},
         "alone": _rows(alone(decomposition, model, facts)),
+        "alone_naive": [] if naive is None else _rows(alone(naive, model, facts)),
         "ablations": _rows(strongest.drop(columns=["most", "site", "index"])),
         "ablations_elsewhere": _rows(alone_kl[alone_kl["text"] == "all"]) if single else [],
         "edits": {name: [str(c) for c in edit.subcomponents] for name, edit in edits.items()},
