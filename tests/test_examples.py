@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -15,12 +14,12 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def runnable() -> list[str]:
-    """The notebooks whose model class the installed TransformerLens has, and whose extra is installed."""
-    names = ["ablation_experiments.ipynb", "attention_without_heads.ipynb", "editing.ipynb", "rewire_a_fact.ipynb"]
+    """The notebooks whose model class the installed TransformerLens has."""
+    names = ["ablation_experiments.ipynb", "attention_without_heads.ipynb", "closing_a_bracket.ipynb", "editing.ipynb"]
+    names += ["reading_a_decomposition.ipynb", "rewire_a_fact.ipynb"]
     if HookedTransformer is not None:
         names += ["three_lines_hooked_transformer.ipynb", "auditing_a_circuit.ipynb", "released_run.ipynb"]
-    if find_spec("plotly") is not None:
-        names.append("closing_a_bracket.ipynb")
+        names.append("other_peoples_circuits.ipynb")
     try:
         transformer_bridge()
     except ImportError:
@@ -58,6 +57,8 @@ def test_every_notebook_is_run_somewhere():
         "auditing_a_circuit.ipynb",
         "closing_a_bracket.ipynb",
         "editing.ipynb",
+        "other_peoples_circuits.ipynb",
+        "reading_a_decomposition.ipynb",
         "released_run.ipynb",
         "rewire_a_fact.ipynb",
         "three_lines_bridge.ipynb",
