@@ -15,14 +15,19 @@ import gc
 import json
 import os
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from tl_vpd import Decomposition, VPDConfig
 
 RESULTS = Path(__file__).parent / "results"
 Variant = Callable[[], object]
@@ -59,6 +64,27 @@ def write(path: Path, record: Mapping[str, Any], name: str, **settings: Any) -> 
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps({**record, "settings": noted}, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
+
+
+def trained(model: nn.Module, tokens: Tensor, config: VPDConfig, folder: Path) -> Decomposition:
+    """A run's decomposition: read where it is finished, else trained or continued.
+
+    Args:
+        model: the target.
+        tokens: rows.
+        config: of the run.
+        folder: of the run, a new one for each config.
+    """
+    from tl_vpd import Decomposition
+    from tl_vpd.training import SavingConfig, decompose
+
+    if (folder / "decomposition").is_dir():
+        return Decomposition.load(folder / "decomposition")
+    saving = SavingConfig(folder=folder, save_every=100, keep_states=1)
+    resume = (folder / "state").is_dir() and any((folder / "state").iterdir())
+    if not resume:
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped before its first state
+    return decompose(model, tokens, config, saving=saving, resume=resume, progress=False).decomposition
 
 
 def machine() -> dict[str, str | int]:

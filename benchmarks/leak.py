@@ -22,7 +22,7 @@ from tl_vpd import bundled
 from tl_vpd.bundled.recipe import CONFIG
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import EvaluationConfig, evaluate
-from tl_vpd.training import SavingConfig, VPDConfig, decompose
+from tl_vpd.training import VPDConfig
 
 GAMMAS = {"bidirectional": False, "causal": True}
 
@@ -31,22 +31,6 @@ def config_of(gamma: str, *, seed: int, steps: int) -> VPDConfig:
     """The bundled recipe with this Γ."""
     causal = CONFIG.gamma.model_copy(update={"causal": GAMMAS[gamma]})
     return CONFIG.model_copy(update={"gamma": causal, "seed": seed, "steps": steps})
-
-
-def trained(gamma: str, *, seed: int, steps: int, context: int, work: Path) -> Decomposition:
-    """The run's decomposition: read where it is finished, else trained or continued."""
-    folder = work / f"{gamma}-{seed}-{steps}x{context}"
-    if (folder / "decomposition").is_dir():
-        return Decomposition.load(folder / "decomposition")
-    run = decompose(
-        bundled.model(),
-        bundled.tokens("training")[:, :context].contiguous(),
-        config_of(gamma, seed=seed, steps=steps),
-        saving=SavingConfig(folder=folder, save_every=100, keep_states=1),
-        resume=(folder / "state").is_dir(),
-        progress=False,
-    )
-    return run.decomposition
 
 
 def measured(vpd: Decomposition, tokens: torch.Tensor, positions: int) -> dict[str, Any]:
@@ -83,7 +67,9 @@ def main() -> None:
     for seed in arguments.seeds:
         for gamma in GAMMAS:
             steps, context = arguments.steps, arguments.context
-            vpd = trained(gamma, seed=seed, steps=steps, context=context, work=arguments.work)
+            folder = arguments.work / f"{gamma}-{seed}-{steps}x{context}"
+            rows = bundled.tokens("training")[:, :context].contiguous()
+            vpd = harness.trained(bundled.model(), rows, config_of(gamma, seed=seed, steps=steps), folder)
             record[f"{gamma}, seed {seed}"] = measured(vpd, tokens, arguments.positions)
     options = {name: value for name, value in vars(arguments).items() if name not in ("out", "work")}
     harness.write(arguments.out, record, "leak", **options)

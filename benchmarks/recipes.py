@@ -1,13 +1,15 @@
 """Which choices of the recipe pay, at equal time, on the bundled model: each one beside the base it changes.
 
-    python -m benchmarks.recipes --minutes 6 --seeds 0 1 2              # benchmarks/results/recipes.json
-    python -m benchmarks.recipes --choices base one_ascent --minutes 6
+    python -m benchmarks.recipes --seconds 40 --seeds 0 1 2            # benchmarks/results/recipes.json, docs/training.md
+    python -m benchmarks.recipes --choices base muon --seconds 600
+    python -m benchmarks.recipes --page                                # only the table, from the file
 
-The base is the recipe of the bundled decomposition with the paper's losses, passes and adversary. Every run has one thread and
-the same processor minutes: its first steps are timed, which sets the number of steps, so that schedules end when the time does.
-Measured on 4,096 validation tokens: L0 per token, the KL of stochastic and of rounded masks, of 20 steps of the fresh adversary,
-the unmasked KL, and the KL of rounded masks at the thresholds that leave ``L0_AT`` subcomponents per token, which compares runs
-of unequal L0. Runs in the file are kept, so a stopped command goes on.
+The base is the recipe of the bundled decomposition, applied to block 1 with rows of 64 tokens and a Γ of one block, so that a run
+is short; ``--whole`` decomposes both blocks with the recipe's Γ on rows of 128. Every run has one thread and the same processor
+seconds: a choice's steps are timed first, which sets their number, so that schedules end when the time does. Measured on 32
+validation rows: L0 per token, KL of stochastic and rounded masks, of 20 steps of the fresh adversary (8 rows), and the KL of
+rounded masks at the thresholds that leave the base's L0 (its mean over seeds), which compares runs of unequal L0. Runs in the
+file are kept, so a stopped command goes on; ``--until`` ends it after so many seconds.
 """
 
 from __future__ import annotations
@@ -16,100 +18,124 @@ import logging
 import math
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
 from benchmarks import harness
-from scripts.bundled import corpus
-from scripts.bundled.train_decomposition import CONTEXT, ROWS
+from scripts.bundled.page import fill, markdown
 from tl_vpd import bundled
 from tl_vpd.bundled.recipe import CONFIG
 from tl_vpd.evaluation import EvaluationConfig, evaluate
 from tl_vpd.forward import MaskedModel
-from tl_vpd.training import SavingConfig, Trainer, VPDConfig, decompose, new_decomposition
+from tl_vpd.training import Run, SavingConfig, Trainer, VPDConfig, decompose, new_decomposition
 
-BASE: dict[str, Any] = {
-    "merged": 0.0,
-    "minimality": {"kind": "power"},
-    "adversary": {"lr": 0.02, "inner_steps": 2, "betas": (0.5, 0.99)},
-    "optimizer": {"lr": 1e-3},
-}
-ONE_ASCENT = {**BASE["adversary"], "inner_steps": 1, "betas": (0.01, 0.99)}
-SMOOTH = {"kind": "smooth_l0", "normalised": True}
+PAGE = Path(__file__).parents[1] / "docs" / "training.md"
+SHORT: dict[str, Any] = {"sites": ("blocks.1.*",), "gamma": {"d_ci": 96, "n_blocks": 1}}
+"""What is cheaper than the bundled recipe, unless ``--whole``."""
 CHOICES: dict[str, dict[str, Any]] = {
     "base": {},
-    "bidirectional": {"gamma": {"causal": False}},
-    "one_ascent": {"adversary": ONE_ASCENT},
+    "power": {"minimality": {}},
+    "two ascents": {"adversary": {"inner_steps": 2, "betas": (0.5, 0.99)}},
+    "Γ not clipped": {"optimizer": {"gamma_clip": None}},
     "merged": {"merged": 0.5},
-    "merged, one ascent": {"merged": 0.5, "adversary": ONE_ASCENT},
-    "merged 0.9, one ascent": {"merged": 0.9, "adversary": ONE_ASCENT},
-    "smooth_l0": {"minimality": SMOOTH},
-    "gamma_clip": {"optimizer": {**BASE["optimizer"], "gamma_clip": 0.1}},
-    "muon": {"optimizer": {**BASE["optimizer"], "kind": "muon"}},
+    "muon": {"optimizer": {"kind": "muon"}},
+    "bidirectional": {"gamma": {"causal": False}},
     "locality": {"coefficients": {"locality": 3e-5}},
+    "merged 0.9": {"merged": 0.9},
+    "late adversary": {"adversary": {"start": 0.2}},
     "residual": {"gamma": {"reads": "residual"}},
-    "late adversary": {"adversary": {**BASE["adversary"], "start": 0.2}},
-    "pool of 4": {"adversary": {**BASE["adversary"], "pool": 4}},
+    "pool of 4": {"adversary": {"pool": 4}},
 }
-"""What each choice changes of the base; sections are merged field by field."""
-L0_AT = (60, 100)
+"""What each choice changes of the base; sections are merged field by field, except that ``power`` is the paper's minimality."""
+COLUMNS = {
+    "l0": "L0",
+    "stochastic": "KL, stochastic",
+    "rounded": "rounded",
+    "pgd_20": "PGD-20",
+    "at_l0": "rounded at the base's L0",
+}
 
 
-def config_of(choice: str, *, steps: int, seed: int) -> VPDConfig:
+def config_of(choice: str, *, steps: int, seed: int, whole: bool = False) -> VPDConfig:
     """The base's config with one choice."""
-    fields = {**CONFIG.model_dump(exclude_unset=True), **BASE}
-    fields["gamma"] = {**fields["gamma"], "causal": True}
-    for name, change in CHOICES[choice].items():
-        fields[name] = {**fields.get(name, {}), **change} if name in ("gamma", "coefficients") else change
+    fields = CONFIG.model_dump(exclude_unset=True)
+    for change in ({} if whole else SHORT, CHOICES[choice]):
+        for name, value in change.items():
+            merge = isinstance(value, dict) and name != "minimality"
+            fields[name] = {**fields.get(name, {}), **value} if merge else value
     return VPDConfig.model_validate({**fields, "steps": steps, "seed": seed})
+
+
+def rows_of(split: str, *, whole: bool) -> Int[Tensor, "n pos"]:
+    """The bundled rows, of 64 tokens unless ``whole``."""
+    return bundled.tokens(split)[:, : 128 if whole else 64].contiguous()
 
 
 def seconds_per_step(model: nn.Module, rows: Int[Tensor, "n pos"], config: VPDConfig) -> float:
     """The median processor time of a step."""
-    size = config.batch_size
+    size, times = config.batch_size, []
     with MaskedModel(new_decomposition(model, config), model, fused_attention=True) as masked_model:
         trainer = Trainer(masked_model, config, (size, rows.shape[1]))
-        times = []
-        for i in range(10):
+        for i in range(9):
             start = time.process_time()
             trainer.step(rows[size * i : size * (i + 1)])
             times.append(time.process_time() - start)
     return statistics.median(times[2:])
 
 
-def kl_at(sweep: pd.DataFrame, l0: float) -> float:
-    """The sweep's KL at an L0, between its points linear in log L0 and KL; NaN outside of it."""
-    points = sweep.sort_values("l0")
-    x = np.log(points["l0"].clip(lower=1e-9))
-    inside = x.iloc[0] <= math.log(l0) <= x.iloc[-1]
-    return float(np.interp(math.log(l0), x, points["kl"])) if inside else math.nan
-
-
-def measured(
-    model: nn.Module, rows: Int[Tensor, "n pos"], choice: str, *, seed: int, minutes: float
-) -> dict[str, float | int | None]:
-    """Trains one choice for the minutes and gives its figures."""
-    seconds = seconds_per_step(model, rows, config_of(choice, steps=1000, seed=seed))
-    config = config_of(choice, steps=max(1, round(60 * minutes / seconds)), seed=seed)
+def trained(model: nn.Module, rows: Int[Tensor, "n pos"], config: VPDConfig) -> tuple[Run, float]:
+    """A finished run and its processor seconds."""
     start = time.process_time()
     run = decompose(model, rows, config, saving=SavingConfig(log_every=100), progress=False)
-    cpu_minutes = (time.process_time() - start) / 60
-    settings = EvaluationConfig(budgets=(20,), controls=False, measures=("sparsity_sweep",))
-    record = evaluate(run.decomposition, model, bundled.tokens("validation")[:32], settings).record
-    sweep = pd.DataFrame(record["tables"]["sparsity_sweep"])
+    return run, time.process_time() - start
+
+
+def measured(run: Run, model: nn.Module, rows: Int[Tensor, "n pos"]) -> dict[str, Any]:
+    """A run's figures, with its sweep of (L0, KL) over thresholds."""
+    settings = EvaluationConfig(budgets=(20,), attack_rows=8, controls=False, measures=("sparsity_sweep",))
+    record = evaluate(run.decomposition, model, rows, settings).record
+    sweep = [[row["l0"], row["kl"]] for row in record["tables"]["sparsity_sweep"]]
     figures = {
         "l0": record["l0"],
-        **{f"{mode}_kl": record["kl"][mode] for mode in ("unmasked", "stochastic", "rounded")},
-        "pgd_20_kl": record["pgd_kl"]["20"],
-        **{f"kl_at_l0_{l0}": kl_at(sweep, l0) for l0 in L0_AT},
+        "alive": record["alive"],
+        "zero": record["kl"]["zero"],
+        "pgd_20": record["pgd_kl"]["20"],
     }
-    rounded = {name: None if math.isnan(value) else round(float(value), 4) for name, value in figures.items()}
-    return {"steps": config.steps, "cpu_minutes": round(cpu_minutes, 2), **rounded}
+    figures |= {mode: record["kl"][mode] for mode in ("unmasked", "stochastic", "rounded")}
+    return {**{name: float(f"{value:.5g}") for name, value in figures.items()}, "sweep": np.round(sweep, 5).tolist()}
+
+
+def kl_at(sweep: list[list[float]], l0: float) -> float:
+    """The sweep's KL at an L0, between its points linear in log L0 and KL; NaN outside of it."""
+    x, kl = np.array(sorted(sweep)).T
+    x = np.log(np.maximum(x, 1e-9))
+    return float(np.interp(math.log(l0), x, kl)) if x[0] <= math.log(l0) <= x[-1] else math.nan
+
+
+def table(record: dict[str, Any]) -> str:
+    """The file's runs in Markdown: means over seeds with the smallest and the largest."""
+    runs = {name: list(entry["seeds"].values()) for name, entry in record["choices"].items() if entry["seeds"]}
+    l0 = statistics.mean(run["l0"] for run in runs["base"])
+    rows = []
+    for name, of_seeds in runs.items():
+        values: dict[str, list[float]] = {key: [run[key] for run in of_seeds] for key in COLUMNS if key != "at_l0"}
+        values["at_l0"] = [kl_at(run["sweep"], l0) for run in of_seeds]
+        cells = {title: _range(values[key], 0 if key == "l0" else 3) for key, title in COLUMNS.items()}
+        rows.append({"choice": name, "seeds": str(len(of_seeds)), "steps": str(of_seeds[0]["steps"]), **cells})
+    return markdown(rows)
+
+
+def _range(values: list[float], digits: int) -> str:
+    finite = [v for v in values if not math.isnan(v)]
+    if len(finite) < len(values):
+        return "not reached"
+    mean, low, high = (f"{v:.{digits}f}" for v in (statistics.mean(finite), min(finite), max(finite)))
+    return mean if low == high else f"{mean} ({low} to {high})"
 
 
 def main() -> None:
@@ -117,22 +143,37 @@ def main() -> None:
     parser = harness.parser("recipes", __doc__)
     parser.add_argument("--choices", nargs="+", default=list(CHOICES), choices=list(CHOICES), help="which choices")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the decompositions")
-    parser.add_argument("--minutes", type=float, default=6, help="processor minutes per run")
+    parser.add_argument("--seconds", type=float, default=40, help="processor seconds per run")
+    parser.add_argument("--until", type=float, default=math.inf, help="start no run after so many seconds")
+    parser.add_argument("--whole", action="store_true", help="both blocks, the recipe's Γ and rows of 128 tokens")
+    parser.add_argument("--page", action="store_true", help="only write the table into docs/training.md")
     options = parser.parse_args()
     logging.basicConfig(level=logging.WARNING)
     torch.set_num_threads(1)
-    model = bundled.model()
-    training, _ = corpus.split(corpus.files())
-    stream = corpus.token_stream(corpus.load_tokenizer(bundled.MODEL), training)
-    rows = torch.from_numpy(corpus.windows(stream, CONTEXT, ROWS, seed=3).astype(np.int64))
-    record = harness.read(options.out)
-    for seed in options.seeds:
+    model, start = bundled.model(), time.monotonic()
+    data = {split: rows_of(split, whole=options.whole) for split in ("training", "validation")}
+    settings = {"seconds": options.seconds, "whole": options.whole}
+    record = harness.read(options.out) or {"choices": {}, "settings": settings}
+    if {name: record["settings"][name] for name in settings} != settings:
+        parser.error(f"{options.out} was measured with {record['settings']}: choose another --out.")
+    for seed in [] if options.page else options.seeds:
         for choice in options.choices:
-            runs = record.setdefault("choices", {}).setdefault(choice, {})
-            if str(seed) not in runs:
-                runs[str(seed)] = measured(model, rows, choice, seed=seed, minutes=options.minutes)
-                record.pop("settings", None)
-                harness.write(options.out, record, "recipes", minutes=options.minutes, validation_tokens=4096)
+            entry = record["choices"].get(choice, {"seeds": {}})
+            if str(seed) in entry["seeds"] or time.monotonic() - start > options.until:
+                continue
+            config = config_of(choice, steps=1000, seed=seed, whole=options.whole)
+            per_step = entry.get("seconds_per_step") or seconds_per_step(model, data["training"], config)
+            steps = max(1, round(options.seconds / per_step))
+            run, seconds = trained(model, data["training"], config.model_copy(update={"steps": steps}))
+            figures = measured(run, model, data["validation"][:32])
+            record = harness.read(options.out) or record  # another process may have written meanwhile
+            entry = record["choices"].setdefault(choice, {"seconds_per_step": per_step, "seeds": {}})
+            entry["seeds"][str(seed)] = {"steps": steps, "cpu_seconds": round(seconds, 1), **figures}
+            record.pop("settings")
+            harness.write(options.out, record, "recipes", **settings)
+            record = harness.read(options.out)
+    if options.out == harness.RESULTS / "recipes.json":
+        fill(PAGE, {"recipes": table(record)}.__getitem__)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import pandas as pd
 from tl_vpd import bundled
 from tl_vpd.evaluation import Evaluation
 
-PAGE = Path(__file__).parents[2] / "docs" / "bundled.md"
+ROOT = Path(__file__).parents[2]
+PAGE, RESULTS = ROOT / "docs" / "bundled.md", ROOT / "benchmarks" / "results"
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -100,6 +101,23 @@ def attacks(report: Evaluation) -> str:
     )
 
 
+def ladder(_: Evaluation) -> str:
+    """Attacks of ``python -m benchmarks.attacks``."""
+    record = _json(RESULTS / "attacks.json")
+    rows = []
+    for attack in record["attacks"].values():
+        rows.append(
+            {
+                "adversary": attack["adversary"],
+                "steps": str(attack["steps"]),
+                "KL, worst start": f"{attack['kl']:.2f}",
+                "interval": f"{attack['kl_low']:.2f}–{attack['kl_high']:.2f}",
+                "starts": ", ".join(f"{kl:.2f}" for kl in attack["by_start"]),
+            }
+        )
+    return markdown(rows) + f"\nAblating everything costs {record['zero']:.2f} nats on these rows.\n"
+
+
 def controls(report: Evaluation) -> str:
     """The learned pieces beside those of the controls."""
     rows = []
@@ -132,17 +150,27 @@ def sites(report: Evaluation) -> str:
 
 
 TABLES: dict[str, Callable[[Evaluation], str]] = {
-    function.__name__: function for function in (model, modes, counts, attacks, controls, sites)
+    function.__name__: function for function in (model, modes, counts, attacks, ladder, controls, sites)
 }
 
 
-def filled(page: str, report: Evaluation) -> str:
-    """The page with its tables made anew."""
-    return BLOCK.sub(lambda match: match[1] + TABLES[match[2]](report) + match[3], page)
+def filled(page: str, table: Callable[[str], str]) -> str:
+    """A page with each table made anew from its name."""
+    return BLOCK.sub(lambda match: match[1] + table(match[2]) + match[3], page)
+
+
+def fill(page: Path, table: Callable[[str], str]) -> None:
+    """Writes the tables of a page anew."""
+    page.write_text(filled(page.read_text(encoding="utf-8"), table), encoding="utf-8")
+
+
+def of_report(report: Evaluation) -> Callable[[str], str]:
+    """The tables of this page by name."""
+    return lambda name: TABLES[name](report)
 
 
 def main() -> None:
-    PAGE.write_text(filled(PAGE.read_text(encoding="utf-8"), bundled.evaluation()), encoding="utf-8")
+    fill(PAGE, of_report(bundled.evaluation()))
 
 
 if __name__ == "__main__":

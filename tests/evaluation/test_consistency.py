@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests.evaluation import handmade
 from tests.tiny import decomposition_of, tiny_model
 from tl_vpd.evaluation import cancelling_pairs, consistency
-from tl_vpd.evaluation.consistency import max_cosines
+from tl_vpd.evaluation.consistency import max_cosines, split_share
 
 
 def test_max_cosines_by_hand():
@@ -21,6 +21,15 @@ def test_max_cosines_by_hand():
     assert_close(result["U"], torch.tensor([1.0, half]))
     # −e₁ ⊗ e₁ points against e₁ ⊗ e₁; the other is e₁+e₂ both ways: cosine ½ with either.
     assert_close(result["rank_one"], torch.tensor([0.5, 0.5]))
+
+
+def test_split_share_by_hand():
+    U = torch.eye(3)
+    halves = torch.tensor(
+        [[1.0, 0.4, 0.0], [-1.0, 0.4, 0.0], [0.0, 0.0, 2.0]]
+    )  # two for the first, none for the second
+    assert split_share(U, halves) == pytest.approx(1 / 3)
+    assert split_share(halves, U) == 0.0
 
 
 def test_a_decomposition_is_consistent_with_itself_in_any_order_sign_and_length():

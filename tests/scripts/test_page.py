@@ -11,9 +11,9 @@ from tl_vpd import bundled
 def test_the_tables_are_those_of_the_files():
     text = page.PAGE.read_text(encoding="utf-8")
     assert {match[2] for match in page.BLOCK.finditer(text)} == set(page.TABLES)
-    assert page.filled(text, bundled.evaluation()) == text, "python -m scripts.bundled.page"
+    assert page.filled(text, page.of_report(bundled.evaluation())) == text, "python -m scripts.bundled.page"
 
 
 def test_a_table_that_is_not_known_is_named():
     with pytest.raises(KeyError, match="weather"):
-        page.filled("<!-- weather -->\n<!-- end -->", bundled.evaluation())
+        page.filled("<!-- weather -->\n<!-- end -->", page.of_report(bundled.evaluation()))

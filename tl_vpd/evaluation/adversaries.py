@@ -16,7 +16,7 @@ together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -29,7 +29,7 @@ from tl_vpd.checks import check_fields, check_threshold, choice, instance, integ
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.intervals import PerRow, interval_of_largest
 from tl_vpd.evaluation.sample import Sample, measure
-from tl_vpd.masking import AttackResult, Masks, masks_from_sources, restarted_pgd
+from tl_vpd.masking import Masks, fresh_pgd, masks_from_sources
 
 Scope = Literal["shared", "position", "token"]
 EXPLANATIONS = 32
@@ -87,17 +87,26 @@ STANDARD: dict[str, Adversary] = {
 
 @dataclass(frozen=True)
 class Attack:
-    """An adversary's results from all starts, the worst first, and the distance of every row under each of them."""
+    """An adversary's results from all starts, the worst first.
+
+    Attributes:
+        adversary: who attacked.
+        losses: the distance after the last step.
+        by_row: the same of every row.
+        sources: of the worst start (None where each token has its own, which are never in memory together).
+        tokens: attacked.
+    """
 
     adversary: Adversary
-    results: list[AttackResult]
+    losses: list[float]
     by_row: list[PerRow]
+    sources: Float[Tensor, "..."] | None
     tokens: int
 
     @property
     def kl(self) -> float:
         """The distance under the worst sources."""
-        return self.results[0].loss
+        return self.losses[0]
 
     def interval(self, *, seed: int = 0) -> tuple[float, float]:
         """The interval of ``kl`` over rows, the worst start chosen anew in every resample."""
@@ -117,7 +126,7 @@ class Attack:
             "kl": self.kl,
             "kl_low": low,
             "kl_high": high,
-            "kl_weakest_start": self.results[-1].loss,
+            "kl_weakest_start": self.losses[-1],
         }
 
 
@@ -142,25 +151,32 @@ def explanations(sample: Sample, n: int, *, threshold: float = 0.0) -> Bool[Tens
 
 
 class _SourceLoss:
-    """The distance of all rows as a function of sources, batch by batch, so that memory does not grow with the rows.
+    """The distance as a function of sources, batch by batch, so that memory does not grow with the rows.
 
     Args:
         sample: the attacked rows.
         scope: over what one source is shared.
         span: important sets that the sources combine (None: sources are masks).
+        only: the batch of the sample that is attacked (None: all).
     """
 
-    def __init__(self, sample: Sample, scope: str, span: Bool[Tensor, "K C_total"] | None) -> None:
-        self.sample, self.span, self.per_row = sample, span, scope == "token"
+    def __init__(
+        self, sample: Sample, scope: str, span: Bool[Tensor, "K C_total"] | None, only: Batch | None = None
+    ) -> None:
+        self.sample, self.span, self.only = sample, span, only
         self.n_sites = len(sample.site_axis.names)
+        self.n_tokens = sample.n_tokens if only is None else only.n_tokens
         width = sample.site_axis.total + self.n_sites if span is None else len(span)
         positions = [1] * len(sample.position_shape) if scope == "shared" else sample.position_shape
-        self.shape = (len(sample.rows) if self.per_row else 1, *positions, width)
+        self.shape = (1 if only is None else len(only.rows), *positions, width)
 
-    def start(self, number: int) -> Tensor:
-        """Random sources: one start of many."""
-        device = self.sample.masked_model.adapter.device
-        return torch.rand(*self.shape, generator=self.sample.generator(500_000 + number), device=device)
+    def batches(self) -> Iterable[Batch]:
+        """What is attacked."""
+        return self.sample.batches() if self.only is None else [self.only]
+
+    def start(self, generator: torch.Generator) -> Tensor:
+        """Random sources: one start."""
+        return torch.rand(*self.shape, generator=generator, device=generator.device)
 
     def masks(self, batch: Batch, sources: Tensor) -> Masks:
         """The masks of a batch under its sources."""
@@ -172,25 +188,16 @@ class _SourceLoss:
     def __call__(self, sources: Tensor) -> Tensor:
         """The mean distance; with gradients on, each batch's backward pass runs at once and ``sources.grad`` collects the sum."""
         total = torch.zeros(())
-        if self.per_row and torch.is_grad_enabled():
-            sources.grad = torch.zeros_like(sources)
-        for where, batch in zip(self.sample.row_slices, self.sample.batches(), strict=True):
-            leaf = sources.detach()[where].requires_grad_(torch.is_grad_enabled()) if self.per_row else sources
-            loss = self.sample.loss(batch, self.masks(batch, leaf)) * (batch.n_tokens / self.sample.n_tokens)
+        for batch in self.batches():
+            loss = self.sample.loss(batch, self.masks(batch, sources)) * (batch.n_tokens / self.n_tokens)
             if loss.requires_grad:
                 loss.backward()
-                if self.per_row and leaf.grad is not None:
-                    sources.grad[where] = leaf.grad  # type: ignore[index]
             total += loss.detach().to(total)
         return total
 
     def by_row(self, sources: Tensor) -> PerRow:
         """The distance of every row under sources."""
-        distances = [
-            batch.distance(self.sample.output(batch, self.masks(batch, sources[where] if self.per_row else sources)))
-            for where, batch in zip(self.sample.row_slices, self.sample.batches(), strict=True)
-        ]
-        return PerRow.concatenated(distances)
+        return PerRow.concatenated([b.distance(self.sample.output(b, self.masks(b, sources))) for b in self.batches()])
 
 
 @measure
@@ -210,15 +217,27 @@ def attack(sample: Sample, adversary: Adversary, *, span: Bool[Tensor, "K C_tota
         raise ValueError("These inputs have no positions: choose the scope shared or token.")
     if adversary.explanations is not None and span is None:
         span = explanations(sample, adversary.explanations)
-    loss = _SourceLoss(sample, adversary.scope, span)
-    results = restarted_pgd(
-        loss,
-        [loss.start(number) for number in range(adversary.starts)],
-        steps=adversary.steps,
-        step_size=adversary.step_size,
-        momentum=adversary.momentum,
-    )
-    return Attack(adversary, results, [loss.by_row(result.sources) for result in results], sample.n_tokens)
+    options: dict[str, Any] = {
+        "steps": adversary.steps,
+        "step_size": adversary.step_size,
+        "momentum": adversary.momentum,
+    }
+    generators = [sample.generator(500_000 + i) for i in range(adversary.starts)]
+    # A token's sources act on its row alone, so rows are attacked batch by batch: for all rows they would not fit in memory.
+    whole = adversary.scope != "token"
+    losses = [0.0] * len(generators)
+    sources: list[Tensor | None] = [None] * len(generators)
+    by_row: list[list[PerRow]] = [[] for _ in generators]
+    for only in [None] if whole else sample.batches():
+        loss = _SourceLoss(sample, adversary.scope, span, only)
+        for i, generator in enumerate(generators):
+            result = fresh_pgd(loss, loss.start(generator), **options)
+            losses[i] += result.loss * (loss.n_tokens / sample.n_tokens)
+            by_row[i].append(loss.by_row(result.sources))
+            sources[i] = result.sources if whole else None
+    order = sorted(range(len(losses)), key=lambda i: losses[i], reverse=True)
+    rows = [PerRow.concatenated(by_row[i]) for i in order]
+    return Attack(adversary, [losses[i] for i in order], rows, sources[order[0]], sample.n_tokens)
 
 
 def adversaries(

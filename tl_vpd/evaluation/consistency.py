@@ -5,7 +5,9 @@ For every subcomponent of one the largest similarity to any of the other, averag
 
     cos_V = max_c' |cos(V_c, V'_c')|,    cos_U likewise,    cos_rank-one = max_c' cos(V_c, V'_c') · cos(U_c, U'_c')
 
-The signs of V and U are arbitrary one by one, the sign of their product is not. The baseline replaces the other's subcomponents
+The signs of V and U are arbitrary one by one, the sign of their product is not. ``split`` is the splitting share: how many of the
+first's subcomponents have more than one match in the other, that is |cos(U_c, U'_c')| > 0.5 (VPD paper, appendix on feature
+splitting: 2.7% of half of C in four times C). The baseline replaces the other's subcomponents
 by as many random ones (normal directions of V and U): in few dimensions chance alone is high.
 
     >>> consistency(vpd_0, vpd_1)                              # doctest: +SKIP
@@ -26,6 +28,8 @@ from tl_vpd.checks import seed_of, shown
 from tl_vpd.decomposition import Decomposition
 
 MEASURES = ("V", "U", "rank_one")
+MATCH = 0.5
+"""Cosine of write directions above which two subcomponents match."""
 BASELINES = 5
 """Random baselines per site."""
 
@@ -50,11 +54,18 @@ def max_cosines(
     }
 
 
+def split_share(U: Float[Tensor, "C d_out"], other_U: Float[Tensor, "K d_out"]) -> float:
+    """The share of subcomponents that match more than one of the other's by their write direction (NaN: there are none)."""
+    matches = (F.normalize(U, dim=1) @ F.normalize(other_U, dim=1).T).abs() > MATCH
+    return float((matches.sum(1) > 1).double().mean())
+
+
 @torch.no_grad()
 def consistency(
     one: Decomposition, other: Decomposition, *, alive: tuple[Alive, Alive] | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """A row for each site, and their mean: mean max cosine of V, U and rank-one, each next to its random baseline.
+    """A row for each site, and their mean: mean max cosine of V, U and rank-one, and the share of ``one`` that is ``split`` in
+    ``other``, each next to its random baseline.
 
     A site of which no subcomponent is alive in one of the two has no cosines (NaN), and is left out of the mean.
 
@@ -94,12 +105,12 @@ def row_of(
     *,
     seed: int,
 ) -> dict[str, float | int]:
-    """A row of the table: both counts, and every mean max cosine next to its random baseline."""
-    cosines, generator = _both_ways(V, U, other_V, other_U), torch.Generator().manual_seed(seed)
-    chance = [_both_ways(V, U, _like(other_V, generator), _like(other_U, generator)) for _ in range(BASELINES)]
+    """A row of the table: both counts, every mean max cosine and the splitting share next to their random baselines."""
+    figures, generator = _figures(V, U, other_V, other_U), torch.Generator().manual_seed(seed)
+    chance = [_figures(V, U, _like(other_V, generator), _like(other_U, generator)) for _ in range(BASELINES)]
     row: dict[str, float | int] = {"C": V.shape[1], "C_other": other_V.shape[1]}
-    for name in MEASURES:
-        row[name] = cosines[name]
+    for name in (*MEASURES, "split"):
+        row[name] = figures[name]
         row[f"{name}_random"] = sum(c[name] for c in chance) / BASELINES
     return row
 
@@ -119,11 +130,12 @@ def _vectors(decomposition: Decomposition, name: str, alive: Alive | None) -> tu
     return (V, U) if alive is None else (V[:, alive[name].cpu()], U[alive[name].cpu()])
 
 
-def _both_ways(V: Tensor, U: Tensor, other_V: Tensor, other_U: Tensor) -> dict[str, float]:
+def _figures(V: Tensor, U: Tensor, other_V: Tensor, other_U: Tensor) -> dict[str, float]:
     if not (V.shape[1] and other_V.shape[1]):
-        return dict.fromkeys(MEASURES, float("nan"))
+        return dict.fromkeys((*MEASURES, "split"), float("nan"))
     there, back = max_cosines(V, U, other_V, other_U), max_cosines(other_V, other_U, V, U)
-    return {name: float(there[name].mean() + back[name].mean()) / 2 for name in MEASURES}
+    both_ways = {name: float(there[name].mean() + back[name].mean()) / 2 for name in MEASURES}
+    return {**both_ways, "split": split_share(U, other_U)}
 
 
 def _like(t: Tensor, generator: torch.Generator) -> Tensor:

@@ -40,26 +40,29 @@ class ImportanceStatistics:
     @classmethod
     def over(cls, batches: Iterable[Batch], site_axis: ConcatenatedAxis) -> ImportanceStatistics:
         """The statistics of all batches."""
-        sums, counts, in_rows, l0 = [], [], [], []
+        l0: list[PerRow] = []
+        sums, positive, in_rows = (
+            torch.zeros(site_axis.total, dtype=dtype) for dtype in (torch.double, torch.long, torch.long)
+        )
         n_tokens = sure = sure_tokens = 0
         largest = 0.0
         for batch in batches:
             g, on = batch.g, batch.g > 0
             n_tokens += batch.n_tokens
-            sums.append(g.flatten(0, -2).sum(0))
-            counts.append(on.flatten(0, -2).sum(0))
-            in_rows.append(on.reshape(len(g), -1, site_axis.total).any(1).sum(0))
+            sums, positive, in_rows = (t.to(g.device) for t in (sums, positive, in_rows))
+            sums += g.flatten(0, -2).sum(0)
+            positive += on.flatten(0, -2).sum(0)
+            in_rows += on.reshape(len(g), -1, site_axis.total).any(1).sum(0)
             per_token = on.sum(-1).reshape(len(g), -1).double().sum(1).cpu().numpy()  # 0 at padding
             l0.append(PerRow(per_token / batch.tokens_by_row.clip(min=1), batch.tokens_by_row))
             sure += int((g >= SURE).sum())
             sure_tokens += int((g >= SURE).any(-1).sum())
             largest = max(largest, float(g.max()))
-        positive = torch.stack(counts).sum(0)
         return cls(
             n_tokens=n_tokens,
-            mean=torch.stack(sums).sum(0) / n_tokens,
+            mean=(sums / n_tokens).float(),
             density=positive / n_tokens,
-            in_rows=torch.stack(in_rows).sum(0),
+            in_rows=in_rows,
             l0=PerRow.concatenated(l0),
             largest=largest,
             at_1=sure / max(int(positive.sum()), 1),

@@ -21,6 +21,8 @@ from jaxtyping import Float
 
 CONFIDENCE = 0.95
 RESAMPLES = 1000
+AT_ONCE = 1 << 20
+"""Rows of resamples that are in memory at once."""
 METHOD = f"{CONFIDENCE:.0%} percentile bootstrap over rows, {RESAMPLES} resamples"
 
 
@@ -54,10 +56,14 @@ class PerRow:
         n = len(self.values)
         if n < 2:
             return np.empty(0)
-        counts = np.random.default_rng(seed % (1 << 64)).multinomial(n, np.full(n, 1 / n), size=resamples)
-        counts = counts * self.tokens
-        total = counts.sum(1)
-        return np.divide(counts @ self.values, total, out=np.full(resamples, np.nan), where=total > 0)
+        generator, means = np.random.default_rng(seed % (1 << 64)), np.full(resamples, np.nan)
+        size = max(1, AT_ONCE // n)
+        for at in range(0, resamples, size):
+            some = means[at : at + size]
+            counts = generator.multinomial(n, np.full(n, 1 / n), size=len(some)) * self.tokens
+            total = counts.sum(1)
+            np.divide(counts @ self.values, total, out=some, where=total > 0)
+        return means
 
     def minus(self, other: PerRow) -> PerRow:
         """The paired difference, row by row."""

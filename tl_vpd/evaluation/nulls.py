@@ -121,6 +121,7 @@ def nulls_table(sample: Sample, nulls: Mapping[str, Null], tokens: Any, *, this:
         this: name of the first row.
     """
     rows = [{"decomposition": this, **_figures(sample)}]
+    sample.store.clear()  # each null may use as much
     options: dict[str, Any] = {"batch_size": sample.batch_size, "seed": sample.seed, "keep_bytes": sample.store.limit}
     for name, (model, decomposition) in nulls.items():
         with sampled(decomposition, model, tokens, **options) as null:

@@ -99,7 +99,7 @@ def undefined_columns(tables: Iterable[pd.DataFrame]) -> list[str]:
 def _attack_figures(attacks: Sequence[Attack], attacked: Sample) -> dict[str, Any]:
     return {
         "pgd_kl": {str(a.adversary.steps): a.kl for a in attacks},
-        "pgd_kl_starts": {str(a.adversary.steps): [r.loss for r in a.results] for a in attacks},
+        "pgd_kl_starts": {str(a.adversary.steps): a.losses for a in attacks},
         "pgd_tokens": attacked.n_tokens,
     }
 
