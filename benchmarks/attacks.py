@@ -33,10 +33,7 @@ def main() -> None:
     vpd, rows = bundled.decomposition(), bundled.tokens("validation")[: options.rows]
     kinds = {f"{name}, 20": kind for name, kind in STANDARD.items() if name != "shared"}
     kinds |= {f"shared, {k}": Adversary(steps=k, starts=STARTS.get(k, 1)) for k in options.budgets}
-    settings = {
-        "rows": options.rows,
-        "fingerprint": round(sum(float(V.double().square().sum()) for V in vpd.V.values()), 4),
-    }
+    settings = {"rows": options.rows, "decomposition": page.decomposition_id()}
     record: dict[str, Any] = harness.read(options.out)
     if any(record.get("settings", {}).get(name) != value for name, value in settings.items()):
         record = {}
