@@ -1,46 +1,62 @@
-"""Edits of the bundled model beside LoRA and full fine-tuning of the same matrices.
+"""Edits in the subcomponent basis beside LoRA and full fine-tuning of the same matrices.
 
-    python -m benchmarks.editing                     # writes benchmarks/results/editing.json
+    python -m benchmarks.editing                     # the bundled model: writes benchmarks/results/editing.json
+    python -m benchmarks.editing --real              # SmolLM2 (extra ``real``): adds its part
+    python -m benchmarks.editing --tables            # puts the record's tables into docs/editing.md
 
-Two tasks at the token ``self``, which ``.`` mostly follows in Python. *write*: the token `` the`` is wanted after it; one MLP
-matrix may change (W_out of the first block). *suppress*: ``.`` is not wanted after it; all twelve matrices may change. Methods of
-a task are trained on the same examples (``tokens`` of them, windows of 16 tokens), by Adam, without a term for other text, and
-stop as soon as the mean probability on them reaches 0.8 (write) or is at most 0.1 (suppress). LoRA and full fine-tuning change
-the model of transformers (``peft``).
+*write* (bundled model): the token `` the`` is wanted after ``self``; W_out of the first MLP may change. *suppress*: one construct
+of Python is not wanted any more, the other text is to stay: ``.`` after ``self``, ``def`` after an empty line, ``:`` after
+``else`` (of the frequent pairs of tokens those that the model predicts best); all matrices may change. *real*: SmolLM2 is not to
+know the capital of Germany any more; the seven matrices of block 23 may change, whose decomposition for this fact ships.
+
+Methods of a task are trained on the same examples (``tokens`` of them: windows of 16 tokens, of which the last counts), by Adam,
+at most 64 (real: 8) in a step, without a term for other text, and stop as soon as the mean probability on them meets the
+criterion: at least 0.8 (write), at most 0.1 (suppress), at most 0.05 (real).
 
 =================  ==========================================================================================
 analytic           one write direction becomes 3 û of the token
 trained            one write direction is trained
-one_strength       the strength of the subcomponent with the largest gradient
-few_strengths      those of the eight with the largest gradients
-strengths          all strengths; ``strengths_l0``: with a penalty on how many move
+one_strength       the strength of one subcomponent, of eight (``few_strengths``), or of all (``strengths``); the few
+                   are those with the largest gradient times how much more important they are at the last token of the
+                   examples than at the others
+strengths_l0       all, with a penalty on how many move
 lora_1, lora_4     LoRA of rank 1 and 4;  ``full``: the matrices themselves
 =================  ==========================================================================================
 
-``wanted``: the mean probability of the token after ``self`` in windows of validation files (``model``: without any change);
-``near_kl``, ``elsewhere_kl``, ``p99`` (of elsewhere): KL from the model's prediction in nats, on tokens at most 20 from a
-``self``, and on all but ``self``; ``parameters``: how many are trained; ``reached``: whether the criterion was.
+``wanted``: the mean probability of the token on text that was not trained on; ``near_kl``: KL from the model's prediction, in
+nats, on tokens at most 20 from one that counts (real: at the answers for other countries); ``elsewhere_kl``, ``p99``: mean and
+99th percentile on other text; ``parameters``: how many are trained; ``reached``: whether the criterion was. ``equal``: the same
+with the change scaled by the smallest factor at which ``wanted`` meets the criterion (None: by no factor up to 8).
 
-*difference*: all matrices are fine-tuned for the behaviour of *write*, with a KL term for other tokens; the change is explained
-on the training windows, and the k subcomponents that contribute most to it are taken back, or k random ones of the table.
+*difference*: all matrices of the bundled model are fine-tuned for the behaviour of *write*, with a KL term for other tokens; the
+change is explained on the training windows, and the k subcomponents that contribute most to it are undone, or k random ones of
+the table.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
+import math
+import re
 import time
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from torch import Tensor, nn
 
 from benchmarks import harness
+from benchmarks.changed_models import train
+from benchmarks.editing_tasks import CONSTRUCTS, GOAL, LR, SITE, WINDOW, Task, bundled_task, real_task, rounded
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
+from tl_vpd.bundled.loading import DECOMPOSITION
 from tl_vpd.editing import (
     DifferenceConfig,
     Edit,
@@ -54,166 +70,86 @@ from tl_vpd.editing import (
     write_token,
 )
 from tl_vpd.editing.examples import Examples
-from tl_vpd.editing.measures import Run, kl_by_token, near_and_elsewhere, row_of_text, row_of_wanted
 
-WINDOW, BUDGETS, SITE = 16, (8, 64, 512, 2048), "blocks.0.mlp.W_out"
-GOAL, MOST = {"write": 0.8, "suppress": 0.1}, 150
-LR = {"lora": 2e-3, "full": 2e-4, "strengths": 0.01, "few_strengths": 0.05, "direction": 0.1}
-MODULES = {
-    "write": r".*layers\.0\.mlp\.dense_4h_to_h",
-    "suppress": r".*\.(query_key_value|dense|dense_h_to_4h|dense_4h_to_h)",
-}
+FEW, BASELINES = 8, ("lora_1", "lora_4", "full")
+PAGE = Path(__file__).parents[1] / "docs" / "editing.md"
+EFFECTS = ("near_kl", "elsewhere_kl", "p99")
 
 
-class Task:
-    """One of the two tasks on the bundled model, and its measures."""
-
-    def __init__(self, name: str, seed: int, rows: int) -> None:
-        self.name, self.seed = name, seed
-        self.model, self.vpd = bundled.model(), bundled.decomposition()
-        self.adapter = adapt(self.model)
-        self.at, self.token = self.adapter.token("self"), self.adapter.token(" the" if name == "write" else ".")
-        self.text = bundled.tokens("validation")[:rows]
-        self.held_out = Wanted(self.token, self.windows(bundled.tokens("validation")[rows:])[:256])
-        generator = torch.Generator().manual_seed(seed)
-        every = self.windows(bundled.tokens("training"))
-        self.examples = every[torch.randperm(len(every), generator=generator)]
-
-    def windows(self, tokens: Tensor) -> Tensor:
-        """Windows that end at ``self``, opened by BOS as the model reads text."""
-        ends = (tokens[:, WINDOW - 1 :] == self.at).nonzero().tolist()
-        return torch.stack([torch.cat([tokens[r, :1], tokens[r, p + 1 : p + WINDOW]]) for r, p in ends])
-
-    def loss(self, logits: Tensor) -> Tensor:
-        """What all methods of the task lower."""
-        log_p = logits[:, -1].log_softmax(-1)[:, self.token]
-        return -log_p.mean() if self.name == "write" else -torch.log1p(-log_p.exp().clamp(max=1 - 1e-6)).mean()
-
-    def reached(self, probability: float) -> bool:
-        """Whether a mean probability meets the criterion."""
-        return probability >= GOAL["write"] if self.name == "write" else probability <= GOAL["suppress"]
-
-    def row(self, run: Run, **more: Any) -> dict[str, Any]:
-        """A method's entry."""
-        before: Run = lambda tokens, mask: self.adapter.run(tokens, mask)  # noqa: E731
-        fires = self.text == self.at
-        near, elsewhere = near_and_elsewhere(fires, torch.ones_like(fires), 20)
-        kl = row_of_text(kl_by_token(before, run, self.text, None, 16), {"near": near, "elsewhere": elsewhere})
-        wanted = row_of_wanted(before, run, Examples.of(self.adapter, self.held_out))
-        figures = {"wanted": wanted["wanted_after"], "near_kl": kl["near_kl"]}
-        figures |= {"elsewhere_kl": kl["elsewhere_kl"], "p99": kl["elsewhere_p99"]}
-        return {"seed": self.seed, **more, **{name: float(f"{value:.4g}") for name, value in figures.items()}}
-
-    def of_edit(self, edit: Edit, **more: Any) -> dict[str, Any]:
-        """An edit's entry."""
-        with self.vpd.attach(self.model) as attached:
-
-            def run(tokens: Tensor, mask: Tensor | None) -> Tensor:
-                with attached.edited(edit):
-                    return self.adapter.run(tokens, mask)
-
-            return self.row(run, **more)
-
-
-def baseline(task: Task, method: str, examples: Tensor) -> dict[str, Any]:
-    """LoRA or full fine-tuning of the model of transformers."""
-    import re
-
-    from peft import LoraConfig, get_peft_model
-    from transformers import GPTNeoXForCausalLM
-
+def baseline(task: Task, method: str, budget: int) -> dict[str, Any]:
+    """LoRA or full fine-tuning."""
     torch.manual_seed(task.seed)
-    plain: nn.Module = GPTNeoXForCausalLM.from_pretrained(bundled.MODEL, dtype=torch.float32)
-    pattern = MODULES[task.name]
-    if method == "full":
-        model = plain.requires_grad_(False)
-        for name, module in model.named_modules():
-            if re.fullmatch(pattern, name):
-                module.weight.requires_grad_(True)
-    else:
-        rank = int(method.removeprefix("lora_"))
-        model = get_peft_model(plain, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=pattern))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(trained, lr=LR["full" if method == "full" else "lora"])
-    generator = torch.Generator().manual_seed(task.seed)
-    probability, step = 0.0, 0
-    for step in range(MOST + 1):
-        batch = examples[torch.randperm(len(examples), generator=generator)[:128]]
-        logits = model(input_ids=batch).logits
-        probability = float(logits[:, -1].softmax(-1)[:, task.token].detach().mean())
-        if task.reached(probability) or step == MOST:
-            break
-        optimizer.zero_grad()
-        task.loss(logits).backward()
-        optimizer.step()
-    with torch.no_grad():
-        return task.row(
-            lambda tokens, mask: model(input_ids=tokens).logits.detach(),
-            parameters=sum(p.numel() for p in trained),
-            steps=step,
-            reached=task.reached(probability),
-        )
+    states, generator = task.example_states[:budget], torch.Generator().manual_seed(task.seed)
+
+    def step(run: Callable[[Tensor], Tensor]) -> tuple[Tensor, bool]:
+        logits = run(states[torch.randperm(len(states), generator=generator)[: task.batch]])
+        return task.loss(logits), task.reached(float(logits.softmax(-1)[:, task.token].detach().mean()))
+
+    rank = None if method == "full" else int(method.removeprefix("lora_"))
+    lr = LR["full" if rank is None else "lora"]
+    result = train(task.tail, task.sites, rank, step, steps=task.most, lr=lr)
+    return task.measured(result.change, parameters=result.parameters, steps=result.steps, reached=result.reached)
 
 
 def chosen(task: Task, examples: Tensor) -> list[str]:
-    """The subcomponent of ``SITE`` that is important at ``self`` and rarely elsewhere, or the eight of the largest gradients."""
-    if task.name == "write":
-        g = task.vpd.causal_importances(task.model, examples[:64])[SITE][:, -1].mean(0)
-        rest = task.vpd.causal_importances(task.model, task.text[:16])[SITE].mean((0, 1))
-        return [f"{SITE}:{int((g - rest).argmax())}"]
-    table = gradient_by_subcomponent(task.vpd, task.model, examples[:64], task.loss)
-    return [str(name) for name in table["subcomponent"][:8]]
+    """Subcomponents that matter for the examples at their last token and not at the others, the first of them most."""
+    examples = examples[: 2 * task.batch]
+    g = task.vpd.causal_importances(task.model, examples)
+    axis = task.vpd.site_axis
+    more = torch.cat([g[site][:, -1].mean(0) - g[site][:, 1:-1].mean((0, 1)) for site in axis.slices]).clamp(min=0)
+    if task.kind == "write":
+        columns = axis.slices[SITE]
+        return [f"{SITE}:{int(more[columns].argmax())}"]
+    table = gradient_by_subcomponent(task.vpd, task.model, examples, task.loss)
+    columns = [axis.slices[site].start + index for site, index in zip(table["site"], table["index"], strict=True)]
+    order = (table["gradient"].abs() * more[columns].tolist()).sort_values(ascending=False).index[:FEW]
+    return [str(table["subcomponent"][i]) for i in order]
 
 
-def edits(task: Task, examples: Tensor) -> dict[str, Callable[[], dict[str, Any]]]:
+def edits(task: Task, examples: Tensor, few: list[str]) -> dict[str, Callable[[], dict[str, Any]]]:
     """The methods of this package, by name."""
-    vpd, model, few = task.vpd, task.model, chosen(task, examples)
-    c = few[0]
-    if task.name == "write":
-        width = vpd.sites[SITE].d_out
+    vpd, model = task.vpd, task.model
+    c, trained = few[0], {"batch_size": task.batch, "seed": task.seed}
 
-        def trained() -> dict[str, Any]:
-            config = TrainingConfig(steps=MOST, lr=LR["direction"], probability=GOAL["write"])
-            result = train_write_direction(vpd, model, Wanted(task.token, examples), c, config=config)
-            more = {"parameters": width, "steps": len(result.probabilities) - 1, "reached": result.reached}
-            return task.of_edit(result.edit, subcomponent=c, **more)
+    def entry(edit: Edit, **more: Any) -> dict[str, Any]:
+        return task.measured({site: edit.delta(site).float() for site in edit.sites}, **more)
 
-        def analytic() -> dict[str, Any]:
-            edit = write_token(vpd, model, examples, c, task.token, alpha=3.0)
-            return task.of_edit(edit, subcomponent=c, parameters=0, steps=0, reached=None)
+    def direction() -> dict[str, Any]:
+        config = TrainingConfig(steps=task.most, lr=LR["direction"], probability=task.goal, **trained)
+        result = train_write_direction(vpd, model, Wanted(task.token, examples), c, config=config)
+        more = {"steps": len(result.probabilities) - 1, "reached": result.reached}
+        return entry(result.edit, subcomponent=c, parameters=vpd.sites[SITE].d_out, **more)
 
-        return {"analytic": analytic, "trained": trained}
+    def analytic() -> dict[str, Any]:
+        edit = write_token(vpd, model, examples, c, task.token, alpha=3.0)
+        return entry(edit, subcomponent=c, parameters=0, steps=0, reached=None)
 
     def strengths(subcomponents: list[str] | None, penalty: float = 0.0) -> dict[str, Any]:
-        goal = -torch.log1p(torch.tensor(-GOAL["suppress"])).item()
-        config = StrengthConfig(
-            steps=MOST, lr=LR["few_strengths" if subcomponents else "strengths"], penalty=penalty, goal=goal
-        )
+        goal = -torch.log1p(torch.tensor(-task.goal)).item()
+        lr = LR["few_strengths" if subcomponents or task.kind == "real" else "strengths"]
+        config = StrengthConfig(steps=task.most, lr=lr, penalty=penalty, goal=goal, **trained)
         result = tune_strengths(vpd, model, examples, task.loss, subcomponents, config=config)
         more = {"moved": len(result.edit), "steps": len(result.losses) - 1, "reached": float(result.losses[-1]) <= goal}
-        return task.of_edit(result.edit, parameters=len(result.subcomponents), **more)
+        return entry(result.edit, parameters=len(result.subcomponents), **more)
 
-    return {
+    if task.kind == "write":
+        return {"analytic": analytic, "trained": direction}
+    methods = {
         "one_strength": lambda: {"subcomponent": c, **strengths([c])},
-        "few_strengths": lambda: strengths(few),
+        "few_strengths": lambda: {"subcomponents": few, **strengths(few)},
         "strengths": lambda: strengths(None),
-        "strengths_l0": lambda: strengths(None, 3e-3),
     }
+    return methods if task.kind == "real" else methods | {"strengths_l0": lambda: strengths(None, 3e-3)}
 
 
-def difference(seed: int) -> list[dict[str, Any]]:
-    """A fine-tuning for the behaviour of *write*, and what is left of it when parts are taken back."""
-    task = Task("write", seed, 64)
-    tokens = bundled.tokens("training")
-    rows = tokens[(tokens == task.at).sum(1) >= 3]
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:16]]
-    where, finetuned = rows == task.at, copy.deepcopy(task.model)
+def finetuned_for_write(task: Task, rows: Tensor, where: Tensor) -> nn.Module:
+    """The bundled model, all its decomposed matrices trained for the behaviour of *write*, other predictions as before."""
+    finetuned = copy.deepcopy(task.model).requires_grad_(False)
     adapter = adapt(finetuned)
-    finetuned.requires_grad_(False)
     weights = [getattr(*adapter.holder(name)).requires_grad_(True) for name in task.vpd.sites]
-    optimizer = torch.optim.Adam(weights, lr=1e-3)
+    optimizer = torch.optim.Adam(weights, lr=2e-4)
     clean = task.model(rows).log_softmax(-1).detach()
-    for _ in range(40):
+    for _ in range(60):
         log_p = finetuned(rows).log_softmax(-1)
         if float(log_p[where][:, task.token].detach().exp().mean()) > 0.9:
             break
@@ -221,63 +157,158 @@ def difference(seed: int) -> list[dict[str, Any]]:
         optimizer.zero_grad()
         (other - log_p[where][:, task.token].mean()).backward()
         optimizer.step()
+    return finetuned.requires_grad_(False)
+
+
+def difference(seed: int) -> list[dict[str, Any]]:
+    """A fine-tuning for the behaviour of *write*, and what is left of it when the changes of subcomponents are undone."""
+    task, tokens = bundled_task("write", "self.", seed, 32), bundled.tokens("training")
+    at = torch.tensor([adapt(task.model).token(text) for text in CONSTRUCTS["self."][0]])
+    rows = tokens[torch.isin(tokens, at).sum(1) >= 3]
+    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:16]]
+    where = torch.isin(rows, at)
+    finetuned = finetuned_for_write(task, rows, where)
 
     def loss(logits: Tensor) -> Tensor:
         return -logits.log_softmax(-1)[where][:, task.token].mean()
 
-    config = DifferenceConfig(pieces=16)
-    found = explain_difference(task.vpd, task.model, finetuned, prompts=rows, loss=loss, config=config)
-    n, generator = len(found.table), torch.Generator().manual_seed(seed)
-    names = [str(name) for name in found.table["subcomponent"]]
-    examples = Examples.of(task.adapter, task.held_out)
+    explained = explain_difference(
+        task.vpd, task.model, finetuned, prompts=rows, loss=loss, config=DifferenceConfig(pieces=16)
+    )
+    n, generator = len(explained.table), torch.Generator().manual_seed(seed)
+    names = [str(name) for name in explained.table["subcomponent"]]
+    examples = Examples.of(adapt(task.model), Wanted(task.token, task.held_out))
 
-    def probability(edit: Edit | None) -> float:
-        with task.vpd.attach(finetuned, check_weights=False) as attached, torch.no_grad():
-            if edit is None:
-                return float(examples.log_probs(finetuned(examples.tokens)).exp().mean())
-            with attached.edited(edit):
-                return float(examples.log_probs(finetuned(examples.tokens)).exp().mean())
+    def probability(edit: Edit) -> float:
+        with task.vpd.attach(finetuned, check_weights=False) as attached, torch.no_grad(), attached.edited(edit):
+            return float(examples.log_probs(finetuned(examples.tokens)).exp().mean())
 
-    record = []
-    for k in (0, 8, 16, 32, 64, n):
-        chance = [names[i] for i in torch.randperm(n, generator=generator)[:k].tolist()]
-        named, random = (probability(found.undo(c) if c else None) for c in (names[:k], chance))
-        record.append({"seed": seed, "undone": k, "of": n, "named": round(named, 4), "random": round(random, 4)})
-    return record
+    with torch.no_grad():
+        before, after = (float(examples.log_probs(m(examples.tokens)).exp().mean()) for m in (task.model, finetuned))
+    record: list[dict[str, Any]] = [{"undone": 0, "of": n, "model": before, "named": after, "random": after}]
+    for k in (4, 8, 16, 32, 64, n):
+        random = [names[i] for i in torch.randperm(n, generator=generator)[:k].tolist()]
+        left = {"named": probability(explained.undo(names[:k])), "random": probability(explained.undo(random))}
+        record.append({"undone": k, "of": n, **left})
+    return [rounded(row) for row in record]
+
+
+class Methods:
+    """The methods of a task, which is made when the first of them runs.
+
+    Args:
+        make: makes the task.
+    """
+
+    def __init__(self, make: Callable[[], Task]) -> None:
+        self.make, self.few = make, dict[int, list[str]]()
+
+    @cached_property
+    def task(self) -> Task:
+        """The task."""
+        return self.make()
+
+    def measure(self, method: str, budget: int) -> dict[str, Any]:
+        """A method's entry; ``model``: without any change."""
+        task, examples = self.task, self.task.examples[:budget]
+        noted = {"tokens": len(examples), "seed": task.seed}
+        if method == "model":
+            return rounded({"seed": task.seed, "wanted": task.wanted({})})
+        if method in BASELINES:
+            return noted | baseline(task, method, budget)
+        few = self.few[budget] = self.few.get(budget) or chosen(task, examples)
+        return noted | edits(task, examples, few)[method]()
+
+
+def entries(*, real: bool, seeds: list[int], rows: int | None) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """What is to be measured: the part of the record, the entry's name, and how; nothing runs before it is called."""
+    if not real:
+        for seed in seeds:
+            yield "difference", f"seed {seed}", partial(difference, seed)
+    strengths = ("one_strength", "few_strengths", "strengths")
+    for seed in seeds:
+        parts: dict[str, tuple[Callable[[], Task], tuple[str, ...]]] = {}
+        if real:
+            parts["real"] = partial(real_task, seed, rows or 8), strengths
+        else:
+            parts["write"] = partial(bundled_task, "write", "self.", seed, rows or 64), ("analytic", "trained")
+            for name in CONSTRUCTS:
+                make = partial(bundled_task, "suppress", name, seed, rows or 64)
+                parts[f"suppress {name}"] = make, (*strengths, "strengths_l0")
+        for part, (make, ours) in parts.items():
+            methods = Methods(make)
+            yield part, f"model, seed {seed}", partial(methods.measure, "model", 0)
+            more = seed == seeds[0] and part in ("write", "suppress self.")
+            for budget in (8, 64, *((512, 2048) if more else ())):
+                for method in (*ours, *BASELINES):
+                    yield part, f"{method}, {budget} tokens, seed {seed}", partial(methods.measure, method, budget)
+
+
+def tables(record: dict[str, Any]) -> dict[str, str]:
+    """Means over seeds as tables in Markdown, by title; budgets have a slash between them."""
+    head = ["parameters", "wanted", "KL near", "elsewhere", "99%", "at equal effect: near", "elsewhere ", "99% "]
+    made = {}
+    for part in (p for p in record if p not in ("settings", "difference")):
+        rows = []
+        for name, entry in record[part].items():
+            if "tokens" in entry:
+                equal = entry["equal"] or dict.fromkeys(EFFECTS, math.nan)
+                figures = [entry["parameters"], entry["wanted"], *(e[key] for e in (entry, equal) for key in EFFECTS)]
+                rows.append([name.split(",")[0], entry["tokens"], *figures])
+        table = pd.DataFrame(rows, columns=["method", "tokens", *head])
+        for _, of_budgets in table.groupby(table["tokens"] > 64):
+            lines = [f"| | {' | '.join(head)} |", "| --- |" + " --- |" * len(head)]
+            means = of_budgets.groupby(["method", "tokens"], sort=False).agg(lambda values: values.mean(skipna=False))
+            for method, of_method in means.groupby("method", sort=False):
+                texts = [[f"{x:,.0f}" if x >= 90 else f"{x:.2g}" for x in of_method[column]] for column in head]
+                cells = [" / ".join(dict.fromkeys(text)).replace("nan", "–") for text in texts]
+                lines.append(f"| `{method}` | {' | '.join(cells)} |")
+            made[f"{part}, {' and '.join(map(str, sorted(set(of_budgets['tokens']))))} tokens"] = "\n".join(lines)
+    seeds = [pd.DataFrame(rows).set_index("undone") for rows in record.get("difference", {}).values()]
+    if seeds:
+        mean = sum(seeds[1:], start=seeds[0]) / len(seeds)
+        lines = ["| undone | " + " | ".join(map(str, mean.index)) + " |", "| --- |" + " --- |" * len(mean)]
+        lines += [f"| {name} | " + " | ".join(f"{x:.2g}" for x in mean[name]) + " |" for name in ("named", "random")]
+        made["difference"] = "\n".join(lines)
+    return made
+
+
+def write_tables(page: Path, made: dict[str, str]) -> None:
+    """Puts the tables into a page, each after the comment that names it."""
+    text = page.read_text(encoding="utf-8")
+    for title, table in made.items():
+        text = re.sub(rf"(<!-- {re.escape(title)} -->\n\n)(\|.*\n)*", lambda match: match[1] + table + "\n", text)  # noqa: B023
+    page.write_text(text, encoding="utf-8")
 
 
 def main() -> None:
     """Runs what is asked for and writes the record after each entry."""
     warnings.simplefilter("ignore")
     parser = harness.parser("editing", __doc__)
-    parser.add_argument("--budgets", type=int, nargs="*", default=list(BUDGETS), help="examples that are trained on")
-    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
-    parser.add_argument("--rows", type=int, default=64, help="windows of text that KL is measured on")
-    parser.add_argument("tasks", nargs="*", default=["write", "suppress", "difference"])
+    parser.add_argument("--real", action="store_true", help="SmolLM2 in place of the bundled model")
+    parser.add_argument(
+        "--seeds", type=int, nargs="*", default=[0, 1, 2], help="of examples; the first has all budgets"
+    )
+    parser.add_argument("--rows", type=int, default=None, help="rows of text (of each kind) that KL is measured on")
+    parser.add_argument("--resume", action="store_true", help="measure only what the record does not have")
+    parser.add_argument("--tables", action="store_true", help="put the record's tables into the page, measure nothing")
     arguments = parser.parse_args()
     record = harness.read(arguments.out)
-    settings = {"lr": LR, "goal": GOAL, "most_steps": MOST, "window": WINDOW, "rows": arguments.rows}
-
-    def note(task: str, key: str, entries: list[dict[str, Any]]) -> None:
-        record.setdefault(task, {})[key] = entries
+    if arguments.tables:
+        return write_tables(PAGE, tables(record))
+    digest = hashlib.sha256((DECOMPOSITION / "decomposition.safetensors").read_bytes()).hexdigest()[:12]
+    settings = {"lr": LR, "goal": GOAL, "window": WINDOW, "decomposition": digest}
+    for part, name, measure in entries(real=arguments.real, seeds=arguments.seeds, rows=arguments.rows):
+        if arguments.resume and name in record.get(part, {}):
+            continue
+        start = time.process_time()
+        entry = measure()
+        if isinstance(entry, dict):
+            entry["cpu_seconds"] = round(time.process_time() - start, 1)
+        record.setdefault(part, {})[name] = entry
         harness.write(arguments.out, record, "editing", **settings)
-        print(task, key, json.dumps(entries), flush=True)
-
-    for seed in arguments.seeds:
-        if "difference" in arguments.tasks:
-            note("difference", f"seed {seed}", difference(seed))
-        for name in (n for n in arguments.tasks if n != "difference"):
-            task = Task(name, seed, arguments.rows)
-            note(name, "model", [task.row(task.adapter.run)])
-            for budget in arguments.budgets:
-                examples = task.examples[:budget]
-                methods = edits(task, examples)
-                methods |= {m: partial(baseline, task, m, examples) for m in ("lora_1", "lora_4", "full")}
-                for method, measure in methods.items():
-                    start = time.perf_counter()
-                    entry = {"tokens": len(examples), **measure()}
-                    entry["seconds"] = round(time.perf_counter() - start, 1)
-                    note(name, f"{method}, {budget} tokens, seed {seed}", [entry])
+        print(part, name, json.dumps(entry), flush=True)
+    return None
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def test_hand_made_changes_are_found_exactly(wide, with_data):
     assert set(table.index) == {f"{OUT}:5", f"{Q}:11", f"{WO}:7"}
     for name, strength in ((f"{OUT}:5", -1.0), (f"{Q}:11", 1.5), (f"{WO}:7", 0.0)):
         assert table["strength"][name] == pytest.approx(strength, abs=1e-6)
-        assert table["share"][name] == pytest.approx(1.0, abs=1e-6)
+        assert table["fraction"][name] == pytest.approx(1.0, abs=1e-6)
         assert table["read"][name] == pytest.approx(0.0, abs=1e-6)
         piece = next(p for p in edit.pieces if p.name == name)
         assert table["norm"][name] == pytest.approx(piece.norm, rel=1e-6)
@@ -66,13 +66,20 @@ def test_changes_of_read_directions_too(wide):
     delta = 0.5 * torch.outer(V[:, 3], U[3]) + torch.outer(e, U[3])
     explained = explain(delta, V, U, None, pieces=4, smallest=1e-6)
     assert explained.indices == [3]
-    assert_close(explained.writes, 0.5 * U[[3]])
-    assert_close(explained.reads, e[None])
-    assert float(explained.rest.norm()) < 1e-9
+    writes, reads = explained.changes([3])
+    assert_close(writes, 0.5 * U[[3]])
+    assert_close(reads, e[None])
+    assert float(rest_of(explained, delta, [3]).norm()) < 1e-9
+
+
+def rest_of(explained, delta, indices):
+    writes, reads = explained.changes(indices)
+    at = [explained.indices.index(i) for i in indices]
+    return delta - explained.V[:, at] @ writes - reads.T @ explained.U[at]
 
 
 def test_what_is_left_is_the_least_squares_rest(wide):
-    """For the chosen subcomponents no other D and E do better: the residual is orthogonal to all of them."""
+    """For the chosen subcomponents, all or a part of them, no other D and E do better: the rest is orthogonal to all of them."""
     _, vpd = wide
     V, U, delta = vpd.V[OUT].detach(), vpd.U[OUT].detach(), draw(48, 32, seed=8) - 0.5
     X = draw(60, 48, seed=9) - 0.5
@@ -81,8 +88,10 @@ def test_what_is_left_is_the_least_squares_rest(wide):
     root = vectors @ (values.sqrt()[:, None] * vectors.T)
     e = explain(delta, V, U, root, pieces=3, smallest=1e-6)
     assert len(e.indices) == 3
-    assert_close(V[:, e.indices].T @ moment @ e.rest, torch.zeros(3, 32, dtype=torch.float64), atol=1e-9, rtol=0)
-    assert_close(moment @ e.rest @ U[e.indices].T, torch.zeros(48, 3, dtype=torch.float64), atol=1e-9, rtol=0)
+    for indices in (e.indices, e.indices[1:]):
+        rest = rest_of(e, delta, indices)
+        assert_close(V[:, indices].T @ moment @ rest, 0 * rest[: len(indices)], atol=1e-9, rtol=0)
+        assert_close(moment @ rest @ U[indices].T, 0 * rest[:, : len(indices)], atol=1e-9, rtol=0)
     one = explain(delta, V, U, root, pieces=1, smallest=1e-6)
 
     def size(rest):
@@ -94,7 +103,9 @@ def test_what_is_left_is_the_least_squares_rest(wide):
         Pu = torch.outer(U[c], U[c]) / U[c].square().sum()
         left = root @ delta - P @ root @ delta
         single.append(float((left - left @ Pu).square().sum()))
-    assert size(one.rest) == pytest.approx(min(single)) and one.indices == [single.index(min(single))]
+    assert size(rest_of(one, delta, one.indices)) == pytest.approx(min(single)) and one.indices == [
+        single.index(min(single))
+    ]
 
 
 def test_kept_and_undone(wide, tokens):

@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from tests.editing.conftest import OUT, WO, Q
 from tests.editing.test_apply import edited_model
 from tests.tiny import matrix_of, some_tokens, tiny_model
+from tl_vpd import VPDConfig
 from tl_vpd.editing import (
     EditEvaluationConfig,
     StrengthConfig,
@@ -26,6 +27,7 @@ from tl_vpd.editing import (
     write_token,
 )
 from tl_vpd.editing.controls import random_control, singular_control
+from tl_vpd.training import new_decomposition
 from tl_vpd.viz import edit_page
 
 
@@ -146,6 +148,38 @@ def test_strengths_reach_a_goal_that_only_they_can(model, vpd, tokens):
     goal = float(both.losses[0]) / 2
     early = tune_strengths(vpd, model, tokens, loss, names, config=StrengthConfig(steps=100, goal=goal))
     assert len(early.losses) < 60 and float(early.losses[-1]) <= goal < float(early.losses[-2])
+
+
+def test_training_starts_at_the_first_decomposed_block_and_takes_batches():
+    """The same as from the first block on, step by step; prompts of a step follow from the seed."""
+    model = tiny_model(n_layers=3)
+    late = new_decomposition(
+        model, VPDConfig(C=3, sites=["blocks.2.*"], gamma=dict(d_ci=8, n_blocks=1, n_heads=2))
+    ).double()
+    name, many = "blocks.2.mlp.W_out:1", some_tokens(seed=4, shape=(8, 5))
+    runs = []
+
+    def loss(logits):
+        runs.append(logits)
+        return logits[:, -1, 3].mean()
+
+    config = StrengthConfig(steps=3, lr=0.1)
+    tuned = tune_strengths(late, model, many, loss, name, config=config)
+    for step in (0, 3):  # strengths after these steps, written into the weights
+        strength = 1.0 if step == 0 else float(tuned.strengths[0])
+        edited = model if step == 0 else edited_model(model, late, scale(late, name, strength))
+        assert_close(runs[step].detach(), edited(many).detach(), rtol=1e-9, atol=1e-9)
+    batches = StrengthConfig(steps=3, lr=0.1, batch_size=3, seed=5)
+    runs.clear()
+    first = tune_strengths(late, model, many, loss, name, config=batches)
+    assert [len(run) for run in runs] == [3] * 4 and not torch.equal(runs[0], runs[1])
+    assert torch.equal(first.strengths, tune_strengths(late, model, many, loss, name, config=batches).strengths)
+    config = TrainingConfig(steps=2, lr=0.5, probability=0.99, batch_size=4, seed=1)
+    results = [train_write_direction(late, model, Wanted(3, many), name, config=config) for _ in range(2)]
+    assert torch.equal(results[0].probabilities, results[1].probabilities) and len(results[0].probabilities) == 3
+    rows = torch.randperm(8, generator=torch.Generator().manual_seed(1))[:4]
+    before = model(many[rows])[:, -1].softmax(-1)[:, 3].mean().detach()
+    assert float(results[0].probabilities[0]) == pytest.approx(float(before), rel=1e-6)
 
 
 def test_a_trained_direction_makes_the_token_likely(model, vpd):

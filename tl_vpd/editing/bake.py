@@ -150,8 +150,8 @@ def _write_all(edit: Edit, model: nn.Module, slots: list[Slot], undo: Later) -> 
 
 def _slots(edit: Edit, model: nn.Module, check_weights: bool) -> list[Slot]:
     """What is to be written, computed before anything is."""
-    ours = isinstance(model, HookedRootModule) or is_bridge(model)
-    weights: Any = adapt(model) if ours else PlainWeights(model)
+    hooked = isinstance(model, HookedRootModule) or is_bridge(model)
+    weights: Any = adapt(model) if hooked else PlainWeights(model)
     slots: list[Slot] = []
     for site in edit.sites:
         delta = edit.delta(site)

@@ -59,12 +59,12 @@ class Difference:
     Attributes:
         table: one row per changed subcomponent, the largest changes first: ``subcomponent``; ``strength``, the change t of
             its strength (−1: removed); ``write`` and ``read``, the norms of the changes of its write and read direction, as
-            weights; ``norm`` of all three together; ``share`` of the site's change that is gone without them, negative where
+            weights; ``norm`` of all three together; ``fraction`` of the site's change that is gone without them, negative where
             they cancel others (of ``E ‖x ΔW‖²`` with data, of ``‖ΔW‖²`` without); ``effect``: its root mean square contribution
             to the site's output on the data (NaN without); ``output``: its contribution to what the fine-tuning did to the loss
             (``tl_vpd.editing.path``; NaN without data), by whose size rows are in order then, and else by ``norm``.
         sites: one row per site: ``site``, ``norm`` of ΔW, ``relative`` to that of W, ``explained`` and ``explained_norm``: the
-            shares of the change (as ``share``, and of the norm) that the subcomponents explain.
+            fractions of the change (as ``fraction``, and of the norm) that the subcomponents explain.
     """
 
     table: pd.DataFrame
@@ -86,7 +86,7 @@ class Difference:
         return [Subcomponent.parse(name) for name in self.top(k)["subcomponent"]]
 
     def keep(self, subcomponents: Subcomponents) -> Edit:
-        """The part of the fine-tuning that these subcomponents explain, as an edit of the model before it.
+        """What these subcomponents explain of the fine-tuning without the others, as an edit of the model before it.
 
         Args:
             subcomponents: of the table.
@@ -97,7 +97,7 @@ class Difference:
         return Edit.of(self._decomposition, self._pieces(subcomponents, 1.0, "change of a fine-tuning"))
 
     def undo(self, subcomponents: Subcomponents) -> Edit:
-        """What takes that part back, as an edit of the fine-tuned model.
+        """The inverse of ``keep``, as an edit of the fine-tuned model.
 
         It can be baked into the fine-tuned model, and acts on it where it is attached with ``check_weights=False``.
 
@@ -107,21 +107,23 @@ class Difference:
         Raises:
             KeyError: one is not in the table.
         """
-        pieces = self._pieces(subcomponents, -1.0, "change of a fine-tuning taken back")
+        pieces = self._pieces(subcomponents, -1.0, "change of a fine-tuning undone")
         return Edit(tuple(pieces), dict(self._finetuned), {})
 
     def _pieces(self, subcomponents: Subcomponents, sign: float, about: str) -> list[Piece]:
-        pieces = []
+        by_site: dict[str, list[int]] = {}
         for c in chosen_subcomponents(self._decomposition, subcomponents):
-            explained = self._explained.get(c.site)
-            if explained is None or c.index not in explained.indices:
+            if c.site not in self._explained or c.index not in self._explained[c.site].indices:
                 names = ", ".join(self.table["subcomponent"][:10])
                 raise KeyError(f"{c} is not among the changed subcomponents, the first of which are {names}.")
-            k = explained.indices.index(c.index)
-            V = self._decomposition.V[c.site][:, c.index].detach().clone()
-            U = self._decomposition.U[c.site][c.index].detach().clone()
-            pieces.append(Piece(c.site, c.index, about, V, U, sign * explained.writes[k].to(U)))
-            if bool(explained.reads[k].any()):
-                read = explained.reads[k].to(V)
-                pieces.append(Piece(c.site, None, f"{about}: read of {c}", read, torch.zeros_like(U), sign * U))
+            by_site.setdefault(c.site, []).append(c.index)
+        pieces = []
+        for site, indices in by_site.items():
+            for index, write, read in zip(indices, *self._explained[site].changes(indices), strict=True):
+                V = self._decomposition.V[site][:, index].detach().clone()
+                U = self._decomposition.U[site][index].detach().clone()
+                pieces.append(Piece(site, index, about, V, U, sign * write.to(U)))
+                if bool(read.any()):
+                    of_read = f"{about}: read of {site}:{index}"
+                    pieces.append(Piece(site, None, of_read, read.to(V), torch.zeros_like(U), sign * U))
         return pieces

@@ -20,12 +20,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from tl_vpd.checks import check_fields, config_of, instance
 from tl_vpd.decomposition import Decomposition
-from tl_vpd.editing.activity import Activity
+from tl_vpd.editing.activity import activity
 from tl_vpd.editing.controls import random_control, singular_control
 from tl_vpd.editing.edit import Edit
 from tl_vpd.editing.evaluation import EditEvaluation
@@ -81,7 +81,7 @@ def evaluate_edit(
         model: the target.
         prompts: text in which the edited subcomponents fire: strings, or tokens ``[batch, pos]``.
         edit: of this decomposition.
-        wanted: the token that the edit is to make likely, and where (None: there is none, as where it is to take something away).
+        wanted: the token that the edit is to make likely, or unlikely, and where (None: none is measured).
         other_text: further text by kind, as strings or tokens.
         config: radius, controls and so on (None: the defaults).
 
@@ -100,19 +100,18 @@ def evaluate_edit(
     with MaskedModel(decomposition, model) as masked_model:
         adapter = masked_model.adapter
         examples = None if wanted is None else Examples.of(adapter, instance("wanted", wanted, Wanted))
-        text = _Text.of(masked_model, decomposition, prompts, edit, config)
-        text.activity.warn_of_dead()
+        text = activity(
+            decomposition,
+            masked_model,
+            prompts,
+            edit.subcomponents,
+            threshold=config.threshold,
+            batch_size=config.batch_size,
+        )
+        text.warn_of_dead()
         if config.controls:
-            generator = torch.Generator().manual_seed(config.seed)
-            random = random_control(edit, decomposition, text.alive, generator)
-            if random is None:
-                warnings.warn(
-                    "A site has no other subcomponent alive: the random control is left out.", RuntimeWarning, 2
-                )
-            else:
-                variants["random"] = random.site_edits(decomposition)
             weights = {site: adapter.weight(site) for site in edit.sites}
-            variants["singular"] = singular_control(edit, weights).site_edits(decomposition)
+            variants |= _controls(edit, decomposition, weights, text.alive, config.seed)
         rows, contexts = [], pd.DataFrame()
         near, elsewhere = near_and_elsewhere(text.fires, text.real, config.radius)
         other_tokens = {kind: adapter.tokens(more) for kind, more in (other_text or {}).items()}
@@ -132,48 +131,21 @@ def evaluate_edit(
                 contexts = changed_contexts(
                     adapter, clean_run(masked_model), run, text.tokens, kl, text.fires, config.contexts
                 )
-    return EditEvaluation(edit, pd.DataFrame(rows), contexts, text.activity)
+    return EditEvaluation(edit, pd.DataFrame(rows), contexts, text)
 
 
-@dataclass(frozen=True)
-class _Text:
-    """The text, where edited subcomponents are important in it, and which of all are alive on it."""
-
-    tokens: Tensor
-    token_mask: Tensor | None
-    real: Bool[Tensor, "batch pos"]
-    fires: Bool[Tensor, "batch pos"]
-    alive: Bool[Tensor, " C_total"]
-    activity: Activity
-
-    @classmethod
-    def of(
-        cls,
-        masked_model: MaskedModel,
-        decomposition: Decomposition,
-        prompts: Any,
-        edit: Edit,
-        config: EditEvaluationConfig,
-    ) -> _Text:
-        tokens = masked_model.adapter.tokens(prompts)
-        token_mask = masked_model.adapter.padding(tokens, None)
-        axis, chosen = decomposition.site_axis, tuple(edit.subcomponents)
-        columns = [axis.slices[c.site].start + c.index for c in chosen]
-        fires, alive = [], torch.zeros(axis.total, dtype=torch.bool)
-        counts, sums = torch.zeros(len(chosen)), torch.zeros(len(chosen), dtype=torch.float64)
-        for start in range(0, len(tokens), config.batch_size):
-            rows = slice(start, start + config.batch_size)
-            mask = None if token_mask is None else token_mask[rows]
-            _, inputs = masked_model.clean(tokens[rows], mask)
-            important = decomposition.importances(inputs, mask) > config.threshold
-            alive |= important.flatten(0, -2).any(0).cpu()
-            important = important[..., columns]
-            fires.append(important.any(-1).cpu())
-            counts += important.flatten(0, -2).sum(0).cpu()
-            for i, c in enumerate(chosen):
-                acts = inputs[c.site] @ decomposition.V[c.site][:, c.index].to(inputs[c.site])
-                sums[i] += (acts * important[..., i]).double().sum().cpu()
-        real = torch.ones(tokens.shape, dtype=torch.bool) if token_mask is None else token_mask.cpu()
-        n = int(real.sum())
-        activity = Activity(chosen, counts / n, sums / counts.clamp(min=1), n)
-        return cls(tokens, token_mask, real, torch.cat(fires), alive, activity)
+def _controls(
+    edit: Edit,
+    decomposition: Decomposition,
+    weights: Mapping[str, Float[Tensor, "_ _"]],
+    alive: Bool[Tensor, " C_total"],
+    seed: int,
+) -> dict[str, dict[str, SiteEdit]]:
+    """The controls by name; warns where a site has no subcomponent for the random one."""
+    controls = {"singular": singular_control(edit, weights).site_edits(decomposition)}
+    random = random_control(edit, decomposition, alive, torch.Generator().manual_seed(seed))
+    if random is None:
+        message = "A site has no other subcomponent alive: the random control is left out."
+        warnings.warn(message, RuntimeWarning, stacklevel=4)
+        return controls
+    return {"random": random.site_edits(decomposition)} | controls

@@ -82,6 +82,11 @@ class Examples:
         each = torch.tensor(numbers * len(tokens) if one else numbers, device=tokens.device)
         return cls(tokens, token_mask, positions, each)
 
+    def of_rows(self, rows: Int[Tensor, " row"]) -> Examples:
+        """A part of the prompts."""
+        mask = None if self.token_mask is None else self.token_mask[rows]
+        return Examples(self.tokens[rows], mask, self.positions[rows], self.wanted[rows])
+
     def log_probs(self, logits: Float[Tensor, "batch pos vocab"]) -> Float[Tensor, " batch"]:
         """The log-probability of what is wanted, in every prompt."""
         return self.at(at_least_float32(logits).log_softmax(-1))

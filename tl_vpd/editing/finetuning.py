@@ -68,7 +68,7 @@ def explain_difference(
         raise ValueError("A loss does nothing without prompts: give prompts= too.")
     moments = {} if prompts is None else _second_moments(decomposition, model, prompts, config.batch_size)
     explained: dict[str, Explained] = {}
-    sites, parts = [], []
+    sites, changes = [], []
     for name in decomposition.sites:
         W, changed = (a.weight(name).double().cpu() for a in (before, after))
         delta = changed - W
@@ -77,14 +77,15 @@ def explain_difference(
         V, U = (t[name].detach().double().cpu() for t in (decomposition.V, decomposition.U))
         root = None if prompts is None else _root(moments[name])
         e = explained[name] = explain(delta, V, U, root, pieces=config.pieces, smallest=config.smallest)
-        sites.append(_site_row(name, W, delta, e, root))
-        parts += _part_rows(name, delta, e, V, U, root)
+        site, rows = _rows(name, W, delta, e, root)
+        sites.append(site)
+        changes += rows
     if not sites:
         raise ValueError(
             "The fine-tuned model has the same weights at every decomposed site: there is nothing to explain."
         )
-    columns = ["subcomponent", "strength", "write", "read", "norm", "share", "effect"]
-    table = pd.DataFrame(parts, columns=columns)
+    columns = ["subcomponent", "strength", "write", "read", "norm", "fraction", "effect"]
+    table = pd.DataFrame(changes, columns=columns)
     table["output"] = math.nan
     if prompts is not None:
         runs = _Runs.of(decomposition, model, prompts, config.batch_size, loss)
@@ -95,35 +96,23 @@ def explain_difference(
     return Difference(table, pd.DataFrame(sites), decomposition, explained, prints)
 
 
-def _site_row(name: str, W: Tensor, delta: Tensor, e: Explained, root: Tensor | None) -> dict[str, Any]:
-    norm = float(delta.norm())
-    return {
-        "site": name,
-        "norm": norm,
-        "relative": norm / max(float(W.norm()), 1e-300),
-        "explained": 1 - _size(e.rest, root) / _size(delta, root),
-        "explained_norm": 1 - _size(e.rest, None) / _size(delta, None),
-    }
-
-
-def _part_rows(
-    name: str,
-    delta: Tensor,
-    e: Explained,
-    V: Float[Tensor, "d_in C"],
-    U: Float[Tensor, "C d_out"],
-    root: Tensor | None,
-) -> list[tuple[Any, ...]]:
+def _rows(
+    name: str, W: Tensor, delta: Tensor, e: Explained, root: Tensor | None
+) -> tuple[dict[str, Any], list[tuple[Any, ...]]]:
+    """A site's row, and those of its subcomponents."""
+    writes, reads = e.changes(e.indices)
+    total, norm, rest = _size(delta, root), float(delta.norm()), delta - e.V @ writes - reads.T @ e.U
     rows: list[tuple[Any, ...]] = []
-    for k, c in enumerate(e.indices):
-        v, u, D, E = V[:, c], U[c], e.writes[k], e.reads[k]
+    for c, v, u, D, E in zip(e.indices, e.V.T, e.U, writes, reads, strict=True):
         strength = float(D @ u / (u @ u).clamp(min=1e-300))
-        part = torch.outer(v, D) + torch.outer(E, u)
+        change = torch.outer(v, D) + torch.outer(E, u)
         write, read = float(v.norm() * (D - strength * u).norm()), float(E.norm() * u.norm())
-        share = 1 - _size(delta - part, root) / _size(delta, root)
-        effect = math.nan if root is None else math.sqrt(_size(part, root))
-        rows.append((f"{name}:{c}", strength, write, read, float(part.norm()), share, effect))
-    return rows
+        fraction = 1 - _size(delta - change, root) / total
+        effect = math.nan if root is None else math.sqrt(_size(change, root))
+        rows.append((f"{name}:{c}", strength, write, read, float(change.norm()), fraction, effect))
+    site = {"site": name, "norm": norm, "relative": norm / max(float(W.norm()), 1e-300)}
+    site |= {"explained": 1 - _size(rest, root) / total, "explained_norm": 1 - _size(rest, None) / norm**2}
+    return site, rows
 
 
 def _size(matrix: Tensor, root: Tensor | None) -> float:
@@ -183,14 +172,13 @@ def _outputs(
     runs: _Runs,
     steps: int,
 ) -> list[float]:
-    """What every part contributes to the loss, in the order of the table's rows."""
-    parts = []
+    """What the change of every subcomponent contributes to the loss, in the order of the table's rows."""
+    changes = []
     for name, e in explained.items():
-        V, U = (t[name].detach().double().cpu() for t in (decomposition.V, decomposition.U))
-        for k, c in enumerate(e.indices):
-            parts.append((name, torch.stack([V[:, c], e.reads[k]], dim=1), torch.stack([e.writes[k], U[c]])))
+        for v, u, D, E in zip(e.V.T, e.U, *e.changes(e.indices), strict=True):
+            changes.append((name, torch.stack([v, E], dim=1), torch.stack([D, u])))
     with MaskedModel(decomposition, finetuned, check_weights=False) as masked_model:
-        return along_path(masked_model, parts, runs.batches, runs.loss, steps=steps).tolist()
+        return along_path(masked_model, changes, runs.batches, runs.loss, steps=steps).tolist()
 
 
 def _root(moment: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
@@ -203,11 +191,11 @@ def _root(moment: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
 def _warn_of_others(decomposition: Decomposition, before: Adapter, after: Adapter) -> None:
     """Warns of parameters that differ and are not decomposed."""
     sites = {id(getattr(*a.holder(name))) for a in (before, after) for name in decomposition.sites}
-    mine, theirs = (dict(a.model.named_parameters()) for a in (before, after))
+    old, new = (dict(a.model.named_parameters()) for a in (before, after))
     others = [
         name
-        for name, p in mine.items()
-        if name in theirs and id(p) not in sites and not torch.equal(p.cpu(), theirs[name].detach().cpu().to(p))
+        for name, p in old.items()
+        if name in new and id(p) not in sites and not torch.equal(p.cpu(), new[name].detach().cpu().to(p))
     ]
     if others:
         warnings.warn(

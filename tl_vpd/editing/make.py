@@ -27,6 +27,7 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.editing.activity import activity
 from tl_vpd.editing.edit import Edit
 from tl_vpd.editing.piece import Piece
+from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.ablations import Subcomponents, indices_by_site
 from tl_vpd.site import Subcomponent
 
@@ -150,9 +151,7 @@ def write_token(
         raise ValueError(f"{c} does not write into the residual stream: a token can be written at W_O and W_out.")
     adapter = adapt(model)
     index, direction = _unembedding_direction(adapter, token)
-    what = activity(decomposition, model, prompts, [c])
-    what.warn_of_dead()
-    sign = -1.0 if float(what.mean[0]) < 0 else 1.0
+    sign = -1.0 if _mean_activations(decomposition, model, prompts, [c])[0] < 0 else 1.0
     about = f"writes {sign * alpha:+.3g} · û of {_word(adapter, index)}"
     return Edit.of(decomposition, [piece_of(decomposition, c, sign * alpha * direction, about)])
 
@@ -191,9 +190,7 @@ def swap(
     shorts = [decomposition.sites[s.site].short for s in (c, d)]
     if c.site != d.site and not all(short in WRITES_STREAM for short in shorts):
         raise ValueError(f"{c} and {d} do not write into the same space: swap within a site, or between W_O and W_out.")
-    what = activity(decomposition, model, prompts, [c, d])
-    what.warn_of_dead()
-    mean_c, mean_d = what.mean.tolist()
+    mean_c, mean_d = _mean_activations(decomposition, model, prompts, [c, d])
     if mean_c == 0 or mean_d == 0:
         raise ValueError(f"The mean activation of {c if mean_c == 0 else d} is 0 on these prompts: give others.")
     ratio, U = mean_d / mean_c, decomposition.U
@@ -234,6 +231,16 @@ def chosen_subcomponents(decomposition: Decomposition, subcomponents: Subcompone
     if not chosen:
         raise ValueError("There are no subcomponents to edit: the list is empty. Name one or more, as 'site:index'.")
     return chosen
+
+
+def _mean_activations(
+    decomposition: Decomposition, model: nn.Module, prompts: Any, subcomponents: list[Subcomponent]
+) -> list[float]:
+    """Mean inner activations where subcomponents are important; warns of those that are so nowhere."""
+    with MaskedModel(decomposition, model) as masked_model:
+        result = activity(decomposition, masked_model, prompts, subcomponents)
+    result.warn_of_dead()
+    return result.mean.tolist()
 
 
 def _vector(name: str, value: Any, length: int) -> Tensor:

@@ -38,13 +38,13 @@ def kl_by_token(
         token_mask: False at padding (None: no padding).
         batch_size: rows that run at once.
     """
-    parts = []
+    kl = []
     for start in range(0, len(tokens), batch_size):
         rows = slice(start, start + batch_size)
         mask = None if token_mask is None else token_mask[rows]
         log_p, log_q = (at_least_float32(run(tokens[rows], mask)).log_softmax(-1) for run in (before, after))
-        parts.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).cpu())
-    return torch.cat(parts)
+        kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0).cpu())
+    return torch.cat(kl)
 
 
 def near_and_elsewhere(

@@ -64,8 +64,8 @@ class Piece:
                 f"{of_another} it changes {self.name}, and {self.site} has {decomposition.counts[self.site]} subcomponents here."
             )
         V, U = decomposition.V[self.site][:, self.index], decomposition.U[self.site][self.index]
-        for what, mine, theirs in (("read", self.read, V), ("write", self.write, U)):
-            a, b = mine.double().cpu(), theirs.detach().double().cpu()
+        for what, copy, direction in (("read", self.read, V), ("write", self.write, U)):
+            a, b = copy.double().cpu(), direction.detach().double().cpu()
             distance = float((a - b).norm() / max(float(a.norm()), 1e-300))
             if not distance <= SAME_DIRECTION:
                 raise ValueError(

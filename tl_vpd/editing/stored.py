@@ -85,11 +85,11 @@ def read_edit(path: Path) -> tuple[tuple[Piece, ...], dict[str, Fingerprint], di
         counts = Counter(piece.site for piece in stored.pieces)
         _check_shapes(file, stored, counts)
         tensors = {key: file.read(key) for key in file.shapes}
-    seen: Counter[str] = Counter()
+    read_so_far: Counter[str] = Counter()
     pieces = []
     for p in stored.pieces:
-        k = seen[p.site]
-        seen[p.site] += 1
+        k = read_so_far[p.site]
+        read_so_far[p.site] += 1
         read, write, change = (tensors[f"{what}/{p.site}"] for what in ("read", "write", "change"))
         pieces.append(Piece(p.site, p.index, p.about, read[:, k], write[k], change[k]))
     return tuple(pieces), stored.fingerprints, stored.processing

@@ -7,7 +7,7 @@ A strength is a mask that is the same at every token, with Δ's at 1, so that it
     ∂L/∂s_c = ⟨∂L/∂W, V[:, c] ⊗ U[c]⟩
 
 Training changes strengths alone, by Adam; with ``penalty`` above 0, ``penalty · Σ_c |s_c − 1| / (|s_c − 1| + ε)`` is added, a
-smooth count of those that move, and those that moved less than ``smallest`` are put back to 1.
+smooth form of the L0 of those that move, and those that moved less than ``smallest`` are put back to 1.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from tl_vpd.checks import check_fields, config_of, instance, shown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.editing.edit import Edit
 from tl_vpd.editing.make import chosen_subcomponents, piece_of
+from tl_vpd.editing.runs import Steps
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.ablations import Subcomponents
 from tl_vpd.masking import Masks, SiteMask
@@ -87,6 +88,8 @@ class StrengthConfig:
         epsilon: the change of strength at which half of the price is paid.
         smallest: changes below this are undone at the end.
         goal: training ends as soon as the loss is at or below this (None: after all steps).
+        batch_size: prompts of a step, sampled anew in each; the loss is then of their logits alone (None: all prompts).
+        seed: of which prompts a step has.
 
     Raises:
         TypeError: a value is of another type.
@@ -99,9 +102,11 @@ class StrengthConfig:
     epsilon: float = 0.1
     smallest: float = 0.02
     goal: float | None = None
+    batch_size: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=1, lr=(1e-8, 10.0), penalty=0.0, epsilon=(1e-6, 10.0), smallest=0.0)
+        check_fields(self, steps=1, lr=(1e-8, 10.0), penalty=0.0, epsilon=(1e-6, 10.0), smallest=0.0, batch_size=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,32 +167,26 @@ def tune_strengths(
     instance("decomposition", decomposition, Decomposition)
     axis = decomposition.site_axis
     chosen = [*axis.subcomponents()] if subcomponents is None else chosen_subcomponents(decomposition, subcomponents)
-    columns = torch.tensor([axis.slices[c.site].start + c.index for c in chosen])
-    losses: list[float] = []
     with MaskedModel(decomposition, model) as masked_model, torch.enable_grad():
         tokens = masked_model.adapter.tokens(prompts)
-        token_mask = masked_model.adapter.padding(tokens, None)
+        steps = Steps(masked_model, tokens, masked_model.adapter.padding(tokens, None), config.batch_size, config.seed)
         dtype, device = masked_model.adapter.dtype, masked_model.adapter.device
+        columns = torch.tensor([axis.slices[c.site].start + c.index for c in chosen], device=device)
         change = torch.zeros(len(chosen), dtype=dtype, device=device, requires_grad=True)
         optimizer = torch.optim.Adam([change], lr=config.lr)
-        sites = {c.site: None for c in chosen}
-        best, lowest = change.detach().clone(), float("inf")
+        losses: list[float] = []
         for step in range(config.steps + 1):
-            strengths = torch.ones(axis.total, dtype=dtype, device=device).index_add(0, columns.to(device), change)
-            value = loss_value(loss, masked_model.masked(tokens, _masks(axis, strengths, sites), token_mask))
-            total = value + config.penalty * (change.abs() / (change.abs() + config.epsilon)).sum()
+            strengths = torch.ones(axis.total, dtype=dtype, device=device).index_add(0, columns, change)
+            masks = _masks(axis, strengths, {c.site for c in chosen})
+            value = loss_value(loss, steps.logits(steps.rows(), masks))
             losses.append(float(value.detach()))
-            if float(total.detach()) < lowest:
-                best, lowest = change.detach().clone(), float(total.detach())
             if step == config.steps or (config.goal is not None and losses[-1] <= config.goal):
                 break
             optimizer.zero_grad()
-            total.backward()
+            (value + config.penalty * (change.abs() / (change.abs() + config.epsilon)).sum()).backward()
             optimizer.step()
-    if config.goal is not None and losses[-1] <= config.goal:
-        best = change.detach().clone()
-    best = torch.where(best.abs() < config.smallest, 0.0, best).to(best)
-    return TunedStrengths(tuple(chosen), 1 + best, torch.tensor(losses), _edit(decomposition, chosen, best))
+    moved = torch.where(change.detach().abs() < config.smallest, 0.0, change.detach()).to(change)
+    return TunedStrengths(tuple(chosen), 1 + moved, torch.tensor(losses), _edit(decomposition, chosen, moved))
 
 
 def _edit(decomposition: Decomposition, chosen: Sequence[Subcomponent], change: Tensor) -> Edit:
@@ -202,7 +201,7 @@ def _edit(decomposition: Decomposition, chosen: Sequence[Subcomponent], change: 
 
 
 def _masks(axis: ConcatenatedAxis, strengths: Tensor, sites: Any = None) -> Masks:
-    """Strengths as masks ``[C]``, of some sites (None: all)."""
+    """Strengths as masks ``[C]``, of these sites (None: all)."""
     by_site = axis.split_sites(strengths)
     return Masks({name: SiteMask(by_site[name], None) for name in (by_site if sites is None else sites)})
 

@@ -9,11 +9,13 @@ P_V and P_U the projections on the span of ``R V_S`` and of the rows of ``U_S``:
     D = (R V_S)⁺ R ΔW,      E = R⁻¹ (1 − P_V) R ΔW U_S⁺,      R · rest = (1 − P_V) R ΔW (1 − P_U)
 
 so what both kinds could explain counts as a change of write directions. S grows one subcomponent at a time, by the one that
-lowers ‖R · rest‖² most.
+lowers ‖R · rest‖² most. For a part T of S alone, D and E are fitted anew: from products of ΔW with the directions of S, which
+are all that is stored of it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -30,15 +32,31 @@ class Explained:
 
     Attributes:
         indices: S, in the order in which it grew.
-        writes: D.
-        reads: E, as rows.
-        rest: what is left.
+        V: read directions of S.
+        U: write directions of S.
+        gram: ``(R V)ᵀ R V``.
+        reading: ``(R V)ᵀ R ΔW``.
+        writing: ``ΔW Uᵀ``.
     """
 
     indices: list[int]
-    writes: Float[Tensor, "k d_out"]
-    reads: Float[Tensor, "k d_in"]
-    rest: Float[Tensor, "d_in d_out"]
+    V: Float[Tensor, "d_in k"]
+    U: Float[Tensor, "k d_out"]
+    gram: Float[Tensor, "k k"]
+    reading: Float[Tensor, "k d_out"]
+    writing: Float[Tensor, "d_in k"]
+
+    def changes(self, indices: Sequence[int]) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, "n d_in"]]:
+        """D and E, as rows, of these subcomponents without the others of S.
+
+        Args:
+            indices: a part of S, or all.
+        """
+        at = [self.indices.index(c) for c in indices]
+        V, U = self.V[:, at], self.U[at]
+        writes = torch.linalg.pinv(self.gram[at][:, at], hermitian=True) @ self.reading[at]
+        unread = self.writing[:, at] - V @ (writes @ U.T)
+        return writes, torch.linalg.pinv(U @ U.T, hermitian=True) @ unread.T
 
 
 def explain(
@@ -50,7 +68,7 @@ def explain(
     pieces: int,
     smallest: float,
 ) -> Explained:
-    """Explains a change by at most some of the subcomponents; all in float64.
+    """Explains a change by a few of the subcomponents, in float64.
 
     Args:
         delta: ΔW.
@@ -75,12 +93,8 @@ def explain(
         rest = rest - torch.outer(v, v @ rest)
         rest = rest - torch.outer(rest @ u, u)
         left, right = _outside(left, v), _outside(right, u)
-    writes = torch.linalg.pinv(RV[:, indices]) @ target if indices else delta[:0]
-    unread = target - RV[:, indices] @ writes
-    reads = (unread @ torch.linalg.pinv(U[indices])).T if indices else delta.T[:0]
-    if root is not None and indices:
-        reads = torch.linalg.solve(root, reads.T).T
-    return Explained(indices, writes, reads, delta - V[:, indices] @ writes - reads.T @ U[indices])
+    RV, V, U = RV[:, indices], V[:, indices], U[indices]
+    return Explained(indices, V, U, RV.T @ RV, RV.T @ target, delta @ U.T)
 
 
 def _norms(columns: Tensor, dim: int) -> Tensor:

@@ -20,7 +20,7 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.editing.edit import Edit
 from tl_vpd.editing.examples import Examples, Wanted
 from tl_vpd.editing.make import chosen_subcomponents, piece_of
-from tl_vpd.editing.runs import edited_run
+from tl_vpd.editing.runs import Steps, edited
 from tl_vpd.forward import MaskedModel, SiteEdit
 from tl_vpd.site import Subcomponent
 
@@ -36,6 +36,8 @@ class TrainingConfig:
         steps: of Adam, at most.
         lr: its learning rate, relative to the root mean square of the direction's entries.
         probability: training ends when the mean probability of what is wanted is this.
+        batch_size: examples of a step, sampled anew in each (None: all).
+        seed: of which examples a step has.
 
     Raises:
         TypeError: a value is of another type.
@@ -45,9 +47,11 @@ class TrainingConfig:
     steps: int = 200
     lr: float = 0.1
     probability: float = 0.8
+    batch_size: int | None = None
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        check_fields(self, steps=1, lr=(1e-8, 100.0), probability=(1e-6, 1 - 1e-6))
+        check_fields(self, steps=1, lr=(1e-8, 100.0), probability=(1e-6, 1 - 1e-6), batch_size=1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,10 +110,12 @@ def train_write_direction(
         change.requires_grad_()
         scale = float(U.double().square().mean().sqrt()) or 1.0
         optimizer = torch.optim.Adam([change], lr=config.lr * scale)
-        run = edited_run(masked_model, {c.site: SiteEdit(read, change, (c.index,))})
+        steps = Steps(masked_model, examples.tokens, examples.token_mask, config.batch_size, config.seed)
         probabilities: list[float] = []
         for step in range(config.steps + 1):
-            log_probs = examples.log_probs(run(examples.tokens, examples.token_mask))
+            rows = steps.rows()
+            with edited(masked_model, {c.site: SiteEdit(read, change, (c.index,))}):
+                log_probs = examples.of_rows(rows).log_probs(steps.logits(rows))
             probabilities.append(float(log_probs.detach().exp().mean()))
             if probabilities[-1] >= config.probability or step == config.steps:
                 break

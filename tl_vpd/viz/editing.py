@@ -42,7 +42,7 @@ def edit_panels(result: EditEvaluation) -> list[Panel]:
         TypeError: the result is something else.
     """
     instance("result", result, EditEvaluation)
-    measured = f"{result.activity.tokens:,} tokens; 99th percentiles are in the columns _p99."
+    measured = f"{int(result.activity.real.sum()):,} tokens; 99th percentiles are in the columns _p99."
     panels = [
         table(
             result.edit.to_pandas(),
