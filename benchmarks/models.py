@@ -168,12 +168,13 @@ def reference_step(size: Size) -> Callable[[], object]:
         for name, C in vpd.site_axis.counts.items()
     }
     reference, tokens, real = Reference(config, target, sites, vpd.gamma), random_tokens(size), torch.ones(shape).bool()
+    rows = range(size.batch)
     slots, generator = torch.arange(size.context).expand(shape), torch.Generator().manual_seed(0)
 
     def step() -> object:
         sources = {name: torch.rand_like(site.r) for name, site in sites.items()}
         routing = dict(zip(sites, uniform_k(len(sites), shape, generator=generator), strict=True))
-        return reference.step(tokens, real, Samples(sources, slots, routing))
+        return reference.step(tokens, real, Samples((rows, rows), sources, slots, routing))
 
     return step
 

@@ -1,9 +1,11 @@
 """Training steps beside another busy process, with threads that spin and with threads that sleep while they wait.
 
-    python -m benchmarks.neighbour        # about two minutes; on a machine that does nothing else
+    python -m benchmarks.neighbour                # about five minutes; on a machine that does nothing else
+    python -m benchmarks.neighbour --rounds 1     # in short form
 
 Two processes make steps of size S on two threads, one as OpenMP waits by default, one with ``OMP_WAIT_POLICY=PASSIVE`` as the
 command line has it. Rounds alternate between them, each alone and beside a process that occupies one core. Two cores are used.
+A turn ends after 5 steps, or with the first after ``LONGEST`` seconds: spinning threads can make one take thirty times as long.
 ``ratio`` is the median of a step beside the busy process over the median alone.
 """
 
@@ -18,7 +20,7 @@ import time
 from benchmarks import harness
 from tl_vpd.openmp import SETTINGS
 
-STEPS, ROUNDS = 5, 6
+STEPS, LONGEST = 5, 5.0
 POLICIES = {"default": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
 BUSY = "while True: pass"
 
@@ -29,6 +31,7 @@ def main() -> None:
     parser.add_argument(
         "--steps", action="store_true", help="make steps for the benchmark, which starts such processes"
     )
+    parser.add_argument("--rounds", type=int, default=6)
     arguments = parser.parse_args()
     if arguments.steps:
         make_steps()
@@ -37,7 +40,7 @@ def main() -> None:
     if len(cores) < 2:
         sys.exit("The benchmark needs two cores.")
     os.sched_setaffinity(0, cores)
-    seconds = measure(cores)
+    seconds = measure(cores, arguments.rounds)
     record = {
         name: {
             **{f"{how}_s": statistics.median(values) for how, values in times.items()},
@@ -45,11 +48,11 @@ def main() -> None:
         }
         for name, times in seconds.items()
     }
-    harness.write(arguments.out, record, "neighbour", size="S", steps=STEPS, rounds=ROUNDS)
+    harness.write(arguments.out, record, "neighbour", size="S", steps=STEPS, rounds=arguments.rounds)
     print({name: round(values["ratio"], 2) for name, values in record.items()})
 
 
-def measure(cores: list[int]) -> dict[str, dict[str, list[float]]]:
+def measure(cores: list[int], rounds: int) -> dict[str, dict[str, list[float]]]:
     """Seconds per step of each policy, alone and beside a busy process, in rounds that alternate."""
     clean = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     command = [sys.executable, "-m", "benchmarks.neighbour", "--steps"]
@@ -67,7 +70,7 @@ def measure(cores: list[int]) -> dict[str, dict[str, list[float]]]:
     try:
         for worker in workers.values():
             answer(worker)  # has warmed up
-        for _ in range(ROUNDS):
+        for _ in range(rounds):
             for how in ("alone", "beside"):
                 busy = subprocess.Popen([sys.executable, "-c", BUSY]) if how == "beside" else None
                 if busy is not None:
@@ -103,10 +106,11 @@ def make_steps() -> None:
 
     step = trainer_step(SIZES["S"])
     for _ in sys.stdin:
-        start = time.perf_counter()
-        for _ in range(STEPS):
+        start, done = time.perf_counter(), 0
+        while done < STEPS and time.perf_counter() - start < LONGEST:
             step()
-        sys.stdout.write(f"{(time.perf_counter() - start) / STEPS}\n")
+            done += 1
+        sys.stdout.write(f"{(time.perf_counter() - start) / done}\n")
         sys.stdout.flush()
 
 

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests.tiny import decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd.adapters import adapt
 from tl_vpd.adapters.fused import METHODS, can_be_fused
-from tl_vpd.forward import BlockedMasks, MaskedModel
+from tl_vpd.forward import BlockedMasks, MaskedModel, MaskInputs
 
 SETTINGS = [
     {},
@@ -45,7 +45,7 @@ def test_outputs_and_gradients_are_those_of_scores_and_pattern(settings, calls):
     for fused in (False, True):
         of_g = torch.zeros_like(g)
         with MaskedModel(vpd, model, fused_attention=fused) as masked_model:
-            run = BlockedMasks(g, sources, vpd.site_axis, grad_g=of_g)
+            run = BlockedMasks(g, MaskInputs(sources), vpd.site_axis, grad_g=of_g)
             (output := masked_model.masked(tokens, run)).square().sum().backward()
         results.append((output.detach(), of_g))
     assert_close(results[0], results[1], rtol=1e-8, atol=1e-10)

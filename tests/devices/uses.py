@@ -51,6 +51,20 @@ def again(model: Any, tokens: Tensor) -> Any:
     return model(tokens)
 
 
+def generated(model: Any, vpd: Any, tokens: Tensor, on_model: Any) -> list[Tensor]:
+    """Greedy tokens under masks, and their logits.
+
+    As ``generate`` makes them, which asserts in TransformerLens that its residual stream is of no subclass of ``torch.Tensor``:
+    the accelerator's tensors are of one, those of a GPU are not.
+    """
+    logits = []
+    with on_model.masked("rounded"):
+        for _ in range(3):
+            logits.append(model(tokens)[:, -1])
+            tokens = torch.cat([tokens, logits[-1].argmax(-1, keepdim=True)], dim=1)
+    return [tokens, *logits]
+
+
 def gradients(model: Any, vpd: Any, tokens: Tensor, on_model: Any) -> list[Tensor]:
     """Of a loss under masks in V, U and Γ."""
     with on_model.masked("ci"):
@@ -106,6 +120,7 @@ USES: dict[str, Use] = {
     "attached and idle": attached(lambda m, v, t, _: m(t)),
     "a cache": attached(lambda m, v, t, _: [m.run_with_cache(t)[1][f"blocks.1.hook_out_{w}"] for w in ("ci", "mask")]),
     "gradients": attached(gradients),
+    "generation": attached(generated),
     "ablated": inside("ablated"),
     "keep_only": inside("keep_only"),
     "mask_hooks": attached(

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from tests.forward.chain import AXIS, BATCH, POOL, POS, TOKENS, chain, leaves, of_pass, routing_of
 from tests.tiny import decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd.baselines import SlopedSquash
-from tl_vpd.forward import BlockedMasks, MaskedModel, TraceableMasks
+from tl_vpd.forward import BlockedMasks, MaskedModel, MaskInputs, TraceableMasks
 from tl_vpd.forward import blocked as module
 from tl_vpd.importance.squash import LOWER_LEAKY
 from tl_vpd.masking import masks_from_sources
@@ -23,13 +23,10 @@ def pass_of(t, routing=None, pooled=False, squash=None, source_rows=SOURCE_ROWS,
     t["g"].grad, t["sources"].grad = torch.zeros_like(t["g"]), torch.zeros_like(t["sources"])
     return BlockedMasks(
         t["g"],
-        t["sources"],
+        MaskInputs(t["sources"], source_rows if pooled else None, routing, attacked),
         AXIS,
-        routing,
-        source_rows=source_rows if pooled else None,
         grad_g=t["g"].grad,
         grad_sources=t["sources"].grad[:first],
-        attacked=attacked,
         squash=squash,
     )
 
@@ -53,18 +50,18 @@ def test_importances_made_in_the_product_are_those_made_before(pooled, routed, s
 def test_only_what_is_asked_for_gets_gradients():
     t = {name: tensor.detach() for name, tensor in leaves(pooled=False, bias=True, seed=0).items()}
     grad_sources = torch.zeros_like(t["sources"])
-    masks = BlockedMasks(t["g"], t["sources"], AXIS, grad_sources=grad_sources)
+    masks = BlockedMasks(t["g"], MaskInputs(t["sources"]), AXIS, grad_sources=grad_sources)
     value = chain(t, of_pass(masks, t))
     assert torch.autograd.grad(value, masks.handle, allow_unused=True) == (None,)
     assert bool((grad_sources != 0).any()) and all(tensor.grad is None for tensor in t.values())
-    assert not chain(t, of_pass(BlockedMasks(t["g"], t["sources"], AXIS), t)).requires_grad
+    assert not chain(t, of_pass(BlockedMasks(t["g"], MaskInputs(t["sources"]), AXIS), t)).requires_grad
 
 
 def test_gradients_of_importances_add_up_over_passes():
     t = leaves(pooled=False, bias=False, seed=0)
     chain(t, of_pass(pass_of(t), t)).backward()
     once = t["g"].grad.clone()
-    chain(t, of_pass(BlockedMasks(t["g"], t["sources"], AXIS, grad_g=t["g"].grad), t)).backward()
+    chain(t, of_pass(BlockedMasks(t["g"], MaskInputs(t["sources"]), AXIS, grad_g=t["g"].grad), t)).backward()
     assert_close(t["g"].grad, 2 * once)
 
 
@@ -106,7 +103,7 @@ def test_gradients_reach_importances_and_sources_through_whole_masks():
         model.set_use_split_qkv_input(split)
         grad_g, grad_sources = torch.zeros_like(g), torch.zeros_like(sources)
         with MaskedModel(vpd, model) as masked_model:
-            masks = BlockedMasks(g, sources, vpd.site_axis, grad_g=grad_g, grad_sources=grad_sources)
+            masks = BlockedMasks(g, MaskInputs(sources), vpd.site_axis, grad_g=grad_g, grad_sources=grad_sources)
             value = masked_model.masked(tokens, masks).square().sum()
             torch.autograd.grad(value, masks.handle, allow_unused=True)
         results.append((grad_g, grad_sources))
@@ -126,7 +123,7 @@ def test_a_masked_model_computes_both_forms_in_every_layout_and_precision(flag, 
     with torch.no_grad(), MaskedModel(vpd, model) as masked_model:
         expected = masked_model.masked(tokens, masks_from_sources(g, sources, vpd.site_axis))
         for masks in (
-            BlockedMasks(g, sources.flatten(0, 1), vpd.site_axis),
+            BlockedMasks(g, MaskInputs(sources.flatten(0, 1)), vpd.site_axis),
             TraceableMasks.from_sources(g, sources, vpd.site_axis),
         ):
             assert_close(masked_model.masked(tokens, masks), expected, **tolerance)

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from tests.forward.chain import AXIS, BATCH, POOL, POS, SHAPES, TOKENS, chain, leaves, of_pass, routing_of
 from tests.tiny import draw
-from tl_vpd.forward import BlockedMasks, TraceableMasks, masked_output
+from tl_vpd.forward import BlockedMasks, MaskInputs, TraceableMasks, masked_output
 from tl_vpd.forward import blocked as blocked_module
 from tl_vpd.forward.slots import Slots, assign_slots
 from tl_vpd.masking import masks_from_sources
@@ -34,7 +34,7 @@ def blocked(t, routing, source_rows):
     """``BlockedMasks`` leave the gradients of g and of the sources where those of the leaves are."""
     t["g"].grad, t["sources"].grad = torch.zeros_like(t["g"]), torch.zeros_like(t["sources"])
     gradients = {"grad_g": t["g"].grad, "grad_sources": t["sources"].grad}
-    return BlockedMasks(t["g"], t["sources"], AXIS, routing, source_rows=source_rows, **gradients)
+    return BlockedMasks(t["g"], MaskInputs(t["sources"], source_rows, routing), AXIS, **gradients)
 
 
 def traceable(t, routing, source_rows):

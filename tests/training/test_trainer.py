@@ -12,7 +12,7 @@ from tests.tiny import GAMMA, decomposition_of, draw, some_tokens, tiny_model
 from tl_vpd import VPDConfig
 from tl_vpd.adapters import Unsupported
 from tl_vpd.baselines import SPDConfig
-from tl_vpd.forward import BlockedMasks, MaskedModel
+from tl_vpd.forward import BlockedMasks, MaskedModel, MaskInputs
 from tl_vpd.training import Trainer, new_decomposition
 from tl_vpd.training.config import AdversaryConfig, Coefficients, ExecutionConfig
 
@@ -211,7 +211,7 @@ def test_activations_computed_again_take_less_memory_until_backward():
         vpd = decomposition_of(model)
         g, sources = draw(4, 6, 72, seed=1).float(), draw(24, 84, seed=2).float()
         with MaskedModel(vpd, model) as masked_model:
-            run = BlockedMasks(g, sources, vpd.site_axis, grad_g=torch.zeros_like(g))
+            run = BlockedMasks(g, MaskInputs(sources), vpd.site_axis, grad_g=torch.zeros_like(g))
             hooks = torch.autograd.graph.saved_tensors_hooks(
                 lambda t, saved=saved: saved.append(t.numel()) or t, lambda t: t
             )

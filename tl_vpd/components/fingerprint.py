@@ -9,6 +9,7 @@ chance, while a bfloat16 copy moves each by about 2e-3.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -33,10 +34,7 @@ class Fingerprint(BaseModel):
     @classmethod
     def of(cls, W: Float[Tensor, "d_in d_out"]) -> Fingerprint:
         """The fingerprint of a weight, computed in float64 where the weight is."""
-        # NumPy guarantees RandomState's stream, so that every later version recognises the files of this one.
-        draw = np.random.RandomState(0)
-        left = torch.from_numpy(draw.standard_normal((PROJECTIONS, W.shape[0])))
-        right = torch.from_numpy(draw.standard_normal((PROJECTIONS, W.shape[1])))
+        left, right = _directions(*W.shape)
         device = torch.device("cpu") if W.device.type == "mps" else W.device  # which has no float64
         exact = W.detach().to(device=device, dtype=torch.float64)
         norm = exact.norm()
@@ -55,6 +53,15 @@ class Fingerprint(BaseModel):
             np.array(f.projections) * f.norm for f in (self, Fingerprint.of(W), Fingerprint.of(change))
         )
         return bool(np.linalg.norm(after - before - changed) < 0.1 * np.linalg.norm(changed))
+
+
+@lru_cache(maxsize=16)
+def _directions(d_in: int, d_out: int) -> tuple[Float[Tensor, "k d_in"], Float[Tensor, "k d_out"]]:
+    """``r_k`` and ``s_k``: the same for all weights of a shape, of which a model has few."""
+    # NumPy guarantees RandomState's stream, so that every later version recognises the files of this one.
+    draw = np.random.RandomState(0)
+    left, right = (torch.from_numpy(draw.standard_normal((PROJECTIONS, d))) for d in (d_in, d_out))
+    return left, right
 
 
 def compare(stored: Mapping[str, Fingerprint], weights: Mapping[str, Float[Tensor, "d_in d_out"]]) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from tl_vpd.forward.blocked import BlockedMasks
 from tl_vpd.forward.cast_weights import CastWeights
+from tl_vpd.forward.mask_inputs import MaskInputs
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.forward.product import masked_output
 from tl_vpd.forward.site_edit import SiteEdit
@@ -12,6 +13,7 @@ from tl_vpd.forward.traceable import TraceableMasks
 __all__ = [
     "BlockedMasks",
     "CastWeights",
+    "MaskInputs",
     "MaskedModel",
     "PassMasks",
     "SiteEdit",

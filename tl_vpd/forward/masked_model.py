@@ -96,6 +96,14 @@ class MaskedModel:
         with torch.no_grad():
             return self.run(tokens, run, token_mask), run.inputs
 
+    def inputs(
+        self, tokens: Shaped[Tensor, "batch ..."], token_mask: Bool[Tensor, "batch pos"] | None = None
+    ) -> dict[str, Float[Tensor, "batch ..."]]:
+        """Every site's input, as ``clean`` gives it, without computing logits where they are a product that stands alone."""
+        logits = nullcontext() if self.adapter.unembedding() is None else self.adapter.unembedding_left_out()
+        with logits:
+            return self.clean(tokens, token_mask)[1]
+
     def clean_prompts(
         self, prompts: Any, attention_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, dict[str, Float[Tensor, "batch ..."]]]:
@@ -106,7 +114,7 @@ class MaskedModel:
         """
         tokens = self.adapter.tokens(prompts)
         token_mask = self.adapter.padding(tokens, attention_mask)
-        return tokens, token_mask, self.clean(tokens, token_mask)[1]
+        return tokens, token_mask, self.inputs(tokens, token_mask)
 
     def masked(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,9 +41,17 @@ class SiteProduct:
     ) -> None:
         self.name, self.adapter, self.V, self.U = name, adapter, V, U
         self.layout: Layout = adapter.layout(name)
-        self.shape = y.shape
-        self.x = self.layout.aligned(x, has_heads=self.layout.x_has_heads)
-        self.y = self.layout.aligned(y, has_heads=self.layout.y_has_heads)
+        self.model_x, self.model_y = x, y
+
+    @cached_property
+    def x(self) -> Float[Tensor, "*batch d_x"]:
+        """The input in the layout of the pass."""
+        return self.layout.aligned(self.model_x, has_heads=self.layout.x_has_heads)
+
+    @cached_property
+    def y(self) -> Float[Tensor, "*batch d_y"]:
+        """The output that the model computed, in the layout of the pass."""
+        return self.layout.aligned(self.model_y, has_heads=self.layout.y_has_heads)
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
@@ -95,17 +105,17 @@ class SiteProduct:
             patched_acts=patched_acts,
             overwrite=True,
         )
-        return output.reshape(self.shape)
+        return output.reshape(self.model_y.shape)
 
     def added(self) -> Tensor:
         """``y + x @ V @ U``, in the shape in which the model passes y."""
         acts = self.acts()
         U = self.layout.write_directions(self.U.to(acts.dtype))
-        return plus_product(self.y, acts, U, in_place=False).reshape(self.shape)
+        return plus_product(self.y, acts, U, in_place=False).reshape(self.model_y.shape)
 
     def masked_by(self, masks: PassMasks) -> Tensor:
         """The output under masks that are made inside the product, in the shape in which the model passes it."""
         if not self.layout.by_head and self.layout.repeats == 1:
-            return masks.product(self.name, self.y, self.x, self.V, self.U, self.bias).reshape(self.shape)
+            return masks.product(self.name, self.model_y, self.model_x, self.V, self.U, self.bias)
         routed = None if masks.routing is None else masks.routing[self.name]
         return self.masked(SiteMask(*masks.mask(self.name), routed))

@@ -74,14 +74,14 @@ class TraceableMasks:
     def product(
         self,
         name: str,
-        y: Float[Tensor, "*batch d_out"],
-        x: Float[Tensor, "*batch d_in"],
+        y: Float[Tensor, "*y"],
+        x: Float[Tensor, "*x"],
         V: Float[Tensor, "d_in C"],
         U: Float[Tensor, "C d_out"],
         bias: Float[Tensor, " d_out"] | None,
-    ) -> Float[Tensor, "*batch d_out"]:
-        """The site's masked output, in the precision of ``y``."""
-        low, y_tokens, x_rows = y.dtype, y.flatten(0, -2), x.flatten(0, -2)
+    ) -> Float[Tensor, "*y"]:
+        """The site's masked output, in the precision of ``y``; y and x are with or without heads."""
+        low, y_tokens, x_rows = y.dtype, y.reshape(-1, U.shape[1]), x.reshape(-1, V.shape[0])
         slots = None if self.slots is None else self.slots[name]
         y_rows, x_rows = (y_tokens, x_rows) if slots is None else (slots.gathered(y_tokens), slots.gathered(x_rows))
         acts, delta = x_rows.to(low) @ V.to(low), self.deltas[name]

@@ -135,7 +135,7 @@ def _largest(
         token_mask = masked_model.adapter.padding(tokens, attention_mask)
         for start in range(0, len(tokens), batch_size):
             real = None if token_mask is None else token_mask[start : start + batch_size]
-            _, inputs = masked_model.clean(tokens[start : start + batch_size], real)
+            inputs = masked_model.inputs(tokens[start : start + batch_size], real)
             z = decomposition.pre_sigmoid(inputs, real)
             z = z.flatten(0, -2) if real is None else z[real]
             n_tokens += len(z)

@@ -22,7 +22,7 @@ from tl_vpd.checks import choice, integer
 from tl_vpd.importance.squash import LEAK, LOWER_LEAKY, Squash
 
 EPS = 1e-12
-_BLOCK = 1 << 16
+_BLOCK = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -113,4 +113,4 @@ class Penalty:
 
 def _upper_leaky(z: Tensor) -> Tensor:
     """``upper_leaky`` without gradients, in fewer operations."""
-    return z.clamp(0, 1).add_((z - 1).clamp_(min=0), alpha=LEAK)
+    return z.clamp(0, 1).lerp_(z.clamp(min=0), LEAK)

@@ -15,12 +15,11 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.optim.adam import adam
 
 ALL = slice(None)
 Rows = slice | tuple[slice, slice]
 """Some rows, and some of their slots."""
-_BLOCK = 1 << 17
-"""Sources updated at once: few enough to stay in the processor's cache."""
 
 
 class PersistentSources:
@@ -62,31 +61,49 @@ class PersistentSources:
             lr: learning rate.
             rows: whose gradient it is, with all slots or some.
             update: number of this update, where rows are updated one slice after the other (None: the next one).
-            by: carries out ``ascended`` on whole tensors (None: it runs in blocks).
+            by: carries out ``ascended`` (None: it runs here, or as one call).
         """
         self.updates = self.updates + 1 if update is None else update
+        tensors = self.values[rows], self.first[rows], self.second[rows], gradient
+        if by is None and tensors[0].is_contiguous():
+            self._ascend_in_one_call(*tensors, lr)
+            return
         scale = (1 - self.betas[1] ** self.updates) ** 0.5
         step = lr * scale / (1 - self.betas[0] ** self.updates)
-        tensors = self.values[rows], self.first[rows], self.second[rows], gradient
-        if by is not None:
-            by(*tensors, *(gradient.new_full((), number) for number in (step, self.eps * scale)))
-            return
-        if not tensors[0].is_contiguous():  # of some slots
-            self.ascended(*tensors, step, self.eps * scale)
-            return
-        for values, first, second, block in zip(*(t.flatten().split(_BLOCK) for t in tensors), strict=True):
-            self.ascended(values, first, second, block, step, self.eps * scale)
+        numbers = (gradient.new_full((), number) for number in (step, self.eps * scale))
+        (by or self.ascended)(*tensors, *numbers)
+
+    def _ascend_in_one_call(self, values: Tensor, first: Tensor, second: Tensor, gradient: Tensor, lr: float) -> None:
+        """``ascended`` by PyTorch's fused Adam, which goes through the numbers once."""
+        before = torch.full((), float(self.updates - 1), device=values.device)  # the kernel counts this update itself
+        adam(
+            [values],
+            [gradient.contiguous()],
+            [first],
+            [second],
+            [],
+            [before],
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=-lr,  # and not ``maximize``, which would store the moments of the negative gradient
+            weight_decay=0.0,
+            eps=self.eps,
+            maximize=False,
+        )
+        values.clamp_(0, 1)
 
     def ascended(
         self,
-        values: Float[Tensor, "*block"],
-        first: Float[Tensor, "*block"],
-        second: Float[Tensor, "*block"],
-        gradient: Float[Tensor, "*block"],
-        step: float | Float[Tensor, ""],
-        eps: float | Float[Tensor, ""],
+        values: Float[Tensor, "*sources"],
+        first: Float[Tensor, "*sources"],
+        second: Float[Tensor, "*sources"],
+        gradient: Float[Tensor, "*sources"],
+        step: Float[Tensor, ""],
+        eps: Float[Tensor, ""],
     ) -> None:
-        """Adam's arithmetic on a block of sources, in place, with its bias corrections in ``step`` and ``eps``."""
+        """Adam's arithmetic on some sources, in place, with its bias corrections in ``step`` and ``eps``."""
         beta1, beta2 = self.betas
         first.lerp_(gradient, 1 - beta1)
         second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.forward.mask_inputs import MaskInputs
 from tl_vpd.masking import PersistentSources, rows_of_slots
 from tl_vpd.masking.persistent import Rows
-from tl_vpd.training.engine import CleanForward, EagerEngine, MaskInputs
+from tl_vpd.training.engine import CleanForward, EagerEngine
 from tl_vpd.training.micro_batch import MicroBatch
 from tl_vpd.training.step_samples import StepSamples, routed_share
 

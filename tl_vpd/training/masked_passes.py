@@ -19,10 +19,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.forward.mask_inputs import MaskInputs
 from tl_vpd.masking.routing import joined
 from tl_vpd.training.adversary import Adversary
 from tl_vpd.training.config_sections import Coefficients
-from tl_vpd.training.engine import CleanForward, EagerEngine, LossTerm, MaskInputs
+from tl_vpd.training.engine import CleanForward, EagerEngine, LossTerm
 from tl_vpd.training.step_samples import StepSampler, StepSamples, routed_share
 
 Losses = dict[str, Float[Tensor, ""]]

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from tl_vpd.forward.blocked import BlockedMasks
+from tl_vpd.forward.mask_inputs import MaskInputs
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.losses import Reconstruction
@@ -137,7 +138,7 @@ class Outlook:
     @torch.no_grad()
     def check(self, step: int) -> Check:
         """A look at the decomposition as it is now, after this many steps."""
-        inputs = self.masked_model.clean(self.tokens, self.token_mask)[1]
+        inputs = self.masked_model.inputs(self.tokens, self.token_mask)
         z = self.weights.pre_sigmoid(inputs, self.token_mask)
         important = (z > 0).sum(-1).float()
         l0 = important.mean() if self.token_mask is None else important[self.token_mask].mean()
@@ -151,7 +152,7 @@ class Outlook:
         rows = torch.zeros(masks[..., 0].numel(), dtype=torch.long, device=masks.device)
         sources = masks.new_zeros(1, axis.total + len(axis.names))
         output = self.masked_model.masked(
-            self.tokens, BlockedMasks(masks, sources, axis, None, source_rows=rows), self.token_mask
+            self.tokens, BlockedMasks(masks, MaskInputs(sources, rows), axis), self.token_mask
         )
         return float(Reconstruction(self.target, self.config.output, self.token_mask)(output))
 

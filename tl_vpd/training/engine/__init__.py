@@ -3,6 +3,6 @@
 from tl_vpd.training.engine.choose import engine_of
 from tl_vpd.training.engine.compiled import CompiledEngine
 from tl_vpd.training.engine.eager import EagerEngine
-from tl_vpd.training.engine.records import CleanForward, LossTerm, MaskInputs
+from tl_vpd.training.engine.records import CleanForward, LossTerm
 
-__all__ = ["CleanForward", "CompiledEngine", "EagerEngine", "LossTerm", "MaskInputs", "engine_of"]
+__all__ = ["CleanForward", "CompiledEngine", "EagerEngine", "LossTerm", "engine_of"]

@@ -32,6 +32,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tl_vpd.adapters import Unsupported
+from tl_vpd.forward.mask_inputs import MaskInputs
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.forward.site_taps import SitePass
 from tl_vpd.importance.chunked import ChunkedTransformers
@@ -46,7 +47,7 @@ from tl_vpd.training.config import Precision
 from tl_vpd.training.engine.eager import EagerEngine
 from tl_vpd.training.engine.masked_graph import MaskedGraph, gradients_of
 from tl_vpd.training.engine.recording import TOLERANCE, Function, compiled
-from tl_vpd.training.engine.records import CleanForward, LossTerm, MaskInputs
+from tl_vpd.training.engine.records import CleanForward, LossTerm
 from tl_vpd.training.micro_batch import MicroBatch
 
 WHOLE = 1 << 62

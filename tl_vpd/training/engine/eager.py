@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_vpd.forward.blocked import BlockedMasks
+from tl_vpd.forward.mask_inputs import MaskInputs
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.forward.site_taps import SitePass
 from tl_vpd.importance import DecomposedWeights
@@ -29,7 +30,7 @@ from tl_vpd.masking import PersistentSources
 from tl_vpd.masking.persistent import Rows
 from tl_vpd.training.config import Precision
 from tl_vpd.training.engine.left_out_logits import unembedding_for_losses
-from tl_vpd.training.engine.records import ALL, CleanForward, LossTerm, MaskInputs
+from tl_vpd.training.engine.records import ALL, CleanForward, LossTerm
 from tl_vpd.training.micro_batch import MicroBatch
 
 
@@ -238,15 +239,11 @@ class EagerEngine:
         V and U are constant where ``grad_g`` is None.
         """
         masks = BlockedMasks(
-            clean.z.detach()[rows],
-            inputs.sources,
+            clean.z[rows],
+            inputs,
             self.decomposition.site_axis,
-            inputs.routing,
-            source_rows=inputs.source_rows,
             grad_g=None if grad_g is None else grad_g[rows],
             grad_sources=grad_sources,
-            attacked=inputs.attacked,
-            sites=inputs.sites,
             squash=self.squash,
         )
         distance, constant = clean.distance.rows(rows), grad_g is None

@@ -15,13 +15,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_vpd.forward.mask_inputs import MaskInputs
 from tl_vpd.forward.slots import Slots, assign_slots
 from tl_vpd.forward.traceable import TraceableMasks
 from tl_vpd.losses import unembedded_kl
 from tl_vpd.losses.precision import at_least_float32
 from tl_vpd.masking.masks import mask_of
 from tl_vpd.training.engine.eager import EagerEngine
-from tl_vpd.training.engine.records import CleanForward, LossTerm, MaskInputs
+from tl_vpd.training.engine.records import CleanForward, LossTerm
 
 ROOM = 4.0
 """Standard deviations above the expected number of routed tokens for which there are slots: one site in 30,000 needs more."""

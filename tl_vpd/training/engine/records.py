@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_vpd.losses import Reconstruction
-from tl_vpd.masking.routing import Routing
 from tl_vpd.training.micro_batch import MicroBatch
 
 ALL = slice(None)
@@ -42,27 +41,6 @@ class CleanForward:
     def attacked(self) -> slice:
         """The rows that the adversary attacks: the first ones."""
         return slice(0, self.micro_batch.attacked.stop - self.micro_batch.attacked.start)
-
-
-@dataclass(frozen=True)
-class MaskInputs:
-    """What the masks of a pass are made from, besides importances.
-
-    Attributes:
-        sources: in [0, 1], Δ's behind.
-        source_rows: the row of the sources that each token uses (None: the same row).
-        routing: where the masked path is computed (None: everywhere).
-        attacked: the first rows, whose sources are the adversary's, in a pass with rows of both kinds (None: there is one kind).
-        sites: the sites that are masked (None: all).
-        routed_share: the share of tokens at which a site is expected to be routed.
-    """
-
-    sources: Float[Tensor, "rows C_and_deltas"]
-    source_rows: Int[Tensor, " tokens"] | None = None
-    routing: Routing | None = None
-    attacked: int | None = None
-    sites: tuple[str, ...] | None = None
-    routed_share: float = 1.0
 
 
 @dataclass(frozen=True)

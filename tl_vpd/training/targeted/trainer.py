@@ -21,10 +21,11 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from tl_vpd.forward.mask_inputs import MaskInputs
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.training.config import ExecutionConfig
 from tl_vpd.training.distributed.processes import World
-from tl_vpd.training.engine import CleanForward, LossTerm, MaskInputs
+from tl_vpd.training.engine import CleanForward, LossTerm
 from tl_vpd.training.masked_passes import MaskedPasses, PassResult, TokenCounts
 from tl_vpd.training.metrics import StepMetrics, TargetedMetrics
 from tl_vpd.training.schedules import Schedule
