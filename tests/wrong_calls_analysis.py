@@ -79,7 +79,6 @@ COUNTS: dict[str, Callable[[Any], Any]] = {
     "viz.graph(edges)": lambda edges: viz.graph(graph, edges=edges),
     "pick(n)": lambda n: analysis.pick(harvest, n),
     "pick(min_firings)": lambda n: analysis.pick(harvest, min_firings=n),
-    "kernel.at(offset)": lambda offset: attention.layer.AttentionLayer(vpd, model, 1).kernel(7).at(offset),
     "mean.contrast(offset)": mean.contrast,
     "Node(index)": lambda index: analysis.Node(Q, -1 if index is None else index),
     "Node(pos)": lambda pos: analysis.Node(Q, 1, -1 if pos is None else pos),

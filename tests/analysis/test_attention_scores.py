@@ -69,10 +69,8 @@ def test_the_kernel_is_the_rotation_over_the_scale(flags):
     assert kernel.offsets.tolist() == list(range(10))
     for offset in range(10):
         expected = rotation(9, **written).T @ rotation(9 - offset, **written) / 4**0.5
-        assert_close(kernel.at(offset), expected, rtol=0, atol=1e-6)  # TransformerLens rounds its angles
+        assert_close(kernel.values[offset], expected, rtol=0, atol=1e-6)  # TransformerLens rounds its angles
     assert kernel.scale == pytest.approx(2.0, abs=1e-9)
-    with pytest.raises(IndexError, match="was not measured"):
-        kernel.at(10)
     with pytest.raises(ValueError, match="length=11: give an integer from 1 to 10"):
         measured_kernel(adapt(tiny_model(**flags)), 1, 11)
 

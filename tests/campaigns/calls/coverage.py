@@ -67,7 +67,6 @@ LEFT_OUT: dict[str, str] = {
             "Repair",
             "Run",
             "Sample",
-            "ScoreKernel",
             "ScoreTerms",
             "SiteTruth",
             "StaticStrengths",

@@ -1,6 +1,5 @@
 """Attention in terms of subcomponents: which pairs of Q and K look where, across heads, and what V and O then move."""
 
-from tl_vpd.analysis.attention.kernel import ScoreKernel
 from tl_vpd.analysis.attention.mean import MeanStrengths, mean_strengths
 from tl_vpd.analysis.attention.norms import HeadNorms, head_norms, spread_over_heads
 from tl_vpd.analysis.attention.offsets import AttentionByOffset, attention_by_offset
@@ -16,7 +15,6 @@ __all__ = [
     "MeanStrengths",
     "OVConfig",
     "OVOverlap",
-    "ScoreKernel",
     "ScoreTerms",
     "StaticStrengths",
     "ValueGivenKey",

@@ -47,17 +47,6 @@ class ScoreKernel:
         at_zero = self.values[int((self.offsets == 0).nonzero())]
         return float(1 / at_zero[-1, -1])
 
-    def at(self, offset: int) -> Float[Tensor, "d_head d_head"]:
-        """K of one offset; raises IndexError where the layer never looks that far."""
-        offset = integer("offset", offset)
-        index = offset - int(self.offsets[0])
-        if not 0 <= index < len(self.offsets):
-            raise IndexError(
-                f"Offset {offset} was not measured: block {self.layer} was measured from {int(self.offsets[0])} to "
-                f"{int(self.offsets[-1])} (longer prompts or a larger length reach further, up to the layer's window)."
-            )
-        return self.values[index]
-
     def scores(
         self, q: Float[Tensor, "batch query head d_head"], k: Float[Tensor, "batch key head d_head"]
     ) -> Float[Tensor, "batch head query key"]:
