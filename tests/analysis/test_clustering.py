@@ -37,6 +37,7 @@ from tl_vpd.analysis.clustering import (
 )
 from tl_vpd.analysis.clustering.cluster import clustered
 from tl_vpd.analysis.clustering.merging import description_length, merge
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.site import ConcatenatedAxis
 
 GREEDY = 60.0
@@ -311,6 +312,18 @@ def test_files(target, clustering: Clustering, tmp_path):
         path.write_text(json.dumps(content | wrong))
         with pytest.raises(ValueError, match=r"whole clustering|of a decomposition"):
             Clustering.load(path, decomposition)
+
+
+def test_components_of_another_decomposition_of_this_shape_are_refused(target, clustering: Clustering, tmp_path):
+    model, decomposition, tokens = target
+    other = decomposition_of(model, seed=1)
+    path = clustering.save(tmp_path / "components.json")
+    with pytest.raises(ValueError, match="of another decomposition"):
+        Clustering.load(path, other)
+    decomposition.save(tmp_path / "half", dtype=torch.float16)
+    assert Clustering.load(path, Decomposition.load(tmp_path / "half")).components == clustering.components
+    with pytest.raises(ValueError, match="patterns are of another decomposition"):
+        cluster(other, model, importance_patterns(decomposition, model, tokens))
 
 
 def test_edges_of_components_are_sums(target, clustering: Clustering):

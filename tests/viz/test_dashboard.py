@@ -207,6 +207,8 @@ def test_what_is_wrong_is_said(world, tmp_path):
         viz.DashboardData(ablations=pd.DataFrame({"subcomponent": [FIRST]}))
     with pytest.raises(FileExistsError):
         made(folder=world.folder)
+    with pytest.raises(ValueError, match="harvest is of another decomposition"):
+        made(harvested=replace(world.harvested, norm=2 * world.harvested.norm))
     other = decomposition_of(world.model, C=3).to(torch.float64)
     with pytest.raises(ValueError, match="harvest is of a decomposition with other sites"):
         viz.dashboard(other, world.model, world.harvested, tmp_path / "new")

@@ -13,7 +13,7 @@ from torch import nn
 
 from tl_vpd.analysis.clustering.clustering import Clustering
 from tl_vpd.analysis.clustering.merging import merge
-from tl_vpd.analysis.clustering.patterns import Patterns, importance_patterns
+from tl_vpd.analysis.clustering.patterns import Patterns, importance_patterns, is_of
 from tl_vpd.checks import check_fields, config_of, instance, number, seed_of, sequence
 from tl_vpd.decomposition import Decomposition
 
@@ -81,7 +81,7 @@ def clustered(patterns: Patterns, config: ClusterConfig) -> Clustering:
     """Components of patterns."""
     options = {name: getattr(config, name) for name in ("alpha", "greed", "seed", "lags")}
     history = merge(patterns.important, **options, lengths=patterns.lengths)
-    settings = options | {"threshold": patterns.threshold}
+    settings = options | {"threshold": patterns.threshold, "norms": dict(patterns.norms)}
     counts = np.diff(patterns.important.indptr).astype(np.int64)
     rest = patterns.chosen, counts, patterns.n_tokens, patterns.site_axis, settings
     return Clustering(history, history.shortest, *rest)
@@ -192,7 +192,8 @@ def _patterns(decomposition: Decomposition, model: nn.Module, prompts: Any, conf
     if not isinstance(prompts, Patterns):
         threshold, rows = config.threshold, config.batch_size
         return importance_patterns(decomposition, model, prompts, threshold=threshold, batch_size=rows)
-    if prompts.site_axis.counts != decomposition.counts or prompts.threshold != config.threshold:
+    same = prompts.site_axis.counts == decomposition.counts and is_of(prompts.norms, decomposition)
+    if not same or prompts.threshold != config.threshold:
         raise ValueError(
             f"The patterns are of another decomposition or threshold ({prompts.threshold:g}, and config.threshold is "
             f"{config.threshold:g})."

@@ -26,6 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from tl_vpd.analysis.clustering.merging import MergeHistory
+from tl_vpd.analysis.clustering.patterns import is_of
 from tl_vpd.analysis.nodes import Node
 from tl_vpd.checks import instance, integer, path_of
 from tl_vpd.decomposition import Decomposition
@@ -98,7 +99,7 @@ class Clustering(Sequence[Component]):
         counts: at how many tokens each of these is important.
         n_tokens: how many tokens were looked at.
         site_axis: of the decomposition.
-        settings: ``alpha``, ``threshold``, ``greed``, ``seed``, ``lags``.
+        settings: ``alpha``, ``threshold``, ``greed``, ``seed``, ``lags``, and the decomposition's ``norms`` by site.
     """
 
     history: MergeHistory
@@ -175,6 +176,13 @@ class Clustering(Sequence[Component]):
         """The same history after another number of merges, hence more or fewer components."""
         return replace(self, merges=integer("merges", merges, minimum=0, maximum=len(self.history.pairs)))
 
+    def check(self, decomposition: Decomposition) -> None:
+        """Raises ValueError unless these are components of this decomposition."""
+        if self.site_axis.counts != decomposition.counts:
+            raise ValueError("The clustering is of a decomposition with other sites or numbers of subcomponents.")
+        if not is_of(self.settings.get("norms", {}), decomposition):
+            raise ValueError("The clustering is of another decomposition, whose subcomponents have other norms.")
+
     def importances(self, ci: CausalImportances) -> Float[Tensor, "*batch component"]:
         """The largest importance of every component's members, each at its lag before the position.
 
@@ -247,7 +255,7 @@ class Clustering(Sequence[Component]):
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it is not a clustering, is damaged, or is of a decomposition with other sites or counts.
+            ValueError: it is not a clustering, is damaged, or is of another decomposition.
         """
         path = path_of("path", path)
         instance("decomposition", decomposition, Decomposition)
@@ -258,13 +266,14 @@ class Clustering(Sequence[Component]):
             stored = StoredClustering(**content)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path} is not a whole clustering that save() wrote: {error}") from error
-        if stored.sites != decomposition.counts:
-            raise ValueError(f"{path} is of a decomposition with other sites or numbers of subcomponents.")
+        axis = ConcatenatedAxis(stored.sites)
         lists = stored.pairs, stored.tokens, stored.chosen, stored.counts, stored.lags or [0] * len(stored.pairs)
         pairs, tokens, chosen, counts, lags = (np.array(values, dtype=np.int64) for values in lists)
         lengths = np.array(stored.description_length), np.array(stored.best_change)
         history = MergeHistory(pairs.reshape(-1, 2), *lengths, tokens, lags)
-        return cls(history, stored.merges, chosen, counts, stored.n_tokens, decomposition.site_axis, stored.settings)
+        clustering = cls(history, stored.merges, chosen, counts, stored.n_tokens, axis, stored.settings)
+        clustering.check(decomposition)
+        return clustering
 
 
 class StoredClustering(Frozen):

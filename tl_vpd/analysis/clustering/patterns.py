@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ class Patterns:
         site_axis: of the decomposition.
         threshold: a subcomponent is important where its importance exceeds it.
         lengths: real tokens of every row.
+        norms: of the decomposition, by which it is known (``norms_of``).
     """
 
     important: scipy.sparse.csc_matrix
@@ -34,6 +36,7 @@ class Patterns:
     site_axis: ConcatenatedAxis
     threshold: float
     lengths: Int[np.ndarray, " row"]
+    norms: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def n_tokens(self) -> int:
@@ -104,4 +107,16 @@ def importance_patterns(
         raise ValueError(
             f"No subcomponent has an importance above {threshold:g} at any of {shape[0]} tokens: lower the threshold."
         )
-    return Patterns(matrix[:, chosen], chosen, site_axis, threshold, np.array(lengths))
+    return Patterns(matrix[:, chosen], chosen, site_axis, threshold, np.array(lengths), norms_of(decomposition))
+
+
+@torch.no_grad()
+def norms_of(decomposition: Decomposition) -> dict[str, float]:
+    """``Σ_c ‖V[:, c]‖ ‖U[c]‖`` by site."""
+    pairs = ((name, decomposition.V[name], decomposition.U[name]) for name in decomposition.sites)
+    return {name: float((V.norm(dim=0) * U.norm(dim=-1)).double().sum()) for name, V, U in pairs}
+
+
+def is_of(norms: Mapping[str, float], decomposition: Decomposition) -> bool:
+    """Whether norms are of this decomposition, which may have been rounded to half precision since (none are of any)."""
+    return not norms or all(abs(norms[name] - x) <= 1e-3 * abs(x) for name, x in norms_of(decomposition).items())

@@ -50,7 +50,7 @@ class DashboardData:
 
     def check(self, decomposition: Decomposition) -> None:
         """Raises ValueError, KeyError or IndexError unless clustering and graph are of this decomposition."""
-        if self.clustering is not None and self.clustering.site_axis.counts != decomposition.counts:
-            raise ValueError("The clustering is of a decomposition with other sites or numbers of subcomponents.")
+        if self.clustering is not None:
+            self.clustering.check(decomposition)
         for node in () if self.graph is None else self.graph.nodes:
             decomposition.subcomponent(node)

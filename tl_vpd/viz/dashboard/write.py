@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from tl_vpd.adapters import adapt
@@ -79,8 +80,7 @@ def dashboard(
     adapter = adapt(model)
     check_target(decomposition, adapter, check_weights=True)
     instance("harvested", harvested, Harvest)
-    if harvested.site_axis.counts != decomposition.counts:
-        raise ValueError("The harvest is of a decomposition with other sites or numbers of subcomponents.")
+    _check_harvest(harvested, decomposition)
     data.check(decomposition)
     effects = None
     if adapter.unembedding() is not None:
@@ -101,6 +101,17 @@ def dashboard(
         for page in PAGES:
             write_text(written / f"{page}.html", _page(page, config.title))
     return place / "index.html"
+
+
+@torch.no_grad()
+def _check_harvest(harvested: Harvest, decomposition: Decomposition) -> None:
+    """Raises ValueError unless a harvest is of this decomposition."""
+    if harvested.site_axis.counts != decomposition.counts:
+        raise ValueError("The harvest is of a decomposition with other sites or numbers of subcomponents.")
+    norms = [decomposition.V[s].norm(dim=0) * decomposition.U[s].norm(dim=-1) for s in decomposition.sites]
+    norm = torch.cat(norms).cpu().double()[harvested.chosen.cpu()]
+    if not torch.allclose(harvested.norm.cpu().double(), norm, rtol=1e-2):
+        raise ValueError("The harvest is of another decomposition, whose subcomponents have other norms.")
 
 
 def _texts_and_scores(data: DashboardData, records: Records) -> tuple[dict[str, str], Scores]:
