@@ -1,0 +1,150 @@
+"""Writes the tables of pages from results files: ``python -m scripts.site.figures``.
+
+A table stands between ``<!-- name -->`` and ``<!-- end -->``; a test compares the pages with what this makes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from scripts.site import comparisons
+from scripts.site.tables import fill, markdown
+
+ROOT = Path(__file__).parents[2]
+PAGES = {
+    "graphs": "graph_cost",
+    "pruning": "circuits",
+    "your_own_model": "sizes",
+    "released_runs": "imports",
+    "auditing": "audits",
+}
+"""Pages, each with the name of its table."""
+SIZES = {
+    "toy": "toy (induction, 2 layers of 64), all",
+    "block": "bundled (2 layers of 96), block 1",
+    "bundled": "bundled, all",
+    "defaults": "bundled, all, with `VPDConfig(batch_size=4)`",
+    "smol": "SmolLM2-135M (30 layers of 576), block 29",
+    "middle": "SmolLM2-135M, block 15",
+}
+CIRCUITS = {"unpruned": "all that is important", "adversarial": "adversarial", "importances_only": "importances only"}
+
+
+def results(name: str) -> dict[str, Any]:
+    """A results file of the benchmarks."""
+    record: dict[str, Any] = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text(encoding="utf-8"))
+    return record
+
+
+def graph_cost() -> str:
+    """Seconds and memory of attribution graphs."""
+    return markdown(
+        [
+            {
+                "tokens": str(row["tokens"]),
+                "targets": f"{row['targets']:,}",
+                "edges": f"{row['edges']:,}",
+                "seconds": f"{row['seconds']:.2g}",
+                "peak MB (before)": f"{row['peak_mb']} ({row['before_mb']})",
+            }
+            for row in results("graph")["rows"]
+        ]
+    )
+
+
+def circuits() -> str:
+    """Probabilities of pruned circuits' behaviours under each kind of masks."""
+    rows = []
+    for name, record in results("pruning").items():
+        if name == "settings":
+            continue
+        prompt = record["prompt"].replace("\n", "⏎").replace(" ", "·")
+        for kind, text in CIRCUITS.items():
+            circuit, first = record[kind], kind == "unpruned"
+            coefficient = f", λ {circuit['coefficient']:g}" if "coefficient" in circuit else ""
+            masks = ("importances", "stochastic", "adversarial", "adversarial_fresh", "adversarial_fresh_worst")
+            values = [circuit[f"p_{mask}"] for mask in masks]
+            cells = dict(
+                zip(("importances", "stochastic", "adversarial", "fresh", "fresh, worst"), values, strict=True)
+            )
+            rows.append(
+                {
+                    "prompt → token": f"`{prompt}` → `{record['token']}`" if first else "",
+                    "circuit": text + coefficient,
+                    "nodes": str(circuit["nodes"]),
+                    "target p": f"{record['target_p']:.3f}" if first else "",
+                    **{column: f"{p:.3f}" if p >= 5e-4 else "< 0.0005" for column, p in cells.items()},
+                }
+            )
+    return markdown(rows)
+
+
+def sizes() -> str:
+    """First tries of several sizes."""
+    rows = []
+    for name, text in SIZES.items():
+        run = results("first_hour")["runs"][name]
+        config, seconds = run["config"], run["seconds"]["train"]
+        rows.append(
+            {
+                "model, sites": text,
+                "subcomponents": f"{run['subcomponents']:,}",
+                "Γ": f"{config['gamma']['n_blocks']} × {config['gamma']['d_ci'] or 'default'}",
+                "steps × rows": f"{config['steps']:,} × {config['batch_size']}",
+                "clock, processor": f"{seconds / 60:.2g} min, {run['cpu_seconds_of_training'] / 60:.2g} min",
+                "yardstick": f"{run['yardstick']:.2f}",
+                "rounded": _share(run["rounded_share"]),
+                "attacked": _share(run["attacked_share"]),
+                "L0": f"{run['l0']:,.0f} ({_share(run['l0'] / run['subcomponents'])})",
+            }
+        )
+    return markdown(rows)
+
+
+def imports() -> str:
+    """Memory and time of importing a released run."""
+    return markdown(
+        [
+            {
+                "": f"`{row['model_class']}`",
+                "model and decomposition take": f"{row['kept_gb']:.2f} GB",
+                "peak": f"{row['peak_gb']:.1f} GB",
+                "seconds": f"{row['seconds']:.0f}",
+                "seconds of processor": f"{row['cpu_seconds']:.0f}",
+            }
+            for row in results("import")["imports"]
+        ]
+    )
+
+
+def _share(share: float) -> str:
+    return f"{share:.1%}" if share < 0.02 else f"{share:.0%}"
+
+
+def audits() -> str:
+    """Circuits of EAP-IG before an adversary."""
+    return markdown(comparisons.audits(results("audits")))
+
+
+def comparison() -> str:
+    """VPD beside transcoders, by method and size."""
+    return markdown(comparisons.comparison(results("comparison")))
+
+
+TABLES = {function.__name__: function for function in (graph_cost, circuits, sizes, imports, audits, comparison)}
+
+
+def table(name: str) -> str:
+    """The table of a name."""
+    return TABLES[name]()
+
+
+def main() -> None:
+    for page in PAGES:
+        fill(ROOT / "docs" / f"{page}.md", table)
+
+
+if __name__ == "__main__":
+    main()
