@@ -1,21 +1,24 @@
 """The redundancy test on a model that can do everything twice, and on one that cannot.
 
-    python -m benchmarks.redundancy                  # benchmarks/results/redundancy.json; about 2 minutes per model on one core
+    python -m benchmarks.redundancy                  # benchmarks/results/redundancy.json, the table of docs/evaluation.md
 
 The toy ``Copying``: *twice* has two layers of attention trained under layer dropout 0.4, so that each can copy alone; *once* has
-a single layer. Two decompositions of each are tested: *by hand*, singular directions, of which those of the first layer are
-important everywhere and no others anywhere; and *trained*, with the same settings for both models. Recorded: what the model does
-with each layer alone; by site how many subcomponents were tested and have a hidden twin; the trained one's KL and L0.
+a single layer. Decompositions of each are tested: *by hand*, singular directions, of which those of the first layer are important
+everywhere and no others anywhere; and *trained* at several importance coefficients (about 2 minutes each on one core), with the
+same settings for both models: the higher the coefficient, the more a second way of doing the same is left out. Recorded: what the
+model does with each layer alone; by site how many subcomponents were tested and have a hidden twin; a trained one's KL and L0.
+Runs in the file are kept.
 """
 
 from __future__ import annotations
 
-import json
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import harness
+from scripts.bundled.page import fill, markdown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import EvaluationConfig, evaluate, redundancy
 from tl_vpd.importance import GammaConfig
@@ -29,6 +32,7 @@ from tl_vpd.training import (
     decompose,
 )
 
+PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
 MODELS = {"twice": Copying(), "once": Copying(n_layers=1, layer_dropout=0.0)}
 CONFIG = VPDConfig(
     batch_size=16,
@@ -46,9 +50,12 @@ CONFIG = VPDConfig(
 )
 
 
-def trained(toy: Copying, model: Any, tokens: torch.Tensor, *, seed: int, steps: int) -> dict[str, Any]:
-    """A trained decomposition, evaluated and tested."""
-    config = CONFIG.model_copy(update={"steps": steps, "seed": seed})
+def trained(
+    toy: Copying, model: Any, tokens: torch.Tensor, importance: float, *, seed: int, steps: int
+) -> dict[str, Any]:
+    """A decomposition trained at an importance coefficient, evaluated and tested."""
+    coefficients = CONFIG.coefficients.model_copy(update={"importance": importance, "frequency": importance / 2})
+    config = CONFIG.model_copy(update={"steps": steps, "seed": seed, "coefficients": coefficients})
     vpd = decompose(model, toy.batches(config.batch_size, seed=seed), config, progress=False).decomposition
     record = evaluate(vpd, model, tokens, EvaluationConfig(measures=(), budgets=(20,), controls=False)).record
     return {
@@ -72,14 +79,35 @@ def tested(vpd: Decomposition, model: Any, tokens: torch.Tensor) -> dict[str, An
     }
 
 
+def table(record: dict[str, Any]) -> str:
+    """The file in Markdown."""
+    rows = []
+    for model in MODELS:
+        for name, figures in {"by hand": record[model]["by_hand"], **record[model]["trained"]}.items():
+            learned = "kl" in figures
+            rows.append(
+                {
+                    "layers": "two, each copies alone" if model == "twice" else "one",
+                    "decomposition": f"trained, importance {float(name):g}" if learned else name,
+                    "L0": f"{figures['l0']:.1f}" if learned else "",
+                    "KL, rounded": f"{figures['kl']['rounded']:.3f}" if learned else "",
+                    "PGD-20": f"{figures['pgd_20']:.3f}" if learned else "",
+                    "tested": str(sum(figures["tested"].values())),
+                    "hurt alone": str(figures["hurt_alone"]),
+                    "have a twin": str(sum(figures["twins"].values())),
+                }
+            )
+    return markdown(rows)
+
+
 def main() -> None:
     """Trains, tests and writes the record."""
     parser = harness.parser("redundancy", __doc__)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--importances", nargs="*", type=float, default=[2e-3, 6e-3, 2e-2])
     parser.add_argument("--steps", type=int, default=2_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--by-hand", action="store_true", help="keep what the record has of the trained one")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     record = {name: value for name, value in harness.read(arguments.out).items() if name != "settings"}
@@ -87,12 +115,14 @@ def main() -> None:
     for name in arguments.models:
         toy = MODELS[name]
         model, tokens = train(toy, seed), toy.batches(arguments.rows, seed=-3).at(0)
-        entry = record.setdefault(name, {})
+        entry = record.setdefault(name, {"trained": {}})
         entry |= {"quality": toy.quality(model), "by_hand": tested(first_layer_alone(model), model, tokens)}
-        if not arguments.by_hand:
-            entry["trained"] = trained(toy, model, tokens, seed=seed, steps=steps)
-        harness.write(arguments.out, record, "redundancy", steps=steps, seed=seed, rows=arguments.rows)
-        print(json.dumps({name: entry}, indent=1), flush=True)
+        for importance in arguments.importances:
+            if str(importance) not in entry["trained"]:
+                entry["trained"][str(importance)] = trained(toy, model, tokens, importance, seed=seed, steps=steps)
+                harness.write(arguments.out, record, "redundancy", steps=steps, seed=seed, rows=arguments.rows)
+    if arguments.out == harness.RESULTS / "redundancy.json":
+        fill(PAGE, {"redundancy": table(record)}.__getitem__)
 
 
 if __name__ == "__main__":
