@@ -4,7 +4,8 @@
 
 The trainer and the reference take turns, each in a separate process (the trainer's keeps freed memory, as ``tl-vpd train``
 does). For each size: ``trainer_s`` and ``reference_s`` (medians of rounds), ``ratio`` (reference over trainer, median over
-rounds), ``executed_gflop`` (matrix products that the trainer executes, as torch counts them, which leaves out ``addmm_``),
+rounds), ``first_step_s`` (with the graphs made, or read from PyTorch's cache), ``operators`` (calls in a step, those inside
+others too, as torch's profiler counts them), ``executed_gflop`` (matrix products, as torch counts them without ``addmm_``),
 ``floor_s`` (the mathematics' matrix products at this machine's rate of large float32 products in the same run),
 ``floor_share`` (floor over trainer), ``peak_mb`` and ``reference_peak_mb`` (above what imports take, in separate processes;
 ``settled_mb`` without the first steps, in which compiled passes are made). The same for the other ``VARIANTS`` of
@@ -27,6 +28,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import harness
@@ -55,7 +57,7 @@ class Worker:
         self.process.start()
 
     def ask(self, what: str) -> float:
-        """Seconds of a ``step``, or the matrix products (``flop``) of one."""
+        """Seconds of a ``step``, or its matrix products (``flop``) or calls of operators (``operators``)."""
         self.pipe.send(what)
         return float(self.pipe.recv())
 
@@ -74,6 +76,10 @@ def work(size: str, which: str, pipe: Connection) -> None:
             with FlopCounterMode(display=False) as counter:
                 step()
             pipe.send(counter.get_total_flops())
+        elif what == "operators":
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                step()
+            pipe.send(len(profiled.events()))
         else:
             pipe.send(harness.seconds_of(step))
 
@@ -90,8 +96,9 @@ def measure(name: str, rounds: int, variants: Sequence[str]) -> dict[str, dict[s
     size = SIZES[name]
     names = [*variants, *([REFERENCE] if size.has_reference else [])]
     workers = {which: Worker(name, which) for which in names}
-    for worker in workers.values():  # all have started before anything is timed
-        worker.ask("step")
+    first = {
+        which: worker.ask("step") for which, worker in workers.items()
+    }  # all have started before anything is timed
     rates = [gemm_rate()]
     seconds: dict[str, list[float]] = {which: [] for which in names}
     for i in range(rounds + 2):
@@ -103,7 +110,12 @@ def measure(name: str, rounds: int, variants: Sequence[str]) -> dict[str, dict[s
     figures: dict[str, dict[str, float]] = {}
     for which in variants:
         median, executed = statistics.median(seconds[which]), workers[which].ask("flop")
-        figures[which] = {"trainer_s": round(median, 4), "executed_gflop": round(executed / 1e9, 1)}
+        figures[which] = {
+            "trainer_s": round(median, 4),
+            "first_step_s": round(first[which], 1),
+            "operators": round(workers[which].ask("operators")),
+            "executed_gflop": round(executed / 1e9, 1),
+        }
         if size.has_reference:
             floor = size.needed * 1e9 / max(rates)
             figures[which] |= {

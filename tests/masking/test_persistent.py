@@ -32,6 +32,19 @@ def test_ascent_is_adams_with_a_clamp_after_every_update():
     assert persistent.updates == 4 and float(persistent.values.min()) == 0 and float(persistent.values.max()) == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_some_slots_ascend_as_whole_rows_do(dtype):
+    """Some slots are not contiguous and go operation by operation, whole rows in one call."""
+    some, whole = (PersistentSources(sources(shape=(2, 3)).values.to(dtype)) for _ in range(2))
+    for gradient in (g.to(dtype) for g in gradients(3)):
+        some.ascend(gradient[:, :2], 0.1, (slice(0, 2), slice(2)))
+        whole.ascend(gradient, 0.1)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-12
+    for a, b in ((some.values, whole.values), (some.first, whole.first), (some.second, whole.second)):
+        assert_close(a[:, :2], b[:, :2], rtol=tolerance, atol=tolerance)
+    assert torch.equal(some.values[:, 2], sources(shape=(2, 3)).values.to(dtype)[:, 2])
+
+
 def test_a_rate_of_zero_moves_the_moments_only():
     persistent = sources()
     before = persistent.values.clone()
