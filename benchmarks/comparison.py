@@ -123,11 +123,11 @@ def trained(
 def main() -> None:
     """Trains what is not there yet, compares, and writes the record."""
     parser = harness.parser("comparison", __doc__)
-    parser.add_argument("--tflops", type=float, default=0.6, help="FLOPs of each training, in units of 10¹²")
+    parser.add_argument("--tflops", type=float, default=0.4, help="FLOPs of each training, in units of 10¹²")
     parser.add_argument("--sizes", type=float, nargs="+", default=list(SIZES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--losses", nargs="*", choices=LOSSES, default=list(LOSSES))
-    parser.add_argument("--rows", type=int, default=32, help="validation rows")
+    parser.add_argument("--rows", type=int, default=16, help="validation rows")
     parser.add_argument("--budgets", type=int, nargs="*", default=[20], help="steps of the attack, on the first 4 rows")
     parser.add_argument("--runs", type=Path, default=Path("runs/comparison"))
     parser.add_argument(
