@@ -52,14 +52,14 @@ def bracket_config(*, steps: int = 600, naive: bool = False) -> TargetedConfig:
     )
 
 
-def prose_config(*, steps: int = 400) -> TargetedConfig:
+def prose_config(*, steps: int = 500) -> TargetedConfig:
     """Settings of prose against code."""
     return TargetedConfig(
         steps=steps,
         batch_size=4,
         C=64,
         gamma={"kind": "global_mlp", "hidden": 128, "output_bias": 1.0},
-        coefficients={"importance": 2e-3},
+        coefficients={"importance": 1.5e-2},
         adversary={"start": 0.2, "inner_steps": 1},
         minimality={"p": ((0.1, 2.0), (1.0, 0.5))},
         optimizer={"lr": 2e-3, "clip": None},

@@ -7,7 +7,7 @@
 decomposed alone too, with the settings of both together and half the steps. ``real_model_agreement`` has a row for each pair:
 of the first decomposition's subcomponents the mean of the largest cosine of the rank-one matrix to any of the second's at the
 same site, and the part of them above ``MATCHED``; the same for as many random directions. {a} against {b} is the null in which
-only tokens that both prompts have can agree.
+only tokens that both prompts have can agree, and the naive run one that starts elsewhere.
 """
 
 from __future__ import annotations
@@ -73,12 +73,16 @@ def main() -> None:
     figures = [json.loads((run / "figures.json").read_text(encoding="utf8")) for run in options.runs]
     vpds = {f"{{a, b}}, seed {i}": Decomposition.load(run / "decomposition") for i, run in enumerate(options.runs)}
     pairs = [(one, other) for one in vpds for other in vpds if one != other]
+    first, naive = next(iter(vpds)), options.runs[0] / "naive" / "decomposition"
+    if naive.is_dir():
+        vpds["naive"] = Decomposition.load(naive)
+        pairs.append((first, "naive"))
     if options.nested is not None:
-        model, (both, *_) = bundled.smollm2(), vpds
+        model = bundled.smollm2()
         vpds |= {name: alone(model, i, options.nested) for i, name in enumerate(("{a}", "{b}"))}
-        pairs += [("{a}", both), ("{b}", both), ("{a}", "{b}"), ("{b}", "{a}")]
+        pairs += [("{a}", first), ("{b}", first), ("{a}", "{b}"), ("{b}", "{a}")]
     record["real_model"] = figures[0]
-    record["real_model_seeds"] = [{"marks": f["marks"], "alive": f["alive"], "edits": f["edits"]} for f in figures]
+    record["real_model_seeds"] = [{name: f[name] for name in ("tokens", "marks", "alive", "edits")} for f in figures]
     record["real_model_agreement"] = [{"of": a, "in": b, **agreement(vpds[a], vpds[b])} for a, b in pairs]
     record.pop("settings", None)
     harness.write(options.out, record, "targeted_fact")
