@@ -106,14 +106,12 @@ CHECK = r"""(async () => {
   const wait = ms => new Promise(done => setTimeout(done, ms));
   for (const span of document.querySelectorAll("[data-about]")) span.dispatchEvent(new MouseEvent("mouseenter"));
   let hovered = "";
-  for (const place of document.querySelectorAll(".js-plotly-plot")) {
-    for (let i = 0; i < place.data[place.data.length - 1].x.length; i++) {
-      Plotly.Fx.hover(place, [{curveNumber: place.data.length - 1, pointNumber: i}]);
-      await wait(30);
-      hovered += place.querySelector(".hoverlayer").textContent;
-    }
-    place.emit("plotly_click", {points: [{data: {mode: "markers"}, pointIndex: 2}]});
+  for (const node of document.querySelectorAll(".graph [data-node]")) {
+    node.dispatchEvent(new PointerEvent("pointerover", {bubbles: true}));
+    hovered += node.closest(".graph").querySelector(".tip").textContent;
   }
+  const second = document.querySelectorAll(".graph [data-node=\"2\"]");
+  for (const node of second) node.dispatchEvent(new MouseEvent("click", {bubbles: true}));
   for (const details of document.querySelectorAll("details")) details.open = true;
   await wait(100);
   const foreign = ".injected, iframe, object, embed, img, form, base, link, audio, video, math, foreignObject" +
@@ -152,6 +150,7 @@ class Places:
         static = StaticStrengths(0, ends, ends, torch.arange(3), torch.rand(1, 1, 1, 3), zeros, zeros + 1)
         history = pd.DataFrame({name: [1.0, 2.0] for name in HISTORY})
         pictures = [
+            self.graph(text),
             viz.subcomponent(harvested, self.address, note=text),
             viz.table(table, text, note=text),
             viz.pair_attention(terms, [text] * 3),
@@ -160,8 +159,6 @@ class Places:
             viz.head_norms(HeadNorms(0, {text: torch.rand(2, 2)}), title=text),
             viz.losses(history, title=text),
         ]
-        if _plotly():
-            pictures.insert(0, self.graph(text))
         readable = ("Verdict", "Mask modes", "Curves", "Adversaries and their budgets", "Sites")
         return [(p, True) for p in pictures] + [(p, p.title in readable) for p in evaluation_panels(self.report(text))]
 
@@ -284,11 +281,3 @@ class _Skeleton(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         self.in_plot &= tag != "svg"
-
-
-def _plotly() -> bool:
-    try:
-        import plotly  # noqa: F401
-    except ImportError:
-        return False
-    return True

@@ -81,4 +81,4 @@ def test_train_save_load_and_draw(tmp_path):
     graph = tl_vpd.attribution_graph(loaded, model, tokens[:1], 3)
     assert len(harvest.top(3)) == 3 and graph.to_networkx().number_of_nodes() == len(graph)
     page = viz.graph(graph).save(tmp_path / "graph.html")
-    assert "plotly" in page.read_text(encoding="utf-8").lower()
+    assert "tlVpdGraph(" in page.read_text(encoding="utf-8")

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import math
 import re
-import sys
 from dataclasses import replace
 
 import pandas as pd
@@ -17,11 +16,10 @@ from tests.viz.test_plots import HISTORY
 from tests.viz.test_subcomponents import a_window
 from tl_vpd import viz
 from tl_vpd.analysis.attention import AttentionByOffset, HeadNorms
-from tl_vpd.viz import graphs
 from tl_vpd.viz.circuits import note_of, scale_of, underline, window_data
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.svg import svg
-from tl_vpd.viz.text import LONGEST, escape, for_plotly, label, visible
+from tl_vpd.viz.text import LONGEST, escape, label, visible
 
 
 def hashes(policy: str, directive: str) -> list[str]:
@@ -43,7 +41,7 @@ def test_a_pages_policy_allows_its_scripts_and_style_and_nothing_else(tmp_path):
         sha256(code) for code in scripts
     ]
     (style,) = re.findall(r"<style>(.*?)</style>", page, re.S)
-    assert hashes(policy, "style-src") == [sha256(style), sha256("")]
+    assert hashes(policy, "style-src") == [sha256(style)]
     assert "script-src 'none'" in viz.page(
         [viz.table(pd.DataFrame({"a": [1]}), "t")], "t", tmp_path / "page.html"
     ).read_text("utf-8")
@@ -82,10 +80,6 @@ def test_labels_are_one_line_of_bounded_length():
     assert visible(" " * 10_000).startswith("·×120…")
 
 
-def test_nothing_in_a_label_is_markup_or_tex_for_plotly():
-    assert for_plotly("<a href='x'>&lt;$\"") == "&#60;a href=&#39;x&#39;&#62;&#38;lt;&#36;&#34;"
-
-
 def test_plots_show_dollars_and_any_text():
     titles = ["$\\frac{$", "$x^2$", "a\x00\ud800\u202e", "漢字", "</text><b>", "x" * 10_000]
 
@@ -112,10 +106,3 @@ def test_numbers_that_are_not_finite_are_not_drawn_and_said():
     assert "1 number is NaN or infinite" in viz.attention_by_offset(offsets).body
     norms = viz.head_norms(HeadNorms(0, {"s": torch.tensor([[1.0, math.nan], [0.5, 0.2]])}))
     assert '<td class="shade-25">0.5</td>' in norms.body or '<td class="shade-50">' in norms.body
-
-
-def test_without_plotly_the_extra_is_named(monkeypatch):
-    graphs._library.cache_clear()
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(ImportError, match=r"pip install 'tl_vpd\[viz\]'\.$"):
-        graphs._library()

@@ -1,13 +1,12 @@
-"""An interactive attribution graph: positions across, sites upwards, rendered by plotly inlined into the page.
+"""An interactive attribution graph: positions across, sites upwards, as SVG that ``graph.js`` draws from the graph's numbers.
 
-The page has plotly's script (4.8 MB) and the graph as data; ``graph.js`` draws it, names its strongest nodes, filters edges by
-weight, searches, and traces what leads to and from a node.
+The script names the strongest nodes in view, leaves out weak edges, searches, and traces what leads to and from a node. Nothing
+else is in the page: it grows with the nodes and edges that are shown.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,46 +17,42 @@ from tl_vpd.analysis.graph.result import EMBEDDINGS, LOGITS
 from tl_vpd.analysis.harvest import Harvest
 from tl_vpd.checks import instance, integer, text_of
 from tl_vpd.viz.panel import Panel
-from tl_vpd.viz.style import IMPORTANCE, NEGATIVE, POSITIVE
-from tl_vpd.viz.text import escape, for_plotly, for_script, number, spaced, visible
+from tl_vpd.viz.text import escape, for_script, label, number, spaced, visible
 
 HOW = (
     "Every circle is a subcomponent at a position (or an embedding, below, or a logit, above); its size grows with its influence "
     "on the logits, its colour with its importance. Every line is a direct effect: blue raises what it leads to, red lowers it; "
     "the strongest are widest. The strongest circles in view have their names. Hover over a circle for its label, tokens and "
     "strongest edges; click it to see only what leads to it and what it leads to, and click beside the circles to see all again. "
-    "The slider leaves out weak edges. Search by address or token, Enter goes to the next match. On the picture the keys + and - "
-    "zoom, 0 shows all, arrows move, n and p go to the next and previous node by influence, Escape ends a trace. The page's "
-    "address keeps the view.\n\n"
+    "The slider leaves out weak edges. Search by address or token, Enter goes to the next match. Drag the picture to move it. "
+    "After a click on it the wheel and the keys + and - zoom, 0 shows all, arrows move, n and p go to the next and previous node "
+    "by influence, Escape ends a trace. The page's address keeps the view.\n\n"
     "Edges are gradients times activations times importances with all other subcomponents constant: a first-order "
     "approximation, not an ablation. Nodes and edges left out of the picture are counted in its heading."
 )
+BUTTONS = {
+    "in": ("+", "Zoom in"),
+    "out": ("−", "Zoom out"),
+    "all": ("all", "Show all"),
+    "svg": ("SVG", "Save the view as SVG"),
+    "png": ("PNG", "Save the view as PNG"),
+}
+"""Text and title of each button by the end of its id."""
+NEIGHBOURS = 5
+"""Edges into and out of a node that its hover text lists."""
 
 
 @lru_cache(maxsize=1)
 def _library() -> str:
-    """plotly's script, hidden from the module loaders of notebooks, which would intercept it.
-
-    Raises:
-        ImportError: plotly is not installed.
-    """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise ImportError("Graphs need plotly: pip install 'tl_vpd[viz]'.") from error
-    code = get_plotlyjs().replace("</script", "<\\/script")
-    # The style sheet of maps, which nothing here draws, and which the pages' policy would refuse.
-    code = re.sub(r'if\(!document\.getElementById\("[0-9a-f]{64}"\)\)', "if(false)", code)
-    hidden = f"(function(define,module,exports){{{code}\n}}).call(window);"
-    draw = Path(__file__).with_name("graph.js").read_text(encoding="utf-8")
-    return f"if(!window.Plotly){{{hidden}window.Plotly=window.Plotly||window.moduleName}}{draw}"
+    """The script that draws."""
+    return Path(__file__).with_name("graph.js").read_text(encoding="utf-8")
 
 
 def graph(
     attribution: AttributionGraph,
     *,
-    nodes: int = 150,
-    edges: int = 1500,
+    nodes: int = 400,
+    edges: int = 3000,
     harvest: Harvest | None = None,
     labels: Mapping[str, Any] | None = None,
     title: str = "",
@@ -75,7 +70,6 @@ def graph(
     Raises:
         TypeError: an argument is of another type.
         ValueError: ``nodes`` or ``edges`` is below 1.
-        ImportError: plotly is not installed.
     """
     instance("attribution", attribution, AttributionGraph)
     if harvest is not None:
@@ -88,57 +82,61 @@ def graph(
     title = title or "Attribution graph of " + ", ".join(visible(t.text) for t in attribution.logits)
     data = _data(pruned, edges, harvest, labels or {})
     n_edges, all_edges = len(data["edges"]), len(attribution.weight)
-    script = for_script(data)
+    script = for_script(data, compact=True)
     id_ = f"tlvpd-graph-{hashlib.sha256(script.encode()).hexdigest()[:16]}"
     heading = (
-        f"{int(pruned.is_subcomponent.sum())} of {int(attribution.is_subcomponent.sum()):,} subcomponent nodes and "
+        f"{int(pruned.is_subcomponent.sum()):,} of {int(attribution.is_subcomponent.sum()):,} subcomponent nodes and "
         f"{n_edges:,} of {all_edges:,} edges are shown"
+    )
+    buttons = " ".join(
+        f'<button type="button" id="{id_}-{name}" title="{title_}">{text}</button>'
+        for name, (text, title_) in BUTTONS.items()
     )
     body = (
         f'<h3>{escape(title)}</h3><p class="note">{heading}</p>'
         f'<p class="note"><label>edges <input type="range" id="{id_}-weight" min="1" max="{max(n_edges, 1)}" '
         f'value="{min(n_edges, 400)}"></label> <label>search <input type="search" id="{id_}-search" size="24"></label> '
-        f'<span id="{id_}-caption"></span></p>'
-        f'<div id="{id_}"></div>'
+        f"{buttons}</p>"
+        f'<p class="note" id="{id_}-caption" aria-live="polite"></p>'
+        f'<div class="graph" id="{id_}"><pre class="tip" id="{id_}-tip" hidden></pre></div>'
     )
     call = f"tlVpdGraph({for_script(id_)}, {script})"
     return Panel(title=title, body=body, how_to_read=HOW, libraries=(_library(),), scripts=(call,))
 
 
 def _data(shown: AttributionGraph, most: int, harvest: Harvest | None, labels: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``_DRAW`` gets: positions, style and hover texts of nodes, and edges from the largest."""
+    """What ``graph.js`` gets: nodes with their places and texts, and edges from the largest."""
     x, y = _places(shown)
-    order = shown.weight.abs().argsort(descending=True, stable=True)[:most].tolist()
-    ends = zip(shown.source[order].tolist(), shown.target[order].tolist(), shown.weight[order].tolist(), strict=True)
+    order = shown.weight.abs().argsort(descending=True, stable=True)
+    ends = list(
+        zip(shown.source[order].tolist(), shown.target[order].tolist(), shown.weight[order].tolist(), strict=True)
+    )
+    edges = [[s, t, float(f"{w:.4g}")] for s, t, w in ends]
+    into: list[list[list[float]]] = [[] for _ in range(len(shown))]
+    out_of: list[list[list[float]]] = [[] for _ in range(len(shown))]
+    for s, t, w in edges:
+        if len(into[t]) < NEIGHBOURS:
+            into[t].append([s, w])
+        if len(out_of[s]) < NEIGHBOURS:
+            out_of[s].append([t, w])
     influence = shown.influence
-    size = (7 + 17 * (influence / influence.max().clamp_min(1e-12)).sqrt()).tolist()
-    fixed = ~shown.is_subcomponent
-    shades = [
-        "#dfe3ea" if f else _shade(g)
-        for f, g in zip(fixed.tolist(), shown.importance.clamp(0, 1).tolist(), strict=True)
-    ]
+    radius = (3.5 + 8.5 * (influence / influence.max().clamp_min(1e-12)).sqrt()).tolist()
+    importance = zip(shown.is_subcomponent.tolist(), shown.importance.clamp(0, 1).tolist(), strict=True)
     return {
         "x": x,
         "y": y,
-        "labels": list(shown.labels),
-        "names": _names(shown),
+        "label": [label(text) for text in shown.labels],
+        "name": _names(shown),
         "token": [visible(shown.words[pos]) for pos in shown.pos.tolist()],
-        "edges": [[s, t, float(f"{w:.4g}")] for s, t, w in ends],
-        "size": [round(s, 1) for s in size],
-        "color": shades,
+        "edges": edges[:most],
+        "radius": [round(r, 1) for r in radius],
+        "importance": [round(g, 2) if subcomponent else None for subcomponent, g in importance],
         "about": _about(shown, harvest, labels),
-        "positive": POSITIVE,
-        "negative": NEGATIVE,
-        "rows": [for_plotly(_short(_site(name))) for name in shown.names],
-        "columns": [f"{for_plotly(_short(word, 9))}<br>{i}" for i, word in enumerate(shown.words)],
-        "layout": _layout(shown),
+        "into": into,
+        "from": out_of,
+        "rows": [_short(_site(name)) for name in shown.names],
+        "columns": [_short(word, 9) for word in shown.words],
     }
-
-
-def _shade(g: float) -> str:
-    """White at importance 0, ``IMPORTANCE`` at 1."""
-    full = [int(part) for part in IMPORTANCE[4:-1].split(",")]
-    return f"rgb({', '.join(str(round(255 + (part - 255) * g)) for part in full)})"
 
 
 def _places(shown: AttributionGraph) -> tuple[list[float], list[float]]:
@@ -157,20 +155,6 @@ def _places(shown: AttributionGraph) -> tuple[list[float], list[float]]:
     return x, y
 
 
-def _layout(shown: AttributionGraph) -> dict[str, Any]:
-    axis = {"zeroline": False, "gridcolor": "#eef0f4"}
-    return {
-        "height": 120 + 46 * len(shown.names),
-        "margin": {"l": 90, "r": 10, "t": 10, "b": 60},
-        "hovermode": "closest",
-        "hoverlabel": {"align": "left", "bgcolor": "#fff", "font": {"size": 12}},
-        "plot_bgcolor": "#fff",
-        "dragmode": "pan",
-        "xaxis": {**axis, "tickangle": 0},
-        "yaxis": axis,
-    }
-
-
 def _site(name: str) -> str:
     """``1 W_Q`` for ``blocks.1.attn.W_Q``."""
     return name.replace("blocks.", "").replace(".attn.", " ").replace(".mlp.", " ")
@@ -186,7 +170,7 @@ def _names(shown: AttributionGraph) -> list[str]:
             names.append("")
         else:
             names.append(f"{_site(shown.names[kind])}:{index}")
-    return [for_plotly(name) for name in names]
+    return [label(name) for name in names]
 
 
 def _short(text: str, most: int = 24) -> str:
@@ -194,32 +178,20 @@ def _short(text: str, most: int = 24) -> str:
     return spaced(text if len(text) <= most else f"{text[: most - 2]}…")
 
 
-def _about(shown: AttributionGraph, harvest: Harvest | None, texts: Mapping[str, Any]) -> list[str]:
-    """Each node's hover text."""
-    strongest: list[tuple[list[str], list[str]]] = [([], []) for _ in range(len(shown))]
-    labels = shown.labels
-    order = shown.weight.abs().argsort(descending=True, stable=True).tolist()
-    sources, targets, weights = shown.source.tolist(), shown.target.tolist(), shown.weight.tolist()
-    for e in order:
-        into, out_of = strongest[targets[e]][0], strongest[sources[e]][1]
-        if len(into) < 5:
-            into.append(f"{number(weights[e])} ← {for_plotly(labels[sources[e]])}")
-        if len(out_of) < 5:
-            out_of.append(f"{number(weights[e])} → {for_plotly(labels[targets[e]])}")
+def _about(shown: AttributionGraph, harvest: Harvest | None, texts: Mapping[str, Any]) -> list[list[str]]:
+    """The lines of each node's hover text, above its strongest edges."""
     rows: list[dict[str, Any]] = shown.nodes().to_dict("records")  # type: ignore[assignment]
     about = []
-    for i, row in enumerate(rows):
-        lines = [for_plotly(row["node"]), f"token {for_plotly(visible(row['token']))}"]
-        if bool(shown.is_subcomponent[i]):
+    for subcomponent, row in zip(shown.is_subcomponent.tolist(), rows, strict=True):
+        lines = [label(row["node"]), f"token {visible(row['token'])}"]
+        if subcomponent:
             address = f"{row['name']}:{row['index']}"
             if address in texts:
-                lines.insert(1, for_plotly(str(texts[address])))
+                lines.insert(1, label(str(texts[address])))
             lines.append(f"activation {number(row['activation'])}, importance {number(row['importance'])}")
             if harvest is not None:
                 lines += _tokens(harvest, address)
-        lines.append(f"influence {number(row['influence'])}")
-        lines += [*strongest[i][0], *strongest[i][1]]
-        about.append("<br>".join(lines))
+        about.append([*lines, f"influence {number(row['influence'])}"])
     return about
 
 
@@ -229,5 +201,5 @@ def _tokens(harvest: Harvest, address: str) -> list[str]:
     lines = []
     for what, table in (("fires at", record.input_tokens(k=5)), ("followed by", record.output_tokens(k=5))):
         if len(table):
-            lines.append(f"{what} " + " ".join(for_plotly(visible(token)) for token in table["token"]))
+            lines.append(f"{what} " + " ".join(visible(token) for token in table["token"]))
     return lines

@@ -98,7 +98,10 @@ def _document(panels: Sequence[Panel], title: str, introduction: str) -> str:
     for i, panel in enumerate(panels):
         if panel.how_to_read not in explained:
             explained.add(panel.how_to_read)
-            sections.append(f'<div class="explanation">{_paragraphs(panel.how_to_read)}</div>')
+            sections.append(
+                '<details class="explanation"><summary>How to read this</summary>'
+                f"<div>{_paragraphs(panel.how_to_read)}</div></details>"
+            )
         sections.append(f'<section class="tlvpd" id="panel-{i}">{panel.body}</section>{_scripts(panel.scripts)}')
     libraries = list(dict.fromkeys(library for panel in panels for library in panel.libraries))
     policy = _policy([*libraries, *(code for panel in panels for code in panel.scripts)])
@@ -130,12 +133,10 @@ def _scripts(codes: Sequence[str]) -> str:
 def _policy(codes: Sequence[str]) -> str:
     """What a browser lets a page do: run these scripts and apply its style sheet, nothing else, and fetch nothing.
 
-    Text that reached the page as markup would have no effect. Images are those that a script makes to save a picture. The empty
-    style sheet is plotly's, which fills it by rules.
+    Text that reached the page as markup would have no effect. Images are those that a script makes to save a picture.
     """
     scripts = " ".join(dict.fromkeys(_hash(code) for code in codes)) or "'none'"
-    styles = f"{_hash(_PAGE_STYLE)} {_hash('')}"
-    rules = ["default-src 'none'", "img-src data: blob:", f"script-src {scripts}", f"style-src {styles}"]
+    rules = ["default-src 'none'", "img-src data:", f"script-src {scripts}", f"style-src {_hash(_PAGE_STYLE)}"]
     return "; ".join([*rules, "base-uri 'none'", "form-action 'none'"])
 
 

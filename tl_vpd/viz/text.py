@@ -9,8 +9,6 @@ writing, halves of surrogate pairs, thousands of characters.
 '&lt;b&gt;\\\\u202e'
 >>> for_script({"token": "</script>"})
 '{"token": "\\\\u003c/script\\\\u003e"}'
->>> for_plotly("<b>$x$")
-'&#60;b&#62;&#36;x&#36;'
 """
 
 from __future__ import annotations
@@ -34,11 +32,6 @@ def printable(text: str) -> str:
 def escape(text: str) -> str:
     """Text for HTML, in elements and in quoted attributes."""
     return html.escape(printable(text))
-
-
-def for_plotly(text: str) -> str:
-    """Text for plotly, which reads tags, links, entities and TeX in labels: their characters as numbered entities."""
-    return re.sub(r"[<>&\"'$]", lambda found: f"&#{ord(found[0])};", label(text))
 
 
 def for_script(value: Any, *, compact: bool = False) -> str:
