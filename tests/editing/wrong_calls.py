@@ -71,7 +71,7 @@ CALLS: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
     "penalty": (lambda p: editing.StrengthConfig(penalty=p), [None, -1, "1", float("nan")]),
     "batch_size": (lambda b: editing.StrengthConfig(batch_size=b), [0, 1.5, "2"]),
     "batch_size of training": (lambda b: editing.TrainingConfig(batch_size=b), [0, 1.5, "2"]),
-    "seed": (lambda s: editing.StrengthConfig(seed=s), [None, -1, 1.5, "2"]),
+    "seed": (lambda s: editing.StrengthConfig(seed=s), [None, 1.5, "2"]),
     "goal": (lambda g: editing.tune_strengths(vpd, model, tokens, loss, config=editing.StrengthConfig(goal=g)), ["1", [1]]),
     "examples": (lambda w: editing.train_write_direction(vpd, model, w, f"{OUT}:1"), [None, tokens, editing.Wanted(3, tokens)]),
     "probability": (lambda p: editing.TrainingConfig(probability=p), [None, 0, 1, "0.5"]),
