@@ -4,7 +4,7 @@
     python -m benchmarks.targeted_fact --runs fact fact-1 --nested nested    # into benchmarks/results/targeted.json
 
 ``real_model`` are the figures of the first run, ``real_model_seeds`` the marks of each. With ``--nested``, each fact is
-decomposed alone too, with the settings of both together and half the steps. ``real_model_agreement`` has a row for each pair:
+decomposed alone too, with the settings of both together and 80 steps. ``real_model_agreement`` has a row for each pair:
 of the first decomposition's subcomponents the mean of the largest cosine of the rank-one matrix to any of the second's at the
 same site, and the part of them above ``MATCHED``; the same for as many random directions. {a} against {b} is the null in which
 only tokens that both prompts have can agree, and the naive run one that starts elsewhere.
@@ -25,7 +25,7 @@ from tl_vpd.fact import data
 from tl_vpd.fact.settings import FACTS, config
 
 MATCHED = 0.8
-NESTED_STEPS = 110
+NESTED_STEPS = 80
 
 
 def alone(model: Any, i: int, folder: Path) -> Decomposition:

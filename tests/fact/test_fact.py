@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -171,3 +172,10 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_pat
     (tmp_path / "file").write_text("")
     result = CliRunner().invoke(app, ["fact", "--finished", "--out", str(tmp_path / "file" / "fact")])
     assert result.exit_code == 2 and "SmolLM2" not in result.output
+
+
+def test_the_documentation_has_the_shipped_figures():
+    text = (Path(__file__).parents[2] / "docs" / "targeted.md").read_text(encoding="utf8")
+    for row in data.finished_figures()["marks"]:
+        asked = row["asked"].replace(">=", "at least").replace("<=", "at most")
+        assert f"| {row['figure']} | {row['reached']:.3g} | {asked} | {row['met']} |" in text
