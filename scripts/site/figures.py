@@ -19,6 +19,7 @@ PAGES = {
     "your_own_model": "sizes",
     "released_runs": "imports",
     "auditing": "audits",
+    "comparison": "comparison",
 }
 """Pages, each with the name of its table."""
 SIZES = {
@@ -129,7 +130,9 @@ def audits() -> str:
 
 
 def comparison() -> str:
-    """VPD beside transcoders, by method and size."""
+    """VPD beside transcoders, by method and size (empty until it is measured)."""
+    if not (ROOT / "benchmarks/results/comparison.json").is_file():
+        return ""
     return markdown(comparisons.comparison(results("comparison")))
 
 

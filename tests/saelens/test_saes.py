@@ -99,7 +99,7 @@ def test_circuits_of_a_model_with_an_sae_and_a_decomposition_are_audited(sae_mod
     def metric(logits):
         return logits[:, -1, 1].mean()
 
-    whole = float(metric(sae_model(tokens)))
+    whole = metric(sae_model(tokens)).item()
     ablations = ["zero", "mean", "resample", "stochastic", "adversarial"]
     config = AuditConfig(ablations=ablations, budgets=(2,), controls=0)
     decomposition = vpd if "W_" in nodes[0] else None
@@ -109,7 +109,7 @@ def test_circuits_of_a_model_with_an_sae_and_a_decomposition_are_audited(sae_mod
     assert alone["circuit"][0] == pytest.approx(whole)
     for name in ("circuit", "complement", "nothing"):
         assert list(alone[name][1:]) == pytest.approx(list(attached[name][1:]))
-    assert float(metric(sae_model(tokens))) == whole
+    assert metric(sae_model(tokens)).item() == whole
     if decomposition is not None:  # zero: an edited model with the same SAE
         masks = {name: (torch.zeros(6).double(), 0.0) for name in vpd.sites}
         for site, c in (node.split(":") for node in nodes):
@@ -117,7 +117,7 @@ def test_circuits_of_a_model_with_an_sae_and_a_decomposition_are_audited(sae_mod
         reference = with_saes(edited(tiny_model(), vpd, masks))
         reference.add_sae(sae_on("blocks.0.hook_resid_pre"))
         row = alone[alone["ablation"] == "zero"].iloc[0]
-        assert row["circuit"] == pytest.approx(float(metric(reference(tokens))), rel=1e-10)
+        assert row["circuit"] == pytest.approx(metric(reference(tokens)).item(), rel=1e-10)
 
 
 @pytest.mark.parametrize("hook", ["blocks.0.attn.hook_z", "blocks.0.mlp.hook_post", "blocks.1.mlp.hook_pre"])
