@@ -9,6 +9,7 @@ address is judged with the label of another one, with which a judge that reads l
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from pathlib import Path
@@ -70,7 +71,7 @@ def summary(scores: dict[str, dict[str, dict[str, list[int]]]]) -> list[dict[str
                     "chance": 0.2 if test == "intruder" else 0.5,
                 }
                 figures = PerRow(values, np.ones(len(values))).columns("score", seed=0)
-                rows.append(row | {name: round(value, 3) for name, value in figures.items()})
+                rows.append(row | {n: round(x, 3) for n, x in figures.items() if math.isfinite(x)})
     return rows
 
 
