@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from tl_vpd.baselines.comparison import Comparison
 from tl_vpd.baselines.comparison.config import WAYS
@@ -28,7 +29,7 @@ INTRODUCTION = (
     "A latent and a subcomponent are not the same kind of thing: read all three axes of cost, and the bits, before you name a "
     "winner."
 )
-COLOURS = ("#7b2fb5", "#1f5fd0", "#e07b00", "#2e8b57", "#c2185b", "#00838f", "#6b7484", "#8d6e00", "#5d4037")
+COLOURS = ("#7b2fb5", "#1f5fd0", "#e07b00", "#2e8b57", "#c2185b", "#00838f", "#6b7484", "#8d6e00", "#5d4037", "#4527a0")
 PLOTS = {
     "per_module": ("active pieces per module and token", "ce_increase"),
     "per_mlp": ("active pieces per MLP output and token", "ce_increase"),
@@ -103,11 +104,11 @@ def _plot(figure: Any, methods: pd.DataFrame, colours: Mapping[str, str], x: str
         )  # fmt: skip
     at.set_xlabel(name)
     at.set_ylabel("alive pieces" if y == "alive" else "rise of the cross-entropy (nats)")
-    at.set_xscale("log")
+    _log(at)
     at.grid(alpha=0.25, linewidth=0.6)
     at.spines[["top", "right"]].set_visible(False)
     if x == next(iter(PLOTS)):
-        at.legend(fontsize=7, framealpha=0.8, edgecolor="none")
+        at.legend(loc="upper left", fontsize=7, framealpha=0.8, edgecolor="none")
 
 
 def _ways(figure: Any, methods: pd.DataFrame) -> None:
@@ -120,9 +121,19 @@ def _ways(figure: Any, methods: pd.DataFrame) -> None:
     at.set_yticks(range(len(methods)), [_name(row) for row in methods.itertuples()])
     at.invert_yaxis()
     at.set_xlabel("KL to the target (nats per token)")
-    at.set_xscale("log" if bool((methods[columns] > 0).all(axis=None)) else "linear")
+    at.margins(y=0.01)
+    if bool((methods[columns] > 0).all(axis=None)):
+        _log(at)
     at.spines[["top", "right"]].set_visible(False)
-    at.legend(fontsize=7.5, framealpha=0.8, edgecolor="none")
+    at.legend(loc="lower right", fontsize=7.5, framealpha=0.8, edgecolor="none")
+
+
+def _log(at: Any) -> None:
+    """A logarithmic axis with plain numbers: formulas are not drawn in these pictures."""
+    at.set_xscale("log")
+    at.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    at.xaxis.set_major_formatter("{x:,g}")
+    at.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _of_seeds(methods: pd.DataFrame) -> pd.DataFrame:

@@ -56,8 +56,8 @@ class Replacement(ABC):
 
     @property
     def method(self) -> str:
-        """The kind, and of transcoders what they were trained in, in words."""
-        return self.kind if self.trained_in == "unknown" else f"{self.kind}, {self.trained_in}"
+        """The artefact's method, where the user names none."""
+        return self.kind
 
     @abstractmethod
     def batch(self, rows: Rows) -> Batch:
@@ -150,6 +150,11 @@ class OfTranscoders(Replacement):
             self.always_on += 0 if transcoders[layer].W_skip is None else d_in * d_out
             self.writers[layer] = [names[source] for source in transcoders.sources(layer)]
         self.n_sources = self.axis.total
+
+    @property
+    def method(self) -> str:
+        """The kind, and what they were trained in, where it is known."""
+        return self.kind if self.trained_in == "unknown" else f"{self.kind}, {self.trained_in}"
 
     def batch(self, rows: Rows) -> Batch:
         """The target's output, and which latents are active in its own pass."""
