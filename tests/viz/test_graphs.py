@@ -9,6 +9,7 @@ import struct
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -126,6 +127,7 @@ def screen(browser: Browser, width: int, height: int = 800) -> None:
 
 STATE = """(async () => {
   await new Promise(done => setTimeout(done, 300));
+  for (let i = 0; i < 3; i++) await new Promise(requestAnimationFrame);
   const texts = [...document.querySelectorAll(".graph svg text")], svg = document.querySelector(".graph svg");
   const inside = e => { const r = e.getBoundingClientRect(); return r.top >= 0 && r.bottom <= innerHeight && r.width > 0; };
   return {texts: texts.filter(inside).map(t => t.textContent), refused, wide: document.documentElement.scrollWidth - innerWidth,
@@ -175,8 +177,11 @@ def test_a_graph_of_2000_nodes_in_30_layers_is_walked_through_by_search_and_keys
     browser.evaluate(PRESS % '"0"')
     assert browser.evaluate(STATE)["drawn"] == len(graph)
     browser.evaluate(f"history.replaceState(null, '', {json.dumps(address)}), location.reload()")
-    time.sleep(1.5)
-    assert f"traced from {label}" in browser.evaluate(STATE)["caption"]
+    end, caption = time.monotonic() + 30, ""
+    while f"traced from {label}" not in caption and time.monotonic() < end:
+        with suppress(RuntimeError):  # the page is being loaded
+            caption = browser.evaluate(STATE)["caption"]
+    assert f"traced from {label}" in caption
 
 
 def test_a_click_traces_and_hovering_tells(browser, tmp_path):

@@ -1,0 +1,58 @@
+"""Photographs pages of the bundled decomposition for the README and the gallery: ``python -m scripts.site.pictures``.
+
+Writes docs/graph.png and docs/demo.png with a headless Chromium.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+from PIL import Image, ImageChops
+
+import tl_vpd
+from tl_vpd import viz
+from tl_vpd.analysis import HarvestConfig, pick
+from tl_vpd.viz.panel import Panel
+
+DOCS = Path(__file__).parents[2] / "docs"
+PROMPT = "def area(width, height):\n    return width * "
+
+
+def pictures() -> dict[str, tuple[list[Panel], str, tuple[int, int]]]:
+    """Panels, title and size in pixels of each page, by the picture's name."""
+    model, vpd = tl_vpd.bundled.model(), tl_vpd.Decomposition.bundled()
+    graph = tl_vpd.attribution_graph(vpd, model, PROMPT)
+    harvest = tl_vpd.harvest(vpd, model, tl_vpd.bundled.tokens("validation"), config=HarvestConfig(windows=4))
+    panels = [viz.subcomponent(harvest, str(address)) for address in pick(harvest, 2)]
+    title = "A prompt through the bundled model"
+    return {
+        "graph": ([viz.graph(graph, nodes=150, title=title)], title, (1120, 760)),
+        "demo": (panels, "Two subcomponents of the bundled model", (1120, 1600)),
+    }
+
+
+def photograph(page: Path, picture: Path, size: tuple[int, int]) -> None:
+    """A page as a picture of 256 colours, without the empty space below."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    assert browser, "neither chromium nor google-chrome is installed"
+    window = f"--window-size={size[0]},{size[1]}"
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", window, f"--screenshot={picture}"]
+    subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True)
+    image = Image.open(picture).convert("RGB")
+    box = ImageChops.difference(image, Image.new("RGB", image.size, image.getpixel((0, image.height - 1)))).getbbox()
+    bottom = min(image.height, box[3] + 16) if box else image.height
+    image.crop((0, 0, image.width, bottom)).quantize(256).save(picture, optimize=True)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (panels, title, size) in pictures().items():
+            page = viz.page(panels, title, Path(folder) / f"{name}.html")
+            photograph(page, DOCS / f"{name}.png", size)
+
+
+if __name__ == "__main__":
+    main()
