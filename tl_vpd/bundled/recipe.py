@@ -6,7 +6,7 @@ from tl_vpd.importance import GammaConfig
 from tl_vpd.training import AdversaryConfig, Coefficients, MinimalityConfig, OptimizerConfig, VPDConfig
 
 CONFIG = VPDConfig(
-    steps=8_000,
+    steps=10_000,
     batch_size=8,
     seed=0,
     C={"*.W_[QK]": 128, "*.W_[VO]": 160, "*.W_in": 512, "*.W_out": 512},
@@ -14,8 +14,8 @@ CONFIG = VPDConfig(
     gamma=GammaConfig(d_ci=192, n_blocks=2, n_heads=4, output_bias=0.8),
     coefficients=Coefficients(
         delta=1e5,
-        importance=6.5e-4,
-        frequency=3.25e-4,
+        importance=5.3e-4,
+        frequency=2.65e-4,
         schedule={"importance": ((0, 0), (0.3, 1)), "frequency": ((0, 0), (0.3, 1))},
     ),
     adversary=AdversaryConfig(lr=0.02, inner_steps=1, betas=(0.01, 0.99)),
