@@ -277,8 +277,11 @@ def write_tables(page: Path, made: dict[str, str]) -> None:
     """Puts the tables into a page, each after the comment that names it."""
     text = page.read_text(encoding="utf-8")
     for title, table in made.items():
-        text = re.sub(rf"(<!-- {re.escape(title)} -->\n\n)(\|.*\n)*", lambda match: match[1] + table + "\n", text)  # noqa: B023
-    page.write_text(text, encoding="utf-8")
+        marker = f"<!-- {title} -->\n"
+        before, _, after = text.partition(marker)
+        if marker in text:
+            text = f"{before}{marker}\n{table}\n\n" + re.sub(r"^\n*(\|.*\n)*\n*", "", after)
+    page.write_text(text.rstrip() + "\n", encoding="utf-8")
 
 
 def main() -> None:
