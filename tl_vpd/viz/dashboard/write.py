@@ -171,7 +171,7 @@ def _index(
         shown = {"members": members, "density": short(component.density), "label": about}
         components.append(shown | edges.get(component.number, NO_EDGES))
     mean = harvested.mean_importance.tolist()
-    alive = sum(value > ALIVE for value in mean)
+    alive = sum((short(value) or 0.0) > ALIVE for value in mean)  # as the pages count them
     return {
         "title": label(records.config.title),
         "about": f"{len(harvested):,} subcomponents of {len(sites)} sites, {alive:,} of them important somewhere on "
