@@ -177,7 +177,8 @@ class DecomposedWeights(nn.Module):
         cache: GammaCache | None = None,
     ) -> Float[Tensor, "batch *pos C_total"]:
         """Causal importances from every site's clean input, 0 at padding; arguments as for ``pre_sigmoid``."""
-        g = lower_leaky(self.pre_sigmoid(inputs, token_mask, cache))
+        z = self.pre_sigmoid(inputs, token_mask, cache)
+        g = lower_leaky(z) if z.requires_grad else z.clamp_(0, 1)  # in place: z is large, and nobody else has it
         return g if token_mask is None else g * token_mask[:, -g.shape[1] :, None]
 
     # -- files -------------------------------------------------------------------------------------------------------
