@@ -99,7 +99,7 @@ def _plot(figure: Any, methods: pd.DataFrame, colours: Mapping[str, str], x: str
     for (method, _), group in methods.groupby(["method", "threshold"], sort=False, dropna=False):
         low, mean, high = (group[f"{y}{end}"].astype(float) for end in ("_low", "", "_high"))
         at.errorbar(
-            group[x], mean, yerr=[mean - low, high - mean], fmt="o-", color=colours[method], markersize=4, linewidth=1,
+            group[x], mean, yerr=[mean - low, high - mean], fmt="o-", color=colours[str(method)], markersize=4, linewidth=1,
             label=method if method not in at.get_legend_handles_labels()[1] else None,
         )  # fmt: skip
     at.set_xlabel(name)
@@ -139,7 +139,11 @@ def _log(at: Any) -> None:
 def _of_seeds(methods: pd.DataFrame) -> pd.DataFrame:
     """The table of methods, with ranges of the figures that seeds are compared by."""
     ranged = ("alive", "kl", "clean_input_kl", "single_layer_kl")
-    names = [name for name in methods if not name.endswith(("_low", "_high")) or name.startswith(("pgd_", *ranged))]
+    names = [
+        name
+        for name in methods.columns.astype(str)
+        if not name.endswith(("_low", "_high")) or name.startswith(("pgd_", *ranged))
+    ]
     return with_ranges(methods[names]).rename(columns=lambda name: name.replace(" 95%", " range"))
 
 
@@ -152,5 +156,9 @@ def _shown(df: pd.DataFrame) -> pd.DataFrame:
     """The table with a dash for what is not defined, and without columns that are not defined anywhere."""
     df = df.dropna(axis=1, how="all")
     return df.assign(
-        **{name: df[name].astype(object).where(df[name].notna(), "–") for name in df if df[name].isna().any()}
+        **{
+            name: df[name].astype(object).where(df[name].notna(), "–")
+            for name in df.columns.astype(str)
+            if df[name].isna().any()
+        }
     )

@@ -42,7 +42,10 @@ def by_method(
         artefacts: by name.
         seed: of the random directions.
     """
-    spread = [*SPREAD, *(c for c in summary if c.startswith("pgd_") and c.rpartition("_")[2].isdigit())]
+    spread = [
+        *SPREAD,
+        *(c for c in summary.columns.astype(str) if c.startswith("pgd_") and c.rpartition("_")[2].isdigit()),
+    ]
     rows = []
     for (method, threshold, built), group in summary.groupby(["method", "threshold", "built"], dropna=False):
         row: dict[str, Any] = {"method": method, "threshold": threshold, "built": built, "artefacts": len(group)}
