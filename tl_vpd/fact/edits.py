@@ -105,7 +105,11 @@ def erasing(decomposition: Decomposition, model: nn.Module, facts: Facts, table:
 
 
 def swapping(
-    decomposition: Decomposition, model: nn.Module, facts: Facts, table: pd.DataFrame, rows: Int[Tensor, "other other_pos"]
+    decomposition: Decomposition,
+    model: nn.Module,
+    facts: Facts,
+    table: pd.DataFrame,
+    rows: Int[Tensor, "other other_pos"],
 ) -> Edit:
     """Exchanges the write directions of one subcomponent of each fact, at the site where that rewires both (the other answer is
     likelier than not) and changes other text least; at the best of them where none does.
