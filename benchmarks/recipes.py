@@ -27,7 +27,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from benchmarks import harness
-from scripts.bundled.page import fill, markdown
+from scripts.site.tables import fill, markdown
 from tl_vpd import bundled
 from tl_vpd.bundled.recipe import CONFIG
 from tl_vpd.evaluation import EvaluationConfig, evaluate

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import harness
-from scripts.bundled.page import fill, markdown
+from scripts.site.tables import fill, markdown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import EvaluationConfig, evaluate, redundancy
 from tl_vpd.importance import GammaConfig

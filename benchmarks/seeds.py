@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.recipes import config_of, rows_of
-from scripts.bundled.page import fill, markdown
+from scripts.site.tables import fill, markdown
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
 from tl_vpd.decomposition import Decomposition

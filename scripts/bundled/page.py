@@ -6,26 +6,18 @@ A table stands between ``<!-- name -->`` and ``<!-- end -->``; a test compares t
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
+from scripts.site.tables import fill, markdown
 from tl_vpd import bundled
 from tl_vpd.evaluation import Evaluation
 
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "bundled.md", ROOT / "benchmarks" / "results"
-BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
-    """A table of texts."""
-    columns = list(rows[0])
-    lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -158,16 +150,6 @@ def sites(report: Evaluation) -> str:
 TABLES: dict[str, Callable[[Evaluation], str]] = {
     function.__name__: function for function in (model, modes, counts, attacks, ladder, controls, sites)
 }
-
-
-def filled(page: str, table: Callable[[str], str]) -> str:
-    """A page with each table made anew from its name."""
-    return BLOCK.sub(lambda match: match[1] + table(match[2]) + match[3], page)
-
-
-def fill(page: Path, table: Callable[[str], str]) -> None:
-    """Writes the tables of a page anew."""
-    page.write_text(filled(page.read_text(encoding="utf-8"), table), encoding="utf-8")
 
 
 def of_report(report: Evaluation) -> Callable[[str], str]:
