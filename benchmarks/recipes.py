@@ -46,7 +46,6 @@ CHOICES: dict[str, dict[str, Any]] = {
     "muon": {"optimizer": {"kind": "muon"}},
     "bidirectional": {"gamma": {"causal": False}},
     "locality": {"coefficients": {"locality": 3e-5}},
-    "merged 0.9": {"merged": 0.9},
     "late adversary": {"adversary": {"start": 0.2}},
     "residual": {"gamma": {"reads": "residual"}},
     "pool of 4": {"adversary": {"pool": 4}},
