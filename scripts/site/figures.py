@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 from scripts.site import comparisons
 from scripts.site.tables import fill, markdown
 
@@ -20,6 +22,8 @@ PAGES = {
     "released_runs": "imports",
     "auditing": "audits",
     "comparison": "comparison",
+    "components": "clustering",
+    "labels": "labels",
 }
 """Pages, each with the name of its table."""
 SIZES = {
@@ -136,7 +140,34 @@ def comparison() -> str:
     return markdown(comparisons.comparison(results("comparison")))
 
 
-TABLES = {function.__name__: function for function in (graph_cost, circuits, sizes, imports, audits, comparison)}
+def clustering() -> str:
+    """Components of the bundled decomposition by α."""
+    return markdown(
+        [
+            {
+                "α": f"{row['alpha']:g}",
+                "components": f"{row['components']:,.0f}",
+                "of several members": f"{row['of_several']:,.0f}",
+                "of several, null": f"{row['null_of_several']:,}",
+                "distance of seeds, bits": f"{row['distance']:.2f}",
+            }
+            for row in results("clustering")["bundled"]
+        ]
+    )
+
+
+def labels() -> str:
+    """Means over sites of the offline judge's scores, beside chance and the nulls."""
+    rows = pd.DataFrame(results("labels")["by_site"])
+    columns = ["chance", "score", "untrained", "random directions", "shuffled"]
+    means = rows.groupby("test", sort=False)[columns].mean().rename(columns={"score": "bundled"})
+    return markdown([{"test": str(test), **{c: f"{x:.2f}" for c, x in row.items()}} for test, row in means.iterrows()])
+
+
+TABLES = {
+    function.__name__: function
+    for function in (graph_cost, circuits, sizes, imports, audits, comparison, clustering, labels)
+}
 
 
 def table(name: str) -> str:

@@ -14,7 +14,7 @@ from PIL import Image, ImageChops
 
 import tl_vpd
 from tl_vpd import viz
-from tl_vpd.analysis import HarvestConfig, pick
+from tl_vpd.analysis import Harvest, HarvestConfig, pick
 from tl_vpd.viz.panel import Panel
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -26,7 +26,7 @@ def pictures() -> dict[str, tuple[list[Panel], str, tuple[int, int]]]:
     model, vpd = tl_vpd.bundled.model(), tl_vpd.Decomposition.bundled()
     graph = tl_vpd.attribution_graph(vpd, model, PROMPT)
     harvest = tl_vpd.harvest(vpd, model, tl_vpd.bundled.tokens("validation"), config=HarvestConfig(windows=4))
-    panels = [viz.subcomponent(harvest, str(address)) for address in pick(harvest, 2)]
+    panels = [viz.subcomponent(harvest, address) for address in concentrated(harvest, 2)]
     title = "A prompt through the bundled model"
     return {
         "graph": ([viz.graph(graph, nodes=150, title=title)], title, (1120, 760)),
@@ -34,13 +34,30 @@ def pictures() -> dict[str, tuple[list[Panel], str, tuple[int, int]]]:
     }
 
 
+def concentrated(harvest: Harvest, n: int) -> list[str]:
+    """Addresses of a sample of subcomponents: those whose firings are most at one token, each another word."""
+    words: dict[str, tuple[float, str]] = {}
+    for address in pick(harvest, 100, min_firings=60, max_density=0.03):
+        token, recall = harvest[address].input_tokens()[["token", "recall"]].iloc[0]
+        if token.strip().isalpha():
+            words[token] = max(words.get(token, (0.0, "")), (float(recall), str(address)))
+    return [address for _, address in sorted(words.values(), reverse=True)[:n]]
+
+
 def photograph(page: Path, picture: Path, size: tuple[int, int]) -> None:
     """A page as a picture of 256 colours, without the empty space below."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     assert browser, "neither chromium nor google-chrome is installed"
     window = f"--window-size={size[0]},{size[1]}"
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", window, f"--screenshot={picture}"]
-    subprocess.run([browser, *flags, page.as_uri()], check=True, capture_output=True)
+    flags = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--virtual-time-budget=15000",
+        window,
+    ]
+    subprocess.run([browser, *flags, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True)
     image = Image.open(picture).convert("RGB")
     box = ImageChops.difference(image, Image.new("RGB", image.size, image.getpixel((0, image.height - 1)))).getbbox()
     bottom = min(image.height, box[3] + 16) if box else image.height
