@@ -24,6 +24,7 @@ PAGES = {
     "comparison": "comparison",
     "components": "clustering",
     "labels": "labels",
+    "hooks": "generation",
 }
 """Pages, each with the name of its table."""
 SIZES = {
@@ -164,9 +165,15 @@ def labels() -> str:
     return markdown([{"test": str(test), **{c: f"{x:.2f}" for c, x in row.items()}} for test, row in means.iterrows()])
 
 
+def generation() -> str:
+    """Tokens per second of generation, by mode, prefix and cache."""
+    rates = {mode: rates for mode, rates in results("generation").items() if mode != "settings"}
+    return markdown([{"masks": mode, **{c: f"{x:,.0f}" for c, x in rates[mode].items()}} for mode in rates])
+
+
 TABLES = {
     function.__name__: function
-    for function in (graph_cost, circuits, sizes, imports, audits, comparison, clustering, labels)
+    for function in (graph_cost, circuits, sizes, imports, audits, comparison, clustering, labels, generation)
 }
 
 
