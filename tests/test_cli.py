@@ -67,7 +67,7 @@ def test_train_then_eval(tmp_path: Path):
         ({"vpd": "{C: 0}"}, "at least one subcomponent"),
         ({"vpd": "{sites: [blocks.7.*]}"}, "No site matches 'blocks.7.*'"),
         ({"data": "{tokens: nowhere/*.txt}"}, "No file matches"),
-        ({"data": "{key: test}"}, "'training' and 'validation'"),
+        ({"data": "{key: test}"}, "choose from 'training', 'validation'"),
         ({"modle": "{}"}, "modle"),
         ({"saving": "{log_every: 5}"}, "saving.folder is missing"),
         ({"execution": "{micro_batches: 2}"}, "ExecutionConfig has no 'micro_batches' (did you mean 'micro_batch'?)"),

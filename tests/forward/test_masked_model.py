@@ -38,20 +38,6 @@ def test_the_clean_pass_is_the_targets_without_transient_hooks_and_with_permanen
     assert {n: x.shape for n, x in inputs.items()} == {n: (2, 7, s.d_in) for n, s in vpd.sites.items()}
 
 
-def test_inputs_are_those_of_the_clean_pass_and_no_logits_are_computed(model, vpd, tokens):
-    made = []
-    with MaskedModel(vpd, model) as masked_model:
-        expected = masked_model.clean(tokens)[1]
-        handle = model.ln_final.register_forward_hook(lambda *_: made.append("residual"))
-        inputs = masked_model.inputs(tokens)
-        handle.remove()
-        assert list(inputs) == list(expected) and all(torch.equal(inputs[name], x) for name, x in expected.items())
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(type(model.unembed), "forward", lambda *_: made.append("logits"))
-            masked_model.inputs(tokens)
-    assert made == ["residual"]
-
-
 def test_it_is_clean_inside_masked_contexts_and_from_inside_a_hook(model, vpd, tokens):
     expected = vpd.causal_importances(model, tokens).concatenated
     results = []

@@ -77,7 +77,7 @@ def test_a_merged_step_attacks_even_rows_and_draws_the_others():
         masked = masked_model.masked
 
         def recorded(tokens, masks, token_mask=None, **how):
-            engine.append((tokens, {n: masks.mask(n)[0].detach().clone() for n in masks.site_axis.names}, how))
+            engine.append((tokens, {n: masks.mask(n)[0].detach().clone() for n in vpd.site_axis.names}, how))
             return masked(tokens, masks, token_mask, **how)
 
         masked_model.masked = recorded

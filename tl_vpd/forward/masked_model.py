@@ -99,10 +99,8 @@ class MaskedModel:
     def inputs(
         self, tokens: Shaped[Tensor, "batch ..."], token_mask: Bool[Tensor, "batch pos"] | None = None
     ) -> dict[str, Float[Tensor, "batch ..."]]:
-        """Every site's input, as ``clean`` gives it, without computing logits where they are a product that stands alone."""
-        logits = nullcontext() if self.adapter.unembedding() is None else self.adapter.unembedding_left_out()
-        with logits:
-            return self.clean(tokens, token_mask)[1]
+        """Every site's input, as ``clean`` gives it."""
+        return self.clean(tokens, token_mask)[1]
 
     def clean_prompts(
         self, prompts: Any, attention_mask: Tensor | None = None

@@ -63,7 +63,6 @@ def adversarial_masks(
         tokens = adapter.tokens(prompts)
         token_mask = adapter.padding(tokens, attention_mask)
         logits, inputs = masked_model.clean(tokens, token_mask)
-        start = masked_model.late_start(tokens, token_mask)
         with torch.no_grad():
             if indices is None:
                 g = decomposition.importances(inputs, token_mask)
@@ -78,8 +77,7 @@ def adversarial_masks(
             return masks.only(names).at_tokens(token_mask)
 
         def loss(masks: Masks) -> Tensor:
-            masked = masked_model.masked(tokens, at_names(masks), token_mask, start=start, constant_weights=True)
-            return distance(masked)
+            return distance(masked_model.masked(tokens, at_names(masks), token_mask, constant_weights=True))
 
         generator = None if attack.seed is None else torch.Generator(g.device).manual_seed(attack.seed)
         masks = attacked_masks(g, site_axis, loss, steps=attack.steps, step_size=attack.step_size, generator=generator)

@@ -12,8 +12,9 @@ at s_ij tokens, changes it by
 In each round all pairs are ranked by that change, and the pair of rank n is merged with probability ∝ e^(−0.2 n), until one
 group is left.
 
+    >>> from scipy.sparse import csc_matrix
     >>> important = np.array([[1, 1, 0], [1, 1, 0], [0, 0, 1], [0, 0, 1]], dtype=bool)      # token × subcomponent
-    >>> history = merge(scipy.sparse.csc_matrix(important), alpha=0.1, greed=50.0)
+    >>> history = merge(csc_matrix(important), alpha=0.1, greed=50.0)
     >>> history.partition(1).tolist()                                                      # after one merge
     [0, 0, 1]
 
