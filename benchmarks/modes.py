@@ -6,7 +6,7 @@ The model is a random HookedTransformer of GPT-2 small's shape, the prompt 1 × 
 and Γ. Medians of the processor's seconds, which other work on the machine changes little:
 
 ``model``, ``gamma``, ``products``   the plain model, Γ, and ``(x @ V) @ U`` of every site
-``rounded``                          ``masked("rounded")``: also the clean pass that Γ reads, without its logits (``inputs``)
+``rounded``                          ``masked("rounded")``: also the clean pass that Γ reads (``inputs``)
 ``masks``                            every site under masks that are there already
 ``importances``                      ``causal_importances``: clean pass and Γ
 ``attach_first``, ``attach``         attaching, when the model's weights are new and when they are known

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cached_property
-
 from jaxtyping import Float
 from torch import Tensor
 
@@ -42,16 +40,23 @@ class SiteProduct:
         self.name, self.adapter, self.V, self.U = name, adapter, V, U
         self.layout: Layout = adapter.layout(name)
         self.model_x, self.model_y = x, y
+        self._x: Tensor | None = None
+        self._y: Tensor | None = None
 
-    @cached_property
+    # Not functools.cached_property: its lock breaks the graphs of compiled models.
+    @property
     def x(self) -> Float[Tensor, "*batch d_x"]:
         """The input in the layout of the pass."""
-        return self.layout.aligned(self.model_x, has_heads=self.layout.x_has_heads)
+        if self._x is None:
+            self._x = self.layout.aligned(self.model_x, has_heads=self.layout.x_has_heads)
+        return self._x
 
-    @cached_property
+    @property
     def y(self) -> Float[Tensor, "*batch d_y"]:
         """The output that the model computed, in the layout of the pass."""
-        return self.layout.aligned(self.model_y, has_heads=self.layout.y_has_heads)
+        if self._y is None:
+            self._y = self.layout.aligned(self.model_y, has_heads=self.layout.y_has_heads)
+        return self._y
 
     @property
     def bias(self) -> Float[Tensor, " d_out"] | None:
