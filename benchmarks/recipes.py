@@ -8,8 +8,8 @@ The base is the recipe of the bundled decomposition, applied to block 1 with row
 is short; ``--whole`` decomposes both blocks with the recipe's Γ on rows of 128. Every run has one thread and the same processor
 seconds: a choice's steps are timed first, which sets their number, so that schedules end when the time does. Measured on 32
 validation rows: L0 per token, KL of stochastic and rounded masks, of 20 steps of the fresh adversary (8 rows), and the KL of
-rounded masks at the thresholds that leave the base's L0 (its mean over seeds), which compares runs of unequal L0. Runs in the
-file are kept, so a stopped command goes on; ``--until`` ends it after so many seconds.
+rounded masks at the thresholds that leave the smallest run's L0, which compares runs of unequal L0. Runs in the file are kept, so a
+stopped command goes on; ``--until`` ends it after so many seconds.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ COLUMNS = {
     "stochastic": "KL, stochastic",
     "rounded": "rounded",
     "pgd_20": "PGD-20",
-    "at_l0": "rounded at the base's L0",
+    "at_l0": "rounded at equal L0",
 }
 
 
@@ -119,7 +119,7 @@ def kl_at(sweep: list[list[float]], l0: float) -> float:
 def table(record: dict[str, Any]) -> str:
     """The file's runs in Markdown: means over seeds with the smallest and the largest."""
     runs = {name: list(entry["seeds"].values()) for name, entry in record["choices"].items() if entry["seeds"]}
-    l0 = statistics.mean(run["l0"] for run in runs["base"])
+    l0 = min(run["l0"] for of_seeds in runs.values() for run in of_seeds)
     rows = []
     for name, of_seeds in runs.items():
         values: dict[str, list[float]] = {key: [run[key] for run in of_seeds] for key in COLUMNS if key != "at_l0"}
