@@ -18,6 +18,7 @@ from tl_vpd.toys.compressed import Compressed
 from tl_vpd.toys.features import SparseFeatures
 from tl_vpd.toys.induction import Repeated, mechanism
 from tl_vpd.toys.tms import TMS
+from tl_vpd.toys.toy import train
 
 CONFIG = ClusterConfig(alpha=3.0, greed=60.0)
 
@@ -57,6 +58,17 @@ def test_features_of_compressed_computation_across_layers():
     sites = {f"layers.{i}.W_in": truth.sites[f"layers.{i}.W_in"].pattern[:, :12] for i in range(2)}
     clustering = clustered(patterns({n: (on.float() @ p.float()) > 0 for n, p in sites.items()}), CONFIG)
     assert variation_of_information(clustering.partition, [*range(12), *range(12)]) == 0
+
+
+def test_w_out_of_compressed_computation_is_one_piece():
+    toy = Compressed(n_features=30, d_resid=60, neurons=15, probability=1 / 60, vectors=32)
+    model, x = train(toy, steps=200), toy.batches(64, seed=5).at(0)
+    _, cache = model.run_with_cache(x)
+    needed = {"layers.0.W_in": x != 0, "layers.0.W_out": cache["layers.0.hook_post"] > 0}
+    made = patterns(needed)
+    assert variation_of_information(clustered(made, CONFIG).partition, [*range(30), *[30] * 15]) == 0
+    # Each neuron is on for about half of the features; if they were on as often at random, each would be alone.
+    assert len(set(clustered(made.shuffled(), CONFIG).partition[30:].tolist())) == 15
 
 
 def test_induction_needs_a_lag():
