@@ -4,12 +4,12 @@
     python -m benchmarks.recipes --choices base muon --seconds 600
     python -m benchmarks.recipes --page                                # only the table, from the file
 
-The base is the recipe of the bundled decomposition, applied to block 1 with rows of 64 tokens and a Γ of one block, so that a run
-is short; ``--whole`` decomposes both blocks with the recipe's Γ on rows of 128. Every run has one thread and the same processor
-seconds: a choice's steps are timed first, which sets their number, so that schedules end when the time does. Measured on 32
-validation rows: L0 per token, KL of stochastic and rounded masks, of 20 steps of the fresh adversary (8 rows), and the KL of
-rounded masks at the thresholds that leave the smallest run's L0, which compares runs of unequal L0. Runs in the file are kept, so a
-stopped command goes on; ``--until`` ends it after so many seconds.
+The base is the recipe of the bundled decomposition, applied to block 1 with rows of 64 tokens and a Γ of one block, so that a
+run is short; ``--whole`` decomposes both blocks with the recipe's Γ on rows of 128. Every run has one thread and the same
+processor seconds: a choice's steps are timed first, which sets their number, so that schedules end when the time does.
+Measured on 32 validation rows: L0 per token, KL of stochastic and rounded masks, of 20 steps of the fresh adversary (8 rows),
+and the KL of rounded masks at the thresholds that leave the smallest run's L0, which compares runs of unequal L0. Runs in the
+file are kept, so a stopped command goes on; ``--until`` ends it after so many seconds.
 """
 
 from __future__ import annotations
