@@ -18,6 +18,8 @@ from tl_vpd.evaluation import Evaluation
 
 ROOT = Path(__file__).parents[2]
 PAGE, RESULTS = ROOT / "docs" / "bundled.md", ROOT / "benchmarks" / "results"
+NOT_MEASURED = "Not measured yet on the decomposition that ships.\n"
+OTHER_TEXT = {"scrambled": "the same, scrambled", "docs": "English prose (this documentation)"}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -102,7 +104,7 @@ def ladder(_: Evaluation) -> str:
     """Attacks of ``python -m benchmarks.attacks``, where they are of the decomposition that ships."""
     record = _json(RESULTS / "attacks.json") if (RESULTS / "attacks.json").is_file() else {}
     if record.get("settings", {}).get("decomposition") != decomposition_id():
-        return "Not measured yet on the decomposition that ships.\n"
+        return NOT_MEASURED
     rows = [
         {
             "adversary": attack["adversary"],
@@ -114,6 +116,72 @@ def ladder(_: Evaluation) -> str:
         for attack in record["attacks"].values()
     ]
     return markdown(rows) + f"\nAblating everything costs {record['zero']:.2f} nats on these rows.\n"
+
+
+def full(report: Evaluation) -> Evaluation | None:
+    """What ``tl-vpd eval bundled`` has written; None where it is of another decomposition than the one that ships."""
+    path = RESULTS / "report.json"
+    found = Evaluation.load(path) if path.is_file() else None
+    return found if found is not None and found.record["l0"] == report.record["l0"] else None
+
+
+def unions(report: Evaluation) -> str:
+    """The union test."""
+    if (found := full(report)) is None:
+        return NOT_MEASURED
+    rows = []
+    for _, row in found.to_pandas("union_test").query("pieces == 'learned'").iterrows():
+        rows.append(
+            {
+                "union over": f"{row['inputs']} inputs",
+                "each input's set": _range(row, "kl_alone"),
+                "their union": _range(row, "kl_union"),
+                "added, paired": _range(row, "added"),
+                "worse at": f"{row['worse']:.0%} of rows",
+                "with random alive ones": f"{row['kl_random_partner']:.3f}",
+            }
+        )
+    return markdown(rows)
+
+
+def data(report: Evaluation) -> str:
+    """Other text than it was trained on."""
+    if (found := full(report)) is None:
+        return NOT_MEASURED
+    return markdown(
+        [
+            {
+                "data": OTHER_TEXT.get(row["data"], row["data"]),
+                "target CE": f"{row['target_ce']:.3f}",
+                "L0": f"{row['l0']:.0f}",
+                "rounded KL": _range(row, "rounded"),
+                "share of zero": f"{row['share_of_zero']:.1%}",
+                "union of pairs": f"{row['kl_union']:.3f}",
+                "PGD-20": f"{row['pgd_kl']:.2f}",
+                "random, rounded": f"{row['random']:.2f}",
+            }
+            for _, row in found.to_pandas("off_distribution").iterrows()
+        ]
+    )
+
+
+def transfer(report: Evaluation) -> str:
+    """Masks with errors propagating, on clean inputs and at single sites, and what is unexplained after each block."""
+    if (found := full(report)) is None:
+        return NOT_MEASURED
+    learned = found.to_pandas("mask_transfer").query("pieces == 'learned'").set_index("replaced")
+    single = learned[learned.index.str.startswith("single-site, blocks")]
+    named = {"error-propagating": "all sites, errors propagate", "clean-input": "all sites, each on clean inputs"}
+    rows = [{"masked": text, "KL": _range(learned.loc[name], "kl")} for name, text in named.items()]
+    rows.append({"masked": "one site, mean", "KL": _range(learned.loc["single-site, mean"], "kl")})
+    for which, name in (("least", single["kl"].idxmin()), ("most", single["kl"].idxmax())):
+        text = f"one site, the {which}: `{name.removeprefix('single-site, ')}`"
+        rows.append({"masked": text, "KL": _range(single.loc[name], "kl")})
+    return markdown(rows)
+
+
+def _range(row: Any, name: str) -> str:
+    return f"{row[name]:.3f} ({row[f'{name}_low']:.3f} to {row[f'{name}_high']:.3f})"
 
 
 def controls(report: Evaluation) -> str:
@@ -148,7 +216,8 @@ def sites(report: Evaluation) -> str:
 
 
 TABLES: dict[str, Callable[[Evaluation], str]] = {
-    function.__name__: function for function in (model, modes, counts, attacks, ladder, controls, sites)
+    function.__name__: function
+    for function in (model, modes, counts, attacks, ladder, unions, data, transfer, controls, sites)
 }
 
 
