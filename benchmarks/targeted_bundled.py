@@ -1,13 +1,16 @@
-"""Targets in the bundled model: closing a bracket after four prompts, and prose against code.
+"""Targets in the bundled model: closing a bracket after four prompts, and a topic, tables of characters.
 
-    python -m benchmarks.targeted_bundled                 # into benchmarks/results/targeted.json; some minutes of one core
+    python -m benchmarks.targeted_bundled                 # benchmarks/results/targeted.json; 12 minutes of one core
+    python -m benchmarks.targeted_bundled --cases tables --work build/tables    # an interrupted run goes on
 
 ``bracket``: the probability of ``)`` in the model, under rounded masks with Δ off, and with the target's subcomponents ablated
 from the full model, beside what that ablation costs on other code; targeted, and naive (the target alone, from the same start).
 
-``prose``: the target are windows of the standard library that are English (docstrings, comments, licences), the rest are windows
-dense with code. On windows of other files: KL under rounded masks with Δ off (the subcomponents alone), and KL of the full
-model without the subcomponents that are important on prose and rare in code, beside as many random others.
+``tables``: the target are windows of the standard library's tables of characters (``0x1A -> CONTROL CHARACTER``), the rest are
+windows with no such number. Held out are table windows that share no run of ``RUN`` tokens with the target's, and windows
+of other files. On these: KL under rounded masks with Δ off (the subcomponents alone), and KL of the full model without the
+subcomponents that are rare elsewhere, beside as many random others. Rare is what is important ``TIMES`` times as often per token
+on the target as on one half of the other files; KL is measured on the other half.
 """
 
 from __future__ import annotations
@@ -16,25 +19,28 @@ import re
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks import harness
-from tl_vpd import Decomposition, TargetedConfig, bundled, decompose_targeted
+from tl_vpd import Decomposition, SavingConfig, TargetedConfig, bundled, decompose_targeted
 from tl_vpd.evaluation import nontarget
 from tl_vpd.forward import MaskedModel
 from tl_vpd.masking import Masks, constant_masks
 
 PROMPTS = ["print(len(self.name", "return str(self.value", "if isinstance(x, int", "raise ValueError(name"]
 NAIVE: dict[str, Any] = {"nontarget": 0.0, "nontarget_importance": 0.0}
-SYMBOLS = re.compile(r"[()=_:\[\]\"'{}]")
-PROSE, CODE = 0.03, 0.08
-"""Windows with fewer such characters than the first are prose, with more than the second code."""
+NUMBER = re.compile(r"\\x|0x|\\u")
+TABLE = 4
+"""Windows with so many such numbers are tables; those with none are other text."""
 LENGTH = 64
-RARE, COMMON = 0.01, 0.05
-"""A subcomponent is rare in code below the first part of tokens, and common in prose above the second."""
+HELD_OUT, RUN = 105, 16
+TIMES, COMMON = 10.0, 0.01
+"""A subcomponent is the topic's and rare elsewhere where it is important at more than the second part of the topic's tokens, and
+at the first times as many as of other text."""
 
 
 def bracket_config(*, steps: int = 600, naive: bool = False) -> TargetedConfig:
@@ -52,22 +58,23 @@ def bracket_config(*, steps: int = 600, naive: bool = False) -> TargetedConfig:
     )
 
 
-def prose_config(*, steps: int = 500) -> TargetedConfig:
-    """Settings of prose against code."""
+def tables_config(*, steps: int = 3_000) -> TargetedConfig:
+    """Settings of the tables."""
     return TargetedConfig(
         steps=steps,
         batch_size=4,
-        C=64,
-        gamma={"kind": "global_mlp", "hidden": 128, "output_bias": 1.0},
-        coefficients={"importance": 1.5e-2},
+        C=48,
+        init="target",
+        gamma={"d_ci": 96, "n_blocks": 1, "output_bias": 1.0},
+        coefficients={"importance": 4e-3},
         adversary={"start": 0.2, "inner_steps": 1},
         minimality={"p": ((0.1, 2.0), (1.0, 0.5))},
-        optimizer={"lr": 2e-3, "clip": None},
+        optimizer={"lr": 5e-4, "gamma_lr": 1e-3, "clip": None},
     )
 
 
 @torch.no_grad()
-def bracket(model: Any, *, naive: bool, steps: int | None) -> dict[str, Any]:
+def bracket(model: Any, *, naive: bool, steps: int | None, work: Path | None) -> dict[str, Any]:
     """The figures of the bracket."""
     rows, other = bundled.tokens("training")[:, :32], {"code": bundled.tokens("validation")[:16]}
     config = bracket_config(naive=naive, **({} if steps is None else {"steps": steps}))
@@ -96,41 +103,62 @@ def bracket(model: Any, *, naive: bool, steps: int | None) -> dict[str, Any]:
     }
 
 
-def windows(model: Any, part: Any) -> dict[str, Tensor]:
-    """Windows of prose and of code."""
-    rows = bundled.tokens(part)[:, :LENGTH]
-    texts = [model.tokenizer.decode(row[1:].tolist()) for row in rows]
-    symbols = torch.tensor([len(SYMBOLS.findall(text)) / max(len(text), 1) for text in texts])
-    return {"prose": rows[symbols < PROSE], "code": rows[symbols > CODE]}
+def windows(model: Any) -> dict[str, Tensor]:
+    """Windows by kind: the ``target``, the ``nontarget`` data, held-out ``tables``, and two halves of ``other`` text."""
+
+    def of(part: Any) -> tuple[Tensor, Tensor]:
+        rows = bundled.tokens(part)
+        rows = torch.cat([rows[:, :LENGTH], torch.cat([rows[:, :1], rows[:, LENGTH : 2 * LENGTH - 1]], 1)])
+        numbers = torch.tensor([len(NUMBER.findall(model.tokenizer.decode(row[1:].tolist()))) for row in rows])
+        return rows[numbers >= TABLE], rows[numbers == 0]
+
+    (tables, nontarget), (_, other) = of("training"), of("validation")
+    order, half = torch.randperm(len(tables), generator=torch.Generator().manual_seed(0)), len(other) // 2
+    target, held_out = tables[order[HELD_OUT:]], tables[order[:HELD_OUT]]
+    known = {run for row in target for run in _runs(row)}
+    new = torch.tensor([known.isdisjoint(_runs(row)) for row in held_out])
+    return {
+        "target": target,
+        "nontarget": nontarget,
+        "tables": held_out[new],
+        "other, to select": other[::2][:half],
+        "other": other[1::2][:half],
+    }
+
+
+def _runs(row: Tensor) -> set[tuple[int, ...]]:
+    return {tuple(row[i : i + RUN].tolist()) for i in range(1, LENGTH - RUN + 1)}
 
 
 @torch.no_grad()
-def prose(model: Any, *, steps: int | None) -> dict[str, Any]:
-    """The figures of prose against code."""
-    training, other = windows(model, "training"), windows(model, "validation")
-    config = prose_config(**({} if steps is None else {"steps": steps}))
+def tables(model: Any, *, steps: int | None, work: Path | None) -> dict[str, Any]:
+    """The figures of the tables."""
+    rows, config = windows(model), tables_config(**({} if steps is None else {"steps": steps}))
+    saving = None if work is None else SavingConfig(folder=work, save_every=100)
+    resume = work is not None and (work / "state").is_dir()
     with torch.enable_grad():
-        run = decompose_targeted(model, training["prose"], training["code"], config, progress=False)
+        run = decompose_targeted(
+            model, rows["target"], rows["nontarget"], config, saving=saving, resume=resume, progress=False
+        )
     vpd = run.decomposition
     density = {
-        kind: vpd.causal_importances(model, rows).concatenated.gt(0).float().mean((0, 1))
-        for kind, rows in training.items()
+        kind: vpd.causal_importances(model, rows[kind]).concatenated.gt(0).float().mean((0, 1))
+        for kind in ("target", "tables", "other, to select", "other")
     }
-    special = (density["prose"] > COMMON) & (density["code"] < RARE)
-    alive = density["prose"] > 0
-    others = (alive & ~special).nonzero()[:, 0]
+    often, elsewhere = density["target"], density["other, to select"]
+    rare = (often > COMMON) & (often > TIMES * elsewhere)
+    others = ((often > 0) & ~rare).nonzero()[:, 0]
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))
-    random = torch.zeros_like(special).index_fill(0, others[order[: int(special.sum())]], True)
-    kl = {kind: _kl(vpd, model, rows, {"special": special, "random": random}) for kind, rows in other.items()}
+    random = torch.zeros_like(rare).index_fill(0, others[order[: int(rare.sum())]], True)
+    sets = {"rare elsewhere": rare, "random others": random, "the others": (often > 0) & ~rare}
     return {
-        "windows": {
-            "training": {k: len(rows) for k, rows in training.items()},
-            "other": {k: len(v) for k, v in other.items()},
-        },
-        "alive": int(alive.sum()),
-        "special": int(special.sum()),
+        "windows": {kind: len(of_kind) for kind, of_kind in rows.items()},
+        "steps": config.steps,
+        "alive": int((often > 0).sum()),
+        "sets": {name: int(members.sum()) for name, members in sets.items()},
         "l0": {kind: float(d.sum()) for kind, d in density.items()},
-        "kl": kl,
+        "l0_rare": {kind: float(d[rare].sum()) for kind, d in density.items()},
+        "kl": {kind: _kl(vpd, model, rows[kind], sets) for kind in ("tables", "other")},
     }
 
 
@@ -157,20 +185,21 @@ def main() -> None:
     """The command."""
     parser = harness.parser("targeted", __doc__)
     parser.add_argument(
-        "--cases", nargs="+", default=["bracket", "prose"], choices=["bracket", "prose"], help="which cases"
+        "--cases", nargs="+", default=["bracket", "tables"], choices=["bracket", "tables"], help="which cases"
     )
     parser.add_argument("--steps", type=int, help="instead of the settings'")
+    parser.add_argument("--work", type=Path, help="a folder for the states of the tables' run")
     options, model = parser.parse_args(), bundled.model()
     torch.set_num_threads(1)
     record = harness.read(options.out)
     runs: dict[str, dict[str, Callable[..., dict[str, Any]]]] = {
         "bracket": {"targeted": partial(bracket, naive=False), "naive": partial(bracket, naive=True)},
-        "prose": {"targeted": prose},
+        "tables": {"targeted": tables},
     }
     for case in options.cases:
         for kind, run in runs[case].items():
             start = time.process_time()
-            figures = run(model, steps=options.steps)
+            figures = run(model, steps=options.steps, work=options.work)
             figures["cpu_seconds"] = round(time.process_time() - start, 1)
             record.setdefault(case, {})[kind] = figures
             record.pop("settings", None)

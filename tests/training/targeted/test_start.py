@@ -12,7 +12,7 @@ from tl_vpd import decompose_targeted
 from tl_vpd.forward import MaskedModel
 from tl_vpd.masking import constant_masks
 from tl_vpd.training import TargetedConfig
-from tl_vpd.training.targeted.start import RIDGE, different, readers
+from tl_vpd.training.targeted.start import RIDGE, different, readers, readers_of_dataset
 
 SETTINGS = {"init": "target", "C": 10, "steps": 1, "optimizer": {"lr": 1e-12}, "decay": 0.0}
 
@@ -39,6 +39,42 @@ def test_readers_pass_each_input_once_and_read_others_least():
 def test_repeated_inputs_are_one():
     X = torch.tensor([[1.0, 0.0], [1.0, 1e-5], [0.0, 1.0], [0.0, 1.0]])
     assert torch.equal(different(X), X[[0, 2]])
+
+
+def test_readers_of_a_dataset_read_the_target_most_beside_other_data():
+    generator = np.random.default_rng(0)
+    x, y = (
+        generator.normal(size=(50, 7)) * scales for scales in (np.arange(7), np.arange(8, 1, -1))
+    )  # x has no first input
+    T, S = x.T @ x / 50, y.T @ y / 50
+    V, regression = (t.numpy() for t in readers_of_dataset(torch.tensor(T), torch.tensor(S)))
+    assert V.shape == (7, 6)  # the direction that the target does not have is not read
+    R = S + RIDGE * S.diagonal().mean() * np.eye(7)
+    values, vectors = np.linalg.eig(np.linalg.solve(R, T))
+    order = np.argsort(-values.real)[:6]
+    np.testing.assert_allclose(np.diag(V.T @ T @ V) / np.diag(V.T @ R @ V), values.real[order], rtol=1e-8)
+    for v, w in zip(V.T, vectors.real.T[order], strict=True):
+        assert abs(v @ w) / np.linalg.norm(v) / np.linalg.norm(w) > 1 - 1e-8
+    by_regression = np.linalg.lstsq(x @ V, x, rcond=None)[0]  # what is read says most of the inputs in this way
+    np.testing.assert_allclose(regression, by_regression, atol=1e-8)
+    np.testing.assert_allclose(x @ V @ regression, x, atol=1e-8)  # all of them together lose nothing
+
+
+def test_a_run_of_a_dataset_starts_there():
+    model, rows = tiny_model(dtype=torch.float32), some_tokens(shape=(12, 6))
+    run = decompose_targeted(model, rows[:6], rows[6:], config_of(C=4, batch_size=6, nontarget_batch_size=6), progress=False)
+    vpd = run.decomposition
+    with torch.no_grad(), MaskedModel(vpd, model) as masked_model:
+        moments = [
+            {name: x.flatten(0, 1).T @ x.flatten(0, 1) / 36 for name, x in masked_model.clean(part)[1].items()}
+            for part in (rows[:6], rows[6:])
+        ]
+        for name, W in ((name, masked_model.adapter.weight(name)) for name in vpd.sites):
+            V, regression = readers_of_dataset(moments[0][name], moments[1][name])
+            n = min(4, V.shape[1])
+            torch.testing.assert_close(
+                vpd.V[name][:, :n] @ vpd.U[name][:n], V[:, :n] @ regression[:n] @ W, atol=2e-3, rtol=2e-3
+            )
 
 
 @pytest.mark.parametrize("C", [8, 12])
@@ -69,7 +105,5 @@ def test_what_cannot_start_there_is_refused():
         ValueError, match=r"init='target': blocks\..* has \d different inputs .* C=2 subcomponents: give"
     ):
         decompose_targeted(model, PROMPTS, rows, config_of(C=2), progress=False)
-    with pytest.raises(ValueError, match="init='target' needs a target of a few prompts"):
-        decompose_targeted(model, rows, rows, config_of(), progress=False)
     with pytest.raises(ValueError, match=r"init_scale=0.5.*init='target' sets V and U"):
         config_of(init_scale=0.5)

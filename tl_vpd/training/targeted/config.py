@@ -83,8 +83,8 @@ class TargetedConfig(VPDConfig):
     C: int | dict[str, int] | None = 64
     """Subcomponents per site (the paper: 64 to 96 for prompts, about half of ``d_model`` for a language)."""
     init: Literal["normal", "channels", "target"] = "normal"  # type: ignore[assignment]
-    """Where V and U start: as in a plain run, or at what the weights do to the target's prompts
-    (``tl_vpd.training.targeted.start``), for runs of hundreds of steps."""
+    """Where V and U start: as in a plain run, or at what the weights do to the target's tokens
+    (``tl_vpd.training.targeted.start``), for runs of hundreds or few thousands of steps."""
     gamma: GammaConfig = GammaConfig(kind="global_mlp")
     """The causal-importance function Γ (the paper: for a language, a shared transformer of width 1024 and 2 blocks)."""
     coefficients: TargetedCoefficients = TargetedCoefficients()

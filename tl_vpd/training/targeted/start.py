@@ -1,20 +1,27 @@
-"""Where the subcomponents of a few prompts may start: at what each weight does to the prompts' tokens, read so that other data
-are read as little as possible.
+"""Where subcomponents may start: at what each weight does to the target's tokens, with other data read as little as possible.
 
-On the prompts a site has n different inputs, the columns of ``X [d_in, n]``; on non-target data its inputs x have second moments
+On a few prompts a site has n different inputs, the columns of ``X [d_in, n]``; on non-target data its inputs x have second moments
 ``S = E[x xᵀ]``. Of all V whose columns pass one of the prompts' inputs each, ``Xᵀ V = 1``, this one reads least of other data, in
 the sense of ``E[‖Vᵀ x‖²]``:
 
     V = S⁻¹ X (Xᵀ S⁻¹ X)⁻¹,        U = Xᵀ W
 
 On the prompts the subcomponents do what the weight does, ``Xᵀ V U = Xᵀ W``, and Δ does the rest; training finds which of them are
-needed. Rank-one edits of facts read in the same way (ROME, arXiv 2202.05262, equation 2). It is not part of the targeted paper,
-whose runs of 30,000 steps start at random directions.
+needed. Rank-one edits of facts read in the same way (ROME, arXiv 2202.05262, equation 2).
 
-A site with more subcomponents than inputs has random ones besides, which write nothing.
+A dataset has more different inputs than a site has subcomponents. With its second moments ``T = E[x xᵀ]``, V are the C directions
+with the largest ratio of what they read of the target to what they read of other data (generalised eigenvectors; for prompts both
+forms of V span the same directions), and U is the regression of what the weight writes on what V reads:
+
+    T v = λ S v,        U = (Vᵀ T V)⁻¹ Vᵀ T W
+
+Neither is part of the targeted paper, whose runs of 30,000 steps start at random directions. A site with more subcomponents than
+that has random ones besides, which write nothing.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Float
@@ -23,6 +30,7 @@ from torch import Tensor
 from tl_vpd.components import Components
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.forward.site_taps import SitePass
+from tl_vpd.training.data.run_data import Rows
 from tl_vpd.training.distributed.processes import World
 from tl_vpd.training.targeted.data import TargetedData
 
@@ -30,13 +38,15 @@ RIDGE = 1e-2
 """Added to S, as a multiple of its mean diagonal."""
 SAME = 1e-3
 """Inputs that differ by less than this, relative to their norm, are one."""
-TOKENS_PER_INPUT = 4
-"""Non-target tokens for S, per dimension of the widest input."""
+TOKENS_PER_INPUT, TOKENS_PER_INPUT_OF_DATASETS = 4, 16
+"""Tokens for S, and for S and T where the target is a dataset, per dimension of the widest input."""
+UNREAD = 1e-8
+"""Directions with a ratio below this, relative to the largest, have no subcomponent."""
 
 
 @torch.no_grad()
 def start_at_target(masked_model: MaskedModel, components: Components, data: TargetedData, world: World) -> None:
-    """Sets V and U of every site from the target's prompts and the first non-target batches.
+    """Sets V and U of every site from the target's prompts (or its first batches) and the first non-target batches.
 
     Args:
         masked_model: entered, of the decomposition.
@@ -45,35 +55,34 @@ def start_at_target(masked_model: MaskedModel, components: Components, data: Tar
         world: the processes, which start alike.
 
     Raises:
-        ValueError: the target is not a few prompts, or a site has more different inputs on it than subcomponents.
+        ValueError: a site has more different inputs on the target's prompts than subcomponents.
     """
+    widest = max(site.d_in for site in components.sites.values())
     if data.prompts is None:
-        raise ValueError(
-            "init='target' needs a target of a few prompts: give prompts, fewer than batch_size if they are rows of tokens."
-        )
-    S, X = second_moments(masked_model, components, data, world), dict[str, Tensor]()
-    for prompt in data.prompts:
-        for name, x in _inputs(masked_model, components, prompt[None]).items():
-            X[name] = torch.cat([X[name], x]) if name in X else x
-    solved: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, same in _sources(masked_model, components, data.prompts[0][None]).items():
-        if same not in solved:
-            inputs = different(X[same])
-            solved[same] = readers(inputs, S[same]), inputs
-        V, inputs = solved[same]
-        n, C = len(inputs), components.V[name].shape[1]
-        if n > C:
+        n, first = TOKENS_PER_INPUT_OF_DATASETS * widest, data.at(0)[0][:1]
+        T = second_moments(masked_model, components, lambda step: data.at(step)[:2], n, world)
+        S = second_moments(masked_model, components, data.nontarget.at, n, world)
+        solved = {name: readers_of_dataset(T[name], S[name]) for name in S}
+    else:
+        S = second_moments(masked_model, components, data.nontarget.at, TOKENS_PER_INPUT * widest, world)
+        X, first = _inputs_of_prompts(masked_model, components, data.prompts), data.prompts[0][None]
+        solved = {name: (readers(X[name], S[name]), X[name]) for name in S}
+    for name, same in _sources(masked_model, components, first).items():
+        V, regression = solved[same]
+        C = components.V[name].shape[1]
+        if data.prompts is None:
+            V, regression = V[:, :C], regression[:C]
+        elif len(regression) > C:
             raise ValueError(
-                f"init='target': {name} has {n} different inputs on the target's prompts, and C={C} subcomponents: give it at "
-                f"least {n}, or fewer tokens in the prompts, or leave init out."
+                f"init='target': {name} has {len(regression)} different inputs on the target's prompts, and C={C} subcomponents: "
+                f"give it at least {len(regression)}, or fewer tokens in the prompts, or leave init out."
             )
-        U = inputs @ masked_model.adapter.weight(name).to(inputs)
-        scale = (
-            U.norm(dim=1) / V.norm(dim=0)
-        ).sqrt()  # both sides of a subcomponent equally long, for one learning rate
-        components.V[name][:, :n] = V * scale
+        U = regression @ masked_model.adapter.weight(name).to(regression)
+        # Both sides of a subcomponent are equally long, for one learning rate.
+        scale = (U.norm(dim=1) / V.norm(dim=0)).sqrt()
+        components.V[name][:, : len(U)] = V * scale
         components.U[name].zero_()
-        components.U[name][:n] = U / scale[:, None]
+        components.U[name][: len(U)] = U / scale[:, None]
 
 
 def readers(X: Float[Tensor, "n d_in"], S: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in n"]:
@@ -83,11 +92,33 @@ def readers(X: Float[Tensor, "n d_in"], S: Float[Tensor, "d_in d_in"]) -> Float[
         X: different inputs.
         S: second moments of other inputs.
     """
-    S = S.double()
-    L = torch.linalg.cholesky(S + RIDGE * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype, device=S.device))
+    L = _root(S)
     white = torch.linalg.solve_triangular(L, X.double().T, upper=False)  # L⁻¹ Xᵀ, and so S⁻¹ Xᵀ = L⁻ᵀ white
     V = torch.linalg.solve_triangular(L.T, white @ torch.linalg.pinv(white.T @ white), upper=True)
     return V.to(X)
+
+
+def readers_of_dataset(
+    T: Float[Tensor, "d_in d_in"], S: Float[Tensor, "d_in d_in"]
+) -> tuple[Float[Tensor, "d_in n"], Float[Tensor, "n d_in"]]:
+    """V for a dataset, largest ratio first, and ``(Vᵀ T V)⁻¹ Vᵀ T``, in float64 inside.
+
+    Args:
+        T: second moments of the target's inputs.
+        S: second moments of other inputs.
+    """
+    L = _root(S)
+    white = torch.linalg.solve_triangular(L, T.double(), upper=False)
+    ratios, Q = torch.linalg.eigh(torch.linalg.solve_triangular(L, white.T, upper=False))  # of L⁻¹ T L⁻ᵀ
+    V = torch.linalg.solve_triangular(L.T, Q[:, ratios > UNREAD * ratios[-1]].flip(1), upper=True)
+    TV = T.double() @ V  # VᵀTV is diagonal
+    return V.to(T), (TV / (V * TV).sum(0)).T.to(T)
+
+
+def _root(S: Float[Tensor, "d_in d_in"]) -> Float[Tensor, "d_in d_in"]:
+    """L with ``L Lᵀ = S`` and the ridge, in float64."""
+    S = S.double()
+    return torch.linalg.cholesky(S + RIDGE * S.diagonal().mean() * torch.eye(len(S), dtype=S.dtype, device=S.device))
 
 
 def different(X: Float[Tensor, "n d_in"]) -> Float[Tensor, "m d_in"]:
@@ -104,25 +135,34 @@ def different(X: Float[Tensor, "n d_in"]) -> Float[Tensor, "m d_in"]:
 
 
 def second_moments(
-    masked_model: MaskedModel, components: Components, data: TargetedData, world: World
+    masked_model: MaskedModel, components: Components, batch: Callable[[int], Rows], tokens: int, world: World
 ) -> dict[str, Tensor]:
-    """S by the name of the first site that has the input, from the first non-target batches.
+    """Second moments of inputs on a stream's first batches, by the name of the first site that has the input.
 
     Args:
         masked_model: entered.
         components: whose sites' inputs they are.
-        data: both streams.
+        batch: the stream's batch of a step.
+        tokens: how many, at least.
         world: the processes, which have other rows each.
     """
-    widest = max(site.d_in for site in components.sites.values())
     sums, n, step = dict[str, Tensor](), 0, 0
-    while n < TOKENS_PER_INPUT * widest:
-        tokens, token_mask = data.nontarget.at(step)
+    while n < tokens:
+        rows, token_mask = batch(step)
         step += 1
-        for name, x in _inputs(masked_model, components, tokens, token_mask).items():
+        for name, x in _inputs(masked_model, components, rows, token_mask).items():
             sums[name] = sums[name].add_(x.T @ x) if name in sums else x.T @ x
-        n += tokens.shape[:2].numel() if token_mask is None else int(token_mask.sum())
+        n += rows.shape[:2].numel() if token_mask is None else int(token_mask.sum())
     return {name: world.add(S) / (n * world.size) for name, S in sums.items()}
+
+
+def _inputs_of_prompts(masked_model: MaskedModel, components: Components, prompts: list[Tensor]) -> dict[str, Tensor]:
+    """The different inputs of the prompts' tokens, by the name of the first site that has them."""
+    X: dict[str, list[Tensor]] = {}
+    for prompt in prompts:
+        for name, x in _inputs(masked_model, components, prompt[None]).items():
+            X.setdefault(name, []).append(x)
+    return {name: different(torch.cat(inputs)) for name, inputs in X.items()}
 
 
 def _inputs(
