@@ -21,11 +21,14 @@ from torch import nn
 
 from tl_vpd.checks import seed_of, shown
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.forward import MaskedModel
+from tl_vpd.masking import constant_masks
 from tl_vpd.toys.tms import PROBE_VALUE
 from tl_vpd.toys.toy import Toy
 from tl_vpd.training import TargetedConfig
 from tl_vpd.training.data import Batches
 
+ROWS = 64
 IMPORTANT = 0.1
 """The importance from which a subcomponent counts as important."""
 _SETTINGS: dict[str, dict[str, Any]] = {
@@ -78,22 +81,31 @@ def streams(toy: Toy, features: Sequence[int], rows: int, *, seed: int = 0) -> t
 
 @torch.no_grad()
 def features_report(decomposition: Decomposition, model: nn.Module, toy: Toy, features: Sequence[int]) -> pd.DataFrame:
-    """By site: subcomponents important for a chosen feature alone at 0.75 (``for_target``), and for how many of the other
-    features any is important (``other_features``).
+    """By site: subcomponents important for a chosen feature alone at 0.75 (``for_target``); for how many of the other features
+    any is important (``other_features``); and the squared error that ablating those of the target causes on data of the other
+    features alone, relative to the mean square of the model's outputs on them (``damage``).
     """
     n = toy.batches(1).at(0).shape[-1]
     importances = decomposition.causal_importances(model, PROBE_VALUE * torch.eye(n)[:, None])
     others = [feature for feature in range(n) if feature not in features]
-    rows = []
+    rows, axis = [], decomposition.site_axis
+    data = replace(toy.batches(ROWS, seed=-3), only=tuple(others)).at(0)  # type: ignore[call-arg]
     for name in decomposition.sites:
         important = importances[name][:, 0] > IMPORTANT
+        ablated = important[list(features)].any(0)
+        with MaskedModel(decomposition, model) as masked_model:
+            output, _ = masked_model.clean(data)
+            masks = torch.ones(*data.shape[:-1], axis.total)
+            masks[..., axis.slices[name]] *= ~ablated
+            error = masked_model.masked(data, constant_masks(masks, 1.0, axis)) - output
         rows.append(
             {
                 "site": name,
-                "for_target": int(important[list(features)].any(0).sum()),
+                "for_target": int(ablated.sum()),
                 "built": important.shape[1],
                 "other_features": int(important[others].any(1).sum()),
                 "others": len(others),
+                "damage": float(error.square().mean() / output.square().mean()),
             }
         )
     return pd.DataFrame(rows).set_index("site")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.targeted_toys import features_report, streams, targeted_recipe
+from tl_vpd.adapters import adapt
 from tl_vpd.toys import TMS, TOYS, train
 from tl_vpd.training import decompose_targeted, new_decomposition
 
@@ -45,10 +49,16 @@ def test_what_serves_the_target_is_counted_by_hand():
     for parameter, value in zip(vpd.gamma.parameters(), (10.0, 0.0, 1.0, -1.0), strict=True):
         parameter.fill_(value)  # z = GELU(10 a) − 1
     assert features_report(vpd, model, toy, (2,)).loc["embed"].to_dict() == {
-        "for_target": 1, "built": 4, "other_features": 1, "others": 4
+        "for_target": 1, "built": 4, "other_features": 1, "others": 4, "damage": 0.0
     }  # fmt: skip
     report = features_report(vpd, model, toy, (2, 4)).loc["embed"]
     assert report["for_target"] == 2 and report["other_features"] == 0
+    vpd.V["embed"][1, 0] = 0.5  # the subcomponent of feature 2 reads feature 1 too
+    without, rows = deepcopy(model), replace(toy.batches(64, seed=-3), only=(0, 1, 3, 4)).at(0)
+    adapt(without).weight("embed").sub_(vpd.V["embed"][:, :1] @ vpd.U["embed"][:1])
+    expected = (without(rows) - model(rows)).square().mean() / model(rows).square().mean()
+    damage = features_report(vpd, model, toy, (2,)).loc["embed", "damage"]
+    assert damage == pytest.approx(float(expected), rel=1e-4) and damage > 1e-3
 
 
 def test_one_feature_needs_one_subcomponent_in_each_matrix_and_none_for_the_others():
