@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -31,6 +32,7 @@ from tl_vpd.analysis.labels import (
     score_labels,
 )
 from tl_vpd.analysis.labels.evidence import evidence_of
+from tl_vpd.analysis.labels.local import Reading
 from tl_vpd.analysis.labels.prompts import label_messages, marked, plain
 from tl_vpd.analysis.labels.trials import Excerpt
 
@@ -290,6 +292,26 @@ def test_a_local_model_takes_the_most_probable_choice(local):
     assert list(opened[0]) == ["label"]
     with pytest.raises(ValueError, match="random reads 2048: show fewer"):
         local.ask([Question(({"role": "user", "content": "word " * 2000},), int)], progress=False)
+
+
+def test_a_local_model_weighs_a_groups_answers_against_each_other(local):
+    """Questions that begin alike, in any order, as each alone; a choice that is preferred everywhere is no answer."""
+    choices = ("0", "1")
+    texts = [f"Answer with a digit. {x}" for x in ("a", "bc", "bcd", "bc", "e " * 40, "f")]
+    asked = [Question(({"role": "user", "content": t},), int, choices=choices) for t in texts]
+    last = [local.tokenizer.encode(c, add_special_tokens=False)[-1] for c in choices]
+    local.model.eval()
+    logits = torch.stack([local.model(local._ids(q)).logits[0, -1, last].detach() for q in asked])
+    assert local.ask(asked, progress=False) == logits.argmax(1).tolist()
+    grouped = [replace(q, group="x") for q in asked]
+    expected = (logits.log_softmax(1) - logits.log_softmax(1).mean(0)).argmax(1).tolist()
+    assert set(expected) == {0, 1} and local.ask(grouped, progress=False) == expected
+    reading = Reading(local.model)
+    weights = torch.stack([local._weights(q, reading) for q in asked])
+    torch.testing.assert_close(weights, logits.log_softmax(1))
+    assert reading.cache is not None
+    apart = [replace(q, group=str(i)) for i, q in enumerate(asked)]
+    assert local.ask(apart, progress=False) == logits.argmax(1).tolist()
 
 
 def test_a_local_model_judges_one_excerpt_at_a_time(local):

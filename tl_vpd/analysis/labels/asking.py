@@ -29,6 +29,7 @@ class Question:
         answer_tokens: the longest answer.
         choices: the answers that are allowed, of which the model takes the most probable one (None: it writes text).
         opening: how an answer in JSON with one text begins, which a small model in this process has only to continue.
+        group: of questions with the same choices, whose answers are weighed against each other (empty: each for itself).
     """
 
     messages: tuple[Message, ...]
@@ -36,6 +37,7 @@ class Question:
     answer_tokens: int = 200
     choices: tuple[str, ...] | None = None
     opening: str = ""
+    group: str = ""
 
     @property
     def tokens(self) -> int:

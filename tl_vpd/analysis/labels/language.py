@@ -45,16 +45,14 @@ class LanguageJudge:
             messages = judge_messages("intruder", trial.excerpts, label, form="digit" if compares else "number")
             parse = _digit if compares else partial(_number, n=n)
             choices = tuple(str(i + 1) for i in range(n))
-            return [Question(messages, parse, answer_tokens=20, choices=choices if compares else None)]
+            asked = choices if compares else None
+            return [Question(messages, parse, answer_tokens=20, choices=asked, group=trial.test)]
         if not compares:
             messages = judge_messages(trial.test, trial.excerpts, label, form="list")
             return [Question(messages, partial(_list, n=n), answer_tokens=20 + 4 * n)]
-        return [
-            Question(
-                judge_messages(trial.test, (excerpt,), label, form="yes"), _yes, answer_tokens=1, choices=("0", "1")
-            )
-            for excerpt in trial.excerpts
-        ]
+        group = f"{trial.test} {trial.address}"  # half of an address's excerpts are of either kind
+        conversations = [judge_messages(trial.test, (excerpt,), label, form="yes") for excerpt in trial.excerpts]
+        return [Question(c, _yes, answer_tokens=1, choices=("0", "1"), group=group) for c in conversations]
 
 
 def _digit(text: str) -> Answer:
