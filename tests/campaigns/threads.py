@@ -1,6 +1,7 @@
 """Two or three threads that use one model at the same time: every result is that of one thread alone, or is refused.
 
-Each thread makes a few random calls; each call's result is compared, to the bit, with the same call before the threads began.
+Each thread makes a few random calls; each call's result is compared, to the bit, with the same call before the threads began. In
+every other round the first block is not decomposed, so that evaluations start late.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ import torch
 from tests.campaigns.counts import Budget, Counts
 from tests.hooks.snapshots import snapshot
 from tests.tiny import decomposition_of, some_tokens, tiny_model
+from tl_vpd.evaluation import EvaluationConfig, evaluate
 
 TRIED = (
     "Calls of one model, attached or not, by two or three threads at the same time (plain, masked, cached and hooked passes, "
-    "importances, activations, adversarial masks); each result is compared to the bit with that of one thread, and the model "
-    "with what it was."
+    "importances, activations, adversarial masks, evaluations that start late); each result is compared to the bit with that of "
+    "one thread, and the model with what it was."
 )
+SITES = ("*", "blocks.1.*")
 SHORT = Budget(tries=60, seconds=40)
 LONG = Budget(tries=4000, seconds=560)
-NAMES = ["blocks.0.attn.W_Q:1", "blocks.1.mlp.W_in:2"]
+NAMES = ["blocks.1.attn.W_Q:1", "blocks.1.mlp.W_in:2"]
+MODES = EvaluationConfig(measures=(), budgets=(), controls=False)
 Call = Callable[[Any, Any, Any], dict[str, torch.Tensor]]
 
 
@@ -47,6 +51,10 @@ def _patched(vpd: Any, attached: Any, tokens: torch.Tensor) -> dict[str, torch.T
     return {"logits": attached.model.run_with_hooks(tokens, fwd_hooks=hooks)}
 
 
+def _evaluated(vpd: Any, attached: Any, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"kl": torch.tensor(list(evaluate(vpd, attached.model, tokens, MODES).record["kl"].values()))}
+
+
 ATTACHED: dict[str, Call] = {
     "plain": lambda vpd, attached, tokens: {"logits": attached.model(tokens)},
     "zero": _masked("zero"),
@@ -66,6 +74,7 @@ ALWAYS: dict[str, Call] = {
     "adversarial_masks": lambda vpd, attached, tokens: {
         name: mask.mask for name, mask in vpd.adversarial_masks(attached.model, tokens, steps=1, seed=3).items()
     },
+    "evaluation": _evaluated,
 }
 
 
@@ -77,11 +86,15 @@ class Bare:
 
 
 class World:
-    """A model, a decomposition, tokens, and what every call gives in one thread."""
+    """A model, a decomposition, tokens, and what every call gives in one thread.
 
-    def __init__(self) -> None:
+    Args:
+        sites: that are decomposed.
+    """
+
+    def __init__(self, sites: str) -> None:
         self.model = tiny_model()
-        self.vpd = decomposition_of(self.model).to(torch.float64)
+        self.vpd = decomposition_of(self.model, sites=(sites,)).to(torch.float64)
         self.tokens = [some_tokens(seed) for seed in range(3)]
         with self.vpd.attach(self.model) as attached:
             calls = {**ATTACHED, **ALWAYS}
@@ -95,10 +108,10 @@ class World:
 
 def run(budget: Budget, seed: int) -> Counts:
     """Rounds of threads, one after the other."""
-    counts, world = Counts(), World()
+    counts, worlds = Counts(), [World(sites) for sites in SITES]
     sys.setswitchinterval(1e-5)
     for i in budget.tries_left():
-        chooses = random.Random(f"{seed}:{i}")
+        chooses, world = random.Random(f"{seed}:{i}"), worlds[i % 2]
         attached = chooses.random() < 0.6
         calls = {**ATTACHED, **ALWAYS} if attached else {**ALWAYS, "plain": ATTACHED["plain"]}
         threads = [
@@ -108,7 +121,7 @@ def run(budget: Budget, seed: int) -> Counts:
         together(world, calls, threads, attached, counts, f"round {i}, {'attached' if attached else 'bare'}: {threads}")
         if not unchanged(world):
             counts.add("left behind", f"round {i}: {threads}")
-            world = World()
+            worlds[i % 2] = World(SITES[i % 2])
     return counts
 
 

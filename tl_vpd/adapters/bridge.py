@@ -38,7 +38,18 @@ from tl_vpd.adapters.calls import Arguments, Keywords
 from tl_vpd.adapters.linearised import SeeNorm, constant, norm_modules, pattern_points
 from tl_vpd.adapters.linears import oriented, overwrite, why_not
 from tl_vpd.adapters.scores import bilinear_scores
-from tl_vpd.adapters.taps import Handle, Read, Reader, Tap, Unsupported, Write, tap_output, tap_product, tap_result
+from tl_vpd.adapters.taps import (
+    Handle,
+    Read,
+    Reader,
+    Tap,
+    ThreadTap,
+    Unsupported,
+    Write,
+    tap_output,
+    tap_product,
+    tap_result,
+)
 from tl_vpd.adapters.versions import transformer_lens_version
 from tl_vpd.components import WHOLE, Layout
 from tl_vpd.site import SHORT, Site
@@ -191,9 +202,10 @@ class BridgeAdapter(Adapter):
     def linearised(self, *, norms: bool, patterns: bool, see: SeeNorm) -> list[Handle]:
         handles: list[Handle] = []
         for module in norm_modules(self.modules()) if norms else []:
-            handles.append(module.register_forward_hook(Tap(norm_at_fixed_scale, see), prepend=True, with_kwargs=True))
+            tap = ThreadTap(None, norm_at_fixed_scale, see)
+            handles.append(module.register_forward_hook(tap, prepend=True, with_kwargs=True))
         for point in pattern_points(self.modules()) if patterns else []:
-            handles.append(point.register_forward_hook(Tap(constant)))
+            handles.append(point.register_forward_hook(ThreadTap(None, constant)))
         return handles
 
     def hook_points_changed(self) -> None:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_vpd.adapters.changes import Later, change, put_attribute
-from tl_vpd.adapters.taps import Tap
+from tl_vpd.adapters.changes import Later, change
+from tl_vpd.adapters.taps import put_method
 
 METHODS = ("calculate_attention_scores", "apply_causal_mask", "calculate_z_scores")
 
@@ -40,7 +40,7 @@ def fused_attention(undo: Later, layers: Iterable[Any]) -> None:
     """Inside, those layers that can be are computed in one call. The model must run without padding or a KV cache."""
     for attn in [attn for attn in layers if can_be_fused(attn)]:
         for name, method in zip(METHODS, _fused(attn), strict=True):
-            put_attribute(undo, attn, name, Tap(method))
+            put_method(undo, attn, name, method)
 
 
 def _fused(attn: Any) -> tuple[Callable[..., Tensor], ...]:

@@ -36,7 +36,7 @@ from tl_vpd.adapters.scores import bilinear_scores
 from tl_vpd.adapters.taps import (
     Handle,
     Read,
-    Tap,
+    ThreadTap,
     Unsupported,
     Write,
     tap_input,
@@ -69,10 +69,10 @@ class HookedTransformerAdapter(Adapter):
     def linearised(self, *, norms: bool, patterns: bool, see: SeeNorm) -> list[Handle]:
         handles: list[Handle] = []
         for module in norm_modules(self.modules()) if norms else []:
-            handles.append(module.hook_scale.register_forward_hook(Tap(constant)))  # type: ignore[union-attr, operator]
-            handles.append(module.register_forward_hook(Tap(_show_norm, see)))
+            handles.append(module.hook_scale.register_forward_hook(ThreadTap(None, constant)))  # type: ignore[union-attr, operator]
+            handles.append(module.register_forward_hook(ThreadTap(None, _show_norm, see)))
         for point in pattern_points(self.modules()) if patterns else []:
-            handles.append(point.register_forward_hook(Tap(constant)))
+            handles.append(point.register_forward_hook(ThreadTap(None, constant)))
         return handles
 
     def find_sites(self) -> None:

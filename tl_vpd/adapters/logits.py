@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tl_vpd.adapters.changes import Later, change, put_attribute
-from tl_vpd.adapters.taps import Tap
+from tl_vpd.adapters.changes import Later, change
+from tl_vpd.adapters.taps import put_method
 from tl_vpd.losses import Unembedding
 
 
@@ -27,7 +27,7 @@ def _hooked(module: nn.Module) -> bool:
 @change
 def without(undo: Later, module: nn.Module) -> None:
     """Inside, a module returns its input."""
-    put_attribute(undo, module, "forward", Tap(_identity))
+    put_method(undo, module, "forward", _identity)
 
 
 def _identity(x: Tensor, *arguments: Any, **keywords: Any) -> Tensor:

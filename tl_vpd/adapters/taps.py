@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from threading import get_ident
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from tl_vpd.adapters.changes import Later, change
+from tl_vpd.adapters.changes import Later, change, put_attribute
 from tl_vpd.adapters.versions import HookPoint
 
 Read = Callable[[Tensor], None]
@@ -51,6 +53,38 @@ class Tap(OnModel):
 
     def __deepcopy__(self, memo: Any) -> Tap:
         return self
+
+
+def this_thread() -> int | None:
+    """Which thread runs this (None: a compiler reads it)."""
+    return None if torch.compiler.is_compiling() else get_ident()
+
+
+def is_elsewhere(thread: int | None) -> bool:
+    """Whether another thread than this one runs."""
+    return thread is not None and not torch.compiler.is_compiling() and thread != get_ident()
+
+
+class ThreadTap(Tap):
+    """A tap that acts in the thread that made it; in others ``plain`` is called (None: nothing happens).
+
+    A pass that another thread has begun on a bare model before this one took its turn may still be running.
+    """
+
+    def __init__(self, plain: Callable[..., Any] | None, function: Callable[..., Any], *arguments: Any) -> None:
+        super().__init__(function, *arguments)
+        self.plain, self.thread = plain, this_thread()
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        """The function's result, or that of ``plain``."""
+        if is_elsewhere(self.thread):
+            return None if self.plain is None else self.plain(*arguments, **keywords)
+        return super().__call__(*arguments, **keywords)
+
+
+def put_method(undo: Later, owner: nn.Module, name: str, function: Callable[..., Any], *arguments: Any) -> None:
+    """Replaces a module's method by a function with its first arguments, in passes of this thread alone."""
+    put_attribute(undo, owner, name, ThreadTap(getattr(owner, name), function, *arguments))
 
 
 def always() -> bool:

@@ -9,8 +9,8 @@ before it do not run. Decomposing the last blocks of a deep model then costs wha
     >>> with entry.at(residual[0]):                 # doctest: +SKIP
     ...     model(tokens)                           # the same output; the first blocks did not run
 
-A model whose later blocks read more of the earlier ones than the residual stream is noticed by comparing outputs once
-(``MaskedModel.can_start_late``).
+Other threads' passes, which may be under way, run every block. A model whose later blocks read more of the earlier ones than the
+residual stream is noticed by comparing outputs once (``MaskedModel.can_start_late``).
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tl_vpd.adapters import Adapter
-from tl_vpd.adapters.changes import Change, Later, put_attribute
-from tl_vpd.adapters.taps import Tap, tap_argument
+from tl_vpd.adapters.changes import Change, Later
+from tl_vpd.adapters.taps import Tap, ThreadTap, put_method, tap_argument
 
 
 class Entry:
@@ -46,7 +46,7 @@ class Entry:
         def read(undo: Later) -> list[Tensor]:
             residual: list[Tensor] = []
             undo(self.before[-1].register_forward_hook(Tap(self._see_form)).remove)
-            undo(tap_argument(self.block, residual.append).remove)
+            undo(tap_argument(self.block, ThreadTap(None, residual.append)).remove)
             return residual
 
         return Change(read)
@@ -56,8 +56,8 @@ class Entry:
 
         def start(undo: Later) -> None:
             for block in self.before:
-                put_attribute(undo, block, "forward", Tap(_same, self._tuples))
-            undo(tap_argument(self.block, lambda _: residual).remove)
+                put_method(undo, block, "forward", _same, self._tuples)
+            undo(tap_argument(self.block, ThreadTap(None, lambda _: residual)).remove)
 
         return Change(start)
 

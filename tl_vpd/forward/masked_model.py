@@ -21,8 +21,8 @@ from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 
 from tl_vpd.adapters import adapt
-from tl_vpd.adapters.changes import Change, Later, enter, put_attribute
-from tl_vpd.adapters.taps import Tap
+from tl_vpd.adapters.changes import Change, Later, enter
+from tl_vpd.adapters.taps import put_method
 from tl_vpd.components import Components
 from tl_vpd.forward.attachments import attached_to
 from tl_vpd.forward.cast_weights import CastWeights
@@ -204,18 +204,17 @@ class MaskedModel:
                 yield
 
         def recomputed(block: nn.Module) -> Callable[..., Any]:
-            call = partial(
+            return partial(
                 torch.utils.checkpoint.checkpoint,
                 block.forward,
                 use_reentrant=False,
                 preserve_rng_state=False,
                 context_fn=lambda: (nullcontext(), again()),
             )
-            return Tap(call)
 
         def replace(undo: Later) -> None:
             for block in self.adapter.blocks():
-                put_attribute(undo, block, "forward", recomputed(block))
+                put_method(undo, block, "forward", recomputed(block))
 
         return Change(replace)
 

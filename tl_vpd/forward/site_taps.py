@@ -15,13 +15,12 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from threading import get_ident
 
-import torch
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter
 from tl_vpd.adapters.changes import Change, Later, enter
+from tl_vpd.adapters.taps import is_elsewhere, this_thread
 from tl_vpd.forward.quiet import frozen, users_hooks_aside
 from tl_vpd.forward.remains import copies_are_clean
 from tl_vpd.forward.site_edit import SiteEdit
@@ -60,7 +59,7 @@ class SitePass:
         self.residual: Tensor | None = None
         self.times: Counter[str] = Counter()
         self.waiting: dict[str, Tensor] = {}
-        self.thread = None if torch.compiler.is_compiling() else get_ident()
+        self.thread = this_thread()
 
     def collects(self, name: str) -> bool:
         """Whether ``inputs`` gathers an input."""
@@ -68,9 +67,7 @@ class SitePass:
 
     def is_elsewhere(self) -> bool:
         """Whether another thread's pass is running."""
-        if torch.compiler.is_compiling():
-            return False
-        return self.thread is not None and self.thread != get_ident()
+        return is_elsewhere(self.thread)
 
 
 class SiteTaps:

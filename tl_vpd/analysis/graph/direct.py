@@ -161,7 +161,8 @@ class DirectModel(MaskedModel):
         return x @ self._deltas[name]
 
     def _embed(self, x: Tensor) -> Tensor | None:
-        if self._pass is None:
+        run = self.taps.current
+        if self._pass is None or run is None or run.is_elsewhere():
             return None
         self._pass.embeddings = x.detach().requires_grad_()
         return self._pass.embeddings
