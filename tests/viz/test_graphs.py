@@ -41,6 +41,7 @@ def test_nodes_edges_and_hover_texts():
     assert data["into"][2] == [[1, -3], [0, 1]] and data["from"][2] == [[3, -2], [4, 0.5]]
     assert "activation 0.5, importance 0.25" in data["about"][2]
     assert data["radius"][5] == max(data["radius"]) and data["importance"] == [None, None, 0.25, 1, 0.5, None]
+    assert data_of(picture(dataclasses.replace(graph, words=("  ", "</b>"))))["columns"] == ["··", "</b>"]
 
 
 def test_text_from_tokens_is_escaped_and_the_page_needs_no_network(tmp_path):
@@ -157,7 +158,7 @@ def test_a_graph_of_2000_nodes_in_30_layers_is_walked_through_by_search_and_keys
     assert page.stat().st_size < 1_000_000
     browser.open(page)
     state = browser.evaluate(STATE)
-    assert state["drawn"] == len(graph) and "400 edges" in state["caption"]
+    assert state["drawn"] == len(graph) and "400 edges" in state["caption"] and "·Rome" in state["texts"]
     assert sum(":" in text for text in state["texts"]) >= 10 and {"block 0", "block 28"} <= set(state["texts"])
     number = int(graph.is_subcomponent.nonzero()[7])
     label = graph.labels[number]

@@ -175,7 +175,8 @@ def _names(shown: AttributionGraph) -> list[str]:
 
 def _short(text: str, most: int = 24) -> str:
     """The beginning of a text that labels an axis or a node."""
-    return spaced(text if len(text) <= most else f"{text[: most - 2]}…")
+    text = text if len(text) <= most else f"{text[: most - 2]}…"
+    return visible(text) if text.isspace() else spaced(text)
 
 
 def _about(shown: AttributionGraph, harvest: Harvest | None, texts: Mapping[str, Any]) -> list[list[str]]:
