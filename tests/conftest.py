@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from unittest.mock import patch
 
 from jaxtyping import install_import_hook
 
-if int(version("beartype").split(".")[1]) >= 20:  # what TransformerLens 2.x allows does not know os.PathLike[str]
+# What TransformerLens 2.x allows does not know os.PathLike[str], and none knows Unpack before Python 3.11.
+if int(version("beartype").split(".")[1]) >= 20 and sys.version_info >= (3, 11):
     install_import_hook("tl_vpd", "beartype.beartype")  # before anything imports the package
 
 import pytest
