@@ -24,6 +24,7 @@ PAGES = {
     "comparison": "comparison",
     "components": "clustering",
     "labels": "labels",
+    "dashboard": "harvest",
     "hooks": "generation",
 }
 """Pages, each with the name of its table."""
@@ -165,6 +166,26 @@ def labels() -> str:
     return markdown([{"test": str(test), **{c: f"{x:.2f}" for c, x in row.items()}} for test, row in means.iterrows()])
 
 
+def harvest() -> str:
+    """Processor's time and memory of harvests, by the number of tokens and what is collected."""
+    rows = []
+    for entry in (results("harvest")[n] for n in ("32768", "1000000")):
+        figures = {"the model and Γ alone": entry["passes"], **{k: v for k, v in entry.items() if isinstance(v, dict)}}
+        for i, (what, row) in enumerate((k, v) for k, v in figures.items() if k != "passes"):
+            beyond = row.get("beyond_minutes_per_million")
+            rows.append(
+                {
+                    "tokens": "" if i else f"{entry['tokens']:,}",
+                    "collected": what,
+                    "seconds": f"{row['cpu_seconds']:.3g}",
+                    "minutes per million tokens, beyond": "" if beyond is None else f"{beyond}",
+                    "MB": f"{row['peak_mb']:,}",
+                    "MB on the disk": f"{row['disk_mb']:,}" if "disk_mb" in row else "",
+                }
+            )
+    return markdown(rows)
+
+
 def generation() -> str:
     """Tokens per second of generation, by mode, prefix and cache."""
     rates = {mode: rates for mode, rates in results("generation").items() if mode != "settings"}
@@ -173,7 +194,7 @@ def generation() -> str:
 
 TABLES = {
     function.__name__: function
-    for function in (graph_cost, circuits, sizes, imports, audits, comparison, clustering, labels, generation)
+    for function in (graph_cost, circuits, sizes, imports, audits, comparison, clustering, labels, harvest, generation)
 }
 
 
