@@ -19,7 +19,7 @@ from tl_vpd.fact import data
 from tl_vpd.fact.edits import ERASED, MOST, ablations, erasing, swapping
 from tl_vpd.fact.elsewhere import kl_elsewhere
 from tl_vpd.fact.measures import measure, probabilities
-from tl_vpd.fact.page import marks
+from tl_vpd.fact.page import after_edits, marks
 from tl_vpd.fact.run import decomposed, report
 from tl_vpd.fact.settings import FACTS, Facts, config
 from tl_vpd.training import TargetedConfig
@@ -153,6 +153,10 @@ def test_marks_by_hand():
     assert table["reached"].tolist() == pytest.approx([0.9, 0.5, 0.1, 0.02, 0.2, 0.5, 0.5, 0.001, 15.0])
     assert table["met"].tolist() == ["yes", "no", "no", "no", "no", "no", "no", "yes", "yes"]
     assert isinstance(table, pd.DataFrame)
+    shown = [row | {"prompt": f"of\n{row['subject']}", "other": row["answer"] / 2} for row in answers]
+    likeliest, probability = after_edits(pd.DataFrame([row for row in shown if "without" not in row["edit"]]))
+    assert likeliest.loc["of⏎ a"].tolist() == ["A", "B"] and likeliest.columns.tolist() == ["model", "exchanged"]
+    assert probability.loc["of⏎ a"].tolist() == [0.8, 0.0, 0.0] and probability.index.tolist() == ["of⏎ a", "of⏎ b"]
 
 
 def test_what_ships_agrees_with_its_record():

@@ -23,3 +23,8 @@ def test_a_named_index_is_shown_and_a_plain_one_is_not():
     df = pd.DataFrame({"kl": [0.5]}, index=pd.Index(["rounded"], name="mode"))
     assert "<th class=words>mode</th><th>kl</th>" in viz.table(df, "t").body
     assert "<tr><th>kl</th></tr><tr><td>0.5</td></tr>" in viz.table(df.reset_index(drop=True), "t").body
+
+
+def test_long_text_may_be_broken_into_lines_and_numbers_never():
+    body = viz.table(pd.DataFrame({"a": ["word " * 9, "short"], "x": [1.0, 2.0]}), "t").body
+    assert f'<td class="words sentence">{"word " * 9}</td><td>1</td>' in body and "<td class=words>short</td>" in body

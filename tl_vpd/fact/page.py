@@ -87,9 +87,9 @@ def fact_page(figures: Mapping[str, Any], graph: AttributionGraph | None, path: 
         graph: of one of the prompts (None: left out).
         path: of the page.
     """
-    answers, elsewhere = pd.DataFrame(figures["answers"]), pd.DataFrame(figures["elsewhere"])
-    shown = answers.assign(prompt=answers["prompt"].str.replace("\n", "⏎ ")).drop(columns=["subject", "trained"])
-    shown["top"] = shown["top"].str.strip()
+    elsewhere, reached = pd.DataFrame(figures["elsewhere"]), marks(figures)
+    reached["asked"] = reached["asked"].str.replace(">=", "at least").str.replace("<=", "at most")
+    likeliest, probability = after_edits(pd.DataFrame(figures["answers"]))
     edits = pd.DataFrame(
         [{"edit": name, "subcomponents": ", ".join(names)} for name, names in figures["edits"].items()]
     )
@@ -103,7 +103,7 @@ def fact_page(figures: Mapping[str, Any], graph: AttributionGraph | None, path: 
         single = single.merge(more[["subcomponent", "KL elsewhere", "p99"]], on="subcomponent")
     note = "Important at a token of the prompts; 8 at most for each matrix, one for each different token."
     panels = [
-        viz.table(marks(figures), "What was reached", note="The worse of both facts."),
+        viz.table(reached, "What was reached", note="The worse of both facts."),
         viz.table(where(figures), "Which matrices have how many subcomponents", note=note),
         viz.table(
             pd.DataFrame(figures["alone"]),
@@ -118,11 +118,11 @@ def fact_page(figures: Mapping[str, Any], graph: AttributionGraph | None, path: 
         ),
         viz.table(edits, "Edits"),
         viz.table(
-            shown,
-            "Answers",
-            note="answer: probability of the right answer; other: of the other fact's; top: the likeliest token; first: of 28 "
-            "capitals. Only the first form was trained on.",
+            likeliest,
+            "The likeliest token after each edit",
+            note="Only the first prompt of each subject was trained on.",
         ),
+        viz.table(probability, "The right answer's probability after each edit"),
         viz.table(
             kl.join(p99),
             "What the edits change elsewhere",
@@ -135,3 +135,17 @@ def fact_page(figures: Mapping[str, Any], graph: AttributionGraph | None, path: 
     blocks = f"block {where(figures).index[0]}" if len(where(figures)) == 1 else f"{len(where(figures))} blocks"
     introduction = INTRODUCTION.format(prompts=prompts, tokens=figures["tokens"], blocks=blocks)
     return viz.page(panels, "A fact, erased and rewired", path, introduction=introduction)
+
+
+def after_edits(answers: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The likeliest token and the right answer's probability, a row for each prompt and a column for each edit, and the
+    probability of the other fact's answer after the exchange.
+
+    Args:
+        answers: from ``probabilities``.
+    """
+    answers = answers.assign(prompt=answers["prompt"].str.replace("\n", "⏎ "), top=answers["top"].str.strip())
+    prompts, edits = (list(dict.fromkeys(answers[column])) for column in ("prompt", "edit"))
+    by = {value: answers.pivot(index="prompt", columns="edit", values=value) for value in ("top", "answer", "other")}
+    likeliest, probability = (by[value].loc[prompts, edits] for value in ("top", "answer"))
+    return likeliest, probability.assign(**{"exchanged: the other answer": by["other"]["exchanged"]})

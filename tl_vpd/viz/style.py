@@ -65,7 +65,7 @@ PANEL = f"""
   margin-top: 3px; white-space: pre; background: #1d2430; color: #fff; padding: 5px 8px; border-radius: 5px;
   font: 12px/1.45 system-ui, sans-serif; pointer-events: none; }}
 .tlvpd .text .right[data-about]::after {{ left: auto; right: 0; }}
-.tlvpd .columns {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(205px, 1fr)); gap: 14px 26px;
+.tlvpd .columns {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 14px 22px;
   margin-top: 14px; padding-top: 12px; border-top: 1px solid var(--line); }}
 .tlvpd .columns.matrices {{ border: 0; margin: 0; padding: 0;
   grid-template-columns: repeat(auto-fit, minmax(420px, 1fr)); }}
@@ -78,7 +78,7 @@ PANEL = f"""
 .tlvpd td:first-child, .tlvpd th:first-child {{ text-align: left; }}
 .tlvpd td:last-child, .tlvpd th:last-child {{ padding-right: 2px; }}
 .tlvpd td.words, .tlvpd th.words {{ text-align: left; }}
-.tlvpd td.sentence {{ white-space: normal; }}
+.tlvpd td.sentence {{ white-space: normal; min-width: 14em; }}
 .tlvpd .fault {{ color: var(--negative); }}
 .tlvpd .passed {{ color: var(--passed); }}
 .tlvpd input[type=range] {{ width: 260px; vertical-align: middle; }}

@@ -11,6 +11,9 @@ from tl_vpd.checks import text_of
 from tl_vpd.viz.panel import Panel
 from tl_vpd.viz.text import escape, number
 
+SENTENCE = 40
+"""Cells of more characters may be broken into lines."""
+
 
 def table(df: pd.DataFrame, caption: str, *, note: str = "") -> Panel:
     """A DataFrame with a caption; numbers to three significant digits, an unnamed 0, 1, 2 … index left out.
@@ -37,7 +40,8 @@ def table(df: pd.DataFrame, caption: str, *, note: str = "") -> Panel:
 
 
 def _cell(tag: str, text: str, words: bool) -> str:
-    return f"<{tag}{' class=words' if words else ''}>{escape(text)}</{tag}>"
+    kind = 'class="words sentence"' if words and len(text) > SENTENCE else "class=words"
+    return f"<{tag}{f' {kind}' if words else ''}>{escape(text)}</{tag}>"
 
 
 def _text(value: Any) -> str:
