@@ -18,19 +18,17 @@ from tl_vpd.analysis import Harvest, HarvestConfig, pick
 from tl_vpd.viz.panel import Panel
 
 DOCS = Path(__file__).parents[2] / "docs"
-PROMPT = "def area(width, height):\n    return width * "
 
 
 def pictures() -> dict[str, tuple[list[Panel], str, tuple[int, int]]]:
-    """Panels, title and size in pixels of each page, by the picture's name."""
+    """Panels, title and window of each page, by the picture's name."""
     model, vpd = tl_vpd.bundled.model(), tl_vpd.Decomposition.bundled()
-    graph = tl_vpd.attribution_graph(vpd, model, PROMPT)
-    harvest = tl_vpd.harvest(vpd, model, tl_vpd.bundled.tokens("validation"), config=HarvestConfig(windows=4))
+    graph = tl_vpd.attribution_graph(vpd, model, "foo(x)[0", targets=["]"])
+    harvest = tl_vpd.harvest(vpd, model, tl_vpd.bundled.tokens("validation"), config=HarvestConfig(windows=3))
     panels = [viz.subcomponent(harvest, address) for address in concentrated(harvest, 2)]
-    title = "A prompt through the bundled model"
     return {
-        "graph": ([viz.graph(graph, nodes=150, title=title)], title, (1120, 760)),
-        "demo": (panels, "Two subcomponents of the bundled model", (1120, 1600)),
+        "graph": ([viz.graph(graph, nodes=80)], "How the bundled model closes a bracket", (830, 620)),
+        "demo": (panels, "Two subcomponents of the bundled model", (830, 1600)),
     }
 
 
@@ -45,7 +43,7 @@ def concentrated(harvest: Harvest, n: int) -> list[str]:
 
 
 def photograph(page: Path, picture: Path, size: tuple[int, int]) -> None:
-    """A page as a picture of 256 colours, without the empty space below."""
+    """A page as a picture of 256 colours, twice as fine as the window, without the empty space below."""
     browser = shutil.which("chromium") or shutil.which("google-chrome")
     assert browser, "neither chromium nor google-chrome is installed"
     window = f"--window-size={size[0]},{size[1]}"
@@ -54,13 +52,14 @@ def photograph(page: Path, picture: Path, size: tuple[int, int]) -> None:
         "--no-sandbox",
         "--disable-gpu",
         "--hide-scrollbars",
+        "--force-device-scale-factor=2",
         "--virtual-time-budget=15000",
         window,
     ]
     subprocess.run([browser, *flags, f"--screenshot={picture}", page.as_uri()], check=True, capture_output=True)
     image = Image.open(picture).convert("RGB")
     box = ImageChops.difference(image, Image.new("RGB", image.size, image.getpixel((0, image.height - 1)))).getbbox()
-    bottom = min(image.height, box[3] + 16) if box else image.height
+    bottom = min(image.height, box[3] + 32) if box else image.height
     image.crop((0, 0, image.width, bottom)).quantize(256).save(picture, optimize=True)
 
 

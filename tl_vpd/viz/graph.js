@@ -103,8 +103,9 @@ window.tlVpdGraph = function (id, g) {
     const boxes = [];
     for (const i of view.node === null ? order : [view.node, ...order]) {
       if (boxes.length >= 60) break;
-      const x = px(g.x[i]), middle = py(g.y[i]), r = g.radius[i] * scale, w = 3.2 * g.name[i].length + 3;
-      const y = middle >= box.top && middle - r < box.top + 10 ? middle + r + 12 : middle - r - 4;  // below where there is no room above
+      const w = 3.2 * g.name[i].length + 3, r = g.radius[i] * scale, middle = py(g.y[i]);
+      const above = middle < box.top || middle - r > box.top + 10;  // else beside the node
+      const x = px(g.x[i]) + (above ? 0 : r + w), y = middle + (above ? -r - 4 : 4);
       if (!g.name[i] || x < box.left || x > box.left + box.width || y < box.top + 6 || y > box.top + box.height) continue;
       if ((lit && !lit.has(i)) || boxes.some(b => Math.abs(b[0] - x) < b[2] + w && Math.abs(b[1] - y) < 13)) continue;
       boxes.push([x, y, w]);
