@@ -1,13 +1,14 @@
 """Is a decomposition the same from seed to seed, and does it split when more is built? On the bundled model.
 
-    python -m benchmarks.seeds                       # benchmarks/results/seeds.json, the tables of docs/evidence.md
-    python -m benchmarks.seeds --whole --steps 8000  # both blocks, with the bundled recipe: long; it resumes
+    python -m benchmarks.seeds          # benchmarks/results/seeds.json, the tables of docs/evidence.md: two hours on one core
+    python -m benchmarks.seeds --whole  # both blocks, with the bundled recipe: longer
 
-Runs: ``--seeds`` at the recipe's C, and ``--factors`` times C with the first seed. The recipe is that of ``benchmarks.recipes``,
-but started at random directions: neurons and head channels would be the same in every run. Recorded for each run: built and
-alive subcomponents (mean importance > 1e-6), L0, KL, the union test of pairs; for all pairs of seeds mean max cosines of alive
-subcomponents beside random directions; for the smallest C against every larger one the splitting share. Finished runs are read
-from ``--work``; a stopped one continues. ``--until`` starts no run after so many seconds.
+Runs: ``--seeds`` at the recipe's C, and ``--factors`` times C with the first seed. The recipe is that of
+``benchmarks.recipes``, but started at random directions: neurons and head channels would be the same in every run. Recorded
+for each run: built and alive subcomponents (mean importance > 1e-6), L0, KL, the union test of pairs; for all pairs of seeds
+mean max cosines of alive subcomponents, and of frequent ones (mean importance > 0.05), beside random directions; for the
+smallest C against every larger one the splitting share. Finished runs are read from ``--work``; a stopped one continues.
+``--until`` starts no run after so many seconds.
 """
 
 from __future__ import annotations
@@ -30,12 +31,15 @@ from tl_vpd.adapters import adapt
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import alive_subcomponents, consistency, feature_splitting, sampled, union_test
 from tl_vpd.evaluation.feature_splitting import FACTORS
+from tl_vpd.evaluation.importance_statistics import ALIVE
 from tl_vpd.site import select
 from tl_vpd.training import VPDConfig
 from tl_vpd.training.config import counts_for
 
 PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 COSINES = ("U", "V", "rank_one", "split")
+FREQUENT = 0.05
+"""The mean importance above which a subcomponent is counted as frequent."""
 
 
 def at_size(model: nn.Module, factor: float, *, steps: int, seed: int, whole: bool) -> VPDConfig:
@@ -56,9 +60,11 @@ def figures(vpd: Decomposition, model: nn.Module, rows: Int[Tensor, "n pos"]) ->
     return {name: float(f"{value:.5g}") for name, value in {**row, **pairs[["kl_alone", "kl_union"]].to_dict()}.items()}
 
 
-def means(one: Decomposition, other: Decomposition, model: nn.Module, rows: Int[Tensor, "n pos"]) -> dict[str, float]:
-    """The means over sites of what two runs share."""
-    alive = tuple(alive_subcomponents(vpd, model, rows) for vpd in (one, other))
+def means(
+    one: Decomposition, other: Decomposition, model: nn.Module, rows: Int[Tensor, "n pos"], above: float = ALIVE
+) -> dict[str, float]:
+    """The means over sites of what two runs share, of subcomponents with a mean importance above a bound."""
+    alive = tuple(alive_subcomponents(vpd, model, rows, above=above) for vpd in (one, other))
     mean = consistency(one, other, alive=(alive[0], alive[1])).loc["mean"]
     return {name: round(float(mean[name]), 4) for key in COSINES for name in (key, f"{key}_random")}
 
@@ -79,18 +85,18 @@ def tables(record: dict[str, Any]) -> dict[str, str]:
         for run in record["runs"].values()
     ]
     shared = []
-    for name, pairs in (("seeds", record["seeds"]), ("C", record["sizes"])):
-        for pair, of_pair in pairs.items():
+    for key, text in {"seeds": "seeds {}", "frequent": "seeds {}, frequent ones", "sizes": "C {}"}.items():
+        for pair, of_pair in record[key].items():
             cells = {key: f"{of_pair[key]:.3f} ({of_pair[f'{key}_random']:.3f})" for key in COSINES[:3]}
             split = f"{of_pair['split']:.1%} ({of_pair['split_random']:.1%})"
-            shared.append({"compared": f"{name} {pair}", **cells, "split": split})
+            shared.append({"compared": text.format(pair), **cells, "split": split})
     return {"seeds_runs": markdown(runs), "seeds_shared": markdown(shared) if shared else ""}
 
 
 def main() -> None:
     """The command."""
     parser = harness.parser("seeds", __doc__)
-    parser.add_argument("--steps", type=int, default=250)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--factors", type=float, nargs="+", default=list(FACTORS))
     parser.add_argument("--whole", action="store_true", help="both blocks, the recipe's Γ and rows of 128 tokens")
@@ -109,12 +115,13 @@ def main() -> None:
         if time.monotonic() - start < options.until or (folder / "decomposition").is_dir():
             runs[factor, seed] = harness.trained(model, training, config, folder)
     rows, sizes = validation[:32], sorted((factor, seed) for factor, seed in runs if seed == options.seeds[0])
-    seeds = [key for key in runs if key[0] == 1]
+    pairs = list(combinations([key for key in runs if key[0] == 1], 2))
     record = {
         "runs": {
             f"{f:g}, {s}": {"factor": f, "seed": s, **figures(vpd, model, rows)} for (f, s), vpd in sorted(runs.items())
         },
-        "seeds": {f"{a[1]}, {b[1]}": means(runs[a], runs[b], model, rows) for a, b in combinations(seeds, 2)},
+        "seeds": {f"{a[1]}, {b[1]}": means(runs[a], runs[b], model, rows) for a, b in pairs},
+        "frequent": {f"{a[1]}, {b[1]}": means(runs[a], runs[b], model, rows, FREQUENT) for a, b in pairs},
         "sizes": {f"{sizes[0][0]:g}, {b[0]:g}": means(runs[sizes[0]], runs[b], model, rows) for b in sizes[1:]},
     }
     harness.write(options.out, record, "seeds", steps=options.steps, whole=options.whole, tokens=rows.numel())
