@@ -247,6 +247,13 @@ def test_a_models_code_runs_only_where_the_caller_says_so(tmp_path: Path, monkey
     assert (tmp_path / "ran").exists()
 
 
+def test_a_folder_is_read_as_a_bridge():
+    model = ModelRecipe(name=str(bundled.MODEL)).load()
+    assert type(model).__name__ == "TransformerBridge"
+    with bundled.decomposition().attach(model) as attached:  # the same weights
+        assert attached
+
+
 def test_a_targeted_recipe_trains_on_prompts_beside_ordinary_tokens(tmp_path):
     path = tmp_path / "recipe.yaml"
     settings = "steps: 2, batch_size: 2, C: 3, sites: blocks.1.mlp.*, gamma: {kind: global_mlp, hidden: 8}"

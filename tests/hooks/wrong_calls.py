@@ -17,6 +17,7 @@ from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tests.wrong_calls import Call, check
 from tl_vpd import Decomposition, GammaConfig, Masks, SiteMask, Subcomponent, bundled
 from tl_vpd.adapters.loading import load_model
+from tl_vpd.adapters.versions import HookedTransformer
 from tl_vpd.hooks import attached_to, attachment_of
 
 Q, K, OUT = "blocks.0.attn.W_Q", "blocks.0.attn.W_K", "blocks.1.mlp.W_out"
@@ -394,6 +395,9 @@ def calls_with_options() -> Iterator[Call]:
     yield lambda: load_model(str(file)), NotADirectoryError, "config.json is a file: give the folder"
     yield lambda: load_model(3), TypeError, "The model's name is a int"
     yield lambda: load_model("gpt2", kind="transformer"), ValueError, "kind='transformer'"
+    if HookedTransformer is not None:
+        yield lambda: load_model("no-such"), ValueError, "'no-such' is neither a folder nor a model"
+        yield lambda: load_model(str(file.parent), kind="hooked_transformer"), ValueError, "is a folder, which"
 
     V, U, gamma = dict(vpd.V), dict(vpd.U), vpd.gamma_config
     rest = {name: p.detach() for name, p in vpd.gamma.named_parameters()}
