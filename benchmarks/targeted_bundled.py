@@ -58,7 +58,7 @@ def bracket_config(*, steps: int = 600, naive: bool = False) -> TargetedConfig:
     )
 
 
-def tables_config(*, steps: int = 2_000) -> TargetedConfig:
+def tables_config(*, steps: int = 1_500) -> TargetedConfig:
     """Settings of the tables."""
     return TargetedConfig(
         steps=steps,
