@@ -60,8 +60,8 @@ def modes(report: Evaluation) -> str:
             {
                 "masks": str(mode),
                 "CE": f"{row['ce']:.3f}",
-                "above target": f"{row['above_target']:+.3f}",
-                "share of zero − target": f"{row['share_of_zero']:.1%}",
+                "above target": f"{round(row['above_target'], 3) + 0.0:+.3f}",  # not -0.000
+                "share of zero − target": f"{round(row['share_of_zero'], 3) + 0.0:.1%}",
                 "leak": "" if pd.isna(leak) else f"{round(leak, 4) + 0.0:.4f}",
                 "KL": f"{row['kl']:.3f}",
                 "compute recovered": f"{row['compute_recovered']:.0%}",

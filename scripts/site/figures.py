@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from scripts.site import comparisons
-from scripts.site.tables import fill, markdown
+from scripts.site.tables import fill, formatted, markdown
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -36,29 +36,46 @@ SIZES = {
     "smol": "SmolLM2-135M (30 layers of 576), block 29",
     "middle": "SmolLM2-135M, block 15",
 }
+RECORDS = {
+    "graph_cost": {
+        "tokens": "{tokens}",
+        "targets": "{targets:,}",
+        "edges": "{edges:,}",
+        "seconds": "{cpu_seconds:.2g}",
+        "peak MB (before)": "{peak_mb} ({before_mb})",
+    },
+    "imports": {
+        "": "`{model_class}`",
+        "model and decomposition take": "{kept_gb:.2f} GB",
+        "peak": "{peak_gb:.1f} GB",
+        "seconds": "{seconds:.0f}",
+        "seconds of processor": "{cpu_seconds:.0f}",
+    },
+    "clustering": {
+        "α": "{alpha:g}",
+        "components": "{components:,.0f}",
+        "of several members": "{of_several:,.0f}",
+        "of several, null": "{null_of_several:,}",
+        "distance of seeds, bits": "{distance:.2f}",
+    },
+}
+"""Tables with a row per record of a results file, and the template of each column."""
+PLACES = {"graph_cost": ("graph", "rows"), "imports": ("import", "imports"), "clustering": ("clustering", "bundled")}
+"""Results files of these tables, and where their records are."""
 CIRCUITS = {"unpruned": "all that is important", "adversarial": "adversarial", "importances_only": "importances only"}
+MASKS = {
+    "importances": "importances",
+    "stochastic": "stochastic",
+    "adversarial": "adversarial",
+    "fresh": "adversarial_fresh",
+    "fresh, worst": "adversarial_fresh_worst",
+}
 
 
 def results(name: str) -> dict[str, Any]:
     """A results file of the benchmarks."""
     record: dict[str, Any] = json.loads((ROOT / "benchmarks/results" / f"{name}.json").read_text(encoding="utf-8"))
     return record
-
-
-def graph_cost() -> str:
-    """Seconds and memory of attribution graphs."""
-    return markdown(
-        [
-            {
-                "tokens": str(row["tokens"]),
-                "targets": f"{row['targets']:,}",
-                "edges": f"{row['edges']:,}",
-                "seconds": f"{row['seconds']:.2g}",
-                "peak MB (before)": f"{row['peak_mb']} ({row['before_mb']})",
-            }
-            for row in results("graph")["rows"]
-        ]
-    )
 
 
 def circuits() -> str:
@@ -71,18 +88,14 @@ def circuits() -> str:
         for kind, text in CIRCUITS.items():
             circuit, first = record[kind], kind == "unpruned"
             coefficient = f", λ {circuit['coefficient']:g}" if "coefficient" in circuit else ""
-            masks = ("importances", "stochastic", "adversarial", "adversarial_fresh", "adversarial_fresh_worst")
-            values = [circuit[f"p_{mask}"] for mask in masks]
-            cells = dict(
-                zip(("importances", "stochastic", "adversarial", "fresh", "fresh, worst"), values, strict=True)
-            )
+            p = {mask: circuit[f"p_{name}"] for mask, name in MASKS.items()}
             rows.append(
                 {
                     "prompt → token": f"`{prompt}` → `{record['token']}`" if first else "",
                     "circuit": text + coefficient,
                     "nodes": str(circuit["nodes"]),
                     "target p": f"{record['target_p']:.3f}" if first else "",
-                    **{column: f"{p:.3f}" if p >= 5e-4 else "< 0.0005" for column, p in cells.items()},
+                    **{mask: f"{x:.3f}" if x >= 5e-4 else "< 0.0005" for mask, x in p.items()},
                 }
             )
     return markdown(rows)
@@ -110,22 +123,6 @@ def sizes() -> str:
     return markdown(rows)
 
 
-def imports() -> str:
-    """Memory and time of importing a released run."""
-    return markdown(
-        [
-            {
-                "": f"`{row['model_class']}`",
-                "model and decomposition take": f"{row['kept_gb']:.2f} GB",
-                "peak": f"{row['peak_gb']:.1f} GB",
-                "seconds": f"{row['seconds']:.0f}",
-                "seconds of processor": f"{row['cpu_seconds']:.0f}",
-            }
-            for row in results("import")["imports"]
-        ]
-    )
-
-
 def _share(share: float) -> str:
     return f"{share:.1%}" if share < 0.02 else f"{share:.0%}"
 
@@ -136,26 +133,8 @@ def audits() -> str:
 
 
 def comparison() -> str:
-    """VPD beside transcoders, by method and size (empty until it is measured)."""
-    if not (ROOT / "benchmarks/results/comparison.json").is_file():
-        return ""
+    """VPD beside transcoders, by method and size."""
     return markdown(comparisons.comparison(results("comparison")))
-
-
-def clustering() -> str:
-    """Components of the bundled decomposition by α."""
-    return markdown(
-        [
-            {
-                "α": f"{row['alpha']:g}",
-                "components": f"{row['components']:,.0f}",
-                "of several members": f"{row['of_several']:,.0f}",
-                "of several, null": f"{row['null_of_several']:,}",
-                "distance of seeds, bits": f"{row['distance']:.2f}",
-            }
-            for row in results("clustering")["bundled"]
-        ]
-    )
 
 
 def labels() -> str:
@@ -193,14 +172,16 @@ def generation() -> str:
 
 
 TABLES = {
-    function.__name__: function
-    for function in (graph_cost, circuits, sizes, imports, audits, comparison, clustering, labels, harvest, generation)
+    function.__name__: function for function in (circuits, sizes, audits, comparison, labels, harvest, generation)
 }
 
 
 def table(name: str) -> str:
     """The table of a name."""
-    return TABLES[name]()
+    if name not in RECORDS:
+        return TABLES[name]()
+    file, key = PLACES[name]
+    return formatted(results(file)[key], RECORDS[name])
 
 
 def main() -> None:

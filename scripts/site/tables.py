@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -14,6 +15,11 @@ def markdown(rows: list[dict[str, str]]) -> str:
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def formatted(records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """A table of records, each column by its template, such as ``"{seconds:.2g}"``."""
+    return markdown([{name: text.format_map(record) for name, text in columns.items()} for record in records])
 
 
 def filled(page: str, table: Callable[[str], str]) -> str:
