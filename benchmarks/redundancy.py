@@ -83,7 +83,8 @@ def table(record: dict[str, Any]) -> str:
     """The file in Markdown."""
     rows = []
     for model in MODELS:
-        for name, figures in {"by hand": record[model]["by_hand"], **record[model]["trained"]}.items():
+        of_model = {"by hand": record[model]["by_hand"], **dict(sorted(record[model]["trained"].items(), key=_number))}
+        for name, figures in of_model.items():
             learned = "kl" in figures
             rows.append(
                 {
@@ -98,6 +99,10 @@ def table(record: dict[str, Any]) -> str:
                 }
             )
     return markdown(rows)
+
+
+def _number(entry: tuple[str, Any]) -> float:
+    return float(entry[0])
 
 
 def main() -> None:
