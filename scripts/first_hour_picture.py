@@ -14,17 +14,17 @@ from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parents[1]
 RUNS = {
-    "bundled": "good: the bundled model, all sites",
-    "smol": "good: SmolLM2, the last block",
-    "collapsed": "collapsed: coefficients × 1,000",
-    "dense": "dense: coefficients × 1/1,000",
+    "bundled": "good: the bundled\nmodel, all sites",
+    "smol": "good: SmolLM2,\nthe last block",
+    "collapsed": "collapsed:\ncoefficients × 1,000",
+    "dense": "dense:\ncoefficients × 1/1,000",
 }
 ROUNDED, STOCHASTIC, ADVERSARIAL, L0 = "#1f5fd0", "#7fb069", "#e07b00", "#8a8f98"
 
 
 def draw(runs: dict[str, Any]) -> Figure:
     """Two rows by run: shares of the yardstick, and L0 as a share of all subcomponents."""
-    figure = Figure(figsize=(11.0, 4.8), layout="constrained")
+    figure = Figure(figsize=(8.0, 4.6), layout="constrained")
     axes = figure.subplots(2, len(RUNS), sharex=True, sharey="row", height_ratios=(1.5, 1))
     for (name, title), (top, bottom) in zip(RUNS.items(), axes.T, strict=True):
         run, steps = runs[name], runs[name]["config"]["steps"]
@@ -36,7 +36,7 @@ def draw(runs: dict[str, Any]) -> Figure:
         top.plot(
             looks, [100 * v for v in checks["share"]], "o-", color=ROUNDED, markersize=4, linewidth=1.5, label="rounded"
         )
-        top.axhline(80, color="#c2185b", linewidth=0.8, linestyle="--")
+        top.axhline(80, color="#c2185b", linewidth=0.8, linestyle="--", label="warning")
         top.set_title(title, fontsize=9.5, loc="left")
         bottom.plot(looks, [100 * v / run["subcomponents"] for v in checks["l0"]], "o-", color=L0, markersize=4)
         bottom.set_xlabel("% of the run", fontsize=8.5)
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results/first_hour.json")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/first_hour.png")
     options = parser.parse_args()
-    draw(json.loads(options.results.read_text(encoding="utf-8"))["runs"]).savefig(options.out, dpi=110)
+    draw(json.loads(options.results.read_text(encoding="utf-8"))["runs"]).savefig(options.out, dpi=200)
 
 
 if __name__ == "__main__":
