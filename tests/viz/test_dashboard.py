@@ -62,7 +62,7 @@ def world(tmp_path_factory) -> SimpleNamespace:
     table = pd.DataFrame({"subcomponent": addresses, "label": None, "intruder": range(len(addresses)), "note": "x"})
     table.loc[table["subcomponent"] == LABELLED, "label"] = f"opens a quotation {HOSTILE}"
     table.loc[3, "intruder"] = float("nan")
-    table.loc[len(table)] = ["component:0", "a component", float("nan"), "x"]
+    table.loc[len(table)] = ["component:0", "a   component", float("nan"), "x"]
     clustering = cluster(vpd, model, tokens, config=ClusterConfig(alpha=0.1))
     folder = tmp_path_factory.mktemp("pages") / "dashboard"
     config = viz.DashboardConfig(title=HOSTILE, windows=2, samples=2, radius=1, min_count=1, logits=2)
@@ -106,7 +106,7 @@ def test_the_data_are_those_of_the_harvest(world):
     assert set(index["scores"]["ablation"][5:]) == {None}
     members = [[addresses[i] for i in c["members"]] for c in index["components"]]
     assert members == [[str(m) for m in c.members] for c in world.clustering]
-    assert index["components"][0]["label"] == "a component"
+    assert index["components"][0]["label"] == "a   component"
     assert index["scores"]["intruder"][3] is None and index["scores"]["intruder"][5] == 5
     assert set(index["scores"]) == {"intruder", "ablation"}
 
@@ -368,6 +368,7 @@ def test_pages_lead_to_the_next_and_to_components(browser, world):
 def test_addresses_that_do_not_exist_and_missing_files_are_said(browser, world, tmp_path):
     assert "There is no subcomponent <b>x</b>" in go(browser, world, "subcomponent.html#%3Cb%3Ex%3C%2Fb%3E")
     assert "There is no component 999" in go(browser, world, "component.html#999")
+    assert "a·×3component" in go(browser, world, "component.html#0")  # a browser would show one space
     for page in ("subcomponent.html", "index.html"):
         (tmp_path / page).write_text((world.folder / page).read_text(encoding="utf-8"), encoding="utf-8")
     text = go(browser, SimpleNamespace(folder=tmp_path), "index.html")
@@ -406,6 +407,7 @@ def test_prompts_are_looked_at_token_by_token(browser, world):
     assert browser.evaluate("document.querySelector('h1').textContent") == f"blocks.{heads[0]}"
     check_nothing_ran(browser)
     assert "There is no such prompt" in go(browser, world, "prompts.html#prompt=99")
+    assert "Prompt 0" in go(browser, world, "prompts.html")
 
 
 @pytest.mark.parametrize("width", [360, 800])

@@ -35,14 +35,17 @@ window.tlVpd = (function () {
 
   const percent = value => number(100 * value) + "%";
   const visible = text => text.replace(/ +/g, run => run.length < 4 ? "·".repeat(run.length) : `·×${run.length}`);
+  const counted = text => text.replace(/ {2,}/g, run => `·×${run.length}`);  // a browser shows several spaces as one
 
   // ------------------------------------------------------------------------------------------------ what there is
   let data = null, byAddress = null;
 
   const address = i => data.sites[data.site[i]] + ":" + data.index[i];
   const alive = i => data.mean[i] > data.alive;
-  const label = i => data.labels[i] || "";
-  const toSubcomponent = (i, text) => h("a", { href: "subcomponent.html#" + encodeURIComponent(address(i)) }, text || address(i));
+  const label = i => counted(data.labels[i] || "");
+  const labelOf = k => counted(data.components[k].label);
+  const breakable = text => text.split(/(?<=\.)/).flatMap((part, n) => n ? [h("wbr"), part] : [part]);
+  const toSubcomponent = (i, text) => h("a", { href: "subcomponent.html#" + encodeURIComponent(address(i)) }, text || breakable(address(i)));
   const toComponent = k => h("a", { href: "component.html#" + k }, "component " + k);
 
   const toPrompts = () => data.prompts.length ? h("a", { href: "prompts.html#prompt=0", id: "prompts" }, "Prompts") : null;
@@ -98,9 +101,8 @@ window.tlVpd = (function () {
     ].filter(c => (c.key !== "component" || data.components.length) && (c.key !== "label" || Object.keys(data.labels).length));
 
     const groups = [
-      { key: "address", name: "component", value: k => k, show: toComponent },
-      { key: "label", name: "label", words: true, free: true, value: k => data.components[k].label,
-        show: k => data.components[k].label },
+      { key: "address", name: "component", words: true, value: k => k, show: toComponent },
+      { key: "label", name: "label", words: true, free: true, value: labelOf, show: labelOf },
       { key: "members", name: "members", value: k => data.components[k].members.length,
         show: k => number(data.components[k].members.length) },
       { key: "density", name: "density", value: k => data.components[k].density, show: k => percent(data.components[k].density) },
@@ -125,7 +127,7 @@ window.tlVpd = (function () {
       const components = state.show === "components", shown = components ? groups : columns;
       let rows = components ? data.components.map((_, k) => k) : data.index.map((_, i) => i);
       rows = rows.filter(components
-        ? k => words.every(w => (data.components[k].label.toLowerCase() + " component " + k).includes(w) ||
+        ? k => words.every(w => (labelOf(k).toLowerCase() + " component " + k).includes(w) ||
                                 data.components[k].members.some(i => texts[i].includes(w)))
         : i => (state.all || alive(i)) && (site < 0 || data.site[i] === site) && words.every(w => texts[i].includes(w)));
       count.textContent = number(rows.length) + (components ? " components" : " subcomponents");
@@ -313,13 +315,13 @@ window.tlVpd = (function () {
     main.replaceChildren(...[
       steps(link(k - 1), link(k + 1)),
       h("h1", {}, "Component " + k),
-      c.label ? h("p", { class: "label" }, c.label) : null,
+      c.label ? h("p", { class: "label" }, counted(c.label)) : null,
       facts([["members", number(c.members.length)], ["a member is important at", percent(c.density) + " of the tokens"]]),
       card("Members", null, table([{ name: "subcomponent", words: true, show: i => toSubcomponent(i) },
         ...(c.members.some(label) ? [{ name: "label", words: true, free: true, show: label }] : []),
         { name: "mean importance", show: i => number(data.mean[i]) },
         { name: "density", show: i => percent(data.density[i]) }], c.members)),
-      edgeTables(c, toComponent, k => data.components[k].label),
+      edgeTables(c, toComponent, labelOf),
       ...strongest.map((i, n) => windows(address(i), records[n].windows.slice(0, 3), records[n].scale, label(i))),
     ].filter(Boolean));
   }
@@ -328,7 +330,7 @@ window.tlVpd = (function () {
   const ROWS = 40;
 
   async function promptsPage(main) {
-    const hash = location.hash, query = new URLSearchParams(hash.slice(1));
+    const hash = location.hash, query = new URLSearchParams(hash.slice(1) || "prompt=0");
     const whole = (name, end) => /^\d+$/.test(query.get(name) || "") && Number(query.get(name)) < end ? Number(query.get(name)) : null;
     const k = whole("prompt", data.prompts.length), site = data.sites.indexOf(query.get("site"));
     document.title = "Prompts";
@@ -369,7 +371,7 @@ window.tlVpd = (function () {
 
   function tokenCard(prompt, t, list, text) {
     const columns = [{ name: "subcomponent", words: true, show: r => toSubcomponent(r[0]) }, { name: "importance", show: r => number(r[1] / 100) },
-      { name: "activation", show: r => number(r[2]) }];
+      { name: "activation", minor: true, show: r => number(r[2]) }];
     if (list.some(r => label(r[0]))) columns.push({ name: "label", words: true, free: true, show: r => label(r[0]) });
     const element = h("section", { class: "card" }, h("h2", {}, "At token " + t + " ", h("span", { class: "tok" }, visible(text))),
       h("p", { class: "soft" }, "The model thinks most probable after it: ", h("span", { class: "tok" }, visible(data.tokens[prompt.next[t][0]])),
