@@ -38,7 +38,7 @@ TABLE = 4
 """Windows with so many such numbers are tables; those with none are other text."""
 LENGTH = 64
 HELD_OUT, RUN = 105, 16
-TIMES, COMMON = 10.0, 0.01
+TIMES, COMMON = 20.0, 0.01
 """A subcomponent is the topic's and rare elsewhere where it is important at more than the second part of the topic's tokens, and
 at the first times as many as of other text."""
 
@@ -150,7 +150,7 @@ def tables(model: Any, *, steps: int | None, work: Path | None) -> dict[str, Any
     others = ((often > 0) & ~rare).nonzero()[:, 0]
     order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))
     random = torch.zeros_like(rare).index_fill(0, others[order[: int(rare.sum())]], True)
-    sets = {"rare elsewhere": rare, "random others": random, "the others": (often > 0) & ~rare}
+    sets = {"rare elsewhere": rare, "random others": random}
     return {
         "windows": {kind: len(of_kind) for kind, of_kind in rows.items()},
         "steps": config.steps,

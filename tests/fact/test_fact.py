@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -15,10 +16,10 @@ from tests.viz.test_panel import addresses
 from tl_vpd import bundled
 from tl_vpd.cli import app
 from tl_vpd.editing import bake, remove
-from tl_vpd.fact import data
-from tl_vpd.fact.edits import ERASED, MOST, ablations, erasing, swapping
+from tl_vpd.fact import data, edits
+from tl_vpd.fact.edits import ERASED, MOST, STRENGTHS, ablations, erasing, just_enough, swapping
 from tl_vpd.fact.elsewhere import kl_elsewhere
-from tl_vpd.fact.measures import measure, probabilities
+from tl_vpd.fact.measures import IN_PART, measure, probabilities
 from tl_vpd.fact.page import after_edits, marks
 from tl_vpd.fact.run import decomposed, report
 from tl_vpd.fact.settings import FACTS, Facts, config
@@ -107,6 +108,25 @@ def test_edits_erase_and_exchange(model, facts, runs, table, rows):
     assert after > before
 
 
+def test_no_more_is_exchanged_than_rewires(model, facts, runs, table, rows, monkeypatch):
+    vpd = runs[0]
+    whole = swapping(vpd, model, facts, table, rows[:4])
+
+    parts = {
+        str(x): replace(whole, pieces=tuple(replace(piece, change=x * piece.change) for piece in whole.pieces))
+        for x in STRENGTHS
+    }
+    p = probabilities(vpd, model, facts, parts).query("trained").groupby("edit", sort=False)["other"].min().tolist()
+    monkeypatch.setattr(edits, "REWIRED", sum(p[9:11]) / 2)
+    first = next(i for i, value in enumerate(p) if value > edits.REWIRED)
+    part = just_enough(vpd, model, facts, whole)
+    for piece, of_whole in zip(part.pieces, whole.pieces, strict=True):
+        torch.testing.assert_close(piece.change, STRENGTHS[first] * of_whole.change)
+        assert piece.about == f"{STRENGTHS[first]:.2g} of the way: {of_whole.about}"
+    monkeypatch.setattr(edits, "REWIRED", 1.0)
+    assert just_enough(vpd, model, facts, whole) is whole
+
+
 def test_kl_elsewhere_is_that_of_the_edited_weights(model, runs, table, text):
     vpd, name = runs[0], table["subcomponent"][0]
     edit = remove(vpd, name)
@@ -135,28 +155,32 @@ def test_the_page_has_every_figure_and_nothing_active(model, facts, runs, text, 
     assert all(row["figure"].split(":")[0] in html for row in stored["marks"]) and any(
         "index.html" in line for line in said
     )
-    assert len(stored["marks"]) == 9 and {row["met"] for row in stored["marks"]} <= {"yes", "no"}
+    assert len(stored["marks"]) == 11 and {row["met"] for row in stored["marks"]} <= {"yes", "no"}
 
 
 def test_marks_by_hand():
     facts = {"prompts": ["a", "b"], "answers": ["A", "B"]}
     rows = [("model", "a", 0.8, "A"), ("model", "b", 0.5, "B"), ("without a", "a", 0.04, "x"), ("without b", "b", 0.05, "x"),
-            ("exchanged", "a", 0.0, "B"), ("exchanged", "b", 0.0, "x")]  # fmt: skip
+            ("exchanged", "a", 0.0, "B"), ("exchanged", "b", 0.0, "x"),
+            (IN_PART, "a", 0.1, "B"), (IN_PART, "b", 0.1, "A")]  # fmt: skip
     answers = [{"edit": e, "subject": s, "answer": p, "top": t, "first": t, "trained": True} for e, s, p, t in rows]
     elsewhere = [{"edit": e, "text": "all", "kl": kl, "p99": 10 * kl} for e, kl in
-                 (("without a", 0.002), ("without b", 0.02), ("exchanged", 0.001), ("without a, naive", 0.03))]  # fmt: skip
+                 (("without a", 0.002), ("without b", 0.02), ("exchanged", 0.001),
+                  (IN_PART, 0.0005), ("without a, naive", 0.03))]  # fmt: skip
     alone = [
         {"subject": "a", "model": 0.8, "rounded": 0.72, "attacked": 0.4},
         {"subject": "b", "model": 0.5, "rounded": 0.5, "attacked": 0.5},
     ]
     table = marks({"facts": facts, "answers": answers, "elsewhere": elsewhere, "alone": alone})
-    assert table["reached"].tolist() == pytest.approx([0.9, 0.5, 0.1, 0.02, 0.2, 0.5, 0.5, 0.001, 15.0])
-    assert table["met"].tolist() == ["yes", "no", "no", "no", "no", "no", "no", "yes", "yes"]
+    assert table["reached"].tolist() == pytest.approx([0.9, 0.5, 0.1, 0.02, 0.2, 0.5, 0.5, 0.001, 1.0, 0.0005, 15.0])
+    assert table["met"].tolist() == ["yes", "no", "no", "no", "no", "no", "no", "yes", "yes", "yes", "yes"]
     assert isinstance(table, pd.DataFrame)
     shown = [row | {"prompt": f"of\n{row['subject']}", "other": row["answer"] / 2} for row in answers]
-    likeliest, probability = after_edits(pd.DataFrame([row for row in shown if "without" not in row["edit"]]))
-    assert likeliest.loc["of⏎ a"].tolist() == ["A", "B"] and likeliest.columns.tolist() == ["model", "exchanged"]
-    assert probability.loc["of⏎ a"].tolist() == [0.8, 0.0, 0.0] and probability.index.tolist() == ["of⏎ a", "of⏎ b"]
+    likeliest, right, other = after_edits(pd.DataFrame([row for row in shown if "without" not in row["edit"]]))
+    assert likeliest.loc["of⏎ b"].tolist() == ["B", "x", "A"]
+    assert likeliest.columns.tolist() == ["model", "exchanged", IN_PART]
+    assert right.loc["of⏎ a"].tolist() == [0.8, 0.0, 0.1] and other.loc["of⏎ a"].tolist() == [0.4, 0.0, 0.05]
+    assert right.index.tolist() == ["of⏎ a", "of⏎ b"]
 
 
 def test_what_ships_agrees_with_its_record():

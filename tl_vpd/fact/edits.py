@@ -6,6 +6,8 @@ fact's answer loses more log-probability than the other fact's.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pandas as pd
 import torch
 from jaxtyping import Int
@@ -25,6 +27,8 @@ MOST = 12
 """Subcomponents that an edit removes at most."""
 REWIRED = 0.5
 """Two facts are exchanged where each prompt gives the other's answer at least this probability."""
+STRENGTHS = tuple(i / 20 for i in range(1, 20))
+"""Parts of an exchange that are tried, the smallest first."""
 
 
 def answers_of(masked_model: MaskedModel, facts: Facts) -> list[int]:
@@ -140,6 +144,32 @@ def swapping(
         return edits[max(p, key=p.__getitem__)]
     kl = kl_elsewhere(decomposition, model, {"rows": rows}, rewiring).query("text == 'all'").set_index("edit")["kl"]
     return edits[kl.idxmin()]
+
+
+def just_enough(decomposition: Decomposition, model: nn.Module, facts: Facts, exchange: Edit) -> Edit:
+    """The smallest part of an exchange that still makes the other answer likelier than not after both prompts: its changes
+    multiplied by a number below 1, where one of ``STRENGTHS`` does. What an edit changes elsewhere grows with about its square.
+
+    Args:
+        decomposition: of the model's weights.
+        model: the target.
+        facts: the facts.
+        exchange: from ``swapping``.
+    """
+    with MaskedModel(decomposition, model) as masked_model:
+        tokens, answers = masked_model.adapter.tokens(facts.prompts), answers_of(masked_model, facts)
+        for strength in STRENGTHS:
+            part = replace(
+                exchange,
+                pieces=tuple(
+                    replace(piece, change=strength * piece.change, about=f"{strength:.2g} of the way: {piece.about}")
+                    for piece in exchange.pieces
+                ),
+            )
+            logits = edited_run(masked_model, part.site_edits(decomposition))(tokens, None)
+            if float(_log_p(logits, torch.tensor(answers[::-1])).min().exp()) > REWIRED:
+                return part
+    return exchange
 
 
 def _log_p(logits: Tensor, answers: Tensor) -> Tensor:

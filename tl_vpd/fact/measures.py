@@ -14,10 +14,13 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.editing import Edit, remove
 from tl_vpd.editing.controls import random_control
 from tl_vpd.editing.runs import edited_run
-from tl_vpd.fact.edits import ablations, answers_of, erasing, swapping
+from tl_vpd.fact.edits import ablations, answers_of, erasing, just_enough, swapping
 from tl_vpd.fact.elsewhere import Text, kl_elsewhere
 from tl_vpd.fact.settings import Facts
 from tl_vpd.forward import MaskedModel
+
+IN_PART = "exchanged in part"
+"""The name of the smallest sufficient part of the exchange."""
 
 
 @torch.no_grad()
@@ -113,6 +116,8 @@ def measure(
     for name, edit in list(edits.items())[1:]:
         if (control := random_control(edit, decomposition, alive, torch.Generator().manual_seed(0))) is not None:
             variants[f"{name}, at random others"] = control.site_edits(decomposition)
+    edits[IN_PART] = just_enough(decomposition, model, facts, edits["exchanged"])
+    variants[IN_PART] = edits[IN_PART].site_edits(decomposition)
     if naive is not None:
         edit = erasing(naive, model, facts, ablations(naive, model, facts), 0)
         edits[(name := f"without {facts.subjects[0]}, naive")] = edit
@@ -134,6 +139,7 @@ def measure(
         "ablations": _rows(strongest.drop(columns=["most", "site", "index"])),
         "ablations_elsewhere": _rows(alone_kl[alone_kl["text"] == "all"]) if single else [],
         "edits": {name: [str(c) for c in edit.subcomponents] for name, edit in edits.items()},
+        "changes": {name: _rows(edit.to_pandas()[["subcomponent", "change"]]) for name, edit in edits.items()},
         "elsewhere": _rows(kl),
         "answers": _rows(before_after),
     }

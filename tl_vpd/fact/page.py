@@ -10,6 +10,7 @@ import pandas as pd
 
 from tl_vpd import viz
 from tl_vpd.analysis import AttributionGraph
+from tl_vpd.fact.measures import IN_PART
 
 INTRODUCTION = (
     "SmolLM2-135M-Instruct (30 blocks, its weights read from 4 bits), decomposed for two prompts alone: {prompts}. The "
@@ -31,9 +32,8 @@ def marks(figures: Mapping[str, Any]) -> pd.DataFrame:
     alone, answers = pd.DataFrame(figures["alone"]), pd.DataFrame(figures["answers"])
     kl = pd.DataFrame(figures["elsewhere"]).set_index(["edit", "text"]).xs("all", level="text")
     trained = answers[answers["trained"]].set_index(["edit", "subject"])["answer"]
-    exchanged = answers[answers["edit"] == "exchanged"]
-    wanted = dict(zip(alone["subject"], figures["facts"]["answers"][::-1], strict=True))
-    first, top = ((exchanged[c] == exchanged["subject"].map(wanted)) for c in ("first", "top"))
+    wanted = answers["subject"].map(dict(zip(alone["subject"], figures["facts"]["answers"][::-1], strict=True)))
+    other = answers[["first", "top"]].eq(wanted, axis=0).groupby(answers["edit"]).mean()  # shares of all prompts
     erased = [f"without {subject}" for subject in alone["subject"]]
     left = max(trained[f"without {s}", s] / trained["model", s] for s in alone["subject"])
     rows = [
@@ -46,9 +46,23 @@ def marks(figures: Mapping[str, Any]) -> pd.DataFrame:
         ("fact erased: probability of the answer, of the model's", left, "<= 0.05"),
         ("fact erased: mean KL elsewhere", kl.loc[erased, "kl"].max(), "<= 0.01"),
         ("fact erased: 99th percentile of KL elsewhere", kl.loc[erased, "p99"].max(), "<= 0.1"),
-        ("facts exchanged: the other answer is first of the capitals, share of all prompts", first.mean(), ">= 1"),
-        ("facts exchanged: the other answer is the likeliest token, share of all prompts", top.mean(), ">= 1"),
+        (
+            "facts exchanged: the other answer is first of the capitals, share of all prompts",
+            other.loc["exchanged", "first"],
+            ">= 1",
+        ),
+        (
+            "facts exchanged: the other answer is the likeliest token, share of all prompts",
+            other.loc["exchanged", "top"],
+            ">= 1",
+        ),
         ("facts exchanged: mean KL elsewhere", kl.loc["exchanged", "kl"], "<= 0.001"),
+        (
+            "exchanged in part: the other answer is first of the capitals, share of all prompts",
+            other.loc[IN_PART, "first"],
+            ">= 1",
+        ),
+        ("exchanged in part: mean KL elsewhere", kl.loc[IN_PART, "kl"], "<= 0.001"),
     ]
     if naive := [name for name in kl.index if name.endswith("naive")]:
         ratio = kl.loc[naive[0], "kl"] / max(kl.loc[erased[0], "kl"], 1e-12)
@@ -89,11 +103,13 @@ def fact_page(figures: Mapping[str, Any], graph: AttributionGraph | None, path: 
     """
     elsewhere, reached = pd.DataFrame(figures["elsewhere"]), marks(figures)
     reached["asked"] = reached["asked"].str.replace(">=", "at least").str.replace("<=", "at most")
-    likeliest, probability = after_edits(pd.DataFrame(figures["answers"]))
+    likeliest, right, other = after_edits(pd.DataFrame(figures["answers"]))
     edits = pd.DataFrame(
-        [{"edit": name, "subcomponents": ", ".join(names)} for name, names in figures["edits"].items()]
+        [{"edit": name, **change} for name, changes in figures["changes"].items() for change in changes]
     )
-    kl = elsewhere.pivot(index="edit", columns="text", values="kl").add_suffix(", mean")
+    kinds = ["all", *(kind for kind in dict.fromkeys(elsewhere["text"]) if kind != "all")]
+    kl = elsewhere.pivot(index="edit", columns="text", values="kl")
+    kl = kl.loc[list(dict.fromkeys(elsewhere["edit"])), kinds].add_suffix(", mean")
     p99 = elsewhere.pivot(index="edit", columns="text", values="p99")[["all"]].add_suffix(", 99%")
     single = pd.DataFrame(figures["ablations"])
     if figures["ablations_elsewhere"]:
@@ -122,7 +138,8 @@ def fact_page(figures: Mapping[str, Any], graph: AttributionGraph | None, path: 
             "The likeliest token after each edit",
             note="Only the first prompt of each subject was trained on.",
         ),
-        viz.table(probability, "The right answer's probability after each edit"),
+        viz.table(right, "The right answer's probability after each edit"),
+        viz.table(other, "The other answer's probability after an exchange"),
         viz.table(
             kl.join(p99),
             "What the edits change elsewhere",
@@ -137,15 +154,17 @@ def fact_page(figures: Mapping[str, Any], graph: AttributionGraph | None, path: 
     return viz.page(panels, "A fact, erased and rewired", path, introduction=introduction)
 
 
-def after_edits(answers: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The likeliest token and the right answer's probability, a row for each prompt and a column for each edit, and the
-    probability of the other fact's answer after the exchange.
+def after_edits(answers: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The likeliest token, the right answer's probability, and after exchanges that of the other fact's answer: a row for each
+    prompt and a column for each edit.
 
     Args:
         answers: from ``probabilities``.
     """
     answers = answers.assign(prompt=answers["prompt"].str.replace("\n", "⏎ "), top=answers["top"].str.strip())
     prompts, edits = (list(dict.fromkeys(answers[column])) for column in ("prompt", "edit"))
-    by = {value: answers.pivot(index="prompt", columns="edit", values=value) for value in ("top", "answer", "other")}
-    likeliest, probability = (by[value].loc[prompts, edits] for value in ("top", "answer"))
-    return likeliest, probability.assign(**{"exchanged: the other answer": by["other"]["exchanged"]})
+    likeliest, right, other = (
+        answers.pivot(index="prompt", columns="edit", values=value).loc[prompts, edits]
+        for value in ("top", "answer", "other")
+    )
+    return likeliest, right, other[["model", "exchanged", IN_PART]]
