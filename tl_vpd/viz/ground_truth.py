@@ -117,7 +117,7 @@ def _arrows(
             axes.annotate("", tuple(pieces[matched[j], j].tolist()), (0, 0), arrowprops=style)
         axes.annotate(f"feature {j}", (1.22 * x, 1.22 * y), ha="center", va="center", fontsize=8)
     reach = 1.45 * float(true.norm(dim=-1).max())
-    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal")
+    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), aspect="equal", xlabel="dimension 1", ylabel="dimension 2")
 
 
 def _cosines(axes: Any, cosines: Float[Tensor, "feature n"]) -> None:
