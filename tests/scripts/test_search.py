@@ -21,7 +21,9 @@ ASK = """new Promise((resolve, reject) => {
 @pytest.mark.skipif(chromium() is None, reason="needs Chromium")
 def test_a_worker_of_a_page_on_the_disk_answers(tmp_path):
     shutil.copy(SHIM, tmp_path)
-    (tmp_path / "worker.js").write_text('self.addEventListener("message", e => postMessage(e.data.query.toUpperCase()));')
+    (tmp_path / "worker.js").write_text(
+        'self.addEventListener("message", e => postMessage(e.data.query.toUpperCase()));'
+    )
     page = tmp_path / "page.html"
     page.write_text('<body><script src="iframe-worker.js"></script></body>', encoding="utf-8")
     browser = Browser()
