@@ -16,7 +16,7 @@ AUDITS = {
 """Ablations of an audit, and their columns."""
 METHODS = {
     "bundled": "bundled VPD",
-    "vpd": "VPD, short",
+    "vpd": "VPD",
     "plt": "PLT, local",
     "clt": "CLT, local",
     "plt, cascading": "PLT, cascading",

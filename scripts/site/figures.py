@@ -133,8 +133,10 @@ def audits() -> str:
 
 
 def comparison() -> str:
-    """VPD beside transcoders, by method and size."""
-    return markdown(comparisons.comparison(results("comparison")))
+    """VPD beside transcoders, by method and size, and with more compute."""
+    short, long = results("comparison"), results("comparison_long")
+    times = f"With {long['settings']['tflops']:g}·10¹² FLOPs each (one size and seed):"
+    return f"{markdown(comparisons.comparison(short))}\n{times}\n\n{markdown(comparisons.comparison(long))}"
 
 
 def labels() -> str:
