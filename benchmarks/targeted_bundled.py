@@ -9,8 +9,9 @@ from the full model, beside what that ablation costs on other code; targeted, an
 ``tables``: the target are windows of the standard library's tables of characters (``0x1A -> CONTROL CHARACTER``), the rest are
 windows with no such number. Held out are table windows that share no run of ``RUN`` tokens with the target's, and windows
 of other files. On these: KL under rounded masks with Δ off (the subcomponents alone), and KL of the full model without the
-subcomponents that are rare elsewhere, beside as many random others. Rare is what is important ``TIMES`` times as often per token
-on the target as on one half of the other files; KL is measured on the other half.
+subcomponents that are rare elsewhere, beside as many random others of the run, where it has so many. Rare is what is important at
+least 10, 20 or 40 times as often per token on the target as on one half of the other files; KL is measured on the other half.
+Importances per token are counted for each set too.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ TABLE = 4
 """Windows with so many such numbers are tables; those with none are other text."""
 LENGTH = 64
 HELD_OUT, RUN = 105, 16
-TIMES, COMMON = 20.0, 0.01
-"""A subcomponent is the topic's and rare elsewhere where it is important at more than the second part of the topic's tokens, and
-at the first times as many as of other text."""
+TIMES, COMMON = (10, 20, 40), 0.01
+"""A subcomponent is rare elsewhere where it is important at more than ``COMMON`` of the topic's tokens, and so many times as often
+there as in other text."""
 
 
 def bracket_config(*, steps: int = 600, naive: bool = False) -> TargetedConfig:
@@ -146,18 +147,22 @@ def tables(model: Any, *, steps: int | None, work: Path | None) -> dict[str, Any
         for kind in ("target", "tables", "other, to select", "other")
     }
     often, elsewhere = density["target"], density["other, to select"]
-    rare = (often > COMMON) & (often > TIMES * elsewhere)
-    others = ((often > 0) & ~rare).nonzero()[:, 0]
-    order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))
-    random = torch.zeros_like(rare).index_fill(0, others[order[: int(rare.sum())]], True)
-    sets = {"rare elsewhere": rare, "random others": random}
+    sets = dict[str, Tensor]()
+    for times in TIMES:
+        rare = (often > COMMON) & (often > times * elsewhere)
+        others = ((often > 0) & ~rare).nonzero()[:, 0]
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(0))
+        random = torch.zeros_like(rare).index_fill(0, others[order[: int(rare.sum())]], True)
+        sets |= {f"rare elsewhere ({times})": rare, f"random others ({times})": random}
     return {
         "windows": {kind: len(of_kind) for kind, of_kind in rows.items()},
         "steps": config.steps,
         "alive": int((often > 0).sum()),
-        "sets": {name: int(members.sum()) for name, members in sets.items()},
+        "sets": {
+            name: {"subcomponents": int(of.sum())} | {kind: float(d[of].sum()) for kind, d in density.items()}
+            for name, of in sets.items()
+        },
         "l0": {kind: float(d.sum()) for kind, d in density.items()},
-        "l0_rare": {kind: float(d[rare].sum()) for kind, d in density.items()},
         "kl": {kind: _kl(vpd, model, rows[kind], sets) for kind in ("tables", "other")},
     }
 
