@@ -40,8 +40,8 @@ TABLE = 4
 LENGTH = 64
 HELD_OUT, RUN = 105, 16
 TIMES, COMMON = (10, 20, 40), 0.01
-"""A subcomponent is rare elsewhere where it is important at more than ``COMMON`` of the topic's tokens, and so many times as often
-there as in other text."""
+"""A subcomponent is rare elsewhere where it is important at more than ``COMMON`` of the topic's tokens, and so many times as
+often there as in other text."""
 
 
 def bracket_config(*, steps: int = 600, naive: bool = False) -> TargetedConfig:
