@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pandas as pd
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_vpd.analysis.harvest.neighbours import Neighbours
@@ -83,9 +83,3 @@ class SubcomponentHarvest:
         """All windows, one row per token; see ``Window.to_pandas`` (``window`` numbers them)."""
         tables = [w.to_pandas().assign(window=i) for i, w in enumerate(self.windows)]
         return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()
-
-
-def peak_importance(window: Window) -> float:
-    """The importance of the token that a window is around."""
-    importances: Float[Tensor, " width"] = window.importances
-    return float(importances[window.peak])

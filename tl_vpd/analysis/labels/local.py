@@ -1,7 +1,7 @@
 """A causal language model of transformers, in this process, as labeller or judge.
 
 Small models prefer one of the choices whatever they are asked. Over a group of questions, each choice therefore loses the mean of
-its log-probability (batch calibration, Zhou et al. 2024, arXiv 2309.17249, section 3):
+its log-probability (batch calibration, Zhou et al. 2024, arXiv 2309.17249):
 
     answer = argmax_c [ log p(c | question) − mean over the group of log p(c | ·) ]
 
