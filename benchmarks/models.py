@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tl_vpd.training.distributed.processes import World
 
 SITES = ("*W_Q", "*W_K", "*W_V", "*W_O", "*W_in", "*W_out")
 
@@ -131,7 +134,12 @@ def config_of(size: Size, sites: tuple[str, ...] = SITES, **recipe: Any) -> Any:
 
 
 def trainer_step(
-    size: Size, variant: str = "paper", sites: tuple[str, ...] = SITES, *, device: torch.device | None = None
+    size: Size,
+    variant: str = "paper",
+    sites: tuple[str, ...] = SITES,
+    *,
+    device: torch.device | None = None,
+    world: World | None = None,
 ) -> Callable[[], object]:
     """A step of ``tl_vpd``'s trainer on a random HookedTransformer.
 
@@ -140,6 +148,7 @@ def trainer_step(
         variant: of the trainer.
         sites: patterns of what is decomposed.
         device: where (None: on a GPU, if there is one).
+        world: the processes that split the batch (None: one).
     """
     from tl_vpd import ExecutionConfig
     from tl_vpd.forward import MaskedModel
@@ -149,8 +158,11 @@ def trainer_step(
     config = config_of(size, sites, **recipe)
     masked_model = MaskedModel(new_decomposition(model, config), model, fused_attention=True)
     masked_model.__enter__()  # for as long as the benchmark runs
-    trainer = Trainer(masked_model, config, (size.batch, size.context), execution=ExecutionConfig(**execution))
+    shape, how = (size.batch, size.context), ExecutionConfig(**execution)
+    trainer = Trainer(masked_model, config, shape, execution=how, world=world)
     tokens = random_tokens(size).to(masked_model.adapter.device)
+    if world is not None:
+        tokens = tokens[list(world.rows(size.batch))]
     return lambda: trainer.step(tokens)
 
 

@@ -1,6 +1,6 @@
 """Training steps beside another busy process, with threads that spin and with threads that sleep while they wait.
 
-    python -m benchmarks.neighbour                # about five minutes; on a machine that does nothing else
+    python -m benchmarks.neighbour                # at most three minutes; on a machine that does nothing else
     python -m benchmarks.neighbour --rounds 1     # in short form
 
 Two processes make steps of size S on two threads, one as OpenMP waits by default, one with ``OMP_WAIT_POLICY=PASSIVE`` as the

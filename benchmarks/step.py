@@ -4,14 +4,17 @@
 
 The trainer and the reference take turns, each in a separate process (the trainer's keeps freed memory, as ``tl-vpd train``
 does). For each size: ``trainer_s`` and ``reference_s`` (medians of rounds), ``ratio`` (reference over trainer, median over
-rounds), ``first_step_s`` (with the graphs made, or read from PyTorch's cache), ``operators`` (calls in a step, those inside
-others too, as torch's profiler counts them), ``executed_gflop`` (matrix products, as torch counts them without ``addmm_``),
-``floor_s`` (the mathematics' matrix products at this machine's rate of large float32 products in the same run),
-``floor_share`` (floor over trainer), ``peak_mb`` and ``reference_peak_mb`` (above what imports take, in separate processes;
-``settled_mb`` without the first steps, in which compiled passes are made). The same for the other ``VARIANTS`` of
-``benchmarks.models``, under their names; ``checkpoint`` has the peak alone. ``--sizes V`` is M with the vocabulary of GPT-2,
-where logits are made in blocks, beside ``whole_logits``. ``--variants compiled`` measures that and the paper's recipe alone.
-Size L needs a GPU.
+rounds), ``operators`` (calls in a step, those inside others too, as torch's profiler counts them), ``executed_gflop`` (matrix
+products, as torch counts them without ``addmm_``), ``floor_s`` (the mathematics' matrix products at this machine's rate of large
+float32 products in the same run), ``floor_share`` (floor over trainer).
+
+In new processes: ``peak_mb`` and ``reference_peak_mb`` (above what imports take; ``settled_mb`` without the first steps, in which
+compiled passes are made), ``first_step_s`` and ``first_step_cpu_s`` (by the clock, and of all processors with making the
+trainer). Compiled ones begin with PyTorch's cache empty, and run again with what is in it then (``cached``).
+
+The same for the other ``VARIANTS`` of ``benchmarks.models``, under their names; ``checkpoint`` has memory and the first step
+alone, and all have with ``--rounds 0``. ``--sizes V`` is M with the vocabulary of GPT-2, where logits are made in blocks, beside
+``whole_logits``. ``--variants compiled`` measures that and the paper's recipe alone. Size L needs a GPU.
 """
 
 from __future__ import annotations
@@ -19,9 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
+import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -96,9 +102,8 @@ def measure(name: str, rounds: int, variants: Sequence[str]) -> dict[str, dict[s
     size = SIZES[name]
     names = [*variants, *([REFERENCE] if size.has_reference else [])]
     workers = {which: Worker(name, which) for which in names}
-    first = {
-        which: worker.ask("step") for which, worker in workers.items()
-    }  # all have started before anything is timed
+    for worker in workers.values():  # all have started before anything is timed
+        worker.ask("step")
     rates = [gemm_rate()]
     seconds: dict[str, list[float]] = {which: [] for which in names}
     for i in range(rounds + 2):
@@ -112,7 +117,6 @@ def measure(name: str, rounds: int, variants: Sequence[str]) -> dict[str, dict[s
         median, executed = statistics.median(seconds[which]), workers[which].ask("flop")
         figures[which] = {
             "trainer_s": round(median, 4),
-            "first_step_s": round(first[which], 1),
             "operators": round(workers[which].ask("operators")),
             "executed_gflop": round(executed / 1e9, 1),
         }
@@ -130,26 +134,37 @@ def measure(name: str, rounds: int, variants: Sequence[str]) -> dict[str, dict[s
     return figures
 
 
-def peak(size: str, which: str) -> tuple[float, float]:
-    """Peak memory in MB above what imports take, in a fresh process: of three steps and all before them, and of a fourth."""
+def first_steps(size: str, which: str) -> dict[str, float]:
+    """Time of the first step and memory in fresh processes; of compiled passes, with PyTorch's cache empty and full."""
     command = [sys.executable, "-m", "benchmarks.step", "--peak", size, which]
-    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    whole, settled = (round(float(number), 1) for number in output.split()[-2:])
-    return whole, settled
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for kind in ("", "cached_") if "compiled" in which else ("",):
+            environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+            output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+            figures |= {kind + name: round(value, 1) for name, value in json.loads(output.splitlines()[-1]).items()}
+    return figures
 
 
-def print_peak(size: str, which: str) -> None:
-    """The measurement of ``peak``, in that process."""
+def print_first_steps(size: str, which: str) -> None:
+    """The measurement of ``first_steps``, in that process: peaks of three steps and all before them, and of a fourth."""
     from tl_vpd.training import Trainer  # noqa: F401 (imports are not part of it)
 
-    before = harness.peak_mb()
+    before, processors = harness.peak_mb(), processor_seconds()
     step = reference_step(SIZES[size]) if which == REFERENCE else trainer_step(SIZES[size], which)
-    for _ in range(3):
+    figures = {"first_step_s": harness.seconds_of(step), "first_step_cpu_s": processor_seconds() - processors}
+    for _ in range(2):
         step()
-    whole = harness.peak_mb() - before
+    figures["peak_mb"] = harness.peak_mb() - before
     harness.restart_peak()
     step()
-    print(whole, harness.peak_mb() - before)
+    print(json.dumps(figures | {"settled_mb": harness.peak_mb() - before}))
+
+
+def processor_seconds() -> float:
+    """Of this process and of those it has waited for, such as compilers."""
+    uses = [resource.getrusage(of) for of in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(use.ru_utime + use.ru_stime for use in uses)
 
 
 def chosen_variants(size: str, only: str | None) -> list[str]:
@@ -170,11 +185,11 @@ def chosen_variants(size: str, only: str | None) -> list[str]:
 
 def size_record(size: str, rounds: int, variants: Sequence[str]) -> dict[str, dict[str, float]]:
     """All figures of a size, by variant."""
-    figures = measure(size, rounds, [which for which in variants if which != "checkpoint"])
+    figures = measure(size, rounds, [which for which in variants if which != "checkpoint"]) if rounds else {}
     for which in variants if size != "L" else ():
-        figures.setdefault(which, {})["peak_mb"], figures[which]["settled_mb"] = peak(size, which)
+        figures.setdefault(which, {}).update(first_steps(size, which))
     if SIZES[size].has_reference:
-        figures["paper"]["reference_peak_mb"], _ = peak(size, REFERENCE)
+        figures["paper"]["reference_peak_mb"] = first_steps(size, REFERENCE)["peak_mb"]
     return figures
 
 
@@ -184,7 +199,12 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--sizes", default="S,M")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--variants", help="only these, as paper,compiled; paper is among them (default: all)")
-    parser.add_argument("--peak", nargs=2, metavar=("SIZE", "WHICH"), help="print the peak memory of one, in MB")
+    parser.add_argument(
+        "--peak",
+        nargs=2,
+        metavar=("SIZE", "WHICH"),
+        help="print the first step's seconds and the peaks of memory of one",
+    )
     return parser
 
 
@@ -193,7 +213,7 @@ def main() -> None:
     arguments = options().parse_args()
     warnings.simplefilter("ignore")
     if arguments.peak:
-        print_peak(*arguments.peak)
+        print_first_steps(*arguments.peak)
         return
     record: dict[str, Any] = {}
     for size in arguments.sizes.split(","):
@@ -203,7 +223,7 @@ def main() -> None:
         for which, values in figures.items():
             record.setdefault(which, {})[size] = values
         print(json.dumps(record, indent=2))
-    harness.write(arguments.out, record, "step", rounds=arguments.rounds)
+        harness.write(arguments.out, record, " ".join(["step", *sys.argv[1:]]), rounds=arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
-"""Tokens per second of the processor in functions that read data, as a share of what the model and Γ alone allow.
+"""Tokens per second of the processor in functions that read data, beside the passes that each cannot do without.
 
-    python -m benchmarks.throughput               # writes benchmarks/results/throughput.json (about two minutes)
+    python -m benchmarks.throughput               # writes benchmarks/results/throughput.json (a minute of the processor)
+    python -m benchmarks.throughput --resume      # measures what the record lacks
 
 On the bundled model and decomposition, in turn, medians over rounds, in the processor's seconds, which other work on the machine
 changes little:
 
-``model_and_gamma``   the model's clean pass and Γ, batch by batch: what the others cannot do without
-``importances``       ``causal_importances``
-``modes``             ``evaluate`` with its table of modes alone: no attack, no control
+``importances``    ``causal_importances``; the passes are the model's clean one and Γ
+``harvest``        windows and tokens of every subcomponent; the same passes
+``modes``          ``evaluate`` with its table of modes alone (no attack, no control); the same passes, and one under masks that
+                   are there already for each of the eight modes
+``dataset_graph``  of ``NODES`` subcomponents; the same passes, one that records gradients, and a backward pass for each of them
 
-``share`` is the time of ``model_and_gamma`` over a function's. Harvest is in ``harvest.json`` (``benchmarks.harvest``).
+``share`` is the time of the passes over a function's, ``share_of_model_and_gamma`` that of the model and Γ alone.
 """
 
 from __future__ import annotations
@@ -23,58 +26,102 @@ import torch
 
 import tl_vpd
 from benchmarks import harness
+from tl_vpd.analysis import DatasetGraphConfig, HarvestConfig, dataset_graph, harvest
+from tl_vpd.analysis.graph.direct import DirectModel
 from tl_vpd.evaluation import EvaluationConfig, evaluate
+from tl_vpd.evaluation.modes import ROWS
 from tl_vpd.forward import MaskedModel
+from tl_vpd.masking.masks import constant_masks
 
-BATCH = 16
+BATCH, NODES = 16, 64
 MODES = EvaluationConfig(measures=(), budgets=(), controls=False, batch_size=BATCH)
+Group = dict[str, Callable[[], object]]
 
 
-def functions(rows: int) -> tuple[int, dict[str, Callable[[], object]]]:
-    """How many tokens are read, and what reads them."""
-    model, vpd, tokens = (
-        tl_vpd.bundled.model(),
-        tl_vpd.bundled.decomposition(),
-        tl_vpd.bundled.tokens("validation")[:rows],
-    )
-    batches = tokens.split(BATCH)
+class Uses:
+    """What is timed.
+
+    Args:
+        rows: of the bundled validation text.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.model, self.vpd = tl_vpd.bundled.model(), tl_vpd.bundled.decomposition()
+        self.tokens = tl_vpd.bundled.tokens("validation")[:rows]
+        mean = self.vpd.causal_importances(self.model, self.tokens[:BATCH]).concatenated.flatten(0, -2).mean(0)
+        self.nodes = [str(self.vpd.site_axis.at(int(i))) for i in mean.topk(NODES).indices]
 
     @torch.no_grad()
-    def model_and_gamma() -> None:
-        with MaskedModel(vpd, model) as masked_model:
-            for batch in batches:
-                vpd.importances(masked_model.clean(batch)[1])
+    def model_and_gamma(self, masked_passes: int = 0) -> None:
+        """The clean pass and Γ, batch by batch, and passes under masks."""
+        with MaskedModel(self.vpd, self.model) as masked_model:
+            for batch in self.tokens.split(BATCH):
+                g = self.vpd.importances(masked_model.clean(batch)[1])
+                masks = constant_masks(g, 0.0, self.vpd.site_axis)
+                for _ in range(masked_passes):
+                    masked_model.masked(batch, masks)
 
-    return tokens.numel(), {
-        "model_and_gamma": model_and_gamma,
-        "importances": lambda: [vpd.causal_importances(model, batch) for batch in batches],
-        "modes": lambda: evaluate(vpd, model, tokens, MODES),
+    def gradients(self) -> None:
+        """A pass that records gradients, and a backward pass for each node in the input of its site."""
+        sites = [self.vpd.subcomponent(node).site for node in self.nodes]
+        with DirectModel(self.vpd, self.model) as direct:
+            for batch in self.tokens.split(DatasetGraphConfig().batch_size):
+                run = direct.direct(batch, until=set(sites))
+                for site in sites:
+                    x, names = run.inputs[site], direct.names[: direct.names.index(site)]
+                    run.gradients([(x, torch.ones_like(x))], names, again=True)
+
+    def group(self, name: str) -> Group:
+        """A function and its passes."""
+        config = DatasetGraphConfig(absolute=False)
+        functions: Group = {
+            "importances": lambda: [self.vpd.causal_importances(self.model, rows) for rows in self.tokens.split(BATCH)],
+            "harvest": lambda: harvest(self.vpd, self.model, self.tokens, config=HarvestConfig()),
+            "modes": lambda: evaluate(self.vpd, self.model, self.tokens, MODES),
+            "dataset_graph": lambda: dataset_graph(self.vpd, self.model, self.tokens, self.nodes, config=config),
+        }
+        passes: Group = {
+            "modes": lambda: self.model_and_gamma(len(ROWS)),
+            "dataset_graph": lambda: (self.model_and_gamma(), self.gradients()),
+        }
+        return {
+            "function": functions[name],
+            "passes": passes.get(name, self.model_and_gamma),
+            "model_and_gamma": self.model_and_gamma,
+        }
+
+
+def measured(group: Group, tokens: int, rounds: int) -> dict[str, float]:
+    """A function's tokens per second and shares."""
+    seconds: dict[str, list[float]] = {name: [] for name in group}
+    for i in range(rounds + 1):
+        for name, call in group.items():
+            start = time.process_time()
+            call()
+            if i:  # the first round warms up
+                seconds[name].append(time.process_time() - start)
+    return {
+        "tokens_per_cpu_second": round(tokens / statistics.median(seconds["function"])),
+        "share": round(harness.ratio(seconds, "passes", "function"), 3),
+        "share_of_model_and_gamma": round(harness.ratio(seconds, "model_and_gamma", "function"), 3),
     }
 
 
 def main() -> None:
-    """Measures and writes the record."""
+    """Measures and writes the record, one function after the other."""
     parser = harness.parser("throughput", __doc__)
-    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--resume", action="store_true", help="functions that the record has stay")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    n, variants = functions(arguments.rows)
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(arguments.rounds):
-        for name, function in variants.items():
-            start = time.process_time()
-            function()
-            seconds[name].append(time.process_time() - start)
-    record = {
-        name: {
-            "tokens_per_cpu_second": round(n / statistics.median(times)),
-            "share": round(harness.ratio(seconds, "model_and_gamma", name), 3),
-        }
-        for name, times in seconds.items()
-    }
-    harness.write(arguments.out, record, "throughput", tokens=n, rounds=arguments.rounds)
-    print(record)
+    uses, record = Uses(arguments.rows), harness.read(arguments.out) if arguments.resume else {}
+    record.pop("settings", None)
+    for name in ("importances", "harvest", "modes", "dataset_graph"):
+        if name not in record:
+            record[name] = measured(uses.group(name), uses.tokens.numel(), arguments.rounds)
+            harness.write(arguments.out, record, "throughput", tokens=uses.tokens.numel(), rounds=arguments.rounds)
+            print(name, record[name], flush=True)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ PAGES = {
     "labels": "labels",
     "dashboard": "harvest",
     "hooks": "generation",
+    "performance": "throughput",
 }
 """Pages, each with the name of its table."""
 SIZES = {
@@ -173,8 +174,25 @@ def generation() -> str:
     return markdown([{"masks": mode, **{c: f"{x:,.0f}" for c, x in rates[mode].items()}} for mode in rates])
 
 
+def throughput() -> str:
+    """Tokens per second of functions that read data, beside the passes that they cannot do without."""
+    return markdown(
+        [
+            {
+                "": f"`{name}`",
+                "tokens per second of the processor": f"{row['tokens_per_cpu_second']:,}",
+                "passes": _share(row["share"]),
+                "model and Γ alone": _share(row["share_of_model_and_gamma"]),
+            }
+            for name, row in results("throughput").items()
+            if name != "settings"
+        ]
+    )
+
+
 TABLES = {
-    function.__name__: function for function in (circuits, sizes, audits, comparison, labels, harvest, generation)
+    function.__name__: function
+    for function in (circuits, sizes, audits, comparison, labels, harvest, generation, throughput)
 }
 
 

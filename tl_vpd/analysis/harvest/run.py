@@ -44,6 +44,9 @@ from tl_vpd.site import Subcomponent
 
 _COPIES = 8
 """Tensors of the size of a batch's activations that exist at once."""
+_TENSOR, _TOKENS = 1 << 24, 1024
+"""On a CPU as many tokens run at once as keep these tensors within such bytes (the C library hands memory of more than 32 MB back
+each time), or the second number if that is more."""
 _PAIR = 100
 """Bytes of a (subcomponent, token) pair while pairs are added up, on both sides."""
 
@@ -149,6 +152,10 @@ class _Pass:
         self.config, self.folder, self.all = config, folder, len(chosen) == decomposition.site_axis.total
         self.chosen = chosen.to(masked_model.adapter.device)
         self.budget = budget(config, len(chosen), decomposition.site_axis.total, rows.context)
+        self.at_once = self.budget.rows
+        if self.chosen.device.type == "cpu":
+            enough = max(_TENSOR // (4 * decomposition.site_axis.total), _TOKENS) // rows.context
+            self.at_once = min(self.at_once, max(1, enough))
         norms = [decomposition.V[s].norm(dim=0) * decomposition.U[s].norm(dim=-1) for s in decomposition.sites]
         norm = torch.cat(norms).detach()
         self.norm = norm[chosen.to(norm.device)].to(self.chosen.device)
@@ -158,7 +165,7 @@ class _Pass:
         done = self._so_far()
         row = start = self.config.first_row if done is None else done.rows[-1][1]
         tally, entries = self._empty()
-        for tokens, mask in self.rows.batches(row - self.config.first_row, self.budget.rows):
+        for tokens, mask in self.rows.batches(row - self.config.first_row, self.at_once):
             real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
             g, a = self._values(tokens, mask)
             tally.add(tokens, real, g, a, row)
