@@ -1,8 +1,8 @@
 """Where subcomponents may start: at what each weight does to the target's tokens, with other data read as little as possible.
 
-On a few prompts a site has n different inputs, the columns of ``X [d_in, n]``; on non-target data its inputs x have second moments
-``S = E[x xᵀ]``. Of all V whose columns pass one of the prompts' inputs each, ``Xᵀ V = 1``, this one reads least of other data, in
-the sense of ``E[‖Vᵀ x‖²]``:
+On a few prompts a site has n different inputs, the columns of ``X [d_in, n]``; its inputs x on non-target data have second
+moments ``S = E[x xᵀ]``. Of all V whose columns pass one of the prompts' inputs each, ``Xᵀ V = 1``, this one reads least of other
+data, in the sense of ``E[‖Vᵀ x‖²]``:
 
     V = S⁻¹ X (Xᵀ S⁻¹ X)⁻¹,        U = Xᵀ W
 
