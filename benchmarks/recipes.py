@@ -76,7 +76,15 @@ def rows_of(split: str, *, whole: bool) -> Int[Tensor, "n pos"]:
 
 
 def seconds_per_step(model: nn.Module, rows: Int[Tensor, "n pos"], config: VPDConfig) -> float:
-    """The median processor time of a step."""
+    """The mean over a run of a step's processor time, of medians before and after its adversary has started."""
+    start = config.adversary.start
+    with_it = config.model_copy(update={"adversary": config.adversary.model_copy(update={"start": 0.0})})
+    seconds = median_seconds(model, rows, with_it)
+    return seconds if start == 0 else (1 - start) * seconds + start * median_seconds(model, rows, config)
+
+
+def median_seconds(model: nn.Module, rows: Int[Tensor, "n pos"], config: VPDConfig) -> float:
+    """The median processor time of a run's first steps."""
     size, times = config.batch_size, []
     with MaskedModel(new_decomposition(model, config), model, fused_attention=True) as masked_model:
         trainer = Trainer(masked_model, config, (size, rows.shape[1]))
@@ -113,7 +121,8 @@ def kl_at(sweep: list[list[float]], l0: float) -> float:
     """The sweep's KL at an L0, between its points linear in log L0 and KL; NaN outside of it."""
     x, kl = np.array(sorted(sweep)).T
     x = np.log(np.maximum(x, 1e-9))
-    return float(np.interp(math.log(l0), x, kl)) if x[0] <= math.log(l0) <= x[-1] else math.nan
+    reached = x[0] <= math.log(l0) <= x[-1] + 1e-3  # records are rounded
+    return float(np.interp(math.log(l0), x, kl)) if reached else math.nan
 
 
 def table(record: dict[str, Any]) -> str:
