@@ -89,20 +89,18 @@ class _Handler(BaseHTTPRequestHandler):
         code, headers, content = (
             server.replies(n, body) if callable(server.replies) else server.replies[min(n, len(server.replies) - 1)]
         )
-        try:
-            self.send_response(code)
-            for name, value in {
-                "Content-Type": "application/json",
-                "Content-Length": str(len(content)),
-                **headers,
-            }.items():
-                self.send_header(name, value)
-            self.end_headers()
-            sent = content if server.cut is None else content[: server.cut]
-            for i in range(len(sent) if server.pause else 1):
-                self.wfile.write(sent[i : i + 1] if server.pause else sent)
-                self.wfile.flush()
-                time.sleep(server.pause or 0)
-        finally:
-            with server._lock:
-                server._now -= 1
+        with server._lock:  # before the answer goes out, after which the next question may come
+            server._now -= 1
+        self.send_response(code)
+        for name, value in {
+            "Content-Type": "application/json",
+            "Content-Length": str(len(content)),
+            **headers,
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        sent = content if server.cut is None else content[: server.cut]
+        for i in range(len(sent) if server.pause else 1):
+            self.wfile.write(sent[i : i + 1] if server.pause else sent)
+            self.wfile.flush()
+            time.sleep(server.pause or 0)
