@@ -104,8 +104,9 @@ window.tlVpdGraph = function (id, g) {
     for (const i of view.node === null ? order : [view.node, ...order]) {
       if (boxes.length >= 60) break;
       const w = 3.2 * g.name[i].length + 3, r = g.radius[i] * scale, middle = py(g.y[i]);
-      const above = middle < box.top || middle - r > box.top + 10;  // else beside the node
-      const x = px(g.x[i]) + (above ? 0 : r + w), y = middle + (above ? -r - 4 : 4);
+      const above = middle < box.top || middle - r > box.top + 10;  // else beside the node, on the side that has room
+      const side = px(g.x[i]) + r + 2 * w > box.left + box.width ? -1 : 1;
+      const x = px(g.x[i]) + (above ? 0 : side * (r + w)), y = above ? middle - r - 4 : Math.max(middle + 4, box.top + 6);
       if (!g.name[i] || x < box.left || x > box.left + box.width || y < box.top + 6 || y > box.top + box.height) continue;
       if ((lit && !lit.has(i)) || boxes.some(b => Math.abs(b[0] - x) < b[2] + w && Math.abs(b[1] - y) < 13)) continue;
       boxes.push([x, y, w]);
