@@ -62,7 +62,9 @@ def test_readers_of_a_dataset_read_the_target_most_beside_other_data():
 
 def test_a_run_of_a_dataset_starts_there():
     model, rows = tiny_model(dtype=torch.float32), some_tokens(shape=(12, 6))
-    run = decompose_targeted(model, rows[:6], rows[6:], config_of(C=4, batch_size=6, nontarget_batch_size=6), progress=False)
+    run = decompose_targeted(
+        model, rows[:6], rows[6:], config_of(C=4, batch_size=6, nontarget_batch_size=6), progress=False
+    )
     vpd = run.decomposition
     with torch.no_grad(), MaskedModel(vpd, model) as masked_model:
         moments = [
