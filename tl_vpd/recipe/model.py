@@ -49,7 +49,8 @@ class ModelRecipe(Frozen):
     name: str = "bundled"
     """``bundled``, or a name that TransformerLens knows, or a folder as transformers saves it."""
     kind: Kind | None = None
-    """``hooked_transformer`` or ``bridge`` (None: HookedTransformer where the installed TransformerLens has it; a bridge for a folder)."""
+    """``hooked_transformer`` or ``bridge`` (None: HookedTransformer where the installed TransformerLens has it; a bridge
+    for a folder)."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments (those of ``OPTIONS``) of ``HookedTransformer.from_pretrained`` or, for a bridge, of
     ``boot_transformers``; ``compatibility_mode: true`` processes a bridge's weights."""
