@@ -69,11 +69,11 @@ fact: $(VENV)/.installed
 
 test: test-main test-others
 
-# The numerics and what puts them on a model, without trainings of toys, notebooks, campaigns and pages.
+# The numerics and what puts them on a model, without compilers, trainings of toys, notebooks, campaigns and pages.
 QUICK := tests/adapters tests/components tests/files tests/forward tests/importance tests/losses tests/masking tests/test_checks.py \
   tests/test_decomposition.py tests/test_docstrings.py tests/test_site.py tests/training/test_reference.py
 test-quick: $(VENV)/.installed
-	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile $(QUICK)
+	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile -k 'not inductor' $(QUICK)
 
 test-main: $(VENV)/.installed
 	$(OFFLINE) $(BIN)/python -m pytest -n auto --dist loadfile
