@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.marks import needs_bridge
+from tests.marks import needs_bridge, needs_hooked_transformer
 from tests.tiny import some_tokens, tiny_model
 from tl_vpd import bundled
 from tl_vpd.baselines.transcoders import (
@@ -196,14 +196,12 @@ def test_gated_and_parallel_mlps_are_replaced(flags):
 
 
 @needs_bridge
+@needs_hooked_transformer
 def test_a_bridge_is_replaced_as_a_hooked_transformer_is():
     tokens, outputs = bundled.tokens("validation")[:2, :9], []
     transcoders = None
     for kind in ("bridge", "hooked_transformer"):
-        try:
-            model = bundled.model(kind=kind)
-        except ImportError:
-            pytest.skip("this TransformerLens has no HookedTransformer")
+        model = bundled.model(kind=kind)
         if transcoders is None:
             generator = torch.Generator().manual_seed(0)
             draw = partial(torch.randn, generator=generator)

@@ -29,7 +29,9 @@ def test_every_figure_is_there(monkeypatch):
     assert gpu.measure(TINY, torch.device("cpu"), minutes=0)["left_out"] == list(gpu.NAMES)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="what the command says without a GPU can only be seen without one"
+)
 def test_where_no_gpu_is_it_says_so(tmp_path):
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "gpu.json")],

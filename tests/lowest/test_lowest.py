@@ -41,7 +41,10 @@ def test_the_constraints_are_the_lowest_versions_allowed():
         assert pinned[name].split(".")[: len(lowest[0].split("."))] == padded[: len(lowest[0].split("."))], name
 
 
-@pytest.mark.skipif(version("transformer_lens") != pins("lowest.txt")["transformer-lens"], reason="another environment")
+@pytest.mark.skipif(
+    version("transformer_lens") != pins("lowest.txt")["transformer-lens"],
+    reason="only the environment of the lowest versions (make test-others) has them",
+)
 def test_this_environment_has_the_lowest_versions():
     for name, pinned in pins("lowest.txt").items():
         assert version(name).split("+")[0] == pinned, name

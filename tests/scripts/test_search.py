@@ -18,7 +18,7 @@ ASK = """new Promise((resolve, reject) => {
 })"""
 
 
-@pytest.mark.skipif(chromium() is None, reason="needs Chromium")
+@pytest.mark.skipif(chromium() is None, reason="neither chromium nor google-chrome is installed to open the page")
 def test_a_worker_of_a_page_on_the_disk_answers(tmp_path):
     shutil.copy(SHIM, tmp_path)
     (tmp_path / "worker.js").write_text(
