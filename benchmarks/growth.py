@@ -1,9 +1,9 @@
 """How a training step's time and memory grow with subcomponents, tokens, layers and sites, beside what shapes alone predict.
 
-    python -m benchmarks.growth                      # writes benchmarks/results/growth.json (a few minutes on two cores)
+    python -m benchmarks.growth                      # writes benchmarks/results/growth.json (six minutes)
 
 From a base size (2 layers, d_model 128, 4 x 64 tokens) one thing is changed at a time. Each setting runs in a separate process:
-``seconds`` (median of steps) and ``peak_mb`` (above what imports take), and the GFLOP and MB that
+``seconds`` (of the processor, one thread, median of steps) and ``peak_mb`` (above what imports take), and the GFLOP and MB that
 ``tl_vpd.planning.footprint`` predicts from shapes alone.
 """
 
@@ -13,9 +13,12 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from typing import Any
+
+import torch
 
 from benchmarks import harness
 from benchmarks.models import SITES, Size, config_of, trainer_step
@@ -48,7 +51,7 @@ def measure(setting: Setting, steps: int) -> dict[str, float]:
     size, sites = setting
     before = harness.peak_mb()
     step = trainer_step(size, sites=sites)
-    seconds = [harness.seconds_of(step) for _ in range(steps + 3)][3:]
+    seconds = [harness.seconds_of(step, time.process_time) for _ in range(steps + 3)][3:]
     peak = harness.peak_mb() - before
     return {"seconds": round(statistics.median(seconds), 4), "peak_mb": round(peak, 1)} | predicted(size, sites)
 
@@ -72,6 +75,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("WHAT", "VALUE"), help="measure one setting in this process")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
     if arguments.one:
         what, value = arguments.one
         print(json.dumps(measure(settings()[what][value], arguments.steps)))

@@ -107,28 +107,36 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def seconds_of(function: Variant) -> float:
-    """Seconds that a call takes, on a GPU up to its last operation."""
+def seconds_of(function: Variant, clock: Callable[[], float] = time.perf_counter) -> float:
+    """Seconds that a call takes, on a GPU up to its last operation.
+
+    Args:
+        function: what is timed.
+        clock: ``time.process_time`` counts the processor's seconds, which other work on the machine changes little.
+    """
     _wait()
-    start = time.perf_counter()
+    start = clock()
     function()
     _wait()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def seconds_in_turn(variants: Mapping[str, Variant], *, rounds: int, warm_up: int = 2) -> dict[str, list[float]]:
+def seconds_in_turn(
+    variants: Mapping[str, Variant], *, rounds: int, warm_up: int = 2, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
     """Seconds of every variant in each round; a round runs each once, every other round in reverse order.
 
     Args:
         variants: what is timed, by name.
         rounds: that count.
         warm_up: rounds before those.
+        clock: of the seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     order = list(variants)
     for i in range(warm_up + rounds):
         for name in order if i % 2 else reversed(order):
-            duration = seconds_of(variants[name])
+            duration = seconds_of(variants[name], clock)
             if i >= warm_up:
                 seconds[name].append(duration)
     return seconds

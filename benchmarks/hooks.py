@@ -1,6 +1,6 @@
-"""What a decomposition costs on a model, as ratios to the plain model in the same run.
+"""What a decomposition costs on a model, as ratios to the plain model in the same run: the processor's seconds of one thread.
 
-    python -m benchmarks.hooks                       # writes benchmarks/results/hooks.json (about five minutes on two cores)
+    python -m benchmarks.hooks                       # writes benchmarks/results/hooks.json (about five minutes)
 
 ``idle``                      attached, no hook listening
 ``read_one_site``             one site's activations cached (``read_one_site_product_only``: the plain model and that one product)
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import time
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -126,9 +127,11 @@ def measure(build: Callable[[int], Any], batch: int, context: int, rounds: int) 
                 "all_masked_products_only": lambda: models["products"](tokens),
             },
             rounds=rounds,
+            clock=time.process_time,
         )
         x = torch.randn(batch, context, D_MODEL)
-        product = seconds_in_turn({"one": lambda: x @ vpd.V[one], "plain": lambda: plain(tokens)}, rounds=rounds)
+        products_in_turn = {"one": lambda: x @ vpd.V[one], "plain": lambda: plain(tokens)}
+        product = seconds_in_turn(products_in_turn, rounds=rounds, clock=time.process_time)
     products.remove()
     figures: dict[str, Any] = {name: round(ratio(seconds, name, "plain"), 4) for name in seconds if name != "plain"}
     figures["read_one_site_product_only"] = round(1 + ratio(product, "one", "plain"), 4)
@@ -145,6 +148,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore", DeprecationWarning)
+    torch.set_num_threads(1)
     sizes = {name: getattr(arguments, name) for name in ("batch", "context", "rounds")}
     record = {**measure(transformer, **sizes), "bridge": measure(bridge, **sizes)}
     harness.write(arguments.out, record, "hooks", layers=LAYERS, d_model=D_MODEL, C="2 * min(d_in, d_out)", **sizes)

@@ -36,12 +36,7 @@ POS, VOCABULARY = 128, 50257
 
 def cpu_seconds(function: Callable[[], object], rounds: int) -> float:
     """The processor's seconds of a call: the median of some."""
-    seconds = []
-    for _ in range(rounds):
-        start = time.process_time()
-        function()
-        seconds.append(time.process_time() - start)
-    return statistics.median(seconds)
+    return statistics.median(harness.seconds_of(function, time.process_time) for _ in range(rounds))
 
 
 def product_rate() -> float:
