@@ -72,6 +72,15 @@ def test_other_sites_are_refused():
         consistency(decomposition_of(model), decomposition_of(model, sites=("blocks.0.*",)))
 
 
+def test_pairs_are_different_subcomponents_each_once_whatever_the_bound():
+    model = handmade.known_model()
+    right = handmade.right(model)
+    result = cancelling_pairs(right, below=1.0, smallest=0.0, k=1000)
+    n = right.counts[handmade.IN]
+    assert len(result) == 2 * (n * (n - 1) // 2) == len(set(zip(result["one"], result["other"], strict=True)))
+    assert (result["one"] != result["other"]).all()
+
+
 def test_cancelling_pairs_are_named_and_others_are_not():
     model = handmade.known_model()
     assert len(cancelling_pairs(handmade.right(model))) == 0

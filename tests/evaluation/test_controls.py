@@ -92,6 +92,19 @@ def test_shuffled_control_permutes_the_tokens_of_all_rows_whatever_the_batches()
     assert not torch.equal(moved[0].sum((1, 2)), g.sum((1, 2)))  # rows too have changed places
 
 
+@pytest.mark.parametrize("n", [2, 3, 4])
+def test_shuffled_control_takes_no_rows_importances_from_that_row(n: int):
+    model = tiny_model(torch.float32)
+    vpd, tokens = decomposition_of(model), some_tokens(shape=(n, 6))
+    for seed in range(5):
+        with sampled(vpd, model, tokens, seed=seed) as sample:
+            g = next(sample.batches()).g
+            moved = shuffled_control(sample.importances, sample.rows)(sample, sample.rows, {})
+        sums, theirs = (t.sum((1, 2)).tolist() for t in (g, moved))
+        assert sorted(theirs) == pytest.approx(sorted(sums))
+        assert all(abs(a - b) > 1e-4 for a, b in zip(sums, theirs, strict=True))
+
+
 def test_untrained_control_gives_the_same_values_as_an_untrained_importance_function_ranks_them():
     model = tiny_model(torch.float32)
     vpd, tokens = decomposition_of(model), some_tokens(shape=(3, 6))

@@ -20,6 +20,10 @@ def test_compute_recovered_takes_the_first_time_the_curve_got_there():
     assert compute_recovered(5.0, [(0, 8.0), (10, 5.0), (20, 6.0), (40, 4.0)]) == pytest.approx(0.25)
 
 
+def test_compute_recovered_counts_from_the_start_of_training_where_the_curve_begins_later():
+    assert compute_recovered(6.0, CURVE[1:]) == pytest.approx(0.1) == compute_recovered(6.0, CURVE)
+
+
 def test_rows_mask_as_their_names_say():
     site_axis = ConcatenatedAxis({"blocks.0.mlp.W_in": 4})
     g = torch.tensor([[[0.0, 0.05, 0.3, 1.0]]])

@@ -57,7 +57,8 @@ def cancelling_pairs(
         norms = V.norm(dim=0) * U.norm(dim=1)
         cosines = rank_one_cosines(V, U)
         large = norms >= smallest * norms.max()
-        candidates = cosines.masked_fill(~(large[:, None] & large[None]), 1.0).triu(1).flatten()
+        pairs = (large[:, None] & large[None]).triu(1)
+        candidates = cosines.masked_fill(~pairs, torch.inf).flatten()
         lowest = candidates.topk(min(k, len(candidates)), largest=False)
         for index in lowest.indices[lowest.values < below].tolist():
             c, other = divmod(index, len(norms))

@@ -132,12 +132,13 @@ def shuffled_control(importances: Importances, every: Rows) -> Importances:
 
     Args:
         importances: that are moved.
-        every: all rows, of which each gets another's importances.
+        every: all rows, of which each gets another's importances (its own at other tokens where it is the only row).
     """
 
     def control(sample: Sample, rows: Rows, inputs: Mapping[str, Tensor]) -> Tensor:
         device = sample.masked_model.adapter.device
-        partner = torch.randperm(len(every), generator=sample.generator(900_000), device=device).tolist()
+        order = torch.randperm(len(every), generator=sample.generator(900_000), device=device).tolist()
+        partner = dict(zip(order, [*order[1:], *order[:1]], strict=True))  # a permutation could leave rows in place
         at = {number: i for i, number in enumerate(every.numbers)}
         others = every.take([partner[at[number]] for number in rows.numbers])
         g = importances(sample, others, sample.clean(others)[1])

@@ -69,7 +69,8 @@ def rounded(sample: Sample, threshold: float = 0.0) -> MasksOf:
 def compute_recovered(ce: float, curve: Sequence[Sequence[int | float]]) -> float:
     """Share of training steps after which the target's curve of (step, CE) first reached ``ce`` (linear in between).
 
-    NaN for a NaN cross-entropy (no row has a next token).
+    Where the curve's first point is there already, that point's share (an upper bound); 1 where no point is. NaN for a NaN
+    cross-entropy (no row has a next token).
 
     Raises:
         TypeError: the curve is not a list of pairs of numbers.
@@ -85,7 +86,7 @@ def compute_recovered(ce: float, curve: Sequence[Sequence[int | float]]) -> floa
     last = curve[-1][0]
     previous = curve[0]
     if previous[1] <= ce:
-        return 0.0
+        return previous[0] / last
     for point in curve[1:]:
         if point[1] <= ce:
             fraction = (previous[1] - ce) / (previous[1] - point[1])
