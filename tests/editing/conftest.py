@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.tiny import draw
+from tests.matrix import models
+from tests.tiny import decomposition_of, draw, tiny_model
 from tl_vpd.editing import Edit, add, remove, scale, write_direction
 
 OUT, WO, Q = "blocks.1.mlp.W_out", "blocks.0.attn.W_O", "blocks.1.attn.W_Q"
@@ -22,6 +23,17 @@ def edit(vpd) -> Edit:
         + write_direction(vpd, f"{WO}:0", vector)
         + added
     )
+
+
+@pytest.fixture
+def padded(tmp_path):
+    """A model whose tokenizer pads on the left, its decomposition, and four rows of 9, 4, 7 and 3 tokens."""
+    model = tiny_model(d_vocab=models.D_VOCAB, tokenizer=models.tokenizer(tmp_path))
+    model.tokenizer.padding_side = "left"
+    tokens = models.tokens((4, 9))
+    for row, length in enumerate((9, 4, 7, 3)):
+        tokens[row, : 9 - length] = model.tokenizer.pad_token_id
+    return model, decomposition_of(model).double(), tokens
 
 
 def deltas(vpd, edit: Edit) -> dict[str, torch.Tensor]:

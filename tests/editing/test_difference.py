@@ -150,6 +150,16 @@ def test_contributions_to_the_output_add_up(wide):
         explain_difference(vpd, model, finetuned, loss=loss)
 
 
+def test_contributions_do_not_depend_on_the_batches_of_padded_prompts(padded):
+    model, vpd, tokens = padded
+    finetuned = edited_model(model, vpd, scale(vpd, [f"{OUT}:5", f"{Q}:1"], 2.0))
+    one, all_rows = (
+        explain_difference(vpd, model, finetuned, prompts=tokens, config=DifferenceConfig(batch_size=n)).table["output"]
+        for n in (1, 4)
+    )
+    assert one.tolist() == pytest.approx(all_rows.tolist(), rel=1e-9)
+
+
 def test_a_piece_outside_is_the_rest(wide):
     model, vpd = wide
     edit = add(vpd, OUT, draw(48) - 0.5, draw(32) - 0.5)

@@ -84,6 +84,23 @@ def test_every_figure_is_that_of_both_models_logits(model, vpd, tmp_path):
     assert "The most changed contexts" in page and name in page
 
 
+@torch.no_grad()
+def test_changed_contexts_leave_padding_out(padded):
+    model, vpd, tokens = padded
+    edit = scale(vpd, f"{OUT}:2", -3.0)
+    contexts = evaluate_edit(
+        vpd, model, tokens, edit, config=EditEvaluationConfig(contexts=99, controls=False)
+    ).contexts
+    changed = edited_model(model, vpd, edit)
+    assert len(contexts) == 9 + 4 + 7 + 3 and "<pad>" not in "".join(contexts["context"] + contexts["token"])
+    for row in contexts.to_dict("records"):
+        alone = tokens[row["row"]][tokens[row["row"]] != model.tokenizer.pad_token_id][None]
+        pos = row["pos"] - (9 - alone.shape[1])
+        before, after = (m(alone)[0, pos].softmax(-1) for m in (model, changed))
+        assert (row["p_before"], row["p_after"]) == pytest.approx((float(before.max()), float(after.max())), abs=1e-6)
+        assert row["kl"] == pytest.approx(float(kl(before.log(), after.log())), abs=1e-9)
+
+
 def test_the_model_is_left_alone(model, vpd, tokens):
     before = model(tokens)
     evaluate_edit(vpd, model, tokens, remove(vpd, f"{OUT}:2"))
@@ -200,6 +217,23 @@ def test_a_trained_direction_makes_the_token_likely(model, vpd):
     easy = TrainingConfig(probability=1e-6)
     with pytest.raises(ValueError, match="there is nothing to train"):
         train_write_direction(vpd, model, wanted, f"{OUT}:2", config=easy)
+
+
+def test_training_in_batches_ends_when_all_examples_are_likely(model, vpd):
+    """Not when those of a step are, nor is it refused since these are likely already."""
+    many = some_tokens(seed=4, shape=(30, 5))
+    with torch.no_grad():
+        p = model(many)[:, -1].softmax(-1)[:, 7]
+    order = p.argsort(descending=True)
+    prompts = many[torch.cat([order[:2], order[-2:]])]
+    first = int(torch.randperm(4, generator=torch.Generator().manual_seed(0))[0])
+    prompts = prompts[[(i - first) % 4 for i in range(4)]]  # the likeliest is the first step's
+    limit = float(p.max()) * 0.9
+    config = TrainingConfig(steps=3, lr=1e-3, probability=limit, batch_size=1)
+    trained = train_write_direction(vpd, model, Wanted(7, prompts), f"{OUT}:2", config=config)
+    with torch.no_grad():
+        after = edited_model(model, vpd, trained.edit)(prompts)[:, -1].softmax(-1)[:, 7].mean()
+    assert not trained.reached and float(trained.probabilities[-1]) == pytest.approx(float(after), rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a decomposition says about its model: where subcomponents fire, what they do, and which ones a behaviour needs."""
 
+from tl_vpd.analysis import attention
 from tl_vpd.analysis.audit import AuditConfig, CircuitAudit, Repair, RepairConfig, audit_circuit, repair_circuit
 from tl_vpd.analysis.clustering import (
     ClusterConfig,
@@ -99,6 +100,7 @@ __all__ = [
     "Window",
     "ablate_nodes",
     "ablation_table",
+    "attention",
     "attribution_graph",
     "audit_circuit",
     "cluster",

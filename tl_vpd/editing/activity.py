@@ -13,11 +13,12 @@ from torch import Tensor
 
 from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import DecomposedWeights
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent
 
 
 @dataclass(frozen=True, eq=False)
-class Activity:
+class Activity(Printed):
     """Of several subcomponents on text.
 
     Attributes:

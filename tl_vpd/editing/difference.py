@@ -25,6 +25,7 @@ from tl_vpd.editing.make import chosen_subcomponents
 from tl_vpd.editing.piece import Piece
 from tl_vpd.editing.tangent import Explained
 from tl_vpd.hooks.ablations import Subcomponents
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent
 
 
@@ -53,7 +54,7 @@ class DifferenceConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class Difference:
+class Difference(Printed):
     """A fine-tuning in the subcomponents of the model before it.
 
     Attributes:

@@ -128,9 +128,7 @@ def evaluate_edit(
                 row |= row_of_text(other, {kind: real})
             rows.append(row)
             if name == "edit" and config.contexts:
-                contexts = changed_contexts(
-                    adapter, clean_run(masked_model), run, text.tokens, kl, text.fires, config.contexts
-                )
+                contexts = changed_contexts(adapter, clean_run(masked_model), run, text, kl, config.contexts)
     return EditEvaluation(edit, pd.DataFrame(rows), contexts, text)
 
 

@@ -9,10 +9,11 @@ import pandas as pd
 from tl_vpd.checks import integer
 from tl_vpd.editing.activity import Activity
 from tl_vpd.editing.edit import Edit
+from tl_vpd.printing import Printed
 
 
 @dataclass(frozen=True, eq=False)
-class EditEvaluation:
+class EditEvaluation(Printed):
     """What an edit does, beside controls.
 
     Attributes:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tl_vpd.adapters import Adapter
 from tl_vpd.checks import integer, sequence, shown
 from tl_vpd.losses.precision import at_least_float32
+from tl_vpd.printing import Printed
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, eq=False)
-class Examples:
+class Examples(Printed):
     """Prompts as tokens, and what is wanted where.
 
     Attributes:

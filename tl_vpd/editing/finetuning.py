@@ -161,7 +161,8 @@ class _Runs:
                 return cls(batches, lambda logits, number: loss_value(loss, logits))
             run = clean_run(masked_model)
             targets = [at_least_float32(run(*batch)).log_softmax(-1) for batch in batches]
-        weights = [len(batch[0]) / len(tokens) for batch in batches]
+        real = [batch.numel() if mask is None else int(mask.sum()) for batch, mask in batches]
+        weights = [n / sum(real) for n in real]
         return cls(batches, lambda logits, i: weights[i] * kl_divergence(targets[i], logits, batches[i][1]))
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_vpd.adapters import Adapter
+from tl_vpd.editing.activity import Activity
 from tl_vpd.editing.examples import Examples
 from tl_vpd.losses.precision import at_least_float32
 
@@ -100,31 +101,32 @@ def changed_contexts(
     adapter: Adapter,
     before: Run,
     after: Run,
-    tokens: Int[Tensor, "batch pos"],
+    text: Activity,
     kl: Float[Tensor, "batch pos"],
-    fires: Bool[Tensor, "batch pos"],
     n: int,
 ) -> pd.DataFrame:
-    """The tokens of the largest KL: ``row``, ``pos``, ``kl``, ``fires``, ``context``, ``token``, and the most likely next token
-    of both models with its probability: ``before``, ``p_before``, ``after``, ``p_after``.
+    """The real tokens of the largest KL: ``row``, ``pos``, ``kl``, ``fires``, ``context``, ``token``, and the most likely next
+    token of both models with its probability: ``before``, ``p_before``, ``after``, ``p_after``.
 
     Args:
         adapter: of the model, for texts of tokens.
         before: gives the logits of the model.
         after: gives those of the changed model.
-        tokens: of the text.
+        text: the tokens, and where edited subcomponents fire.
         kl: at every token.
-        fires: where edited subcomponents fire.
         n: how many, at most.
     """
     rows: list[dict[str, Any]] = []
-    for flat in kl.flatten().argsort(descending=True)[:n].tolist():
+    order = kl.masked_fill(~text.real, -1.0).flatten().argsort(descending=True, stable=True)
+    for flat in order[: min(n, int(text.real.sum()))].tolist():
         row, pos = divmod(flat, kl.shape[1])
-        words = adapter.words(tokens[row])
-        entry: dict[str, Any] = {"row": row, "pos": pos, "kl": float(kl[row, pos]), "fires": bool(fires[row, pos])}
-        entry |= {"context": "".join(words[max(0, pos - BEFORE) : pos]), "token": words[pos]}
+        words, first = adapter.words(text.tokens[row]), max(0, pos - BEFORE)
+        entry: dict[str, Any] = {"row": row, "pos": pos, "kl": float(kl[row, pos]), "fires": bool(text.fires[row, pos])}
+        entry["context"] = "".join(words[i] for i in range(first, pos) if text.real[row, i])
+        entry["token"] = words[pos]
+        mask = None if text.token_mask is None else text.token_mask[[row]]
         for when, run in (("before", before), ("after", after)):
-            p = at_least_float32(run(tokens[[row]], None)[0, pos]).softmax(-1)
+            p = at_least_float32(run(text.tokens[[row]], mask)[0, pos]).softmax(-1)
             entry |= {when: adapter.words(p.argmax()[None])[0], f"p_{when}": float(p.max())}
         rows.append(entry)
     return pd.DataFrame(rows)

@@ -8,13 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_vpd.importance import DecomposedWeights
+from tl_vpd.printing import Printed
 
 SAME_DIRECTION = 0.02
 """The largest relative distance of a subcomponent's direction from an edit's copy of it: a bfloat16 copy is within 0.004."""
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class Piece(Printed):
     """A rank-one change of one weight, ``read ⊗ change``.
 
     Attributes:

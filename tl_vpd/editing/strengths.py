@@ -29,6 +29,7 @@ from tl_vpd.editing.runs import Steps
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.ablations import Subcomponents
 from tl_vpd.masking import Masks, SiteMask
+from tl_vpd.printing import Printed
 from tl_vpd.site import ConcatenatedAxis, Subcomponent
 
 Loss = Callable[[Tensor], Tensor]
@@ -110,7 +111,7 @@ class StrengthConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class TunedStrengths:
+class TunedStrengths(Printed):
     """Strengths trained for an objective.
 
     Attributes:

@@ -22,6 +22,7 @@ from tl_vpd.editing.examples import Examples, Wanted
 from tl_vpd.editing.make import chosen_subcomponents, piece_of
 from tl_vpd.editing.runs import Steps, edited
 from tl_vpd.forward import MaskedModel, SiteEdit
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent
 
 FEWEST = 4
@@ -36,7 +37,7 @@ class TrainingConfig:
         steps: of Adam, at most.
         lr: its learning rate, relative to the root mean square of the direction's entries.
         probability: training ends when the mean probability of what is wanted is this.
-        batch_size: examples of a step, sampled anew in each (None: all).
+        batch_size: examples of a step, sampled anew in each (None: all); whether training ends is decided by all of them.
         seed: of which examples a step has.
 
     Raises:
@@ -55,12 +56,13 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, eq=False)
-class TrainedEdit:
+class TrainedEdit(Printed):
     """What training gave.
 
     Attributes:
         edit: the new write direction.
-        probabilities: of what is wanted, in the mean, at every step; the first is the model's.
+        probabilities: of what is wanted, in the mean over the step's examples, at every step; the first is the model's. The last
+            is that of all examples, as is any that would end the training.
         reached: whether training ended since the probability was reached.
     """
 
@@ -117,6 +119,10 @@ def train_write_direction(
             with edited(masked_model, {c.site: SiteEdit(read, change, (c.index,))}):
                 log_probs = examples.of_rows(rows).log_probs(steps.logits(rows))
             probabilities.append(float(log_probs.detach().exp().mean()))
+            if (probabilities[-1] >= config.probability or step == config.steps) and len(rows) < len(examples.tokens):
+                with torch.no_grad(), edited(masked_model, {c.site: SiteEdit(read, change, (c.index,))}):
+                    every = steps.logits(torch.arange(len(examples.tokens), device=rows.device))
+                    probabilities[-1] = float(examples.log_probs(every).exp().mean())
             if probabilities[-1] >= config.probability or step == config.steps:
                 break
             optimizer.zero_grad()
