@@ -8,6 +8,8 @@ import torch
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tests.training.functional_target import FunctionalTarget
 from tl_vpd.evaluation import EvaluationConfig, checks, evaluate, nontarget
+from tl_vpd.publishing.figures import evaluation_section
+from tl_vpd.viz import evaluation_page
 
 SITE = "blocks.1.mlp.W_in"
 QUICK = EvaluationConfig(measures=("off_distribution",), budgets=(), controls=False)
@@ -51,13 +53,15 @@ def test_distances_are_those_of_edited_weights(model, vpd):
     )
 
 
-def test_the_report_of_a_targeted_decomposition(model, vpd):
+def test_the_report_of_a_targeted_decomposition(model, vpd, tmp_path):
     tokens = some_tokens(shape=(4, 6))
     report = evaluate(vpd, model, tokens, QUICK, off_distribution={"other": some_tokens(seed=5, shape=(3, 9))})
     left_out = report.record["left_out"]
     for name in ("faithfulness", "delta_share", "off_distribution"):
         assert left_out[name].startswith("the decomposition is targeted") and name not in report.record["tables"]
     assert set(report.to_pandas("nontarget")["mode"]) == {"stochastic", "rounded", "ablated"}
+    page, card = evaluation_page(report, tmp_path / "page.html").read_text(), evaluation_section(report)
+    assert "Other data, with Δ on" in page and "### Other data" in card and card.count("| ablated |") == 1
     assert "faithfulness" not in report.record and checks(report)
     assert evaluate(vpd, model, tokens, QUICK).record["left_out"]["nontarget"] == "no other data was passed"
 

@@ -26,6 +26,7 @@ def evaluation_section(report: Report | None) -> str:
         table(list(modes.columns), modes.astype(object).to_numpy().tolist()),
         _attacks(record),
         _future_leakage(record),
+        _nontarget(record),
         _nulls(record),
         _faults(report.warnings),
     ]
@@ -66,6 +67,13 @@ def _future_leakage(record: dict[str, Any]) -> str:
         why = record.get("left_out", {}).get("future_leakage")
         return f"{title}\n\n**Not measured**{f': {plain(why)}' if why else ''}."
     return _rows(title, "Importances from the whole window against importances from the tokens up to a position.", rows)
+
+
+def _nontarget(record: dict[str, Any]) -> str:
+    """What a targeted decomposition leaves as it is; empty where other data were not measured."""
+    rows = record.get("tables", {}).get("nontarget", [])
+    said = "With Δ on: masks of the subcomponents change other data by so much; *ablated*: all of them taken out."
+    return _rows("### Other data", said, rows) if rows else ""
 
 
 def _nulls(record: dict[str, Any]) -> str:

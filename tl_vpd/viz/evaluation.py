@@ -42,6 +42,11 @@ TABLES: dict[str, tuple[str, str]] = {
         "Rounded masks where no other mode is named; share of zero relates the distance to that of ablating everything on the "
         "same rows. Scrambled rows consist of the same tokens in another order.",
     ),
+    "nontarget": (
+        "Other data, with Δ on",
+        "What a targeted decomposition leaves as it is: the distance per token under stochastic and rounded masks of its "
+        "subcomponents, and with all of them ablated, which is what taking them out of the model does.",
+    ),
     "mask_transfer": (
         "Mask transfer: replaced together, on clean inputs, one at a time",
         "Rounded masks. Clean-input: every attention layer and MLP reads the target's residual stream.",
