@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from tl_vpd.checks import flag
 from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import DecomposedWeights
+from tl_vpd.printing import Printed
 from tl_vpd.site import BySite
 
 
 @dataclass(frozen=True)
-class ComponentActs(BySite):
+class ComponentActs(BySite, Printed):
     """Activations ``x @ V`` by site, each ``[batch, pos, C]``; ``token_mask`` is False at padding (None: no padding)."""
 
     by_site: dict[str, Float[Tensor, "batch *pos C"]]

@@ -22,11 +22,12 @@ from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import DecomposedWeights
 from tl_vpd.masking import Masks
 from tl_vpd.masking.modes import Delta, Mode, ModeOptions, masks_of_mode
+from tl_vpd.printing import Printed
 from tl_vpd.site import BySite, ConcatenatedAxis
 
 
 @dataclass(frozen=True)
-class CausalImportances(BySite):
+class CausalImportances(BySite, Printed):
     """Importances in [0, 1] by site, each ``[batch, pos, C]`` (``[batch, C]`` for models without positions); 0 at padding.
 
     Attributes:

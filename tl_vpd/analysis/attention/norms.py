@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tl_vpd.checks import instance, integer
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.printing import Printed
 from tl_vpd.site import BySite, Site, Subcomponent
 
 
@@ -28,7 +29,7 @@ def spread_over_heads(norms: Float[Tensor, "*batch head"]) -> Float[Tensor, "*ba
 
 
 @dataclass(frozen=True)
-class HeadNorms(BySite):
+class HeadNorms(BySite, Printed):
     """Norms by site, ``[C, head]``; W_K and W_V have as many heads as the model has key/value heads."""
 
     layer: int
