@@ -2,7 +2,8 @@
 
     python -m benchmarks.editing                     # the bundled model: writes benchmarks/results/editing.json
     python -m benchmarks.editing --real              # SmolLM2 (extra ``real``): adds its part
-    python -m benchmarks.editing --tables            # puts the record's tables into docs/editing.md
+
+``python -m scripts.site.figures`` writes the tables of docs/editing.md.
 
 *write* (bundled model): the token `` the`` is wanted after ``self``; W_out of the first MLP may change. *suppress*: one construct
 of Python is not wanted any more, the other text is to stay: ``.`` after ``self``, ``def`` after an empty line, ``:`` after
@@ -38,13 +39,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
-import re
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -54,6 +52,7 @@ from torch import Tensor, nn
 from benchmarks import harness
 from benchmarks.changed_models import train
 from benchmarks.editing_tasks import CONSTRUCTS, GOAL, LR, SITE, WINDOW, Task, bundled_task, real_task, rounded
+from scripts.site.tables import markdown
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
 from tl_vpd.bundled.loading import DECOMPOSITION
@@ -72,7 +71,6 @@ from tl_vpd.editing import (
 from tl_vpd.editing.examples import Examples
 
 FEW, BASELINES = 8, ("lora_1", "lora_4", "full")
-PAGE = Path(__file__).parents[1] / "docs" / "editing.md"
 EFFECTS = ("near_kl", "elsewhere_kl", "p99")
 
 
@@ -245,43 +243,48 @@ def entries(*, real: bool, seeds: list[int], rows: int | None) -> Iterator[tuple
 
 
 def tables(record: dict[str, Any]) -> dict[str, str]:
-    """Means over seeds as tables in Markdown, by title; budgets have a slash between them."""
-    head = ["parameters", "wanted", "KL near", "elsewhere", "99%", "at equal effect: near", "elsewhere ", "99% "]
-    made = {}
-    for part in (p for p in record if p not in ("settings", "difference")):
-        rows = []
-        for name, entry in record[part].items():
-            if "tokens" in entry:
-                equal = entry["equal"] or dict.fromkeys(EFFECTS, math.nan)
-                figures = [entry["parameters"], entry["wanted"], *(e[key] for e in (entry, equal) for key in EFFECTS)]
-                rows.append([name.split(",")[0], entry["tokens"], *figures])
-        table = pd.DataFrame(rows, columns=["method", "tokens", *head])
-        for _, of_budgets in table.groupby(table["tokens"] > 64):
-            lines = [f"| | {' | '.join(head)} |", "| --- |" + " --- |" * len(head)]
-            means = of_budgets.groupby(["method", "tokens"], sort=False).agg(lambda values: values.mean(skipna=False))
-            for method, of_method in means.groupby("method", sort=False):
-                texts = [[f"{x:,.0f}" if x >= 90 else f"{x:.2g}" for x in of_method[column]] for column in head]
-                cells = [" / ".join(dict.fromkeys(text)).replace("nan", "–") for text in texts]
-                lines.append(f"| `{method}` | {' | '.join(cells)} |")
-            made[f"{part}, {' and '.join(map(str, sorted(set(of_budgets['tokens']))))} tokens"] = "\n".join(lines)
-    seeds = [pd.DataFrame(rows).set_index("undone") for rows in record.get("difference", {}).values()]
-    if seeds:
-        mean = sum(seeds[1:], start=seeds[0]) / len(seeds)
-        lines = ["| undone | " + " | ".join(map(str, mean.index)) + " |", "| --- |" + " --- |" * len(mean)]
-        lines += [f"| {name} | " + " | ".join(f"{x:.2g}" for x in mean[name]) + " |" for name in ("named", "random")]
-        made["difference"] = "\n".join(lines)
-    return made
+    """The page's tables by name: means over seeds, each change scaled to the same effect."""
+    return {
+        "editing_write": markdown(at_equal_effect(record, {"write": ""}, (8, 64, 512, 2048))),
+        "editing_self": markdown(at_equal_effect(record, {"suppress self.": ""}, (8, 64, 512, 2048))),
+        "editing_others": markdown(
+            at_equal_effect(record, {"suppress def": "`def`: ", "suppress else:": "`:` after `else`: "}, (64,))
+        ),
+        "editing_real": markdown(at_equal_effect(record, {"real": ""}, (8, 64))),
+        "editing_undone": markdown(undone(record["difference"])),
+    }
 
 
-def write_tables(page: Path, made: dict[str, str]) -> None:
-    """Puts the tables into a page, each after the comment that names it."""
-    text = page.read_text(encoding="utf-8")
-    for title, table in made.items():
-        marker = f"<!-- {title} -->\n"
-        before, _, after = text.partition(marker)
-        if marker in text:
-            text = f"{before}{marker}\n{table}\n\n" + re.sub(r"^\n*(\|.*\n)*\n*", "", after)
-    page.write_text(text.rstrip() + "\n", encoding="utf-8")
+def at_equal_effect(record: dict[str, Any], parts: dict[str, str], budgets: tuple[int, ...]) -> list[dict[str, str]]:
+    """KL near and elsewhere of each method, by number of examples.
+
+    Args:
+        record: of the file.
+        parts: names of tasks, and what their columns begin with.
+        budgets: numbers of examples.
+    """
+    rows: dict[str, dict[str, str]] = {}
+    for part, title in parts.items():
+        entries = [(name.split(",")[0], entry) for name, entry in record[part].items() if "tokens" in entry]
+        for method in dict.fromkeys(name for name, _ in entries):
+            of_method = [entry for name, entry in entries if name == method]
+            row = rows.setdefault(method, {"": f"`{method}`", "parameters": f"{of_method[0]['parameters']:,}"})
+            for budget in budgets:
+                equal = [entry["equal"] for entry in of_method if entry["tokens"] == budget]
+                reached = bool(equal) and all(equal)
+                means = [sum(e[key] for e in equal) / len(equal) for key in EFFECTS[:2]] if reached else []
+                row[f"{title}{budget:,} examples"] = ", ".join(f"{x:.2g}" for x in means) or "–"
+    return list(rows.values())
+
+
+def undone(of_seeds: dict[str, Any]) -> list[dict[str, str]]:
+    """What is left of a fine-tuning where changes are undone: means over seeds."""
+    seeds = [pd.DataFrame(rows).set_index("undone") for rows in of_seeds.values()]
+    mean = sum(seeds[1:], start=seeds[0]) / len(seeds)
+    return [
+        {"undone": name, **{str(number): f"{x:.2g}" for number, x in mean[name].items()}}
+        for name in ("named", "random")
+    ]
 
 
 def main() -> None:
@@ -292,11 +295,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="of examples")
     parser.add_argument("--rows", type=int, default=None, help="rows of text (of each kind) that KL is measured on")
     parser.add_argument("--resume", action="store_true", help="measure only what the record does not have")
-    parser.add_argument("--tables", action="store_true", help="put the record's tables into the page, measure nothing")
     arguments = parser.parse_args()
     record = harness.read(arguments.out)
-    if arguments.tables:
-        return write_tables(PAGE, tables(record))
     digest = hashlib.sha256((DECOMPOSITION / "decomposition.safetensors").read_bytes()).hexdigest()[:12]
     settings = {"lr": LR, "goal": GOAL, "window": WINDOW, "decomposition": digest}
     for part, name, measure in entries(real=arguments.real, seeds=arguments.seeds, rows=arguments.rows):

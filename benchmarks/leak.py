@@ -4,7 +4,7 @@
 
 Two runs on the bundled model, with the bundled recipe, the same seed, batches and number of steps; they differ in
 ``gamma.causal`` alone. ``--steps`` 500 with windows of ``--context`` 64 tokens are a thirtieth of the recipe's tokens: they show
-which way it goes, not where it ends. The bundled decomposition stands beside them. Leak: cross-entropy with importances from the
+which way it goes, not where it ends. Leak: cross-entropy with importances from the
 prefix alone, less that with importances from the whole window, over ``--rows`` validation rows and ``--positions`` positions in
 each. Finished runs are read from ``--work``; a stopped one continues.
 """
@@ -51,6 +51,25 @@ def measured(vpd: Decomposition, tokens: torch.Tensor, positions: int) -> dict[s
     return {"l0": record["l0"], "importance_change": record["importance_change"], "modes": modes}
 
 
+def table(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The file's runs as texts."""
+    rows = []
+    for name, run in record.items():
+        if name != "settings":
+            of_modes, rounded = run["modes"], run["modes"]["rounded"]
+            rows.append(
+                {
+                    "Γ": name,
+                    "L0": f"{run['l0']:.0f}",
+                    "importance change": f"{run['importance_change']:.1g}",
+                    "KL, rounded": f"{rounded['kl']:.3f}",
+                    "CE over the target's": f"{rounded['ce_above_target']:+.3f}",
+                    **{f"leak, {mode}": f"{round(of_modes[mode]['leak'], 4) + 0.0:.3f}" for mode in of_modes},
+                }
+            )
+    return rows
+
+
 def main() -> None:
     """Trains what is missing, measures and writes the record."""
     parser = harness.parser("leak", __doc__)
@@ -63,7 +82,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     tokens = bundled.tokens("validation")[: arguments.rows, : arguments.context].contiguous()
-    record: dict[str, Any] = {"bundled": measured(bundled.decomposition(), tokens, arguments.positions)}
+    record: dict[str, Any] = {}
     for seed in arguments.seeds:
         for gamma in GAMMAS:
             steps, context = arguments.steps, arguments.context

@@ -1,6 +1,6 @@
 """The redundancy test on a model that can do everything twice, and on one that cannot.
 
-    python -m benchmarks.redundancy                  # benchmarks/results/redundancy.json, the table of docs/evaluation.md
+    python -m benchmarks.redundancy                  # benchmarks/results/redundancy.json
 
 The toy ``Copying``: *twice* has two layers of attention trained under layer dropout 0.4, so that each can copy alone; *once* has
 a single layer. Decompositions of each are tested: *by hand*, singular directions, of which those of the first layer are important
@@ -12,13 +12,12 @@ Runs in the file are kept.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import harness
-from scripts.site.tables import fill, markdown
+from scripts.site.tables import markdown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation import EvaluationConfig, evaluate, redundancy
 from tl_vpd.importance import GammaConfig
@@ -32,7 +31,6 @@ from tl_vpd.training import (
     decompose,
 )
 
-PAGE = Path(__file__).parents[1] / "docs" / "evaluation.md"
 MODELS = {"twice": Copying(), "once": Copying(n_layers=1, layer_dropout=0.0)}
 CONFIG = VPDConfig(
     batch_size=16,
@@ -126,8 +124,6 @@ def main() -> None:
             if str(importance) not in entry["trained"]:
                 entry["trained"][str(importance)] = trained(toy, model, tokens, importance, seed=seed, steps=steps)
                 harness.write(arguments.out, record, "redundancy", steps=steps, seed=seed, rows=arguments.rows)
-    if arguments.out == harness.RESULTS / "redundancy.json":
-        fill(PAGE, {"redundancy": table(record)}.__getitem__)
 
 
 if __name__ == "__main__":

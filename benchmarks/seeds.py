@@ -1,6 +1,6 @@
 """Is a decomposition the same from seed to seed, and does it split when more is built? On the bundled model.
 
-    python -m benchmarks.seeds          # benchmarks/results/seeds.json, the tables of docs/evidence.md: two hours on one core
+    python -m benchmarks.seeds          # benchmarks/results/seeds.json: two hours on one core
     python -m benchmarks.seeds --whole  # both blocks, with the bundled recipe: longer
 
 Runs: ``--seeds`` at the recipe's C, and ``--factors`` times C with the first seed. The recipe is that of
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from benchmarks import harness
 from benchmarks.recipes import config_of, rows_of
-from scripts.site.tables import fill, markdown
+from scripts.site.tables import markdown
 from tl_vpd import bundled
 from tl_vpd.adapters import adapt
 from tl_vpd.decomposition import Decomposition
@@ -36,7 +36,6 @@ from tl_vpd.site import select
 from tl_vpd.training import VPDConfig
 from tl_vpd.training.config import counts_for
 
-PAGE = Path(__file__).parents[1] / "docs" / "evidence.md"
 COSINES = ("U", "V", "rank_one", "split")
 FREQUENT = 0.05
 """The mean importance above which a subcomponent is counted as frequent."""
@@ -125,8 +124,6 @@ def main() -> None:
         "sizes": {f"{sizes[0][0]:g}, {b[0]:g}": means(runs[sizes[0]], runs[b], model, rows) for b in sizes[1:]},
     }
     harness.write(options.out, record, "seeds", steps=options.steps, whole=options.whole, tokens=rows.numel())
-    if options.out == harness.RESULTS / "seeds.json":
-        fill(PAGE, tables(record).__getitem__)
 
 
 if __name__ == "__main__":

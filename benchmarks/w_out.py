@@ -2,12 +2,12 @@
 
     python -m benchmarks.w_out --method vpd                   # benchmarks/results/w_out.json; 25 minutes per run
     python -m benchmarks.w_out --method spd --steps 10000     # about 20
-    python -m benchmarks.w_out --table                        # what the file has, in Markdown
 
 One run per importance coefficient and, for SPD, per slope of the squashing that makes masks (``forward_slope``: with 0.01, as in
 SPD's paper, masks may be negative), everything else as in the method's recipe for the toy, seed 0. With one feature on at a time:
 how many subcomponents of W_out ever are important (above 0.1), how many for each feature, and how many for one feature alone; how
 near they are to the neurons. A row stays in the file until it is deleted.
+``python -m scripts.site.figures`` writes the table of docs/evidence.md.
 """
 
 from __future__ import annotations
@@ -73,15 +73,18 @@ def run(method: str, importance: float, slope: float, steps: int | None, compile
     }
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """The rows in Markdown."""
-    lines = ["| " + " | ".join(COLUMNS.values()) + " |", "| --- " * len(COLUMNS) + "|"]
-    for row in sorted(rows, key=lambda r: (r["method"] != "vpd", r["importance"], -r["steps"], r["forward_slope"])):
-        cells = (row[key] for key in COLUMNS)
-        lines.append(
-            "| " + " | ".join(", ".join(f"{v:g}" for v in c) if isinstance(c, list) else f"{c}" for c in cells) + " |"
-        )
-    return lines
+def table(record: dict[str, Any]) -> list[dict[str, str]]:
+    """The file's rows as texts."""
+    rows = sorted(
+        record["runs"], key=lambda r: (r["method"] != "vpd", r["importance"], -r["steps"], r["forward_slope"])
+    )
+    return [{title: _text(row[key]) for key, title in COLUMNS.items()} for row in rows]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_text, value))
+    return value if isinstance(value, str) else f"{value:,g}" if value >= 1e3 else f"{value:.3g}"
 
 
 def main() -> None:
@@ -92,7 +95,6 @@ def main() -> None:
     parser.add_argument("--slopes", nargs="+", type=float, help="with --method spd (default: 0 and 0.01)")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--no-compile", action="store_true")
-    parser.add_argument("--table", action="store_true", help="print what the file has and measure nothing")
     arguments = parser.parse_args()
     if arguments.slopes and arguments.method == "vpd":
         parser.error("--slopes belongs to --method spd: VPD's masks have no slope below 0")
@@ -101,9 +103,6 @@ def main() -> None:
     def runs() -> list[dict[str, Any]]:
         return list(harness.read(arguments.out).get("runs", []))
 
-    if arguments.table:
-        print("\n".join(table(runs())))
-        return
     steps = arguments.steps or recipe(TOY, arguments.method).steps
     slopes = [0.0] if arguments.method == "vpd" else arguments.slopes or [0.0, 0.01]
     for importance, slope in product(arguments.importance, slopes):

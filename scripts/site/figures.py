@@ -1,4 +1,4 @@
-"""Writes the tables of pages from results files: ``python -m scripts.site.figures``.
+"""Writes the tables of pages from results files (of docs/scaling.md: from the planner): ``python -m scripts.site.figures``.
 
 A table stands between ``<!-- name -->`` and ``<!-- end -->``; a test compares the pages with what this makes.
 """
@@ -6,29 +6,46 @@ A table stands between ``<!-- name -->`` and ``<!-- end -->``; a test compares t
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from scripts.site import comparisons
+from benchmarks import editing, evidence, leak, recipes, redundancy, seeds, w_out
+from scripts.site import comparisons, costs, plans
 from scripts.site.tables import fill, formatted, markdown
 
 ROOT = Path(__file__).parents[2]
-PAGES = {
-    "graphs": "graph_cost",
-    "pruning": "circuits",
-    "your_own_model": "sizes",
-    "released_runs": "imports",
-    "auditing": "audits",
-    "comparison": "comparison",
-    "components": "clustering",
-    "labels": "labels",
-    "dashboard": "harvest",
-    "hooks": "generation",
-    "performance": "throughput",
+PAGES: dict[str, tuple[str, ...]] = {
+    "graphs": ("graph_cost",),
+    "pruning": ("circuits",),
+    "your_own_model": ("sizes",),
+    "released_runs": ("imports",),
+    "auditing": ("audits",),
+    "comparison": ("comparison",),
+    "components": ("clustering",),
+    "labels": ("labels",),
+    "dashboard": ("harvest",),
+    "hooks": ("generation",),
+    "performance": ("first_step", "growth", "hooks", "modes", "throughput", "neighbour"),
+    "scaling": ("plans",),
+    "training": ("recipes",),
+    "evaluation": ("leak", "redundancy"),
+    "editing": ("editing_write", "editing_self", "editing_others", "editing_real", "editing_undone"),
+    "evidence": (
+        "ground_truth",
+        "distances",
+        "w_out",
+        "needed",
+        "latents",
+        "stability_sizes",
+        "stability_seeds",
+        "seeds_runs",
+        "seeds_shared",
+    ),
 }
-"""Pages, each with the name of its table."""
+"""Pages, each with the names of its tables in their order."""
 SIZES = {
     "toy": "toy (induction, 2 layers of 64), all",
     "block": "bundled (2 layers of 96), block 1",
@@ -190,9 +207,22 @@ def throughput() -> str:
     )
 
 
-TABLES = {
-    function.__name__: function
-    for function in (circuits, sizes, audits, comparison, labels, harvest, generation, throughput)
+def _from(file: str, rows: Callable[[dict[str, Any]], list[dict[str, str]]]) -> Callable[[], str]:
+    return lambda: markdown(rows(results(file)))
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    **{f.__name__: f for f in (circuits, sizes, audits, comparison, labels, harvest, generation, throughput)},
+    **{f.__name__: _from(f.__name__, f) for f in costs.TABLES},
+    **{f.__name__: _from("ground_truth", f) for f in evidence.OF_TOYS},
+    **{f.__name__: _from("stability", f) for f in evidence.OF_STABILITY},
+    **{name: lambda name=name: seeds.tables(results("seeds"))[name] for name in ("seeds_runs", "seeds_shared")},
+    **{name: lambda name=name: editing.tables(results("editing"))[name] for name in PAGES["editing"]},
+    "leak": _from("leak", leak.table),
+    "plans": lambda: markdown(plans.plans()),
+    "recipes": lambda: recipes.table(results("recipes")),
+    "redundancy": lambda: redundancy.table(results("redundancy")),
+    "w_out": _from("w_out", w_out.table),
 }
 
 
