@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -233,3 +234,46 @@ def test_an_unattached_decomposition_makes_no_hooks(vpd, make):
     argument = {"delta_hooks": 0.0, "mask_hooks": mask_alone, "ablation_hooks": f"{OUT}:0"}[make]
     with pytest.raises(RuntimeError, match=f"{make} makes hooks for an attached model.*attached to none"):
         getattr(vpd, make)(argument)
+
+
+@pytest.mark.parametrize(
+    "form", [list, tuple, iter, lambda hooks: (pair for pair in hooks), lambda hooks: map(tuple, hooks)]
+)
+def test_a_list_of_hooks_that_can_be_read_once_only_acts(model, vpd, tokens, form):
+    hooks = [("blocks.0.hook_resid_pre", lambda x, hook: 2 * x), ("blocks.1.hook_mlp_out", lambda x, hook: 0 * x)]
+    with torch.no_grad():
+        expected = model.run_with_hooks(tokens, fwd_hooks=hooks)
+        with vpd.attach(model):
+            assert torch.equal(model.run_with_hooks(tokens, fwd_hooks=form(hooks)), expected)
+            with model.hooks(form(hooks)):
+                assert torch.equal(model(tokens), expected)
+            with pytest.raises(KeyError, match="hook_resid_prä"):
+                model.run_with_hooks(tokens, fwd_hooks=form([("blocks.0.hook_resid_prä", hooks[0][1])]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "result", "error", "message"),
+    [
+        ("component_acts", 0.5, TypeError, r"A hook on the activations of .*W_Q returned a float: return a tensor \(2, 7, 6\)"),
+        ("component_acts", torch.ones(7, 6), ValueError, r"activations of .*W_Q returned \(7, 6\): return \(2, 7, 6\) or None"),
+        ("ci", (torch.ones(2, 7, 6),), TypeError, r"A hook on the importances of .*W_Q returned a tuple: return a tensor"),
+        ("ci", torch.ones(2, 7, 5), ValueError, r"importances of .*W_Q returned \(2, 7, 5\): return \(2, 7, 6\) or None"),
+    ],
+)  # fmt: skip
+def test_what_a_hook_returns_fits_or_is_refused(model, vpd, tokens, kind, result, error, message):
+    hooks = [(vpd.sites[Q].hook_name(kind), lambda x, hook: result)]
+    with vpd.attach(model) as attached, torch.no_grad():
+        for context in (attached.masked("ci"), contextlib.nullcontext()):
+            with context, pytest.raises(error, match=message):
+                model.run_with_hooks(tokens, fwd_hooks=hooks)
+
+
+def test_what_a_hook_returns_is_taken_in_the_models_dtype(model, vpd, tokens):
+    point = vpd.sites[Q].hook_name("component_acts")
+    with vpd.attach(model), torch.no_grad():
+        for rounded in (lambda x, hook: x.to(torch.float32), lambda x, hook: x > 0):
+            expected = model.run_with_hooks(tokens, fwd_hooks=[(point, rounded), (point, lambda x, hook: x.double())])
+            got = model.run_with_hooks(tokens, fwd_hooks=[(point, rounded)])
+            assert got.dtype == torch.float64 and torch.equal(got, expected)
+        number = model.run_with_hooks(tokens, fwd_hooks=[(vpd.sites[Q].hook_name("delta_mask"), lambda x, hook: 0.25)])
+        assert torch.equal(number, model.run_with_hooks(tokens, fwd_hooks=vpd.delta_hooks(0.25, sites=Q)))

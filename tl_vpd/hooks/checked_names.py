@@ -46,6 +46,7 @@ class Checked(OnModel):
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """The method, after its names have been checked."""
+        arguments, keywords = tuple(map(_listed, arguments)), {name: _listed(v) for name, v in keywords.items()}
         self._check(*arguments, **keywords)
         if self.method == "hooks":
             return Change(partial(self._hooks, self.plain(*arguments, **keywords)))
@@ -101,6 +102,11 @@ class Checked(OnModel):
     def _nearest(self, name: str) -> str:
         ours = name.endswith(OUR_ENDINGS)
         return nearest(name, sorted(self.our_names) if ours else self.model.hook_dict)  # type: ignore[arg-type]
+
+
+def _listed(value: Any) -> Any:
+    """The entries of an iterator, which can be read once only, as a list; anything else unchanged."""
+    return list(value) if isinstance(value, Iterator) else value
 
 
 def _unknown(model: Any, names: Iterable[Any]) -> Iterator[str]:

@@ -21,7 +21,7 @@ from tl_vpd.adapters.versions import HookPoint
 from tl_vpd.forward import CastWeights, SitePass, SiteTaps
 from tl_vpd.forward.quiet import users_hooks_aside
 from tl_vpd.hooks.prefixes import CleanPrefix
-from tl_vpd.hooks.site_hooks import listening
+from tl_vpd.hooks.site_hooks import listening, returned
 from tl_vpd.masking import Masks
 
 HookPoints = Mapping[str, Mapping[str, HookPoint]]
@@ -133,9 +133,11 @@ class InternalPasses:
         if not any(listeners.values()):
             return g
         by_site = self.weights.site_axis.split_sites(g)
-        return torch.cat(
-            [point(by_site[n].clone()) if (point := listeners[n]) else by_site[n] for n in by_site], dim=-1
-        )
+        for name, point in listeners.items():
+            if point is not None:
+                ci = by_site[name]
+                by_site[name] = returned(f"the importances of {name}", point(ci.clone()), ci)
+        return torch.cat(list(by_site.values()), dim=-1)
 
     def token_mask(self, call: Call) -> Bool[Tensor, "batch pos"] | None:
         """False at the call's padding (None: no padding); to be read when the layers have their tokens."""

@@ -7,6 +7,7 @@ In this order: nobody listens → nothing; only ``Sparse`` hooks → only their 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -38,12 +39,9 @@ def hooked_output(product: SiteProduct, points: Points, mask_of: MaskOf | None) 
         points: its HookPoints that somebody listens to.
         mask_of: makes the spec's mask from the site's activations (None: no spec is on).
     """
-    layout, acts = product.layout, product.acts()
+    layout, acts, name = product.layout, product.acts(), product.name
     after, shown = through(points["component_acts"], layout.shown(acts), lambda: layout.shown(product.acts()))
-    if after is not None and after.shape != shown.shape:
-        raise ValueError(
-            f"A hook on the activations of {product.name} returned {tuple(after.shape)}: return {tuple(shown.shape)} or None."
-        )
+    after = None if after is None else returned(f"the activations of {name}", after, shown).to(shown)
     acts = acts if layout.by_head else shown
     # Where a spec is not routed its masks are 1, so that hooks act there as well.
     site_mask = SiteMask(None, None) if mask_of is None else unrouted(mask_of(shown))
@@ -56,11 +54,13 @@ def hooked_output(product: SiteProduct, points: Points, mask_of: MaskOf | None) 
         # With a last axis of one, as TransformerLens's hook_scale has: run_with_cache finds positions by counting from it.
         ones = torch.ones_like(shown[..., :1])
         sent = ones if delta is None else delta.to(ones).unsqueeze(-1).expand_as(ones).clone()
-        delta = point(_as_node(point, sent)).squeeze(-1)
+        result = point(_as_node(point, sent))
+        # SiteMask takes a number, and refuses what is neither.
+        delta = result.squeeze(-1) if isinstance(result, Tensor) else result
     if after is None and mask is None and delta is None:
         return None
     patched = None if after is None else layout.patched(acts, shown, after)
-    fitted = SiteMask(mask, delta).fitted(product.name, shown.shape, shown.device)  # hooks return what they like
+    fitted = SiteMask(mask, delta).fitted(name, shown.shape, shown.device)  # hooks return what they like
     return product.masked(fitted, acts=acts, patched_acts=patched)
 
 
@@ -88,6 +88,26 @@ def sparse_output(product: SiteProduct, on_acts: list[Sparse], on_mask: list[Spa
     return product.masked(SiteMask(mask, None), acts=acts, patched_acts=patched, columns=columns)
 
 
+def returned(what: str, result: Any, sent: Tensor) -> Tensor:
+    """What hooks made of a tensor.
+
+    Args:
+        what: the tensor is, for messages.
+        result: of its HookPoint.
+        sent: what went in.
+
+    Raises:
+        TypeError: it is not a tensor.
+        ValueError: it has another shape.
+    """
+    shape = tuple(sent.shape)
+    if not isinstance(result, Tensor):
+        raise TypeError(f"A hook on {what} returned a {type(result).__name__}: return a tensor {shape} or None.")
+    if result.shape != sent.shape:
+        raise ValueError(f"A hook on {what} returned {tuple(result.shape)}: return {shape} or None.")
+    return result
+
+
 def _as_node(point: HookPoint, sent: Tensor) -> Tensor:
     """A mask as a node of autograd's graph, if a backward hook needs its gradient."""
     if not point._backward_hooks or not torch.is_grad_enabled() or sent.requires_grad:
@@ -113,8 +133,8 @@ def sparse_hooks(points: Points, C: int) -> tuple[list[Sparse], list[Sparse]] | 
 
 def through(
     point: HookPoint | None, acts: Float[Tensor, "*batch C"], again: Callable[[], Tensor]
-) -> tuple[Tensor | None, Tensor]:
-    """Sends activations through a HookPoint; returns (the result if it may differ, the unchanged activations).
+) -> tuple[Any, Tensor]:
+    """Sends activations through a HookPoint; returns (what came out, if it may differ, the unchanged activations).
 
     With gradients on, the result is a node of autograd's graph, so that a cached activation has a gradient.
 
