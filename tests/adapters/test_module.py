@@ -333,3 +333,25 @@ def test_saved_and_loaded_it_attaches_to_the_same_weights_alone(tmp_path):
     other = seeded(lambda: type(model)(), seed=5)
     with pytest.raises(ValueError, match="2 of 2 sites differ"):
         loaded.attach(other)
+
+
+@pytest.mark.parametrize("mode", ["ci", "adversarial"])
+def test_dropout_of_a_model_in_train_mode_is_not_drawn_in_clean_passes(mode):
+    def run(model, x):
+        return model.out(model.drop(model.fc(x)))
+
+    model = seeded(lambda: Wrapped(run, fc=nn.Linear(4, 6), drop=nn.Dropout(0.5), out=nn.Linear(6, 3)))
+    vpd, x, seen = untrained(model, gamma=TRANSFORMER), normal(3, 4), []
+    model.train()
+    expected = vpd.causal_importances(model, x)["out"]
+    torch.manual_seed(0)
+    plain = model(x)
+    state = torch.get_rng_state()
+    options = {"seed": 0} if mode == "adversarial" else {"delta": 1.0}
+    with torch.no_grad(), vpd.attach(model) as attached, attached.masked(mode, **options):
+        torch.manual_seed(0)
+        model.run_with_hooks(x, fwd_hooks=[("out.hook_ci", lambda ci, hook: seen.append(ci.clone()))])
+        assert torch.equal(torch.get_rng_state(), state) and model.training and model.drop.training
+    assert torch.equal(seen[0], expected)
+    torch.manual_seed(0)
+    assert torch.equal(model(x), plain)

@@ -301,3 +301,22 @@ def test_attaching_adds_nothing_to_the_state_dict(model, vpd):
     keys, parameters = set(model.state_dict()), len(list(model.parameters()))
     with vpd.attach(model):
         assert set(model.state_dict()) == keys and len(list(model.parameters())) == parameters
+
+
+@pytest.mark.parametrize("path", ["attn.hook_q", "mlp.hook_pre", "attn", "mlp"])
+def test_what_a_hook_before_the_masks_has_stored_is_not_overwritten(model, vpd, tokens, path):
+    stored = []
+    module = model.blocks[0].get_submodule(path)
+    masks = {name: torch.zeros(6) for name in vpd.sites if name.startswith("blocks.0")}
+    with torch.no_grad(), vpd.attach(model) as attached:
+        handle = module.register_forward_hook(lambda m, arguments, y: stored.append((y, y.clone())), prepend=True)
+        with attached.masked(masks):
+            masked = model(tokens)
+        with attached.ablated(
+            ["blocks.0.attn.W_Q:1", "blocks.0.attn.W_O:2", "blocks.0.mlp.W_in:3", "blocks.0.mlp.W_out:4"]
+        ):
+            model(tokens)
+        handle.remove()
+        with attached.masked(masks):
+            assert torch.equal(model(tokens), masked)
+    assert len(stored) == 2 and all(torch.equal(y, copied) for y, copied in stored)

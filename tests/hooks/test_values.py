@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from tests.tiny import decomposition_of, draw, edited, some_tokens, tiny_model
 from tl_vpd import bundled
+from tl_vpd.hooks import ComponentActs
 
 OUT = "blocks.1.mlp.W_out"
 ADDRESSES = [f"{OUT}:2", f"{OUT}:4"]
@@ -166,3 +167,14 @@ def test_activations_are_those_of_the_target_inside_contexts_and_hooks(model, vp
         flipped = {OUT: result[OUT].flip(1)}
         model.run_with_hooks(tokens, fwd_hooks=vpd.ablation_hooks(ADDRESSES, values=flipped)).square().sum().backward()
     assert bool((vpd.U[OUT].grad[[2, 4]] != 0).all())
+
+
+def test_means_over_many_rows_are_those_of_half_precision_too():
+    acts = torch.full((900, 2, 3), 100.0, dtype=torch.float16)
+    mask = torch.ones(900, 2, dtype=torch.bool)
+    mask[::2, 1] = False
+    for mean in (
+        ComponentActs({OUT: acts}, mask).mean(by_position=True),
+        ComponentActs({OUT: acts}).mean(by_position=True),
+    ):
+        assert mean[OUT].dtype == torch.float16 and torch.equal(mean[OUT], acts[:1])

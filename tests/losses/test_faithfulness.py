@@ -23,3 +23,10 @@ def test_both_kinds_are_their_formula(vpd, relative):
 def test_it_is_zero_where_subcomponents_sum_to_the_weights(vpd):
     weights = {name: (vpd.V[name] @ vpd.U[name]).detach() for name in vpd.sites}
     assert float(faithfulness(vpd.components, weights).detach()) == 0
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_weights_in_half_precision_are_compared_in_that_of_v_and_u(vpd, relative):
+    weights = {name: torch.full((s.d_in, s.d_out), 50.0, dtype=torch.float16) for name, s in vpd.sites.items()}
+    exact = faithfulness(vpd.components, {name: W.double() for name, W in weights.items()}, relative=relative)
+    assert_close(faithfulness(vpd.components, weights, relative=relative), exact)

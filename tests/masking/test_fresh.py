@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 from torch.testing import assert_close
 
 from tests.tiny import draw
-from tl_vpd.masking import fresh_pgd, restarted_pgd
+from tl_vpd.masking import Masks, attacked_masks, fresh_pgd, restarted_pgd
+from tl_vpd.site import ConcatenatedAxis
 
 SLOPE = torch.tensor([[[1.0, -2.0, 0.5, 0.0]]], dtype=torch.float64)
 
@@ -116,3 +118,14 @@ def test_the_worst_start_comes_first():
     assert [r.loss for r in result] == pytest.approx([1.0, 0.5, 0.5])
     with pytest.raises(ValueError, match="no start"):
         restarted_pgd(two_hills, [])
+
+
+def test_gradients_of_a_mean_over_many_tokens_are_followed_in_half_precision():
+    site_axis, slope = ConcatenatedAxis({"a": 3}), torch.tensor([3e-5, -3e-5, 3e-5], dtype=torch.float16)
+    g = torch.zeros(8, 1024, 3)  # of a token the loss has a gradient of 4e-9, where float16 has nothing below 6e-8
+
+    def loss(masks: Masks) -> Tensor:
+        return (masks["a"].mask.half() * slope).sum(-1).float().mean()
+
+    masks = attacked_masks(g, site_axis, loss, steps=4, generator=torch.Generator().manual_seed(0))
+    assert masks["a"].mask[0, 0].tolist() == [1, 0, 1]

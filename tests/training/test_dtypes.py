@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from tests.tiny import GAMMA, some_tokens, tiny_model
-from tl_vpd import VPDConfig
+from tl_vpd import Unsupported, VPDConfig
 from tl_vpd.forward import MaskedModel
+from tl_vpd.losses import faithfulness
 from tl_vpd.training import Trainer, new_decomposition
 
 CONFIG = VPDConfig(steps=4, batch_size=4, C=5, gamma=GAMMA, faithfulness={"warm_up_steps": 2})
@@ -35,3 +36,32 @@ def test_a_decomposition_in_float64_trains_as_one_in_float32(target):
 def test_a_decomposition_in_less_than_float32_is_refused_with_the_remedy(dtype):
     with pytest.raises(ValueError, match=rf"V, U and Γ are in {dtype}.*train with decomposition\.float\(\)"):
         losses(torch.float32, dtype)
+
+
+def test_a_target_in_float16_is_refused_with_the_remedy():
+    with pytest.raises(Unsupported, match=r"The target is in torch\.float16, .*train on model\.to\(torch\.float32\)"):
+        losses(torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("kind", ["total", "relative"])
+def test_faithfulness_to_a_target_in_bfloat16_is_computed_in_the_precision_of_v_and_u(kind):
+    model = tiny_model(dtype=torch.bfloat16)
+    config = CONFIG.model_copy(update={"faithfulness": {"kind": kind, "warm_up_steps": 1}})
+    vpd = new_decomposition(model, config)
+    with MaskedModel(vpd, model) as masked_model:
+        trainer = Trainer(masked_model, config, (4, 6))
+        loss = trainer.warm_up()
+    weights = {name: W.double() for name, W in trainer.weights.items()}
+    exact = float(faithfulness(vpd.double().components, weights, relative=kind == "relative").detach())
+    assert loss == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_gradient_of_gamma_that_is_not_finite_stops_the_step_before_an_update():
+    model, config = tiny_model(dtype=torch.float32), CONFIG.model_copy(update={"coefficients": {"importance": 1e300}})
+    vpd = new_decomposition(model, config)
+    before = {name: p.detach().clone() for name, p in vpd.named_parameters()}
+    with MaskedModel(vpd, model) as masked_model:
+        trainer = Trainer(masked_model, config, (4, 6))
+        with pytest.raises(FloatingPointError, match="the gradient of Γ is not finite"):
+            trainer.step(some_tokens(shape=(4, 6)))
+    assert all(torch.equal(p, before[name]) for name, p in vpd.named_parameters())

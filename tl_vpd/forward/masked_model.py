@@ -184,7 +184,8 @@ class MaskedModel:
             V, U = self.weights.V, self.weights.U
             matrices = (V.constant(name), U.constant(name)) if constant else (V[name], U[name])
             product = SiteProduct(name, self.adapter, x, y, *matrices)
-            return product.masked(masks[name].fitted(name, (*product.rows, product.V.shape[1]), x.device))
+            mask = masks[name].fitted(name, (*product.rows, product.V.shape[1]), x.device)
+            return product.masked(mask, overwrite=True)  # the taps stand before every hook
 
         def masked(V: Tensor, U: Tensor, x: Tensor, y: Tensor) -> Tensor:
             V, U = (V.detach(), U.detach()) if constant else (V, U)

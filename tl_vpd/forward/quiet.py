@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from tl_vpd.adapters import Adapter
-from tl_vpd.adapters.changes import Later, change
+from tl_vpd.adapters.changes import Later, change, enter
+
+
+@change
+def in_eval_mode(undo: Later, adapter: Adapter) -> None:
+    """Inside, every module is in eval mode, so that dropout leaves activations and random generators alone."""
+    training = [m for m in adapter.modules() if m.training]
+    undo(partial(_set_training, training, True))
+    _set_training(training, False)
+
+
+def _set_training(modules: Sequence[nn.Module], training: bool) -> None:
+    for module in modules:
+        module.training = training
 
 
 @change
 def frozen(undo: Later, adapter: Adapter) -> None:
     """Inside, the model is in eval mode and its weights have no gradients; both are restored afterwards."""
-    modes = [(m, m.training) for m in adapter.modules()]
-    parameters = [(p, p.requires_grad) for m, _ in modes for p in m.parameters(recurse=False)]
+    parameters = [(p, p.requires_grad) for m in adapter.modules() for p in m.parameters(recurse=False)]
 
     def restore() -> None:
         for p, flag in parameters:
             p.requires_grad_(flag)
-        for m, training in modes:
-            m.training = training
 
+    enter(undo, in_eval_mode(adapter))
     undo(restore)
     for p, _ in parameters:
         p.requires_grad_(False)
-    for m, _ in modes:
-        m.training = False
 
 
 @change

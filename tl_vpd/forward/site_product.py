@@ -80,6 +80,7 @@ class SiteProduct:
         acts: Tensor | None = None,
         patched_acts: Tensor | None = None,
         columns: Tensor | None = None,
+        overwrite: bool = False,
     ) -> Tensor:
         """The output under a mask, in the shape in which the model passes it.
 
@@ -88,6 +89,7 @@ class SiteProduct:
             acts: inner activations, where they have been computed already.
             patched_acts: activations after users' hooks, if they changed them.
             columns: the subcomponents that ``acts`` and ``mask`` are of (None: all); the others are left unmasked.
+            overwrite: whether y may be overwritten, since no hook has seen it (saves a copy).
         """
         factor, delta, routed = mask.mask, mask.delta, mask.routed
         acts = self.acts(columns) if acts is None else acts
@@ -108,7 +110,7 @@ class SiteProduct:
             delta_mask=delta,
             routed=routed,
             patched_acts=patched_acts,
-            overwrite=True,
+            overwrite=overwrite,
         )
         return output.reshape(self.model_y.shape)
 

@@ -225,10 +225,8 @@ class AttachedForward(InternalPasses, OnModel):
     def _output(self, call: Call, name: str, x: Tensor, y: Tensor) -> Tensor | None:
         """A site's output in a user's pass."""
         noted = self._changed is not None and name.endswith(STREAM)
-        # Without gradients y itself may be overwritten, and cannot be compared any more.
-        before = y.clone() if noted and not torch.is_grad_enabled() else y
         output = self._hooked(call, name, x, y)
-        if noted and output is not None and not torch.equal(output, before):
+        if noted and output is not None and not torch.equal(output, y):
             self._changed.add(name)  # type: ignore[union-attr]
         return output
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tl_vpd.checks import flag
 from tl_vpd.forward import MaskedModel
 from tl_vpd.importance import DecomposedWeights
+from tl_vpd.losses.precision import at_least_float32
 from tl_vpd.printing import Printed
 from tl_vpd.site import BySite
 
@@ -50,8 +51,10 @@ class ComponentActs(BySite, Printed):
             raise ValueError(
                 "Some positions are padding in every row, so that they have no mean: pass by_position=False."
             )
+        # Sums over many rows are beyond half precision.
         return {
-            name: (acts * self.token_mask[..., None]).sum(0, keepdim=True) / real for name, acts in self.by_site.items()
+            name: ((at_least_float32(acts) * self.token_mask[..., None]).sum(0, keepdim=True) / real).to(acts)
+            for name, acts in self.by_site.items()
         }
 
 

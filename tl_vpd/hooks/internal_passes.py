@@ -1,7 +1,7 @@
 """Runs of an attached model on the package's behalf: clean passes and what is computed from them.
 
-Users' temporary hooks are not called in them, nor are this package's HookPoints. What is known of a user's call (its tokens, its
-attention mask) travels with the call.
+Users' temporary hooks are not called in them, nor are this package's HookPoints, and the model is in eval mode. What is known of
+a user's call (its tokens, its attention mask) travels with the call.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from tl_vpd.adapters import Adapter
 from tl_vpd.adapters.versions import HookPoint
 from tl_vpd.forward import CastWeights, SitePass, SiteTaps
-from tl_vpd.forward.quiet import users_hooks_aside
+from tl_vpd.forward.quiet import in_eval_mode, users_hooks_aside
 from tl_vpd.hooks.prefixes import CleanPrefix
 from tl_vpd.hooks.site_hooks import listening, returned
 from tl_vpd.masking import Masks
@@ -86,7 +86,7 @@ class InternalPasses:
         """Inside, calls of the model are on the package's behalf, and their sites are read and replaced as ``run`` says."""
         before, self._inside = self._inside, True
         try:
-            with users_hooks_aside(self.adapter), self.taps.during(run):
+            with in_eval_mode(self.adapter), users_hooks_aside(self.adapter), self.taps.during(run):
                 yield
         finally:
             self._inside = before

@@ -54,4 +54,6 @@ def faithfulness_terms(
     """
     total = sum(W.numel() for W in weights.values())
     for name, W in weights.items():
-        yield components.delta(name, W).square().sum() / (len(weights) * W.square().sum() if relative else total)
+        error = components.delta(name, W).square().sum()
+        # A weight in half precision has a squared norm beyond it.
+        yield error / (len(weights) * W.to(error.dtype).square().sum() if relative else total)

@@ -133,8 +133,10 @@ def attacked_masks(
     """
     _check_loss(loss)
     g = g.clone() if g.is_inference() else g  # autograd may save it then
+    # In half precision the gradient of a mean over many tokens is rounded to 0; a power of two changes nothing else.
+    scale = 2.0 ** (g[..., 0].numel().bit_length() - 1)
     result = fresh_pgd(
-        lambda sources: loss(masks_from_sources(g, sources, site_axis)),
+        lambda sources: scale * loss(masks_from_sources(g, sources, site_axis)),
         shared_start(g, site_axis, generator),
         steps=steps,
         step_size=step_size,

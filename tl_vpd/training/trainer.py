@@ -49,8 +49,8 @@ class Trainer:
         ValueError: the batch cannot be split, tied sites or Muon's matrices are sharded, V, U and Γ are in less than float32, a
             weight to which faithfulness is relative is zero, or locality has no site that writes to heads or neurons.
         RuntimeError: this PyTorch has no Muon.
-        Unsupported: ``checkpoint`` with a model that is not a stack of layers, ``blocked_logits`` with one whose logits are more
-            than a product (raised by the first step), or ``compile`` with one in another dtype than V and U.
+        Unsupported: a target in float16, ``checkpoint`` with a model that is not a stack of layers, ``blocked_logits`` with one
+            whose logits are more than a product (raised by the first step), or ``compile`` with one of another dtype than V and U.
     """
 
     metrics_kind: type[StepMetrics] = StepMetrics
@@ -177,7 +177,7 @@ class Trainer:
             wrong = [name for name, value in numbers.items() if not math.isfinite(value)]
             raise FloatingPointError(f"Step {self.done}: not finite: {', '.join(wrong) or 'total'} ({numbers}).")
         for whose, value in norm.items():
-            if not math.isfinite(value):  # and clipped by it, every gradient would be NaN
+            if not math.isfinite(value):
                 raise FloatingPointError(f"Step {self.done}: the gradient of {whose} is not finite ({numbers}).")
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -190,10 +190,10 @@ class Trainer:
     def _clip(self) -> dict[str, Float[Tensor, ""]]:
         """Clips gradients; their norms before, by whose they are."""
         optimizer = self.config.optimizer
-        norms = {MATRICES: clip_gradients(self.matrices, optimizer.clip)}
-        if optimizer.gamma_clip is not None:
-            norms["Γ"] = clip_gradients(self.gamma_parameters, optimizer.gamma_clip)
-        return norms
+        return {
+            MATRICES: clip_gradients(self.matrices, optimizer.clip),
+            "Γ": clip_gradients(self.gamma_parameters, optimizer.gamma_clip),
+        }
 
     def _total(self, values: Mapping[str, float], now: Schedule) -> float:
         c = now.coefficients

@@ -118,7 +118,9 @@ def copy_whole(target: Tensor, tensor: Tensor) -> None:
 
 def clip_gradients(parameters: Sequence[nn.Parameter], limit: float | None) -> Tensor:
     """Scales gradients to at most ``limit`` together (None: not at all); returns their norm before."""
-    return whole(nn.utils.clip_grad_norm_(parameters, torch.inf if limit is None else limit))
+    if limit is None:
+        return whole(nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+    return whole(nn.utils.clip_grad_norm_(parameters, limit))
 
 
 def gamma_units(gamma: nn.Module) -> list[nn.Module]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from tl_vpd.adapters import Unsupported
 from tl_vpd.checks import choice
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.training.config import ExecutionConfig, VPDConfig
@@ -21,8 +22,13 @@ def engine_of(masked_model: MaskedModel, config: VPDConfig, execution: Execution
 
     Raises:
         ValueError: V, U and Γ are in less than float32, or there is no such backend.
-        Unsupported: the model does not go with ``execution``.
+        Unsupported: the model is in float16, or does not go with ``execution``.
     """
+    if masked_model.adapter.dtype == torch.float16:
+        raise Unsupported(
+            "The target is in torch.float16, in which gradients of a mean over a batch's tokens are rounded to 0: train on "
+            "model.to(torch.float32) or torch.bfloat16; what is trained there fits the model in float16 too."
+        )
     dtype = next(masked_model.weights.weights.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(

@@ -91,9 +91,10 @@ class EagerEngine:
             coefficient: of the gradients (0: none are computed).
             relative: the kind of faithfulness.
         """
-        value = torch.zeros((), dtype=next(iter(weights.values())).dtype, device=self.decomposition.device)
+        components = self.decomposition.components
+        value = torch.zeros((), dtype=next(components.parameters()).dtype, device=self.decomposition.device)
         with torch.set_grad_enabled(coefficient != 0):
-            for term in faithfulness_terms(self.decomposition.components, weights, relative=relative):
+            for term in faithfulness_terms(components, weights, relative=relative):
                 if coefficient:
                     (coefficient * term).backward()
                 value += term.detach()
