@@ -1,4 +1,4 @@
-"""Draws docs/first_hour.png from benchmarks/results/first_hour.json: a good, a dense and a collapsed run, and SmolLM2's block.
+"""Draws docs/first_hour.png from benchmarks/results/first_hour.json: a good run, and three that fail.
 
 python -m scripts.first_hour_picture
 """
@@ -12,14 +12,15 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from tl_vpd.viz.style import MODES, SERIES
+
 ROOT = Path(__file__).parents[1]
 RUNS = {
     "bundled": "good: the bundled\nmodel, all sites",
-    "smol": "good: SmolLM2,\nthe last block",
+    "middle": "too little explained:\na block in the middle",
     "collapsed": "collapsed:\ncoefficients × 1,000",
     "dense": "dense:\ncoefficients × 1/1,000",
 }
-ROUNDED, STOCHASTIC, ADVERSARIAL, L0 = "#1f5fd0", "#7fb069", "#e07b00", "#8a8f98"
 
 
 def draw(runs: dict[str, Any]) -> Figure:
@@ -31,14 +32,14 @@ def draw(runs: dict[str, Any]) -> Figure:
         history, checks = run["history"], run["checks"]
         x = [100 * (step + 1) / steps for step in history["step"]]
         looks = [100 * step / steps for step in checks["step"]]
-        for label, colour in (("adversarial", ADVERSARIAL), ("stochastic", STOCHASTIC)):
-            top.plot(x, [100 * v / run["yardstick"] for v in history[label]], color=colour, linewidth=1.0, label=label)
-        top.plot(
-            looks, [100 * v for v in checks["share"]], "o-", color=ROUNDED, markersize=4, linewidth=1.5, label="rounded"
-        )
-        top.axhline(80, color="#c2185b", linewidth=0.8, linestyle="--", label="warning")
+        for label in ("adversarial", "stochastic"):
+            shares = [100 * v / run["yardstick"] for v in history[label]]
+            top.plot(x, shares, color=MODES[label], linewidth=1.0, label=label)
+        rounded = {"color": MODES["rounded"], "markersize": 4, "linewidth": 1.5, "label": "rounded"}
+        top.plot(looks, [100 * v for v in checks["share"]], "o-", **rounded)
+        top.axhline(80, color=SERIES[3], linewidth=0.8, linestyle="--", label="warning")
         top.set_title(title, fontsize=9.5, loc="left")
-        bottom.plot(looks, [100 * v / run["subcomponents"] for v in checks["l0"]], "o-", color=L0, markersize=4)
+        bottom.plot(looks, [100 * v / run["subcomponents"] for v in checks["l0"]], "o-", color=SERIES[5], markersize=4)
         bottom.set_xlabel("% of the run", fontsize=8.5)
         top.set_xscale("log")
         top.set_ylim(0, 115)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from scripts.site.first_hour import share_of
+
 Rows = list[dict[str, str]]
 Record = Mapping[str, Any]
 VARIANTS = {
@@ -122,7 +124,21 @@ def neighbour(record: Record) -> Rows:
     ]
 
 
-TABLES = (step, first_step, growth, hooks, modes, neighbour)
+def throughput(record: Record) -> Rows:
+    """Tokens per second of functions that read data, beside the passes that they cannot do without."""
+    return [
+        {
+            "": f"`{name}`",
+            "tokens per second of the processor": f"{row['tokens_per_cpu_second']:,}",
+            "passes": share_of(row["share"]),
+            "model and Γ alone": share_of(row["share_of_model_and_gamma"]),
+        }
+        for name, row in record.items()
+        if name != "settings"
+    ]
+
+
+TABLES = (step, first_step, growth, hooks, modes, neighbour, throughput)
 """Each of the results file of its name."""
 
 

@@ -13,14 +13,14 @@ from typing import Any
 import pandas as pd
 
 from benchmarks import editing, evidence, leak, recipes, redundancy, seeds, w_out
-from scripts.site import comparisons, costs, plans
+from scripts.site import comparisons, costs, first_hour, plans
 from scripts.site.tables import fill, formatted, markdown
 
 ROOT = Path(__file__).parents[2]
 PAGES: dict[str, tuple[str, ...]] = {
     "graphs": ("graph_cost",),
     "pruning": ("circuits",),
-    "your_own_model": ("sizes",),
+    "your_own_model": ("hour", "sizes", "looks"),
     "released_runs": ("imports",),
     "auditing": ("audits",),
     "comparison": ("comparison",),
@@ -46,14 +46,6 @@ PAGES: dict[str, tuple[str, ...]] = {
     ),
 }
 """Pages, each with the names of its tables in their order."""
-SIZES = {
-    "toy": "toy (induction, 2 layers of 64), all",
-    "block": "bundled (2 layers of 96), block 1",
-    "bundled": "bundled, all",
-    "defaults": "bundled, all, with `VPDConfig(batch_size=4)`",
-    "smol": "SmolLM2-135M (30 layers of 576), block 29",
-    "middle": "SmolLM2-135M, block 15",
-}
 RECORDS = {
     "graph_cost": {
         "tokens": "{tokens}",
@@ -119,32 +111,6 @@ def circuits() -> str:
     return markdown(rows)
 
 
-def sizes() -> str:
-    """First tries of several sizes."""
-    rows = []
-    for name, text in SIZES.items():
-        run = results("first_hour")["runs"][name]
-        config, seconds = run["config"], run["seconds"]["train"]
-        rows.append(
-            {
-                "model, sites": text,
-                "subcomponents": f"{run['subcomponents']:,}",
-                "Γ": f"{config['gamma']['n_blocks']} × {config['gamma']['d_ci'] or 'default'}",
-                "steps × rows": f"{config['steps']:,} × {config['batch_size']}",
-                "clock, processor": f"{seconds / 60:.2g} min, {run['cpu_seconds_of_training'] / 60:.2g} min",
-                "yardstick": f"{run['yardstick']:.2f}",
-                "rounded": _share(run["rounded_share"]),
-                "attacked": _share(run["attacked_share"]),
-                "L0": f"{run['l0']:,.0f} ({_share(run['l0'] / run['subcomponents'])})",
-            }
-        )
-    return markdown(rows)
-
-
-def _share(share: float) -> str:
-    return f"{share:.1%}" if share < 0.02 else f"{share:.0%}"
-
-
 def audits() -> str:
     """Circuits of EAP-IG before an adversary."""
     return markdown(comparisons.audits(results("audits")))
@@ -191,29 +157,14 @@ def generation() -> str:
     return markdown([{"masks": mode, **{c: f"{x:,.0f}" for c, x in rates[mode].items()}} for mode in rates])
 
 
-def throughput() -> str:
-    """Tokens per second of functions that read data, beside the passes that they cannot do without."""
-    return markdown(
-        [
-            {
-                "": f"`{name}`",
-                "tokens per second of the processor": f"{row['tokens_per_cpu_second']:,}",
-                "passes": _share(row["share"]),
-                "model and Γ alone": _share(row["share_of_model_and_gamma"]),
-            }
-            for name, row in results("throughput").items()
-            if name != "settings"
-        ]
-    )
-
-
 def _from(file: str, rows: Callable[[dict[str, Any]], list[dict[str, str]]]) -> Callable[[], str]:
     return lambda: markdown(rows(results(file)))
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{f.__name__: f for f in (circuits, sizes, audits, comparison, labels, harvest, generation, throughput)},
+    **{f.__name__: f for f in (circuits, audits, comparison, labels, harvest, generation)},
     **{f.__name__: _from(f.__name__, f) for f in costs.TABLES},
+    **{f.__name__: _from("first_hour", f) for f in first_hour.TABLES},
     **{f.__name__: _from("ground_truth", f) for f in evidence.OF_TOYS},
     **{f.__name__: _from("stability", f) for f in evidence.OF_STABILITY},
     **{name: lambda name=name: seeds.tables(results("seeds"))[name] for name in ("seeds_runs", "seeds_shared")},
