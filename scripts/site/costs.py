@@ -66,14 +66,17 @@ BESIDE = {"default": "spin (default)", "passive": "sleep (`PASSIVE`)"}
 
 
 def step(record: Record) -> Rows:
-    """Steps by size and variant, beside the method on one page."""
+    """Steps by size and variant, beside the method on one page; columns that no run has are left out."""
     by_size = {size: {"paper": record[size], **_variants(record, size)} for size in ("S", "M") if size in record}
-    return [
-        {"size": size, "recipe": text, **_cells(figures[which], STEP)}
-        for size, figures in by_size.items()
-        for which, text in VARIANTS.items()
-        if "trainer_s" in figures.get(which, {})
-    ]
+    rows = []
+    for size, figures in by_size.items():
+        for which, text in VARIANTS.items():
+            if "trainer_s" in figures.get(which, {}):
+                cells = _cells(figures[which], STEP)
+                if "merged" in which:  # the floor is of the paper's products
+                    cells["floor / trainer"] = ""
+                rows.append({"size": size, "recipe": text, **cells})
+    return [{title: row[title] for title in row if any(other[title] for other in rows)} for row in rows]
 
 
 def first_step(record: Record) -> Rows:

@@ -28,7 +28,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "labels": ("labels",),
     "dashboard": ("harvest",),
     "hooks": ("generation",),
-    "performance": ("first_step", "growth", "hooks", "modes", "throughput", "neighbour"),
+    "performance": ("step", "first_step", "growth", "hooks", "modes", "throughput", "neighbour"),
     "scaling": ("plans",),
     "training": ("recipes",),
     "evaluation": ("leak", "redundancy"),
