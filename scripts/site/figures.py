@@ -26,6 +26,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "comparison": ("comparison",),
     "components": ("clustering",),
     "labels": ("labels",),
+    "targeted": ("topic",),
     "dashboard": ("harvest",),
     "hooks": ("generation",),
     "performance": ("step", "first_step", "growth", "hooks", "modes", "throughput", "neighbour"),
@@ -124,11 +125,44 @@ def comparison() -> str:
 
 
 def labels() -> str:
-    """Means over sites of the offline judge's scores, beside chance and the nulls."""
+    """Means over sites of the offline judge's scores, beside chance and the nulls; by what sites read."""
     rows = pd.DataFrame(results("labels")["by_site"])
+    read_tokens = rows["site"].isin([f"blocks.0.attn.W_{x}" for x in "QKV"])
+    groups = {"all": rows, "block 0's W_Q, W_K, W_V": rows[read_tokens], "the others": rows[~read_tokens]}
     columns = ["chance", "score", "untrained", "random directions", "shuffled"]
-    means = rows.groupby("test", sort=False)[columns].mean().rename(columns={"score": "bundled"})
-    return markdown([{"test": str(test), **{c: f"{x:.2f}" for c, x in row.items()}} for test, row in means.iterrows()])
+    means = {name: group.groupby("test", sort=False)[columns].mean() for name, group in groups.items()}
+    return markdown(
+        [
+            {"test": str(test), "sites": name, **{c.replace("score", "bundled"): f"{row[c]:.2f}" for c in columns}}
+            for test in rows["test"].unique()
+            for name, row in ((name, of_group.loc[test]) for name, of_group in means.items() if test in of_group.index)
+        ]
+    )
+
+
+def topic() -> str:
+    """A decomposition of one topic, on the topic and on other files."""
+    record = results("targeted")["tables"]["targeted"]
+    sets, kl = record["sets"], record["kl"]
+
+    def row(text: str, tables: float, other: float, digits: int = 2) -> dict[str, str]:
+        ratio = "" if text.startswith(("the important", "nothing")) else f"{tables / other:.1f}"
+        return {"": text, "tables": f"{tables:.{digits}f}", "other files": f"{other:.{digits}f}", "ratio": ratio}
+
+    texts = {
+        "alone": "the important subcomponents alone, Δ off",
+        "nothing": "nothing, Δ off",
+        "all ablated": f"the model without all {record['alive']} subcomponents",
+    }
+    for times in (10, 20, 40):
+        rare, random = (f"{kind} ({times})" for kind in ("rare elsewhere", "random others"))
+        count = sets[rare]["subcomponents"]
+        texts[f"without {rare}"] = (
+            f"without the {count} that are {times} times as often important on the target as elsewhere"
+        )
+        texts[f"without {random}"] = f"without {sets[random]['subcomponents']} random others"
+    rows = [row(text, kl["tables"][key], kl["other"][key]) for key, text in texts.items()]
+    return markdown([*rows, row("important per token", record["l0"]["tables"], record["l0"]["other"], 0)])
 
 
 def harvest() -> str:
@@ -162,7 +196,7 @@ def _from(file: str, rows: Callable[[dict[str, Any]], list[dict[str, str]]]) -> 
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    **{f.__name__: f for f in (circuits, audits, comparison, labels, harvest, generation)},
+    **{f.__name__: f for f in (circuits, audits, comparison, labels, topic, harvest, generation)},
     **{f.__name__: _from(f.__name__, f) for f in costs.TABLES},
     **{f.__name__: _from("first_hour", f) for f in first_hour.TABLES},
     **{f.__name__: _from("ground_truth", f) for f in evidence.OF_TOYS},
