@@ -43,6 +43,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "two ascents": {"adversary": {"inner_steps": 2, "betas": (0.5, 0.99)}},
     "Γ not clipped": {"optimizer": {"gamma_clip": None}},
     "merged": {"merged": 0.5},
+    "merged, power": {"merged": 0.5, "minimality": {}},
     "muon": {"optimizer": {"kind": "muon"}},
     "bidirectional": {"gamma": {"causal": False}},
     "locality": {"coefficients": {"locality": 3e-5}},

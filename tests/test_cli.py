@@ -19,6 +19,7 @@ from typer.testing import CliRunner, Result
 
 from tl_vpd import Decomposition, ExecutionConfig, VPDConfig, bundled
 from tl_vpd.cli import app
+from tl_vpd.evaluation import feature_splitting
 from tl_vpd.files import tensor_file
 from tl_vpd.files.lock import locked
 from tl_vpd.planning import Target, TransformerShape, footprint
@@ -190,6 +191,8 @@ def test_feature_splitting_trains_each_size_and_writes_the_table(tmp_path: Path)
     for factor, C in (("0.5", 2), ("2", 8)):
         trained = Decomposition.load(tmp_path / "run" / f"C-{factor}" / "decomposition")
         assert set(trained.counts.values()) == {C}
+    unseen = feature_splitting({"2": trained}, bundled.model(), bundled.tokens("validation")[:1, :16])
+    assert table["stochastic_kl"].iloc[1] == pytest.approx(unseen["stochastic_kl"].iloc[0], rel=1e-5)
     assert "alive_growth" in result.output and "built" in result.output
     wrong = call("feature-splitting", tmp_path / "recipe.yaml", "--factors", "half")
     assert wrong.exit_code == 2 and "--factors 'half': give numbers with commas" in wrong.output
@@ -256,6 +259,19 @@ def test_a_damaged_state_is_named_and_the_one_before_resumes_to_the_same_result(
     assert all(torch.equal(a[key], b[key]) for key in a)
     nowhere = call("train", tmp_path / "recipe.yaml", "--from-state", tmp_path / "recipe.yaml")
     assert nowhere.exit_code == 2 and "is not a state of" in nowhere.output
+
+
+def test_a_run_goes_on_from_a_decomposition(tmp_path: Path):
+    assert call("train", recipe(tmp_path)).exit_code == 0
+    first = tmp_path / "run" / "decomposition"
+    (tmp_path / "next").mkdir()
+    further = recipe(tmp_path / "next", saving=f"{{folder: {tmp_path / 'next' / 'run'}}}")
+    result = call("train", further, "--from-decomposition", first)
+    assert result.exit_code == 0, result.output
+    vpd = Decomposition.load(tmp_path / "next" / "run" / "decomposition")
+    assert vpd.record["start"] == Decomposition.load(first).record
+    both = call("train", further, "--from-decomposition", first, "--resume")
+    assert both.exit_code == 2 and "starts a new run: leave out --resume" in both.output
 
 
 def test_a_folder_in_use_and_a_full_disk_are_one_line_and_exit_code_2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -51,9 +51,13 @@ def train(
     from_state: Annotated[
         Path | None, typer.Option(help="Continue from this file of saving.folder/state; later states are removed.")
     ] = None,
+    from_decomposition: Annotated[
+        Path | None, typer.Option(help="Start a new run from V, U and Γ of this decomposition.")
+    ] = None,
     trust_remote_code: Trust = False,
 ) -> None:
     """Train a decomposition as a recipe says; options overrule it."""
+    from tl_vpd.decomposition import Decomposition
     from tl_vpd.recipe import Recipe
     from tl_vpd.training.memory import keep_freed_memory
 
@@ -63,7 +67,10 @@ def train(
         data={"context": context},
         saving={"keep_states": keep_states},
     )
-    if settings.train(resume=from_state or resume, trust_remote_code=trust_remote_code).finished:
+    if from_decomposition is not None and (resume or from_state):
+        raise ValueError("--from-decomposition starts a new run: leave out --resume and --from-state.")
+    start = None if from_decomposition is None else Decomposition.load(from_decomposition)
+    if settings.train(resume=start or from_state or resume, trust_remote_code=trust_remote_code).finished:
         say(f"Finished: {settings.saving.folder}/decomposition")
     else:
         say(f"Stopped and saved; continue with the same command and --resume: tl-vpd train {recipe} --resume")
@@ -171,7 +178,9 @@ def evaluate_command(
 def feature_splitting_command(
     recipe: Annotated[Path, typer.Argument(help="YAML file: model, data, vpd, execution, saving.")],
     factors: Annotated[str, typer.Option(help="Times the recipe's C, with commas.")] = "0.5,1,2,4",
-    rows: Annotated[int, typer.Option(min=1, help="Rows that the counts are measured on.")] = 64,
+    rows: Annotated[
+        int, typer.Option(min=1, help="Rows that are measured: of validation, or the recipe's first.")
+    ] = 64,
     out: Annotated[Path | None, typer.Option(help="File for the table (.csv).")] = None,
     trust_remote_code: Trust = False,
 ) -> None:

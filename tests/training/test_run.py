@@ -450,3 +450,59 @@ def test_options_of_another_type_are_refused(target, rows, config, options, erro
     unchecked = getattr(decompose, "__wrapped__", decompose)  # the library's checks, without those of the test run
     with pytest.raises(error, match=message):
         unchecked(target, rows, config, **{"progress": False, **options})
+
+
+def config_for(vpd, config, **update):
+    """A config with which a run can go on from this decomposition."""
+    return changed(config, sites=tuple(vpd.sites), C=vpd.counts, gamma=vpd.gamma_config.model_dump(), **update)
+
+
+def test_a_run_goes_on_from_a_decomposition(target, rows, config, tmp_path):
+    vpd = run(target, rows, config).decomposition
+    before = {name: t.clone() for name, t in vpd.state_dict().items()}
+    further = config_for(vpd, config, seed=config.seed + 1)
+    longer = run(target, rows, further, resume=vpd)
+    assert longer.history.step.tolist() == list(range(config.steps))  # a run of its own, from the first step
+    assert_equal(run(target, rows, further, tmp_path / "again", resume=vpd).decomposition, longer.decomposition)
+    assert longer.decomposition.record["start"] == vpd.record
+    assert all(torch.equal(before[name], t) for name, t in vpd.state_dict().items())  # untouched
+
+
+def test_its_first_step_has_the_numbers_of_the_decomposition(target, rows, config):
+    vpd = run(target, rows, config).decomposition
+    still = {"lr": 1e-12, "gamma_lr": 1e-12}
+    further = config_for(vpd, config, steps=1, optimizer=still, faithfulness={"warm_up_steps": 50})
+    after = run(target, rows, further, resume=vpd).decomposition
+    for name, tensor in after.state_dict().items():
+        assert torch.allclose(tensor, vpd.state_dict()[name], atol=1e-9)  # no warm-up, no other start
+
+
+def test_such_a_run_is_interrupted_and_resumed_as_others(target, rows, config, tmp_path, monkeypatch):
+    vpd = run(target, rows, config).decomposition
+    further = config_for(vpd, config, seed=9)
+    whole = run(target, rows, further, resume=vpd).decomposition
+    with monkeypatch.context() as patch:
+        stop_before(patch, 1)
+        assert not run(target, rows, further, tmp_path / "it", resume=vpd).finished
+    with pytest.raises(FileExistsError, match="contains a run"):
+        run(target, rows, further, tmp_path / "it", resume=vpd)
+    resumed = run(target, rows, further, tmp_path / "it", resume=True).decomposition
+    assert_equal(resumed, whole)
+    assert resumed.record["start"]["training"]["seed"] == config.seed
+
+
+def test_a_decomposition_that_does_not_fit_is_refused(target, rows, config, tmp_path):
+    vpd = run(target, rows, config).decomposition
+    further = config_for(vpd, config)
+    name = next(iter(vpd.sites))
+    with pytest.raises(ValueError, match=f"{name} has .* to go on from, and 3 by the config"):
+        run(target, rows, changed(further, C={**vpd.counts, name: 3}), tmp_path / "C", resume=vpd)
+    with pytest.raises(ValueError, match="and 0 by the config"):
+        run(target, rows, changed(further, sites=(name,), C=vpd.counts[name]), resume=vpd)
+    with pytest.raises(ValueError, match="another Γ"):
+        run(target, rows, changed(further, gamma={**further.gamma.model_dump(), "output_bias": 0.25}), resume=vpd)
+    with torch.no_grad():
+        target.blocks[0].attn.W_Q.mul_(2)
+    with pytest.raises(ValueError, match="weights are not the decomposed ones"):
+        run(target, rows, further, resume=vpd)
+    assert not (tmp_path / "C" / "decomposition").exists()

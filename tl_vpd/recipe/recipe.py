@@ -21,6 +21,7 @@ import pandas as pd
 from pydantic import ValidationError, model_validator
 
 from tl_vpd.checks import sentence_of
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.feature_splitting import decompose_at_sizes, feature_splitting
 from tl_vpd.frozen import Frozen
 from tl_vpd.planning import Footprint, Machine, Target, TransformerShape, footprint, plan_lines, seconds_per_step
@@ -75,11 +76,11 @@ class Recipe(Frozen):
         except ValidationError as error:
             raise ValueError(sentence_of(error)) from error
 
-    def train(self, *, resume: bool | Path = False, trust_remote_code: bool = False) -> Run:
+    def train(self, *, resume: bool | Path | Decomposition = False, trust_remote_code: bool = False) -> Run:
         """Trains the decomposition.
 
         Args:
-            resume: from the newest state, or from this one.
+            resume: from the newest state, from this one, or a new run from a decomposition.
             trust_remote_code: as for ``ModelRecipe.load``.
 
         Raises:
@@ -102,7 +103,8 @@ class Recipe(Frozen):
 
         Args:
             factors: of the recipe's C.
-            rows: of tokens that the counts are measured on.
+            rows: of tokens that the counts are measured on: validation rows of the bundled tokens, else the first rows of the
+                recipe's, which the runs are trained on.
             trust_remote_code: as for ``ModelRecipe.load``.
         """
         self._refuse_targeted("Feature splitting")
@@ -111,7 +113,8 @@ class Recipe(Frozen):
         runs = decompose_at_sizes(
             model, tokens, self.vpd, factors=factors, execution=self.execution, saving=self.saving
         )
-        return feature_splitting(runs, model, self.data.first(model, rows))
+        part = "validation" if self.data.tokens == "bundled" else "training"
+        return feature_splitting(runs, model, self.data.first(model, rows, default_key=part))
 
     def _refuse_targeted(self, what: str) -> None:
         if self.targeted is not None:

@@ -42,13 +42,13 @@ class Loop:
     data: Mapping[str, Any]
     history: list[StepMetrics] = field(default_factory=list)
 
-    def start(self, state: Path | None, history: Sequence[StepMetrics]) -> None:
-        """Restores a state, or warms up; then writes the first files."""
+    def start(self, state: Path | None, history: Sequence[StepMetrics], *, warm_up: bool) -> None:
+        """Restores a state, or warms up where V and U are new; then writes the first files."""
         if state is not None:
             load_state(self.trainer, state)
             # Of an older version, the history is what was logged, and may be ahead of the state.
             self.history.extend(metrics for metrics in history if metrics.step < self.trainer.done)
-        else:
+        elif warm_up:
             self.trainer.warm_up(progress=self.report.show)
         if self.files is not None:
             self.files.start(self.trainer, self._run())

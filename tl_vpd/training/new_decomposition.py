@@ -1,4 +1,4 @@
-"""A freshly initialised decomposition of a model, as training starts from it."""
+"""The decomposition that training starts from: freshly initialised, or with V, U and Γ of another one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tl_vpd.checks import config_of
 from tl_vpd.components.initialise import start_at_channels
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.files.versions import library_versions
-from tl_vpd.forward.target_check import fingerprints
+from tl_vpd.forward.target_check import check_target, fingerprints
 from tl_vpd.frozen import checked
 from tl_vpd.site import select
 from tl_vpd.training.config import VPDConfig, counts_for
@@ -61,6 +61,34 @@ def new_decomposition(model: nn.Module, config: VPDConfig) -> Decomposition:
                 parameter.mul_(config.init_scale)
     Ties(decomposition.components, config.tied).follow()
     return decomposition
+
+
+def go_on_from(start: Decomposition, decomposition: Decomposition, model: nn.Module) -> None:
+    """Gives a new decomposition V, U and Γ of another one of the same model, whose record it keeps under ``start``
+    (without metrics).
+
+    Args:
+        start: of the same sites, with the same C and Γ.
+        decomposition: as ``new_decomposition`` makes it.
+        model: the target.
+
+    Raises:
+        ValueError: ``start`` is of other sites or weights, or has another C or Γ.
+    """
+    check_target(start, adapt(model))
+    for name in {**decomposition.counts, **start.counts}:
+        C, other = decomposition.counts.get(name, 0), start.counts.get(name, 0)
+        if other != C:
+            raise ValueError(
+                f"{name} has {other} subcomponents in the decomposition to go on from, and {C} by the config: train with "
+                "sites=tuple(vpd.sites) and C=vpd.counts."
+            )
+    if decomposition.gamma_config != start.gamma_config:
+        raise ValueError(
+            "The config has another Γ than the decomposition to go on from: train with gamma=vpd.gamma_config."
+        )
+    decomposition.load_state_dict(start.state_dict())
+    decomposition.record["start"] = {name: entry for name, entry in start.record.items() if name != "metrics"}
 
 
 def _finite(name: str, W: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import nn
 
 from tl_vpd.adapters import Adapter
 from tl_vpd.checks import config_of, integer
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.frozen import checked
 from tl_vpd.training.config import ExecutionConfig, SavingConfig, VPDConfig
@@ -34,7 +35,7 @@ def decompose(
     *,
     execution: ExecutionConfig | None = None,
     saving: SavingConfig | None = None,
-    resume: bool | str | PathLike[str] = False,
+    resume: bool | str | PathLike[str] | Decomposition = False,
     context: int | None = None,
     progress: bool = True,
 ) -> Run:
@@ -49,7 +50,9 @@ def decompose(
         execution: how it runs (None: ``ExecutionConfig()``).
         saving: what is written (None: nothing).
         resume: continue from the newest state in ``saving.folder`` (there must be one), or from the state at this path there;
-            states of later steps are removed then.
+            states of later steps are removed then. A decomposition of the same sites, C and Γ starts a new run
+            from its V, U and Γ, without a warm-up: optimizer, adversary and schedules begin anew, and ``record["start"]`` keeps
+            its record.
         context: length of the rows that a dataset of text is cut into (None: the model's context).
         progress: show a bar, and what to expect of the run before it (``tl_vpd.training.run_report``).
 

@@ -22,6 +22,7 @@ from tl_vpd.checks import config_of, flag, shown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.frozen import checked
+from tl_vpd.printing import Printed
 from tl_vpd.training.config import ExecutionConfig, SavingConfig, VPDConfig
 from tl_vpd.training.data.run_data import RunData
 from tl_vpd.training.distributed.processes import World, world
@@ -29,7 +30,7 @@ from tl_vpd.training.distributed.sharding import shard, unshard
 from tl_vpd.training.fits import refuse_too_large
 from tl_vpd.training.interrupts import interruptible
 from tl_vpd.training.loop import Loop
-from tl_vpd.training.new_decomposition import new_decomposition
+from tl_vpd.training.new_decomposition import go_on_from, new_decomposition
 from tl_vpd.training.outlook import rows_measured
 from tl_vpd.training.precision import refuse_imitated
 from tl_vpd.training.run_files import RunFiles, plain_data
@@ -41,7 +42,7 @@ Data = TypeVar("Data", bound=RunData)
 
 
 @dataclass(frozen=True)
-class Run:
+class Run(Printed):
     """What ``decompose`` returns: the decomposition, a row of metrics per logged step, and whether the last step was reached.
 
     ``checks``: a row per look at the run under rounded masks (``tl_vpd.training.outlook``): ``step``, ``distance``,
@@ -62,13 +63,13 @@ class Session:
     Attributes:
         execution: how it runs.
         saving: what is written.
-        resume: from the newest state, or from the state at this path.
+        resume: from the newest state, from the state at this path, or with V, U and Γ of a decomposition.
         progress: show a bar and lines.
     """
 
     execution: ExecutionConfig
     saving: SavingConfig
-    resume: bool | Path
+    resume: bool | Path | Decomposition
     progress: bool
 
     @classmethod
@@ -82,12 +83,15 @@ class Session:
     ) -> Session:
         """A session of the arguments of ``decompose``, checked; raises as that does."""
         execution, saving = checked(config_of(ExecutionConfig, execution)), checked(config_of(SavingConfig, saving))
+        progress = flag("progress", progress)
+        if isinstance(resume, Decomposition):
+            return cls(execution, saving, resume, progress)
         start_from = Path(resume).expanduser() if isinstance(resume, str | PathLike) else flag("resume", resume)
         if start_from and saving.folder is None:
             raise ValueError(
                 f"resume={shown(resume)} needs the folder of the run: pass saving=SavingConfig(folder=...)."
             )
-        return cls(execution, saving, start_from, flag("progress", progress))
+        return cls(execution, saving, start_from, progress)
 
     def train(
         self,
@@ -111,11 +115,10 @@ class Session:
             ValueError, KeyError, TypeError, OSError, FloatingPointError: as ``decompose``.
         """
         execution, saving = self.execution, self.saving
+        start, resume = (self.resume, False) if isinstance(self.resume, Decomposition) else (None, self.resume)
         files = None if saving.folder is None else RunFiles(saving.folder, saving)
         if files is not None:
-            files.state_to_resume(
-                self.resume
-            )  # refused before anything is computed; asked again when the folder is locked
+            files.state_to_resume(resume)  # refused before anything is computed; asked again when the folder is locked
         adapter = adapt(model)
         refuse_imitated(execution.precision, adapter.device)
         with (
@@ -127,9 +130,11 @@ class Session:
             for rows, pos in data.shapes:
                 refuse_too_large(adapter, config, execution, rows=rows, pos=pos, processes=processes.size)
             decomposition = new_decomposition(model, config)
+            if start is not None:
+                go_on_from(start, decomposition, model)
             decomposition.record |= record_of(data)
             with nullcontext() if files is None else files.locked(processes, adapter.device):
-                state = None if files is None else files.state_to_resume(self.resume)
+                state = None if files is None else files.state_to_resume(resume)
                 if files is not None and state is not None:
                     run = files.stored_run(state, run.data or {})
                 processes.wait()  # nobody writes before all have looked
@@ -142,7 +147,7 @@ class Session:
                     first = data.first(rows_measured(data.sample))
                     report = RunReport(trainer, *first, show=self.progress and processes.first)
                     loop = Loop(trainer, data.at, files, report, saving.log_every, interrupted, run.data or {})
-                    loop.start(state, run.history)
+                    loop.start(state, run.history, warm_up=start is None)
                     loop.train()
                 history, finished = loop.history, trainer.done >= config.steps
                 checks = report.table()

@@ -122,6 +122,8 @@ def load_state(trainer: Trainer, path: Path) -> None:
         check_target(trainer.weights, path, stored)
         _check_tensors(trainer, file)
         _fill(trainer, file)
+    if content.get("start") is not None:
+        trainer.decomposition.record["start"] = content["start"]
     how = content["how"]
     changed = [
         f"{k}={how[k]!r} then, {trainer.how[k]!r} now" for k in how if k in trainer.how and how[k] != trainer.how[k]
@@ -155,6 +157,7 @@ def _write(trainer: Trainer, path: Path, tensors: dict[str, Tensor], run: Stored
         "precision": trainer.engine.precision,
         "how": trainer.how,
         "data": run.data,
+        "start": trainer.decomposition.record.get("start"),
         HISTORY: columns,
     }
     rows = [[float(getattr(metrics, name)) for name in columns] for metrics in run.history]

@@ -16,6 +16,7 @@ from torch import nn
 
 from tl_vpd.adapters import Adapter
 from tl_vpd.checks import config_of
+from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.masked_model import MaskedModel
 from tl_vpd.frozen import checked
 from tl_vpd.training.config import ExecutionConfig, SavingConfig
@@ -35,7 +36,7 @@ def decompose_targeted(
     *,
     execution: ExecutionConfig | None = None,
     saving: SavingConfig | None = None,
-    resume: bool | str | PathLike[str] = False,
+    resume: bool | str | PathLike[str] | Decomposition = False,
     progress: bool = True,
 ) -> Run:
     """Trains a decomposition of what ``model`` uses on a target alone.
