@@ -251,6 +251,8 @@ def test_mistakes_are_said(model, vpd, tokens):
         attribution_graph(vpd, model, tokens[:1], 1.0)
     with pytest.raises(TypeError, match="is not a target"):
         attribution_graph(vpd, model, tokens[:1], [None])
+    with pytest.raises(ValueError, match=r"\(3, 3\) is one token twice"):
+        attribution_graph(vpd, model, tokens[:1], (3, 3))
     model.set_use_split_qkv_input(True)
     with pytest.raises(ValueError, match="switch use_split_qkv_input"):
         attribution_graph(vpd, model, tokens[:1], 3)

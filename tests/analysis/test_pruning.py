@@ -214,6 +214,8 @@ def test_mistakes_are_said(model, vpd, tokens):
         prune(vpd, model, tokens[:1], 99)
     with pytest.raises(TypeError, match="is not a behaviour"):
         prune(vpd, model, tokens[:1], [3])
+    with pytest.raises(ValueError, match=r"\(3, 3\) is one token twice"):
+        prune(vpd, model, tokens[:1], (3, 3))
     with pytest.raises(ValueError, match="variant='both'"):
         PruneConfig(variant="both")
     with pytest.raises(ValueError, match="reach='all'"):

@@ -13,7 +13,7 @@ from tests.evaluation import handmade
 from tests.evaluation.handmade import rows
 from tests.tiny import decomposition_of, some_tokens, tiny_model
 from tl_vpd.evaluation import STANDARD, Adversary, adversaries, attack, sampled
-from tl_vpd.evaluation.adversaries import explanations, union_of
+from tl_vpd.evaluation.adversaries import _SourceLoss, explanations, union_of
 from tl_vpd.masking import masks_from_sources
 
 
@@ -58,7 +58,7 @@ def test_a_choice_for_every_token_is_the_strongest_and_rows_do_not_mix(tiny):
     model, vpd = tiny
     tokens = some_tokens(shape=(5, 6))
     with sampled(vpd, model, tokens, batch_size=2) as sample:
-        by_scope = {scope: attack(sample, Adversary(scope, steps=20)).kl for scope in ("shared", "position", "token")}
+        by_scope = {s: attack(sample, Adversary(s, steps=80)).kl for s in ("shared", "position", "token")}
         whole = attack(sample, Adversary("token", steps=4))
     assert by_scope["token"] > max(by_scope["shared"], by_scope["position"])
     with sampled(vpd, model, tokens, batch_size=5) as sample:
@@ -67,6 +67,17 @@ def test_a_choice_for_every_token_is_the_strongest_and_rows_do_not_mix(tiny):
     assert again.kl == pytest.approx(whole.kl, rel=1e-3)
     assert again.by_row[0].mean == pytest.approx(again.kl, rel=1e-5)
     assert again.sources is None  # for all rows they would not fit in memory
+
+
+def test_a_rows_starts_are_its_whatever_the_rows_beside_it(tiny):
+    model, vpd = tiny
+    starts = []
+    with sampled(vpd, model, some_tokens(shape=(5, 6))) as sample:
+        for rows in ([0, 1, 2, 3, 4], [3, 1]):
+            batch = sample.batch(sample.rows.take(rows))
+            starts.append(_SourceLoss(sample, "token", None, batch).start(1))
+    assert torch.equal(starts[1], starts[0][[3, 1]])
+    assert not torch.equal(starts[0][0], starts[0][1])
 
 
 def test_span_only_adds_what_other_tokens_need(tiny):

@@ -133,8 +133,8 @@ def hooked_transformer(folder: Path, *, device: str | torch.device = "cpu") -> A
 
 
 def evaluation() -> Evaluation:
-    """The evaluation of the bundled decomposition on 8,192 validation tokens as first measured: masks, counts, the standard
-    adversary, two controls; none of the further tables."""
+    """The evaluation of the bundled decomposition on validation tokens that ships with it: masks, counts, attacks and controls, and
+    some of the tables (``record["tables"]``)."""
     from tl_vpd.evaluation import Evaluation
 
     return Evaluation.load(DECOMPOSITION / "metrics.json")

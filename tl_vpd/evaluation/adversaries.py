@@ -5,7 +5,7 @@
 ==========  ==================================================================================================
 shared      one source per subcomponent and Δ for all rows and positions (the standard: it finds systematic faults)
 position    one per position, shared by the rows
-token       one per token: it fits the noise of each token, and bounds what any mask can do
+token       one per token: the freest, it fits the noise of each token
 span        r is a union of what *other* tokens need, ``r_c = 1 − Π_k (1 − w_k [g_kc > 0])``: the adversary chooses the
             weight w_k in [0, 1] of each of K explanations from the sample; Δ, which is part of no explanation, stays out
 ==========  ==================================================================================================
@@ -30,6 +30,7 @@ from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.intervals import PerRow, interval_of_largest
 from tl_vpd.evaluation.sample import Sample, measure
 from tl_vpd.masking import Masks, fresh_pgd, masks_from_sources
+from tl_vpd.printing import Printed
 
 Scope = Literal["shared", "position", "token"]
 EXPLANATIONS = 32
@@ -86,7 +87,7 @@ STANDARD: dict[str, Adversary] = {
 
 
 @dataclass(frozen=True)
-class Attack:
+class Attack(Printed):
     """An adversary's results from all starts, the worst first.
 
     Attributes:
@@ -174,8 +175,11 @@ class _SourceLoss:
         """What is attacked."""
         return self.sample.batches() if self.only is None else [self.only]
 
-    def start(self, generator: torch.Generator) -> Tensor:
-        """Random sources: one start."""
+    def start(self, number: int) -> Tensor:
+        """Random sources: one start. Those of a batch's rows are of the rows, whatever the batch."""
+        if self.only is not None:
+            return self.sample.uniform(f"attack {number}", self.only.rows, self.shape[1:])
+        generator = self.sample.generator(500_000 + number)
         return torch.rand(*self.shape, generator=generator, device=generator.device)
 
     def masks(self, batch: Batch, sources: Tensor) -> Masks:
@@ -222,16 +226,15 @@ def attack(sample: Sample, adversary: Adversary, *, span: Bool[Tensor, "K C_tota
         "step_size": adversary.step_size,
         "momentum": adversary.momentum,
     }
-    generators = [sample.generator(500_000 + i) for i in range(adversary.starts)]
     # A token's sources act on its row alone, so rows are attacked batch by batch: for all rows they would not fit in memory.
     whole = adversary.scope != "token"
-    losses = [0.0] * len(generators)
-    sources: list[Tensor | None] = [None] * len(generators)
-    by_row: list[list[PerRow]] = [[] for _ in generators]
+    losses = [0.0] * adversary.starts
+    sources: list[Tensor | None] = [None] * adversary.starts
+    by_row: list[list[PerRow]] = [[] for _ in range(adversary.starts)]
     for only in [None] if whole else sample.batches():
         loss = _SourceLoss(sample, adversary.scope, span, only)
-        for i, generator in enumerate(generators):
-            result = fresh_pgd(loss, loss.start(generator), **options)
+        for i in range(adversary.starts):
+            result = fresh_pgd(loss, loss.start(i), **options)
             losses[i] += result.loss * (loss.n_tokens / sample.n_tokens)
             by_row[i].append(loss.by_row(result.sources))
             sources[i] = result.sources if whole else None

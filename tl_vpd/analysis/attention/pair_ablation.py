@@ -5,8 +5,8 @@
 Ablating a subcomponent removes it from every pair it is in; this removes single pairs. The hooks read activations and masks of
 the running pass, so that they compose with masks, ablations and patches that come before them in the list.
 
-    >>> hooks = pair_ablation_hooks(vpd, model, [("blocks.0.attn.W_Q:77", "blocks.0.attn.W_K:48")])       # doctest: +SKIP
     >>> with vpd.attach(model):                                                                           # doctest: +SKIP
+    ...     hooks = pair_ablation_hooks(vpd, model, [("blocks.0.attn.W_Q:77", "blocks.0.attn.W_K:48")])
     ...     model.run_with_hooks(tokens, fwd_hooks=hooks)
 """
 

@@ -94,6 +94,8 @@ def _parse(adapter: Adapter, p: Tensor, target: Any, pos: int) -> list[LogitTarg
         if len(target) != 2 or any(isinstance(t, bool) or not isinstance(t, str | int) for t in target):
             raise ValueError(f"{shown(target)}: a difference of logits is a pair of tokens, each a text or a number.")
         first, second = (_token(adapter, p, token, pos) for token in target)
+        if first.token == second.token:
+            raise ValueError(f"{shown(target)} is one token twice, whose logits do not differ: give two tokens.")
         text = f"{first.text} − {second.text}"
         return [LogitTarget(first.token, pos, second.token, text, first.probability)]
     return [_token(adapter, p, target, pos)]

@@ -24,10 +24,11 @@ from tl_vpd.analysis.graph.targets import check_logits
 from tl_vpd.analysis.nodes import position_of
 from tl_vpd.checks import item, shown
 from tl_vpd.losses.precision import at_least_float32
+from tl_vpd.printing import Printed
 
 
 @dataclass(frozen=True)
-class Behaviour:
+class Behaviour(Printed):
     """A behaviour at a position.
 
     Attributes:
@@ -77,6 +78,8 @@ def behaviour_of(adapter: Adapter, logits: Float[Tensor, "pos vocab"], behaviour
     for number in numbers:
         if not 0 <= number < len(target):
             raise IndexError(f"Token {shown(number)} is outside the vocabulary 0..{len(target) - 1}.")
+    if len(set(numbers)) < len(numbers):
+        raise ValueError(f"{shown(behaviour)} is one token twice, one of which is never likelier: give two tokens.")
     words = adapter.words(torch.tensor(numbers))
     text = " over ".join(repr(word) for word in words)
     return Behaviour(pos, numbers[0], numbers[1] if len(numbers) == 2 else None, target, text)
