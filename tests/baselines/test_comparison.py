@@ -241,6 +241,8 @@ def test_what_cannot_be_compared_is_refused(relu, vpd, tokens):
         compare(relu, tokens, {})
     with pytest.raises(ValueError, match="replaces no MLP"):
         compare(relu, tokens, {"a": decomposition_of(relu, sites=("*.attn.*",))})
+    with pytest.raises(ValueError, match=r"'a' does not decompose blocks\.0\.mlp\.W_out, and artefacts"):
+        compare(relu, tokens, {"a": decomposition_of(relu, sites=("*.W_in", "blocks.1.mlp.W_out"))})
     with pytest.raises(KeyError, match="costs names 'b', which is not among the artefacts: a"):
         compare(relu, tokens, {"a": vpd}, costs={"b": TrainingCost(flops=1.0)})
     with pytest.raises(KeyError, match="methods names 'b', which is not among the artefacts: a"):

@@ -1,7 +1,7 @@
 """An edit written into the weights of a model, whole or not at all, and undone exactly.
 
     >>> baked = bake(edit, model)                   # doctest: +SKIP
-    >>> model.save_pretrained("edited")             # doctest: +SKIP
+    >>> model.save_pretrained("edited")             # of transformers     # doctest: +SKIP
     >>> baked.undo()                                # doctest: +SKIP
 
 The model may be the one that was decomposed, of either of TransformerLens's classes, or the model of transformers behind it:

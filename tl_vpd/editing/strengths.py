@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tl_vpd.checks import check_fields, config_of, instance, shown
+from tl_vpd.checks import check_fields, config_of, instance, integer, shown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.editing.edit import Edit
 from tl_vpd.editing.make import chosen_subcomponents, piece_of
@@ -135,7 +135,7 @@ class TunedStrengths(Printed):
 
     def top(self, k: int = 10) -> pd.DataFrame:
         """The ``k`` subcomponents whose strength changed most."""
-        return self.to_pandas().head(k)
+        return self.to_pandas().head(integer("k", k, minimum=1))
 
 
 def tune_strengths(

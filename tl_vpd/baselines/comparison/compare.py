@@ -32,11 +32,11 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from tl_vpd.adapters import adapt
+from tl_vpd.adapters import Adapter, adapt
 from tl_vpd.baselines.comparison.config import ComparisonConfig, TrainingCost
 from tl_vpd.baselines.comparison.measured import Measured
 from tl_vpd.baselines.comparison.methods import by_method
-from tl_vpd.baselines.comparison.replacement import Artefact, layers_of, replacement_of
+from tl_vpd.baselines.comparison.replacement import Artefact, layers_of, mlp_sites, replacement_of
 from tl_vpd.baselines.comparison.result import Comparison
 from tl_vpd.baselines.transcoders.replaced_model import ReplacedModel
 from tl_vpd.baselines.transcoders.transcoders import Transcoders
@@ -74,7 +74,8 @@ def compare(
     Raises:
         KeyError: ``costs`` or ``methods`` names something else.
         TypeError: an argument is of another type.
-        ValueError: there are no artefacts, they replace other layers, or one does not fit the model.
+        ValueError: there are no artefacts, they replace other layers, a decomposition lacks a matrix of an MLP, or one does not
+            fit the model.
     """
     config = config_of(ComparisonConfig, config)
     if not isinstance(artefacts, Mapping) or not artefacts:
@@ -87,8 +88,8 @@ def compare(
         instance(f"costs[{shown(name)}]", cost, TrainingCost)
     for name, method in methods.items():
         text_of(f"methods[{shown(name)}]", method)
-    layers = _same_layers(artefacts)
-    adapter = adapt(model)
+    layers, adapter = _same_layers(artefacts), adapt(model)
+    _check_whole_mlps(adapter, artefacts)
     rows = all_rows(adapter, tokens)
     tables: dict[str, list[dict[str, Any]]] = {"summary": [], "replacement": [], "modules": [], "attacks": []}
     alive: list[dict[str, Tensor]] = []
@@ -133,6 +134,19 @@ def _same_layers(artefacts: Mapping[str, Artefact]) -> list[int]:
                 "same layers."
             )
     return first[1]
+
+
+def _check_whole_mlps(adapter: Adapter, artefacts: Mapping[str, Artefact]) -> None:
+    """Raises ValueError for a decomposition that leaves a part of an MLP to the target, which costs it no pieces."""
+    for name, artefact in artefacts.items():
+        if isinstance(artefact, Decomposition):
+            layers = layers_of(artefact)
+            of_mlps = [site.name for site in mlp_sites(adapter.sites.values()) if site.layer in layers]
+            if missing := [site for site in of_mlps if site not in artefact.sites]:
+                raise ValueError(
+                    f"{name!r} does not decompose {missing[0]}, and artefacts take the place of whole MLPs: decompose all of "
+                    "their matrices."
+                )
 
 
 def _zero(
