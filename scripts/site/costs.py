@@ -24,7 +24,6 @@ STEP = {
     "one page, s": "{reference_s:.3f}",
     "one page / trainer": "{ratio:.2f}",
     "floor / trainer": "{floor_share:.0%}",
-    "operators": "{operators:,.0f}",
     "peak, MB": "{peak_mb:,.0f}",
     "one page, MB": "{reference_peak_mb:,.0f}",
 }

@@ -31,7 +31,7 @@ PAGES: dict[str, tuple[str, ...]] = {
     "hooks": ("generation",),
     "performance": ("step", "first_step", "growth", "hooks", "modes", "throughput", "neighbour"),
     "scaling": ("plans",),
-    "training": ("recipes",),
+    "training": ("recipes", "recipes_long"),
     "evaluation": ("leak", "redundancy"),
     "editing": ("editing_write", "editing_self", "editing_others", "editing_real", "editing_undone"),
     "evidence": (
@@ -205,7 +205,7 @@ TABLES: dict[str, Callable[[], str]] = {
     **{name: lambda name=name: editing.tables(results("editing"))[name] for name in PAGES["editing"]},
     "leak": _from("leak", leak.table),
     "plans": lambda: markdown(plans.plans()),
-    "recipes": lambda: recipes.table(results("recipes")),
+    **{name: lambda name=name: recipes.table(results(name)) for name in PAGES["training"]},
     "redundancy": lambda: redundancy.table(results("redundancy")),
     "w_out": _from("w_out", w_out.table),
 }
