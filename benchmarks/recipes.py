@@ -1,7 +1,7 @@
 """Which choices of the recipe pay, at equal time, on the bundled model: each one beside the base it changes.
 
     python -m benchmarks.recipes --seconds 40 --seeds 0 1 2            # benchmarks/results/recipes.json, docs/training.md
-    python -m benchmarks.recipes --choices base muon --seconds 600
+    python -m benchmarks.recipes --choices base merged --seconds 240 --out benchmarks/results/recipes_long.json
     python -m benchmarks.recipes --page                                # only the table, from the file
 
 The base is the recipe of the bundled decomposition, applied to block 1 with rows of 64 tokens and a Γ of one block, so that a
@@ -163,7 +163,7 @@ def main() -> None:
     data = {split: rows_of(split, whole=options.whole) for split in ("training", "validation")}
     settings = {"seconds": options.seconds, "whole": options.whole}
     record = harness.read(options.out) or {"choices": {}, "settings": settings}
-    if {name: record["settings"][name] for name in settings} != settings:
+    if not options.page and {name: record["settings"][name] for name in settings} != settings:
         parser.error(f"{options.out} was measured with {record['settings']}: choose another --out.")
     for seed in [] if options.page else options.seeds:
         for choice in options.choices:
@@ -181,8 +181,8 @@ def main() -> None:
             record.pop("settings")
             harness.write(options.out, record, "recipes", **settings)
             record = harness.read(options.out)
-    if options.out == harness.RESULTS / "recipes.json":
-        fill(PAGE, {"recipes": table(record)}.__getitem__)
+    if options.out.parent == harness.RESULTS:
+        fill(PAGE, lambda name: table(harness.read(harness.RESULTS / f"{name}.json")))  # "recipes" and "recipes_long"
 
 
 if __name__ == "__main__":
