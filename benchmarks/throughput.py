@@ -1,13 +1,14 @@
 """Tokens per second of the processor in functions that read data, beside the passes that each cannot do without.
 
-    python -m benchmarks.throughput               # writes benchmarks/results/throughput.json (a minute of the processor)
-    python -m benchmarks.throughput --resume      # measures what the record lacks
+    python -m benchmarks.throughput                   # writes benchmarks/results/throughput.json (two minutes of the processor)
+    python -m benchmarks.throughput --only harvest    # measures this anew; the rest of the record stays
 
 On the bundled model and decomposition, in turn, medians over rounds, in the processor's seconds, which other work on the machine
 changes little:
 
-``importances``    ``causal_importances``; the passes are the model's clean one and Γ
+``importances``    ``causal_importances``; the passes are the model's clean one up to its logits, and Γ
 ``harvest``        windows and tokens of every subcomponent; the same passes
+``long_harvest``   the same of ``LONG`` times as many rows, as new windows become rare
 ``modes``          ``evaluate`` with its table of modes alone (no attack, no control); the same passes, and one under masks that
                    are there already for each of the eight modes
 ``dataset_graph``  of ``NODES`` subcomponents; the same passes, one that records gradients, and a backward pass for each of them
@@ -23,6 +24,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 import tl_vpd
 from benchmarks import harness
@@ -33,7 +35,8 @@ from tl_vpd.evaluation.modes import ROWS
 from tl_vpd.forward import MaskedModel
 from tl_vpd.masking.masks import constant_masks
 
-BATCH, NODES = 16, 64
+BATCH, NODES, LONG = 16, 64, 8
+NAMES = ("importances", "harvest", "long_harvest", "modes", "dataset_graph")
 MODES = EvaluationConfig(measures=(), budgets=(), controls=False, batch_size=BATCH)
 Group = dict[str, Callable[[], object]]
 
@@ -47,16 +50,22 @@ class Uses:
 
     def __init__(self, rows: int) -> None:
         self.model, self.vpd = tl_vpd.bundled.model(), tl_vpd.bundled.decomposition()
-        self.tokens = tl_vpd.bundled.tokens("validation")[:rows]
+        self.long = tl_vpd.bundled.tokens("validation")[: LONG * rows]
+        self.tokens = self.long[:rows]
         mean = self.vpd.causal_importances(self.model, self.tokens[:BATCH]).concatenated.flatten(0, -2).mean(0)
         self.nodes = [str(self.vpd.site_axis.at(int(i))) for i in mean.topk(NODES).indices]
 
+    def tokens_of(self, name: str) -> Tensor:
+        """Rows of a function."""
+        return self.long if name == "long_harvest" else self.tokens
+
     @torch.no_grad()
-    def model_and_gamma(self, masked_passes: int = 0) -> None:
+    def model_and_gamma(self, name: str, masked_passes: int = 0, *, logits: bool = True) -> None:
         """The clean pass and Γ, batch by batch, and passes under masks."""
         with MaskedModel(self.vpd, self.model) as masked_model:
-            for batch in self.tokens.split(BATCH):
-                g = self.vpd.importances(masked_model.clean(batch)[1])
+            for batch in self.tokens_of(name).split(BATCH):
+                inputs = masked_model.clean(batch)[1] if logits else masked_model.inputs(batch)
+                g = self.vpd.importances(inputs)
                 masks = constant_masks(g, 0.0, self.vpd.site_axis)
                 for _ in range(masked_passes):
                     masked_model.masked(batch, masks)
@@ -77,17 +86,18 @@ class Uses:
         functions: Group = {
             "importances": lambda: [self.vpd.causal_importances(self.model, rows) for rows in self.tokens.split(BATCH)],
             "harvest": lambda: harvest(self.vpd, self.model, self.tokens, config=HarvestConfig()),
+            "long_harvest": lambda: harvest(self.vpd, self.model, self.long, config=HarvestConfig()),
             "modes": lambda: evaluate(self.vpd, self.model, self.tokens, MODES),
             "dataset_graph": lambda: dataset_graph(self.vpd, self.model, self.tokens, self.nodes, config=config),
         }
         passes: Group = {
-            "modes": lambda: self.model_and_gamma(len(ROWS)),
-            "dataset_graph": lambda: (self.model_and_gamma(), self.gradients()),
+            "modes": lambda: self.model_and_gamma(name, len(ROWS)),
+            "dataset_graph": lambda: (self.model_and_gamma(name), self.gradients()),
         }
         return {
             "function": functions[name],
-            "passes": passes.get(name, self.model_and_gamma),
-            "model_and_gamma": self.model_and_gamma,
+            "passes": passes.get(name, lambda: self.model_and_gamma(name, logits=False)),
+            "model_and_gamma": lambda: self.model_and_gamma(name),
         }
 
 
@@ -112,16 +122,15 @@ def main() -> None:
     parser = harness.parser("throughput", __doc__)
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--resume", action="store_true", help="functions that the record has stay")
+    parser.add_argument("--only", choices=NAMES, nargs="+", help="the others stay as the record has them")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    uses, record = Uses(arguments.rows), harness.read(arguments.out) if arguments.resume else {}
-    record.pop("settings", None)
-    for name in ("importances", "harvest", "modes", "dataset_graph"):
-        if name not in record:
-            record[name] = measured(uses.group(name), uses.tokens.numel(), arguments.rounds)
-            harness.write(arguments.out, record, "throughput", tokens=uses.tokens.numel(), rounds=arguments.rounds)
-            print(name, record[name], flush=True)
+    uses, record = Uses(arguments.rows), harness.read(arguments.out) if arguments.only else {}
+    for name in arguments.only or NAMES:
+        record[name] = measured(uses.group(name), uses.tokens_of(name).numel(), arguments.rounds)
+        ordered = {which: record[which] for which in NAMES if which in record}
+        harness.write(arguments.out, ordered, "throughput", tokens=uses.tokens.numel(), rounds=arguments.rounds)
+        print(name, record[name], flush=True)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,7 @@ from torch.testing import assert_close
 from tests.tiny import some_tokens
 from tl_vpd.analysis import Harvest, HarvestConfig, harvest, logit_effects, merge
 from tl_vpd.analysis.harvest.run import budget
-from tl_vpd.analysis.harvest.tally import Pairs
-from tl_vpd.analysis.harvest.tokens import TokenCounts, count_tokens, total
+from tl_vpd.analysis.harvest.tokens import Pairs, TokenCounts, total
 from tl_vpd.analysis.harvest.windows import Windows, random_firings
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks import causal_importances
@@ -174,14 +173,15 @@ def test_samples_are_random_firings_that_follow_from_the_seed(model, vpd, rows, 
 def test_every_firing_is_sampled_equally_often():
     fires = torch.zeros(50, 6, 200, dtype=torch.bool)
     fires[:, [0, 2, 3, 5]] = True
-    score, at = random_firings(fires, torch.arange(200), 1, 0)
+    shape, chosen, (token, c) = fires.shape[:2], torch.arange(200), fires.flatten(0, 1).nonzero(as_tuple=True)
+    score, at = random_firings(token, c, shape, chosen, 1, 0)
     counts = torch.bincount(at.flatten(), minlength=6).tolist()
     assert counts[1] == counts[4] == 0
     assert all(abs(counts[i] - 2500) < 5 * (2500 * 0.75) ** 0.5 for i in (0, 2, 3, 5))
     # The largest of four uniform numbers has the mean 4/5.
     assert float(score.mean()) == pytest.approx(0.8, abs=0.01)
-    assert float(random_firings(fires[:0], torch.arange(200), 1, 0)[0].sum()) == 0
-    assert bool((random_firings(~fires[:, :1], torch.arange(200), 1, 0)[0] == -1).all())
+    assert float(random_firings(token[:0], c[:0], (0, 6), chosen, 1, 0)[0].sum()) == 0
+    assert bool((random_firings(token[:0], c[:0], shape, chosen, 1, 0)[0] == -1).all())
 
 
 class Stream:
@@ -278,12 +278,12 @@ def test_damage_is_noticed(whole, tmp_path):
 
 def test_beyond_the_limit_the_rarest_pairs_are_dropped_and_it_is_said():
     generator = torch.Generator().manual_seed(0)
-    exact, limited = Pairs(10**6), Pairs(40)
+    exact, limited = (Pairs(2, limit, torch.device("cpu")) for limit in (10**6, 40))
     for _ in range(60):
         tokens = (torch.rand(50, generator=generator) ** 3 * 90).long()
-        fires = (torch.rand(50, 2, generator=generator) < 0.5).float()
-        exact.add(tokens, fires)
-        limited.add(tokens, fires)
+        at, c = (torch.rand(50, 2, generator=generator) < 0.5).nonzero(as_tuple=True)
+        exact.add(tokens, at, c)
+        limited.add(tokens, at, c)
     full, part = exact.counts(), limited.counts()
     assert full.missing == 0 < part.missing < int(full.count.max())
     assert len(part.count) <= 40 < len(full.count)
@@ -294,9 +294,10 @@ def test_beyond_the_limit_the_rarest_pairs_are_dropped_and_it_is_said():
 
 
 def test_counts_of_several_vocabularies_add_up():
-    one = count_tokens(torch.tensor([4, 1]), torch.tensor([[1.0], [1.0]]))
-    other = count_tokens(torch.tensor([0, 1]), torch.tensor([[0.0], [1.0]]))
-    both = total([one, other])
+    one, other = (Pairs(1, 99, torch.device("cpu")) for _ in range(2))
+    one.add(torch.tensor([4, 1]), torch.tensor([0, 1]), torch.tensor([0, 0]))
+    other.add(torch.tensor([0, 1]), torch.tensor([1]), torch.tensor([0]))
+    both = total([one.counts(), other.counts()])
     assert both.occurrences.tolist() == [1, 2, 0, 0, 1]
     assert both.token.tolist() == [1, 4] and both.count.tolist() == [2, 1]
 

@@ -99,8 +99,10 @@ class MaskedModel:
     def inputs(
         self, tokens: Shaped[Tensor, "batch ..."], token_mask: Bool[Tensor, "batch pos"] | None = None
     ) -> dict[str, Float[Tensor, "batch ..."]]:
-        """Every site's input, as ``clean`` gives it."""
-        return self.clean(tokens, token_mask)[1]
+        """Every site's input, as ``clean`` gives it; logits are not computed where the model can stop before them."""
+        no_logits = nullcontext() if self.adapter.unembedding() is None else self.adapter.unembedding_left_out()
+        with no_logits:
+            return self.clean(tokens, token_mask)[1]
 
     def clean_prompts(
         self, prompts: Any, attention_mask: Tensor | None = None

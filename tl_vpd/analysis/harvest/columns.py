@@ -5,7 +5,7 @@
 An entry is a (token, subcomponent) pair of importance above 0; within a file entries are sorted by subcomponent, then by token. A
 column is read from every file in turn, so that memory is that of one column.
 
-    >>> column = harvested.columns["blocks.1.mlp.W_in:12"]           # doctest: +SKIP
+    >>> column = harvested.columns.read(harvested.index("blocks.1.mlp.W_in:12"))           # doctest: +SKIP
     >>> column.rows, column.positions, column.importances            # doctest: +SKIP
 """
 
@@ -20,13 +20,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_vpd.analysis.harvest.batch import Active
 from tl_vpd.files.tensor_file import open_tensors, write_tensors
+from tl_vpd.printing import Printed
 
 KEYS = {"starts", "tokens", "importances", "activations"}
 
 
 @dataclass(frozen=True)
-class Column:
+class Column(Printed):
     """Where one subcomponent is important at all, in the order of the data; on the CPU.
 
     Attributes:
@@ -116,10 +118,9 @@ class Entries:
     def __len__(self) -> int:
         return len(self._batches)
 
-    def add(self, g: Float[Tensor, "row pos C"], a: Float[Tensor, "row pos C"], first_row: int) -> None:
+    def add(self, active: Active, first_row: int) -> None:
         """Adds a batch of rows; what is NaN counts as important."""
-        where = row, pos, c = (~(g <= 0)).nonzero(as_tuple=True)
-        values = (row + first_row) * self.context + pos, c.to(torch.int32), g[where].half(), a[where].float()
+        values = active.token + first_row * self.context, active.c.to(torch.int32), active.g.half(), active.a.float()
         self._batches.append(tuple(v.cpu().numpy() for v in values))
         self.bytes += sum(v.nbytes for v in self._batches[-1])
 
@@ -127,7 +128,7 @@ class Entries:
         """Writes a file of columns."""
         token, c, g, a = (np.concatenate(values) for values in zip(*self._batches, strict=True))
         order = np.argsort(c, kind="stable")
-        first = int(token[0]) if len(token) else 0
+        first = int(token.min()) if len(token) else 0
         starts = np.concatenate([[0], np.bincount(c, minlength=self.C).cumsum()]).astype(np.int64)
         tensors = {
             "starts": starts,

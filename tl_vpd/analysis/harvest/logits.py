@@ -25,6 +25,7 @@ from tl_vpd.analysis.nodes import several
 from tl_vpd.checks import check_finite, instance, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.target_check import check_target
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent, nearest
 
 BLOCK = 1 << 26
@@ -32,7 +33,7 @@ BLOCK = 1 << 26
 
 
 @dataclass(frozen=True)
-class LogitEffects:
+class LogitEffects(Printed):
     """The tokens whose logits subcomponents raise and lower most.
 
     Attributes:

@@ -8,20 +8,22 @@ Together at a lag is what the same-position count cannot see: a query's subcompo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import scipy.sparse
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_vpd.checks import integer
+from tl_vpd.printing import Printed
 from tl_vpd.site import ConcatenatedAxis
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class Neighbours(Printed):
     """Counts of pairs.
 
     Attributes:
@@ -82,15 +84,21 @@ class Together:
     def __init__(self, lags: int | None, C: int) -> None:
         self.counts = np.zeros((0 if lags is None else lags + 1, C, C), dtype=np.int32)
 
-    def add(self, fires: Bool[Tensor, "row pos C"]) -> None:
-        """Adds a batch of rows."""
+    def add(self, shape: Sequence[int], token: Int[Tensor, " n"], c: Int[Tensor, " n"]) -> None:
+        """Adds a batch of rows.
+
+        Args:
+            shape: rows and positions.
+            token: where subcomponents fire, ``row * n_pos + pos``.
+            c: these subcomponents.
+        """
         n_lags, C, _ = self.counts.shape
         if not n_lags:
             return
-        row, pos, c = (axis.cpu().numpy() for axis in fires.nonzero(as_tuple=True))
+        (n_rows, n_pos), at, columns = shape, token.cpu().numpy(), c.cpu().numpy()
         # Rows are set apart by as many empty tokens as the largest lag, so that no pair crosses from one to the next.
-        n_rows, stride = len(fires), fires.shape[1] + n_lags - 1
-        entries = np.ones(len(c), dtype=np.int32), (row * stride + pos, c)
+        stride = n_pos + n_lags - 1
+        entries = np.ones(len(at), dtype=np.int32), (at + at // n_pos * (n_lags - 1), columns)
         matrix = scipy.sparse.csr_matrix(entries, shape=(n_rows * stride, C))
         for lag in range(n_lags):
             later, earlier = matrix[lag:].T.tocsr(), matrix[: matrix.shape[0] - lag]

@@ -14,13 +14,14 @@ from tl_vpd.analysis.harvest.neighbours import Neighbours
 from tl_vpd.analysis.harvest.tokens import TokenCounts
 from tl_vpd.analysis.harvest.windows import Window
 from tl_vpd.checks import integer
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent
 
 By = Literal["pmi", "recall"]
 
 
 @dataclass(frozen=True)
-class SubcomponentHarvest:
+class SubcomponentHarvest(Printed):
     """One subcomponent's statistics, windows and tokens.
 
     Attributes:

@@ -29,13 +29,14 @@ from tl_vpd.checks import integer, path_of
 from tl_vpd.files.atomic import new_folder
 from tl_vpd.files.tensor_file import open_tensors, write_tensors
 from tl_vpd.frozen import Frozen
+from tl_vpd.printing import Printed
 from tl_vpd.site import ConcatenatedAxis, Subcomponent, nearest
 
 FILE = "harvest.safetensors"
 
 
 @dataclass(frozen=True)
-class Harvest:
+class Harvest(Printed):
     """Statistics, windows and token counts of the harvested subcomponents ``C``, on the model's device.
 
     Attributes:

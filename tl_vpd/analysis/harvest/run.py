@@ -17,16 +17,17 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 
+from tl_vpd.analysis.harvest.batch import Batch, Chosen
 from tl_vpd.analysis.harvest.columns import Columns, Entries
 from tl_vpd.analysis.harvest.config import HarvestConfig
 from tl_vpd.analysis.harvest.merging import joined
@@ -149,8 +150,9 @@ class _Pass:
         folder: Path | None,
     ) -> None:
         self.decomposition, self.masked_model, self.rows = decomposition, masked_model, rows
-        self.config, self.folder, self.all = config, folder, len(chosen) == decomposition.site_axis.total
+        self.config, self.folder = config, folder
         self.chosen = chosen.to(masked_model.adapter.device)
+        self.by_site = Chosen(decomposition, self.chosen)
         self.budget = budget(config, len(chosen), decomposition.site_axis.total, rows.context)
         self.at_once = self.budget.rows
         if self.chosen.device.type == "cpu":
@@ -167,15 +169,17 @@ class _Pass:
         tally, entries = self._empty()
         for tokens, mask in self.rows.batches(row - self.config.first_row, self.at_once):
             real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-            g, a = self._values(tokens, mask)
-            tally.add(tokens, real, g, a, row)
+            inputs = self.masked_model.inputs(tokens, mask)
+            batch = Batch(self.by_site, tokens, real, inputs, self.decomposition.importances(inputs, mask))
+            active = tally.add(batch, row)
             row += len(tokens)
-            if self.folder is not None:
-                entries.add(g, a, row - len(tokens))
-                if entries.bytes > self.budget.entries:
-                    done = self._joined(done, tally, entries, (start, row))
-                    done.write(self.folder, finished=False)
-                    (tally, entries), start = self._empty(), row
+            if self.folder is None:
+                continue
+            entries.add(active, row - len(tokens))
+            if entries.bytes > self.budget.entries:
+                done = self._joined(done, tally, entries, (start, row))
+                done.write(self.folder, finished=False)
+                (tally, entries), start = self._empty(), row
         if tally.n:
             done = self._joined(done, tally, entries, (start, row))
         assert done is not None
@@ -185,15 +189,6 @@ class _Pass:
 
     def _empty(self) -> tuple[Tally, Entries]:
         return Tally(self.chosen, self.config, self.budget.pairs), Entries(len(self.chosen), self.rows.context)
-
-    def _values(self, tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Importances and activations of a batch, ``[row, pos, C]``."""
-        _, inputs = self.masked_model.clean(tokens, mask)
-        g = self.decomposition.importances(inputs, mask)
-        g = g if self.all else g[..., self.chosen]
-        a = activations_of(self.decomposition, inputs, self.chosen)
-        wide = torch.promote_types(g.dtype, torch.float32)
-        return g.to(wide), a.to(wide)
 
     def _joined(self, done: Harvest | None, tally: Tally, entries: Entries, rows: tuple[int, int]) -> Harvest:
         """The harvest so far with the next rows; their entries go to the disk."""
@@ -253,18 +248,6 @@ def chosen_columns(
         return torch.arange(site_axis.total)
     parsed = [decomposition.subcomponent(address) for address in several("subcomponents", subcomponents)]
     return torch.tensor(sorted({site_axis.slices[c.site].start + c.index for c in parsed}))
-
-
-def activations_of(
-    decomposition: Decomposition, inputs: Mapping[str, Tensor], chosen: Int[Tensor, " C"]
-) -> Float[Tensor, "row pos C"]:
-    """``(x @ V[:, c]) ‖U[c]‖`` of the chosen subcomponents."""
-    activations = []
-    for name, where in decomposition.site_axis.slices.items():
-        columns = (chosen[(chosen >= where.start) & (chosen < where.stop)] - where.start).to(decomposition.device)
-        V, U = decomposition.V[name][:, columns], decomposition.U[name][columns]
-        activations.append(inputs[name] @ (V * U.norm(dim=-1)).to(inputs[name]))
-    return torch.cat(activations, dim=-1)
 
 
 def _warn_of_undefined(harvested: Harvest) -> None:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from tl_vpd.analysis.harvest.batch import Active, Batch
 from tl_vpd.analysis.harvest.config import HarvestConfig
 from tl_vpd.analysis.harvest.neighbours import Together
 from tl_vpd.analysis.harvest.result import Harvest
-from tl_vpd.analysis.harvest.tokens import TokenCounts, count_tokens, total
+from tl_vpd.analysis.harvest.tokens import Pairs
 from tl_vpd.analysis.harvest.windows import Windows, peaks, random_firings
 
 
@@ -31,53 +32,42 @@ class Tally:
         self.importance, self.activation = (torch.zeros(C, dtype=torch.float64, device=device) for _ in range(2))
         self.positive, self.firings = (torch.zeros(C, dtype=torch.int64, device=device) for _ in range(2))
         self.histogram = torch.zeros(C, config.bins, dtype=torch.int64, device=device)
-        self.inputs, self.outputs = Pairs(limit), Pairs(limit)
+        self.inputs, self.outputs = (Pairs(C, limit, device) for _ in range(2))
         self.windows = Windows.none(C, config.windows, config.radius, device)
         self.samples = Windows.none(C, config.samples, config.radius, device)
         self.together = Together(config.lags, C)
 
-    def add(
-        self,
-        tokens: Int[Tensor, "row pos"],
-        real: Bool[Tensor, "row pos"],
-        g: Float[Tensor, "row pos C"],
-        a: Float[Tensor, "row pos C"],
-        first_row: int,
-    ) -> None:
-        """Adds one batch of rows.
+    def add(self, batch: Batch, first_row: int) -> Active:
+        """Adds one batch of rows, and gives where subcomponents are active in it.
 
         Args:
-            tokens: the rows.
-            real: False at padding.
-            g: importances, 0 at padding.
-            a: activations.
+            batch: the rows.
             first_row: the number of the batch's first row.
         """
-        fire = g > self.config.threshold
-        fires = fire.float()  # sums of floats are far faster than of booleans, and exact up to 2^24
-        self.n += int(real.sum())
-        self.importance += g.sum((0, 1)).double()
-        self.positive += (g > 0).float().sum((0, 1)).long()
-        self.firings += fires.sum((0, 1)).long()
-        self.activation += (a * fires).sum((0, 1)).double()
-        self._count_in_bins(g)
-        followed = real[:, :-1] & real[:, 1:]
-        self.inputs.add(tokens[real], fires[real])
-        self.outputs.add(tokens[:, 1:][followed], fires[:, :-1][followed])
-        self.together.add(fire)
-        shown = torch.where(real, tokens, -1)
-        score, at = peaks(g, a)
-        score = torch.where(g.gather(1, at[:, None])[:, 0] > self.config.threshold, score, -1.0)
-        self.windows.add_(shown, g, a, (score, at), first_row)
+        active, shape = batch.active(), batch.tokens.shape
+        positive, firing = active.above(0.0), active.above(self.config.threshold)
+        self.n += int(batch.real.sum())
+        self.importance.index_add_(0, active.c, active.g.double())
+        self.activation.index_add_(0, firing.c, firing.a.double())
+        self.positive += torch.bincount(positive.c, minlength=len(self.chosen))
+        self.firings += torch.bincount(firing.c, minlength=len(self.chosen))
+        self._count_in_bins(positive)
+        shown = torch.where(batch.real, batch.tokens, -1)
+        following = torch.where(batch.real, shown.roll(-1, 1), -1)
+        following[:, -1] = -1
+        self.inputs.add(shown.flatten(), firing.token, firing.c)
+        self.outputs.add(following.flatten(), firing.token, firing.c)
+        self.together.add(shape, firing.token, firing.c)
+        self.windows.add_(batch, shown, peaks(firing, shape, len(self.chosen)), first_row)
         if self.config.samples:
-            candidates = random_firings(fire, self.chosen, self.config.seed, first_row)
-            self.samples.add_(shown, g, a, candidates, first_row)
+            candidates = random_firings(firing.token, firing.c, shape, self.chosen, self.config.seed, first_row)
+            self.samples.add_(batch, shown, candidates, first_row)
+        return active
 
-    def _count_in_bins(self, g: Float[Tensor, "row pos C"]) -> None:
+    def _count_in_bins(self, positive: Active) -> None:
         C, bins = self.histogram.shape
         if bins:
-            *_, c = where = (g > 0).nonzero(as_tuple=True)
-            bin_of = c * bins + (g[where] * bins).ceil().long() - 1
+            bin_of = positive.c * bins + (positive.g * bins).ceil().long() - 1
             self.histogram += torch.bincount(bin_of, minlength=C * bins).view(C, bins)
 
     def result(self, names: Mapping[int, str], **rest: Any) -> Harvest:
@@ -98,30 +88,3 @@ class Tally:
             **{name: getattr(self, name) for name in sums},
             **rest,
         )
-
-
-class Pairs:
-    """Counts of (subcomponent, token) pairs, batch by batch.
-
-    Args:
-        limit: how many pairs; where there are more, the rarest are dropped.
-    """
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self._size = limit, 0
-        self._sum: TokenCounts | None = None
-        self._recent: list[TokenCounts] = []
-
-    def add(self, tokens: Int[Tensor, " m"], fires: Float[Tensor, "m C"]) -> None:
-        """Counts ``m`` positions; ``fires`` is 1 or 0."""
-        self._recent.append(count_tokens(tokens, fires))
-        self._size += len(self._recent[-1].count)
-        # Sorting all pairs at every batch would take longer than counting them.
-        if self._size > min(self.limit, 100_000 + (0 if self._sum is None else len(self._sum.count)) // 2):
-            self.counts()
-
-    def counts(self) -> TokenCounts:
-        """All counts."""
-        before = [] if self._sum is None else [self._sum]
-        self._sum, self._recent, self._size = total(before + self._recent, self.limit), [], 0
-        return self._sum

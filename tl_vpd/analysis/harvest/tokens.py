@@ -14,10 +14,12 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_vpd.analysis.harvest.batch import true_at
 from tl_vpd.checks import choice, integer
+from tl_vpd.printing import Printed
 
 _TOKENS = 1 << 32
 """Above every token's number: pairs are one integer, ``subcomponent * _TOKENS + token``."""
@@ -36,7 +38,7 @@ def recall(together: Float[Tensor, " token"], firings: int) -> Float[Tensor, " t
 
 
 @dataclass(frozen=True)
-class TokenCounts:
+class TokenCounts(Printed):
     """At which tokens subcomponents fired: sparse counts sorted by subcomponent, with the totals they are compared to.
 
     Attributes:
@@ -103,13 +105,62 @@ def total(parts: Sequence[TokenCounts], limit: int | None = None) -> TokenCounts
     return TokenCounts(index, token, count, occurrences, firings, sum(part.n for part in parts), missing)
 
 
-def count_tokens(tokens: Int[Tensor, " m"], fires: Float[Tensor, "m C"]) -> TokenCounts:
-    """The counts of ``m`` positions; ``fires`` is 1 or 0."""
-    distinct, inverse = tokens.unique(return_inverse=True)
-    dense = torch.zeros(len(distinct), fires.shape[1], device=fires.device).index_add_(0, inverse, fires)
-    index, place = dense.T.nonzero(as_tuple=True)
-    index, token, count = (x.to(torch.int32) for x in (index, distinct[place], dense[place, index]))
-    return TokenCounts(index, token, count, torch.bincount(tokens), fires.sum(0).long(), len(tokens))
+class Pairs:
+    """Counts of (subcomponent, token) pairs, batch by batch.
+
+    Args:
+        C: number of subcomponents.
+        limit: how many pairs; where there are more, the rarest are dropped.
+        device: of the counts.
+    """
+
+    def __init__(self, C: int, limit: int, device: torch.device) -> None:
+        self.limit = limit
+        none, no_firings = (torch.zeros(n, dtype=torch.int64, device=device) for n in (0, C))
+        self._sum = TokenCounts(none.int(), none.int(), none.int(), none, no_firings, 0)
+        self._recent: list[Tensor] = []
+        self._positions: list[Tensor] = []
+        self._size = 0
+
+    def add(self, tokens: Int[Tensor, " m"], at: Int[Tensor, " n"], c: Int[Tensor, " n"]) -> None:
+        """Counts positions.
+
+        Args:
+            tokens: there (−1: the position does not count).
+            at: which subcomponents fire at, as places in ``tokens``.
+            c: these subcomponents.
+        """
+        token = tokens.index_select(0, at)
+        keys = c * _TOKENS + token
+        self._recent.append(keys if bool((tokens >= 0).all()) else keys[true_at(token >= 0)])
+        self._positions.append(tokens)
+        self._size += len(self._recent[-1]) + len(tokens)
+        # Sorting all pairs at every batch would take longer than counting them.
+        if self._size > min(2 * self.limit, max(2_000_000, 2 * len(self._sum.count))):
+            self.counts()
+
+    def counts(self) -> TokenCounts:
+        """All counts."""
+        if self._recent:
+            keys, count = torch.cat(self._recent).unique(return_counts=True)
+            tokens = torch.cat(self._positions)
+            tokens = tokens[tokens >= 0]
+            index, token = keys // _TOKENS, (keys % _TOKENS).to(torch.int32)
+            firings = torch.zeros_like(self._sum.firings).index_add_(0, index, count)
+            recent = TokenCounts(
+                index.to(torch.int32), token, count.to(torch.int32), torch.bincount(tokens), firings, len(tokens)
+            )
+            self._sum, self._recent, self._positions, self._size = total([self._sum, recent], self.limit), [], [], 0
+        return self._sum
+
+
+def token_table(
+    tokens: Int[Tensor, " m"], fires: Bool[Tensor, " m"], names: Mapping[int, str], *, k: int, by: str, min_count: int
+) -> pd.DataFrame:
+    """``TokenCounts.table`` of one that fires at some of ``m`` positions."""
+    pairs, at = Pairs(1, len(tokens), tokens.device), true_at(fires)
+    pairs.add(tokens, at, torch.zeros_like(at))
+    return pairs.counts().table(0, names, k=k, by=by, min_count=min_count)
 
 
 def token_texts(tokenizer: Any, tokens: Int[Tensor, "..."]) -> dict[int, str]:

@@ -6,13 +6,16 @@ the score is a random number that follows from the seed, the token and the subco
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from tl_vpd.analysis.harvest.batch import Active, Batch, true_at
+from tl_vpd.printing import Printed
 
 
 def cut(peak: int, radius: int, real: Bool[Tensor, " pos"]) -> tuple[int, int]:
@@ -25,7 +28,7 @@ def cut(peak: int, radius: int, real: Bool[Tensor, " pos"]) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(Printed):
     """A stretch of one row around its token of largest importance, at ``pos`` of the row and ``peak`` of the window."""
 
     row: int
@@ -56,7 +59,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Windows:
+class Windows(Printed):
     """The windows of the largest scores of every subcomponent, in order.
 
     Attributes:
@@ -103,44 +106,45 @@ class Windows:
 
     def add_(
         self,
+        batch: Batch,
         tokens: Int[Tensor, "row pos"],
-        g: Float[Tensor, "row pos C"],
-        a: Float[Tensor, "row pos C"],
         candidates: tuple[Float[Tensor, "row C"], Int[Tensor, "row C"]],
         first_row: int,
     ) -> None:
         """Adds a batch, in place: one candidate per row and subcomponent.
 
         Args:
-            tokens: the rows, −1 at padding.
-            g: importances.
-            a: activations.
+            batch: the rows, which come after those that were added before.
+            tokens: of them, −1 at padding.
             candidates: scores (−1: there is none) and positions.
             first_row: the number of the batch's first row.
         """
-        (n_rows, n_pos), (C, k) = tokens.shape, self.score.shape
+        (n_rows, n_pos), k, width = tokens.shape, self.score.shape[1], self.tokens.shape[2]
         if not k:
             return
-        score, at = candidates[0].nan_to_num(-1.0), candidates[1]
-        numbers = torch.arange(first_row, first_row + n_rows, device=score.device).expand(C, n_rows)
-        scores, rows = torch.cat([self.score, score.T], 1), torch.cat([self.rows, numbers], 1)
+        changed = true_at((candidates[0] > self.score[:, -1]).any(0))
+        score, at = (values[:, changed].T for values in candidates)
+        numbers = torch.arange(first_row, first_row + n_rows, device=score.device).expand(len(changed), n_rows)
+        scores, rows = torch.cat([self.score[changed], score], 1), torch.cat([self.rows[changed], numbers], 1)
         source = _order(scores, rows)[:, :k]
-        positions = torch.cat([self.positions, at.T], 1)
-        changed = (source != torch.arange(k, device=source.device)).any(1).nonzero()[:, 0]
-        older = source[changed].clamp(max=k - 1)[..., None].expand(-1, -1, self.tokens.shape[2])
-        for shown in (self.tokens, self.importances, self.activations):
-            shown[changed] = shown[changed].gather(1, older)
-        for values, both in ((self.score, scores), (self.rows, rows), (self.positions, positions)):
-            values.copy_(both.gather(1, source))
-        self.rows[self.score < 0] = -1
-        c, slot = ((source >= k) & (self.score > 0)).nonzero(as_tuple=True)
-        row, width = (self.rows[c, slot] - first_row)[:, None], self.tokens.shape[2]
-        pos = self.positions[c, slot][:, None] + torch.arange(width, device=score.device) - width // 2
-        inside = (pos >= 0) & (pos < n_pos)
-        pos = pos.clamp(0, n_pos - 1)
-        self.tokens[c, slot] = torch.where(inside, tokens[row, pos], -1).to(torch.int32)
-        for shown, values in ((self.importances, g), (self.activations, a)):
-            shown[c, slot] = torch.where(inside, values[row, pos, c[:, None]], 0).to(shown)
+        score, rows = scores.gather(1, source), rows.gather(1, source)
+        positions = torch.cat([self.positions[changed], at], 1).gather(1, source)
+        i, slot = ((source < k) & (source != torch.arange(k, device=source.device)) & (score > 0)).nonzero(
+            as_tuple=True
+        )
+        older, newer = changed[i] * k + source[i, slot], changed[i] * k + slot
+        flat = [shown.view(-1, width) for shown in (self.tokens, self.importances, self.activations)]
+        for shown in flat:
+            shown.index_copy_(0, newer, shown.index_select(0, older))
+        self.score[changed], self.positions[changed] = score, positions
+        self.rows[changed] = torch.where(score < 0, -1, rows)
+        i, slot = ((source >= k) & (score > 0)).nonzero(as_tuple=True)
+        pos = positions[i, slot][:, None] + torch.arange(width, device=score.device) - width // 2
+        outside, c = (pos < 0) | (pos >= n_pos), changed[i]
+        token = ((rows[i, slot] - first_row)[:, None] * n_pos + pos.clamp(0, n_pos - 1)).flatten()
+        g, a = batch.at(c.repeat_interleave(width), token)
+        for shown, there, none in zip(flat, (tokens.flatten().index_select(0, token), g, a), (-1, 0, 0), strict=True):
+            shown.index_copy_(0, c * k + slot, there.to(shown).view(-1, width).masked_fill_(outside, none))
 
     def of(self, i: int, names: Mapping[int, str]) -> tuple[Window, ...]:
         """Those of the i-th subcomponent.
@@ -166,39 +170,57 @@ def _order(score: Float[Tensor, "C n"], rows: Int[Tensor, "C n"]) -> Int[Tensor,
     return by_row.gather(1, by_score)
 
 
-def peaks(
-    g: Float[Tensor, "row pos C"], a: Float[Tensor, "row pos C"]
-) -> tuple[Float[Tensor, "row C"], Int[Tensor, "row C"]]:
-    """In every row the token of largest importance, as its score and position.
+def peaks(firing: Active, shape: Sequence[int], C: int) -> tuple[Float[Tensor, "row C"], Int[Tensor, "row C"]]:
+    """In every row the token of largest importance at which a subcomponent fires, as its score (−1: none) and position.
 
     Many importances are exactly 1: among equal ones the largest ``|activation|`` wins, within a row and between rows, so
     the score (float64) is ``g + 1e-6 |a| / (1 + |a|)``. An activation that is NaN counts as 0 here.
+
+    Args:
+        firing: importances and activations.
+        shape: rows and positions.
+        C: number of subcomponents.
     """
-    best = g.amax(1)
-    size, at = torch.where(g == best[:, None], a.abs().nan_to_num(0.0), -1).max(1)
-    size = size.double()
-    return best.double() + 1e-6 * size / (1 + size), at
+    group = firing.token // shape[1] * C + firing.c
+    largest = firing.g.new_full((shape[0] * C,), -1.0).scatter_reduce_(0, group, firing.g, "amax")
+    top = true_at(firing.g == largest.index_select(0, group))
+    size = firing.a.index_select(0, top).abs().nan_to_num(0.0).double()
+    score = firing.g.index_select(0, top).double() + 1e-6 * size / (1 + size)
+    return _best(score, firing.token.index_select(0, top), firing.c.index_select(0, top), shape, C)
 
 
 def random_firings(
-    fires: Bool[Tensor, "row pos C"], chosen: Int[Tensor, " C"], seed: int, first_row: int
+    token: Int[Tensor, " n"],
+    c: Int[Tensor, " n"],
+    shape: Sequence[int],
+    chosen: Int[Tensor, " C"],
+    seed: int,
+    first_row: int,
 ) -> tuple[Float[Tensor, "row C"], Int[Tensor, "row C"]]:
     """In every row one firing of each subcomponent at random, as a random score in (0, 1) and its position (score −1: none).
 
     Args:
-        fires: where subcomponents fire.
-        chosen: their concatenated positions.
+        token: where subcomponents fire, ``row * n_pos + pos``.
+        c: these subcomponents.
+        shape: rows and positions.
+        chosen: concatenated positions of all of them.
         seed: with row, position and subcomponent, it fixes the score.
         first_row: the number of the batch's first row.
     """
-    n_rows, n_pos, C = fires.shape
-    row, pos, c = fires.nonzero(as_tuple=True)
-    score = _uniform(seed, (row + first_row) * n_pos + pos, chosen[c])
-    flat = row * C + c
-    best = torch.full((n_rows * C,), -1.0, dtype=torch.float64, device=fires.device)
-    best.scatter_reduce_(0, flat, score, "amax")
-    at, winner = torch.zeros_like(best, dtype=torch.int64), score == best[flat]
-    at[flat[winner]] = pos[winner]
+    score = _uniform(seed, token + first_row * shape[1], chosen[c])
+    return _best(score, token, c, shape, len(chosen))
+
+
+def _best(
+    score: Float[Tensor, " n"], token: Int[Tensor, " n"], c: Int[Tensor, " n"], shape: Sequence[int], C: int
+) -> tuple[Float[Tensor, "row C"], Int[Tensor, "row C"]]:
+    """In every row the largest score of each subcomponent (−1: none) and its position, the first among equals."""
+    (n_rows, n_pos), pos = shape, token % shape[1]
+    group = token // n_pos * C + c
+    best = torch.full((n_rows * C,), -1.0, dtype=torch.float64, device=score.device)
+    best.scatter_reduce_(0, group, score, "amax")
+    winner = true_at(score == best.index_select(0, group))
+    at = torch.full_like(best, n_pos, dtype=torch.int64).scatter_reduce_(0, group[winner], pos[winner], "amin")
     return best.view(n_rows, C), at.view(n_rows, C)
 
 

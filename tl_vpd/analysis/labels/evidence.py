@@ -11,10 +11,11 @@ import torch
 
 from tl_vpd.analysis.clustering.clustering import COMPONENT
 from tl_vpd.analysis.harvest import Harvest, Window
-from tl_vpd.analysis.harvest.tokens import count_tokens
+from tl_vpd.analysis.harvest.tokens import token_table
 from tl_vpd.analysis.labels.firings import Firings
 from tl_vpd.analysis.labels.trials import TrialMaker
 from tl_vpd.analysis.nodes import several
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent
 
 MANY = 1_000_000
@@ -22,7 +23,7 @@ MANY = 1_000_000
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Evidence(Printed):
     """What is known of one address.
 
     Attributes:
@@ -110,7 +111,7 @@ def _of_firings(maker: TrialMaker, i: int, n: int) -> Evidence:
     on = torch.from_numpy(fires).view(tokens.shape)
     followed = real[:, :-1] & real[:, 1:]
     inputs, outputs = (
-        count_tokens(t, f[:, None].float()).table(0, firings.names, k=MANY, by="recall", min_count=2)
+        token_table(t, f, firings.names, k=MANY, by="recall", min_count=2)
         for t, f in ((tokens[real], on[real]), (tokens[:, 1:][followed], on[:, :-1][followed]))
     )
     density = float(firings.density[i])

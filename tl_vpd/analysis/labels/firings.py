@@ -22,13 +22,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from tl_vpd.analysis.clustering import Clustering
+from tl_vpd.analysis.harvest.batch import Batch, Chosen
 from tl_vpd.analysis.harvest.rows import check_are_tokens
-from tl_vpd.analysis.harvest.run import activations_of, chosen_columns
+from tl_vpd.analysis.harvest.run import chosen_columns
 from tl_vpd.analysis.harvest.tokens import token_texts
 from tl_vpd.analysis.nodes import several
 from tl_vpd.checks import check_fields, config_of, instance, seed_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent, nearest
 
 
@@ -53,7 +55,7 @@ class FiringsConfig:
 
 
 @dataclass(frozen=True)
-class Firings:
+class Firings(Printed):
     """The tokens at which each subcomponent or component fires, on the CPU.
 
     Attributes:
@@ -209,15 +211,14 @@ def firings(
         check_are_tokens(tokens, "A table of firings")
         mask = masked_model.adapter.padding(tokens, attention_mask)
         real = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask
-        parts = []
+        parts, chosen = [], Chosen(decomposition, columns.to(tokens.device))
         for start in range(0, len(tokens), config.batch_size):
             rows = slice(start, start + config.batch_size)
             batch_mask = None if mask is None else mask[rows]
-            _, inputs = masked_model.clean(tokens[rows], batch_mask)
-            g = decomposition.importances(inputs, batch_mask)[..., columns.to(tokens.device)]
-            row, pos, c = ((g > config.threshold) & real[rows][..., None]).nonzero(as_tuple=True)
-            a = activations_of(decomposition, inputs, columns)[row, pos, c]
-            batch = (c, (row + start) * tokens.shape[1] + pos, g[row, pos, c], a)
+            inputs = masked_model.inputs(tokens[rows], batch_mask)
+            g = decomposition.importances(inputs, batch_mask)
+            firing = Batch(chosen, tokens[rows], real[rows], inputs, g).active().above(config.threshold)
+            batch = firing.c, firing.token + start * tokens.shape[1], firing.g, firing.a
             parts.append([t.cpu().float().numpy() if t.is_floating_point() else t.cpu().numpy() for t in batch])
         names = token_texts(getattr(masked_model.adapter.model, "tokenizer", None), tokens)
     owner, at, g_all, a_all = (np.concatenate(column) for column in zip(*parts, strict=True))

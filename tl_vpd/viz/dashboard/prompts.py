@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tl_vpd.analysis.harvest.batch import activations_of
 from tl_vpd.analysis.harvest.rows import check_are_tokens
-from tl_vpd.analysis.harvest.run import activations_of
 from tl_vpd.analysis.harvest.tokens import token_texts
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
