@@ -108,6 +108,11 @@ def test_edits_erase_and_exchange(model, facts, runs, table, rows):
     assert after > before
 
 
+def test_nothing_is_erased_where_nothing_is_important(model, facts, runs, table):
+    with pytest.raises(ValueError, match="No subcomponent is important on the prompts"):
+        erasing(runs[0], model, facts, table[:0], 0)
+
+
 def test_no_more_is_exchanged_than_rewires(model, facts, runs, table, rows, monkeypatch):
     vpd = runs[0]
     whole = swapping(vpd, model, facts, table, rows[:4])

@@ -94,7 +94,12 @@ def erasing(decomposition: Decomposition, model: nn.Module, facts: Facts, table:
         facts: the facts.
         table: from ``ablations``.
         which: 0 or 1.
+
+    Raises:
+        ValueError: no subcomponent is important on the prompts.
     """
+    if not len(table):
+        raise ValueError("No subcomponent is important on the prompts: there is nothing to remove.")
     order = table.sort_values(f"of {facts.subjects[which]}", ascending=False)["subcomponent"].tolist()
     with MaskedModel(decomposition, model) as masked_model:
         tokens = masked_model.adapter.tokens([facts.prompts[which]])

@@ -118,8 +118,8 @@ def measure(
             variants[f"{name}, at random others"] = control.site_edits(decomposition)
     edits[IN_PART] = just_enough(decomposition, model, facts, edits["exchanged"])
     variants[IN_PART] = edits[IN_PART].site_edits(decomposition)
-    if naive is not None:
-        edit = erasing(naive, model, facts, ablations(naive, model, facts), 0)
+    if naive is not None and len(of_naive := ablations(naive, model, facts)):
+        edit = erasing(naive, model, facts, of_naive, 0)
         edits[(name := f"without {facts.subjects[0]}, naive")] = edit
         variants[name] = edit.site_edits(naive)
     kl = kl_elsewhere(decomposition, model, text, variants)

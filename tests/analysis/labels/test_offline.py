@@ -164,6 +164,8 @@ def test_scores_by_hand():
     assert table["over null"].tolist() == pytest.approx([0.1, 0.1])  # on the address that both have
     assert scores.top(1)["subcomponent"].tolist() == [a]
     assert scores[a]["intruder"] is score
+    with pytest.raises(KeyError, match=r"W_in:3 was not scored"):
+        scores["blocks.0.mlp.W_in:3"]
 
 
 def test_what_is_wrong_is_said():

@@ -19,7 +19,7 @@ from tl_vpd.analysis.labels.judges import Judge
 from tl_vpd.analysis.labels.trials import CHANCE, Test, TrialMaker
 from tl_vpd.checks import check_fields, config_of, instance, integer, number
 from tl_vpd.evaluation.intervals import CONFIDENCE, PerRow
-from tl_vpd.site import Subcomponent
+from tl_vpd.site import Subcomponent, nearest
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,10 @@ class LabelScores:
     seed: int = 0
 
     def __getitem__(self, address: str | Subcomponent) -> Mapping[Test, Score]:
-        return self.scores[str(Subcomponent.parse(address))]
+        text = str(Subcomponent.parse(address))
+        if text not in self.scores:
+            raise KeyError(f"{text} was not scored{nearest(text, self.scores)}.")
+        return self.scores[text]
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per address and test: subcomponent, site, test, score, low, high, n, chance."""
