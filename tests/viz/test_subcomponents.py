@@ -16,7 +16,6 @@ from tests.tiny import some_tokens
 from tl_vpd import viz
 from tl_vpd.analysis import Harvest, HarvestConfig, Window, harvest
 from tl_vpd.viz.circuits import draw, underline, window_data
-from tl_vpd.viz.style import NEGATIVE, POSITIVE
 
 SITE = "blocks.1.mlp.W_in"
 EVIL = "</script><b>&\"'\n x"
@@ -40,8 +39,8 @@ def a_window() -> Window:
 
 
 def test_underlines_by_hand():
-    assert underline(2.0, 2.0) == POSITIVE + "ff"
-    assert underline(-1.0, 2.0) == NEGATIVE + "80"
+    assert underline(2.0, 2.0) == "color-mix(in srgb, var(--positive) 100%, transparent)"
+    assert underline(-1.0, 2.0) == "color-mix(in srgb, var(--negative) 50%, transparent)"
     assert underline(0.01, 2.0) == underline(0.0, 0.0) == ""
 
 
@@ -50,7 +49,7 @@ def test_what_a_window_is_drawn_from():
     assert data["tokens"] == ["&lt;b&gt;", "\u00a0x", "⏎"]
     assert data["values"] == [0.0, 1.0, 0.25]
     assert data["peak"] == 1
-    assert data["underline"] == [POSITIVE + "80", NEGATIVE + "ff", ""]
+    assert data["underline"] == [underline(2.0, 4.0), underline(-4.0, 4.0), ""]
     assert data["about"][1] == "\u00a0x\nimportance 1\nactivation −4"
 
 
@@ -129,7 +128,10 @@ def test_a_browser_draws_windows_underlines_and_text(found, tmp_path):
     assert len(spans) == 2 * sum(len(w.tokens) for w in windows)
     shown = unescape(spans[0]).replace("\u00a0", " ")
     assert shown == windows[0].tokens[0].replace("\n", "⏎")
-    assert len(re.findall(r'<span class="peak"', drawn)) == 2 * len(windows)
+    assert len(re.findall(r'<span class="(?:strong )?peak"', drawn)) == 2 * len(windows)
+    strong = sum(int((w.importances > 0.5).sum()) for w in windows)
+    assert 0 < strong == len(re.findall(r'<span class="strong', drawn)) / 2
+    assert len(re.findall(r'style="[^"]*background-color: rgba?\(255, 190, 70', drawn)) == len(spans)
     data = json.loads(re.fullmatch(r"tlVpdDraw\((.*)\)", panel.scripts[0])[1])
     underlined = sum(bool(colour) for window in data.values() for colour in window["underline"])
-    assert 0 < underlined == len(re.findall(r'style="[^"]*box-shadow: [^"]* -3px inset', drawn)) / 2
+    assert 0 < underlined == len(re.findall(r'style="[^"]*box-shadow: inset 0(?:px)? -3px color-mix', drawn)) / 2

@@ -43,4 +43,4 @@ def test_a_token_in_its_text_keeps_its_spaces():
 
 
 def test_numbers():
-    assert [number(v) for v in (0.12345, -2.0, 1234.5, float("nan"), 0.0)] == ["0.123", "−2", "1.23e+03", "–", "0"]
+    assert [number(v) for v in (0.12345, -2.0, 1234.5, float("nan"), 0.0)] == ["0.123", "−2", "1,230", "–", "0"]

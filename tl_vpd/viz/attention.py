@@ -22,7 +22,8 @@ from tl_vpd.site import Subcomponent
 from tl_vpd.viz.attention_plots import lines
 from tl_vpd.viz.circuits import library
 from tl_vpd.viz.panel import Panel
-from tl_vpd.viz.style import shade
+from tl_vpd.viz.series import Series, series
+from tl_vpd.viz.style import SERIES, shade
 from tl_vpd.viz.text import escape, for_script, not_drawn, number, visible
 
 LONGEST = 128
@@ -163,13 +164,14 @@ def static_strengths(
         at = [(queries.index(str(q)), keys.index(str(k))) for q, k in pairs]
     offsets = strengths.offsets.cpu()
     shown = offsets <= (int(offsets[-1]) if max_offset is None else max_offset)
+    heads = series(f"head {h}" for h in range(values.shape[2]))
     plots = [
-        (f"{queries[i]}  ·  {keys[j]}", {f"head {h}": values[i, j, h][shown] for h in range(values.shape[2])})
-        for i, j in at
+        (f"{queries[i]}  ·  {keys[j]}", {name: values[i, j, h][shown] for h, name in enumerate(heads)}) for i, j in at
     ]
     title = f"Static strengths of block {strengths.layer} by offset"
-    svg = lines(plots, offsets[shown], "offset: tokens from key to query", "standardised strength")
-    return Panel(title=title, body=f'<h3>{escape(title)}</h3><div class="plot">{svg}</div>', how_to_read=HOW_STATIC)
+    x_label, y_label = "offset: tokens from key to query", "standardised strength (SD)"
+    body = lines(plots, offsets[shown], x_label, y_label, heads)
+    return Panel(title=title, body=f"<h3>{escape(title)}</h3>{body}", how_to_read=HOW_STATIC)
 
 
 def attention_by_offset(attention: AttentionByOffset) -> Panel:
@@ -180,6 +182,9 @@ def attention_by_offset(attention: AttentionByOffset) -> Panel:
         ImportError: matplotlib is not installed.
     """
     instance("attention", attention, AttentionByOffset)
+    shown = {"model": Series(SERIES[0], ".")}
+    if attention.after is not None:
+        shown["left out"] = Series(SERIES[1], ".", "--")
     plots = []
     for head, before in enumerate(attention.before.detach().cpu()):
         by_name: dict[str, Tensor] = {"model": before}
@@ -190,10 +195,8 @@ def attention_by_offset(attention: AttentionByOffset) -> Panel:
     ablated = escape("; ".join(attention.ablated))
     note = f'<p class="note">Left out: <code>{ablated}</code></p>' if ablated else ""
     offsets = torch.arange(attention.before.shape[1])
-    svg = lines(plots, offsets, "offset: tokens back", "mean attention", dashed=("left out",), share_y=True)
-    return Panel(
-        title=title, body=f'<h3>{escape(title)}</h3>{note}<div class="plot">{svg}</div>', how_to_read=HOW_OFFSETS
-    )
+    body = lines(plots, offsets, "offset: tokens back", "mean attention (share)", shown, share_y=True)
+    return Panel(title=title, body=f"<h3>{escape(title)}</h3>{note}{body}", how_to_read=HOW_OFFSETS)
 
 
 def head_norms(norms: HeadNorms, *, top: int = 12, title: str = "") -> Panel:

@@ -1,63 +1,54 @@
-"""Small line plots in a grid, made by matplotlib as inline SVG."""
+"""Small line plots over offsets, one for each head or pair."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
-from tl_vpd.viz.svg import svg
+from tl_vpd.viz.series import Series, legend, plots
 from tl_vpd.viz.text import not_drawn
-
-COLOURS = ("#1f5fd0", "#e07b00", "#168a5b", "#c2185b", "#7b4bc4", "#5c6775", "#0f8b9d", "#9a6b00")
 
 
 def lines(
-    plots: Sequence[tuple[str, Mapping[str, Tensor]]],
+    panels: Sequence[tuple[str, Mapping[str, Tensor]]],
     x: Int[Tensor, " x"],
     x_label: str,
     y_label: str,
+    shown: Mapping[str, Series],
     *,
-    dashed: Sequence[str] = (),
     share_y: bool = False,
 ) -> str:
-    """An ``<svg>`` (after a note, where numbers are not finite) of plots (title, line by name) over the same x, two in each row.
+    """A legend and plots (title, line by name) over the same x, after a note where numbers are not finite.
 
     Raises:
         ValueError: there is nothing to draw.
         ImportError: matplotlib is not installed.
     """
-    if not plots:
+    if not panels:
         raise ValueError("There is nothing to draw.")
-    columns = min(2, len(plots))
-    rows = -(-len(plots) // columns)
+    values = [y for _, by_name in panels for y in by_name.values()]
+    finite = [y[y.isfinite()] for y in values]
+    ends = None
+    if share_y and (finite := [y for y in finite if len(y)]):
+        low, high = min(float(y.min()) for y in finite), max(float(y.max()) for y in finite)
+        room = 0.05 * (high - low) or 0.05
+        ends = min(low, 0.0) - room, max(high, 0.0) + room
 
-    def draw(figure: Any) -> None:
-        every = figure.subplots(rows, columns, squeeze=False, sharey=share_y).flat
-        for axes, (title, by_name) in zip(every, plots, strict=False):
-            for colour, (name, y) in zip(COLOURS * len(by_name), by_name.items(), strict=False):
-                style = "--" if name in dashed else "-"
-                axes.plot(
-                    x.tolist(), y.tolist(), style, color=colour, linewidth=1.3, marker=".", markersize=3, label=name
-                )
-            axes.axhline(0, color="#c9ced6", linewidth=0.7, zorder=0)
-            axes.set_title(title, fontsize=9, loc="left")
-            axes.grid(alpha=0.25, linewidth=0.6)
-            axes.spines[["top", "right"]].set_visible(False)
-        shown = list(figure.axes)
-        for axes in shown[len(plots) :]:
-            axes.set_visible(False)
-        for axes in shown[-columns:] if len(plots) == len(shown) else shown[len(plots) - columns : len(plots)]:
-            axes.set_xlabel(x_label)
-        for axes in shown[::columns]:
-            axes.set_ylabel(y_label)
-        shown[0].legend(frameon=False, fontsize=8, ncols=2)
+    def draw(axes: Any, title: str, by_name: Mapping[str, Tensor]) -> None:
+        axes.axhline(0, color="#c9ced6", linewidth=0.7, zorder=0)
+        for name, y in by_name.items():
+            axes.plot(x.tolist(), y.tolist(), **shown[name].options, label=name)
+        axes.set_title(title, loc="left", fontsize=9.5)
+        axes.set(xlabel=x_label, ylabel=y_label, ylim=ends)
 
-    missing = sum(int((~y.isfinite()).sum()) for _, by_name in plots for y in by_name.values())
-    return not_drawn(missing) + _short(svg((5.2 * columns, 2.3 * rows + 0.2), draw))
+    missing = sum(int((~y.isfinite()).sum()) for y in values)
+    drawings = [partial(draw, title=title, by_name=by_name) for title, by_name in panels]
+    return not_drawn(missing) + legend(shown) + _short(plots(drawings))
 
 
 def _short(svg: str) -> str:

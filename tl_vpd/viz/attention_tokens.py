@@ -17,13 +17,13 @@ from tl_vpd.forward.target_check import check_decomposition
 from tl_vpd.site import Subcomponent
 from tl_vpd.viz.circuits import draw, library, note_of, scale_of
 from tl_vpd.viz.panel import Panel
-from tl_vpd.viz.text import escape, number
+from tl_vpd.viz.text import breakable, number
 
 if TYPE_CHECKING:
     from tl_vpd.decomposition import Decomposition
 
 HOW = (
-    "Each block is the same prompt for one subcomponent. Background: its causal importance at the token, white 0, "
+    "Each block is the same prompt for one subcomponent. Background: its causal importance at the token, none 0, "
     "full 1. Underline: its activation (times the norm of what it writes); hue is the sign, the strongest colour the "
     "largest in the block. Framed: the largest importance. Hover over a token for both numbers. Line breaks are shown "
     "as ⏎."
@@ -83,7 +83,7 @@ def importances(
         (place,), script_of_window = draw([window], scale)
         scripts.append(script_of_window)
         blocks.append(
-            f'<div class="window"><div class="where"><code>{escape(name)}</code><br>importance '
+            f'<div class="window"><div class="where"><code>{breakable(name)}</code><br>importance '
             f"up to {number(float(ci[peak]))}<br>activation up to {number(scale)}</div>{place}</div>{note_of([window])}"
         )
     legend = (

@@ -17,7 +17,7 @@ from typing import Any
 import circuitsvis
 
 from tl_vpd.analysis import Window
-from tl_vpd.viz.style import IMPORTANCE, NEGATIVE, POSITIVE
+from tl_vpd.viz.style import AMBER
 from tl_vpd.viz.text import escape, for_script, not_drawn, number, spaced
 
 FAINT = 0.05
@@ -34,6 +34,9 @@ window.tlVpdDraw = function (windows) {
         if (spans.length !== w.tokens.length) return;
         observer.disconnect();
         spans.forEach(function (span, i) {
+          // On the page's own background, light or dark; circuitsvis mixes with white.
+          span.style.backgroundColor = "rgba(AMBER, " + w.values[i] + ")";
+          if (w.values[i] > .5) span.classList.add("strong");
           if (w.underline[i]) span.style.boxShadow = "inset 0 -3px " + w.underline[i];
           if (i === w.peak) span.classList.add("peak");
           span.dataset.about = w.about[i];
@@ -66,16 +69,19 @@ def library() -> str:
         raise ImportError(f"circuitsvis {circuitsvis.__version__} has no dist/cdn/iife.js; install circuitsvis 1.43.3.")
     code = path.read_text(encoding="utf-8").replace("</script", "<\\/script")
     code = code.rpartition("//# sourceMappingURL=")[0] or code
-    return f"{code}\n{_DRAW}"
+    return f"{code}\n{_DRAW.replace('AMBER', AMBER)}"
 
 
 def underline(activation: float, scale: float) -> str:
-    """The CSS colour under a token: hue by sign, strength by ``|activation| / scale``; none where that is tiny."""
+    """The CSS colour under a token: hue by sign, strength by ``|activation| / scale``; none where that is tiny.
+
+    The hues are variables of the style sheet, which differ in light and dark.
+    """
     share = min(abs(activation) / scale, 1.0) if scale > 0 else 0.0
     if not share >= FAINT:  # NaN has none
         return ""
-    colour = POSITIVE if activation > 0 else NEGATIVE
-    return f"{colour}{round(255 * share):02x}"
+    colour = "positive" if activation > 0 else "negative"
+    return f"color-mix(in srgb, var(--{colour}) {round(100 * share)}%, transparent)"
 
 
 def window_data(window: Window, scale: float) -> dict[str, Any]:
@@ -91,7 +97,7 @@ def window_data(window: Window, scale: float) -> dict[str, Any]:
         "underline": [underline(value, scale) for value in a],
         "about": about,
         "peak": window.peak,
-        "color": IMPORTANCE,
+        "color": f"rgb({AMBER})",
     }
 
 

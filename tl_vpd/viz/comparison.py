@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from tl_vpd.baselines.comparison import Comparison
 from tl_vpd.baselines.comparison.config import WAYS
 from tl_vpd.checks import instance
 from tl_vpd.viz.evaluation import with_ranges
 from tl_vpd.viz.panel import Panel, page
-from tl_vpd.viz.svg import svg
+from tl_vpd.viz.series import Series, legend, logarithmic, plots, series
+from tl_vpd.viz.style import SERIES
 from tl_vpd.viz.tables import table
 
 INTRODUCTION = (
@@ -29,7 +28,6 @@ INTRODUCTION = (
     "A latent and a subcomponent are not the same kind of thing: read all three axes of cost, and the bits, before you name a "
     "winner."
 )
-COLOURS = ("#7b2fb5", "#1f5fd0", "#e07b00", "#2e8b57", "#c2185b", "#00838f", "#6b7484", "#8d6e00", "#5d4037", "#4527a0")
 PLOTS = {
     "per_module": ("active pieces per module and token", "ce_increase"),
     "per_mlp": ("active pieces per MLP output and token", "ce_increase"),
@@ -73,13 +71,14 @@ def comparison_panels(comparison: Comparison) -> list[Panel]:
         f"Target cross-entropy {comparison.target_ce:.4f}; with every MLP output 0 it is {comparison.zero['ce_increase']:.3g} "
         f"more (KL {comparison.zero['kl']:.3g}). {comparison.tokens:,} tokens, layers {list(comparison.layers)}."
     )
-    colours = dict(zip(methods["method"].unique(), itertools.cycle(COLOURS)))
-    plots = [svg((4.8, 3.4), partial(_plot, methods=methods, colours=colours, x=x)) for x in PLOTS]
-    ways = svg((9.4, 1.2 + 0.36 * len(methods)), partial(_ways, methods=methods))
+    shown = series(methods["method"])
+    bars = {way: Series(SERIES[i], "s", "") for i, way in enumerate(WAYS)}
+    costs = plots([partial(_plot, methods=methods, shown=shown, x=x) for x in PLOTS], (4.2, 3.0))
+    ways = plots([partial(_ways, methods=methods, colours=[one.colour for one in bars.values()])], _ways_size(methods))
     others = [c for c in summary if c not in (*COUNTS, "kind", "method", "trained_in", "l0_low", "l0_high")]
     result = [
-        _of_plots("Cost, fit and splitting", '<div class="columns matrices">', plots, "</div>"),
-        _of_plots("Ways of replacing", "", [ways], ""),
+        _of_plots("Cost, fit and splitting", legend(shown) + costs),
+        _of_plots("Ways of replacing", legend(bars) + ways),
         table(_shown(_of_seeds(methods)), "Methods", note=SEEDS),
         table(_shown(summary[[*LABELS, "kind", "trained_in", *COUNTS]]), "Counts, bits and training", note=note),
         table(_shown(with_ranges(summary[others])), "KL and rise of the cross-entropy"),
@@ -88,52 +87,39 @@ def comparison_panels(comparison: Comparison) -> list[Panel]:
     return [*result, table(_shown(with_ranges(attacks)), "Under attack", note=ATTACK)] if len(attacks) else result
 
 
-def _of_plots(title: str, before: str, plots: list[str], after: str) -> Panel:
-    body = "".join(f'<div class="plot">{plot}</div>' for plot in plots)
-    return Panel(title=title, body=f"<h3>{title}</h3>{before}{body}{after}")
+def _of_plots(title: str, body: str) -> Panel:
+    return Panel(title=title, body=f"<h3>{title}</h3>{body}")
 
 
-def _plot(figure: Any, methods: pd.DataFrame, colours: Mapping[str, str], x: str) -> None:
+def _plot(at: Any, methods: pd.DataFrame, shown: Mapping[str, Series], x: str) -> None:
     """A curve over sizes for each method and threshold, with the range over seeds."""
-    at, (name, y) = figure.subplots(), PLOTS[x]
+    name, y = PLOTS[x]
     for (method, _), group in methods.groupby(["method", "threshold"], sort=False, dropna=False):
         low, mean, high = (group[f"{y}{end}"].astype(float) for end in ("_low", "", "_high"))
-        at.errorbar(
-            group[x], mean, yerr=[mean - low, high - mean], fmt="o-", color=colours[str(method)], markersize=4, linewidth=1,
-            label=method if method not in at.get_legend_handles_labels()[1] else None,
-        )  # fmt: skip
+        at.errorbar(group[x], mean, yerr=[mean - low, high - mean], **shown[str(method)].options)
     at.set_xlabel(name)
     at.set_ylabel("alive pieces" if y == "alive" else "rise of the cross-entropy (nats)")
-    _log(at)
-    at.grid(alpha=0.25, linewidth=0.6)
-    at.spines[["top", "right"]].set_visible(False)
-    if x == next(iter(PLOTS)):
-        at.legend(loc="upper left", fontsize=7, framealpha=0.8, edgecolor="none")
+    logarithmic(at, "x")
 
 
-def _ways(figure: Any, methods: pd.DataFrame) -> None:
+def _ways_size(methods: pd.DataFrame) -> tuple[float, float]:
+    return 4.6, 0.6 + 0.36 * len(methods)
+
+
+def _ways(at: Any, methods: pd.DataFrame, colours: Sequence[str]) -> None:
     """Three bars for each row of the table of methods."""
-    at, columns = figure.subplots(), ["kl", "clean_input_kl", "single_layer_kl"]
-    for i, (way, column) in enumerate(zip(WAYS, columns, strict=True)):
+    columns = ["kl", "clean_input_kl", "single_layer_kl"]
+    for i, (colour, column) in enumerate(zip(colours, columns, strict=True)):
         low, mean, high = (methods[f"{column}{end}"] for end in ("_low", "", "_high"))
         places = [row + 0.27 * (i - 1) for row in range(len(methods))]
-        at.barh(places, mean, height=0.25, label=way, xerr=[mean - low, high - mean], error_kw={"linewidth": 0.8})
+        error = {"xerr": [mean - low, high - mean], "error_kw": {"linewidth": 0.8}}
+        at.barh(places, mean, height=0.25, color=colour, **error)
     at.set_yticks(range(len(methods)), [_name(row) for row in methods.itertuples()])
     at.invert_yaxis()
     at.set_xlabel("KL to the target (nats per token)")
     at.margins(y=0.01)
     if bool((methods[columns] > 0).all(axis=None)):
-        _log(at)
-    at.spines[["top", "right"]].set_visible(False)
-    at.legend(loc="lower right", fontsize=7.5, framealpha=0.8, edgecolor="none")
-
-
-def _log(at: Any) -> None:
-    """A logarithmic axis with plain numbers: formulas are not drawn in these pictures."""
-    at.set_xscale("log")
-    at.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    at.xaxis.set_major_formatter("{x:,g}")
-    at.xaxis.set_minor_formatter(NullFormatter())
+        logarithmic(at, "x")
 
 
 def _of_seeds(methods: pd.DataFrame) -> pd.DataFrame:

@@ -14,7 +14,7 @@ from tl_vpd.evaluation import Evaluation
 from tl_vpd.viz.evaluation_curves import curves
 from tl_vpd.viz.panel import Panel, page
 from tl_vpd.viz.tables import table
-from tl_vpd.viz.text import escape
+from tl_vpd.viz.text import escape, number
 
 INTRODUCTION = (
     "Distances are KL(target ‖ masked) in nats per token (mean squared errors for models without logits). Ranges are 95% "
@@ -91,9 +91,8 @@ def panels(report: Evaluation) -> list[Panel]:
     """The panels of an evaluation's page."""
     record = report.record
     result = [_verdict(report), table(report.table(), "Mask modes", note=_counts(record))]
-    svg = curves(record)
-    if svg:
-        result.append(Panel(title="Curves", body=f'<h3>Curves</h3><div class="plot">{svg}</div>'))
+    if plots := curves(record):
+        result.append(Panel(title="Curves", body=f"<h3>Curves</h3>{plots}"))
     tables = record.get("tables", {})
     for name, (caption, note) in TABLES.items():
         if tables.get(name):
@@ -173,5 +172,5 @@ def with_ranges(df: pd.DataFrame) -> pd.DataFrame:
             columns[name] = ["" if pd.isna(v) else v for v in df[name]] if df[name].isna().any() else df[name]
         elif name.endswith("_low"):
             pairs = zip(df[name], df[f"{base}_high"], strict=True)
-            columns[f"{base} 95%"] = ["" if pd.isna(a) else f"{a:.3g} – {b:.3g}" for a, b in pairs]
+            columns[f"{base} 95%"] = ["" if pd.isna(a) else f"{number(a)} – {number(b)}" for a, b in pairs]
     return pd.DataFrame(columns)

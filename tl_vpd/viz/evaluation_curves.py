@@ -3,73 +3,77 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
-from tl_vpd.viz.svg import svg
+from tl_vpd.viz.series import Series, grid, legend, logarithmic, plot
+from tl_vpd.viz.style import SERIES
+from tl_vpd.viz.text import escape
 
-COLOURS = {
-    "learned": "#1f5fd0",
-    "random": "#c2185b",
-    "singular": "#e07b00",
-    "shuffled": "#6b7484",
-    "untrained": "#2e8b57",
+PIECES = {
+    "learned": Series(SERIES[0], "o"),
+    "random": Series(SERIES[3], "X"),
+    "singular": Series(SERIES[1], "P"),
+    "shuffled": Series(SERIES[5], "D"),
+    "untrained": Series(SERIES[2], "^"),
 }
-"""Colour of each kind of pieces."""
+"""How each kind of pieces is drawn."""
+ADVERSARIES = {
+    "shared": PIECES["learned"],
+    "shared, momentum": Series(SERIES[6], "s"),
+    "position": Series(SERIES[4], "v"),
+    "token": Series(SERIES[7], "D"),
+    "span": Series("#1d2430", "."),
+}
+"""How each adversary of the learned pieces is drawn."""
+ZERO = Series(SERIES[5], line=":")
+OTHER = Series("#1d2430", ".", "--")
 
 
 def curves(record: Mapping[str, Any]) -> str:
-    """An ``<svg>`` of the curves that a record has (empty: none).
+    """Plots of the curves that a record has (empty: none).
 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    tables = record.get("tables", {})
-    plots = {"adversaries": _plot_attacks, "sparsity_sweep": _plot_sweep}
-    shown = {name: pd.DataFrame(tables[name]) for name in plots if tables.get(name)}
-    if not shown:
-        return ""
-    zero = record["kl"]["zero"]
-
-    def draw(figure: Any) -> None:
-        for (name, rows), axes in zip(shown.items(), figure.subplots(1, len(shown), squeeze=False)[0], strict=True):
-            plots[name](axes, rows)
-            if zero is not None:
-                axes.axhline(zero, color="#6b7484", linestyle=":", linewidth=1, label="everything ablated")
-            _finish(axes)
-
-    return svg((5.2 * len(shown), 3.6), draw)
-
-
-def _plot_attacks(axes: Any, attacks: pd.DataFrame) -> None:
-    for name, group in attacks[attacks["pieces"] == "learned"].groupby("adversary", sort=False):
-        axes.plot(group["steps"], _floats(group["kl"]), marker="o", markersize=4, linewidth=1.3, label=str(name))
-    for name, group in attacks[attacks["pieces"] != "learned"].groupby("pieces", sort=False):
-        colour = COLOURS.get(str(name))
-        axes.plot(group["steps"], _floats(group["kl"]), "x", color=colour, label=f"shared, {name} pieces")
-    axes.set_title("distance under attack, by steps", fontsize=9.5, loc="left")
-    axes.set_xlabel("steps (steps × size = 2)")
+    tables, zero, pictures = record.get("tables", {}), record["kl"]["zero"], []
+    if tables.get("adversaries"):
+        attacks = pd.DataFrame(tables["adversaries"])
+        learned, rest = (attacks[attacks["pieces"].eq("learned") == is_learned] for is_learned in (True, False))
+        shown = {str(name): ADVERSARIES.get(str(name), OTHER) for name in learned["adversary"].unique()}
+        for name in rest["pieces"].unique():
+            control = PIECES.get(str(name), OTHER)
+            shown[f"shared, {name} pieces"] = Series(control.colour, control.marker, "")
+        named = attacks["adversary"].where(attacks["pieces"] == "learned", "shared, " + attacks["pieces"] + " pieces")
+        rows = attacks.assign(name=named, x=attacks["steps"])
+        pictures.append(_picture("Distance under attack", rows, shown, "steps of the attack (steps × size = 2)", zero))
+    if tables.get("sparsity_sweep"):
+        sweep = pd.DataFrame(tables["sparsity_sweep"])
+        shown = {str(name): PIECES.get(str(name), OTHER) for name in sweep["pieces"].unique()}
+        rows = sweep.assign(name=sweep["pieces"], x=sweep["l0"])
+        x_label = "subcomponents used per token (L0)"
+        pictures.append(_picture("Distance against L0, threshold by threshold", rows, shown, x_label, zero))
+    return grid(pictures) if pictures else ""
 
 
-def _plot_sweep(axes: Any, sweep: pd.DataFrame) -> None:
-    for name, group in sweep.groupby("pieces", sort=False):
-        colour = COLOURS.get(str(name))
-        axes.plot(group["l0"], _floats(group["kl"]), marker=".", linewidth=1.3, color=colour, label=str(name))
-        axes.fill_between(group["l0"], _floats(group["kl_low"]), _floats(group["kl_high"]), color=colour, alpha=0.15)
-    axes.set_title("distance against L0, threshold by threshold", fontsize=9.5, loc="left")
-    axes.set_xlabel("subcomponents used per token")
+def _picture(title: str, rows: pd.DataFrame, shown: dict[str, Series], x_label: str, zero: float | None) -> str:
+    """A heading, a plot and its legend, of the column ``kl`` over ``x``, a line for each ``name``."""
+    draw = partial(_draw, rows=rows, shown=shown, x_label=x_label, zero=zero)
+    if zero is not None:
+        shown = {**shown, "everything ablated": ZERO}
+    return f"<h4>{escape(title)}</h4>{plot(draw, (4.2, 3.2))}{legend(shown)}"
 
 
-def _floats(values: pd.Series) -> pd.Series:
-    return values.astype(float)
-
-
-def _finish(axes: Any) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("")
-    axes.grid(alpha=0.25, linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=7.5, framealpha=0.8, edgecolor="none")
+def _draw(axes: Any, rows: pd.DataFrame, shown: Mapping[str, Series], x_label: str, zero: float | None) -> None:
+    for name, one in shown.items():
+        group = rows[rows["name"] == name]
+        axes.plot(group["x"], group["kl"].astype(float), **one.options, label=name)
+        if {"kl_low", "kl_high"} <= set(group) and one.line:
+            low, high = group["kl_low"].astype(float), group["kl_high"].astype(float)
+            axes.fill_between(group["x"], low, high, color=one.colour, alpha=0.15)
+    if zero is not None:
+        axes.axhline(zero, color=ZERO.colour, linestyle=ZERO.line, linewidth=1.3)
+    axes.set(xlabel=x_label, ylabel="KL to the target (nats per token)")
+    logarithmic(axes, "y")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Shaped
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from scipy.optimize import linear_sum_assignment
@@ -19,6 +20,7 @@ from tl_vpd.checks import integer
 from tl_vpd.evaluation import ALIVE
 from tl_vpd.evaluation.ground_truth import MethodResult
 from tl_vpd.evaluation.truth import Truth
+from tl_vpd.viz.style import AMBER, SERIES
 
 
 @torch.no_grad()
@@ -79,11 +81,12 @@ def needed(result: MethodResult, truth: Truth, *, row: int = 0) -> Any:
     n_sites, n_pos = shown.shape
     figure = _figure(2.2 + 0.24 * n_pos, 0.9 + 0.28 * n_sites)
     axes = figure.subplots()
-    image = axes.imshow(shown.numpy(), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    colours = LinearSegmentedColormap.from_list("importance", ["#fff", tuple(int(c) / 255 for c in AMBER.split(","))])
+    image = axes.imshow(shown.numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto")
     for line, where in enumerate(rows[row] for rows in truth.needed.values()):
         for pos in where.nonzero()[:, 0].tolist():
             corner = pos - 0.46, line - 0.42
-            axes.add_patch(Rectangle(corner, 0.92, 0.84, fill=False, edgecolor="#d1495b", linewidth=1.3))
+            axes.add_patch(Rectangle(corner, 0.92, 0.84, fill=False, edgecolor="#1d2430", linewidth=1.3))
     tokens = truth.probe[row]
     labels = [str(token) for token in tokens.tolist()] if tokens.ndim == 1 else [str(i) for i in range(n_pos)]
     axes.set_xticks(range(n_pos), labels, fontsize=7)
@@ -113,7 +116,13 @@ def _arrows(
     for j, (x, y) in enumerate(true.tolist()):
         axes.plot([0, x], [0, y], color="#b8b8b8", linewidth=6, solid_capstyle="butt")
         if j in matched:
-            style = {"arrowstyle": "-|>", "color": f"C{j}", "linewidth": 1.8, "shrinkA": 0, "shrinkB": 0}
+            style = {
+                "arrowstyle": "-|>",
+                "color": SERIES[j % len(SERIES)],
+                "linewidth": 1.8,
+                "shrinkA": 0,
+                "shrinkB": 0,
+            }
             axes.annotate("", tuple(pieces[matched[j], j].tolist()), (0, 0), arrowprops=style)
         axes.annotate(f"feature {j}", (1.22 * x, 1.22 * y), ha="center", va="center", fontsize=8)
     reach = 1.45 * float(true.norm(dim=-1).max())

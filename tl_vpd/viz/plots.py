@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,7 +11,8 @@ import pandas as pd
 
 from tl_vpd.checks import instance, text_of
 from tl_vpd.viz.panel import Panel
-from tl_vpd.viz.svg import svg
+from tl_vpd.viz.series import Series, legend, logarithmic, plots
+from tl_vpd.viz.style import MODES, SERIES
 from tl_vpd.viz.text import escape, not_drawn
 
 _PLOTS = {
@@ -19,6 +22,13 @@ _PLOTS = {
     "faithfulness loss": (("faithfulness",), True),
 }
 """Title of each plot -> its columns, and whether its axis is logarithmic."""
+_SHOWN = {
+    "stochastic": Series(MODES["stochastic"]),
+    "adversarial": Series(MODES["adversarial"], line="--"),
+    "importance": Series(SERIES[0]),
+    "frequency": Series(SERIES[4], line="--"),
+}
+"""How columns that share a plot are drawn."""
 
 HOW = (
     "Reconstruction says how far the model's predictions move when unimportant subcomponents are masked at random "
@@ -45,20 +55,17 @@ def losses(history: pd.DataFrame, *, title: str = "Training") -> Panel:
     if not len(history):
         raise ValueError("The history has no steps.")
     missing_values = not_drawn(int((~np.isfinite(history[sorted(needed)].astype(float))).to_numpy().sum()))
-    picture = svg((10.4, 5.2), lambda figure: _draw(figure, history))
-    body = f'<h3>{escape(title)}</h3>{missing_values}<div class="plot">{picture}</div>'
+    drawings = [
+        partial(_draw, history=history, title=name, columns=columns, log=log) for name, (columns, log) in _PLOTS.items()
+    ]
+    body = f"<h3>{escape(title)}</h3>{missing_values}{legend(_SHOWN)}{plots(drawings)}"
     return Panel(title=title, body=body, how_to_read=HOW)
 
 
-def _draw(figure: Any, history: pd.DataFrame) -> None:
-    for axes, (title, (columns, logarithmic)) in zip(figure.subplots(2, 2).flat, _PLOTS.items(), strict=True):
-        for column, colour in zip(columns, ("#1f5fd0", "#e07b00"), strict=False):
-            axes.plot(history["step"], history[column], color=colour, linewidth=1.3, label=column)
-        axes.set_title(title, fontsize=9.5, loc="left")
-        positive = not bool((history[list(columns)] <= 0).any(axis=None))
-        axes.set_yscale("log" if logarithmic and positive else "linear")
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25, linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        if len(columns) > 1:
-            axes.legend(frameon=False, fontsize=8.5)
+def _draw(axes: Any, history: pd.DataFrame, title: str, columns: Sequence[str], log: bool) -> None:
+    for column in columns:
+        axes.plot(history["step"], history[column], **_SHOWN.get(column, Series(SERIES[5])).options, label=column)
+    axes.set_title(title, loc="left", fontsize=9.5)
+    axes.set_xlabel("step")
+    if log and not bool((history[list(columns)] <= 0).any(axis=None)):
+        logarithmic(axes, "y")

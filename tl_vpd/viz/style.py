@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-IMPORTANCE = "rgb(255, 190, 70)"
-"""Background of a token of importance 1; white is 0."""
+AMBER = "255, 190, 70"
+"""Red, green and blue of the background of a token of importance 1; importance is the share of it on the page's background."""
 POSITIVE, NEGATIVE = "#1f5fd0", "#c2185b"
 """Underline of positive and negative activations."""
+SERIES = ("#1f5fd0", "#c96f00", "#168a5b", "#c2185b", "#7b4bc4", "#5c6775", "#0f8b9d", "#9a6b00")
+"""Colours of lines and bars, each at least 3 : 1 on white and, as pages show them, on their dark cards."""
+MODES = {"rounded": SERIES[0], "adversarial": SERIES[1], "stochastic": SERIES[2]}
+"""Colours of ways to mask."""
 
 SHADES = 50
 """Steps from white to the strongest background of a number in a table."""
@@ -17,8 +21,9 @@ def shade(share: float) -> str:
 
 
 def _shade_rule(i: int) -> str:
-    white = " color: #fff;" if i > 0.55 * SHADES else ""
-    return f".tlvpd td.shade-{i} {{ background: rgba(31, 95, 208, {i / SHADES:.2f});{white} }}\n"
+    """Black or white text, whichever stands out by 4.5 : 1 or more."""
+    ink = "#fff" if i > 0.86 * SHADES else "#000" if i > 0.3 * SHADES else "inherit"
+    return f".tlvpd td.shade-{i} {{ background: rgba(31, 95, 208, {i / SHADES:.2f}); color: {ink}; }}\n"
 
 
 _SHADES = "".join(_shade_rule(i) for i in range(SHADES + 1))
@@ -44,25 +49,28 @@ PANEL = f"""
   margin: 0 0 8px; }}
 .tlvpd .legend i {{ display: inline-block; vertical-align: -2px; margin: 0 5px; }}
 .tlvpd .legend .ramp {{ width: 64px; height: 12px; border: 1px solid var(--line);
-  background: linear-gradient(90deg, #fff, {IMPORTANCE}); }}
+  background: linear-gradient(90deg, var(--card), rgb({AMBER})); }}
 .tlvpd .legend .line {{ width: 22px; height: 3px; vertical-align: 3px; }}
 .tlvpd .legend .positive {{ background: var(--positive); }}
 .tlvpd .legend .negative {{ background: var(--negative); }}
-.tlvpd .legend .peak {{ width: 14px; height: 12px; box-shadow: inset 0 0 0 1.5px #1d2430; }}
+.tlvpd .legend .peak {{ width: 14px; height: 12px; box-shadow: inset 0 0 0 1.5px var(--ink); }}
+.tlvpd .legend svg {{ vertical-align: -1px; margin: 0 5px 0 0; }}
 .tlvpd .window {{ display: grid; grid-template-columns: 118px 1fr; gap: 10px; padding: 7px 0;
   border-top: 1px solid var(--line); }}
 .tlvpd .where {{ font-size: 12px; line-height: 1.35; color: var(--soft); padding-top: 2px;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }}
 .tlvpd .text {{ font-size: 13px; line-height: 2.15; overflow-wrap: anywhere; min-width: 0; }}
-.tlvpd .text mark {{ background: {IMPORTANCE}; color: inherit; }}
+.tlvpd .text mark {{ background: rgb({AMBER}); color: #1d2430; }}
 .tlvpd .text .colored-tokens {{ padding: 0 0 0 1px !important; }}
 .tlvpd .text .colored-tokens > div {{ display: none !important; }}
-.tlvpd .text .colored-tokens > span > span {{ position: relative; color: #1d2430 !important;
-  padding: 3px 0 7px !important; }}
-.tlvpd .text .peak {{ outline: 1.5px solid #1d2430; outline-offset: -1px; z-index: 1; }}
+.tlvpd .text .colored-tokens > span > span {{ position: relative; color: inherit !important; padding: 3px 0 7px !important;
+  border-color: transparent !important; }}
+.tlvpd .text .colored-tokens > span > span.strong {{ color: #000 !important; }}
+.tlvpd .text .peak {{ outline: 1.5px solid var(--ink); outline-offset: -1px; z-index: 1; }}
 .tlvpd .text [data-about]:hover {{ z-index: 10; }}
 .tlvpd .text [data-about]:hover::after {{ content: attr(data-about); position: absolute; left: 0; top: 100%;
   margin-top: 3px; white-space: pre; background: #1d2430; color: #fff; padding: 5px 8px; border-radius: 5px;
+  border: 1px solid #566072;
   font: 12px/1.45 system-ui, sans-serif; pointer-events: none; }}
 .tlvpd .text .right[data-about]::after {{ left: auto; right: 0; }}
 .tlvpd .columns {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 14px 22px;
@@ -75,15 +83,22 @@ PANEL = f"""
 .tlvpd th, .tlvpd td {{ padding: 2px 12px 2px 0; text-align: right; border: 0; border-bottom: 1px solid var(--line);
   white-space: nowrap; font-variant-numeric: tabular-nums; background: none; }}
 .tlvpd th {{ font-weight: 500; color: var(--soft); }}
+.tlvpd th {{ white-space: normal; vertical-align: bottom; }}
 .tlvpd td:first-child, .tlvpd th:first-child {{ text-align: left; }}
+.tlvpd td[class^=shade] {{ padding: 2px 8px; }}
+.tlvpd td[class^=shade] + td:not([class]) {{ padding-left: 8px; }}
 .tlvpd td:last-child, .tlvpd th:last-child {{ padding-right: 2px; }}
 .tlvpd td.words, .tlvpd th.words {{ text-align: left; }}
 .tlvpd td.sentence {{ white-space: normal; min-width: 14em; }}
 .tlvpd .fault {{ color: var(--negative); }}
 .tlvpd .passed {{ color: var(--passed); }}
 .tlvpd input[type=range] {{ width: 260px; vertical-align: middle; }}
-.tlvpd td .tok {{ background: var(--chip); border-radius: 3px; padding: 0 4px; }}
-.tlvpd .plot svg {{ width: 100%; height: auto; display: block; }}
+.tlvpd td .tok {{ background: var(--chip); border-radius: 3px; padding: 0 4px; white-space: normal; overflow-wrap: anywhere; }}
+.tlvpd .plot > svg {{ width: 100%; height: auto; display: block; }}
+.tlvpd .plots {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 14px 18px; }}
+.tlvpd .plots .plot > svg {{ max-width: 480px; }}
+.tlvpd [data-tlvpd-heads] h2 {{ display: none; }}
+.tlvpd [data-tlvpd-heads] h4 {{ position: static !important; background: none !important; color: inherit !important; }}
 .tlvpd button, .tlvpd input[type=search] {{ font: inherit; color: inherit; background: var(--card);
   border: 1px solid var(--line); border-radius: 7px; padding: 2px 9px; min-height: 28px; max-width: 100%;
   box-sizing: border-box; }}
@@ -93,6 +108,7 @@ PANEL = f"""
 .tlvpd .graph svg {{ display: block; cursor: grab; touch-action: pan-y; user-select: none; -webkit-user-select: none; }}
 .tlvpd .graph circle {{ cursor: pointer; }}
 .tlvpd .tip {{ position: absolute; z-index: 5; margin: 0; padding: 6px 9px; border-radius: 5px; background: #1d2430; color: #fff;
+  border: 1px solid #566072;
   font: 12px/1.4 system-ui, sans-serif; white-space: pre-wrap; overflow-wrap: anywhere; max-width: min(340px, 100%);
   box-sizing: border-box; pointer-events: none; }}
 {_SHADES}"""
@@ -112,7 +128,8 @@ body > nav { margin: 18px 0 24px; font-size: 13.5px; columns: 3 240px; column-ga
 body > nav a { display: block; color: #1f5fd0; text-decoration: none; padding: 1px 0; overflow-wrap: anywhere; }
 body > nav a:hover { text-decoration: underline; }
 @media (max-width: 560px) { body { padding: 16px 10px 40px; } body > header h1 { font-size: 21px; }
-  .tlvpd { padding: 12px; } .tlvpd .window { grid-template-columns: 1fr; gap: 0; }
+  .tlvpd { padding: 12px; } .tlvpd td.words { white-space: normal; } .tlvpd td.sentence { min-width: 9em; }
+  .tlvpd th, .tlvpd td { padding-right: 8px; } .tlvpd .window { grid-template-columns: 1fr; gap: 0; }
   .tlvpd .columns.matrices { grid-template-columns: 1fr; } }
 @media screen and (prefers-color-scheme: dark) {
   html, body { background: #14171c; color: #e6e9ef; color-scheme: dark; }
@@ -120,7 +137,8 @@ body > nav a:hover { text-decoration: underline; }
   body > nav a { color: #8ab4ff; }
   .tlvpd { --ink: #e6e9ef; --soft: #a3adbd; --card: #1c2027; --line: #323945; --chip: #2a303a; --positive: #78aaff;
     --negative: #ff78aa; --passed: #81c784; }
-  .tlvpd .text { background: #fff; color: #1d2430; border-radius: 6px; padding: 0 8px; }
-  .tlvpd .plot svg { filter: invert(.9) hue-rotate(180deg); } }
+  .tlvpd .text, .tlvpd td[class^=shade] { color: #fff; }
+  .tlvpd [data-tlvpd-heads] { background: #fff; color: #1d2430; border-radius: 6px; padding: 8px; }
+  .tlvpd .plot > svg, .tlvpd .legend svg { filter: invert(.9) hue-rotate(180deg); } }
 @media print { html, body { background: #fff; } .tlvpd { break-inside: avoid; } }
 """

@@ -52,6 +52,11 @@ def label(text: str) -> str:
     return printable(text.replace("\r\n", "⏎").replace("\n", "⏎").replace("\r", "␍").replace("\t", "⇥"))
 
 
+def breakable(address: str) -> str:
+    """An address for HTML that breaks into lines after its dots."""
+    return escape(address).replace(".", ".<wbr>")
+
+
 def visible(token: str) -> str:
     """A single token, as in a table: spaces are dots, long runs of them counted (not yet escaped)."""
     return re.sub(" +", lambda run: "·" * n if (n := len(run[0])) < LONG else f"·×{n}", label(token))
@@ -72,4 +77,5 @@ def number(value: float) -> str:
     """Three significant digits with a true minus sign; a dash for NaN."""
     if value != value:
         return "–"
-    return f"{value:.3g}".replace("-", "−").replace("inf", "∞")
+    text = f"{float(f'{value:.3g}'):,.0f}" if 999.5 <= abs(value) < 999_500 else f"{value:.3g}"
+    return text.replace("-", "−").replace("inf", "∞")

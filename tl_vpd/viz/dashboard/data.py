@@ -11,10 +11,11 @@ import pandas as pd
 from tl_vpd.analysis import Clustering, DatasetGraph
 from tl_vpd.checks import instance
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.printing import Printed
 
 
 @dataclass(frozen=True)
-class DashboardData:
+class DashboardData(Printed):
     """Results of other analyses of the same decomposition; each may be left out.
 
     Attributes:
