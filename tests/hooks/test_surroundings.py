@@ -102,6 +102,14 @@ def test_results_and_decompositions_are_copied_whole(model, vpd, tokens, copied)
         assert torch.equal(model(tokens), logits)
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_an_attachment_is_not_copied(model, vpd, copied):
+    with vpd.attach(model) as attached:
+        with pytest.raises(TypeError, match=r"^An attachment cannot be copied or pickled: copy model and .* again\.$"):
+            copied(attached)
+        vpd.attach(copy.deepcopy(model)).detach()
+
+
 def in_a_process(model, vpd, tokens, queue):
     torch.set_num_threads(1)
     queue.put(vpd.causal_importances(model, tokens).concatenated.tolist())

@@ -334,3 +334,24 @@ def test_a_mapping_whose_changes_are_not_in_the_file_is_refused(tmp_path):
     np.save(tmp_path / "tokens.npy", np.zeros((4, 3), dtype=np.int64))
     with pytest.raises(ValueError, match="memory-mapped in mode 'c': open the file with mode 'r'"):
         batches_of(np.load(tmp_path / "tokens.npy", mmap_mode="c"), 2, seed=0)
+
+
+def test_after_an_error_of_the_reading_thread_the_step_can_be_read_again():
+    class Rows:
+        broken = True
+
+        def __iter__(self):
+            for i in range(8):
+                if i == 5 and self.broken:
+                    raise OSError("the disk is gone")
+                yield torch.full((3,), i)
+
+    rows = Rows()
+    batches = batches_of(rows, 2, 0)
+    assert [batches.at(step)[:, 0].tolist() for step in (0, 1)] == [[0, 1], [2, 3]]
+    for _ in range(2):
+        with pytest.raises(OSError, match="the disk is gone"):
+            batches.at(2)
+    rows.broken = False
+    assert [batches.at(step)[:, 0].tolist() for step in (2, 3)] == [[4, 5], [6, 7]]
+    batches.close()

@@ -143,6 +143,9 @@ class Attached:
         if self._entered and not sys.is_finalizing():  # interrupted while leaving
             self.detach()
 
+    def __reduce__(self) -> Any:
+        raise TypeError("An attachment cannot be copied or pickled: copy model and decomposition, and attach again.")
+
     # -- modes -----------------------------------------------------------------------------------------------------
 
     def masked(

@@ -169,7 +169,7 @@ class AttachedForward(InternalPasses, OnModel):
             return False
         purpose = f"The mode {spec.mode!r}" if spec is not None and masked else "hook_ci"
         if (argument := self.adapter.truncation(call.arguments, call.keywords)) is not None:
-            raise ValueError(_truncated(purpose, argument))
+            raise ValueError(_truncated(purpose, argument, asked=not masked))
         needs_gamma = spec is None or spec.node_set is None or self.wants_importances()
         call.prefix = self._prefix(call, purpose, needs_gamma=needs_gamma)
         if call.prefix is not None:
@@ -201,7 +201,7 @@ class AttachedForward(InternalPasses, OnModel):
         if self.adapter.completed(call.arguments, call.keywords):
             self.taps.check_each_once(run)
         elif run.collect:
-            raise ValueError(_truncated("hook_ci", "stop_at_layer"))
+            raise ValueError(_truncated("hook_ci", "stop_at_layer", asked=True))
         if run.collect:
             self.extend_prefix(call, run)
             self.importances(call, run)
@@ -265,8 +265,9 @@ class AttachedForward(InternalPasses, OnModel):
         return spec.limited(name, mask, acts, self.token_mask(call))
 
 
-def _truncated(purpose: str, argument: str) -> str:
-    return f"{purpose} needs every site's input, and {argument} skips blocks: leave {argument} out."
+def _truncated(purpose: str, argument: str, *, asked: bool) -> str:
+    other = ", or do not cache or hook hook_ci (names_filter=..., or attach(..., hooks=...))" if asked else ""
+    return f"{purpose} needs every site's input, and {argument} skips blocks: leave {argument} out{other}."
 
 
 def _remove(edits: list[Mapping[str, SiteEdit]], edit: Mapping[str, SiteEdit]) -> None:

@@ -14,8 +14,6 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-START = -1
-"""The step of numbers that are needed before the first step."""
 SPREAD = 1 << 17
 """Numbers from which on rows are filled on several cores."""
 

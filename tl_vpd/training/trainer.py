@@ -50,7 +50,7 @@ class Trainer:
             weight to which faithfulness is relative is zero, or locality has no site that writes to heads or neurons.
         RuntimeError: this PyTorch has no Muon.
         Unsupported: a target in float16, ``checkpoint`` with a model that is not a stack of layers, ``blocked_logits`` with one
-            whose logits are more than a product (raised by the first step), or ``compile`` with one of another dtype than V and U.
+            whose logits are more than a product (raised by the first step), or ``compile`` with another dtype than V and U have.
     """
 
     metrics_kind: type[StepMetrics] = StepMetrics

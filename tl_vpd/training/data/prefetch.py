@@ -39,6 +39,7 @@ class Prefetcher:
             self._start(step)
         batch = self._queue.get()
         if isinstance(batch, BaseException):
+            self.close()  # the thread has ended: the next step starts another
             raise batch
         self._next = step + 1
         return batch
