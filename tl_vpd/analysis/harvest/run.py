@@ -44,7 +44,7 @@ from tl_vpd.forward import MaskedModel
 from tl_vpd.site import Subcomponent
 
 _COPIES = 8
-"""Tensors of the size of a batch's activations that exist at once."""
+"""What a batch takes beside all importances, in tensors of that size: enough for a third of them above 0."""
 _TENSOR, _TOKENS = 1 << 24, 1024
 """On a CPU as many tokens run at once as keep these tensors within such bytes (the C library hands memory of more than 32 MB back
 each time), or the second number if that is more."""
