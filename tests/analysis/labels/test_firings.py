@@ -59,12 +59,19 @@ def test_rows_have_nothing_of_the_others():
     assert np.isin(few.tokens.reshape(-1)[at], [0, 1]).all()
 
 
-def test_components_fire_where_a_member_does_with_its_largest_importance(model, vpd):
+@pytest.mark.parametrize("lags", [0, 2])
+def test_components_fire_where_a_member_does_with_its_largest_importance(model, vpd, lags):
     tokens = some_tokens(shape=(6, 7))
-    fires = firings(vpd, model, tokens)
-    clustering = cluster(vpd, model, tokens, config=ClusterConfig(alpha=5.0, threshold=0.1))
+    mask = torch.ones_like(tokens)
+    mask[1, 5:], mask[3, :2] = 0, 0
+    fires = firings(vpd, model, tokens, attention_mask=mask)
+    config = ClusterConfig(alpha=1.0 if lags else 5.0, threshold=0.1, lags=lags)
+    clustering = cluster(vpd, model, tokens, config=config)
+    assert any(max(c.lags) for c in clustering) == bool(lags)
     together = fires.components(clustering)
-    g = clustering.importances(vpd.causal_importances(model, tokens)).detach().flatten(0, 1)
+    g = clustering.importances(vpd.causal_importances(model, tokens, attention_mask=mask)).detach()
+    assert not bool(g[mask == 0].any())
+    g = g.flatten(0, 1)
     assert together.addresses[1] == "component:1"
     assert max(len(c.members) for c in clustering) > 1
     for component in clustering:

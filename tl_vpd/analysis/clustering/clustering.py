@@ -207,8 +207,8 @@ class Clustering(Sequence[Component]):
                 columns = offsets == lag
                 values[..., columns] = nn.functional.pad(values[..., columns], (0, 0, lag, 0))[..., :-lag, :]
         number = torch.as_tensor(self.partition, device=g.device).expand(values.shape)
-        result = values.new_zeros(*values.shape[:-1], len(self))
-        return result.scatter_reduce(-1, number, values, "amax")
+        result = values.new_zeros(*values.shape[:-1], len(self)).scatter_reduce(-1, number, values, "amax")
+        return result if ci.token_mask is None else result * ci.token_mask[..., None]
 
     def to_pandas(self) -> pd.DataFrame:
         """One row per component: ``component, members, sites, tokens, density, lags``, the first member."""

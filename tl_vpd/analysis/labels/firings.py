@@ -1,6 +1,7 @@
 """At which tokens subcomponents or components fire, over rows of text: what labels are made from and judged on.
 
-A subcomponent *fires* at a token where its causal importance g exceeds a threshold; a component where one of its members does.
+A subcomponent *fires* at a token where its causal importance g exceeds a threshold; a component where one of its
+members does, its lag before the token (``Clustering.importances``).
 
     >>> fires = firings(vpd, model, tokens)                              # doctest: +SKIP
     >>> fires.components(clustering)                                     # doctest: +SKIP
@@ -144,6 +145,8 @@ class Firings(Printed):
     def components(self, clustering: Clustering) -> Firings:
         """The firings of a clustering's components, with the addresses ``component:0``, ``component:1``, …
 
+        A member's firing counts at the token that is its lag later, unless the row ends before.
+
         Args:
             clustering: of the same decomposition.
 
@@ -153,11 +156,15 @@ class Firings(Printed):
         """
         instance("clustering", clustering, Clustering)
         merged = []
+        row_of, n_pos, real = self.at // self.tokens.shape[1], self.tokens.shape[1], self.real.reshape(-1)
         for component in clustering:
-            places = [self.of(self.number(member)) for member in component.members]
-            at, g, a = (
-                np.concatenate([values[p] for p in places]) for values in (self.at, self.importances, self.activations)
-            )
+            moved = []
+            for member, lag in zip(component.members, component.lags, strict=True):
+                p = self.of(self.number(member))
+                at = self.at[p] + lag
+                inside = (at // n_pos == row_of[p]) & real[np.minimum(at, len(real) - 1)]
+                moved.append((at[inside], self.importances[p][inside], self.activations[p][inside]))
+            at, g, a = (np.concatenate(values) for values in zip(*moved, strict=True))
             order = np.lexsort((-g, at))
             order = order[np.unique(at[order], return_index=True)[1]]
             merged.append((at[order], g[order], a[order]))
