@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, GPTNeoXForCausalLM
 
 from tl_vpd import Decomposition, EvaluationConfig, bundled, evaluate
+from tl_vpd.bundled.recipe import CONFIG, SETTLING
 from tl_vpd.evaluation.batch import ce_by_row
 
 
@@ -101,6 +102,12 @@ def test_exact_and_loaded_like_any_other(shipped, tmp_path):
     again = Decomposition.load(vpd.save(tmp_path / "copy"))
     for a, b in zip(vpd.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_its_record_is_the_recipe(shipped):
+    _, vpd = shipped
+    assert vpd.record["training"] == SETTLING.model_dump(mode="json")
+    assert vpd.record["start"]["training"] == CONFIG.model_dump(mode="json")
 
 
 def test_the_same_folder_boots_as_a_bridge(shipped):
