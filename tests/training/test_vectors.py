@@ -192,3 +192,14 @@ def test_vectors_in_another_dtype_than_the_models_are_refused(as_array, tmp_path
         decompose(seeded(TwoLayers).float(), x.numpy() if as_array else x, config(), saving=saving, progress=False)
     assert not (tmp_path / "run").exists()
     assert decompose(seeded(TwoLayers), x, config(), progress=False).finished
+
+
+def test_how_outputs_of_a_custom_model_are_compared_must_be_said(tmp_path):
+    settings = config().model_dump()
+    del settings["output"]
+    saving = SavingConfig(folder=tmp_path / "run")
+    with pytest.raises(
+        ValueError, match=r"outputs of a TwoLayers .* output='kl' in VPDConfig .*, and output='mse' where not\.$"
+    ):
+        decompose(seeded(TwoLayers), normal(8, 4), VPDConfig(**settings), saving=saving, progress=False)
+    assert not (tmp_path / "run").exists()

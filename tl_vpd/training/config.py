@@ -73,7 +73,7 @@ class VPDConfig(Frozen):
     """The width t of the locality loss over the run: a head or neuron counts where it has more than about t/N of a subcomponent's
     squared norm, N their number."""
     output: Literal["kl", "mse"] = "kl"
-    """Distance between outputs: KL for logits, squared error for others."""
+    """Distance between outputs: KL for logits, squared error for others; for custom models it must be said which."""
 
     @property
     def squash(self) -> Squash:

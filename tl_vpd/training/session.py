@@ -120,6 +120,7 @@ class Session:
         if files is not None:
             files.state_to_resume(resume)  # refused before anything is computed; asked again when the folder is locked
         adapter = adapt(model)
+        _check_output(adapter, config)
         refuse_imitated(execution.precision, adapter.device)
         with (
             _gradients(adapter.device),
@@ -159,6 +160,16 @@ class Session:
                     files.finish(decomposition)
                 processes.wait()
         return Run(decomposition, pd.DataFrame([asdict(m) for m in history]), finished, config, checks)
+
+
+def _check_output(adapter: Adapter, config: VPDConfig) -> None:
+    """Raises ValueError where nobody has said how the outputs of a custom model, which may not be logits, are compared."""
+    if not adapter.return_types and "output" not in config.model_fields_set:
+        kind = type(adapter.model).__name__
+        raise ValueError(
+            f"How outputs of a {kind} are to be compared is not said: give output='kl' in {type(config).__name__} where they are "
+            "logits, and output='mse' where not."
+        )
 
 
 @contextmanager
