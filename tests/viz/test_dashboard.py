@@ -33,6 +33,7 @@ from tl_vpd.analysis import (
 )
 from tl_vpd.analysis.labels import Label, Labels
 from tl_vpd.cli import app
+from tl_vpd.viz.dashboard.labels import labels_and_scores
 from tl_vpd.viz.dashboard.records import spread
 from tl_vpd.viz.text import label
 
@@ -408,6 +409,35 @@ def test_prompts_are_looked_at_token_by_token(browser, world):
     check_nothing_ran(browser)
     assert "There is no such prompt" in go(browser, world, "prompts.html#prompt=99")
     assert "Prompt 0" in go(browser, world, "prompts.html")
+
+
+CONTRASTS = """(() => {
+  const parts = c => c.match(/[\\d.]+/g).map(Number);
+  const card = parts(getComputedStyle(document.querySelector(".card")).backgroundColor);
+  const light = c => c.map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [.2126, .7152, .0722][i], 0);
+  return [...document.querySelectorAll(".text span, .text a")].map(function (e) {
+    const [r, g, b, a] = [...parts(getComputedStyle(e).backgroundColor), 1];
+    const ink = light(parts(getComputedStyle(e).color).slice(0, 3));
+    const ground = light([r, g, b].map((c, i) => a * c + (1 - a) * card[i]));
+    return (Math.max(ink, ground) + .05) / (Math.min(ink, ground) + .05);
+  });
+})()"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_tokens_are_legible_on_every_importance(browser, world, scheme):
+    browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+    for page in (f"subcomponent.html#{FIRST}", "prompts.html#prompt=1"):
+        go(browser, world, page)
+        contrasts = browser.evaluate(CONTRASTS)
+        assert contrasts and min(contrasts) >= 4.5
+    browser.send("Emulation.setEmulatedMedia", features=[])
+
+
+def test_scores_that_nothing_has_are_no_column(world):
+    scored = pd.DataFrame({"subcomponent": [FIRST], "label": ["x"], "detection": [float("nan")], "intruder": [0.5]})
+    assert labels_and_scores(scored, {FIRST: 0}) == ({FIRST: "x"}, {"intruder": {FIRST: 0.5}})
 
 
 @pytest.mark.parametrize("width", [360, 800])

@@ -148,6 +148,11 @@ def test_names_and_tokens_are_in_view_at_every_width(browser, tmp_path, width):
     browser.open(picture(by_hand()).save(tmp_path / "graph.html"))
     state = browser.evaluate(STATE)
     assert {"a", "</b>", "x", "0 W_out:0", "0\u00a0W_O", "logits"} <= set(state["texts"])
+    dashed = """[...document.querySelectorAll(".graph path")].filter(p => p.getAttribute("d"))
+      .map(p => [p.getAttribute("stroke"), p.hasAttribute("stroke-dasharray")])"""
+    assert {tuple(edge) for edge in browser.evaluate(dashed)} == {("#1f5fd0", False), ("#c2185b", True)}
+    legend = browser.evaluate("document.querySelector('.legend').textContent")
+    assert "raises" in legend and "lowers" in legend and "importance" in legend
     assert state["wide"] <= 0 and not state["refused"]
 
 
@@ -160,18 +165,24 @@ def test_a_graph_of_2000_nodes_in_30_layers_is_walked_through_by_search_and_keys
     state = browser.evaluate(STATE)
     assert state["drawn"] == len(graph) and "400 edges" in state["caption"] and "·Rome" in state["texts"]
     assert sum(":" in text for text in state["texts"]) >= 10 and {"block 0", "block 28"} <= set(state["texts"])
+    cut = """[...document.querySelectorAll(".graph svg g[clip-path] text")].filter(t =>
+      t.getBBox().y < document.querySelector(".graph clipPath rect").y.baseVal.value).map(t => t.textContent)"""
+    assert not browser.evaluate(cut)  # the names of the upper row are whole
     number = int(graph.is_subcomponent.nonzero()[7])
     label = graph.labels[number]
     browser.evaluate(SEARCH % json.dumps(label))
     state = browser.evaluate(STATE)
-    assert state["bold"] == [number] and "1 nodes match" in state["caption"] and state["faint"] == len(graph) - 1
+    assert state["bold"] == [number] and "1 node matches" in state["caption"] and state["faint"] == len(graph) - 1
     browser.evaluate(PRESS % '"n"')
     state = browser.evaluate(STATE)
     assert f"traced from {label}" in state["caption"] and state["bold"] == [number]
+    assert browser.evaluate("document.querySelector('.tip').textContent").startswith(
+        label
+    )  # as the pointer would be told
     address = state["address"]
     assert json.loads(re.search(r"=(\{.*\})$", unquote(address))[1])["node"] == number
     browser.evaluate(PRESS % '"Escape"')
-    assert not browser.evaluate(STATE)["bold"]
+    assert not browser.evaluate(STATE)["bold"] and browser.evaluate("document.querySelector('.tip').hidden")
     for _ in range(3):
         browser.evaluate(PRESS % '"+"')
     assert browser.evaluate(STATE)["drawn"] < len(graph) / 2

@@ -101,6 +101,21 @@ def fact_page(figures: Mapping[str, Any], graph: AttributionGraph | None, path: 
         graph: of one of the prompts (None: left out).
         path: of the page.
     """
+    panels = fact_panels(figures)
+    if graph is not None:
+        panels.append(viz.graph(graph, title=f"How {figures['facts']['prompts'][0]!r} is completed"))
+    prompts = " and ".join(repr(prompt) for prompt in figures["facts"]["prompts"])
+    blocks = f"block {where(figures).index[0]}" if len(where(figures)) == 1 else f"{len(where(figures))} blocks"
+    introduction = INTRODUCTION.format(prompts=prompts, tokens=figures["tokens"], blocks=blocks)
+    return viz.page(panels, "A fact, erased and rewired", path, introduction=introduction)
+
+
+def fact_panels(figures: Mapping[str, Any]) -> list[viz.Panel]:
+    """The page's tables.
+
+    Args:
+        figures: from ``measure``.
+    """
     elsewhere, reached = pd.DataFrame(figures["elsewhere"]), marks(figures)
     reached["asked"] = reached["asked"].str.replace(">=", "at least").str.replace("<=", "at most")
     likeliest, right, other = after_edits(pd.DataFrame(figures["answers"]))
@@ -118,7 +133,7 @@ def fact_page(figures: Mapping[str, Any], graph: AttributionGraph | None, path: 
         )
         single = single.merge(more[["subcomponent", "KL elsewhere", "p99"]], on="subcomponent")
     note = "Important at a token of the prompts; 8 at most for each matrix, one for each different token."
-    panels = [
+    return [
         viz.table(reached, "What was reached", note="The worse of both facts."),
         viz.table(where(figures), "Which matrices have how many subcomponents", note=note),
         viz.table(
@@ -146,12 +161,6 @@ def fact_page(figures: Mapping[str, Any], graph: AttributionGraph | None, path: 
             note=f"KL in nats per token, on {figures['tokens']:,} tokens. At random others: the same edit elsewhere.",
         ),
     ]
-    if graph is not None:
-        panels.append(viz.graph(graph, title=f"How {figures['facts']['prompts'][0]!r} is completed"))
-    prompts = " and ".join(repr(prompt) for prompt in figures["facts"]["prompts"])
-    blocks = f"block {where(figures).index[0]}" if len(where(figures)) == 1 else f"{len(where(figures))} blocks"
-    introduction = INTRODUCTION.format(prompts=prompts, tokens=figures["tokens"], blocks=blocks)
-    return viz.page(panels, "A fact, erased and rewired", path, introduction=introduction)
 
 
 def after_edits(answers: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:

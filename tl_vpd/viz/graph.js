@@ -40,13 +40,15 @@ window.tlVpdGraph = function (id, g) {
     if (parent) parent.append(made);
     return made;
   }
-  const svg = element("svg", { role: "img", "aria-label": "Attribution graph", tabindex: 0, width: "100%",
+  const svg = element("svg", { role: "application", tabindex: 0, width: "100%", "aria-describedby": id + "-caption",
+    "aria-label": "Attribution graph: n and p go from node to node, + and - zoom, arrows move, Escape ends",
     "font-family": "system-ui, -apple-system, 'Segoe UI', Roboto, Arial, sans-serif", "font-size": 11 }, place);
   const paper = element("rect", { width: "100%", height: "100%" }, svg);
   const window_ = element("rect", {}, element("clipPath", { id: id + "-clip" }, svg));
   const axes = element("g", {}, svg), inside = element("g", { "clip-path": `url(#${id}-clip)` }, svg);
   const lines = [1, -1].flatMap(sign => STRENGTHS.map(([low, high, width, opacity]) => ({ sign, low, high,
-    path: element("path", { fill: "none", "stroke-width": width, opacity: opacity }, inside) })));
+    path: element("path", { fill: "none", "stroke-width": width, opacity: opacity, ...(sign < 0 ? { "stroke-dasharray": "5 3" } : {}) },
+      inside) })));
   const circles = [];
   for (const i of [...order].reverse()) circles[i] = element("circle", { "data-node": i }, inside);
   const words = element("g", { "text-anchor": "middle" }, inside);
@@ -78,7 +80,9 @@ window.tlVpdGraph = function (id, g) {
   function drawAxes(row, column, colours) {
     axes.replaceChildren();
     const grid = { stroke: colours.line }, bottom = box.top + box.height, right = box.left + box.width;
-    const columns = ticks(g.columns.map((_, i) => i), view.x, box.width, 25);
+    const lengths = g.columns.map(text => text.length).sort((a, b) => a - b);  // room for three tokens in four
+    const room = Math.min(Math.max(20, 6.4 * lengths[Math.floor(.75 * (lengths.length - 1))] + 4), 44);
+    const columns = ticks(g.columns.map((_, i) => i), view.x, box.width, room);
     const fits = Math.max(3, Math.floor(column * (columns.length > 1 ? columns[1] - columns[0] : 9) / 6.4));
     for (const i of columns) {
       element("line", { x1: px(i), x2: px(i), y1: box.top, y2: bottom, ...grid }, axes);
@@ -104,9 +108,9 @@ window.tlVpdGraph = function (id, g) {
     for (const i of view.node === null ? order : [view.node, ...order]) {
       if (boxes.length >= 60) break;
       const w = 3.2 * g.name[i].length + 3, r = g.radius[i] * scale, middle = py(g.y[i]);
-      const above = middle < box.top || middle - r > box.top + 10;  // else beside the node, on the side that has room
+      const above = middle < box.top || middle - r > box.top + 15;  // else beside the node, on the side that has room
       const side = px(g.x[i]) + r + 2 * w > box.left + box.width ? -1 : 1;
-      const x = px(g.x[i]) + (above ? 0 : side * (r + w)), y = above ? middle - r - 4 : Math.max(middle + 4, box.top + 6);
+      const x = px(g.x[i]) + (above ? 0 : side * (r + w)), y = above ? middle - r - 4 : Math.max(middle + 4, box.top + 11);
       if (!g.name[i] || x < box.left || x > box.left + box.width || y < box.top + 6 || y > box.top + box.height) continue;
       if ((lit && !lit.has(i)) || boxes.some(b => Math.abs(b[0] - x) < b[2] + w && Math.abs(b[1] - y) < 13)) continue;
       boxes.push([x, y, w]);
@@ -160,7 +164,7 @@ window.tlVpdGraph = function (id, g) {
     drawAxes(row, column, colours); drawEdges(edges, colours); drawNodes(lit, scale, colours); drawNames(lit, scale, colours);
     const least = edges.length ? Math.abs(g.edges[edges[edges.length - 1]][2]) : 0;
     caption.textContent = edges.length + " edges" + (edges.length ? ", the weakest " + least.toPrecision(2) : "") +
-      (view.node === null ? (lit ? "; " + lit.size + " nodes match" : "") : "; traced from " + g.label[view.node]);
+      (view.node === null ? (lit ? "; " + lit.size + (lit.size === 1 ? " node matches" : " nodes match") : "") : "; traced from " + g.label[view.node]);
   }
   let frame = 0;
   function change(what) {
@@ -184,6 +188,7 @@ window.tlVpdGraph = function (id, g) {
     const at = among.indexOf(view.node), i = among[((at < 0 ? (by > 0 ? -1 : 0) : at) + by + among.length) % among.length];
     const centred = (v, r) => v > r[0] && v < r[1] ? r : [v - (r[1] - r[0]) / 2, v + (r[1] - r[0]) / 2];
     change({ node: i, x: centred(g.x[i], view.x), y: centred(g.y[i], view.y) });
+    requestAnimationFrame(() => hover(i));  // after the picture has moved
   }
   const number = v => v.toPrecision(3).replace("-", "−");
   function about(i) {
@@ -230,7 +235,7 @@ window.tlVpdGraph = function (id, g) {
   part("out").addEventListener("click", () => zoom(1 / .7));
   part("all").addEventListener("click", () => change({ ...full }));
   const keys = { "+": () => zoom(.7), "=": () => zoom(.7), "-": () => zoom(1 / .7), "0": () => change({ ...full }), n: () => step(1),
-    p: () => step(-1), Escape: () => { search.value = ""; change({ node: null, search: "" }); }, ArrowLeft: () => move(-.15, 0),
+    p: () => step(-1), Escape: () => { search.value = ""; hover(null); change({ node: null, search: "" }); }, ArrowLeft: () => move(-.15, 0),
     ArrowRight: () => move(.15, 0), ArrowUp: () => move(0, .15), ArrowDown: () => move(0, -.15) };
   svg.addEventListener("keydown", event => {
     if (keys[event.key] && !event.ctrlKey && !event.metaKey && !event.altKey) { keys[event.key](); event.preventDefault(); event.stopPropagation(); }

@@ -21,12 +21,12 @@ from tl_vpd.viz.text import escape, for_script, label, number, spaced, visible
 
 HOW = (
     "Every circle is a subcomponent at a position (or an embedding, below, or a logit, above); its size grows with its influence "
-    "on the logits, its colour with its importance. Every line is a direct effect: blue raises what it leads to, red lowers it; "
-    "the strongest are widest. The strongest circles in view have their names. Hover over a circle for its label, tokens and "
-    "strongest edges; click it to see only what leads to it and what it leads to, and click beside the circles to see all again. "
-    "The slider leaves out weak edges. Search by address or token, Enter goes to the next match. Drag the picture to move it. "
-    "After a click on it the wheel and the keys + and - zoom, 0 shows all, arrows move, n and p go to the next and previous node "
-    "by influence, Escape ends a trace. The page's address keeps the view.\n\n"
+    "on the logits, its colour with its importance. Every line is a direct effect: a blue one raises what it leads to, a dashed "
+    "red one lowers it; the strongest are widest. The strongest circles in view have their names. Hover over a circle for its "
+    "label, tokens and strongest edges; click it to see only what leads to it and what it leads to, and click beside the circles "
+    "to see all again. The slider leaves out weak edges. Search by address or token, Enter goes to the next match. Drag the "
+    "picture to move it. After a click on it the wheel and the keys + and - zoom, 0 shows all, arrows move, n and p go to the "
+    "next and previous node by influence, Escape ends a trace. The page's address keeps the view.\n\n"
     "Edges are gradients times activations times importances with all other subcomponents constant: a first-order "
     "approximation, not an ablation. Nodes and edges left out of the picture are counted in its heading."
 )
@@ -38,6 +38,10 @@ BUTTONS = {
     "png": ("PNG", "Save the view as PNG"),
 }
 """Text and title of each button by the end of its id."""
+LEGEND = (
+    '<div class="legend"><span><i class="line positive"></i>raises</span><span><i class="line negative dashed"></i>lowers</span>'
+    '<span>importance 0<i class="ramp"></i>1</span><span>size: influence</span></div>'
+)
 NEIGHBOURS = 5
 """Edges into and out of a node that its hover text lists."""
 
@@ -97,7 +101,7 @@ def graph(
         f'<p class="note"><label>edges <input type="range" id="{id_}-weight" min="1" max="{max(n_edges, 1)}" '
         f'value="{min(n_edges, 400)}"></label> <label>search <input type="search" id="{id_}-search" size="24"></label> '
         f"{buttons}</p>"
-        f'<p class="note" id="{id_}-caption" aria-live="polite"></p>'
+        f'{LEGEND}<p class="note" id="{id_}-caption" aria-live="polite"></p>'
         f'<div class="graph" id="{id_}"><pre class="tip" id="{id_}-tip" hidden></pre></div>'
     )
     call = f"tlVpdGraph({for_script(id_)}, {script})"

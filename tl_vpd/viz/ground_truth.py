@@ -81,7 +81,8 @@ def needed(result: MethodResult, truth: Truth, *, row: int = 0) -> Any:
     n_sites, n_pos = shown.shape
     figure = _figure(2.2 + 0.24 * n_pos, 0.9 + 0.28 * n_sites)
     axes = figure.subplots()
-    colours = LinearSegmentedColormap.from_list("importance", ["#fff", tuple(int(c) / 255 for c in AMBER.split(","))])
+    amber = "#" + bytes(int(part) for part in AMBER.split(",")).hex()
+    colours = LinearSegmentedColormap.from_list("importance", ["#fff", amber])
     image = axes.imshow(shown.numpy(), cmap=colours, vmin=0, vmax=1, aspect="auto")
     for line, where in enumerate(rows[row] for rows in truth.needed.values()):
         for pos in where.nonzero()[:, 0].tolist():

@@ -115,7 +115,7 @@ def logarithmic(axes: Any, which: str) -> None:
     getattr(axes, f"set_{which}scale")("log")
     low, high = sorted(getattr(axes, f"get_{which}lim")())
     steps = (1, 2, 5) if math.log10(high / low) < 2.5 else (1,)
-    locator = LogLocator(subs=steps)
+    locator: LogLocator | MaxNLocator = LogLocator(subs=steps)
     if sum(low <= tick <= high for tick in locator.tick_values(low, high)) < 2:
         locator = MaxNLocator(4)
     axis.set_major_locator(locator)

@@ -53,6 +53,7 @@ PANEL = f"""
 .tlvpd .legend .line {{ width: 22px; height: 3px; vertical-align: 3px; }}
 .tlvpd .legend .positive {{ background: var(--positive); }}
 .tlvpd .legend .negative {{ background: var(--negative); }}
+.tlvpd .legend .dashed {{ background: repeating-linear-gradient(90deg, var(--negative) 0 5px, transparent 5px 8px); }}
 .tlvpd .legend .peak {{ width: 14px; height: 12px; box-shadow: inset 0 0 0 1.5px var(--ink); }}
 .tlvpd .legend svg {{ vertical-align: -1px; margin: 0 5px 0 0; }}
 .tlvpd .window {{ display: grid; grid-template-columns: 118px 1fr; gap: 10px; padding: 7px 0;

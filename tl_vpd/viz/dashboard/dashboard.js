@@ -174,7 +174,7 @@ window.tlVpd = (function () {
       if (importance > 0) span.style.backgroundColor = "rgb(var(--amber) / " + importance + ")";
       if (Math.abs(activation) >= .05)
         span.style.boxShadow = "inset 0 -3px rgb(var(--" + (activation > 0 ? "positive" : "negative") + ") / " + Math.abs(activation) + ")";
-      if (importance > .55) span.classList.add("strong");
+      if (importance > .5) span.classList.add("strong");
       if (k === peak) span.classList.add("peak");
       return span;
     });
@@ -244,7 +244,7 @@ window.tlVpd = (function () {
       bar.style.height = 100 * value / most + "%";
       place.append(bar);
     });
-    return card(title, note, place, h("div", { class: "ends soft" }, h("span", {}, low), h("span", {}, high)));
+    return card(title, note + " The highest: " + number(most) + ".", place, h("div", { class: "ends soft" }, h("span", {}, low), h("span", {}, high)));
   }
 
   function facts(pairs) {
@@ -293,7 +293,7 @@ window.tlVpd = (function () {
         r.logits.length ? card("Logits it raises and lowers", "Of its write direction alone, without the final norm, per unit of activation.",
           table([token, { name: "logit", show: row => number(row[1]) }], r.logits)) : null,
         neighbourTable(r.neighbours), edgeTables(r, toSubcomponent, label), passedTable(i, r.passed),
-        bars("Importances above 0", "How many lie in each bin, on a scale of logarithms.", r.histogram.map(n => Math.log10(1 + n)),
+        bars("Importances above 0", "How many lie in each bin: log10 of 1 + count.", r.histogram.map(n => Math.log10(1 + n)),
           n => "bin " + (n + 1) + ", log10 of 1 + count", "0", "1"),
         bars("Its heads", "Norm by head.", r.heads, n => "head " + n, "head 0", "head " + (r.heads.length - 1))),
     ];
@@ -352,7 +352,9 @@ window.tlVpd = (function () {
     const words = prompt.tokens.map(function (_, t) {
       const span = h("a", { href: to({ token: t }), class: t === token ? "peak" : null, "aria-label": "token " + t + ": " + visible(text(t)),
         title: at[t].length + " important" }, text(t));
-      span.style.backgroundColor = "rgb(var(--amber) / " + .7 * at[t].length / most + ")";
+      const share = .7 * at[t].length / most;
+      span.style.backgroundColor = "rgb(var(--amber) / " + share + ")";
+      if (share > .5) span.classList.add("strong");
       return span;
     });
     const names = data.prompts.map((title, n) => h("option", { value: n, selected: n === k ? "" : null }, n + ": " + visible(title)));

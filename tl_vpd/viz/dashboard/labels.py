@@ -20,7 +20,7 @@ Scores = dict[str, dict[str, float | None]]
 def labels_and_scores(
     labels: Mapping[str, Any] | pd.DataFrame | None, known: Mapping[str, Any]
 ) -> tuple[dict[str, str], Scores]:
-    """Texts by address, and numbers by name and address.
+    """Texts by address, and numbers by name and address; a column without any number is left out.
 
     Args:
         labels: texts by address, or a table with the column ``subcomponent``, perhaps ``label``, and any columns of numbers; what
@@ -57,7 +57,8 @@ def labels_and_scores(
     named = {
         a: label(text_of(f"labels[{a!r}]", t)) for a, t in zip(addresses, texts, strict=False) if not _is_missing(t)
     }
-    return named, {name: dict(zip(addresses, map(_number, values), strict=True)) for name, values in columns.items()}
+    scores = {name: dict(zip(addresses, map(_number, values), strict=True)) for name, values in columns.items()}
+    return named, {name: by for name, by in scores.items() if any(x is not None for x in by.values())}
 
 
 def _is_missing(text: Any) -> bool:
