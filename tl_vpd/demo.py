@@ -27,6 +27,7 @@ from tl_vpd.evaluation import Evaluation, EvaluationConfig, evaluate
 from tl_vpd.files.atomic import make_folder
 from tl_vpd.files.json_files import write_json
 from tl_vpd.masking import constant_masks
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent
 from tl_vpd.training import Run, decompose
 
@@ -109,7 +110,7 @@ def exactness(vpd: Decomposition, model: Any, tokens: Int[Tensor, "batch pos"]) 
 
 
 @dataclass(frozen=True)
-class AblationEffect:
+class AblationEffect(Printed):
     """What removing a subcomponent does where it is important and where it is not."""
 
     subcomponent: Subcomponent

@@ -291,6 +291,9 @@ class ConcatenatedAxis:
         ends = itertools.accumulate(self.counts.values())
         self.slices = {name: slice(end - self.counts[name], end) for name, end in zip(self.counts, ends, strict=True)}
 
+    def __repr__(self) -> str:
+        return f"ConcatenatedAxis({len(self.names)} sites, {self.total} subcomponents)"
+
     def split_sites(self, concatenated: Shaped[Tensor, "*batch C_total"]) -> dict[str, Shaped[Tensor, "*batch _"]]:
         """Views of the concatenated tensor, by site."""
         return dict(zip(self.names, concatenated.split(list(self.counts.values()), dim=-1), strict=True))

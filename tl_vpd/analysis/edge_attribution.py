@@ -32,6 +32,7 @@ from tl_vpd.analysis.audit.edge_set import edge_set_of
 from tl_vpd.analysis.edges import Edge
 from tl_vpd.analysis.metric import Metric, check_metric, differentiable, finite_number_of
 from tl_vpd.checks import check_fields, choice, config_of, integer
+from tl_vpd.printing import Printed
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class EdgeAttributionConfig:
 
 
 @dataclass(frozen=True)
-class EdgeScores:
+class EdgeScores(Printed):
     """Every edge's score.
 
     Attributes:

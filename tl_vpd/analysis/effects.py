@@ -30,11 +30,12 @@ from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.importances import causal_importances
 from tl_vpd.hooks.positions import Positions
 from tl_vpd.hooks.sparse import AblateEach
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent, nearest
 
 
 @dataclass(frozen=True)
-class AblationTableConfig:
+class AblationTableConfig(Printed):
     """How subcomponents are ablated, and how many prompts run at once.
 
     Attributes:

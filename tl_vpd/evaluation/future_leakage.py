@@ -28,6 +28,7 @@ from tl_vpd.evaluation.batch import Batch, Rows
 from tl_vpd.evaluation.intervals import PerRow
 from tl_vpd.evaluation.modes import row_masks
 from tl_vpd.evaluation.sample import Sample, measure
+from tl_vpd.printing import Printed
 
 MODES = ("rounded", "rounded_0.1", "rounded_0.5", "ci", "stochastic", "partial")
 """Rows of the mode table whose masks depend on importances."""
@@ -37,7 +38,7 @@ FIGURES = ("target_ce", "whole_ce", "prefix_ce", "whole_kl", "prefix_kl")
 
 
 @dataclass(frozen=True)
-class Leakage:
+class Leakage(Printed):
     """Figures ``[row, position]`` by mode and name, in nats; NaN where a row has no next token.
 
     ``importance_change``: by row and position, the largest change of an importance in the prefix.

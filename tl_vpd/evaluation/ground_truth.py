@@ -27,6 +27,7 @@ from tl_vpd.evaluation.matching import count_errors, mmcs_and_ml2r, overlap, pat
 from tl_vpd.evaluation.truth import SiteTruth, Truth
 from tl_vpd.losses import Reconstruction
 from tl_vpd.masking import fresh_pgd
+from tl_vpd.printing import Printed
 
 DIRECTIONS = ("mmcs", "ml2r", "mmcs_all", "ml2r_all")
 SITE_COLUMNS = ["site", "true", "alive", *DIRECTIONS, "pattern_errors", "pattern_entries", "count_errors", "together"]
@@ -49,7 +50,7 @@ class MethodResult(Protocol):
 
 
 @dataclass(frozen=True)
-class GroundTruth:
+class GroundTruth(Printed):
     """A method's result compared with the truth.
 
     ``sites``: a row for each site, with ``true`` and ``alive`` counts; ``mmcs``, ``ml2r`` (NaN where directions are not known),

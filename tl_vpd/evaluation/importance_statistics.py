@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.intervals import PerRow
+from tl_vpd.printing import Printed
 from tl_vpd.site import ConcatenatedAxis
 
 ALIVE = 1e-6
@@ -20,7 +21,7 @@ SURE = 0.99
 
 
 @dataclass(frozen=True)
-class ImportanceStatistics:
+class ImportanceStatistics(Printed):
     """Importances of all real tokens, summed up.
 
     ``mean``: by subcomponent. ``density``: the share of tokens at which each is above 0. ``in_rows``: the number of rows in which

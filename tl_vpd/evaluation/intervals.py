@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+from tl_vpd.printing import Printed
+
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 AT_ONCE = 1 << 20
@@ -27,7 +29,7 @@ METHOD = f"{CONFIDENCE:.0%} percentile bootstrap over rows, {RESAMPLES} resample
 
 
 @dataclass(frozen=True)
-class PerRow:
+class PerRow(Printed):
     """A figure of every row, and the number of tokens that it is the mean of."""
 
     values: Float[np.ndarray, " row"]

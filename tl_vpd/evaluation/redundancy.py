@@ -30,6 +30,7 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.evaluation.batch import Batch
 from tl_vpd.evaluation.sample import Sample, measure, sampled
 from tl_vpd.masking import constant_masks
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent
 
 HURTS, SPARED = 0.2, 0.1
@@ -37,7 +38,7 @@ HURTS, SPARED = 0.2, 0.1
 
 
 @dataclass(frozen=True)
-class Redundancy:
+class Redundancy(Printed):
     """Every subcomponent's two figures.
 
     Attributes:

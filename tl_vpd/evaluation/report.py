@@ -38,6 +38,16 @@ class Evaluation:
             record["left_out"] = {**record.get("left_out", {}), **reasons}
         object.__setattr__(self, "record", record)
 
+    def __repr__(self) -> str:
+        kl = self.record["kl"]
+        figures = [
+            f"{mode} {number(kl[mode]):.4g}" for mode in ("unmasked", "stochastic", "rounded", "zero") if mode in kl
+        ]
+        figures += [f"PGD-{steps} {number(value):.4g}" for steps, value in self.record.get("pgd_kl", {}).items()]
+        l0 = f"L0 {number(self.record['l0']):.4g} of {self.record['alive']} alive"
+        warnings = f"{len(self.warnings)} warnings"
+        return f"Evaluation({l0}; distances: {', '.join(figures)}; {warnings}: see .warnings, .table(), .checks())"
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:
         """Reads a saved record.

@@ -15,9 +15,11 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
+from tl_vpd.printing import Printed
+
 
 @dataclass(frozen=True)
-class SiteTruth:
+class SiteTruth(Printed):
     """One site's true subcomponents.
 
     Args:
@@ -63,7 +65,7 @@ class SiteTruth:
 
 
 @dataclass(frozen=True)
-class Truth:
+class Truth(Printed):
     """What is known of a model.
 
     Args:

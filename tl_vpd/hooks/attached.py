@@ -260,6 +260,10 @@ class Attached:
             raise TypeError(f"The edit is a {type(edit).__name__}: give an Edit of tl_vpd.editing.")
         return Inside(self, partial(self._runs_edited, edit.site_edits(self.decomposition)), "edited")
 
+    def __repr__(self) -> str:
+        state = "detached" if not self._attachment.is_on else "runs masked" if self.runs_masked else "not masked"
+        return f"Attached({len(self.sites)} sites of a {type(self.model).__name__}, {state})"
+
     @property
     def runs_masked(self) -> bool:
         """Whether calls of the model run masked now."""

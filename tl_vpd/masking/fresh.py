@@ -24,11 +24,12 @@ from torch import Tensor
 
 from tl_vpd.checks import integer, number, shown
 from tl_vpd.masking.masks import Masks, masks_from_sources
+from tl_vpd.printing import Printed
 from tl_vpd.site import ConcatenatedAxis
 
 
 @dataclass(frozen=True)
-class AttackResult:
+class AttackResult(Printed):
     """The result of an attack.
 
     Attributes:

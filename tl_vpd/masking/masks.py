@@ -19,11 +19,12 @@ from torch import Tensor
 
 from tl_vpd.checks import shown
 from tl_vpd.masking.factors import check_all, check_axes, factor_of
+from tl_vpd.printing import Printed
 from tl_vpd.site import ConcatenatedAxis, nearest, select
 
 
 @dataclass(frozen=True, init=False)
-class SiteMask:
+class SiteMask(Printed):
     """One site's mask: one factor per subcomponent for all tokens ``[C]``, or with all axes ``[batch or 1, pos or 1, C]``.
 
     Args:

@@ -22,13 +22,14 @@ from torch import Tensor
 from tl_vpd.adapters import Adapter, Unsupported
 from tl_vpd.analysis.attention.layer_scores import allowed_error, scores_of, unmasked
 from tl_vpd.checks import integer
+from tl_vpd.printing import Printed
 
 BYTES = 1 << 28
 """What the scores of one batch of measurements may fill; a single row (one prompt of the model) may take more."""
 
 
 @dataclass(frozen=True)
-class ScoreKernel:
+class ScoreKernel(Printed):
     """``q(t)ᵀ K_{t−t'} k(t')`` of one layer, for the offsets ``t − t'`` that its mask lets through.
 
     Attributes:

@@ -23,6 +23,7 @@ from tl_vpd.checks import instance, integer, sequence, shown
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.forward.target_check import check_target
+from tl_vpd.printing import Printed
 from tl_vpd.site import Site, Subcomponent, nearest
 
 BIAS = "bias"
@@ -34,7 +35,7 @@ Pairs = Sequence[tuple[str | Subcomponent, str | Subcomponent]]
 
 
 @dataclass(frozen=True)
-class AttentionPass:
+class AttentionPass(Printed):
     """What one clean pass over prompts shows of a layer.
 
     Attributes:

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from tl_vpd.analysis.attention.layer import BIAS, AttentionLayer
 from tl_vpd.checks import integer, shown
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.printing import Printed
 from tl_vpd.site import Site, Subcomponent
 
 
 @dataclass(frozen=True)
-class MeanStrengths:
+class MeanStrengths(Printed):
     """Mean contributions to scores (scaled as the model scales them) of pairs by head and offset.
 
     Attributes:

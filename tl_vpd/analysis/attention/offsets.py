@@ -25,6 +25,7 @@ from tl_vpd.checks import instance, integer, sequence
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.hooks import attachment_of
 from tl_vpd.hooks.ablations import FwdHooks
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent
 
 
@@ -46,7 +47,7 @@ def mean_by_offset(
 
 
 @dataclass(frozen=True)
-class AttentionByOffset:
+class AttentionByOffset(Printed):
     """Mean attention by head and offset: of the model itself, and (where something was ablated) without it."""
 
     layer: int

@@ -37,6 +37,7 @@ from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
 from tl_vpd.hooks.importances import causal_importances
 from tl_vpd.losses.precision import at_least_float32
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent
 
 
@@ -59,7 +60,7 @@ class OVConfig:
 
 
 @dataclass(frozen=True)
-class OVOverlap:
+class OVOverlap(Printed):
     """Frobenius cosines between the heads of a layer, and what unrelated heads score on the same data.
 
     Attributes:

@@ -28,11 +28,12 @@ from tl_vpd.analysis.attention.layer import AttentionLayer, AttentionPass, Pair,
 from tl_vpd.analysis.attention.layer_scores import allowed_error, scores_of, unmasked
 from tl_vpd.checks import integer
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.printing import Printed
 from tl_vpd.site import Site
 
 
 @dataclass(frozen=True)
-class ScoreTerms:
+class ScoreTerms(Printed):
     """Attention scores of one layer and what they are the sum of, all scaled as the model scales them.
 
     ``scores = subcomponents + delta + bias + position``. Where scores are masked, ``scores`` and ``position`` hold the model's −∞

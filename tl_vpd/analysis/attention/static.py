@@ -29,6 +29,7 @@ from tl_vpd.analysis.attention.kernel import ScoreKernel
 from tl_vpd.analysis.attention.layer import AttentionLayer, AttentionPass
 from tl_vpd.checks import integer
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.printing import Printed
 from tl_vpd.site import Site, Subcomponent
 
 ENTRIES = 1 << 22
@@ -55,7 +56,7 @@ def strengths_of(
 
 
 @dataclass(frozen=True)
-class StaticStrengths:
+class StaticStrengths(Printed):
     """Strengths of chosen pairs.
 
     Attributes:

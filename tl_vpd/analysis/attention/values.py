@@ -29,6 +29,7 @@ from tl_vpd.checks import check_threshold, integer
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward.target_check import check_target
 from tl_vpd.hooks.importances import causal_importances
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent
 
 TOKENS = 1 << 14
@@ -36,7 +37,7 @@ TOKENS = 1 << 14
 
 
 @dataclass(frozen=True)
-class ValueGivenKey:
+class ValueGivenKey(Printed):
     """On how many tokens each K and each V subcomponent is important, and both at once.
 
     Attributes:

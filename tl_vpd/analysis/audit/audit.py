@@ -40,11 +40,12 @@ from tl_vpd.analysis.nodes import Node
 from tl_vpd.baselines.transcoders import Transcoders
 from tl_vpd.checks import choice, config_of, integer
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent, nearest
 
 
 @dataclass(frozen=True)
-class CircuitAudit:
+class CircuitAudit(Printed):
     """A circuit's metric under every ablation of everything else.
 
     Attributes:

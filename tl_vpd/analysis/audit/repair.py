@@ -27,11 +27,12 @@ from tl_vpd.analysis.nodes import Node
 from tl_vpd.baselines.transcoders import Transcoders
 from tl_vpd.checks import config_of, integer
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent
 
 
 @dataclass(frozen=True)
-class Repair:
+class Repair(Printed):
     """A circuit's course from round to round.
 
     Attributes:

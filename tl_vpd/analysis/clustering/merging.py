@@ -32,10 +32,11 @@ from jaxtyping import Bool, Float, Int
 
 from tl_vpd.analysis.clustering.lagged import LaggedOverlaps
 from tl_vpd.analysis.clustering.overlaps import Matrix, Overlaps
+from tl_vpd.printing import Printed
 
 
 @dataclass(frozen=True)
-class MergeHistory:
+class MergeHistory(Printed):
     """All merges, from every subcomponent alone to one group.
 
     Attributes:

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from tl_vpd.checks import instance, integer, number, seed_of
 from tl_vpd.decomposition import Decomposition
 from tl_vpd.forward import MaskedModel
+from tl_vpd.printing import Printed
 from tl_vpd.site import ConcatenatedAxis
 
 
 @dataclass(frozen=True)
-class Patterns:
+class Patterns(Printed):
     """Tokens at which subcomponents are important, on the CPU; those that are nowhere important are left out.
 
     Attributes:

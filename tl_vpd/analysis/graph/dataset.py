@@ -28,13 +28,14 @@ from tl_vpd.analysis.harvest.rows import check_are_tokens
 from tl_vpd.analysis.nodes import several
 from tl_vpd.checks import config_of, instance, integer
 from tl_vpd.decomposition import Decomposition
+from tl_vpd.printing import Printed
 from tl_vpd.site import Subcomponent, nearest
 
 EMBEDDINGS = "embed"
 
 
 @dataclass(frozen=True)
-class DatasetGraph:
+class DatasetGraph(Printed):
     """Attributions among chosen subcomponents; the first source is the embeddings.
 
     Attributes:

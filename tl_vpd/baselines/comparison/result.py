@@ -13,12 +13,13 @@ import pandas as pd
 from tl_vpd.checks import choice, integer, path_of
 from tl_vpd.evaluation.tables import plain
 from tl_vpd.files.json_files import read_json, write_json
+from tl_vpd.printing import Printed
 
 TABLES = ("summary", "methods", "replacement", "modules", "attacks")
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Printed):
     """Artefacts on the same axes.
 
     Attributes:

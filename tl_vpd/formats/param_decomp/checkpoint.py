@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from tl_vpd.formats.param_decomp.names import COMPONENTS, GLOBAL, LAYERWISE, TARGET, canonical, site_of
+from tl_vpd.printing import Printed
 from tl_vpd.site import nearest
 
 SINGLE_FILE = {"wrappers", "ci_fn", "C_per_module", "cfg"}
@@ -70,7 +71,7 @@ _BLOCK = re.compile(r"_?blocks\.(\d+)\.(.*)")
 
 
 @dataclass
-class Checkpoint:
+class Checkpoint(Printed):
     """The tensors of a checkpoint, mapped from its file.
 
     Attributes:

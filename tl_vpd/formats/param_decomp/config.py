@@ -21,13 +21,14 @@ from typing import Any
 
 from tl_vpd.checks import shown
 from tl_vpd.importance import GammaConfig
+from tl_vpd.printing import Printed
 
 ROPE_BASE = 10_000.0
 TARGET_CLASS = "LlamaSimpleMLP"
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class RunConfig(Printed):
     """What is needed of a run's config.
 
     Attributes:
