@@ -13,7 +13,7 @@ Scores(layer=1, values=float32[2, 40], names=('a', 'b', 'c', … 8 in all))
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import numpy as np
