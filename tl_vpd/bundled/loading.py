@@ -133,7 +133,7 @@ def hooked_transformer(folder: Path, *, device: str | torch.device = "cpu") -> A
 
 
 def evaluation() -> Evaluation:
-    """The evaluation of the bundled decomposition on validation tokens that ships with it: masks, counts, attacks and controls, and
+    """The evaluation on validation tokens that ships with the bundled decomposition: masks, counts, attacks and controls, and
     some of the tables (``record["tables"]``)."""
     from tl_vpd.evaluation import Evaluation
 
