@@ -1,5 +1,6 @@
 """How results print: their fields with shapes in place of numbers, so that a cell of a notebook stays readable.
 
+>>> from dataclasses import dataclass
 >>> import torch
 >>> @dataclass(frozen=True)
 ... class Scores(Printed):
