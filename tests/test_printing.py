@@ -92,3 +92,6 @@ def test_an_evaluation_prints_its_main_figures():
     assert f"rounded {record['kl']['rounded']:.4g}" in text
     assert f"PGD-20 {record['pgd_kl']['20']:.4g}" in text
     assert len(text) < 300
+    assert repr(tl_vpd.Evaluation({})) == "Evaluation(see .warnings, .table(), .checks())"
+    lost = tl_vpd.Evaluation({**record, "kl": {**record["kl"], "rounded": float("nan")}})
+    assert "rounded nan" in repr(lost)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-Rows = list[dict[str, str]]
+from scripts.site.tables import Rows
+
 AUDITS = {
     "corrupted": "published",
     "stochastic": "stochastic",

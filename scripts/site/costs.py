@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from scripts.site.first_hour import share_of
+from scripts.site.tables import Record, Rows
 
-Rows = list[dict[str, str]]
-Record = Mapping[str, Any]
 VARIANTS = {
     "paper": "the paper's",
     "merged": "merged",

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from scripts.site.tables import Record, Rows
 
-Rows = list[dict[str, str]]
-Record = Mapping[str, Any]
 SIZES = {
     "toy": "toy (induction, 2 layers of 64), all",
     "block": "bundled (2 layers of 96), block 1",

@@ -7,17 +7,19 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+Rows = list[dict[str, str]]
+Record = Mapping[str, Any]
 BLOCK = re.compile(r"(<!-- (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
+def markdown(rows: Rows) -> str:
     """A table of texts."""
     columns = list(rows[0])
     lines = [columns, ["---"] * len(columns), *([row[c] for c in columns] for row in rows)]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def formatted(records: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+def formatted(records: Iterable[Record], columns: Mapping[str, str]) -> str:
     """A table of records, each column by its template, such as ``"{seconds:.2g}"``."""
     return markdown([{name: text.format_map(record) for name, text in columns.items()} for record in records])
 

@@ -39,14 +39,16 @@ class Evaluation:
         object.__setattr__(self, "record", record)
 
     def __repr__(self) -> str:
-        kl = self.record["kl"]
-        figures = [
-            f"{mode} {number(kl[mode]):.4g}" for mode in ("unmasked", "stochastic", "rounded", "zero") if mode in kl
-        ]
-        figures += [f"PGD-{steps} {number(value):.4g}" for steps, value in self.record.get("pgd_kl", {}).items()]
-        l0 = f"L0 {number(self.record['l0']):.4g} of {self.record['alive']} alive"
-        warnings = f"{len(self.warnings)} warnings"
-        return f"Evaluation({l0}; distances: {', '.join(figures)}; {warnings}: see .warnings, .table(), .checks())"
+        record = self.record
+        kl = {
+            mode: record["kl"][mode]
+            for mode in ("unmasked", "stochastic", "rounded", "zero")
+            if mode in record.get("kl", {})
+        }
+        kl |= {f"PGD-{steps}": value for steps, value in record.get("pgd_kl", {}).items()}
+        parts = [f"L0 {number(record['l0']):.4g} of {record['alive']} alive"] if "l0" in record else []
+        parts += [f"distances: {', '.join(f'{name} {number(value):.4g}' for name, value in kl.items())}"] if kl else []
+        return f"Evaluation({'; '.join([*parts, 'see .warnings, .table(), .checks()'])})"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Evaluation:

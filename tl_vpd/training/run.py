@@ -50,9 +50,9 @@ def decompose(
         execution: how it runs (None: ``ExecutionConfig()``).
         saving: what is written (None: nothing).
         resume: continue from the newest state in ``saving.folder`` (there must be one), or from the state at this path there;
-            states of later steps are removed then. A decomposition of the same sites, C and Γ starts a new run
-            from its V, U and Γ, without a warm-up: optimizer, adversary and schedules begin anew, and ``record["start"]`` keeps
-            its record.
+            states of later steps are removed then. A decomposition of the same sites, C and Γ starts a new run from its V, U and
+            Γ, whatever ``config.init`` says and without a warm-up: optimizer, adversary and schedules begin anew, and
+            ``record["start"]`` keeps its record.
         context: length of the rows that a dataset of text is cut into (None: the model's context).
         progress: show a bar, and what to expect of the run before it (``tl_vpd.training.run_report``).
 
